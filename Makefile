@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target makes from nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test lint format types protos gpu-kernels chaos clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megablocks.sh
+	PYTHON="$(PYTHON)" scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: setup
+	$(BIN)/trinity demo $(if $(KEEP),--keep)
+
+test: setup
+	$(BIN)/pytest
+
+chaos: setup
+	$(BIN)/pytest -m "chaos or perf"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: setup
+	scripts/generate_protos.sh
+
+gpu-kernels: setup
+	scripts/gpu_kernels.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,51 @@
+"""Joining a Ray cluster, or starting a private one on this machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from trinity.config import ClusterConfig, setup_environment
+from trinity.errors import ConfigError, Unavailable
+
+LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows; /dev/shm is small in containers
+
+
+@contextmanager
+def joined(cluster: ClusterConfig, num_train_slots: int = 0) -> Iterator[None]:
+    """Be connected inside the block. `train_slot` is what Ray Train counts workers by, so that it leaves alone the
+    CPUs and GPUs that shards hold; a local cluster gets as many as are wanted."""
+    if ray.is_initialized():  # an embedding program or a test has its own
+        yield
+        return
+    start(cluster, num_train_slots)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start(cluster: ClusterConfig, num_train_slots: int = 0) -> None:
+    setup_environment(cluster.auth, is_local=cluster.address == "local")
+    if cluster.address == "local":
+        ray.init(
+            address="local",
+            namespace=cluster.namespace,
+            num_cpus=cluster.num_cpus + num_train_slots,
+            resources={"train_slot": num_train_slots} if num_train_slots else None,
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        return
+    try:
+        ray.init(address=cluster.address, namespace=cluster.namespace, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise Unavailable(f"no Ray cluster at {cluster.address!r} ({error}); start one or use --cluster.address local") from None
+    have = ray.cluster_resources().get("train_slot", 0)
+    if have < num_train_slots:
+        raise ConfigError(
+            f"train.num_workers is {num_train_slots}, the cluster offers {have:.0f} train_slot; "
+            'start its nodes with --resources \'{"train_slot": N}\''
+        )

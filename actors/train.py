@@ -1,0 +1,84 @@
+"""The training job: Ray Train workers hold the backbone and call the pool's shards; the experts live outside the job.
+
+When a worker dies, Ray Train starts the worker group again; every worker then takes up the last checkpoint, and the
+shards load the same one. Logic lives in trinity/trainer.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from actors import pool as pools
+from trinity.checkpoint import latest_checkpoint, open_checkpoint
+from trinity.config import Config
+from trinity.data import prepare
+from trinity.errors import ConfigError
+from trinity.metrics import TrainLog
+from trinity.trainer import Alone, Distributed, Trainer
+
+
+def fit(config: Config) -> dict[str, Any]:
+    """Run the job to its end in the cluster this process has joined; -> what rank 0's `Trainer.run` returned.
+
+    Makes the pool if there is none of that name, and leaves it alive, holding the final weights.
+    """
+    out_dir = Path(config.train.out_dir).resolve()
+    config = config.replace(train={"out_dir": str(out_dir)})
+    check_out_dir(config)
+    prepare(config.data, config.train, config.model, out_dir)
+    state_dir = config.placement.state_dir or str(out_dir / "placement")
+    pools.create(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
+    settings = config.train
+    resources = {"CPU": 1.0, "train_slot": 1.0}
+    use_gpu = settings.num_gpus_per_worker > 0
+    if use_gpu:
+        resources["GPU"] = settings.num_gpus_per_worker
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="ray", storage_path=str(out_dir), failure_config=FailureConfig(max_failures=settings.max_failures)
+        ),
+    )
+    return trainer.fit().return_value
+
+
+def check_out_dir(config: Config) -> None:
+    """Refuse to mix two runs in one folder, and to resume another architecture's."""
+    found = latest_checkpoint(config.train.out_dir)
+    if found is None:
+        return
+    if not config.train.resume:
+        raise ConfigError(
+            f"{config.train.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
+        )
+    if open_checkpoint(found).config != config.model:
+        raise ConfigError(f"{found} is of another architecture than this configuration; choose another --train.out_dir")
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs, in its own process."""
+    config = Config.model_validate(settings["config"])
+    context = ray.train.get_context()
+    torch.set_num_threads(config.train.num_threads_per_worker)
+    device = str(ray.train.torch.get_device())
+    comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
+    pool = pools.connect(config.placement.pool, config.cluster.namespace, config.placement.call_timeout_s)
+    data = prepare(config.data, config.train, config.model, config.train.out_dir)
+    trainer = Trainer(config, pool, data, comm, device)
+    trainer.start()
+    if comm.rank == 0:
+        tokens = config.train.global_batch_size * config.train.seq_len
+        trainer.log = TrainLog(config.train.out_dir, config.train.steps, tokens, trainer.position)
+    result = trainer.run()
+    if trainer.log is not None:
+        trainer.log.close()
+    ray.train.report(result)
+    return result

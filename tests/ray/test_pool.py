@@ -1,0 +1,110 @@
+"""Shard actors are found by name, answer as shards in this process do, and come back by themselves."""
+
+import os
+import signal
+import time
+import uuid
+
+import pytest
+import torch
+
+from trinity.config import OptimConfig, PlacementConfig, preset
+from trinity.errors import DeadlineExceeded, StepConflict, Unavailable
+from trinity.messages import Load
+from trinity.pool import local_pool
+
+MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
+LAYER = MODEL.moe_layers[0]
+
+
+@pytest.fixture
+def pool(ray_session, tmp_path):
+    from actors import pool as pools
+
+    settings = PlacementConfig(pool=f"p-{uuid.uuid4().hex[:8]}", num_shards=2, call_timeout_s=30)
+    made = pools.create(settings, "trinity", MODEL, OptimConfig(), str(tmp_path / "placement"))
+    yield made
+    pools.destroy(settings.pool, "trinity")
+    assert not pools.exists(settings.pool, "trinity")
+
+
+def batch(num_tokens=50):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, MODEL.hidden_size, generator=rng, requires_grad=True)
+    ids = torch.rand(num_tokens, MODEL.num_experts, generator=rng).topk(2).indices
+    return x, ids, torch.rand(num_tokens, 2, generator=rng, requires_grad=True)
+
+
+def test_a_pool_of_actors_is_a_pool_of_shards(pool, ray_session, tmp_path):
+    from actors import pool as pools
+
+    with pytest.raises(Unavailable, match="has no weights yet"):
+        pool.timeout_s, before = 0.5, pool.timeout_s
+        pool.dispatcher()(LAYER, *batch())
+    pool.timeout_s = before
+    local = local_pool(MODEL, Load(seed=3), num_shards=2, optim=OptimConfig(), backend="torch")
+    assert pool.load(Load(seed=3)) == 0
+    found = pools.connect(pool.name, "trinity")
+    assert found.table == pool.table
+
+    answers = []
+    for one in (found, local):
+        x, ids, weights = batch()
+        y = one.dispatcher()(LAYER, x, ids, weights)
+        answers.append((y, *torch.autograd.grad(y.square().sum(), [x, weights])))
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    assert {(s.shard, s.version, s.cached_ops) for s in found.status()} == {("shard-0", 0, 1), ("shard-1", 0, 1)}
+    assert (tmp_path / "placement" / "epoch-00000001.json").is_file()
+    with pytest.raises(StepConflict, match="the caller wants 7"):
+        found.dispatcher(version=7)(LAYER, *batch())
+
+
+def test_a_killed_shard_comes_back_with_its_weights_while_its_callers_wait(pool, ray_session):
+    pool.load(Load(seed=3))
+    dispatcher = pool.dispatcher()
+    x, ids, weights = (t.detach() for t in batch())
+    want = dispatcher(LAYER, x, ids, weights)
+    _, pid = ray_session.get(pool.shards["shard-1"].where.remote())
+    os.kill(pid, signal.SIGKILL)
+    assert torch.equal(dispatcher(LAYER, x, ids, weights), want)
+    assert ray_session.get(pool.shards["shard-1"].where.remote())[1] != pid
+
+
+def test_nobody_waits_past_the_deadline_for_a_stopped_shard(pool, ray_session):
+    pool.load(Load(seed=3))
+    _, pid = ray_session.get(pool.shards["shard-0"].where.remote())
+    pool.timeout_s = 1.0
+    x, ids, weights = (t.detach() for t in batch())
+    dispatcher = pool.dispatcher()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="shard-0 did not answer 'infer' in time"):
+            dispatcher(LAYER, x, ids, weights)
+        assert time.monotonic() - started < 5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    pool.timeout_s = 30.0
+    pool.dispatcher()(LAYER, x, ids, weights)
+    assert pool.versions() == {"shard-0": 0, "shard-1": 0}
+
+
+def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, ray_session, tmp_path):
+    from actors.pool import _actor
+
+    service = _actor(pool.name, "placement", "trinity")
+    grown = pool.table.with_replica((LAYER, 0), "shard-1")
+    assert ray_session.get(service.publish.remote(grown)) == 2
+    assert ray_session.get(service.publish.remote(grown)) == 2
+    with pytest.raises(StepConflict, match="epoch 2 does not follow"):
+        ray_session.get(service.publish.remote(pool.table.with_replica((LAYER, 1), "shard-1")))
+    ray_session.kill(service, no_restart=False)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            assert ray_session.get(service.current.remote()) == grown
+            break
+        except ray_session.exceptions.RayActorError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the placement service did not come back")

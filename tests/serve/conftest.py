@@ -1,0 +1,55 @@
+"""A gateway over a fake engine, on loopback ports of its own; `fake` is importable by Ray's workers too."""
+
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import httpx
+import pytest
+from fake import FakeEngine, fake_tokenizer
+
+from serving.engine import LocalClient
+from serving.frontend import Frontend
+from serving.gateway import Gateway
+from trinity.config import ServeConfig
+
+
+class Running:
+    """A started gateway with its engine, and clients' addresses."""
+
+    def __init__(self, gateway, engine):
+        self.gateway, self.engine, self.front = gateway, engine, gateway.front
+        self.url, self.grpc_address = gateway.addresses
+
+
+@asynccontextmanager
+async def running(engine=None, **serve):
+    engine = engine or FakeEngine()
+    config = ServeConfig(**{"http_port": 0, "grpc_port": 0, "drain_timeout_s": 5, **serve})
+    client = LocalClient(engine, fake_tokenizer(), "fake")
+    gateway = Gateway(Frontend(client, client.tokenizer, await client.info(), config))
+    await gateway.start()
+    try:
+        yield Running(gateway, engine)
+    finally:
+        await gateway.stop()
+
+
+@pytest.fixture
+async def server():
+    async with running() as found:
+        yield found
+
+
+@pytest.fixture
+async def http(server):
+    async with httpx.AsyncClient(base_url=server.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def start():
+    """`async with start(engine, api_key=...) as server` for a gateway with settings of its own."""
+    return running

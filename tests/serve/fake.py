@@ -1,0 +1,77 @@
+"""A stand-in for AsyncEngine: same API, no model. It answers a prompt with the prompt's own tokens, over and over.
+
+`delay_s` is the time of a token; `held` counts what a real engine would hold in its cache; `fail_after` makes request
+streams raise after so many tokens. A prompt whose text has "crash" ends the process at its third token.
+"""
+
+import asyncio
+import functools
+import os
+from dataclasses import dataclass
+
+from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
+from trinity.errors import Unavailable
+from trinity.tokenizer import Tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog; 0123456789 def function(argument): return None\n" * 40
+
+
+@functools.cache
+def fake_tokenizer() -> Tokenizer:
+    return Tokenizer.train(iter([TEXT]), vocab_size=300)
+
+
+@dataclass(frozen=True)
+class Stats:
+    num_running: int
+    num_waiting: int = 0
+
+
+class FakeEngine:
+    def __init__(self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, crashes=False):
+        self.max_model_len, self.delay_s, self.crashes = max_model_len, delay_s, crashes
+        self.fail_after, self.error = fail_after, error or Unavailable("a shard is gone")
+        self.held: set[str] = set()
+        self.seen: list[SamplingParams] = []
+        self.healthy = True
+        self.tokenizer = fake_tokenizer()
+
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):
+        self.seen.append(params)
+        self.held.add(request_id)
+        room = min(params.max_tokens, self.max_model_len - len(prompt_ids))
+        try:
+            for at in range(room):
+                await asyncio.sleep(self.delay_s)
+                yield self._delta(request_id, prompt_ids, params, at, at + 1 == room)
+        finally:
+            self.held.discard(request_id)
+
+    def _delta(self, request_id, prompt_ids, params, at, last):
+        if at == self.fail_after:
+            raise self.error
+        if self.crashes and at == 3 and "crash" in self.tokenizer.decode(prompt_ids):
+            os._exit(1)
+        token = prompt_ids[at % len(prompt_ids)]
+        top = tuple((i, -1.0 - i) for i in range(params.logprobs or 0))
+        return Delta(
+            request_id,
+            text=self.tokenizer.decode([token], skip_special=True),
+            token_ids=(token,),
+            logprobs=None if params.logprobs is None else (TokenLogprobs(token, -0.5, top),),
+            finish_reason="length" if last else None,
+            num_prompt_tokens=len(prompt_ids),
+            num_generated_tokens=at + 1,
+            version=7,
+        )
+
+    def stats(self):
+        return Stats(len(self.held))
+
+    def close(self):
+        self.healthy = False
+
+
+def build(checkpoint: str, config_json: str):
+    """The engine factory of the Ray tests."""
+    return FakeEngine(max_model_len=4096, delay_s=0.01, crashes=True), fake_tokenizer(), checkpoint

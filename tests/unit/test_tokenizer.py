@@ -1,0 +1,245 @@
+"""Tokenizers: every text comes back, streams show whole characters, transformers agrees, templates are caged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from trinity.errors import CheckpointError, ConfigError, InvalidRequest
+from trinity.tokenizer import MARKERS, SPECIALS, IncrementalDecoder, Tokenizer, render_chat, train_tokenizer
+
+CORPUS = [Path(module.__file__).read_text() for module in (json, subprocess)] + [
+    "家族写真を見る 👩‍👩‍👧 naïve 12345678 ½ x²"
+]
+TOKENIZER = Tokenizer.train(iter(CORPUS), 700)
+IDS = st.lists(st.integers(-2, TOKENIZER.vocab_size + 3))
+TEXTS = st.lists(st.text() | st.binary().map(lambda b: b.decode("utf-8", "replace")) | st.sampled_from(SPECIALS)).map(
+    "".join
+)
+USER = [{"role": "user", "content": "hi"}]
+CALL = {"function": {"name": "add", "arguments": {"a": "é<'"}}}
+
+
+@given(TEXTS)
+def test_every_text_comes_back(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "👩‍👩‍👧‍👦", "\ufeff\u200d", "\r\n\r\n\t ", "1" * 100_000, " " * 100_000 + "x", "<|im_end|>" * 3]
+)
+def test_hard_texts_come_back(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(IDS)
+def test_decode_agrees_with_the_tokenizers_library(ids):
+    library = tokenizers.Tokenizer.from_str(TOKENIZER.to_json())
+    known = [i for i in ids if 0 <= i < TOKENIZER.vocab_size]
+    assert TOKENIZER.decode(ids) == library.decode(known, skip_special_tokens=False)
+    assert TOKENIZER.decode(ids, skip_special=True) == library.decode(known, skip_special_tokens=True)
+
+
+@given(IDS, st.booleans())
+def test_pushes_and_flush_are_the_decoded_text(ids, skip_special):
+    decoder = IncrementalDecoder(TOKENIZER, skip_special)
+    assert "".join([decoder.push(i) for i in ids]) + decoder.flush() == TOKENIZER.decode(ids, skip_special)
+
+
+@given(TEXTS)
+def test_a_stream_never_shows_part_of_a_character(text):
+    decoder, shown = IncrementalDecoder(TOKENIZER), ""
+    for i in TOKENIZER.encode(text):
+        shown += decoder.push(i)
+        assert text.startswith(shown)
+    assert shown == text
+    assert decoder.flush() == ""
+
+
+def test_emoji_split_over_tokens_comes_whole():
+    ids = TOKENIZER.encode("🦜")
+    assert len(ids) > 1
+    decoder = IncrementalDecoder(TOKENIZER)
+    assert [decoder.push(i) for i in ids] == [""] * (len(ids) - 1) + ["🦜"]
+    decoder.push(ids[0])
+    assert decoder.flush() == "\ufffd"
+
+
+def test_special_ids_are_the_familys():
+    assert [TOKENIZER.bos_id, TOKENIZER.eos_id] == [0, 3]
+    assert [TOKENIZER.encode(name) for name in SPECIALS] == [[i] for i in range(13)]
+    assert SPECIALS[12] == "<|pad|>"
+    assert TOKENIZER.special_ids.isdisjoint(TOKENIZER.encode("".join(MARKERS)))
+    assert (
+        TOKENIZER.decode(TOKENIZER.encode("<|im_start|><think>x</think><|im_end|>"), skip_special=True)
+        == "<think>x</think>"
+    )
+    assert TOKENIZER.encode("a", add_special=True) == [0, *TOKENIZER.encode("a")]
+
+
+@given(st.integers(0, 10**40))
+def test_digits_are_cut_in_threes_from_the_right(number):
+    pieces = train_tokenizer(iter(["x"]), 269).pre_tokenizer.pre_tokenize_str(str(number))
+    assert [piece for piece, _ in pieces] == f"{number:,}".split(",")
+
+
+def test_pieces_of_mixed_text():
+    pieces = train_tokenizer(iter(["x"]), 269).pre_tokenizer.pre_tokenize_str("v1234 写真12 don't (foo) \n\n  bar")
+    assert (
+        "|".join(p for p, _ in pieces).replace("Ġ", " ").replace("Ċ", "\n")
+        == "v|1|234| |åĨĻçľŁ|12| don|'t| (|foo|)| \n\n| | bar"
+    )
+
+
+def test_training_is_deterministic_whatever_the_number_of_threads():
+    code = "import sys, trinity.tokenizer as t; print(t.train_tokenizer(iter([sys.stdin.read()]), 900).to_str())"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], input="\n".join(CORPUS), text=True, env=env, capture_output=True)
+        for env in ({"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "3"})
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    assert Tokenizer(tokenizers.Tokenizer.from_str(runs[0].stdout), {}, None).vocab_size == 900
+
+
+def test_small_vocabularies():
+    assert Tokenizer.train(iter(["abab"]), 5000).vocab_size < 280
+    with pytest.raises(ConfigError, match="vocab_size 100 < 269"):
+        train_tokenizer(iter(["x"]), 100)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(InvalidRequest, match="character 2"):
+        TOKENIZER.encode("ab\ud800")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_again(tmp_path):
+    TOKENIZER.save(tmp_path / "a")
+    for source in (tmp_path / "a", tmp_path / "a" / "tokenizer.json"):
+        loaded = Tokenizer.load(source)
+        loaded.save(tmp_path / "b")
+        for file in (tmp_path / "a").iterdir():
+            assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_transformers_loads_it_and_agrees(tmp_path):
+    TOKENIZER.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 3, 12)
+    for text in [*CORPUS, "<|im_start|>user\nhi<|im_end|>"]:
+        assert theirs(text).input_ids == TOKENIZER.encode(text, add_special=True)
+        assert theirs.decode(TOKENIZER.encode(text)) == text
+
+
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "add"}}]])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chats_render_as_in_transformers(tmp_path, tools, add_generation_prompt):
+    TOKENIZER.save(tmp_path)
+    messages = [
+        {"role": "system", "content": "be brief"},
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+    ]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+    assert render_chat(TOKENIZER.chat_template, messages, add_generation_prompt, tools) == expected
+
+
+def test_plain_chatml():
+    expected = "<|begin_of_text|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert render_chat(TOKENIZER.chat_template, USER) == expected
+
+
+def test_older_spellings_of_the_config(tmp_path):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    templates = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    config = {
+        "eos_token": {"content": "<|end_of_text|>"},
+        "chat_template": templates,
+        "auto_map": {"AutoTokenizer": "x.py"},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id, loaded.chat_template) == (1, 0, "yes")
+    loaded.save(tmp_path / "out")
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+
+
+def _word_level(folder):
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (lambda d: (d / "tokenizer.json").unlink(), CheckpointError, "tokenizer.json is missing"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), CheckpointError, "is not a tokenizer.json"),
+        (lambda d: (d / "tokenizer.json").write_bytes(b"\xff"), CheckpointError, "is not a tokenizer.json"),
+        (lambda d: (d / "tokenizer_config.json").write_text("["), CheckpointError, "is not JSON"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[]"), CheckpointError, "found list"),
+        (lambda d: (d / "tokenizer_config.json").write_text('{"bos_token": "<s>"}'), CheckpointError, "no token '<s>'"),
+        (_word_level, CheckpointError, "only byte-level"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, spoil, error, says):
+    TOKENIZER.save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(error, match=says):
+        Tokenizer.load(tmp_path)
+
+
+def test_missing_path_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere does not exist"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+# --- chat templates -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('only one system turn') }}", "only one system turn"),
+        ("{% if", "refused"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages[0].missing.deeper }}", "missing"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ render_chat.__globals__ }}", "undefined"),
+        ("{{ 'a' * 1000000000 }}", "only allowed to multiply numbers"),
+        ("{{ 9 ** 9 }}", "only allowed to multiply numbers"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "1,000,000 lines"),
+        ("{% for a in range(99999) %}{{ messages }}{% endfor %}", "exceeds 4,194,304 characters"),
+        ("{% include '/etc/passwd' %}", "refused"),
+    ],
+)
+def test_a_hostile_template_ends_in_a_refusal(template, says):
+    with pytest.raises(InvalidRequest, match=says):
+        render_chat(template, [{"role": "user", "content": "x" * 100}])
+
+
+def test_what_published_templates_use():
+    template = (
+        "{%- for m in messages -%}\n    {%- if loop.index > 1 -%}{%- break -%}{%- endif -%}\n"
+        "{{ m.content | trim | upper }}{{ m | tojson(indent=1) }}\n{%- endfor -%}{{ 2 * 3 }}"
+        "{{ strftime_now('%Y')[:1] }}"
+    )
+    assert render_chat(template, [*USER, *USER]) == 'HI{\n "role": "user",\n "content": "hi"\n}62'
+
+
+def test_rendering_leaves_no_trace_function_behind():
+    before = sys.gettrace()
+    render_chat(TOKENIZER.chat_template, USER * 1000)
+    with pytest.raises(InvalidRequest):
+        render_chat("{{ raise_exception('x') }}", USER)
+    assert sys.gettrace() is before

@@ -1,0 +1,223 @@
+"""The trainer without Ray: against plain autograd, over shard counts, resumed, and with a gradient that is not finite."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from trinity.checkpoint import list_checkpoints
+from trinity.config import Config
+from trinity.data import prepare
+from trinity.dispatch import LocalTransport
+from trinity.messages import Load
+from trinity.model.afmoe import Afmoe
+from trinity.model.attention import PackedAttention, packed_positions
+from trinity.model.init import init_weights
+from trinity.model.losses import sequence_balance_loss
+from trinity.model.params import is_hidden_matrix
+from trinity.optim import Matrix, Optimizer, lr_factor, orthogonalize
+from trinity.pool import local_pool
+from trinity.trainer import Alone, Trainer
+
+SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(12):
+        (folder / f"{n}.txt").write_text(" ".join(f"word{(n * i) % 37} is {i * n}" for i in range(300)))
+    return folder
+
+
+def config_for(texts, out_dir, **train):
+    train = dict(steps=6, seq_len=32, global_batch_size=4, micro_batch_size=2, eval_every=0, eval_sequences=4) | train
+    return Config.from_tree(
+        {
+            "model": {"preset": "tiny", **SMALL},
+            "data": {"train": [str(texts)], "val_fraction": 0.2},
+            "train": {**train, "out_dir": str(out_dir)},
+            "optim": {"warmup_steps": 2, "z_loss": 1e-3, "balance_loss": 1e-2},
+        }
+    )
+
+
+def trainer_for(config, num_shards=1):
+    pool = local_pool(config.model, Load(), num_shards=num_shards, optim=config.optim, backend="torch")
+    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, config.train.out_dir), Alone())
+    trainer.start()
+    return trainer
+
+
+def all_weights(trainer):
+    weights = dict(trainer.model.state_dict())
+    for shard in trainer.pool.transport.shards.values():
+        weights.update(shard._named(shard.spec.experts))
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def assert_close(a, b, atol):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Dense(torch.nn.Module):
+    """Routed experts as ordinary parameters: no dispatch, no shards, no custom autograd."""
+
+    def __init__(self, config, source):
+        super().__init__()
+        self.matrices = torch.nn.ParameterDict(
+            {name.replace(".", "/"): tensor.clone() for name, tensor in source.items() if ".mlp.experts." in name}
+        )
+
+    def __call__(self, layer, x_TD, ids_TK, weights_TK):
+        y_TD = torch.zeros_like(x_TD)
+        for e in range(SMALL["num_experts"]):
+            gate, up, down = (
+                self.matrices[f"model/layers/{layer}/mlp/experts/{e}/{p}_proj/weight"] for p in ("gate", "up", "down")
+            )
+            weight_T = (weights_TK * (ids_TK == e)).sum(-1)
+            y_TD = y_TD + weight_T[:, None] * ((torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T)
+        return y_TD
+
+
+def train_plainly(config, start, data):
+    """The same run as one ordinary torch program: one graph, autograd everywhere, one clip, one optimizer."""
+    dense = Dense(config.model, start)
+    model = Afmoe(config.model, dense)
+    init_weights(model, config.model, config.train.seed)
+    names = dict(model.named_parameters()) | {n.replace("/", "."): p for n, p in dense.matrices.items()}
+    matrices = {n: Matrix(*p.shape) for n, p in names.items() if is_hidden_matrix(n, p)}
+    optimizer = Optimizer({n: p.detach() for n, p in names.items()}, matrices, config.optim)
+    settings, losses = config.train, []
+    for step in range(settings.steps):
+        batch = data.train.batch(step, settings.global_batch_size, 0, 1, 0, settings.global_batch_size)
+        num, seq = batch.ids_BS.shape
+        out = model(
+            batch.ids_BS.flatten(), packed_positions(num, seq), PackedAttention(config.model, batch.docs_BS, num, seq)
+        )
+        logits, targets = model.logits(out.hidden_TD), batch.targets_BS.flatten()
+        ce = torch.nn.functional.cross_entropy(logits, targets)
+        z = config.optim.z_loss * logits.logsumexp(-1).square().mean()
+        loss = ce + z + sequence_balance_loss(out.routing, config.model, num, seq, config.optim.balance_loss)
+        grads = dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        scale = min(1.0, config.optim.grad_clip / norm)
+        factor = lr_factor(step + 1, config.optim, settings.steps)
+        optimizer.step(grads, config.optim.muon_lr * factor, config.optim.adamw_lr * factor, scale)
+        losses.append((float(ce.detach()), norm))
+    return losses, {n: p.detach() for n, p in names.items()}
+
+
+def test_training_through_shards_equals_an_ordinary_program(texts, tmp_path):
+    config = config_for(texts, tmp_path, steps=5).replace(optim={"bias_update": "none"})
+    trainer = trainer_for(config, num_shards=2)
+    want, want_weights = train_plainly(config, all_weights(trainer), trainer.data)
+    got = [trainer.step() for _ in range(config.train.steps)]
+    torch.testing.assert_close([(m.loss, m.grad_norm) for m in got], want, atol=1e-5, rtol=1e-5)
+    mine = {n: t for n, t in all_weights(trainer).items() if not n.endswith("expert_bias")}
+    assert_close(mine, want_weights, atol=1e-5)
+
+
+def test_1_2_and_4_shards_train_alike(texts, tmp_path):
+    runs = []
+    for num_shards in (1, 2, 4):
+        trainer = trainer_for(config_for(texts, tmp_path / str(num_shards)), num_shards)
+        runs.append(([trainer.step().loss for _ in range(6)], all_weights(trainer)))
+    for losses, weights in runs[1:]:
+        torch.testing.assert_close(losses, runs[0][0], atol=1e-5, rtol=0)
+        assert_close(weights, runs[0][1], atol=1e-5)
+    assert runs[0][0][-1] < runs[0][0][0]
+
+
+def test_resumed_equals_uninterrupted_bitwise_on_another_number_of_shards(texts, tmp_path):
+    whole = trainer_for(config_for(texts, tmp_path / "whole"))
+    want = [whole.step().loss for _ in range(6)]
+    first = trainer_for(config_for(texts, tmp_path / "cut"))
+    got = [first.step().loss for _ in range(3)]
+    assert first.save().name == "step-000003"
+    second = trainer_for(config_for(texts, tmp_path / "cut"), num_shards=1)
+    assert (second.version, second.position) == (3, 3)
+    got += [second.step().loss for _ in range(3)]
+    assert got == want
+    weights = all_weights(whole)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in all_weights(second).items())
+    third = trainer_for(config_for(texts, tmp_path / "cut"), num_shards=4)
+    torch.testing.assert_close([third.step().loss for _ in range(3)], want[3:], atol=1e-5, rtol=0)
+
+
+def test_gradients_that_are_not_finite_skip_the_step_everywhere(texts, tmp_path):
+    trainer = trainer_for(config_for(texts, tmp_path), num_shards=2)
+    trainer.step()
+    before = all_weights(trainer)
+
+    class Poison(LocalTransport):
+        def send(self, shard, verb, message):
+            reply = super().send(shard, verb, message)
+            if verb == "backward" and shard == "shard-1":
+                self.shards[shard].grads[f"{message.layer}.gate"][0, 0, 0] = math.nan
+            return reply
+
+    clean = trainer.dispatcher.transport
+    trainer.dispatcher.transport = Poison(clean.shards)
+    metrics = trainer.step()
+    assert (metrics.skipped, trainer.version, trainer.position) == (1, 1, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in all_weights(trainer).items())
+    trainer.dispatcher.transport = clean
+    assert math.isfinite(trainer.step().loss)
+    assert (trainer.version, trainer.position) == (2, 3)
+
+
+def test_run_evaluates_saves_and_reports(texts, tmp_path):
+    trainer = trainer_for(config_for(texts, tmp_path, steps=4, eval_every=2, save_every=2, keep_checkpoints=1))
+    result = trainer.run()
+    assert result["version"] == 4
+    assert math.isfinite(result["val_loss"])
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000004"]
+    state = json.loads((tmp_path / "step-000004" / "training" / "state.json").read_text())
+    assert (state["position"], state["num_skipped"]) == (4, 0)
+    assert "api_key" not in json.dumps(state)
+
+
+def test_intra_document_masks_change_the_loss(texts, tmp_path):
+    (texts / "lines.jsonl").write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(200)))
+    masked = trainer_for(config_for(texts, tmp_path / "a")).step().loss
+    plain = trainer_for(config_for(texts, tmp_path / "b").replace(data={"intra_document_mask": False})).step().loss
+    assert masked != plain
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (3, 6, 4)])
+def test_orthogonalised_updates_have_singular_values_near_one(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonalize(g))
+    assert singular.min() > 0.6
+    assert singular.max() < 1.4
+    torch.testing.assert_close(orthogonalize(g.mT), orthogonalize(g).mT, atol=1e-5, rtol=0)
+    assert not orthogonalize(torch.zeros(shape)).any()
+
+
+def test_adamw_equals_torch():
+    torch.manual_seed(0)
+    config = Config.from_tree({"model": "tiny"}).optim
+    mine, theirs = torch.randn(6, 4), torch.nn.Parameter(torch.zeros(6, 4))
+    theirs.data.copy_(mine)
+    reference = torch.optim.AdamW(
+        [theirs], lr=3e-3, betas=config.adamw_betas, eps=config.adamw_eps, weight_decay=config.weight_decay
+    )
+    optimizer = Optimizer({"w": mine}, {}, config)
+    for _ in range(5):
+        grad = torch.randn(6, 4)
+        optimizer.step({"w": grad}, muon_lr=0.0, adamw_lr=3e-3)
+        theirs.grad = grad.clone()
+        reference.step()
+    torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_schedule_warms_up_stays_and_decays():
+    optim = Config.from_tree({"model": "tiny"}).optim
+    linear = optim.model_copy(update=dict(warmup_steps=10, decay="linear", decay_start=50, final_lr_ratio=0.1))
+    assert [round(lr_factor(s, linear, 100), 3) for s in (1, 10, 50, 75, 100)] == [0.1, 1.0, 1.0, 0.55, 0.1]
+    cosine = linear.model_copy(update=dict(decay="cosine"))
+    assert [round(lr_factor(s, cosine, 100), 3) for s in (50, 75, 100)] == [1.0, 0.55, 0.1]

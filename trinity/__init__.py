@@ -1,0 +1,23 @@
+"""Trinity: train and serve sparse mixture-of-experts models on one pool of live experts.
+
+`from trinity import LLM, Config` is all most programs need. Imports are lazy so that `trinity --help` stays quick.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Config", "__version__"]
+
+if TYPE_CHECKING:
+    from trinity.config import Config
+    from trinity.engine.llm import LLM
+
+_HOMES = {"LLM": "trinity.engine.llm", "Config": "trinity.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trinity' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

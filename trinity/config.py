@@ -1,0 +1,409 @@
+"""One frozen tree of settings: defaults < YAML file < `--dotted.flags`.
+
+Every value has its unit in its name. Unknown keys are refused with the nearest match. The environment is read here
+and nowhere else. Importable without torch and without Ray, so that a configuration can be checked anywhere.
+"""
+
+import difflib
+import os
+import secrets
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trinity.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+class Frozen(BaseModel):
+    """Base of every setting: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+
+
+class ModelConfig(Frozen):
+    """An AFMoE architecture, with the field names of its Hugging Face `config.json` (shared words, no translation)."""
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    moe_intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_dense_layers: int = Field(ge=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    num_experts: int = Field(gt=0)
+    num_experts_per_tok: int = Field(gt=0)
+    num_shared_experts: int = Field(ge=0)
+    route_scale: float
+    sliding_window: int = Field(gt=0)
+    global_attn_every_n_layers: int = Field(default=4, gt=0)
+    layer_types: tuple[LayerType, ...] = ()
+    max_position_embeddings: int = Field(gt=0)
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    mup_enabled: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 3
+    pad_token_id: int | None = 12
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_layer_types(cls, data: Any) -> Any:
+        """Every n-th layer attends globally, the others within their window, unless listed one by one."""
+        if isinstance(data, dict) and not data.get("layer_types") and "num_hidden_layers" in data:
+            every = data.get("global_attn_every_n_layers", 4)
+            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(data["num_hidden_layers"])]
+            data = {**data, "layer_types": tuple(kinds)}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        checks = [
+            (len(self.layer_types) == self.num_hidden_layers, f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"),
+            (self.num_experts_per_tok <= self.num_experts, f"num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}"),
+            (self.num_attention_heads % self.num_key_value_heads == 0, f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"),
+            (self.num_dense_layers <= self.num_hidden_layers, f"num_dense_layers {self.num_dense_layers} > num_hidden_layers {self.num_hidden_layers}"),
+            (self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rotary embeddings"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(message)
+        return self
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with routed experts."""
+        return tuple(range(self.num_dense_layers, self.num_hidden_layers))
+
+    @cached_property
+    def expert_params(self) -> int:
+        """Parameters of one routed expert."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+
+class OptimConfig(Frozen):
+    """Muon for hidden matrices, AdamW for embeddings, head, norms and router gates; per-stage learning-rate schedule.
+
+    Momentum, weight decay, betas and clip are not published for Trinity: these are the usual ones (docs/training.md).
+    """
+
+    muon_lr: float = Field(default=1e-3, gt=0)
+    adamw_lr: float = Field(default=3e-4, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_nesterov: bool = False
+    muon_steps: int = Field(default=5, ge=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    adamw_eps: float = 1e-8
+    grad_clip: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    decay: Literal["linear", "cosine", "none"] = "linear"
+    decay_start: int | None = Field(default=None, description="first step of the decay; default: right after warmup")
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    bias_update: Literal["smebu", "sign", "none"] = "smebu"
+    smebu_lambda: float = 5e-4
+    smebu_beta: float = 0.5
+    smebu_kappa: float = 2.0
+    sign_gamma: float = 1e-3
+    z_loss: float = Field(default=1e-6, ge=0)
+    balance_loss: float = Field(default=1e-4, ge=0)
+
+
+class DataConfig(Frozen):
+    """Where text comes from. `train` and `val` take files, folders and globs of .txt/.py/.md…, .jsonl and .parquet;
+    the word `stdlib` stands for the source files of Python's standard library."""
+
+    train: tuple[str, ...] = ("stdlib",)
+    val: tuple[str, ...] = ()
+    val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
+    text_field: str = "text"
+    tokenizer: str | None = Field(default=None, description="a tokenizer.json or a checkpoint folder; default: train one")
+    intra_document_mask: bool = True
+    max_documents: int | None = None
+
+
+class TrainConfig(Frozen):
+    out_dir: str = "runs/train"
+    steps: int = Field(default=1000, ge=1)
+    seq_len: int = Field(default=256, ge=2)
+    global_batch_size: int = Field(default=16, ge=1, description="sequences in one optimizer step, over all workers")
+    micro_batch_size: int = Field(default=8, ge=1, description="sequences in one forward pass of one worker")
+    num_workers: int = Field(default=1, ge=1)
+    num_gpus_per_worker: float = Field(default=0, ge=0)
+    num_threads_per_worker: int = Field(default=1, ge=1)
+    seed: int = 0
+    eval_every: int = Field(default=100, ge=0, description="steps; 0: only at the end")
+    eval_sequences: int = Field(default=32, ge=0)
+    save_every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    init_from: str | None = Field(default=None, description="checkpoint whose weights start this run (fine-tuning)")
+    resume: bool = False
+    max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        per_pass = self.micro_batch_size * self.num_workers
+        if self.global_batch_size % per_pass:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x num_workers = {per_pass}"
+            )
+        return self
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches that each worker runs in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+
+
+class PlacementConfig(Frozen):
+    """The pool of expert shards and how rows reach it."""
+
+    pool: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    num_shards: int = Field(default=2, ge=1)
+    transport: Literal["ray", "local"] = "ray"
+    backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_cpus_per_shard: float = Field(default=0, ge=0)
+    num_gpus_per_shard: float = Field(default=0, ge=0)
+    num_threads_per_shard: int = Field(default=1, ge=1)
+    activation_cache_bytes: int = Field(default=2 << 30, ge=0, description="forward activations a shard keeps for backward")
+    call_timeout_s: float = Field(default=120.0, gt=0)
+    ready_timeout_s: float = Field(default=180.0, gt=0)
+    state_dir: str | None = Field(default=None, description="where epochs are persisted; default: OUT_DIR/placement")
+
+
+class EngineConfig(Frozen):
+    """Continuous batching and the paged KV cache."""
+
+    max_model_len: int | None = Field(default=None, ge=2, description="prompt + generated tokens; default: the model's")
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
+    max_num_waiting: int = Field(default=1024, ge=1)
+    block_size: int = Field(default=16, ge=1)
+    kv_cache_bytes: int = Field(default=256 << 20, ge=1)
+    num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
+    num_threads: int = Field(default=1, ge=1)
+
+
+class ServeConfig(Frozen):
+    """The HTTP and gRPC edges. Loopback unless `allow_remote` is set and an API key is configured."""
+
+    host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    grpc_port: int = Field(default=9000, ge=0, le=65535)
+    allow_remote: bool = False
+    api_key: str | None = Field(default=None, repr=False, description="also from TRINITY_API_KEY")
+    served_model_name: str | None = None
+    num_engines: int = Field(default=1, ge=1)
+    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    max_requests_per_engine: int = Field(default=48, ge=1, description="running requests at which another engine starts")
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_body_bytes: int = Field(default=2 << 20, ge=1024)
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    drain_timeout_s: float = Field(default=20.0, ge=0)
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServeConfig":
+        if not self.is_loopback and not (self.allow_remote and self.api_key):
+            raise ValueError(
+                f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
+            )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together; one of them is missing")
+        return self
+
+
+class ClusterConfig(Frozen):
+    address: str = Field(default="local", description="`local` starts Ray here; `auto` or host:port joins a cluster")
+    namespace: str = "trinity"
+    num_cpus: int = Field(default=2, ge=1, description="for `local`")
+    auth: Literal["disabled", "token"] = Field(default="token", description="RAY_AUTH_MODE, unless it is already set")
+
+
+class Config(Frozen):
+    """Everything. `Config.load("run.yaml", ["--train.steps", "20"])`."""
+
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    placement: PlacementConfig = PlacementConfig()
+    engine: EngineConfig = EngineConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> "Config":
+        """Merge `base` < the YAML file < flags like `--train.steps 20`. Raises ConfigError that names key and remedy."""
+        tree = _merge(base, read_yaml(path) if path else {})
+        tree = _merge(tree, parse_flags(flags))
+        return cls.from_tree(tree)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Config":
+        """Validate a plain nested mapping; `model` may be a preset's name or a mapping with `preset`."""
+        _refuse_unknown(cls, tree)
+        tree = _expand_preset(dict(tree))
+        key = os.environ.get("TRINITY_API_KEY")
+        if key and "api_key" not in tree.get("serve", {}):
+            tree["serve"] = {**tree.get("serve", {}), "api_key": key}
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentence(e) for e in error.errors())) from None
+
+    def replace(self, **sections: Mapping[str, Any]) -> "Config":
+        """A copy with some fields of some sections changed, validated again: `cfg.replace(train={"steps": 5})`."""
+        tree = self.model_dump()
+        return type(self).from_tree(_merge(tree, sections))
+
+
+def preset(name: str) -> ModelConfig:
+    """The architecture of a preset: tiny, nano, mini or large."""
+    return Config.from_tree({"model": name}).model
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def setup_environment(auth: str, is_local: bool = True) -> None:
+    """Variables that Ray's processes must see before `import ray`; sets those that are missing.
+
+    A local cluster gets a token of its own, which only its processes inherit and no file keeps.
+    """
+    wanted = {
+        "RAY_AUTH_MODE": auth,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    if auth == "token" and is_local:
+        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for key, value in wanted.items():
+        os.environ.setdefault(key, value)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"configuration file {file} does not exist; presets are {', '.join(preset_names())}")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections such as `train:`, found {type(tree).__name__}")
+    return tree
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """`["--train.steps", "20", "--train.resume"]` -> {"train": {"steps": 20, "resume": True}}; values are YAML scalars."""
+    tree: dict[str, Any] = {}
+    for key, value in _flag_pairs(flags):
+        node = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = yaml.safe_load(value)
+    return tree
+
+
+def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    queue = list(flags)
+    while queue:
+        flag = queue.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r} is not a flag; settings are given as --section.key value")
+        key, separator, value = flag[2:].replace("-", "_").partition("=")
+        if separator:
+            value = flag.split("=", 1)[1]
+        elif queue and not queue[0].startswith("--"):
+            value = queue.pop(0)
+        else:
+            value = "true"
+        yield key, value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge; a preset's name as `model` becomes {"preset": name} so that flags can refine it."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if key == "model" and isinstance(old, str):
+            old = {"preset": old}
+        if key == "model" and isinstance(value, str) and isinstance(old, Mapping):
+            value = {"preset": value}
+        out[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Replace `model: name` (or a mapping with `preset`) by the preset's values; its other sections become defaults."""
+    model = tree.get("model")
+    if isinstance(model, str):
+        model = {"preset": model}
+    if not isinstance(model, Mapping) or "preset" not in model:
+        return tree
+    name = model["preset"]
+    if name not in preset_names():
+        raise ConfigError(f"unknown preset {name!r}; there are {', '.join(preset_names())}")
+    own = {key: value for key, value in model.items() if key != "preset"}
+    return _merge(read_yaml(PRESETS / f"{name}.yaml"), {**tree, "model": own})
+
+
+def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> None:
+    """Name the nearest known key for each unknown one (pydantic alone would only say that it is extra)."""
+    for key, value in tree.items():
+        if prefix == "model." and key == "preset":
+            continue
+        if key not in kind.model_fields:
+            near = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.6)
+            near = ([] if prefix else _elsewhere(str(key))) or [prefix + name for name in near]
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
+            raise ConfigError(f"unknown setting {prefix + str(key)!r}; {hint}")
+        inner = _section(kind.model_fields[key].annotation)
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown(inner, value, f"{prefix}{key}.")
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The dotted name of a setting that lives in some section, for keys given at the top level."""
+    sections = {name: _section(field.annotation) for name, field in Config.model_fields.items()}
+    return [f"{name}.{key}" for name, kind in sections.items() if kind and key in kind.model_fields][:1]
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "config"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    got = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and "api_key" not in where else ""
+    return f"{where}: {message}{got}"

@@ -1,0 +1,213 @@
+"""The engine on a thread of its own, as async streams.
+
+One daemon thread runs `engine.step()` while there is work and sleeps on a condition otherwise. Event loops never touch
+the engine: they post commands, which the thread runs between two passes, and get Deltas through one wake-up per loop
+and pass. Whoever leaves a stream early (cancellation, deadline, a closed iterator) aborts its request.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Ids
+from functools import partial
+
+import torch
+
+from trinity.engine.engine import Engine, EngineStats
+from trinity.engine.request import Delta, SamplingParams
+from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
+
+log = logging.getLogger(__name__)
+DRAIN_POLL_S = 0.02
+
+
+class Stream:
+    """One request's way from the engine thread to the event loop that asked. `queue` belongs to the loop."""
+
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop):
+        self.request_id, self.loop = request_id, loop
+        self.queue: asyncio.Queue[Delta | TrinityError] = asyncio.Queue()
+        self.ended = False
+
+
+class AsyncEngine:
+    """Serves requests of any number of event loops from one Engine. Owns the engine from now on."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._changed = threading.Condition()  # guards the four below
+        self._commands: deque[Callable[[], None]] = deque()
+        self._open: set[Stream] = set()
+        self._draining = self._closed = False
+        self._routes: dict[str, Stream] = {}  # the engine thread's own
+        self._thread = threading.Thread(target=self._run, name="trinity-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Ids[int],
+        params: SamplingParams | None = None,
+        deadline_s: float | None = None,
+    ) -> AsyncIterator[Delta]:
+        """Deltas of one request; the last has a finish_reason. `deadline_s` counts from now.
+
+        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, or Unavailable while
+        draining or closed. Leaving early aborts the request and frees its cache.
+        """
+        stream = self._enter(request_id, partial(Stream, request_id, asyncio.get_running_loop()))
+        timer = _deadline(stream, deadline_s) if deadline_s is not None else None
+        try:
+            self._post(partial(self._start, stream, list(prompt_ids), params))
+            while not stream.ended:
+                yield await _next(stream)
+        finally:
+            if timer:
+                timer.cancel()
+            self._leave(stream)
+
+    @property
+    def healthy(self) -> bool:
+        """Does the thread live and take requests? False while draining, and for good after close or a failure."""
+        return self._thread.is_alive() and not (self._draining or self._closed)
+
+    @property
+    def num_open(self) -> int:
+        """Streams that somebody is still reading."""
+        return len(self._open)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
+        """Raise at once what `generate` would raise for a request that can never succeed."""
+        self._engine.validate(prompt_ids, params)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the open streams to end; False if some are still open after timeout_s."""
+        with self._changed:
+            self._draining = True
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        while self._open and loop.time() < end_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        return not self._open
+
+    def close(self) -> None:
+        """Stop the thread after the running pass; open streams raise Unavailable. Calling twice is harmless."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # On the caller's side
+
+    def _enter(self, request_id: str, make: Callable[[], Stream]) -> Stream:
+        with self._changed:
+            if self._closed or self._draining:
+                state = "stopped" if self._closed else "draining"
+                raise Unavailable(f"the engine is {state}; send request {request_id!r} to another", retry_after_s=1.0)
+            stream = make()
+            self._open.add(stream)
+            return stream
+
+    def _leave(self, stream: Stream) -> None:
+        with self._changed:
+            self._open.discard(stream)
+        if not stream.ended:
+            self._post(partial(self._stop, stream))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    # On the engine thread
+
+    def _run(self) -> None:
+        try:
+            torch.set_num_threads(self._engine.settings.num_threads)
+            while self._wait():
+                self._obey()
+                self._deliver(self._engine.step())
+        except Exception:  # the thread's edge: nobody else would tell the waiting streams
+            log.critical("the engine has failed and takes no more requests", exc_info=True)
+        self._shut()
+
+    def _wait(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._commands or self._engine.has_work)
+            return not self._closed
+
+    def _obey(self) -> None:
+        with self._changed:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+
+    def _start(self, stream: Stream, prompt_ids: list[int], params: SamplingParams | None) -> None:
+        try:
+            self._engine.add(stream.request_id, prompt_ids, params)
+        except TrinityError as error:
+            _send({stream: [error]})
+            return
+        self._routes[stream.request_id] = stream
+
+    def _stop(self, stream: Stream) -> None:
+        if self._routes.get(stream.request_id) is stream:
+            del self._routes[stream.request_id]
+            self._engine.abort(stream.request_id)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        items: dict[Stream, list[Delta | TrinityError]] = {}
+        for delta in deltas:
+            items[self._routes[delta.request_id]] = [delta]
+            if delta.finish_reason:
+                del self._routes[delta.request_id]
+        _send(items)
+
+    def _shut(self) -> None:
+        with self._changed:
+            self._closed = True
+            streams = list(self._open)
+        self._routes.clear()
+        _send({stream: [Unavailable("the engine has stopped; send the request again")] for stream in streams})
+
+
+def _deadline(stream: Stream, deadline_s: float) -> asyncio.TimerHandle:
+    message = f"request {stream.request_id!r} was not done in its {deadline_s:g} s; allow more or ask for less"
+    return stream.loop.call_later(max(0.0, deadline_s), stream.queue.put_nowait, DeadlineExceeded(message))
+
+
+async def _next(stream: Stream) -> Delta:
+    item = await stream.queue.get()
+    if isinstance(item, TrinityError):
+        raise item
+    stream.ended = item.finish_reason is not None
+    if item.finish_reason == "error":
+        raise item.cause or TrinityError(item.error or "the request failed")
+    return item
+
+
+def _send(items: dict[Stream, list[Delta | TrinityError]]) -> None:
+    """Put the items into their streams' queues: one wake-up per event loop. A loop that is gone needs nothing."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+    for stream in items:
+        by_loop.setdefault(stream.loop, []).append(stream)
+    for loop, streams in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, [(stream, items[stream]) for stream in streams])
+        except RuntimeError:
+            log.debug("an event loop with %d streams is closed", len(streams))
+
+
+def _put(batch: list[tuple[Stream, list[Delta | TrinityError]]]) -> None:
+    for stream, items in batch:
+        for item in items:
+            stream.queue.put_nowait(item)

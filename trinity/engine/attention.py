@@ -1,0 +1,202 @@
+"""Attention over the paged cache: the `Attend` of the engine's forward passes.
+
+Legend: T tokens of the pass, B decoding sequences, S keys seen, P slots, n tokens of a prefill chunk, H query heads,
+G key-value heads, R = H / G, d head dim.
+The flat T holds the single-token chunks first (longest context first), then the prefill chunks. Slots and masks are
+made once per pass and shared by all layers of a kind. Within a layer the order is: prefill chunks gather their past,
+then all new keys and values are written, then decodes gather. A ring that turns round within a chunk relies on it.
+Grouped heads need no copies of keys: decodes see the R query heads of a group as R queries, prefill as R heads whose
+key has stride 0. Padding repeats a sequence's own slots, so one request's numbers can never reach another.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinity.config import LayerType, ModelConfig
+from trinity.engine.kv_cache import KINDS, SLIDING, BlockTable, CacheLayout, KVCache
+
+PAD_FREELY = 256  # keys; contexts up to this length share one padded call
+MAX_GATHERED = 1 << 18  # padded keys of one decode call: bounds its memory
+MAX_MASK = 1 << 22  # entries of one prefill mask
+
+
+class KVPools:
+    """Keys and values of all layers, one pair of tensors [layers of the kind, P, G, d] per kind; zero at first."""
+
+    def __init__(self, config: ModelConfig, layout: CacheLayout, device: torch.device, dtype: torch.dtype):
+        self.k: dict[LayerType, Tensor] = {}
+        self.v: dict[LayerType, Tensor] = {}
+        for kind in KINDS:
+            num_slots = layout.num_blocks[kind] * layout.block_size
+            shape = (config.layer_types.count(kind), num_slots, config.num_key_value_heads, config.head_dim)
+            self.k[kind] = torch.zeros(shape, device=device, dtype=dtype)
+            self.v[kind] = torch.zeros(shape, device=device, dtype=dtype)
+        types = config.layer_types
+        self.place = [(kind, types[:layer].count(kind)) for layer, kind in enumerate(types)]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """The tokens of a pass, host side. Chunks are in the order of T; `row` is the line in the cache's tables."""
+
+    position_T: np.ndarray
+    row_T: np.ndarray
+    end_T: np.ndarray  # the end of the token's chunk: the sequence's length after this pass
+    num_decodes: int
+    prefills: tuple[tuple[int, int, int], ...]  # (row, start, end) of each longer chunk
+
+
+class Decodes(NamedTuple):
+    rows: slice  # of T
+    slots_BS: Tensor
+    mask_B11S: Tensor | None  # True: may be seen
+
+
+class Tile(NamedTuple):
+    """Some queries of a chunk, and the keys (past and chunk) that they may see; no mask: plainly causal."""
+
+    queries: slice
+    keys: slice
+    mask_qS: Tensor | None
+
+
+class Prefill(NamedTuple):
+    rows: slice  # of T
+    past_P: Tensor | None  # slots of the keys before the chunk
+    tiles: tuple[Tile, ...]
+
+
+class Plan(NamedTuple):
+    """Where the tokens of one pass read and write, in the layers of one kind."""
+
+    write_rows: Tensor | None  # of T; None: all
+    write_slots: Tensor
+    decodes: tuple[Decodes, ...]
+    prefills: tuple[Prefill, ...]
+
+
+class PagedAttention:
+    """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
+
+    def __init__(self, pools: KVPools, cache: KVCache, flat: Flat, window: int):
+        device = next(iter(pools.k.values())).device
+        self._pools = pools
+        self._plans = {
+            kind: make_plan(cache.tables[kind], flat, window if kind == SLIDING else None, device) for kind in KINDS
+        }
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        kind, index = self._pools.place[layer]
+        plan, k_PGd, v_PGd = self._plans[kind], self._pools.k[kind][index], self._pools.v[kind][index]
+        out_THd = torch.empty_like(q_THd)
+        for part in plan.prefills:
+            rows = part.rows
+            _prefill(out_THd[rows], q_THd[rows], k_TGd[rows], v_TGd[rows], k_PGd, v_PGd, part)
+        for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd)):
+            pool.index_copy_(0, plan.write_slots, new if plan.write_rows is None else new[plan.write_rows])
+        for group in plan.decodes:
+            out_THd[group.rows] = _decode(q_THd[group.rows], k_PGd, v_PGd, group)
+        return out_THd
+
+
+def _decode(q_BHd: Tensor, k_PGd: Tensor, v_PGd: Tensor, group: Decodes) -> Tensor:
+    k_BGSd, v_BGSd = (pool[group.slots_BS].transpose(1, 2) for pool in (k_PGd, v_PGd))
+    q_BGRd = q_BHd.unflatten(1, (k_PGd.shape[1], -1))
+    return F.scaled_dot_product_attention(q_BGRd, k_BGSd, v_BGSd, attn_mask=group.mask_B11S).flatten(1, 2)
+
+
+def _prefill(
+    out_nHd: Tensor, q_nHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, k_PGd: Tensor, v_PGd: Tensor, part: Prefill
+) -> None:
+    if part.past_P is not None:
+        k_nGd, v_nGd = torch.cat((k_PGd[part.past_P], k_nGd)), torch.cat((v_PGd[part.past_P], v_nGd))
+    num_groups = k_nGd.shape[1]
+    for tile in part.tiles:
+        q_GRnd = q_nHd[tile.queries].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
+        k_GRSd, v_GRSd = (
+            x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_GRnd.shape[1], -1, -1) for x in (k_nGd, v_nGd)
+        )
+        o_GRnd = F.scaled_dot_product_attention(
+            q_GRnd, k_GRSd, v_GRSd, attn_mask=tile.mask_qS, is_causal=tile.mask_qS is None
+        )
+        out_nHd[tile.queries] = o_GRnd.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def make_plan(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> Plan:
+    """`window` None: every earlier token is seen. Only the last `window` tokens of a chunk are written."""
+    keep_T = np.ones(len(flat.position_T), bool) if window is None else flat.position_T >= flat.end_T - window
+    slots = table.slots(flat.row_T[keep_T], flat.position_T[keep_T])
+    write_rows = None if keep_T.all() else _to(np.nonzero(keep_T)[0], device)
+    decodes = tuple(_plan_decodes(table, flat, window, device))
+    return Plan(write_rows, _to(slots, device), decodes, tuple(_plan_prefills(table, flat, window, device)))
+
+
+def _plan_decodes(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> list[Decodes]:
+    length_B = flat.end_T[: flat.num_decodes]
+    seen_B = length_B if window is None else np.minimum(length_B, window)
+    groups = []
+    for lo, hi in _groups(seen_B):
+        length_G1, seen_G1 = length_B[lo:hi, None], seen_B[lo:hi, None]
+        column_S = np.arange(seen_G1.max())
+        position_GS = np.minimum(length_G1 - seen_G1 + column_S, length_G1 - 1)
+        slots = _to(table.slots(flat.row_T[lo:hi, None], position_GS), device)
+        mask_GS = column_S < seen_G1
+        mask = None if mask_GS.all() else _to(mask_GS[:, None, None, :], device)
+        groups.append(Decodes(slice(lo, hi), slots, mask))
+    return groups
+
+
+def _groups(seen_B: np.ndarray) -> list[tuple[int, int]]:
+    """Cut descending lengths into runs whose padding at most doubles the work and whose gathered keys stay bounded."""
+    cuts = []
+    lo = 0
+    for i in range(len(seen_B) + 1):
+        if i == len(seen_B) or _must_cut(int(seen_B[lo]), int(seen_B[i]), i - lo):
+            cuts.append((lo, i))
+            lo = i
+    return [(a, b) for a, b in cuts if b > a]
+
+
+def _must_cut(longest: int, this: int, count: int) -> bool:
+    return (longest > PAD_FREELY and this * 2 < longest) or (count + 1) * longest > MAX_GATHERED
+
+
+def _plan_prefills(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> list[Prefill]:
+    parts, at = [], flat.num_decodes
+    for row, start, end in flat.prefills:
+        first = 0 if window is None else max(0, start - window + 1)
+        past = _to(table.slots(row, np.arange(first, start)), device) if first < start else None
+        rows = slice(at, at + end - start)
+        parts.append(Prefill(rows, past, tuple(_tiles(first, start, end, window, device))))
+        at = rows.stop
+    return parts
+
+
+def _tiles(first: int, start: int, end: int, window: int | None, device: torch.device) -> list[Tile]:
+    """Cut the queries at [start, end), whose keys are at [first, end), so that masks stay small and windows narrow."""
+    size = max(64, MAX_MASK // (end - first))
+    if window is not None:
+        size = min(size, max(64, window))
+    tiles = []
+    for lo in range(start, end, size):
+        hi = min(end, lo + size)
+        key = first if window is None else max(first, lo - window + 1)
+        plain = key == lo and (window is None or hi - lo <= window)
+        mask = None if plain else _mask(lo, hi, key, window, device)
+        tiles.append(Tile(slice(lo - start, hi - start), slice(key - first, hi - first), mask))
+    return tiles
+
+
+def _mask(lo: int, hi: int, key: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [hi - lo, hi - key]: query t in [lo, hi) sees s in [key, hi) iff t - window < s <= t."""
+    ahead = torch.arange(lo, hi, device=device)[:, None] - torch.arange(key, hi, device=device)
+    return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -1,0 +1,196 @@
+"""The paged KV cache's bookkeeping: sizes, blocks, and where each token's keys and values lie. Host code, no torch.
+
+Legend: N rows (running sequences), P positions, C table columns. One table per attention kind.
+Decisions: a sliding layer never holds more than its window. A sequence's blocks of a kind form a ring of
+`blocks_per_seq`: position p lies in column (p // block_size) % blocks_per_seq, so a block is taken over by new tokens
+as soon as all its positions are behind the window. For full layers the ring is as long as the longest sequence and
+never turns round; one class serves both. A prefill chunk longer than the ring stores only its end (attention.py has
+the rest at hand). One sequence of `max_model_len` always fits, so preemption alone resolves every shortage.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from trinity.config import EngineConfig, LayerType, ModelConfig
+from trinity.errors import ConfigError
+
+FULL: LayerType = "full_attention"
+SLIDING: LayerType = "sliding_attention"
+KINDS: tuple[LayerType, ...] = (FULL, SLIDING)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def window_blocks(window: int, block_size: int) -> int:
+    """Most blocks that `window` consecutive positions can touch."""
+    return ceil_div(window - 1, block_size) + 1
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How many blocks of each kind there are, how many one sequence may hold, and a block's bytes over all layers."""
+
+    block_size: int
+    max_model_len: int
+    num_blocks: Mapping[LayerType, int]
+    blocks_per_seq: Mapping[LayerType, int]
+    block_bytes: Mapping[LayerType, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.num_blocks[kind] * self.block_bytes[kind] for kind in KINDS)
+
+
+def plan_layout(config: ModelConfig, settings: EngineConfig, itemsize: int) -> CacheLayout:
+    """Split `kv_cache_bytes` between the kinds; `itemsize` is the bytes of one cached number.
+
+    Sliding layers get the windows of `max_num_seqs` sequences, or as many blocks as full layers where memory is scarce;
+    full layers get the rest, up to what all sequences could use. Raises ConfigError when one sequence does not fit.
+    """
+    size, seqs = settings.block_size, settings.max_num_seqs
+    max_len = checked_max_len(config, settings)
+    token_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    block_bytes = {kind: size * token_bytes * config.layer_types.count(kind) for kind in KINDS}
+    full = ceil_div(max_len, size)
+    per_seq = {FULL: full, SLIDING: min(full, window_blocks(config.sliding_window, size))}
+    _check_fits(settings.kv_cache_bytes, max_len, size, block_bytes, per_seq)
+    num_blocks = _split(settings.kv_cache_bytes, seqs, block_bytes, per_seq)
+    return CacheLayout(size, max_len, num_blocks, per_seq, block_bytes)
+
+
+def checked_max_len(config: ModelConfig, settings: EngineConfig) -> int:
+    """The longest sequence in tokens; at most what the model was made for."""
+    wanted = settings.max_model_len or config.max_position_embeddings
+    if wanted > config.max_position_embeddings:
+        raise ConfigError(
+            f"engine.max_model_len {wanted} > {config.max_position_embeddings}, the model's max_position_embeddings"
+        )
+    return wanted
+
+
+def _check_fits(
+    have: int, max_len: int, size: int, block_bytes: Mapping[LayerType, int], per_seq: Mapping[LayerType, int]
+) -> None:
+    need = sum(per_seq[kind] * block_bytes[kind] for kind in KINDS)
+    if need <= have:
+        return
+    left = have - per_seq[SLIDING] * block_bytes[SLIDING]
+    fits = max(0, left // block_bytes[FULL] * size) if block_bytes[FULL] else 0
+    remedy = f" or engine.max_model_len to at most {fits}" if fits > 1 else ""
+    raise ConfigError(
+        f"one sequence of {max_len} tokens needs {need} bytes of KV cache, engine.kv_cache_bytes is {have}; "
+        f"raise engine.kv_cache_bytes to at least {need}{remedy}"
+    )
+
+
+def _split(
+    have: int, seqs: int, block_bytes: Mapping[LayerType, int], per_seq: Mapping[LayerType, int]
+) -> dict[LayerType, int]:
+    most = {kind: seqs * per_seq[kind] for kind in KINDS}
+    even = have // max(1, block_bytes[FULL] + block_bytes[SLIDING])
+    sliding = max(per_seq[SLIDING], min(most[SLIDING], even))
+    if block_bytes[SLIDING]:
+        sliding = min(sliding, (have - per_seq[FULL] * block_bytes[FULL]) // block_bytes[SLIDING])
+    full = most[FULL]
+    if block_bytes[FULL]:
+        full = min(full, (have - sliding * block_bytes[SLIDING]) // block_bytes[FULL])
+    return {FULL: full, SLIDING: sliding}
+
+
+class BlockTable:
+    """The blocks of one attention kind: a stack of free ones, and the ring of each row. Owns the block numbers."""
+
+    def __init__(self, num_blocks: int, blocks_per_seq: int, block_size: int, num_rows: int):
+        self.num_blocks, self.blocks_per_seq, self.block_size = num_blocks, blocks_per_seq, block_size
+        self.free = list(range(num_blocks - 1, -1, -1))
+        self.num_owned_N = np.zeros(num_rows, np.int64)
+        self.block_NC = np.zeros((num_rows, blocks_per_seq), np.int32)
+
+    def num_missing(self, row: int, num_tokens: int) -> int:
+        """Blocks that the row lacks to hold the end of a sequence of num_tokens."""
+        wanted = min(ceil_div(num_tokens, self.block_size), self.blocks_per_seq)
+        return max(0, wanted - int(self.num_owned_N[row]))
+
+    def take(self, row: int, count: int) -> None:
+        for column in range(self.num_owned_N[row], self.num_owned_N[row] + count):
+            self.block_NC[row, column] = self.free.pop()
+        self.num_owned_N[row] += count
+
+    def release(self, row: int) -> None:
+        self.free.extend(int(block) for block in self.owned(row)[::-1])
+        self.num_owned_N[row] = 0
+
+    def owned(self, row: int) -> np.ndarray:
+        return self.block_NC[row, : self.num_owned_N[row]]
+
+    def slots(self, row: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int64 places of positions in the flat pool [num_blocks * block_size]; `row` broadcasts against positions."""
+        column = positions // self.block_size % self.blocks_per_seq
+        return self.block_NC[row, column].astype(np.int64) * self.block_size + positions % self.block_size
+
+    def check(self) -> None:
+        """Every block is either free or owned once."""
+        owned = [int(b) for row in range(len(self.num_owned_N)) for b in self.owned(row)]
+        assert sorted(self.free + owned) == list(range(self.num_blocks)), "a block is lost or owned twice"
+
+
+class KVCache:
+    """Blocks of both kinds for up to num_rows running sequences. A row gets all the blocks it asks for, or none."""
+
+    def __init__(self, layout: CacheLayout, num_rows: int):
+        self.layout = layout
+        self.tables = {
+            kind: BlockTable(layout.num_blocks[kind], layout.blocks_per_seq[kind], layout.block_size, num_rows)
+            for kind in KINDS
+        }
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def num_total_blocks(self) -> int:
+        return sum(table.num_blocks for table in self.tables.values())
+
+    @property
+    def num_free_blocks(self) -> int:
+        return sum(len(table.free) for table in self.tables.values())
+
+    @property
+    def has_row(self) -> bool:
+        return bool(self._free_rows)
+
+    def fits(self, num_tokens: int, reserve: int = 0) -> bool:
+        """Could a new sequence of num_tokens be held now, leaving `reserve` full-attention blocks free?"""
+        for kind, table in self.tables.items():
+            wanted = min(ceil_div(num_tokens, table.block_size), table.blocks_per_seq)
+            if wanted + (reserve if kind == FULL else 0) > len(table.free):
+                return False
+        return True
+
+    def open_row(self) -> int:
+        return self._free_rows.pop()
+
+    def grow(self, row: int, num_tokens: int) -> bool:
+        """Give the row what it lacks to hold num_tokens; False, and nothing changed, if there is too little."""
+        missing = {kind: table.num_missing(row, num_tokens) for kind, table in self.tables.items()}
+        if any(missing[kind] > len(table.free) for kind, table in self.tables.items()):
+            return False
+        for kind, table in self.tables.items():
+            table.take(row, missing[kind])
+        return True
+
+    def close_row(self, row: int) -> None:
+        """Take everything back from the row."""
+        for table in self.tables.values():
+            table.release(row)
+        self._free_rows.append(row)
+
+    def check(self, rows: list[int]) -> None:
+        """Assert free + used == total for each kind, and that exactly `rows` hold anything."""
+        num_rows = len(self.tables[FULL].num_owned_N)
+        assert sorted(self._free_rows + rows) == list(range(num_rows)), "a row is lost or used twice"
+        for table in self.tables.values():
+            table.check()
+            assert all(table.num_owned_N[row] == 0 for row in self._free_rows), "a closed row holds blocks"

@@ -1,0 +1,174 @@
+"""Requests: what a caller asks for, what the engine keeps about it, and what comes back.
+
+Host code, without torch. A sequence's state is named counts, not flags: `token_ids` grows, `num_computed` says how many
+of them have their keys and values in the cache. Everything else (prefilling, decoding, preempted) follows from these.
+Decision: text is a function of the tokens alone, so what a request gets does not depend on batching or preemption.
+"""
+
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError, field_validator
+
+from trinity.config import Frozen
+from trinity.engine.text import TextStream
+from trinity.errors import InvalidRequest, TrinityError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LISTED_TOKENS = 1024  # stop_token_ids, logit_bias
+GREEDY_BELOW = 1e-5  # a temperature under this is greedy decoding: logits / T would overflow
+
+
+class SamplingParams(Frozen, strict=True):
+    """How to continue a prompt. Every bound is checked here, types strictly ("1", true and NaN are refused).
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch that filter off. The order is vLLM's: penalties and
+    bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
+    log-probability of each token and of that many most likely ones, before any of the above.
+    """
+
+    max_tokens: int = Field(default=16, ge=1, le=1 << 31)
+    temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0, le=1 << 31)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    stop: tuple[str, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=MAX_LISTED_TOKENS)
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LISTED_TOKENS)
+
+    @field_validator("stop", "stop_token_ids", mode="before")
+    @classmethod
+    def _to_tuple(cls, value: Any) -> Any:
+        """One stop string may come alone; lists are what JSON has."""
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise ValueError(f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARS} are taken")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_bias(cls, value: dict[int, float]) -> dict[int, float]:
+        for token_id, bias in value.items():
+            if not (math.isfinite(bias) and -100 <= bias <= 100):
+                raise ValueError(f"the bias of token {token_id} is {bias}; -100 to 100 are taken")
+        return value
+
+    @classmethod
+    def parse(cls, **fields: Any) -> "SamplingParams":
+        """Like the constructor, but raises InvalidRequest (with `param`) instead of pydantic's ValidationError."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            param = str(first["loc"][0]) if first["loc"] else None
+            raise InvalidRequest(f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param) from None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalizes(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities (natural, of the model's raw distribution) at one position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most likely (token id, logprob), best first
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step adds to one request. The last one, and only that, has a finish_reason.
+
+    `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
+    with a later Delta. `version` is that of the weights of this step. `cause` is the typed error behind `error`.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    version: int = 0
+    cause: TrinityError | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    text: TextStream
+    seed: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    row: int | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def generated_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The tokens of one sequence in one forward pass: positions [start, start + count)."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def row(self) -> int:
+        assert self.sequence.row is not None, "a scheduled sequence has a row"
+        return self.sequence.row
+
+    @property
+    def samples(self) -> bool:
+        """Does this pass end at the sequence's last token, so that its logits give the next one?"""
+        return self.end == len(self.sequence.token_ids)

@@ -1,0 +1,57 @@
+"""From a batch of chunks to the logits of their next tokens: flatten, one forward pass, select.
+
+Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.config import ModelConfig
+from trinity.engine.attention import Flat, KVPools, PagedAttention
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.request import Chunk, Sequence
+from trinity.model.afmoe import Afmoe
+
+
+class Runner:
+    """Owns the key and value tensors, of the model's device and dtype; nothing else outlives a pass."""
+
+    def __init__(self, model: Afmoe, config: ModelConfig, cache: KVCache):
+        parameter = next(model.parameters())
+        self._model, self._config, self._cache = model, config, cache
+        self._device = parameter.device
+        self._pools = KVPools(config, cache.layout, parameter.device, parameter.dtype)
+
+    @torch.inference_mode()
+    def forward(self, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
+        """-> the sequences whose last token this pass computed, and their logits_BV. Calling twice is harmless."""
+        chunks = in_order(batch)
+        flat = flatten(chunks)
+        ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
+        attend = PagedAttention(self._pools, self._cache, flat, self._config.sliding_window)
+        hidden_TD = self._model(self._to(ids_T), self._to(flat.position_T), attend).hidden_TD
+        last = np.cumsum([c.count for c in chunks]) - 1
+        samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
+        logits_BV = self._model.logits(hidden_TD[self._to(last[samples])])
+        return [chunks[i].sequence for i in samples], logits_BV
+
+    def _to(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def in_order(batch: list[Chunk]) -> list[Chunk]:
+    """Single tokens first, longest context first, so that decodes of similar length are neighbours."""
+    return sorted(batch, key=lambda chunk: (chunk.count > 1, -chunk.end))
+
+
+def flatten(chunks: list[Chunk]) -> Flat:
+    rows = [chunk.row for chunk in chunks]
+    counts = [chunk.count for chunk in chunks]
+    return Flat(
+        position_T=np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks]),
+        row_T=np.repeat(np.array(rows, np.int64), counts),
+        end_T=np.repeat([chunk.end for chunk in chunks], counts),
+        num_decodes=counts.count(1),
+        prefills=tuple((row, c.start, c.end) for row, c in zip(rows, chunks, strict=True) if c.count > 1),
+    )

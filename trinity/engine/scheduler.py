@@ -1,0 +1,81 @@
+"""Which tokens go into the next forward pass: continuous batching, chunked prefill, preemption. Host code, no torch.
+
+First come, first served, in one order: `running` is sorted by arrival, everything in `waiting` came later. A sequence
+is admitted when all its tokens fit; when the cache runs out, the latest arrival gives its blocks back and is recomputed
+later. The earliest one can take everything and always fits (kv_cache.py), so there is always progress.
+Decodes go before prefill without a special case: all but the last running sequence have finished their prefill,
+because a prefill that is cut short has used up the token budget.
+"""
+
+from collections import deque
+
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.request import Chunk, Sequence
+
+
+class Scheduler:
+    """Owns the sequences and the rows of the cache."""
+
+    def __init__(self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int):
+        self.cache = cache
+        self.max_tokens = max_num_batched_tokens
+        self.max_running = min(max_num_seqs, max_num_batched_tokens)  # so that every decode finds a place in every pass
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence is finished, aborted or failed: forget it and take its blocks back."""
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+            return
+        self.running.remove(sequence)
+        self._release(sequence)
+
+    def next_batch(self) -> list[Chunk]:
+        """The chunks of the next pass, their cache blocks already theirs; empty only when nothing is left to do."""
+        batch: list[Chunk] = []
+        budget, at = self.max_tokens, 0
+        while budget and (at < len(self.running) or self._admit()):
+            sequence = self.running[at]
+            count = min(sequence.num_uncomputed, budget)
+            if not self._make_room(sequence, sequence.num_computed + count):
+                break  # the last one; it keeps what it has and waits for the others
+            batch.append(Chunk(sequence, sequence.num_computed, count))
+            budget, at = budget - count, at + 1
+        assert batch or not (self.running or self.waiting), "there is work but nothing could be scheduled"
+        return batch
+
+    def _admit(self) -> bool:
+        """Start the longest-waiting sequence if it fits beside a spare block for each running one."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return False
+        if not self.cache.fits(len(self.waiting[0].token_ids), reserve=len(self.running)):
+            return False
+        sequence = self.waiting.popleft()
+        sequence.row = self.cache.open_row()
+        self.running.append(sequence)
+        return True
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Get blocks for num_tokens, preempting later arrivals if need be."""
+        assert sequence.row is not None
+        while not self.cache.grow(sequence.row, num_tokens):
+            if self.running[-1] is sequence:
+                return False
+            self._preempt(self.running[-1])
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self.cache.close_row(sequence.row)
+        sequence.row, sequence.num_computed = None, 0

@@ -1,0 +1,43 @@
+"""The contract of expert compute: rows in, weighted sums of SwiGLU experts out, differentiable.
+
+Legend: R rows, A assignments (row, expert) with A >= R, E experts of one layer on this shard, D model, F expert hidden.
+
+    y[r] = sum over a with row_A[a] == r of  weight_A[a] * ((silu(x[r] gate[e]^T) * (x[r] up[e]^T)) down[e]),  e = expert_A[a]
+
+A row travels once, however many local experts want it; the weights of the sum are applied here; products and sums over
+experts are fp32 whatever the storage type, and the result is rounded once to x's type. Dropless: every assignment
+counts, an expert without rows costs nothing and gets a zero gradient.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Assignments(NamedTuple):
+    """Which local expert each row goes to, in coordinate form. Any order."""
+
+    row_A: Tensor  # int64, in [0, R)
+    expert_A: Tensor  # int64, in [0, E): position in the stacked weights, not the checkpoint's index
+    weight_A: Tensor  # float32
+
+
+class LayerWeights(NamedTuple):
+    """The stacked weights of one layer's local experts; all three contiguous and of one shape.
+
+    `down_EFD[e]` is the transpose of the checkpoint's `down_proj.weight` [D, F], the layout MegaBlocks and grouped_mm want.
+    """
+
+    gate_EFD: Tensor
+    up_EFD: Tensor
+    down_EFD: Tensor
+
+
+class ExpertBackend(Protocol):
+    """Computes one layer's local experts. Differentiable in x_RD, weight_A and the three weights; keeps no state."""
+
+    name: str
+
+    def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
+        """-> y_RD in x's dtype. R, A may be 0."""
+        ...

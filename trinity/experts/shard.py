@@ -1,0 +1,292 @@
+"""ExpertShard: the weights, gradients and optimizer state of some experts of every layer, and what is done to them.
+
+Legend: R rows, D model, F expert hidden, E local experts of a layer, A assignments (row, expert).
+Decisions: a plain class, one thread, no Ray; it owns its tensors and nobody else writes them. A mutation is applied once
+per name: a backward per op_id, a commit per step. Activations kept for backward are a bounded cache, never the truth.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trinity.checkpoint import PROJECTIONS, Checkpoint, expert_key, open_checkpoint, write_tensors
+from trinity.config import ModelConfig, OptimConfig
+from trinity.errors import DeadlineExceeded, InputGone, StepConflict, Unavailable, WrongEpoch
+from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.backends import resolve
+from trinity.init import init_expert
+from trinity.messages import (
+    Abort,
+    Backward,
+    Commit,
+    Experts,
+    Forward,
+    Load,
+    Part,
+    Prepare,
+    Rows,
+    Save,
+    ShardStatus,
+    Status,
+    StepReport,
+)
+from trinity.optim import Matrix, Optimizer, sq_norm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard is made from. `optim` None: it serves and does not train."""
+
+    name: str
+    model: ModelConfig
+    experts: Experts
+    optim: OptimConfig | None = None
+    backend: str = "auto"
+    device: str = "cpu"
+    activation_cache_bytes: int = 1 << 30
+
+
+@dataclass
+class _Op:
+    """What is remembered of a forward: its graph until the backward, its result afterwards."""
+
+    leaves: tuple[Tensor, Tensor]  # x_RD, weight_A
+    y_RD: Tensor
+    result: tuple[Tensor, Tensor] | None
+    num_bytes: int
+
+
+class ExpertShard:
+    """Holds `spec.experts`; its methods are the verbs of trinity/messages.py."""
+
+    def __init__(self, spec: ShardSpec):
+        self.spec, self.version = spec, -1
+        self.backend = resolve(spec.backend, torch.device(spec.device))
+        f, d = spec.model.moe_intermediate_size, spec.model.hidden_size
+        self.weights = {layer: self._empty(len(held), f, d) for layer, held in spec.experts.items()}
+        self._local = {layer: _positions(held, spec.model.num_experts) for layer, held in spec.experts.items()}
+        self._rows = {layer: torch.zeros(len(held), dtype=torch.int64) for layer, held in spec.experts.items()}
+        self._ops: OrderedDict[str, _Op] = OrderedDict()
+        self._applied: set[str] = set()
+        self._cached_bytes = self.cache_misses = 0
+        self.grads: dict[str, Tensor] = {}
+        self.optimizer: Optimizer | None = None
+
+    # -- the data path
+
+    def infer(self, call: Forward) -> Tensor:
+        """-> y_RD, one row per row received. Pure, unless `keep`."""
+        self._check(call.layer, call.version, call.deadline_s)
+        assigned = self._assign(call.layer, call.rows, call.epoch)
+        self._rows[call.layer] += torch.bincount(assigned.expert_A.cpu(), minlength=len(self._rows[call.layer]))
+        if call.keep:
+            return self._remember(call.op_id, call.layer, call.rows, assigned).y_RD.detach()
+        with torch.inference_mode():
+            return self.backend(call.rows.x_RD.to(self.spec.device), assigned, self.weights[call.layer])
+
+    def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
+        """-> dx_RD, dweight_A. Adds to the experts' gradients the first time an op_id is seen, and only then."""
+        self._check(call.layer, call.version, call.deadline_s)
+        op = self._ops.get(call.op_id) or self._recompute(call)
+        if op.result is not None:
+            return op.result
+        first = call.op_id not in self._applied
+        weights = self.weights[call.layer] if first else ()
+        gradients = torch.autograd.grad(op.y_RD, [*op.leaves, *weights], call.dy_RD.to(op.y_RD))
+        if first:
+            self._applied.add(call.op_id)
+            self._accumulate(call.layer, gradients[2:])
+        op.result = (gradients[0], gradients[1])
+        op.y_RD = op.y_RD.detach()
+        return op.result
+
+    # -- the two-phase step
+
+    def prepare(self, message: Prepare) -> StepReport:
+        """What this shard brings to `step`; it must be the next one."""
+        self._expect_next(message.step)
+        return StepReport(message.step, len(self._applied), sq_norm(self.grads.values()))
+
+    @torch.no_grad()
+    def commit(self, message: Commit) -> int:
+        """Update the weights; -> version. Harmless when this step is already committed."""
+        if message.step == self.version:
+            return self.version
+        self._expect_next(message.step)
+        assert self.optimizer is not None
+        self.optimizer.step(self.grads, message.muon_lr, message.adamw_lr, message.grad_scale)
+        self._forget()
+        self.version = message.step
+        return self.version
+
+    def abort(self, message: Abort) -> int:
+        """Drop what was gathered for `step`; the weights stay at their version. Harmless when repeated."""
+        if message.step == self.version + 1:
+            self._forget()
+        return self.version
+
+    # -- control
+
+    @torch.no_grad()
+    def load(self, message: Load) -> int:
+        """Take the weights from a checkpoint or from the seed; -> version."""
+        self._forget()
+        source = open_checkpoint(message.checkpoint) if message.checkpoint else None
+        for layer, held in self.spec.experts.items():
+            for position, expert in enumerate(held):
+                gate, up, down = source.expert(layer, expert) if source else self._initial(layer, expert, message.seed)
+                for stack, matrix in zip(self.weights[layer], (gate, up, down.mT), strict=True):
+                    stack.detach()[position].copy_(matrix)
+        if self.spec.optim is not None:
+            self._make_optimizer(source if message.training else None)
+        # A run that starts from somebody's weights counts its own steps from 0.
+        self.version = source.version if source and (message.training or self.optimizer is None) else 0
+        return self.version
+
+    def save(self, message: Save) -> tuple[Part, ...]:
+        """Write the named experts, and their optimizer state under training/; -> the files."""
+        parts = write_tensors(message.folder, f"model-experts-{self.spec.name}", self._named(message.experts))
+        if message.training and self.optimizer is not None:
+            state = self._named_state(message.experts)
+            parts += write_tensors(message.folder, f"training/experts-{self.spec.name}", state)
+        return parts
+
+    def status(self, message: Status) -> ShardStatus:
+        rows = {
+            layer: dict(zip(held, self._rows[layer].tolist(), strict=True)) for layer, held in self.spec.experts.items()
+        }
+        if message.reset_counts:
+            for counts in self._rows.values():
+                counts.zero_()
+        return ShardStatus(
+            shard=self.spec.name,
+            version=self.version,
+            backend=self.backend.name,
+            device=str(self.spec.device),
+            num_experts=sum(map(len, self.spec.experts.values())),
+            weight_bytes=sum(t.nbytes for w in self.weights.values() for t in w),
+            cached_ops=len(self._ops),
+            cache_misses=self.cache_misses,
+            rows=rows,
+        )
+
+    # -- inside
+
+    def _empty(self, *shape: int) -> LayerWeights:
+        train = self.spec.optim is not None
+        make = [torch.zeros(shape, dtype=DTYPES[self.spec.model.dtype], device=self.spec.device) for _ in range(3)]
+        return LayerWeights(*(t.requires_grad_(train) for t in make))
+
+    def _initial(self, layer: int, expert: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        return init_expert(self.spec.model, layer, expert, seed, torch.float32)
+
+    def _check(self, layer: int, version: int, deadline_s: float) -> None:
+        if time.time() > deadline_s:
+            raise DeadlineExceeded(f"shard {self.spec.name}: the call's deadline passed {time.time() - deadline_s:.2f} s ago")
+        if self.version < 0:
+            raise Unavailable(f"shard {self.spec.name} has no weights yet")
+        if version != self.version:
+            raise StepConflict(f"shard {self.spec.name} holds version {self.version}, the caller wants {version}")
+        if layer not in self.weights:
+            raise WrongEpoch(f"shard {self.spec.name} holds nothing of layer {layer}")
+
+    def _assign(self, layer: int, rows: Rows, epoch: int) -> Assignments:
+        """Checkpoint expert numbers -> positions in the stacks."""
+        local_A = self._local[layer][rows.expert_A.cpu()]
+        if len(local_A) and int(local_A.min()) < 0:
+            stranger = int(rows.expert_A.cpu()[local_A < 0][0])
+            raise WrongEpoch(f"shard {self.spec.name} does not hold expert ({layer}, {stranger}) of placement epoch {epoch}")
+        device = self.spec.device
+        return Assignments(rows.row_A.to(device), local_A.to(device), rows.weight_A.to(device))
+
+    def _remember(self, op_id: str, layer: int, rows: Rows, assigned: Assignments) -> _Op:
+        if op_id in self._ops:
+            return self._ops[op_id]
+        x_RD = rows.x_RD.to(self.spec.device).detach().requires_grad_()
+        weight_A = assigned.weight_A.detach().requires_grad_()
+        with torch.enable_grad():
+            y_RD = self.backend(x_RD, assigned._replace(weight_A=weight_A), self.weights[layer])
+        f, d, size = self.spec.model.moe_intermediate_size, self.spec.model.hidden_size, x_RD.element_size()
+        op = _Op((x_RD, weight_A), y_RD, None, size * (2 * x_RD.numel() + len(weight_A) * (4 * f + 2 * d)))
+        self._ops[op_id] = op
+        self._cached_bytes += op.num_bytes
+        while self._cached_bytes > self.spec.activation_cache_bytes and len(self._ops) > 1:
+            self._cached_bytes -= self._ops.popitem(last=False)[1].num_bytes
+        return op
+
+    def _recompute(self, call: Backward) -> _Op:
+        if call.rows is None:
+            self.cache_misses += 1
+            raise InputGone(f"shard {self.spec.name} no longer has the activations of {call.op_id}; send the rows again")
+        return self._remember(call.op_id, call.layer, call.rows, self._assign(call.layer, call.rows, call.epoch))
+
+    def _accumulate(self, layer: int, gradients: tuple[Tensor, ...]) -> None:
+        for name, gradient in zip(_names(layer), gradients, strict=True):
+            if name in self.grads:
+                self.grads[name].add_(gradient)
+            else:
+                self.grads[name] = gradient.float()
+
+    def _expect_next(self, step: int) -> None:
+        if step != self.version + 1:
+            raise StepConflict(f"shard {self.spec.name} is at version {self.version}; step {step} does not follow")
+
+    def _forget(self) -> None:
+        self._ops.clear()
+        self._applied.clear()
+        self.grads.clear()
+        self._cached_bytes = 0
+
+    def _make_optimizer(self, source: Checkpoint | None) -> None:
+        assert self.spec.optim is not None
+        f, d = self.spec.model.moe_intermediate_size, self.spec.model.hidden_size
+        shapes = (Matrix(f, d), Matrix(f, d), Matrix(d, f))  # fan_out, fan_in of gate, up, down
+        params = {name: t for layer, w in self.weights.items() for name, t in zip(_names(layer), w, strict=True)}
+        matrices = {name: m for layer in self.weights for name, m in zip(_names(layer), shapes, strict=True)}
+        self.optimizer = Optimizer({name: t.detach() for name, t in params.items()}, matrices, self.spec.optim)
+        if source is not None and source.has_training_state:
+            self._restore_optimizer(source)
+
+    def _restore_optimizer(self, source: Checkpoint) -> None:
+        assert self.optimizer is not None
+        mine = dict(self._named_state(self.spec.experts))
+        for key, tensor in source.training_tensors(mine).items():
+            mine[key].copy_(tensor)
+        self.optimizer.num_updates = int(source.state["num_updates"])
+
+    def _named(self, experts: Experts) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint key, matrix in the checkpoint's orientation), as views."""
+        for layer, held in experts.items():
+            for expert in held:
+                at = int(self._local[layer][expert])
+                gate, up, down = self.weights[layer]
+                for projection, matrix in zip(PROJECTIONS, (gate[at], up[at], down[at].mT), strict=True):
+                    yield expert_key(layer, expert, projection), matrix.detach()
+
+    def _named_state(self, experts: Experts) -> Iterator[tuple[str, Tensor]]:
+        """(key::kind, matrix) of the optimizer state, as views in the checkpoint's orientation."""
+        assert self.optimizer is not None
+        for layer, held in experts.items():
+            for expert in held:
+                at = int(self._local[layer][expert])
+                for projection, name in zip(PROJECTIONS, _names(layer), strict=True):
+                    for kind, stack in self.optimizer.state[name].items():
+                        matrix = stack[at].mT if projection == "down_proj" else stack[at]
+                        yield f"{expert_key(layer, expert, projection)}::{kind}", matrix
+
+
+def _names(layer: int) -> tuple[str, str, str]:
+    return f"{layer}.gate", f"{layer}.up", f"{layer}.down"
+
+
+def _positions(held: tuple[int, ...], num_experts: int) -> Tensor:
+    """int64 [E of the layer]: position in the stack, -1 where the expert is elsewhere."""
+    local = torch.full((num_experts,), -1, dtype=torch.int64)
+    local[list(held)] = torch.arange(len(held))
+    return local

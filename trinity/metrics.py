@@ -1,0 +1,221 @@
+"""What is measured: the log of a training run, and the names of all that the servers export.
+
+Legend: L layers with experts, E experts.
+
+Decisions.
+- A run writes metrics.jsonl (one object a line: a step, or a validation), expert_load.jsonl (rows per expert, at most
+  about 200 times in a run) and TensorBoard events, and shows one line of progress. A number that is not finite is null.
+- The first step that is logged says where a run resumes: lines from there on are dropped, so each step is there once,
+  whatever was written between the last checkpoint and a crash. A line torn by the crash is dropped too.
+- Prometheus metrics are declared here as values and exported at the edges: one list for code, docs and dashboards.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from tqdm import tqdm
+
+PLAIN_LINE_EVERY_S = 5.0
+LOADS_PER_RUN = 200
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all workers. Losses in nats per token; `skipped` counts the steps skipped so far."""
+
+    step: int
+    loss: float
+    z_loss: float
+    balance_loss: float
+    grad_norm: float
+    muon_lr: float
+    adamw_lr: float
+    tokens: int
+    seconds: float
+    max_vio: float
+    skipped: int = 0
+    counts_LE: Sequence[Sequence[int]] | None = None
+
+
+class TrainLog:
+    """The log of one run, written by one process. Steps count from 1 and come in order; call `close` at the end.
+
+    `resume_step` is the number of steps done before, for the progress bar. Nothing is written before the first step.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        total_steps: int,
+        tokens_per_step: int,
+        resume_step: int = 0,
+        screen: TextIO | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ):
+        self.out_dir, self.total_steps, self.tokens_per_step = Path(out_dir), total_steps, tokens_per_step
+        self._screen = screen or sys.stderr
+        self._clock_s, self._shown_s = clock_s, -math.inf
+        self._recent: deque[StepMetrics] = deque(maxlen=20)
+        self._last_step = resume_step
+        self._files: _Files | None = None
+        self._bar: tqdm | None = None
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        files = self._opened(metrics.step)
+        row = asdict(metrics)
+        counts_LE = row.pop("counts_LE")
+        files.write_row(row)
+        every = max(1, self.total_steps // LOADS_PER_RUN)
+        if counts_LE and (metrics.step % every == 0 or metrics.step == self.total_steps):
+            files.write_load({"step": metrics.step, "counts_LE": counts_LE})
+        self._recent.append(metrics)
+        self._show(metrics)
+
+    def eval(self, step: int, loss: float) -> None:
+        """Record the validation loss of the weights after `step`."""
+        self._opened(step).write_row({"step": step, "val_loss": loss})
+        self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {_perplexity(loss):.1f}")
+
+    def close(self) -> None:
+        """Finish the files and the bar. Harmless when repeated."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._files is not None:
+            self._files.close()
+        self._bar = self._files = None
+
+    def _opened(self, step: int) -> "_Files":
+        if self._files is None:
+            self._files = _Files(self.out_dir, step)
+            steps, tokens = self.total_steps, self.tokens_per_step
+            self._print(f"{steps} steps of {tokens:,} tokens, {steps * tokens:,} in all; log: {self.out_dir}")
+            if self._screen.isatty():
+                self._bar = tqdm(total=self.total_steps, initial=self._last_step, file=self._screen, unit="step")
+        return self._files
+
+    def _show(self, metrics: StepMetrics) -> None:
+        """Move the bar; without a terminal print a line for the first step, the last, and every few seconds."""
+        now_s = self._clock_s()
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._numbers(), refresh=False)
+            self._bar.update(metrics.step - self._last_step)
+        elif now_s - self._shown_s >= PLAIN_LINE_EVERY_S or metrics.step == self.total_steps:
+            self._shown_s = now_s
+            self._print(f"step {metrics.step}/{self.total_steps}  {self._numbers()}  eta {self._eta()}")
+        self._last_step = metrics.step
+
+    def _numbers(self) -> str:
+        """The last step's, and the throughput of the last 20."""
+        last = self._recent[-1]
+        rate = sum(m.tokens for m in self._recent) / max(sum(m.seconds for m in self._recent), 1e-9)
+        text = (
+            f"loss {last.loss:.3f}  grad {last.grad_norm:.2f}  lr {last.muon_lr:.1e}  tok/s {rate:,.0f}"
+            f"  maxvio {last.max_vio:.2f}"
+        )
+        return text + (f"  skipped {last.skipped}" if last.skipped else "")
+
+    def _eta(self) -> str:
+        mean_s = sum(m.seconds for m in self._recent) / len(self._recent)
+        left_s = round(mean_s * (self.total_steps - self._recent[-1].step))
+        return tqdm.format_interval(left_s).removeprefix("0")
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=self._screen)  # above the bar, if there is one
+        self._screen.flush()
+
+
+class _Files:
+    """The three files of a run, cut to what lies before `first_step` and open for appending."""
+
+    def __init__(self, out_dir: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports, for training only
+
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self._rows = _cut(out_dir / "metrics.jsonl", first_step)
+        self._loads = _cut(out_dir / "expert_load.jsonl", first_step)
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step)
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        self._rows.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._rows.flush()
+        for key, value in row.items():
+            if key != "step":
+                self._board.add_scalar("val/loss" if key == "val_loss" else f"train/{key}", value, row["step"])
+
+    def write_load(self, row: dict[str, Any]) -> None:
+        self._loads.write(json.dumps(row) + "\n")
+        self._loads.flush()
+
+    def close(self) -> None:
+        for file in (self._rows, self._loads, self._board):
+            file.close()
+
+
+def read_rows(file: str | Path) -> list[dict[str, Any]]:
+    """The objects of a log's lines, in order; [] without the file. A torn line (a crash while writing) is left out."""
+    path = Path(file)
+    return [row for line in path.read_text("utf-8").splitlines() if (row := _parse(line))] if path.is_file() else []
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _cut(path: Path, first_step: int) -> TextIO:
+    """Keep the rows before `first_step`, replacing the file in one move, and open it for appending."""
+    kept = [row for row in read_rows(path) if row["step"] < first_step]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    os.replace(scratch, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The declaration of one Prometheus metric; `buckets` are a histogram's upper bounds."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+SERVING_METRICS = (
+    Metric("trinity_requests_total", "counter", "Requests answered, by route and status code.", ("route", "code")),
+    Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
+    Metric("trinity_requests_waiting", "gauge", "Sequences waiting to be scheduled."),
+    Metric("trinity_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
+    Metric("trinity_generated_tokens_total", "counter", "Tokens generated."),
+    Metric("trinity_time_to_first_token_seconds", "histogram", "From request to first token.", buckets=LONG_S),
+    Metric("trinity_inter_token_seconds", "histogram", "Between two tokens of a request.", buckets=SHORT_S),
+    Metric("trinity_request_seconds", "histogram", "From request to last token.", ("route",), LONG_S),
+    Metric("trinity_kv_blocks_free", "gauge", "Blocks of the KV cache that no sequence holds."),
+    Metric("trinity_kv_blocks", "gauge", "Blocks of the KV cache."),
+    Metric("trinity_preemptions_total", "counter", "Sequences that gave their blocks back and were computed again."),
+    Metric("trinity_weights_version", "gauge", "Optimizer step of the weights in use."),
+)

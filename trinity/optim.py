@@ -1,0 +1,129 @@
+"""Optimizers as plain state over named tensors: Muon for hidden matrices, AdamW for the rest.
+
+Legend: M rows and N columns of a matrix, leading dimensions (experts) are a batch of independent matrices.
+Decisions: gradients, moments and master weights are fp32 whatever the storage type; the same class serves the backbone and
+every expert shard, so a global clip is a sum of their squared norms; state is a flat dict of tensors, made for safetensors.
+Sources: learning-rate rule and schedules, arXiv 2602.17004; iteration coefficients, the public Dion code's Newton-Schulz.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trinity.config import OptimConfig
+
+NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def orthogonalize(g: Tensor, num_steps: int = 5) -> Tensor:
+    """g [..., M, N] -> a nearly orthogonal matrix of the same shape and singular vectors, fp32. Zero stays zero.
+
+    bf16 on CUDA, where it is fast; fp32 on CPU, where small differences between runs should stay small.
+    """
+    x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for step in range(num_steps):
+        a, b, c = NEWTON_SCHULZ[min(step, len(NEWTON_SCHULZ) - 1)]
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+def lr_factor(step: int, config: OptimConfig, total_steps: int) -> float:
+    """Share of the peak learning rate for the update that makes version `step` (1-based): warmup, flat, decay."""
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    start = config.warmup_steps if config.decay_start is None else max(config.decay_start, config.warmup_steps)
+    if config.decay == "none" or step <= start:
+        return 1.0
+    done = min(1.0, (step - start) / max(1, total_steps - start))
+    left = 1.0 - done if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * left
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor under Muon: [..., fan_out, fan_in], or its transpose in storage."""
+
+    fan_out: int
+    fan_in: int
+
+    @property
+    def lr_scale(self) -> float:
+        return math.sqrt(max(1.0, self.fan_out / self.fan_in))
+
+
+def sq_norm(grads: Iterable[Tensor]) -> float:
+    """Sum of squares over all gradients, in fp64; inf or nan when one of them is."""
+    return float(sum((g.double().pow(2).sum().cpu() for g in grads), torch.zeros((), dtype=torch.float64)))
+
+
+class Optimizer:
+    """Updates `params` in place. Tensors named in `matrices` are under Muon, the others under AdamW.
+
+    One-dimensional tensors (norm gains) are not decayed. A missing gradient counts as zero. Owned by one process.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], matrices: Mapping[str, Matrix], config: OptimConfig):
+        self.params, self.matrices, self.config = dict(params), dict(matrices), config
+        self.num_updates = 0
+        self.state: dict[str, dict[str, Tensor]] = {name: self._fresh(name, p) for name, p in self.params.items()}
+
+    def _fresh(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        kinds = ("momentum",) if name in self.matrices else ("exp_avg", "exp_avg_sq")
+        state = {kind: torch.zeros_like(param, dtype=torch.float32) for kind in kinds}
+        if param.dtype != torch.float32:
+            state["master"] = param.detach().float()
+        return state
+
+    @torch.no_grad()
+    def step(self, grads: Mapping[str, Tensor], muon_lr: float, adamw_lr: float, grad_scale: float = 1.0) -> None:
+        """Apply one update with `grads` multiplied by `grad_scale` (the global clip)."""
+        self.num_updates += 1
+        for name, param in self.params.items():
+            grad = grads[name].float() * grad_scale if name in grads else torch.zeros_like(param, dtype=torch.float32)
+            weight = self.state[name].get("master", param)
+            if name in self.matrices:
+                self._muon(name, weight, grad, muon_lr)
+            else:
+                self._adamw(name, weight, grad, adamw_lr)
+            if weight is not param:
+                param.copy_(weight)
+
+    def _muon(self, name: str, weight: Tensor, grad: Tensor, lr: float) -> None:
+        config, momentum = self.config, self.state[name]["momentum"]
+        momentum.mul_(config.muon_momentum).add_(grad)
+        direction = grad + config.muon_momentum * momentum if config.muon_nesterov else momentum
+        update = orthogonalize(direction, config.muon_steps)
+        weight.mul_(1.0 - lr * config.weight_decay).sub_(update, alpha=lr * self.matrices[name].lr_scale)
+
+    def _adamw(self, name: str, weight: Tensor, grad: Tensor, lr: float) -> None:
+        (beta1, beta2), state = self.config.adamw_betas, self.state[name]
+        state["exp_avg"].lerp_(grad, 1.0 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        mean = state["exp_avg"] / (1.0 - beta1**self.num_updates)
+        scale = (state["exp_avg_sq"] / (1.0 - beta2**self.num_updates)).sqrt_().add_(self.config.adamw_eps)
+        decay = lr * self.config.weight_decay if weight.ndim > 1 else 0.0
+        weight.mul_(1.0 - decay).addcdiv_(mean, scale, value=-lr)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state as `{param}::{kind}`; the tensors are the live ones."""
+        return {f"{name}::{kind}": t for name, kinds in self.state.items() for kind, t in kinds.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
+        """Copy state written by `tensors()` back in place; every name must be there."""
+        for key, mine in self.tensors().items():
+            mine.copy_(tensors[key])
+        self.num_updates = num_updates

@@ -1,0 +1,118 @@
+"""The pool of expert shards as its users see it: one table, one transport, and what is asked of all shards at once.
+
+The same class stands over shards in this process (`local_pool`) and over Ray actors (actors/pool.py); only the transport
+differs. Control calls go to every shard side by side and wait for all of them.
+"""
+
+import time
+from collections import Counter
+from typing import Any
+
+from trinity.config import ModelConfig, OptimConfig, PlacementConfig
+from trinity.dispatch import Dispatcher, LocalTransport, Transport, settle
+from trinity.errors import StepConflict
+from trinity.experts.shard import ExpertShard, ShardSpec
+from trinity.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Status, StepReport
+from trinity.placement.table import PlacementTable
+
+
+class ExpertPool:
+    """All experts of one model. Stateless but for the table it follows; as many as there are callers may exist."""
+
+    def __init__(self, table: PlacementTable, transport: Transport, timeout_s: float):
+        self.table, self.transport, self.timeout_s = table, transport, timeout_s
+
+    def dispatcher(self, version: int = 0) -> Dispatcher:
+        """A new caller's expert layer. One per thread."""
+        return Dispatcher(self.table, self.transport, timeout_s=self.timeout_s, version=version)
+
+    def load(self, message: Load) -> int:
+        """Every shard loads its part; -> the version that all of them now hold."""
+        return self._agree(self._all("load", message))
+
+    def set_source(self, message: Load) -> None:
+        """Note where a shard that starts again finds the present weights; only pools that can restart shards care."""
+
+    def versions(self) -> dict[str, int]:
+        return {status.shard: status.version for status in self.status()}
+
+    def status(self, reset_counts: bool = False) -> list[ShardStatus]:
+        return self._all("status", Status(reset_counts))
+
+    def prepare(self, step: int, issued: Counter[str]) -> list[StepReport]:
+        """Ask every shard what it has for `step`. Raises StepConflict when one has not applied exactly the `issued` ops."""
+        reports = self._all("prepare", Prepare(step))
+        for shard, report in zip(self.table.shards, reports, strict=True):
+            if report.num_ops != issued[shard]:
+                raise StepConflict(f"step {step}: shard {shard} applied {report.num_ops} backward ops of {issued[shard]} sent")
+        return reports
+
+    def commit(self, message: Commit) -> int:
+        return self._agree(self._all("commit", message))
+
+    def abort(self, step: int) -> int:
+        return self._agree(self._all("abort", Abort(step)))
+
+    def save(self, folder: str) -> list[Part]:
+        """Every shard writes the experts it is the primary of, in parallel."""
+        messages = [Save(folder, self.table.primaries_of(shard)) for shard in self.table.shards]
+        return [part for parts in self._each("save", messages) for part in parts]
+
+    def _all(self, verb: str, message: Any) -> list[Any]:
+        return self._each(verb, [message] * len(self.table.shards))
+
+    def _each(self, verb: str, messages: list[Any]) -> list[Any]:
+        pairs = list(zip(self.table.shards, messages, strict=True))
+        replies = [self.transport.send(shard, verb, message) for shard, message in pairs]
+        deadline_s = time.time() + self.timeout_s
+        return [
+            settle(self.transport, shard, verb, message, reply, deadline_s)
+            for (shard, message), reply in zip(pairs, replies, strict=True)
+        ]
+
+    def _agree(self, versions: list[int]) -> int:
+        if len(set(versions)) != 1:
+            held = ", ".join(f"{s}: {v}" for s, v in zip(self.table.shards, versions, strict=True))
+            raise StepConflict(f"shards hold different versions ({held}); restart from the last checkpoint")
+        return versions[0]
+
+
+def shard_specs(
+    table: PlacementTable, model: ModelConfig, optim: OptimConfig | None, settings: PlacementConfig, device: str
+) -> list[ShardSpec]:
+    """What each shard of the table is made from."""
+    return [
+        ShardSpec(
+            name=shard,
+            model=model,
+            experts=table.experts_of(shard),
+            optim=optim,
+            backend=settings.backend,
+            device=device,
+            activation_cache_bytes=settings.activation_cache_bytes,
+        )
+        for shard in table.shards
+    ]
+
+
+def shard_names(num_shards: int) -> tuple[str, ...]:
+    return tuple(f"shard-{i}" for i in range(num_shards))
+
+
+def local_pool(
+    model: ModelConfig,
+    load: Load,
+    *,
+    num_shards: int = 1,
+    optim: OptimConfig | None = None,
+    backend: str = "auto",
+    device: str = "cpu",
+    timeout_s: float = 3600.0,
+) -> ExpertPool:
+    """A pool whose shards live in this process, with their weights loaded. `optim` None: it will not train."""
+    table = PlacementTable.spread(model.moe_layers, model.num_experts, shard_names(num_shards))
+    settings = PlacementConfig(backend=backend)  # type: ignore[arg-type]
+    shards = {spec.name: ExpertShard(spec) for spec in shard_specs(table, model, optim, settings, device)}
+    pool = ExpertPool(table, LocalTransport(shards), timeout_s)
+    pool.load(load)
+    return pool
