@@ -30,6 +30,7 @@ def start(cluster: ClusterConfig, num_train_slots: int = 0) -> None:
     if cluster.address == "local":
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",  # Ray's own servers then listen on loopback only
             namespace=cluster.namespace,
             num_cpus=cluster.num_cpus + num_train_slots,
             resources={"train_slot": num_train_slots} if num_train_slots else None,
@@ -42,10 +43,12 @@ def start(cluster: ClusterConfig, num_train_slots: int = 0) -> None:
     try:
         ray.init(address=cluster.address, namespace=cluster.namespace, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
-        raise Unavailable(f"no Ray cluster at {cluster.address!r} ({error}); start one or use --cluster.address local") from None
+        raise Unavailable(
+            f"no Ray cluster at {cluster.address!r} ({error}); start one or use --cluster.address local"
+        ) from None
     have = ray.cluster_resources().get("train_slot", 0)
     if have < num_train_slots:
         raise ConfigError(
             f"train.num_workers is {num_train_slots}, the cluster offers {have:.0f} train_slot; "
-            'start its nodes with --resources \'{"train_slot": N}\''
+            "start its nodes with --resources '{\"train_slot\": N}'"
         )

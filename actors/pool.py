@@ -98,7 +98,9 @@ def _actor(pool: str, what: str, namespace: str) -> Any:
     try:
         return ray.get_actor(_name(pool, what), namespace=namespace)
     except ValueError:
-        raise Unavailable(f"there is no {_name(pool, what)!r} in namespace {namespace!r}; start the pool first") from None
+        raise Unavailable(
+            f"there is no {_name(pool, what)!r} in namespace {namespace!r}; start the pool first"
+        ) from None
 
 
 def _device(settings: PlacementConfig) -> str:

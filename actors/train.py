@@ -75,8 +75,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(config, pool, data, comm, device)
     trainer.start()
     if comm.rank == 0:
-        tokens = config.train.global_batch_size * config.train.seq_len
-        trainer.log = TrainLog(config.train.out_dir, config.train.steps, tokens, trainer.position)
+        trainer.log = TrainLog(config.train.out_dir, config.train.steps)
     result = trainer.run()
     if trainer.log is not None:
         trainer.log.close()

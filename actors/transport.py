@@ -49,7 +49,9 @@ def _map(function: Any, value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(function(v) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: function(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        return dataclasses.replace(
+            value, **{f.name: function(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
     return value
 
 
@@ -62,7 +64,9 @@ class RayReply:
         try:
             answer = ray.get(self.ref, timeout=max(0.0, self.deadline_s - time.time()))
         except GetTimeoutError:
-            raise DeadlineExceeded(f"shard {self.shard} did not answer {self.verb!r} in time; is it overloaded or stopped?") from None
+            raise DeadlineExceeded(
+                f"shard {self.shard} did not answer {self.verb!r} in time; is it overloaded or stopped?"
+            ) from None
         except RayActorError as error:
             raise Unavailable(f"shard {self.shard} is away ({type(error).__name__}) during {self.verb!r}") from None
         if isinstance(answer, TrinityError):

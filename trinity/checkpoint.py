@@ -100,13 +100,17 @@ class Checkpoint:
         where = self._training_map
         missing = [name for name in names if name not in where]
         if missing:
-            raise CheckpointError(f"{self.path}: optimizer state {missing[0]!r} is missing; fine-tune with train.init_from instead")
+            raise CheckpointError(
+                f"{self.path}: optimizer state {missing[0]!r} is missing; fine-tune with train.init_from instead"
+            )
         return {name: self._read(where[name], name, None) for name in names}
 
     @cached_property
     def _training_map(self) -> dict[str, str]:
         entries = self.manifest.get("files", {})
-        return {t: file for file, entry in entries.items() if file.startswith("training/") for t in entry.get("tensors", ())}
+        return {
+            t: file for file, entry in entries.items() if file.startswith("training/") for t in entry.get("tensors", ())
+        }
 
     def _read(self, file: str, key: str, shape: Iterable[int] | None) -> Tensor:
         try:
@@ -116,7 +120,9 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file}: cannot read {key!r}: {error}") from None
         if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(f"{self.path / file}: {key} has shape {list(tensor.shape)}, config.json wants {list(shape)}")
+            raise CheckpointError(
+                f"{self.path / file}: {key} has shape {list(tensor.shape)}, config.json wants {list(shape)}"
+            )
         if not tensor.is_floating_point():
             raise CheckpointError(f"{self.path / file}: {key} has type {tensor.dtype}; weights are floating point")
         return tensor
@@ -130,9 +136,13 @@ class Checkpoint:
         if entry is None:
             return path
         if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated?")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated?"
+            )
         if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} does not match its SHA-256 in the manifest: it is corrupt; use an earlier checkpoint")
+            raise CheckpointError(
+                f"{path} does not match its SHA-256 in the manifest: it is corrupt; use an earlier checkpoint"
+            )
         return path
 
     def _manifest(self) -> dict[str, Any]:
@@ -158,7 +168,9 @@ class Checkpoint:
         if single.is_file():
             return dict.fromkeys(_keys(single), SINGLE)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")):
-            raise CheckpointError(f"{self.path} holds .bin/.pt files, which can run code when loaded; convert it to safetensors")
+            raise CheckpointError(
+                f"{self.path} holds .bin/.pt files, which can run code when loaded; convert it to safetensors"
+            )
         raise CheckpointError(f"{self.path} has neither {INDEX} nor {SINGLE}")
 
 
@@ -176,21 +188,30 @@ def latest_checkpoint(out_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_path(out_dir: str | Path, step: int) -> Path:
+    return Path(out_dir) / f"step-{step:06d}"
+
+
 class CheckpointWriter:
     """One save: parts go into `folder`; `finish` writes index, config and manifest, and gives the folder its name."""
 
-    def __init__(self, out_dir: str | Path, step: int):
-        self.target = Path(out_dir) / f"step-{step:06d}"
+    def __init__(self, target: str | Path, step: int):
+        self.target, self.step = Path(target), step
         self.folder = self.target.with_name(self.target.name + ".partial")
-        self.step = step
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "training").mkdir(parents=True)
 
-    def finish(self, parts: Iterable[Part], config: ModelConfig, tokenizer: "Tokenizer | None", state: dict[str, Any]) -> Path:
+    def finish(
+        self, parts: Iterable[Part], config: ModelConfig, tokenizer: "Tokenizer | None", state: dict[str, Any] | None
+    ) -> Path:
+        """-> the finished checkpoint. `state` None: weights only, nothing to resume from."""
         parts = list(parts)
         _write_json(self.folder / "config.json", to_hf(config))
         _write_json(self.folder / "generation_config.json", _generation_config(config))
-        _write_json(self.folder / "training" / "state.json", state)
+        if state is None:
+            (self.folder / "training").rmdir()
+        else:
+            _write_json(self.folder / "training" / "state.json", state)
         _write_json(self.folder / INDEX, _index(parts))
         if tokenizer is not None:
             tokenizer.save(self.folder)
@@ -259,7 +280,11 @@ def _index(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
 
 
 def _part(folder: Path, file: str, tensors: tuple[str, ...] = ()) -> Part:
@@ -284,7 +309,9 @@ def _check_inside(file: str, source: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} a JSON file may have")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} a JSON file may have"
+            )
         tree = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None

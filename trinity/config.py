@@ -63,17 +63,31 @@ class ModelConfig(Frozen):
         """Every n-th layer attends globally, the others within their window, unless listed one by one."""
         if isinstance(data, dict) and not data.get("layer_types") and "num_hidden_layers" in data:
             every = data.get("global_attn_every_n_layers", 4)
-            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(data["num_hidden_layers"])]
+            kinds = [
+                "sliding_attention" if (i + 1) % every else "full_attention" for i in range(data["num_hidden_layers"])
+            ]
             data = {**data, "layer_types": tuple(kinds)}
         return data
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         checks = [
-            (len(self.layer_types) == self.num_hidden_layers, f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"),
-            (self.num_experts_per_tok <= self.num_experts, f"num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}"),
-            (self.num_attention_heads % self.num_key_value_heads == 0, f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"),
-            (self.num_dense_layers <= self.num_hidden_layers, f"num_dense_layers {self.num_dense_layers} > num_hidden_layers {self.num_hidden_layers}"),
+            (
+                len(self.layer_types) == self.num_hidden_layers,
+                f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers",
+            ),
+            (
+                self.num_experts_per_tok <= self.num_experts,
+                f"num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}",
+            ),
+            (
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",
+            ),
+            (
+                self.num_dense_layers <= self.num_hidden_layers,
+                f"num_dense_layers {self.num_dense_layers} > num_hidden_layers {self.num_hidden_layers}",
+            ),
             (self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rotary embeddings"),
         ]
         for holds, message in checks:
@@ -128,7 +142,9 @@ class DataConfig(Frozen):
     val: tuple[str, ...] = ()
     val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
     text_field: str = "text"
-    tokenizer: str | None = Field(default=None, description="a tokenizer.json or a checkpoint folder; default: train one")
+    tokenizer: str | None = Field(
+        default=None, description="a tokenizer.json or a checkpoint folder; default: train one"
+    )
     intra_document_mask: bool = True
     max_documents: int | None = None
 
@@ -177,7 +193,9 @@ class PlacementConfig(Frozen):
     num_cpus_per_shard: float = Field(default=0, ge=0)
     num_gpus_per_shard: float = Field(default=0, ge=0)
     num_threads_per_shard: int = Field(default=1, ge=1)
-    activation_cache_bytes: int = Field(default=2 << 30, ge=0, description="forward activations a shard keeps for backward")
+    activation_cache_bytes: int = Field(
+        default=2 << 30, ge=0, description="forward activations a shard keeps for backward"
+    )
     call_timeout_s: float = Field(default=120.0, gt=0)
     ready_timeout_s: float = Field(default=180.0, gt=0)
     state_dir: str | None = Field(default=None, description="where epochs are persisted; default: OUT_DIR/placement")
@@ -207,7 +225,9 @@ class ServeConfig(Frozen):
     served_model_name: str | None = None
     num_engines: int = Field(default=1, ge=1)
     max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(default=48, ge=1, description="running requests at which another engine starts")
+    max_requests_per_engine: int = Field(
+        default=48, ge=1, description="running requests at which another engine starts"
+    )
     tls_cert: str | None = None
     tls_key: str | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
@@ -261,7 +281,7 @@ class Config(Frozen):
         """Validate a plain nested mapping; `model` may be a preset's name or a mapping with `preset`."""
         _refuse_unknown(cls, tree)
         tree = _expand_preset(dict(tree))
-        key = os.environ.get("TRINITY_API_KEY")
+        key = api_key()
         if key and "api_key" not in tree.get("serve", {}):
             tree["serve"] = {**tree.get("serve", {}), "api_key": key}
         try:
@@ -273,6 +293,11 @@ class Config(Frozen):
         """A copy with some fields of some sections changed, validated again: `cfg.replace(train={"steps": 5})`."""
         tree = self.model_dump()
         return type(self).from_tree(_merge(tree, sections))
+
+
+def api_key() -> str | None:
+    """The key from the environment, for servers and clients."""
+    return os.environ.get("TRINITY_API_KEY")
 
 
 def preset(name: str) -> ModelConfig:

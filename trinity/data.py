@@ -218,14 +218,14 @@ def _build(folder: Path, texts: Iterator[str], tokenizer: Tokenizer, val_fractio
     for name, chosen in (("train", order_N[~held_N]), ("val", order_N[held_N])):
         _write_part(folder / name, tokens, starts_N, chosen)
     raw.unlink()
-    facts = {"fingerprint": folder.name, "documents": len(keys_N), "held_out": int(held_N.sum()), "tokens": len(tokens)}
+    facts = {"documents": len(keys_N), "held_out_documents": int(held_N.sum()), "tokens": len(tokens)}
     (folder / "store.json").write_text(json.dumps(facts))
 
 
 def split(keys_N: np.ndarray, val_fraction: float) -> np.ndarray:
     """-> bool: which documents are held out, given seeded 64-bit hashes of their content: those in the lowest
-    `val_fraction` of the hashes' range, so equal documents share a side and new ones move no other. Where there are
-    two documents or more, each side gets one (`val_fraction` 0: all train)."""
+    `val_fraction` of the hashes' range, so equal documents share a side and new ones move no other. But where there
+    are two documents or more, each side gets one (`val_fraction` 0: all train)."""
     wanted = np.count_nonzero(keys_N < val_fraction * 2.0**64)
     num_val = min(max(wanted, 1), len(keys_N) - 1) if val_fraction else 0
     held_N = np.zeros(len(keys_N), bool)

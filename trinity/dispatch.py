@@ -131,11 +131,15 @@ class Dispatcher:
         self, layer: int, op_id: str, dy_TD: Tensor, routes: list[Route], rows_of: Callable[[Route], Rows]
     ) -> list[tuple[Tensor, Tensor]]:
         calls = [
-            Backward(op_id, layer, self.table.epoch, self.version, self._deadline(), dy_TD[route.token_R.to(dy_TD.device)])
+            Backward(
+                op_id, layer, self.table.epoch, self.version, self._deadline(), dy_TD[route.token_R.to(dy_TD.device)]
+            )
             for route in routes
         ]
         self.issued.update(route.shard for route in routes)
-        replies = [self.transport.send(route.shard, "backward", call) for route, call in zip(routes, calls, strict=True)]
+        replies = [
+            self.transport.send(route.shard, "backward", call) for route, call in zip(routes, calls, strict=True)
+        ]
         return [self._gradient(*each, rows_of) for each in zip(routes, calls, replies, strict=True)]
 
     def _gradient(self, route: Route, call: Backward, reply: Reply, rows_of: Callable[[Route], Rows]) -> Any:
@@ -176,7 +180,9 @@ class _RemoteExperts(torch.autograd.Function):
     """y = dispatch(x, weights); backward returns dx and dweights, and leaves the experts' gradients on their shards."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, layer: int, dispatcher: Dispatcher) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, layer: int, dispatcher: Dispatcher
+    ) -> Tensor:
         ctx.layer, ctx.dispatcher = layer, dispatcher
         ctx.op_id, ctx.routes = dispatcher._next_op(), dispatcher._route(layer, ids_TK)
         ctx.save_for_backward(x_TD, weights_TK, ids_TK)

@@ -4,7 +4,7 @@ Legend: L layers with experts, E experts.
 
 Decisions.
 - A run writes metrics.jsonl (one object a line: a step, or a validation), expert_load.jsonl (rows per expert, at most
-  about 200 times in a run) and TensorBoard events, and shows one line of progress. A number that is not finite is null.
+  about 200 times in a run) and TensorBoard events. A number that is not finite is null.
 - The first step that is logged says where a run resumes: lines from there on are dropped, so each step is there once,
   whatever was written between the last checkpoint and a crash. A line torn by the crash is dropped too.
 - Prometheus metrics are declared here as values and exported at the edges: one list for code, docs and dashboards.
@@ -13,17 +13,11 @@ Decisions.
 import json
 import math
 import os
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from tqdm import tqdm
-
-PLAIN_LINE_EVERY_S = 5.0
 LOADS_PER_RUN = 200
 
 
@@ -48,25 +42,12 @@ class StepMetrics:
 class TrainLog:
     """The log of one run, written by one process. Steps count from 1 and come in order; call `close` at the end.
 
-    `resume_step` is the number of steps done before, for the progress bar. Nothing is written before the first step.
+    Nothing is written before the first step. What a person sees of it is trinity/progress.py's.
     """
 
-    def __init__(
-        self,
-        out_dir: str | Path,
-        total_steps: int,
-        tokens_per_step: int,
-        resume_step: int = 0,
-        screen: TextIO | None = None,
-        clock_s: Callable[[], float] = time.monotonic,
-    ):
-        self.out_dir, self.total_steps, self.tokens_per_step = Path(out_dir), total_steps, tokens_per_step
-        self._screen = screen or sys.stderr
-        self._clock_s, self._shown_s = clock_s, -math.inf
-        self._recent: deque[StepMetrics] = deque(maxlen=20)
-        self._last_step = resume_step
+    def __init__(self, out_dir: str | Path, total_steps: int):
+        self.out_dir, self.total_steps = Path(out_dir), total_steps
         self._files: _Files | None = None
-        self._bar: tqdm | None = None
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
@@ -77,60 +58,21 @@ class TrainLog:
         every = max(1, self.total_steps // LOADS_PER_RUN)
         if counts_LE and (metrics.step % every == 0 or metrics.step == self.total_steps):
             files.write_load({"step": metrics.step, "counts_LE": counts_LE})
-        self._recent.append(metrics)
-        self._show(metrics)
 
     def eval(self, step: int, loss: float) -> None:
         """Record the validation loss of the weights after `step`."""
         self._opened(step).write_row({"step": step, "val_loss": loss})
-        self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {_perplexity(loss):.1f}")
 
     def close(self) -> None:
-        """Finish the files and the bar. Harmless when repeated."""
-        if self._bar is not None:
-            self._bar.close()
+        """Finish the files. Harmless when repeated."""
         if self._files is not None:
             self._files.close()
-        self._bar = self._files = None
+        self._files = None
 
     def _opened(self, step: int) -> "_Files":
         if self._files is None:
             self._files = _Files(self.out_dir, step)
-            steps, tokens = self.total_steps, self.tokens_per_step
-            self._print(f"{steps} steps of {tokens:,} tokens, {steps * tokens:,} in all; log: {self.out_dir}")
-            if self._screen.isatty():
-                self._bar = tqdm(total=self.total_steps, initial=self._last_step, file=self._screen, unit="step")
         return self._files
-
-    def _show(self, metrics: StepMetrics) -> None:
-        """Move the bar; without a terminal print a line for the first step, the last, and every few seconds."""
-        now_s = self._clock_s()
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._numbers(), refresh=False)
-            self._bar.update(metrics.step - self._last_step)
-        elif now_s - self._shown_s >= PLAIN_LINE_EVERY_S or metrics.step == self.total_steps:
-            self._shown_s = now_s
-            self._print(f"step {metrics.step}/{self.total_steps}  {self._numbers()}  eta {self._eta()}")
-        self._last_step = metrics.step
-
-    def _numbers(self) -> str:
-        """The last step's, and the throughput of the last 20."""
-        last = self._recent[-1]
-        rate = sum(m.tokens for m in self._recent) / max(sum(m.seconds for m in self._recent), 1e-9)
-        text = (
-            f"loss {last.loss:.3f}  grad {last.grad_norm:.2f}  lr {last.muon_lr:.1e}  tok/s {rate:,.0f}"
-            f"  maxvio {last.max_vio:.2f}"
-        )
-        return text + (f"  skipped {last.skipped}" if last.skipped else "")
-
-    def _eta(self) -> str:
-        mean_s = sum(m.seconds for m in self._recent) / len(self._recent)
-        left_s = round(mean_s * (self.total_steps - self._recent[-1].step))
-        return tqdm.format_interval(left_s).removeprefix("0")
-
-    def _print(self, line: str) -> None:
-        tqdm.write(line, file=self._screen)  # above the bar, if there is one
-        self._screen.flush()
 
 
 class _Files:
@@ -163,10 +105,11 @@ class _Files:
 def read_rows(file: str | Path) -> list[dict[str, Any]]:
     """The objects of a log's lines, in order; [] without the file. A torn line (a crash while writing) is left out."""
     path = Path(file)
-    return [row for line in path.read_text("utf-8").splitlines() if (row := _parse(line))] if path.is_file() else []
+    return [row for line in path.read_text("utf-8").splitlines() if (row := parse_row(line))] if path.is_file() else []
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_row(line: str) -> dict[str, Any] | None:
+    """A row of a log, or None for a torn line."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -185,10 +128,6 @@ def _cut(path: Path, first_step: int) -> TextIO:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)

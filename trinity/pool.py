@@ -44,7 +44,9 @@ class ExpertPool:
         reports = self._all("prepare", Prepare(step))
         for shard, report in zip(self.table.shards, reports, strict=True):
             if report.num_ops != issued[shard]:
-                raise StepConflict(f"step {step}: shard {shard} applied {report.num_ops} backward ops of {issued[shard]} sent")
+                raise StepConflict(
+                    f"step {step}: shard {shard} applied {report.num_ops} backward ops of {issued[shard]} sent"
+                )
         return reports
 
     def commit(self, message: Commit) -> int:

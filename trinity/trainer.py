@@ -27,6 +27,7 @@ from trinity.checkpoint import (
     latest_checkpoint,
     open_checkpoint,
     prune,
+    step_path,
     write_tensors,
 )
 from trinity.config import Config
@@ -110,7 +111,9 @@ class Objective(nn.Module):
         attend = PackedAttention(self.config.model, docs_BS, batch, seq)
         out = self.model(ids_BS.flatten(), packed_positions(batch, seq, ids_BS.device), attend)
         share = 1.0 / self.config.train.global_batch_size
-        ce, z = loss_from_hidden(self.model.lm_head.weight, out.hidden_TD, targets_BS.flatten(), self.config.optim.z_loss)
+        ce, z = loss_from_hidden(
+            self.model.lm_head.weight, out.hidden_TD, targets_BS.flatten(), self.config.optim.z_loss
+        )
         balance = sequence_balance_loss(out.routing, self.config.model, batch, seq, self.config.optim.balance_loss)
         counts = [expert_counts(r.ids_TK, self.config.model.num_experts) for r in out.routing]
         counts_LE = torch.stack(counts) if counts else torch.zeros(0, self.config.model.num_experts, dtype=torch.int64)
@@ -130,9 +133,7 @@ class Totals(NamedTuple):
 class Trainer:
     """One worker of a training job. Worker 0 also speaks for the job to the shards and writes its part of checkpoints."""
 
-    def __init__(
-        self, config: Config, pool: ExpertPool, data: Prepared, comm: Comm, device: str = "cpu"
-    ):
+    def __init__(self, config: Config, pool: ExpertPool, data: Prepared, comm: Comm, device: str = "cpu"):
         if pool.table.num_replicas_LE.max(initial=1) > 1:
             raise NotImplementedError("training with more than one replica of an expert")
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
@@ -184,17 +185,19 @@ class Trainer:
 
     # -- the loop
 
-    def run(self) -> dict[str, float]:
-        """Train to `steps`, evaluating and saving on the way; -> the last training and validation loss."""
+    def run(self) -> dict[str, Any]:
+        """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
         settings, loss, val_loss = self.config.train, math.nan, math.nan
+        checkpoint = latest_checkpoint(settings.out_dir)
         while self.position < settings.steps:
             loss = self.step().loss
             last = self.position == settings.steps
             if last or (settings.eval_every and self.position % settings.eval_every == 0):
                 val_loss = self.evaluate()
             if last or (settings.save_every and self.position % settings.save_every == 0):
-                self.save()
-        return {"loss": loss, "val_loss": val_loss, "version": self.version}
+                checkpoint = self.save()
+        reached = {"position": self.position, "version": self.version, "checkpoint": str(checkpoint)}
+        return {"loss": loss, "val_loss": val_loss, **reached}
 
     def step(self) -> StepMetrics:
         """One optimizer step: forward and backward of all micro-batches, prepare, then commit or abort, everywhere."""
@@ -261,7 +264,9 @@ class Trainer:
         self.version += 1
 
     def _abort(self, norm: float) -> None:
-        log.warning("step skipped: the gradient norm is %s; its batch is consumed, the weights stay at %s", norm, self.version)
+        log.warning(
+            "step skipped: the gradient norm is %s; its batch is consumed, the weights stay at %s", norm, self.version
+        )
         self.num_skipped += 1
         if self.comm.rank == 0:
             self.pool.abort(self.version + 1)
@@ -325,11 +330,11 @@ class Trainer:
         """Write checkpoint `step-<version>`: shards and backbone side by side; -> its folder."""
         target = Path(self.config.train.out_dir).resolve()
         if self.comm.rank == 0:
-            written = self._write(CheckpointWriter(target, self.version))
+            written = self._write(CheckpointWriter(step_path(target, self.version), self.version))
             self.pool.set_source(Load(str(written)))
             prune(target, self.config.train.keep_checkpoints)
         self.comm.sum(torch.zeros(1))
-        return target / f"step-{self.version:06d}"
+        return step_path(target, self.version)
 
     def _write(self, writer: CheckpointWriter) -> Path:
         parts = self.pool.save(str(writer.folder))

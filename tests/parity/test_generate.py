@@ -118,10 +118,10 @@ def test_sixteen_at_random_times(seed, budget, block_size):
 @pytest.mark.parametrize("budget", [7, 64])
 def test_preemption_changes_nothing(seed, budget):
     """Memory for little more than one longest sequence: most requests are thrown out and recomputed."""
-    engine = engine_of(seed, max_num_batched_tokens=budget, kv_cache_bytes=96 * 5 * 128 + 4000)
+    engine = engine_of(seed, max_num_batched_tokens=budget, max_model_len=80, block_size=1, kv_cache_bytes=KV)
     requests = prompts(seed, 16)
     assert drive(engine, requests, [0] * 16) == expected(seed, 16)
-    assert engine.stats().num_preemptions > 3
+    assert engine.stats().num_preemptions >= 5
     assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
 
 

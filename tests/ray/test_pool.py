@@ -38,9 +38,10 @@ def batch(num_tokens=50):
 def test_a_pool_of_actors_is_a_pool_of_shards(pool, ray_session, tmp_path):
     from actors import pool as pools
 
+    before, pool.timeout_s = pool.timeout_s, 0.5
+    dispatcher = pool.dispatcher()
     with pytest.raises(Unavailable, match="has no weights yet"):
-        pool.timeout_s, before = 0.5, pool.timeout_s
-        pool.dispatcher()(LAYER, *batch())
+        dispatcher(LAYER, *batch())
     pool.timeout_s = before
     local = local_pool(MODEL, Load(seed=3), num_shards=2, optim=OptimConfig(), backend="torch")
     assert pool.load(Load(seed=3)) == 0

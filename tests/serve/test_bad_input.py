@@ -80,7 +80,13 @@ async def test_fields_at_and_beyond_their_bounds(http, field):
 
 async def test_bounds_are_inside(http):
     inside = {"temperature": [0, 100, 2], "top_p": [1e-9, 1], "top_k": [-1, 0, 299], "seed": [-(2**63), 2**63 - 1]}
-    inside |= {"n": [16], "logprobs": [0, 20], "stop": ["a", ["a"] * 16, "x" * 256], "best_of": [1], "max_tokens": [1, 2**31]}
+    inside |= {
+        "n": [16],
+        "logprobs": [0, 20],
+        "stop": ["a", ["a"] * 16, "x" * 256],
+        "best_of": [1],
+        "max_tokens": [1, 2**31],
+    }
     inside |= {"tools": [[]], "response_format": [{"type": "text"}], "suffix": [""], "logit_bias": [{"299": -100}]}
     for field, values in inside.items():
         for value in values:
@@ -172,7 +178,12 @@ async def test_sizes_and_types_of_bodies(start):
 async def test_routes_that_are_not_there(http):
     for path in ("/", "/v1", "/v2/completions", "/v1/completions/", "/docs", "/openapi.json", "/../etc/passwd", "/%00"):
         check_refusal(await http.get(path), (404,))
-    for method, path in (("GET", "/v1/completions"), ("DELETE", "/v1/models"), ("POST", "/health"), ("PUT", "/tokenize")):
+    for method, path in (
+        ("GET", "/v1/completions"),
+        ("DELETE", "/v1/models"),
+        ("POST", "/health"),
+        ("PUT", "/tokenize"),
+    ):
         check_refusal(await http.request(method, path), (405,))
 
 
@@ -200,7 +211,7 @@ async def test_malformed_http(server, http):
         (b"GET / HTTP/1.1" + end, b"400"),
         (b"GET /health HTTP/1.1\r\nhost: a\r\nx\0y: 1" + end, b"400"),
         (start + b"y" * 65536 + end, b"431"),
-        (start + b"y" * 1_000_000, b"400"),
+        (start + b"y" * 33_000, b"400"),
         (b"GET /" + b"y" * 65536 + start[11:] + end, b"431"),
     ):
         answer = await raw(server, data)
@@ -218,7 +229,9 @@ async def test_slow_clients_are_cut(start, monkeypatch):
     monkeypatch.setattr("serving.edge.BODY_TIMEOUT_S", 0.2)
     async with start() as server:
         assert await raw(server, b"POST /v1/comp") == b""
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n"
+        )
         assert (await raw(server, head + b"{")).startswith(b"HTTP/1.1 408")
         async with httpx.AsyncClient(base_url=server.url) as http:
             await check_alive(http)

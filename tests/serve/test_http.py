@@ -92,7 +92,14 @@ async def test_echo_puts_the_prompt_first(http, stream):
 async def test_every_sampling_field_reaches_the_engine(http, server):
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "presence_penalty": 0.1}
     fields |= {"frequency_penalty": 0.2, "repetition_penalty": 1.5, "ignore_eos": True}
-    more = {"stop": ["a", "b"], "stop_token_ids": [5], "logit_bias": {"4": -2}, "logprobs": 1, "user": "me", "metadata": {}}
+    more = {
+        "stop": ["a", "b"],
+        "stop_token_ids": [5],
+        "logit_bias": {"4": -2},
+        "logprobs": 1,
+        "user": "me",
+        "metadata": {},
+    }
     assert (await http.post("/v1/completions", json={**BODY, **fields, **more})).status_code == 200
     params = server.engine.seen[-1]
     assert {name: getattr(params, name) for name in fields} == fields
@@ -165,9 +172,11 @@ async def test_f15_disconnects_free_everything(start):
                     await http.post("/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.3))
 
         async def leave_stream():
-            async with httpx.AsyncClient(base_url=server.url) as http:
-                async with http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 100, "stream": True}) as r:
-                    await anext(r.aiter_bytes())
+            async with (
+                httpx.AsyncClient(base_url=server.url) as http,
+                http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 100, "stream": True}) as r,
+            ):
+                await anext(r.aiter_bytes())
 
         await asyncio.gather(*(leave(False) for _ in range(50)), *(leave_stream() for _ in range(50)))
         await eventually(lambda: not server.engine.held and not server.front.admission.active, within_s=1)
@@ -175,9 +184,9 @@ async def test_f15_disconnects_free_everything(start):
 
 
 async def test_overload_says_when_to_come_back(start):
-    async with start(FakeEngine(delay_s=0.02), max_concurrent_requests=2) as server:
-        async with httpx.AsyncClient(base_url=server.url) as http:
-            answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(5)))
+    busy = start(FakeEngine(delay_s=0.02), max_concurrent_requests=2)
+    async with busy as server, httpx.AsyncClient(base_url=server.url) as http:
+        answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(5)))
     assert sorted(a.status_code for a in answers) == [200, 200, 429, 429, 429]
     assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 429)
 

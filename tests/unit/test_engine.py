@@ -117,6 +117,7 @@ def test_preemption_is_exercised_and_invisible():
         run.add(tuple(range(i, i + 5)), SamplingParams(seed=i, max_tokens=18, ignore_eos=True))
     run.finish()
     assert engine.stats().num_preemptions >= 5
+    assert list(run.ended) == list(run.wanted), "what was thrown out must not lose its place in the queue"
 
 
 def test_first_come_first_served():

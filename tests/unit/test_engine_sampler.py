@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.engine import sampler
 from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.sampler import filtered_probs, sample, steer, uniform
 from trinity.engine.text import TextStream
@@ -191,16 +190,16 @@ def test_logits_that_are_not_finite_spoil_their_row_only(bad, temperature):
 
 def test_the_whole_vocabulary_is_sorted_only_when_needed(monkeypatch):
     """A flat distribution needs it for top_p; a peaked one, or top_k, does not."""
-    sorts = []
-    real = torch.Tensor.sort
-    monkeypatch.setattr(torch.Tensor, "sort", lambda *a, **k: sorts.append(1) or real(*a, **k))
+    widths = []
+    real = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda tensor, num: widths.append(num) or real(tensor, num))
     flat, peaked = torch.zeros(1, 4000), torch.zeros(1, 4000)
     peaked[0, :100] = 20
-    filtered_probs(peaked, [SamplingParams(top_p=0.9)])
     filtered_probs(flat, [SamplingParams(top_k=40)])
     filtered_probs(flat.repeat(2, 1), [SamplingParams(), SamplingParams(top_k=5)])
-    assert not sorts
+    assert widths == [64, 64]
+    filtered_probs(peaked, [SamplingParams(top_p=0.9)])
+    assert widths[2:] == [64, 1024]
     kept = filtered_probs(flat + torch.linspace(0, 1e-3, 4000), [SamplingParams(top_p=0.9)])
-    assert sorts
+    assert widths[4:] == [64, 1024, 4000]
     assert int((kept > 0).sum()) == pytest.approx(3600, abs=3)
-    assert sampler.FIRST_CANDIDATES < 3600

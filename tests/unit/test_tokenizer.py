@@ -1,5 +1,6 @@
 """Tokenizers: every text comes back, streams show whole characters, transformers agrees, templates are caged."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AfmoeConfig, AutoTokenizer
 
+from trinity import tokenizer
 from trinity.errors import CheckpointError, ConfigError, InvalidRequest
 from trinity.tokenizer import MARKERS, SPECIALS, IncrementalDecoder, Tokenizer, render_chat, train_tokenizer
 
@@ -36,6 +38,13 @@ def test_every_text_comes_back(text):
 )
 def test_hard_texts_come_back(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_a_long_text_is_encoded_in_pieces(monkeypatch):
+    text = "".join(CORPUS)
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 1000)
+    pieces = [TOKENIZER.encode(text[i : i + 1000]) for i in range(0, len(text), 1000)]
+    assert TOKENIZER.encode(text, add_special=True) == [0, *itertools.chain(*pieces)]
 
 
 @given(IDS)
@@ -132,6 +141,7 @@ def test_saved_and_loaded_again(tmp_path):
 
 def test_transformers_loads_it_and_agrees(tmp_path):
     TOKENIZER.save(tmp_path)
+    AfmoeConfig().save_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 3, 12)
     for text in [*CORPUS, "<|im_start|>user\nhi<|im_end|>"]:

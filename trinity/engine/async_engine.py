@@ -57,7 +57,8 @@ class AsyncEngine:
         Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, or Unavailable while
         draining or closed. Leaving early aborts the request and frees its cache.
         """
-        stream = self._enter(request_id, partial(Stream, request_id, asyncio.get_running_loop()))
+        stream = Stream(request_id, asyncio.get_running_loop())
+        self._enter(stream)
         timer = _deadline(stream, deadline_s) if deadline_s is not None else None
         try:
             self._post(partial(self._start, stream, list(prompt_ids), params))
@@ -108,14 +109,14 @@ class AsyncEngine:
 
     # On the caller's side
 
-    def _enter(self, request_id: str, make: Callable[[], Stream]) -> Stream:
+    def _enter(self, stream: Stream) -> None:
         with self._changed:
             if self._closed or self._draining:
                 state = "stopped" if self._closed else "draining"
-                raise Unavailable(f"the engine is {state}; send request {request_id!r} to another", retry_after_s=1.0)
-            stream = make()
+                raise Unavailable(
+                    f"the engine is {state}; send request {stream.request_id!r} to another", retry_after_s=1.0
+                )
             self._open.add(stream)
-            return stream
 
     def _leave(self, stream: Stream) -> None:
         with self._changed:

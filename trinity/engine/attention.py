@@ -105,7 +105,10 @@ class PagedAttention:
 
 
 def _decode(q_BHd: Tensor, k_PGd: Tensor, v_PGd: Tensor, group: Decodes) -> Tensor:
-    k_BGSd, v_BGSd = (pool[group.slots_BS].transpose(1, 2) for pool in (k_PGd, v_PGd))
+    shape_BS = group.slots_BS.shape
+    k_BGSd, v_BGSd = (
+        pool.index_select(0, group.slots_BS.flatten()).unflatten(0, shape_BS).transpose(1, 2) for pool in (k_PGd, v_PGd)
+    )
     q_BGRd = q_BHd.unflatten(1, (k_PGd.shape[1], -1))
     return F.scaled_dot_product_attention(q_BGRd, k_BGSd, v_BGSd, attn_mask=group.mask_B11S).flatten(1, 2)
 
@@ -114,7 +117,8 @@ def _prefill(
     out_nHd: Tensor, q_nHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, k_PGd: Tensor, v_PGd: Tensor, part: Prefill
 ) -> None:
     if part.past_P is not None:
-        k_nGd, v_nGd = torch.cat((k_PGd[part.past_P], k_nGd)), torch.cat((v_PGd[part.past_P], v_nGd))
+        k_nGd = torch.cat((k_PGd.index_select(0, part.past_P), k_nGd))
+        v_nGd = torch.cat((v_PGd.index_select(0, part.past_P), v_nGd))
     num_groups = k_nGd.shape[1]
     for tile in part.tiles:
         q_GRnd = q_nHd[tile.queries].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trinity.engine.request import SamplingParams, Sequence, TokenLogprobs
 
-FIRST_CANDIDATES = 512  # most top-p sets are smaller: sort these before sorting the whole vocabulary
+CANDIDATES = (64, 1024)  # most top-p sets are as small as this: try before sorting the whole vocabulary
 
 
 class Sampled(NamedTuple):
@@ -81,7 +81,7 @@ def draw(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
     device = logits_RV.device
     probs_RV = filtered_probs(logits_RV, [s.params for s in sequences])
     noise = [uniform(s.seed, len(s.token_ids)) for s in sequences]
-    cumulative_RV = probs_RV.double().cumsum(-1)
+    cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
     total_R1 = cumulative_RV[:, -1:]
     target_R1 = torch.tensor(noise, dtype=torch.float64, device=device)[:, None] * total_R1
     below_R1 = torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
@@ -109,11 +109,12 @@ def _least_kept(probs_RV: Tensor, params: list[SamplingParams]) -> Tensor:
     vocab = probs_RV.shape[1]
     top_k_R1 = _column([min(p.top_k or vocab, vocab) for p in params], probs_RV, torch.int64)
     top_p_R1 = _column([p.top_p for p in params], probs_RV, torch.float64)
-    mass_R1 = probs_RV.double().sum(-1, keepdim=True)
-    sorted_RC = probs_RV.topk(min(vocab, max(FIRST_CANDIDATES, *(p.top_k for p in params)))).values
-    covered_R1 = sorted_RC.double().sum(-1, keepdim=True) >= top_p_R1 * mass_R1
-    if not bool((covered_R1 | (top_k_R1 <= sorted_RC.shape[1])).all()):
-        sorted_RC = probs_RV.sort(-1, descending=True).values
+    mass_R1 = probs_RV.sum(-1, keepdim=True, dtype=torch.float64)
+    for num in (*CANDIDATES, vocab):
+        sorted_RC = probs_RV.topk(min(vocab, max(num, *(p.top_k for p in params)))).values
+        covered_R1 = sorted_RC.sum(-1, keepdim=True, dtype=torch.float64) >= top_p_R1 * mass_R1
+        if bool((covered_R1 | (top_k_R1 <= sorted_RC.shape[1])).all()):
+            break
     rank_C = torch.arange(sorted_RC.shape[1], device=probs_RV.device)
     kept_RC = sorted_RC.double() * (rank_C < top_k_R1)
     total_R1 = torch.where(top_k_R1 < vocab, kept_RC.sum(-1, keepdim=True), mass_R1)

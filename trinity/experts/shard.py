@@ -188,7 +188,9 @@ class ExpertShard:
 
     def _check(self, layer: int, version: int, deadline_s: float) -> None:
         if time.time() > deadline_s:
-            raise DeadlineExceeded(f"shard {self.spec.name}: the call's deadline passed {time.time() - deadline_s:.2f} s ago")
+            raise DeadlineExceeded(
+                f"shard {self.spec.name}: the call's deadline passed {time.time() - deadline_s:.2f} s ago"
+            )
         if self.version < 0:
             raise Unavailable(f"shard {self.spec.name} has no weights yet")
         if version != self.version:
@@ -201,7 +203,9 @@ class ExpertShard:
         local_A = self._local[layer][rows.expert_A.cpu()]
         if len(local_A) and int(local_A.min()) < 0:
             stranger = int(rows.expert_A.cpu()[local_A < 0][0])
-            raise WrongEpoch(f"shard {self.spec.name} does not hold expert ({layer}, {stranger}) of placement epoch {epoch}")
+            raise WrongEpoch(
+                f"shard {self.spec.name} does not hold expert ({layer}, {stranger}) of placement epoch {epoch}"
+            )
         device = self.spec.device
         return Assignments(rows.row_A.to(device), local_A.to(device), rows.weight_A.to(device))
 
@@ -223,7 +227,9 @@ class ExpertShard:
     def _recompute(self, call: Backward) -> _Op:
         if call.rows is None:
             self.cache_misses += 1
-            raise InputGone(f"shard {self.spec.name} no longer has the activations of {call.op_id}; send the rows again")
+            raise InputGone(
+                f"shard {self.spec.name} no longer has the activations of {call.op_id}; send the rows again"
+            )
         return self._remember(call.op_id, call.layer, call.rows, self._assign(call.layer, call.rows, call.epoch))
 
     def _accumulate(self, layer: int, gradients: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,154 @@
+"""The Ray Serve application: engine replicas behind one gateway.
+
+Decisions: the gateway's replica opens HTTP and gRPC itself, so that bind address, TLS, key, limits and the order of
+draining are ours; Ray Serve starts, checks, scales and replaces the processes, and its own proxies stay off
+(measurements: docs/serving.md). The gateway runs on the node that started it: a loopback address means that machine.
+"""
+
+import logging
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
+
+from serving.engine import EngineReplica, connect_client, load_factory
+from serving.frontend import Frontend
+from serving.gateway import Gateway
+from trinity.config import Config, ServeConfig
+from trinity.errors import ConfigError, Unavailable
+
+log = logging.getLogger("trinity.serving")
+APP = "trinity"
+FACTORY = "serving.engine:build_engine"
+SPARE_CALLS = 64  # health probes beside a full house of requests
+QUIET = {"enable_access_log": False}
+
+
+class GatewayReplica:
+    """The ingress deployment: a Gateway in Serve's event loop."""
+
+    async def __init__(self, engines: Any, config_json: str, ready_timeout_s: float):  # type: ignore[misc]  # Serve awaits it
+        config = ServeConfig.model_validate_json(config_json)
+        client, tokenizer, info = await connect_client(engines, ready_timeout_s)
+        self.gateway = Gateway(Frontend(client, tokenizer, info, config))
+        await self.gateway.start()
+
+    async def addresses(self) -> tuple[str, str]:
+        return self.gateway.addresses
+
+    async def stop(self) -> None:
+        await self.gateway.stop()
+
+    def check_health(self) -> None:
+        self.gateway.check_health()
+
+    async def __del__(self) -> None:
+        """Ray Serve awaits it before the process ends, whoever deletes or replaces the deployment."""
+        if hasattr(self, "gateway"):
+            await self.gateway.stop()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running application. `grpc_address` is host:port."""
+
+    http_url: str
+    grpc_address: str
+    gateway: Any
+
+    def stop(self) -> None:
+        """Drain, then remove the application; blocks for at most serve.drain_timeout_s and some seconds. Repeatable."""
+        try:
+            self.gateway.stop.remote().result()
+        except (RayServeException, RayActorError):
+            log.warning("the gateway was already gone")
+        serve.delete(APP)
+
+
+def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Application:
+    """The application as a value, for `serve.run`, a Serve config file or a RayService."""
+    settings = config.serve
+    grace_s = settings.drain_timeout_s + 10
+    engines = serve.deployment(EngineReplica, name="Engine").options(
+        **_scaling(settings),
+        max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
+        ray_actor_options={"num_cpus": 0, "num_gpus": config.engine.num_gpus},
+        graceful_shutdown_timeout_s=grace_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        logging_config=QUIET,
+    )
+    here = f"node:{ray.util.get_node_ip_address()}"
+    gateway = serve.deployment(GatewayReplica, name="Gateway").options(
+        num_replicas=1,
+        max_ongoing_requests=SPARE_CALLS,
+        ray_actor_options={"num_cpus": 0, "resources": {here: 0.001}},
+        graceful_shutdown_timeout_s=grace_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        logging_config=QUIET,
+    )
+    ready_s = config.placement.ready_timeout_s
+    return gateway.bind(
+        engines.bind(factory, checkpoint, config.model_dump_json()), settings.model_dump_json(), ready_s
+    )
+
+
+def _scaling(settings: ServeConfig) -> dict[str, Any]:
+    if settings.max_engines is None:
+        return {"num_replicas": settings.num_engines}
+    limits = {"min_replicas": settings.num_engines, "max_replicas": settings.max_engines}
+    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.max_requests_per_engine}}
+
+
+def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
+    """Run the application in the cluster this process has joined, and wait until it answers.
+
+    Raises ConfigError where a port is taken or there is no such factory, Unavailable where an engine does not start.
+    """
+    for what, port in (("http", config.serve.http_port), ("grpc", config.serve.grpc_port)):
+        _check_free(what, config.serve.host, port)
+    load_factory(factory)
+    serve.start(proxy_location="Disabled")
+    try:
+        gateway = serve.run(build(config, checkpoint, factory), name=APP, route_prefix=None)
+    except RuntimeError:
+        log.exception("the application did not start")
+        reasons = _last_lines()
+        serve.delete(APP)
+        raise Unavailable(f"the server did not start: {reasons}") from None
+    http_url, grpc_address = gateway.addresses.remote().result(timeout_s=30)
+    return Server(http_url, grpc_address, gateway)
+
+
+def _last_lines() -> str:
+    """The error of each deployment: the last line of what Serve kept of its traceback."""
+    found = {name: item.message.strip() for name, item in serve.status().applications[APP].deployments.items()}
+    return "; ".join(f"{name}: {text.splitlines()[-1][:500]}" for name, text in found.items() if text)
+
+
+def _check_free(what: str, host: str, port: int) -> None:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"serve.{what}_port {port} on {host}: {error.strerror}; choose another, or 0 for any"
+        ) from None
+
+
+def run(config: Config, checkpoint: str, factory: str = FACTORY) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Blocks; call it from the main thread."""
+    stop = threading.Event()
+    server = start(config, checkpoint, factory)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    log.info("HTTP on %s, gRPC on %s", server.http_url, server.grpc_address)
+    stop.wait()
+    server.stop()

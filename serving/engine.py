@@ -1,0 +1,176 @@
+"""Engines behind the edges: in this process, or replicas of a Ray Serve deployment.
+
+Decisions: a replica sends the Deltas that already wait as one message, because a message between processes costs more
+than a token's text. A request that dies with its replica before its first Delta is sent once more, to another; after
+that it ends with Unavailable, never with a silent gap.
+"""
+
+import asyncio
+import importlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from serving.frontend import EngineInfo
+from serving.streams import batched
+from trinity.config import Config
+from trinity.engine.request import Delta, SamplingParams
+from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
+from trinity.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from trinity.engine.async_engine import AsyncEngine
+
+Built = tuple["AsyncEngine", Tokenizer, str]
+Factory = Callable[[str, str], Built]
+ATTEMPTS = 2
+
+
+def build_engine(checkpoint: str, config_json: str) -> Built:
+    """The real engine: the checkpoint's backbone here, its experts in the pool of shards that the config names."""
+    from actors.pool import connect
+    from trinity.checkpoint import open_checkpoint
+    from trinity.engine.async_engine import AsyncEngine
+    from trinity.engine.engine import Engine
+    from trinity.model.afmoe import Afmoe
+
+    config = Config.model_validate_json(config_json)
+    found = open_checkpoint(checkpoint)
+    pool = connect(config.placement.pool, config.cluster.namespace)
+    device = "cuda" if config.engine.num_gpus else "cpu"
+    model = Afmoe(found.config, pool.dispatcher(found.version), device=device).eval()
+    version = found.load_backbone(model)
+    engine = Engine(model, found.config, config.engine, found.tokenizer, lambda: version)
+    return AsyncEngine(engine), found.tokenizer, config.serve.served_model_name or Path(checkpoint).name
+
+
+def load_factory(path: str) -> Factory:
+    """`package.module:function`. Raises ConfigError where there is none."""
+    module, _, name = path.partition(":")
+    found = getattr(importlib.import_module(module), name, None)
+    if not callable(found):
+        raise ConfigError(f"{path!r} names no engine factory; give `package.module:function`")
+    return found
+
+
+class LocalClient:
+    """An AsyncEngine in this process, as an EngineClient. Owns it."""
+
+    def __init__(self, engine: "AsyncEngine", tokenizer: Tokenizer, model: str):
+        self.engine, self.tokenizer, self.model = engine, tokenizer, model
+        self._version = 0
+        self._id = uuid4().hex
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+    ) -> AsyncGenerator[Delta, None]:
+        stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s)
+        async with aclosing(stream) as deltas:
+            async for delta in deltas:
+                self._version = delta.version
+                yield delta
+
+    async def info(self) -> EngineInfo:
+        """Raises Unavailable when the engine has failed."""
+        if not self.engine.healthy:
+            raise Unavailable("the engine has stopped")
+        stats = asdict(self.engine.stats())
+        return EngineInfo(self.model, self.engine.max_model_len, self._version, self._id, stats)
+
+
+class EngineReplica:
+    """What a replica of the engine deployment is: one engine, its streams in batches."""
+
+    def __init__(self, factory: str, checkpoint: str, config_json: str):
+        self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+    ) -> AsyncIterator[list[Delta]]:
+        stream = batched(self.client.generate(request_id, prompt_ids, params, deadline_s))
+        async with aclosing(stream) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def info(self) -> EngineInfo:
+        return await self.client.info()
+
+    async def tokenizer(self) -> Tokenizer:
+        return self.client.tokenizer
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica whose engine has failed."""
+        await self.client.info()
+
+    def __del__(self) -> None:
+        """Ray Serve calls it after the replica's last request."""
+        if hasattr(self, "client"):
+            self.client.engine.close()
+
+
+class RayClient:
+    """Replicas behind a DeploymentHandle, as an EngineClient."""
+
+    def __init__(self, handle: "DeploymentHandle[Any]"):
+        self._calls, self._streams = handle, handle.options(stream=True)
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+    ) -> AsyncGenerator[Delta, None]:
+        for attempt in range(ATTEMPTS):
+            started = False
+            try:
+                async with aclosing(self._once(request_id, prompt_ids, params, deadline_s)) as deltas:
+                    async for delta in deltas:
+                        started = True
+                        yield delta
+                return
+            except RayActorError:
+                if started or attempt + 1 == ATTEMPTS:
+                    raise Unavailable("the engine was lost while it answered; send the request again") from None
+
+    async def _once(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+    ) -> AsyncGenerator[Delta, None]:
+        response = self._streams.generate.remote(request_id, list(prompt_ids), params, deadline_s)
+        try:
+            async for batch in response:
+                for delta in batch:
+                    yield delta
+        except (RayTaskError, RayServeException, TaskCancelledError) as error:
+            raise typed(error) from None
+        finally:
+            response.cancel()
+
+    async def info(self) -> EngineInfo:
+        return await self._calls.info.remote()
+
+    async def tokenizer(self) -> Tokenizer:
+        return await self._calls.tokenizer.remote()
+
+
+def typed(error: Exception) -> Exception:
+    """The error a replica raised, out of Ray's wrapping; Serve's own become Overloaded and Unavailable."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, TrinityError):
+        return cause
+    if isinstance(error, BackPressureError):
+        return Overloaded("every engine's queue is full; try again later")
+    if isinstance(error, RayServeException | TaskCancelledError | RayActorError) or isinstance(cause, RayActorError):
+        return Unavailable("no engine is there right now; send the request again")
+    return error
+
+
+async def connect_client(handle: "DeploymentHandle[Any]", timeout_s: float) -> tuple[RayClient, Tokenizer, EngineInfo]:
+    """Wait until a replica answers."""
+    client = RayClient(handle)
+    async with asyncio.timeout(timeout_s):
+        return client, await client.tokenizer(), await client.info()

@@ -1,0 +1,201 @@
+"""What both edges share: prompts into token ids, requests into an engine, one place for limits, deadlines and health.
+
+Decisions: errors are raised, never sent as a Delta; a stream ends with a finish reason or with an exception. Long texts
+are tokenised in a thread, so that one large prompt does not stall every stream.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import uuid4
+
+from serving.limits import Admission
+from serving.metrics import Exporter, TokenClock
+from trinity.config import ServeConfig
+from trinity.engine.request import Delta, SamplingParams
+from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
+from trinity.tokenizer import Tokenizer, render_chat
+
+log = logging.getLogger("trinity.serving")
+Message = dict[str, str]
+INLINE_CHARS = 4096  # about a millisecond of tokenising
+MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself. `max_model_len` counts prompt and generated tokens together."""
+
+    model: str
+    max_model_len: int
+    version: int
+    engine_id: str = ""
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class EngineClient(Protocol):
+    """An engine near or far. Closing the generator frees what the request holds."""
+
+    def generate(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+    ) -> AsyncGenerator[Delta, None]: ...
+
+    async def info(self) -> EngineInfo: ...
+
+
+def new_request_id() -> str:
+    return uuid4().hex
+
+
+class Frontend:
+    """Owns admission and health; holds the tokenizer; borrows the engine."""
+
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, info: EngineInfo, config: ServeConfig):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.info = info
+        self.config = config
+        self.admission = Admission(config.max_concurrent_requests)
+        self.metrics = Exporter()
+        self.engine_healthy = True
+
+    @property
+    def ready(self) -> bool:
+        return self.engine_healthy and not self.admission.draining
+
+    def check_model(self, name: str | None) -> None:
+        if name and name != self.info.model:
+            raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {self.info.model!r}", param="model")
+
+    async def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text. Raises PromptTooLong, before tokenising, where it cannot fit."""
+        limit = MAX_CHARS_PER_TOKEN * self.info.max_model_len
+        if len(text) > limit:
+            raise PromptTooLong(f"the prompt has {len(text)} characters; this model takes at most {limit}. Shorten it.")
+        if len(text) <= INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special)
+
+    async def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation under the model's own template, which bounds its lines and its output."""
+        return await self.encode(await asyncio.to_thread(self._render, messages, add_generation_prompt), add_special)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        own = self.tokenizer
+        if own.chat_template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions or a plain prompt", param="messages"
+            )
+        if not messages:
+            raise InvalidRequest("messages is empty; send at least one", param="messages")
+        return render_chat(
+            own.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=own.bos_token,
+            eos_token=own.eos_token,
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.check_ids(token_ids, "tokens")
+        return self.tokenizer.decode(list(token_ids))
+
+    def check_ids(self, token_ids: Sequence[int], param: str = "prompt") -> None:
+        size = self.tokenizer.vocab_size
+        bad = next((i for i in token_ids if not 0 <= i < size), None)
+        if bad is not None:
+            raise InvalidRequest(f"{param} has token id {bad}; ids are 0 to {size - 1}", param=param)
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """What the engine would refuse too, refused before it costs anything."""
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+        limit = self.info.max_model_len
+        if len(prompt_ids) >= limit:
+            raise PromptTooLong(
+                f"{len(prompt_ids)} prompt tokens; this model takes {limit - 1} and one generated. "
+                "Shorten the prompt or serve with a larger engine.max_model_len.",
+                param="prompt",
+            )
+        self.check_ids(prompt_ids)
+        self.check_ids(tuple(params.logit_bias), "logit_bias")
+        self.check_ids(params.stop_token_ids, "stop_token_ids")
+
+    def room(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens that may follow this prompt; at least 1, so that the error about its length is the engine's."""
+        return max(1, self.info.max_model_len - len(prompt_ids))
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas up to and including the one with a finish reason. `deadline_s` from now, capped by the server's own.
+
+        Raises InvalidRequest, PromptTooLong, Overloaded, Unavailable, DeadlineExceeded. Leaving it frees the engine.
+        """
+        self.check(prompt_ids, params)
+        longest_s = self.config.request_timeout_s
+        budget_s = longest_s if deadline_s is None else min(deadline_s, longest_s)
+        deadline = asyncio.get_running_loop().time() + budget_s
+        with self.admission.slot():
+            clock = TokenClock(self.metrics)
+            stream = self.engine.generate(new_request_id(), prompt_ids, params, budget_s)
+            async with aclosing(stream):
+                while (delta := await _next(stream, deadline, budget_s)) is not None:
+                    _raise_failure(delta)
+                    clock.tick(delta)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+            raise Unavailable("the engine ended the stream early; send the request again")
+
+    async def monitor(self, period_s: float = 1.0, on_change: Any = None) -> None:
+        """Probe the engine for ever; `on_change(ready)` is awaited whenever readiness changes."""
+        was = None
+        while True:
+            await self.probe(timeout_s=5 * period_s)
+            if on_change is not None and self.ready is not was:
+                was = self.ready
+                await on_change(was)
+            await asyncio.sleep(period_s)
+
+    async def probe(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                self.info = await self.engine.info()
+            self.engine_healthy = True
+            self.metrics.engine(self.info.engine_id, self.info.version, self.info.stats)
+        except Exception as error:
+            if self.engine_healthy:
+                log.warning("no engine answers: %s", type(error).__name__)
+            self.engine_healthy = False
+
+    async def drain(self) -> bool:
+        """Refuse new requests, wait for the running ones up to serve.drain_timeout_s. True if all ended by themselves."""
+        return await self.admission.drain(self.config.drain_timeout_s)
+
+
+async def _next(stream: AsyncGenerator[Delta, None], deadline: float, budget_s: float) -> Delta | None:
+    """The next delta, None at the end; DeadlineExceeded once the loop's clock passes `deadline`."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await anext(stream, None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"not finished within {budget_s:.3g} s; ask for fewer tokens or wait longer") from None
+
+
+def _raise_failure(delta: Delta) -> None:
+    if delta.finish_reason in ("error", "abort"):
+        if delta.cause is not None:
+            raise delta.cause
+        log.warning("request %s ended by its engine: %s", delta.request_id, delta.error)
+        raise Unavailable("the engine could not finish this request; send it again")
+
+
+def now_s() -> int:
+    return int(time.time())

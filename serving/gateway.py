@@ -1,0 +1,61 @@
+"""The gateway: one Frontend with its HTTP and gRPC listeners, and the order in which they begin and end.
+
+A plain class, started by tests as it is and by Ray Serve inside an ingress replica (serving/app.py).
+Ending: health says NOT_SERVING, new requests get 503/UNAVAILABLE while the running ones finish (at most
+serve.drain_timeout_s), then the listeners close.
+"""
+
+import asyncio
+import logging
+
+from serving.frontend import Frontend
+from serving.grpc import GrpcServer, bracketed
+from serving.http import build_app
+from serving.listener import HttpServer
+from trinity.errors import Unavailable
+
+log = logging.getLogger("trinity.serving")
+CUT_GRACE_S = 1.0
+
+
+class Gateway:
+    """Owns both listeners and the health monitor; `stop` may be called by several parties, and more than once."""
+
+    def __init__(self, front: Frontend):
+        self.front = front
+        self.http = HttpServer(build_app(front), front.config)
+        self.grpc = GrpcServer(front)
+        self._monitor: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises ConfigError where a port is taken or a certificate cannot be read."""
+        await self.http.start()
+        await self.grpc.start()
+        self._monitor = asyncio.create_task(self.front.monitor(on_change=self.grpc.set_ready))
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """URL of HTTP and host:port of gRPC, with the ports that were bound."""
+        config = self.front.config
+        scheme = "https" if config.tls_cert else "http"
+        host = bracketed(config.host)
+        return f"{scheme}://{host}:{self.http.port}", f"{host}:{self.grpc.port}"
+
+    def check_health(self) -> None:
+        if self._monitor is None or self._monitor.done():
+            raise Unavailable("the gateway's monitor has ended")
+
+    async def stop(self) -> None:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        self.front.admission.draining = True
+        await self.grpc.set_ready(False)
+        if not await self.front.drain():
+            log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)
+        if self._monitor:
+            self._monitor.cancel()
+        await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S))

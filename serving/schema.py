@@ -1,0 +1,258 @@
+"""Requests of the OpenAI API, checked strictly: a bool is no number, "1" is no 1, NaN and Infinity are no JSON.
+
+Decisions: a field that is null counts as absent, as OpenAI clients send it. Fields without influence on the answer are
+accepted and ignored (IGNORED); fields that would change it and are not implemented are accepted at their neutral value
+and otherwise refused with the reason (REFUSED); any other unknown name is refused with the nearest known one, because
+an option dropped in silence is worse than an error. Bounds of sampling are the engine's own (SamplingParams), for both
+edges alike.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trinity.engine.request import SamplingParams
+from trinity.errors import InvalidRequest
+
+MAX_N = 16
+MAX_PROMPTS = 64
+INT64 = 2**63
+
+IGNORED = {
+    *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("prediction", "parallel_tool_calls", "request_id", "priority"),
+}
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "best_of": ((1,), "best_of above 1 is not implemented; use n and choose yourself"),
+    "suffix": (("",), "suffix is not implemented; this model completes from the left"),
+    "tools": (([],), "tools are not implemented; describe them in a message"),
+    "tool_choice": (("none", "auto"), "tools are not implemented; leave tool_choice out"),
+    "functions": (([],), "functions are not implemented; describe them in a message"),
+    "function_call": (("none", "auto"), "functions are not implemented; leave function_call out"),
+    "response_format": (
+        ({"type": "text"},),
+        "only response_format {'type': 'text'} is implemented; parse the text yourself",
+    ),
+    "modalities": ((["text"],), "only text is implemented"),
+    "audio": ((), "audio is not implemented"),
+    "web_search_options": ((), "web search is not implemented"),
+    "reasoning_effort": ((), "this model has no reasoning effort to set"),
+    "verbosity": (("medium",), "verbosity is not implemented; ask for it in a message"),
+    "chat_template": ((), "templates from clients are refused; the model's own is used"),
+    "chat_template_kwargs": (({},), "the model's chat template takes no arguments"),
+    "continue_final_message": ((False,), "not implemented; use /v1/completions to continue a text"),
+    "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
+    "spaces_between_special_tokens": ((True,), "special tokens are always left out of the text"),
+    "include_stop_str_in_output": ((False,), "the stop string is never part of the text"),
+    "min_tokens": ((0,), "min_tokens is not implemented; use ignore_eos with max_tokens"),
+    "use_beam_search": ((False,), "beam search is not implemented"),
+    "length_penalty": ((1, 1.0), "beam search is not implemented"),
+    "prompt_logprobs": ((), "log-probabilities of the prompt are not implemented"),
+    "guided_json": ((), "guided decoding is not implemented"),
+    "guided_regex": ((), "guided decoding is not implemented"),
+    "guided_choice": ((), "guided decoding is not implemented"),
+    "guided_grammar": ((), "guided decoding is not implemented"),
+    "structured_outputs": ((), "guided decoding is not implemented"),
+}
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = Field(default=False, description="ignored: padding against traffic analysis")
+
+
+class Generation(Strict):
+    """What completions and chat completions have in common. `sampling` gathers the flat sampling fields of the body."""
+
+    sampling: SamplingParams = SamplingParams()
+    model: str | None = None
+    n: int = Field(default=1, ge=1, le=MAX_N)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, max_tokens: int, logprobs: int | None, sample: int) -> SamplingParams:
+        """Parameters of the `sample`-th of n continuations; each has its own seed, wrapped to 64 bits."""
+        seed = self.sampling.seed
+        own = None if seed is None else (seed + sample + INT64) % (2 * INT64) - INT64
+        return self.sampling.model_copy(update={"max_tokens": max_tokens, "logprobs": logprobs, "seed": own})
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int = Field(default=16, ge=1, le=2**31)
+    echo: bool = False
+    add_special_tokens: bool = True
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt. Raises InvalidRequest for none and for too many."""
+        whole = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        prompts: Any = [self.prompt] if whole else self.prompt
+        if not 0 < len(prompts) <= MAX_PROMPTS:
+            raise InvalidRequest(f"{len(prompts)} prompts in one request; send 1 to {MAX_PROMPTS}", param="prompt")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo with logprobs is not implemented; leave one of them out", param="echo")
+        return list(prompts)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = Field(default=None, description="ignored: templates do not show it")
+
+    def flat(self) -> dict[str, str]:
+        """Role and text; `developer` is today's name of `system`."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions"""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a text or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1024)
+    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+M = TypeVar("M", bound=Strict)
+
+
+def parse(kind: type[M], body: bytes) -> M:
+    """A request from the bytes of a body. Raises InvalidRequest that names the field, the value and the bound."""
+    tree = {key: value for key, value in load_object(body).items() if value is not None}
+    tree = _known_fields(kind, tree)
+    if "sampling" in kind.model_fields:
+        flat = {key: tree.pop(key) for key in SAMPLING & tree.keys()}
+        tree["sampling"] = sampling_params(flat)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _first(error) from None
+
+
+def sampling_params(fields: dict[str, Any]) -> SamplingParams:
+    """SamplingParams from fields as clients write them: logit_bias with text keys, top_k -1 for off. For both edges."""
+    bias = fields.get("logit_bias")
+    if isinstance(bias, dict):
+        if not all(re.fullmatch("[0-9]{1,10}", str(key)) for key in bias):
+            raise InvalidRequest("logit_bias: keys must be token ids", param="logit_bias")
+        fields = {**fields, "logit_bias": {int(key): value for key, value in bias.items()}}
+    if fields.get("top_k") == -1:
+        fields = {**fields, "top_k": 0}
+    return SamplingParams.parse(**fields)
+
+
+def load_object(body: bytes) -> dict[str, Any]:
+    """A JSON object, without duplicate keys, NaN, lone surrogates or nesting beyond the interpreter's limit."""
+    try:
+        tree = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if b"\\u" in body:
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest("the body holds half of a surrogate pair, which is not text") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {_reason(error)}") from None
+    if not isinstance(tree, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return tree
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos}"
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)[:200]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("an object names the same key twice")
+    return out
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _known_fields(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `kind`; harmless extras are dropped, others refused."""
+    known = set(kind.model_fields)
+    if "sampling" in known:
+        known = known - {"sampling"} | SAMPLING
+    for key in tree.keys() - known - IGNORED:
+        neutral, why = REFUSED.get(key, ((), _unknown(key, known)))
+        if not any(type(tree[key]) is type(value) and tree[key] == value for value in neutral):
+            raise InvalidRequest(why, param=key[:100])
+    return {key: value for key, value in tree.items() if key in known}
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key[:100], list(known), n=1)
+    return f"unknown field {key[:100]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _first(error: ValidationError) -> InvalidRequest:
+    """The first complaint as a sentence; the branches of a union become one."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if path[:1] == ["prompt"] and len(path) > 1:
+        message = "must be a string, a list of strings, a list of token ids, or a list of such lists"
+        return InvalidRequest(f"prompt {message}", param="prompt")
+    value = first.get("input")
+    got = f" (got {value!r})" if isinstance(value, str | int | float) and len(repr(value)) <= 80 else ""
+    message = first["msg"].replace("Input should", "should")
+    return InvalidRequest(f"{path[0] if path else 'body'}: {message}{got}", param=".".join(path)[:100] or None)

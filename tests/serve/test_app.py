@@ -1,0 +1,145 @@
+"""The Ray Serve application with the fake engine: both edges, a killed engine, addresses, draining."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+
+import grpc
+import httpx
+import openai
+import pytest
+from test_access import listening
+
+from protos.trinity.v1 import inference_pb2 as pb
+from protos.trinity.v1 import inference_pb2_grpc as rpc
+from serving.app import start
+from trinity.config import Config
+from trinity.errors import ConfigError
+
+SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 10, "num_engines": 2}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Config.load(model="tiny", serve=SERVE)
+
+
+@pytest.fixture(scope="module")
+def server(ray_session, config):
+    from ray import serve
+
+    server = start(config, "fake-model", "tests.serve.fake:build")
+    yield server
+    server.stop()
+    serve.shutdown()
+
+
+def replicas():
+    """(process title, its listening sockets) of every process of Ray Serve."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
+            if title.startswith("ray::ServeReplica") or "ProxyActor" in title:
+                found.append((title, listening(pid)))
+    return found
+
+
+async def test_both_edges_give_the_same_text(server):
+    async with openai.AsyncOpenAI(base_url=f"{server.http_url}/v1", api_key="x") as client:
+        whole = await client.completions.create(model="fake-model", prompt="the lazy dog", max_tokens=8)
+        stream = await client.completions.create(model="fake-model", prompt="the lazy dog", max_tokens=8, stream=True)
+        chunks = [chunk.choices[0].text async for chunk in stream]
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        request = pb.GenerateRequest(text="the lazy dog", sampling=pb.SamplingParams(max_tokens=8))
+        responses = [response async for response in rpc.InferenceStub(channel).Generate(request)]
+    assert "".join(chunks) == whole.choices[0].text == "".join(r.delta.text for r in responses)
+    assert responses[-1].final.usage.completion_tokens == 8
+
+
+async def test_typed_errors_cross_processes(server):
+    async with httpx.AsyncClient(base_url=server.http_url) as http:
+        answer = await http.post("/v1/completions", json={"prompt": [5] * 5000})
+        assert (answer.status_code, "4095" in answer.text) == (400, True)
+
+
+def test_s3_only_loopback_is_open(server):
+    """Each replica has the same two sockets of Ray's on all interfaces, behind Ray's token; the edges add loopback only."""
+    ports = {int(address.rsplit(":", 1)[1]) for address in (server.http_url, server.grpc_address)}
+    found = replicas()
+    assert not [title for title, _ in found if "Proxy" in title]
+    (gateway,) = [sockets for title, sockets in found if "Gateway" in title]
+    engines = [sockets for title, sockets in found if "Engine" in title]
+    assert {port for host, port in gateway if host == "127.0.0.1"} == ports
+    assert {len(sockets - {("127.0.0.1", port) for port in ports}) for sockets in (gateway, *engines)} == {2}
+
+
+def test_a_taken_port_is_named(server, config):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"http_port {port}"):
+            start(config.replace(serve={"http_port": port}), "fake-model", "tests.serve.fake:build")
+
+
+async def test_f14_a_killed_engine_ends_its_streams_and_no_others(server):
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=30) as http:
+        body = {"prompt": "fox", "max_tokens": 60}
+        others = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(4)]
+        async with http.stream(
+            "POST", "/v1/completions", json={"prompt": "crash", "max_tokens": 60, "stream": True}
+        ) as answer:
+            events = [line async for line in answer.aiter_lines() if line]
+        assert '"unavailable"' in events[-2]
+        assert events[-1] == "data: [DONE]"
+        codes = [answer.status_code for answer in await asyncio.gather(*others)]
+        assert set(codes) <= {200, 503}
+        assert 200 in codes
+        for _ in range(10):
+            assert (await http.post("/v1/completions", json={**body, "max_tokens": 1})).status_code == 200
+
+
+async def test_cancelling_reaches_the_engine(server):
+    async def running(http):
+        lines = (await http.get("/metrics")).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("trinity_requests_running "))
+
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=30) as http:
+        calls = [
+            asyncio.create_task(http.post("/v1/completions", json={"prompt": "fox", "max_tokens": 3000}))
+            for _ in range(8)
+        ]
+        async with asyncio.timeout(10):
+            while not await running(http):
+                await asyncio.sleep(0.2)
+            for call in calls:
+                call.cancel()
+            while await running(http):
+                await asyncio.sleep(0.2)
+
+
+def test_a_factory_that_is_not_there_is_named(server, config):
+    with pytest.raises(ConfigError, match="no engine factory"):
+        start(config, "fake-model", "tests.serve.fake:nothing")
+
+
+async def test_f16_stopping_lets_running_streams_end(server):
+    """The last test of this file: the server is gone after it."""
+    from ray import serve
+
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=30) as http:
+        body = {"prompt": "fox", "max_tokens": 150}
+        calls = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(20)]
+        await asyncio.sleep(0.7)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        await asyncio.sleep(0.3)
+        assert (await http.post("/v1/completions", json=body)).status_code == 503
+        assert {answer.status_code for answer in await asyncio.gather(*calls)} == {200}
+        await asyncio.to_thread(stopping.join)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.http_url}/health")
+    assert not serve.status().applications
+    await asyncio.to_thread(server.stop)

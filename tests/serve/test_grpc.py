@@ -1,0 +1,238 @@
+"""trinity.v1 over a fake engine, with a plain grpcio client."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from fake import FakeEngine
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.trinity.v1 import inference_pb2 as pb
+from protos.trinity.v1 import inference_pb2_grpc as rpc
+from serving.errors import TABLE
+from trinity.errors import Code, Overloaded
+
+SERVING = health_pb2.HealthCheckResponse
+
+
+@asynccontextmanager
+async def stubs(server):
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        yield rpc.InferenceStub(channel)
+
+
+@pytest.fixture
+async def stub(server):
+    async with stubs(server) as found:
+        yield found
+
+
+def request(text="the lazy dog", **sampling):
+    return pb.GenerateRequest(text=text, sampling=pb.SamplingParams(**{"max_tokens": 6, **sampling}))
+
+
+async def collect(call):
+    return [response async for response in call]
+
+
+async def rest(call):
+    """What is left of a call whose first message was taken by `read`."""
+    return [response async for response in iterate(call)]
+
+
+async def iterate(call):
+    while (response := await call.read()) is not grpc.aio.EOF:
+        yield response
+
+
+async def refusal(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(call)
+    return caught.value
+
+
+async def eventually(condition, within_s=3.0):
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_deltas_and_one_final(stub, server):
+    *deltas, last = await collect(stub.Generate(request(logprobs=2)))
+    ids = server.front.tokenizer.encode("the lazy dog", add_special=True)
+    tokens = [i for response in deltas for i in response.delta.token_ids]
+    assert tokens == [ids[i % len(ids)] for i in range(6)]
+    text = "".join(response.delta.text for response in deltas)
+    assert text == server.front.tokenizer.decode(tokens, skip_special=True)
+    assert {response.delta.version for response in deltas} == {7}
+    assert [len(position.top) for r in deltas for position in r.delta.logprobs] == [2] * 6
+    final = last.final
+    assert (final.finish_reason, final.WhichOneof("stop_reason")) == (pb.FINISH_REASON_LENGTH, None)
+    assert (final.usage.prompt_tokens, final.usage.completion_tokens, final.version) == (len(ids), 6, 7)
+
+
+async def test_three_kinds_of_prompt(stub, server):
+    ids = server.front.tokenizer.encode("fox", add_special=True)
+    by_text = await collect(stub.Generate(request("fox")))
+    by_ids = await collect(
+        stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=request().sampling))
+    )
+    assert by_text == by_ids
+    chat = pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="fox")])
+    *_, last = await collect(stub.Generate(pb.GenerateRequest(chat=chat)))
+    assert last.final.usage.prompt_tokens + last.final.usage.completion_tokens == server.engine.max_model_len
+    *_, last = await collect(stub.Generate(pb.GenerateRequest(text="fox")))
+    assert last.final.usage.completion_tokens == 16
+
+
+async def test_unset_fields_keep_their_defaults_and_zero_does_not(stub, server):
+    await collect(stub.Generate(request()))
+    await collect(
+        stub.Generate(request(temperature=0, top_k=-1, seed=-5, stop=["x"], logit_bias={5: -3}, ignore_eos=True))
+    )
+    first, second = server.engine.seen
+    assert (first.temperature, first.seed, first.stop, first.logprobs) == (1.0, None, (), None)
+    assert (second.temperature, second.top_k, second.seed, second.stop) == (0.0, 0, -5, ("x",))
+    assert (second.logit_bias, second.ignore_eos) == ({5: -3.0}, True)
+
+
+async def test_models_tokenize_detokenize(stub, server):
+    found = (await stub.ListModels(pb.ListModelsRequest())).models
+    assert [(m.name, m.max_model_len, m.vocab_size) for m in found] == [
+        ("fake", 128, server.front.tokenizer.vocab_size)
+    ]
+    ids = (await stub.Tokenize(pb.TokenizeRequest(text="quick 🦊"))).token_ids
+    assert (await stub.Detokenize(pb.DetokenizeRequest(token_ids=ids[1:]))).text == "quick 🦊"
+
+
+BAD = {
+    "no prompt": pb.GenerateRequest(),
+    "empty chat": pb.GenerateRequest(chat=pb.Chat()),
+    "unknown role": pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role=99, content="x")])),
+    "no role": pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(content="x")])),
+    "no ids": pb.GenerateRequest(token_ids=pb.TokenIds()),
+    "id beyond": pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**31])),
+    "too long": pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 128)),
+    "max_tokens 0": request(max_tokens=0),
+    "temperature nan": request(temperature=float("nan")),
+    "temperature inf": request(temperature=float("inf")),
+    "top_p 0": request(top_p=0),
+    "logprobs 21": request(logprobs=21),
+    "stops": request(stop=["a"] * 17),
+    "empty stop": request(stop=[""]),
+    "bias": request(logit_bias={5: 1000}),
+    "bias id": request(logit_bias={2**31: 1}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_requests(stub, server, name):
+    error = await refusal(stub.Generate(BAD[name]))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details()
+    await collect(stub.Generate(request()))
+    assert not server.engine.held
+
+
+async def test_other_model_and_detokenize_beyond(stub):
+    assert (await refusal(stub.Generate(pb.GenerateRequest(model="x", text="a")))).code() == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError, match="ids are 0 to"):
+        await stub.Detokenize(pb.DetokenizeRequest(token_ids=[9999]))
+
+
+async def test_message_size_is_bounded(start):
+    async with start(max_body_bytes=2048) as server, stubs(server) as stub:
+        error = await refusal(stub.Generate(request("x" * 4096)))
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        await collect(stub.Generate(request()))
+
+
+async def test_deadlines(start):
+    async with start(FakeEngine(delay_s=0.05), request_timeout_s=0.3) as server, stubs(server) as stub:
+        error = await refusal(stub.Generate(request(max_tokens=100), timeout=0.15))
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(lambda: not server.engine.held)
+        error = await refusal(stub.Generate(request(max_tokens=100)))  # no deadline: the server's own
+        assert (error.code(), "0.3 s" in error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, True)
+        assert (await refusal(stub.Generate(request(), timeout=0))).code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(lambda: not server.engine.held and not server.front.admission.active)
+
+
+async def test_cancelled_calls_free_everything(start):
+    async with start(FakeEngine(delay_s=0.02)) as server, stubs(server) as stub:
+        calls = [stub.Generate(request(max_tokens=100)) for _ in range(200)]
+        await asyncio.gather(*(call.read() for call in calls))
+        assert len(server.engine.held) == 200
+        for call in calls:
+            call.cancel()
+        await eventually(lambda: not server.engine.held and not server.front.admission.active, within_s=1)
+
+
+async def test_a_thousand_streams_on_one_connection(start):
+    async with start(FakeEngine(delay_s=0.2)) as server, stubs(server) as stub:
+        found = await asyncio.gather(*(collect(stub.Generate(request(max_tokens=2))) for _ in range(1000)))
+    assert all(responses[-1].WhichOneof("event") == "final" for responses in found)
+
+
+async def test_overload_has_a_retry_time(start):
+    engine = FakeEngine(fail_after=0, error=Overloaded("full", retry_after_s=2.5))
+    async with start(engine) as server, stubs(server) as stub:
+        error = await refusal(stub.Generate(request()))
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "2500"
+
+
+async def test_f14_the_engine_fails_in_the_middle(start):
+    async with start(FakeEngine(fail_after=3)) as server, stubs(server) as stub:
+        call = stub.Generate(request())
+        error = await refusal(call)
+        assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "a shard is gone")
+
+
+async def test_unexpected_errors_are_opaque(start):
+    async with start(FakeEngine(fail_after=0, error=RuntimeError("/secret/path"))) as server, stubs(server) as stub:
+        error = await refusal(stub.Generate(request()))
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert "secret" not in str(error)
+
+
+async def test_f16_draining_says_not_serving_first(start):
+    channel_to = grpc.aio.insecure_channel
+    async with (
+        start(FakeEngine(delay_s=0.05)) as server,
+        stubs(server) as stub,
+        channel_to(server.grpc_address) as other,
+    ):
+        asked = health_pb2.HealthCheckRequest(service="trinity.v1.Inference")
+        watch = health_pb2_grpc.HealthStub(other).Watch(asked)
+        while (await watch.read()).status != SERVING.SERVING:
+            pass
+        running = [stub.Generate(request(max_tokens=20)) for _ in range(50)]
+        await asyncio.gather(*(call.read() for call in running))
+        stopping = asyncio.create_task(server.gateway.stop())
+        assert (await watch.read()).status == SERVING.NOT_SERVING
+        assert len(server.engine.held) == 50
+        assert (await refusal(stub.Generate(request()))).code() == grpc.StatusCode.UNAVAILABLE
+        ends = await asyncio.gather(*(rest(call) for call in running))
+        assert all(responses[-1].WhichOneof("event") == "final" for responses in ends)
+        watch.cancel()
+        await stopping
+
+
+async def test_health_follows_the_engine(server):
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        while (await watch.read()).status != SERVING.SERVING:
+            pass
+        server.engine.healthy = False
+        assert (await watch.read()).status == SERVING.NOT_SERVING
+        server.engine.healthy = True
+        assert (await watch.read()).status == SERVING.SERVING
+        watch.cancel()
+
+
+def test_every_code_has_a_place_in_the_table():
+    assert set(TABLE) == set(Code)
+    assert all(400 <= mapping.http < 600 for mapping in TABLE.values())

@@ -1,0 +1,361 @@
+"""Data: documents come as they are, packing loses and repeats nothing, order depends on (seed, step) alone."""
+
+import errno
+import itertools
+import json
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trinity import data, tokenizer
+from trinity.config import DataConfig, TrainConfig, preset
+from trinity.data import PackedDataset, documents, prepare, split
+from trinity.errors import ConfigError, DataError
+from trinity.tokenizer import Tokenizer
+
+MODEL = preset("tiny")
+TEXTS = [f"document {n} " + "héllo 🦜 wörld\n" * (n % 7 + 1) for n in range(60)]
+TOKENIZER = Tokenizer.train(iter(TEXTS), 400)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    TOKENIZER.save(tmp_path / "tokenizer")
+    return folder
+
+
+def prepared(corpus, out_dir, seed=0, seq_len=16, **settings):
+    settings = {"train": (str(corpus),), "tokenizer": str(corpus.parent / "tokenizer"), "val_fraction": 0.1, **settings}
+    return prepare(DataConfig(**settings), TrainConfig(seed=seed, seq_len=seq_len), MODEL, out_dir)
+
+
+def stored(dataset):
+    """The texts of a store's documents, which must each be bos ... eos."""
+    store = dataset.store
+    found = [store.tokens[a:b].tolist() for a, b in itertools.pairwise(store.starts_N)]
+    assert all((ids[0], ids[-1]) == (0, 3) for ids in found)
+    return [TOKENIZER.decode(ids[1:-1]) for ids in found]
+
+
+# --- documents ------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file(tmp_path):
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    (tmp_path / "sub" / ".git" / "config").write_text("hidden")
+    (tmp_path / "a.txt").write_bytes(b"ok \xff caf\xc3\xa9")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "\\ud800 half", "n": 1}')
+    (tmp_path / "sub" / "c.md").write_text("# title\r\n")
+    (tmp_path / "sub" / "d.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "sub" / "e.py").touch()
+    pq.write_table(pa.table({"text": ["x", None, "y", "z"]}), tmp_path / "sub" / "p.parquet", row_group_size=2)
+    expected = ["ok \ufffd café", "one", "? half", "# title\r\n", "x", "y", "z"]
+    assert list(documents([str(tmp_path)])) == expected
+    assert list(documents([str(tmp_path / "**" / "*.md"), str(tmp_path / "a.txt")])) == [
+        "# title\r\n",
+        "ok \ufffd café",
+    ]
+    assert list(documents([str(tmp_path)], max_documents=2)) == expected[:2]
+    assert list(documents([str(tmp_path / "sub" / "d.png")])) == ["\ufffdPNG\0\0"], "a file that is named is read"
+
+
+def test_the_standard_library_is_always_the_same():
+    first, second = (list(documents(["stdlib"], max_documents=20)) for _ in range(2))
+    assert first == second
+    assert first[0].startswith('"""Record of phased-in incompatible language changes')
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x.jsonl:2 is not valid JSON"),
+        ("x.jsonl", b'{"body": "a", "id": 1}\n', r"x.jsonl:1 has no text in 'text', only body, id; set data.text_field"),
+        ("x.jsonl", b'\n[1]\n', r"x.jsonl:2 has no text in 'text', only list"),
+        ("x.jsonl", b'{"text": 5}', r"x.jsonl:1 has no text"),
+        ("x.jsonl", b'{"text": "\xff"}', r"x.jsonl:1 is not valid JSON"),
+        ("x.jsonl", b"[" * 100_000, r"x.jsonl:1 is not valid JSON"),
+        ("x.parquet", b"PAR1 nothing", r"x.parquet is not a readable Parquet file"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        list(documents([str(tmp_path / name)]))
+
+
+def test_bad_columns_and_truncated_parquet(tmp_path):
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"body": ["long text"] * 1000, "text": [[1]] * 1000}), file)
+    for field, says in (("missing", "no column 'missing', only body, text"), ("text", "not a readable Parquet file")):
+        with pytest.raises(DataError, match=says):
+            list(documents([str(file)], field))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(documents([str(file)], "body"))
+
+
+@pytest.mark.parametrize("pattern", ["missing.txt", "*.nothing", ""])
+def test_patterns_that_match_nothing(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no text file matches"):
+        list(documents([pattern]))
+
+
+# --- split ----------------------------------------------------------------------------------------------------------
+
+KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=1).map(lambda keys: np.array(keys, np.uint64))
+FRACTIONS = st.floats(0, 0.49)
+
+
+@given(KEYS, FRACTIONS)
+def test_split_leaves_text_on_both_sides(keys_N, fraction):
+    held_N = split(keys_N, fraction)
+    assert not held_N.all()
+    assert held_N.any() == (fraction > 0 and len(keys_N) > 1)
+
+
+@given(KEYS, FRACTIONS, st.randoms())
+def test_split_depends_on_content_alone(keys_N, fraction, random):
+    order = random.sample(range(len(keys_N)), len(keys_N))
+    assert sorted(keys_N[order][split(keys_N[order], fraction)]) == sorted(keys_N[split(keys_N, fraction)])
+
+
+def test_split_holds_out_about_the_fraction():
+    keys_N = np.random.default_rng(0).integers(0, 2**64, 20_000, np.uint64)
+    assert split(keys_N, 0.1).mean() == pytest.approx(0.1, rel=0.1)
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def store_of(lengths):
+    """Documents of these lengths whose tokens are all different."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return SimpleNamespace(tokens=np.arange(100, 100 + starts[-1], dtype=np.uint32), starts_N=starts)
+
+
+@st.composite
+def packings(draw):
+    """A dataset of at least one sequence, and a batch size."""
+    seq_len = draw(st.integers(2, 9))
+    lengths = draw(st.lists(st.integers(2, 12), min_size=seq_len, max_size=30))
+    return PackedDataset(store_of(lengths), seq_len, draw(st.integers(-3, 2**40))), draw(st.integers(1, 12))
+
+
+@given(packings())
+def test_an_epoch_holds_every_token_once(packing):
+    dataset, batch = packing
+    size, tokens = dataset.num_sequences, dataset.store.tokens
+    assert len(tokens) - 1 - size * dataset.seq_len in range(dataset.seq_len)
+    order = np.concatenate([dataset.sequences(step, batch) for step in range(2 * size)])
+    for epoch in range(2):
+        taken = dataset.take(order[epoch * size : (epoch + 1) * size])
+        assert sorted(taken.ids_BS.flatten().tolist()) == tokens[: size * dataset.seq_len].tolist()
+        assert torch.equal(taken.targets_BS, taken.ids_BS + 1), "tokens are numbered, so the next one is one more"
+
+
+@given(packings())
+def test_documents_are_numbered_within_each_sequence(packing):
+    dataset, _ = packing
+    owner = np.repeat(np.arange(len(dataset.store.starts_N) - 1), np.diff(dataset.store.starts_N))
+    batch = dataset.take(np.arange(dataset.num_sequences))
+    expected = owner[batch.ids_BS.numpy() - 100]
+    assert batch.docs_BS.tolist() == (expected - expected[:, :1]).tolist()
+
+
+@given(packings(), st.integers(0, 50), st.sampled_from([(1, 1), (2, 3), (4, 1), (3, 2)]))
+def test_order_is_the_same_for_any_number_of_workers(packing, step, workers_and_micros):
+    dataset, micro_batch = packing
+    world, num_micro = workers_and_micros
+    total = world * num_micro * micro_batch
+    for micro in range(num_micro):
+        alone = dataset.batch(step, total, 0, 1, micro, world * micro_batch)
+        parts = [dataset.batch(step, total, rank, world, micro, micro_batch) for rank in range(world)]
+        assert all(
+            torch.equal(torch.cat(found), want) for found, want in zip(zip(*parts, strict=True), alone, strict=True)
+        )
+
+
+@given(packings(), st.integers(0, 40))
+def test_a_resumed_run_continues_the_order(packing, resume):
+    dataset, batch = packing
+    whole = [dataset.sequences(step, batch).tolist() for step in range(resume + 3)]
+    again = PackedDataset(dataset.store, dataset.seq_len, dataset.seed)
+    assert [again.sequences(step, batch).tolist() for step in range(resume, resume + 3)] == whole[resume:]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    store = store_of([500])
+    orders = [PackedDataset(store, 5, seed).sequences(epoch, 99).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(99)) for order in orders)
+
+
+def test_too_little_text_names_the_numbers():
+    dataset = PackedDataset(store_of([4, 4]), 8, 0)
+    assert dataset.num_sequences == 0
+    with pytest.raises(DataError, match=r"8 tokens of text are less than one sequence of train.seq_len \+ 1 = 9"):
+        dataset.batch(0, 1, 0, 1, 0, 1)
+
+
+# --- prepare --------------------------------------------------------------------------------------------------------
+
+
+def test_prepared_documents_are_the_corpus(corpus, tmp_path):
+    made = prepared(corpus, tmp_path / "out")
+    train, val = stored(made.train), stored(made.val)
+    assert Counter(train + val) == Counter(TEXTS)
+    assert 1 <= len(val) <= 15
+    assert train != [text for text in TEXTS if text in train], "shuffled"
+    batch = made.train.batch(0, 4, 0, 1, 0, 4)
+    assert [tensor.dtype for tensor in batch] == [torch.int64] * 3
+    assert [tuple(tensor.shape) for tensor in batch] == [(4, 16)] * 3
+
+
+def test_a_second_run_reuses_and_a_changed_one_does_not(corpus, tmp_path, monkeypatch):
+    def folders():
+        return {folder.name for folder in (tmp_path / "out" / "data").glob("tokens-*")}
+
+    first = prepared(corpus, tmp_path / "out")
+    assert len(folders()) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "encode_batch", lambda *_: pytest.fail("tokenised again"))
+        again = prepared(corpus, tmp_path / "out", seq_len=8)
+    assert np.array_equal(first.train.store.tokens, again.train.store.tokens)
+    prepared(corpus, tmp_path / "out", seed=1)
+    prepared(corpus, tmp_path / "out", val_fraction=0.2)
+    prepared(corpus, tmp_path / "out", max_documents=50)
+    assert len(folders()) == 4
+    (corpus / "more.txt").write_text("one more " * 50)
+    more = prepared(corpus, tmp_path / "out")
+    assert len(folders()) == 5
+    assert Counter(stored(more.train) + stored(more.val)) == Counter([*TEXTS, "one more " * 50])
+    Tokenizer.train(iter(TEXTS), 300).save(corpus.parent / "tokenizer")
+    prepared(corpus, tmp_path / "out")
+    assert len(folders()) == 6
+
+
+def test_growing_data_moves_no_document_between_training_and_validation(corpus, tmp_path):
+    before = prepared(corpus, tmp_path / "out")
+    (corpus / "more.txt").write_text("one more " * 50)
+    after = prepared(corpus, tmp_path / "out")
+    assert set(stored(before.val)) - set(stored(after.val)) == set()
+    assert set(stored(before.train)) - set(stored(after.train)) == set()
+
+
+def test_long_documents_are_tokenised_in_pieces(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 10)
+    monkeypatch.setattr(data, "BATCH_CHARS", 25)
+    made = prepared(corpus, tmp_path / "out")
+    assert Counter(stored(made.train) + stored(made.val)) == Counter(TEXTS)
+
+
+def test_a_tokenizer_is_trained_when_none_is_given(corpus, tmp_path):
+    made = prepared(corpus, tmp_path / "out", tokenizer=None)
+    assert 269 < made.tokenizer.vocab_size < MODEL.vocab_size
+    again = prepared(corpus, tmp_path / "other", tokenizer=None)
+    assert again.tokenizer.to_json() == made.tokenizer.to_json()
+    made.tokenizer.save(tmp_path / "checkpoint")
+    tuned = prepare(
+        DataConfig(train=(str(corpus),)),
+        TrainConfig(seq_len=8, init_from=str(tmp_path / "checkpoint")),
+        MODEL,
+        tmp_path,
+    )
+    assert tuned.tokenizer.to_json() == made.tokenizer.to_json()
+    assert not list((tmp_path / "data").glob("tokenizer-*")), "fine-tuning keeps the checkpoint's tokenizer"
+
+
+def test_validation_files_of_its_own(corpus, tmp_path):
+    (tmp_path / "val.txt").write_text("for validation " * 40)
+    made = prepared(corpus, tmp_path / "out", val=(str(tmp_path / "val.txt"),))
+    assert stored(made.val) == ["for validation " * 40]
+    assert Counter(stored(made.train)) == Counter(TEXTS)
+    (tmp_path / "val.txt").write_text("short")
+    with pytest.raises(DataError, match="less than one sequence"):
+        prepared(corpus, tmp_path / "out", val=(str(tmp_path / "val.txt"),))
+
+
+def test_one_document_trains_without_validation(corpus, tmp_path):
+    (tmp_path / "one.txt").write_text("only one " * 50)
+    made = prepared(corpus, tmp_path / "out", train=(str(tmp_path / "one.txt"),))
+    assert made.val.num_sequences == 0
+    assert made.train.num_sequences > 5
+
+
+def test_what_cannot_be_prepared_is_named(corpus, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match="holds no text"):
+        prepared(corpus, tmp_path / "out", train=(str(tmp_path / "empty.txt"),))
+    with pytest.raises(DataError, match="less than one sequence"):
+        prepared(corpus, tmp_path / "out", seq_len=10_000)
+    with pytest.raises(DataError, match="cannot write prepared data"):
+        prepared(corpus, tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"vocab_size": 300}, f"has {TOKENIZER.vocab_size} ids; model.vocab_size is 300"),
+        ({"bos_token_id": 7}, "bos id is 0; model.bos_token_id is 7"),
+        ({"eos_token_id": 1}, "eos id is 3; model.eos_token_id is 1"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(corpus, tmp_path, changed, says):
+    settings = DataConfig(train=(str(corpus),), tokenizer=str(tmp_path / "tokenizer"))
+    with pytest.raises(ConfigError, match=says):
+        prepare(settings, TrainConfig(), MODEL.model_copy(update=changed), tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["train/tokens.npy", "val/starts.npy"])
+def test_damaged_stores_are_named(corpus, tmp_path, part):
+    prepared(corpus, tmp_path / "out")
+    file = next((tmp_path / "out" / "data").glob("tokens-*")) / part
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"is damaged .* delete that folder"):
+        prepared(corpus, tmp_path / "out")
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_preparation_leaves_nothing(corpus, tmp_path, monkeypatch, failure):
+    def fail(*_):
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "_write_part", fail)
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            prepared(corpus, tmp_path / "out")
+    assert [entry.name for entry in (tmp_path / "out" / "data").iterdir()] == [".lock"]
+    assert prepared(corpus, tmp_path / "out").train.num_sequences
+
+
+@pytest.mark.parametrize("locks_work", [True, False])
+def test_many_may_prepare_at_once(corpus, tmp_path, monkeypatch, locks_work):
+    built, together, build = [], threading.Barrier(4), data._build
+
+    def counted(folder, *rest):
+        build(folder, *rest)
+        built.append(folder)
+        if not locks_work:
+            together.wait(timeout=30)  # all four have built when the first renames
+
+    monkeypatch.setattr(data, "_build", counted)
+    if not locks_work:
+        monkeypatch.setattr(data.fcntl, "flock", lambda *_: None)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: prepared(corpus, tmp_path / "out"), range(4)))
+    assert len(built) == (1 if locks_work else 4)
+    assert all(np.array_equal(one.train.store.tokens, made[0].train.store.tokens) for one in made)
+    assert len(list((tmp_path / "out" / "data").iterdir())) == 2

@@ -1,0 +1,232 @@
+"""The training log has each step once whatever happened, says what it should on screen, and draws readable pictures."""
+
+import io
+import json
+import math
+
+import numpy as np
+import prometheus_client
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trinity.errors import DataError
+from trinity.metrics import SERVING_METRICS, StepMetrics, TrainLog, _cut, read_rows
+from trinity.model.losses import max_vio
+from trinity.progress import Follower, Progress
+from trinity.report import _relative, expert_load_png, loss_curve_png
+
+
+def metrics(step, loss=None, **changed):
+    loss = 5.0 / step if loss is None else loss
+    values = {"z_loss": 0.0, "balance_loss": 0.0, "grad_norm": 0.83, "muon_lr": 1.2e-3, "adamw_lr": 3e-4}
+    values |= {"tokens": 1024, "seconds": 0.2, "max_vio": 0.41, "counts_LE": [[step, 2, 3], [4, 5, 6]]}
+    return StepMetrics(step=step, loss=loss, **(values | changed))
+
+
+def record(out_dir, first, last, evals=()):
+    """Log steps first..last; no `close`, as in a crash, so this also tests that lines reach the file at once."""
+    log = TrainLog(out_dir, 20)
+    for step in range(first, last + 1):
+        log.step(metrics(step))
+        if step in evals:
+            log.eval(step, 1.0 / step)
+    return log
+
+
+class Screen(io.StringIO):
+    """A terminal, or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
+    record(tmp_path / "whole", 1, 20, evals=(5, 10, 20))
+    record(tmp_path / "resumed", 1, 7, evals=(5,))
+    record(tmp_path / "resumed", 6, 12, evals=(10,))  # the checkpoint was at 5
+    record(tmp_path / "resumed", 11, 20, evals=(20,))  # and then at 10, whose validation stays
+    for name in ("metrics.jsonl", "expert_load.jsonl"):
+        assert (tmp_path / "resumed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, 20]
+    assert rows[2] == {key: value for key, value in vars(metrics(3)).items() if key != "counts_LE"}
+    loads = read_rows(tmp_path / "whole" / "expert_load.jsonl")
+    assert loads[-1] == {"step": 20, "counts_LE": [[20, 2, 3], [4, 5, 6]]}
+
+
+@given(
+    st.lists(st.integers(1, 30)), st.integers(0, 31), st.text(max_size=20).filter(lambda text: not text[:1].isdigit())
+)
+def test_what_is_cut_is_what_comes_again(tmp_path_factory, steps, first, torn):
+    file = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + '{"step": 1, "lo' + torn, "utf-8")
+    _cut(file, first).close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [s for s in steps if s < first]
+
+
+def test_a_new_run_starts_a_new_log(tmp_path):
+    record(tmp_path, 1, 9)
+    record(tmp_path, 1, 2)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 2
+    assert read_rows(tmp_path / "missing.jsonl") == []
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    log = TrainLog(tmp_path, 3)
+    log.step(metrics(1, math.nan, grad_norm=math.inf, skipped=1))
+    log.eval(1, math.nan)
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open())
+    assert (first["loss"], first["grad_norm"], first["skipped"], second["val_loss"]) == (None, None, 1, None)
+
+
+def test_loads_of_a_long_run_are_thinned(tmp_path):
+    log = TrainLog(tmp_path, 1001)
+    for step in range(991, 1002):
+        log.step(metrics(step))
+    assert [row["step"] for row in read_rows(tmp_path / "expert_load.jsonl")] == [995, 1000, 1001]
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    for first, last in ((1, 6), (4, 9)):
+        record(tmp_path, first, last, evals=(9,)).close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 10))
+    assert board.Scalars("train/grad_norm")[-1].value == pytest.approx(0.83)
+    assert [(event.step, event.value) for event in board.Scalars("val/loss")] == [(9, pytest.approx(1 / 9))]
+
+
+# --- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def row(step, **changed):
+    return {key: value for key, value in vars(metrics(step, **changed)).items() if key != "counts_LE"}
+
+
+def test_plain_lines_come_every_few_seconds():
+    screen, times = Screen(False), iter([10, 11, 12, 16, 17, 22, 23])
+    progress = Progress(7, 1024, screen, clock_s=lambda: next(times))
+    for step in range(1, 8):
+        progress.row(row(step, skipped=step // 4))
+    progress.row({"step": 7, "val_loss": 2.0})
+    progress.close()
+    head, *lines, val = screen.getvalue().splitlines()
+    assert head == "7 steps of 1,024 tokens, 7,168 in all"
+    assert [line.split()[1] for line in lines] == ["1/7", "4/7", "6/7", "7/7"]
+    assert lines[0] == "step 1/7  loss 5.000  grad 0.83  lr 1.2e-03  tok/s 5,120  maxvio 0.41  eta 0:01"
+    assert lines[1].endswith("maxvio 0.41  skipped 1  eta 0:01")
+    assert val == "step 7/7  val loss 2.0000  perplexity 7.4"
+
+
+@pytest.mark.parametrize(("left", "shown"), [(35, "0:35"), (605, "10:05"), (7205, "2:00:05")])
+def test_time_left(left, shown):
+    screen = Screen(False)
+    Progress(1 + left, 1024, screen).row(row(1, seconds=1.0))
+    assert screen.getvalue().endswith(f"eta {shown}\n")
+
+
+def test_a_terminal_gets_one_bar():
+    screen = Screen(True)
+    progress = Progress(10, 1024, screen)
+    for step in [*range(1, 8), *range(5, 11)]:  # started again from a checkpoint at 4
+        progress.row(row(step))
+    progress.row(row(10, grad_norm=None))
+    progress.close()
+    progress.close()
+    assert "10/10" in screen.getvalue().split("\r")[-1]
+    assert "step 5/10" not in screen.getvalue()
+
+
+def test_a_log_is_followed_while_it_grows_and_when_it_is_cut(tmp_path):
+    follower = Follower(tmp_path / "metrics.jsonl")
+    assert list(follower.new_rows()) == []
+    record(tmp_path, 1, 3)
+    assert [r["step"] for r in follower.new_rows()] == [1, 2, 3]
+    assert list(follower.new_rows()) == []
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert list(follower.new_rows()) == []
+    log = record(tmp_path, 3, 3)
+    assert [r["step"] for r in follower.new_rows()] == [1, 2, 3]
+    log.step(metrics(4))
+    assert [r["step"] for r in follower.new_rows()] == [4]
+    assert list(Follower(tmp_path / "metrics.jsonl").new_rows()) == []
+
+
+# --- what the servers export ----------------------------------------------------------------------------------------
+
+
+def test_serving_metrics_are_legal_and_distinct():
+    registry = prometheus_client.CollectorRegistry()
+    kinds = {name: getattr(prometheus_client, name.capitalize()) for name in ("counter", "gauge", "histogram")}
+    for metric in SERVING_METRICS:
+        buckets = {"buckets": metric.buckets} if metric.kind == "histogram" else {}
+        kinds[metric.kind](metric.name, metric.help, metric.labels, registry=registry, **buckets)
+        assert metric.name.startswith("trinity_")
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
+        assert bool(metric.buckets) == (metric.kind == "histogram")
+    exported = prometheus_client.generate_latest(registry).decode()
+    assert all(f"# TYPE {metric.name} {metric.kind}" in exported for metric in SERVING_METRICS)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def columns_with(picture, colour):
+    """How many columns of pixels hold a colour, given as #rrggbb."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return int((np.abs(picture[..., :3] - wanted) < 0.02).all(-1).any(0).sum())
+
+
+def test_the_loss_curve_shows_both_losses(tmp_path):
+    record(tmp_path, 1, 20)
+    without = imread(loss_curve_png(tmp_path / "metrics.jsonl", tmp_path / "a.png"))
+    record(tmp_path / "b", 1, 20, evals=(5, 20))
+    picture = imread(loss_curve_png(tmp_path / "b" / "metrics.jsonl", tmp_path / "deep" / "b.png"))
+    assert picture.shape[0] > 500
+    assert picture.shape[1] > 1000
+    assert columns_with(picture, "#2b6cb0") > 500, "training, from side to side"
+    assert columns_with(picture, "#dd6b20") > columns_with(without, "#dd6b20") == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (30, 3, 8), (4, 54, 256)])
+def test_expert_loads_of_any_size(tmp_path, shape):
+    counts_SLE = np.random.default_rng(0).poisson(50, shape)
+    counts_SLE[:, 0, 0] = 0
+    picture = imread(expert_load_png(counts_SLE, tmp_path / "load.png"))
+    assert min(picture.shape[:2]) > 500
+
+
+def test_an_even_load_is_white_and_a_dead_expert_is_not(tmp_path):
+    even = np.full((3, 2, 4), 7)
+    dead = even.copy()
+    dead[:, 0, 0] = 0
+    blue = "#053061"  # the end of the scale, which the colour bar shows too
+    counts = [columns_with(imread(expert_load_png(c, tmp_path / "x.png")), blue) for c in (even, dead)]
+    assert counts[1] > counts[0] + 100
+
+
+def test_violation_agrees_with_the_models():
+    counts_LE = torch.randint(0, 50, (5, 16))
+    assert _relative(counts_LE.double().numpy()).max(-1) - 1 == pytest.approx(max_vio(counts_LE).numpy(), rel=1e-5)
+
+
+def test_pictures_of_a_log_and_of_nothing(tmp_path):
+    record(tmp_path, 1, 20)
+    assert expert_load_png(tmp_path / "expert_load.jsonl", tmp_path / "load.png").stat().st_size > 10_000
+    with pytest.raises(DataError, match="holds no training step"):
+        loss_curve_png(tmp_path / "missing.jsonl", tmp_path / "x.png")
+    for empty in (tmp_path / "missing.jsonl", np.zeros((0, 2, 4))):
+        with pytest.raises(DataError, match="holds no expert loads"):
+            expert_load_png(empty, tmp_path / "x.png")

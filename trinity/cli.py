@@ -1,0 +1,101 @@
+"""The command line, and the composition root: the one place that may know model, actors and serving together.
+
+Settings are `--section.key value` everywhere, merged over a YAML file or a preset's name; `--dry-run` prints the result.
+A TrinityError ends a command with its sentence and exit code 2; anything else is a bug and shows its traceback.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from trinity import __version__
+from trinity.errors import TrinityError
+
+COMMANDS = {
+    "demo": "train small, serve, ask once over HTTP and once over gRPC, print what happened",
+    "train": "train a model with its experts in Ray actors",
+    "serve": "serve a checkpoint over HTTP and gRPC",
+    "generate": "complete a prompt offline, with the same engine",
+    "chat": "talk to a running server",
+    "convert": "rewrite a checkpoint: type, file sizes, without training state",
+    "doctor": "versions, devices, ports, memory: what to paste in a bug report",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="trinity", description="Train and serve sparse mixture-of-experts models.")
+    top.add_argument("--version", action="version", version=f"trinity {__version__}")
+    subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = {name: subs.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    _settings(made["train"], required=True)
+    made["train"].add_argument("--resume", action="store_true", help="continue the run in train.out_dir")
+    made["serve"].add_argument("checkpoint")
+    _settings(made["serve"], required=False)
+    for flag in ("--host", "--http-port", "--grpc-port"):
+        made["serve"].add_argument(flag, help=f"short for --serve.{flag[2:].replace('-', '_')}")
+    _demo(made["demo"])
+    _sampling(made["generate"])
+    _chat(made["chat"])
+    _convert(made["convert"])
+    return top
+
+
+def _settings(sub: argparse.ArgumentParser, required: bool) -> None:
+    what = "a YAML file, or a preset: tiny, nano, mini, large"
+    sub.add_argument("config", nargs=None if required else "?", help=what)
+    sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    sub.epilog = "Any setting: --section.key value, for example --train.steps 20 --placement.num_shards 4"
+
+
+def _demo(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    sub.add_argument("--steps", type=int, help="optimizer steps (default: the demo's own)")
+    sub.add_argument("--out", default="runs/demo", help="folder for the run; emptied first (default: %(default)s)")
+
+
+def _sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint")
+    sub.add_argument("--prompt", required=True, action="append", help="repeat for several prompts in one batch")
+    sub.add_argument("--max-tokens", type=int, default=128)
+    sub.add_argument("--temperature", type=float, default=0.0)
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--top-k", type=int, default=0)
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--stop", action="append", default=[])
+
+
+def _chat(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("url", help="for example http://127.0.0.1:8000")
+    sub.add_argument("--model", help="default: the first that the server lists")
+    sub.add_argument("--system", help="a system message to start with")
+    sub.add_argument("--max-tokens", type=int, default=512)
+    sub.add_argument("--temperature", type=float, default=0.7)
+    sub.add_argument("--api-key-file", help="file that holds the key (default: TRINITY_API_KEY)")
+
+
+def _convert(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source")
+    sub.add_argument("target", help="a folder that does not exist yet")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as in the source")
+    sub.add_argument("--max-file-gb", type=float, default=4.0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; -> exit code."""
+    arguments, flags = parser().parse_known_args(argv)
+    if flags and arguments.command not in ("train", "serve"):
+        parser().error(f"unrecognized arguments: {' '.join(flags)}")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `trinity doctor | head` ends quietly
+    try:
+        return importlib.import_module(f"trinity.commands.{arguments.command}").run(arguments, flags) or 0
+    except TrinityError as error:
+        print(f"trinity {arguments.command}: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""`trinity chat URL`: a conversation with any OpenAI-compatible server, streamed to the terminal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from trinity.config import api_key
+from trinity.errors import ModelNotFound, TrinityError, Unavailable
+
+
+def run(arguments: argparse.Namespace, flags: list[str]) -> int:
+    key = Path(arguments.api_key_file).read_text().strip() if arguments.api_key_file else api_key()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    with httpx.Client(base_url=arguments.url, headers=headers, timeout=httpx.Timeout(600, connect=5)) as client:
+        model = arguments.model or _first_model(client)
+        print(f"{model} at {arguments.url}; an empty line or Ctrl-D ends", file=sys.stderr)
+        while text := _ask():
+            messages.append({"role": "user", "content": text})
+            asked = {"model": model, "messages": messages, "stream": True}
+            limits = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+            answer = _print(_stream(client, {**asked, **limits}))
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _first_model(client: httpx.Client) -> str:
+    try:
+        models = client.get("/v1/models")
+    except httpx.TransportError as error:
+        raise Unavailable(f"no server at {client.base_url} ({error}); start one with `trinity serve`") from None
+    if models.status_code != 200:
+        raise TrinityError(f"the server answered {models.status_code}: {_message(models.text)}")
+    listed = models.json()["data"]
+    if not listed:
+        raise ModelNotFound("the server lists no model")
+    return listed[0]["id"]
+
+
+def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+    """Text as it comes. Raises TrinityError with the server's words where it refuses or fails."""
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise TrinityError(f"the server answered {response.status_code}: {_message(response.read().decode())}")
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise TrinityError(event["error"]["message"])
+            yield from (choice["delta"].get("content") or "" for choice in event["choices"])
+
+
+def _print(pieces: Iterator[str]) -> str:
+    answer = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        answer += piece
+    print()
+    return answer
+
+
+def _message(body: str) -> str:
+    try:
+        return json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return body[:200]

@@ -1,0 +1,45 @@
+"""`trinity convert SRC DST`: read an AFMoE checkpoint, check it whole, write it again without training state."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def run(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from trinity.checkpoint import Checkpoint, CheckpointWriter, write_tensors
+    from trinity.errors import ConfigError
+
+    target = Path(arguments.target)
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name a new folder")
+    source = Checkpoint(arguments.source)
+    config = source.config.model_copy(update={"dtype": arguments.dtype or source.config.dtype})
+    writer = CheckpointWriter(target, source.version)
+    limit = int(arguments.max_file_gb * 2**30)
+    parts = write_tensors(writer.folder, "model", _tensors(source, getattr(torch, config.dtype)), limit)
+    tokenizer = source.tokenizer if (source.path / "tokenizer.json").is_file() else None
+    writer.finish(parts, config, tokenizer, None)
+    total = sum(part.num_bytes for part in parts)
+    print(
+        f"{target}: {len(source.weight_map):,} tensors, {total / 2**30:.2f} GiB in {len(parts)} files, {config.dtype}"
+    )
+    return 0
+
+
+def _tensors(source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor the architecture has, checked; expert_bias stays fp32."""
+    from trinity.checkpoint import all_experts, expert_key
+    from trinity.model.afmoe import Afmoe
+
+    backbone = Afmoe(source.config, lambda *_: None, device="meta")
+    for name, like in backbone.state_dict().items():
+        tensor = source.tensor(name, like.shape)
+        yield name, tensor.float() if name.endswith("expert_bias") else tensor.to(dtype)
+    for layer, experts in all_experts(source.config).items():
+        for expert in experts:
+            matrices = source.expert(layer, expert)
+            for projection, matrix in zip(("gate_proj", "up_proj", "down_proj"), matrices, strict=True):
+                yield expert_key(layer, expert, projection), matrix.to(dtype)
