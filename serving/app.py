@@ -6,9 +6,7 @@ draining are ours; Ray Serve starts, checks, scales and replaces the processes, 
 """
 
 import logging
-import signal
 import socket
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +25,7 @@ log = logging.getLogger("trinity.serving")
 APP = "trinity"
 FACTORY = "serving.engine:build_engine"
 SPARE_CALLS = 64  # health probes beside a full house of requests
+SPARE_S = 10.0  # for closing, after the last request
 QUIET = {"enable_access_log": False}
 
 
@@ -61,20 +60,21 @@ class Server:
     http_url: str
     grpc_address: str
     gateway: Any
+    stop_timeout_s: float
 
     def stop(self) -> None:
         """Drain, then remove the application; blocks for at most serve.drain_timeout_s and some seconds. Repeatable."""
         try:
-            self.gateway.stop.remote().result()
-        except (RayServeException, RayActorError):
-            log.warning("the gateway was already gone")
+            self.gateway.stop.remote().result(timeout_s=self.stop_timeout_s)
+        except (RayServeException, RayActorError, TimeoutError) as error:
+            log.warning("the gateway did not end by itself: %s", type(error).__name__)
         serve.delete(APP)
 
 
 def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Application:
     """The application as a value, for `serve.run`, a Serve config file or a RayService."""
     settings = config.serve
-    grace_s = settings.drain_timeout_s + 10
+    grace_s = settings.drain_timeout_s + SPARE_S
     engines = serve.deployment(EngineReplica, name="Engine").options(
         **_scaling(settings),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
@@ -115,6 +115,7 @@ def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
     for what, port in (("http", config.serve.http_port), ("grpc", config.serve.grpc_port)):
         _check_free(what, config.serve.host, port)
     load_factory(factory)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     try:
         gateway = serve.run(build(config, checkpoint, factory), name=APP, route_prefix=None)
@@ -124,7 +125,7 @@ def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
         serve.delete(APP)
         raise Unavailable(f"the server did not start: {reasons}") from None
     http_url, grpc_address = gateway.addresses.remote().result(timeout_s=30)
-    return Server(http_url, grpc_address, gateway)
+    return Server(http_url, grpc_address, gateway, config.serve.drain_timeout_s + SPARE_S)
 
 
 def _last_lines() -> str:
@@ -141,14 +142,3 @@ def _check_free(what: str, host: str, port: int) -> None:
         raise ConfigError(
             f"serve.{what}_port {port} on {host}: {error.strerror}; choose another, or 0 for any"
         ) from None
-
-
-def run(config: Config, checkpoint: str, factory: str = FACTORY) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Blocks; call it from the main thread."""
-    stop = threading.Event()
-    server = start(config, checkpoint, factory)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    log.info("HTTP on %s, gRPC on %s", server.http_url, server.grpc_address)
-    stop.wait()
-    server.stop()

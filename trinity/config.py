@@ -82,7 +82,8 @@ class ModelConfig(Frozen):
             ),
             (
                 self.num_attention_heads % self.num_key_value_heads == 0,
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}",
             ),
             (
                 self.num_dense_layers <= self.num_hidden_layers,

@@ -17,6 +17,7 @@ from trinity.tokenizer import Tokenizer
 
 NUM_NEW = 16
 WINDOW = 8
+SHORT = [[20 + (i * 7 + j) % 270 for j in range(i + 1)] for i in range(8)]
 
 
 def config_of(seed: int) -> ModelConfig:
@@ -61,13 +62,14 @@ def prompts(seed: int, num: int) -> list[list[int]]:
 
 @cache
 def expected(seed: int, num: int) -> list[tuple[int, ...]]:
+    return [theirs(seed, prompt, NUM_NEW) for prompt in prompts(seed, num)]
+
+
+def theirs(seed: int, prompt: list[int], num_new: int, eos: int | None = None) -> tuple[int, ...]:
     hf = models(seed)[0]
-    out = []
-    for prompt in prompts(seed, num):
-        ids = torch.tensor([prompt])
-        full = hf.generate(ids, do_sample=False, max_new_tokens=NUM_NEW, eos_token_id=None, pad_token_id=12)
-        out.append(tuple(full[0, len(prompt) :].tolist()))
-    return out
+    ids = torch.tensor([prompt])
+    full = hf.generate(ids, do_sample=False, max_new_tokens=num_new, eos_token_id=eos, pad_token_id=12)
+    return tuple(full[0, len(prompt) :].tolist())
 
 
 def engine_of(seed: int, **settings) -> Engine:
@@ -76,9 +78,11 @@ def engine_of(seed: int, **settings) -> Engine:
     return Engine(ours, ours.config, EngineConfig(**base | settings), tokenizer())
 
 
-def drive(engine: Engine, requests: list[list[int]], arrivals: list[int]) -> list[tuple[int, ...]]:
+def drive(
+    engine: Engine, requests: list[list[int]], arrivals: list[int], num_new: int = NUM_NEW
+) -> list[tuple[int, ...]]:
     """Tokens of each request when request i is added before step arrivals[i]; checks the engine after every step."""
-    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
     got: dict[str, tuple[int, ...]] = {str(i): () for i in range(len(requests))}
     finished, step = set(), 0
     while len(finished) < len(requests):
@@ -115,31 +119,33 @@ def test_sixteen_at_random_times(seed, budget, block_size):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("budget", [7, 64])
+@pytest.mark.parametrize("budget", [9, 64])
 def test_preemption_changes_nothing(seed, budget):
-    """Memory for little more than one longest sequence: most requests are thrown out and recomputed."""
-    engine = engine_of(seed, max_num_batched_tokens=budget, max_model_len=80, block_size=1, kv_cache_bytes=KV)
-    requests = prompts(seed, 16)
-    assert drive(engine, requests, [0] * 16) == expected(seed, 16)
+    """Short prompts with long answers, all admitted, and memory for two whole ones: most are thrown out on the way."""
+    engine = engine_of(seed, max_num_batched_tokens=budget, max_model_len=50, kv_cache_bytes=40_000)
+    assert drive(engine, SHORT, [0] * len(SHORT), 40) == expected_of_short(seed)
     assert engine.stats().num_preemptions >= 5
     assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
 
 
+@cache
+def expected_of_short(seed: int) -> list[tuple[int, ...]]:
+    return [theirs(seed, prompt, 40) for prompt in SHORT]
+
+
 def test_eos_ends_a_request_as_in_transformers():
-    hf, ours = models(1)
+    ours = models(1)[1]
     prompt = prompts(1, 16)[8]
     plain = expected(1, 16)[8]
     eos = next(t for i, t in enumerate(plain) if i >= 3 and t not in plain[:i])
-    theirs = hf.generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_NEW, eos_token_id=eos, pad_token_id=12
-    )
+    wanted = theirs(1, prompt, NUM_NEW, eos)
     config = ours.config.model_copy(update={"eos_token_id": eos})
     engine = Engine(ours, config, EngineConfig(kv_cache_bytes=4 << 20, max_model_len=96), tokenizer())
     engine.add("a", prompt, SamplingParams(temperature=0, max_tokens=NUM_NEW))
     deltas = []
     while engine.has_work:
         deltas += engine.step()
-    assert [t for d in deltas for t in d.token_ids] == theirs[0, len(prompt) :].tolist()
+    assert tuple(t for d in deltas for t in d.token_ids) == wanted
     assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", None)
     assert len(deltas) < NUM_NEW
 

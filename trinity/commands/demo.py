@@ -14,7 +14,7 @@ from pathlib import Path
 from trinity.config import Config, setup_environment
 from trinity.errors import ConfigError
 
-STEPS = 300
+STEPS = 200
 HTTP_PROMPT = "def __init__(self, "
 GRPC_PROMPT = "import os\nimport sys\n\n"
 

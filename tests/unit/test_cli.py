@@ -1,0 +1,138 @@
+"""The command line as a person meets it: its surface, its sentences, its exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
+from trinity.cli import COMMANDS, main
+from trinity.config import preset
+from trinity.messages import Load
+from trinity.model.afmoe import Afmoe
+from trinity.model.init import init_weights
+from trinity.pool import local_pool
+from trinity.tokenizer import Tokenizer
+
+MODEL = preset("tiny").model_copy(
+    update=dict(
+        vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    pool = local_pool(MODEL, Load(seed=1), backend="torch")
+    model = Afmoe(MODEL, pool.dispatcher())
+    init_weights(model, MODEL, seed=1)
+    writer = CheckpointWriter(folder, 5)
+    parts = [*pool.save(str(writer.folder)), *write_tensors(writer.folder, "model", model.state_dict().items())]
+    return writer.finish(parts, MODEL, Tokenizer.train(iter(["some text to learn from " * 20]), 320), None)
+
+
+def trinity(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "trinity.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_is_quick_and_names_every_command():
+    spent_s = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = trinity("--help")
+        spent_s.append(time.perf_counter() - started)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+    bare = [sys.executable, "-c", "import argparse, importlib, signal"]
+    started = time.perf_counter()
+    subprocess.run(bare, check=True)
+    assert min(spent_s) < 0.5 + (time.perf_counter() - started)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_can_be_imported(name, capsys):
+    import importlib
+
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert COMMANDS[name][:30] in " ".join(capsys.readouterr().out.split())
+    assert callable(importlib.import_module(f"trinity.commands.{name}").run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "missing.yaml"],
+            "configuration file missing.yaml does not exist; presets are large, mini, nano, tiny",
+        ),
+        (["train", "tiny", "--train.stepz", "1"], "did you mean 'train.steps'?"),
+        (["serve", "missing"], "checkpoint folder missing does not exist"),
+        (["generate", "missing", "--prompt", "x"], "checkpoint folder missing does not exist"),
+        (["convert", "missing", "also-missing"], "checkpoint folder missing does not exist"),
+        (["chat", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_dry_run_prints_the_resolved_settings(capsys):
+    import yaml
+
+    assert main(["train", "tiny", "--dry-run", "--train.steps", "3", "--serve.api_key", "hidden-key"]) == 0
+    out = capsys.readouterr().out
+    tree = yaml.safe_load(out)
+    assert (tree["train"]["steps"], tree["model"]["hidden_size"]) == (3, 128)
+    assert "hidden-key" not in out
+
+
+def test_unknown_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--serve.host", "x"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_generate_completes_each_prompt_and_says_what_is_wrong(checkpoint, capsys):
+    assert main(["generate", str(checkpoint), "--prompt", "some", "--prompt", "text", "--max-tokens", "4"]) == 0
+    once = capsys.readouterr().out
+    assert len(once) > 2
+    assert main(["generate", str(checkpoint), "--prompt", "some", "--prompt", "text", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out == once
+    assert main(["generate", str(checkpoint), "--prompt", "x", "--temperature", "-1"]) == 2
+    assert "--temperature" in capsys.readouterr().err
+
+
+def test_convert_changes_the_type_and_the_files_but_not_the_weights(checkpoint, tmp_path, capsys):
+    target = tmp_path / "small"
+    assert main(["convert", str(checkpoint), str(target), "--dtype", "bfloat16", "--max-file-gb", "0.0001"]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    before, after = open_checkpoint(checkpoint), open_checkpoint(target)
+    assert after.config == before.config.model_copy(update={"dtype": "bfloat16"})
+    assert after.version == before.version == 5
+    assert not after.has_training_state
+    assert len(set(after.weight_map.values())) >= 2
+    assert after.weight_map.keys() == before.weight_map.keys()
+    for key in before.weight_map:
+        kept = torch.float32 if key.endswith("expert_bias") else torch.bfloat16
+        assert torch.equal(after.tensor(key), before.tensor(key).to(kept)), key
+    assert after.tokenizer.encode("some text") == before.tokenizer.encode("some text")
+    assert main(["convert", str(checkpoint), str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_doctor_reports_versions_devices_and_ports(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "megablocks", "backend auto", "memory", "HTTP 8000"):
+        assert word in out

@@ -1,0 +1,101 @@
+"""Settings: every file parses, every mistake is named with its remedy, nothing is silently ignored."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from trinity.config import Config, parse_flags, preset, preset_names
+from trinity.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["tiny", "nano", "mini", "large"])
+def test_presets_parse_and_round_trip(name):
+    config = Config.from_tree({"model": name})
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    assert config.model == preset(name)
+    kinds = config.model.layer_types
+    assert [kind == "full_attention" for kind in kinds] == [(i + 1) % 4 == 0 for i in range(len(kinds))]
+
+
+@pytest.mark.parametrize("path", [p for folder in ("clusters", "docs") for p in (ROOT / folder).glob("**/train*.yaml")])
+def test_every_training_file_in_the_repository_parses(path):
+    Config.load(path)
+
+
+def test_files_win_over_presets_and_flags_over_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {preset: tiny, num_experts: 16}\ntrain: {steps: 7, seq_len: 64}\n")
+    config = Config.load(file, ["--train.steps", "9", "--model.route-scale=3", "--train.resume"])
+    assert (config.model.num_experts, config.model.route_scale, config.model.hidden_size) == (16, 3.0, 128)
+    assert (config.train.steps, config.train.seq_len, config.train.resume) == (9, 64, True)
+    assert config.optim.muon_lr == preset_optim("tiny")["muon_lr"]
+
+
+def preset_optim(name):
+    return Config.from_tree({"model": name}).optim.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.stepz", "5"], "unknown setting 'train.stepz'; did you mean 'train.steps'?"),
+        (["--steps", "5"], "unknown setting 'steps'; did you mean 'train.steps'?"),
+        (["--trian.steps", "5"], "did you mean 'train'?"),
+        (["--train.steps", "many"], "train.steps: Input should be a valid integer"),
+        (["--train.steps", "0"], "greater than or equal to 1 (got 0)"),
+        (["steps=5"], "'steps=5' is not a flag"),
+        (["--model", "huge"], "unknown preset 'huge'; there are large, mini, nano, tiny"),
+        (["--model.num_experts_per_tok", "9"], "num_experts_per_tok 9 > num_experts 8"),
+        (["--model.layer_types", "[full_attention]"], "layer_types has 1 entries for 4 layers"),
+        (["--train.global_batch_size", "10"], "not a multiple of micro_batch_size x num_workers = 8"),
+        (["--serve.host", "0.0.0.0"], "set serve.allow_remote true and serve.api_key"),
+        (["--serve.tls_cert", "x"], "tls_cert and tls_key go together"),
+        (["--placement.pool", "Über"], "placement.pool"),
+    ],
+)
+def test_mistakes_are_named(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        Config.load(None, flags, model="tiny")
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "found list"), ("", "found NoneType")]
+)
+def test_files_that_are_no_settings_are_refused(tmp_path, text, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Config.load(file)
+
+
+def test_yaml_cannot_make_objects(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("model: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        Config.load(file)
+
+
+def test_the_tree_is_frozen_and_the_key_is_not_shown():
+    config = Config.load(None, ["--serve.api_key", "very-secret"], model="tiny")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3
+    assert "very-secret" not in repr(config)
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("TRINITY_API_KEY", "from-env")
+    assert Config.from_tree({"model": "tiny"}).serve.api_key == "from-env"
+    assert Config.from_tree({"model": "tiny", "serve": {"api_key": "own"}}).serve.api_key == "own"
+
+
+def test_flags_are_yaml_scalars():
+    assert parse_flags(["--a.b", "1e-3", "--a.c", "null", "--d", "[1, 2]"]) == {
+        "a": {"b": "1e-3", "c": None},
+        "d": [1, 2],
+    }
+    assert json.loads(json.dumps(preset_names())) == ["large", "mini", "nano", "tiny"]
