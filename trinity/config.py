@@ -273,9 +273,7 @@ class Config(Frozen):
     @classmethod
     def load(cls, path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> "Config":
         """Merge `base` < the YAML file < flags like `--train.steps 20`. Raises ConfigError that names key and remedy."""
-        tree = _merge(base, read_yaml(path) if path else {})
-        tree = _merge(tree, parse_flags(flags))
-        return cls.from_tree(tree)
+        return cls.from_tree(merged(path, flags, **base))
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> "Config":
@@ -330,6 +328,11 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
         wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for key, value in wanted.items():
         os.environ.setdefault(key, value)
+
+
+def merged(path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> dict[str, Any]:
+    """The plain tree `base` < the YAML file < flags, not yet checked."""
+    return _merge(_merge(base, read_yaml(path) if path else {}), parse_flags(flags))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

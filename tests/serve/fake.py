@@ -1,7 +1,7 @@
 """A stand-in for AsyncEngine: same API, no model. It answers a prompt with the prompt's own tokens, over and over.
 
 `delay_s` is the time of a token; `held` counts what a real engine would hold in its cache; `fail_after` makes request
-streams raise after so many tokens. A prompt whose text has "crash" ends the process at its third token.
+streams raise after so many tokens. With `obeys`, words of the prompt make it crash, refuse or fail (see `_obey`).
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
-from trinity.errors import Unavailable
+from trinity.errors import Overloaded, Unavailable
 from trinity.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog; 0123456789 def function(argument): return None\n" * 40
@@ -28,8 +28,8 @@ class Stats:
 
 
 class FakeEngine:
-    def __init__(self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, crashes=False):
-        self.max_model_len, self.delay_s, self.crashes = max_model_len, delay_s, crashes
+    def __init__(self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, obeys=False):
+        self.max_model_len, self.delay_s, self.obeys = max_model_len, delay_s, obeys
         self.fail_after, self.error = fail_after, error or Unavailable("a shard is gone")
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
@@ -50,8 +50,8 @@ class FakeEngine:
     def _delta(self, request_id, prompt_ids, params, at, last):
         if at == self.fail_after:
             raise self.error
-        if self.crashes and at == 3 and "crash" in self.tokenizer.decode(prompt_ids):
-            os._exit(1)
+        if self.obeys:
+            self._obey(self.tokenizer.decode(prompt_ids), at)
         token = prompt_ids[at % len(prompt_ids)]
         top = tuple((i, -1.0 - i) for i in range(params.logprobs or 0))
         return Delta(
@@ -65,6 +65,14 @@ class FakeEngine:
             version=7,
         )
 
+    def _obey(self, text, at):
+        if "crash" in text and at == 3:
+            os._exit(1)
+        if "refuse" in text:
+            raise Overloaded("the queue is full", retry_after_s=2.5)
+        if "fail" in text:
+            raise RuntimeError("/secret/path")
+
     def stats(self):
         return Stats(len(self.held))
 
@@ -74,4 +82,4 @@ class FakeEngine:
 
 def build(checkpoint: str, config_json: str):
     """The engine factory of the Ray tests."""
-    return FakeEngine(max_model_len=4096, delay_s=0.01, crashes=True), fake_tokenizer(), checkpoint
+    return FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True), fake_tokenizer(), checkpoint

@@ -60,10 +60,18 @@ async def test_both_edges_give_the_same_text(server):
     assert responses[-1].final.usage.completion_tokens == 8
 
 
-async def test_typed_errors_cross_processes(server):
+async def test_errors_cross_processes_with_their_type_or_as_nothing(server):
     async with httpx.AsyncClient(base_url=server.http_url) as http:
-        answer = await http.post("/v1/completions", json={"prompt": [5] * 5000})
-        assert (answer.status_code, "4095" in answer.text) == (400, True)
+        answer = await http.post("/v1/completions", json={"prompt": "refuse"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
+        assert answer.json()["error"]["message"] == "the queue is full"
+        answer = await http.post("/v1/completions", json={"prompt": "fail"})
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="refuse")).read()
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_s3_only_loopback_is_open(server):

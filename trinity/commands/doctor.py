@@ -7,10 +7,8 @@ import shutil
 import socket
 from pathlib import Path
 
-PACKAGES = (
-    "trinity-moe ray torch triton megablocks stanford-stk safetensors tokenizers transformers grpcio protobuf pydantic "
-    "numpy fastapi uvicorn"
-).split()
+PACKAGES = ["trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers"]
+PACKAGES += ["transformers", "grpcio", "protobuf", "pydantic", "numpy", "fastapi", "uvicorn"]
 PORTS = {"HTTP": 8000, "gRPC": 9000, "Ray": 6379, "Ray dashboard": 8265}
 
 

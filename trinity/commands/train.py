@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from trinity.config import Config, preset_names, setup_environment
+from trinity.config import Config, merged, preset_names, setup_environment
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
@@ -21,10 +21,16 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def load(source: str, flags: list[str]) -> Config:
-    """A YAML file or a preset's name, with flags over it."""
+    """A YAML file or a preset's name, with flags over it. Without a `model` it is that of `train.init_from`."""
     if source in preset_names() and not Path(source).exists():
         return Config.load(None, flags, model=source)
-    return Config.load(source, flags)
+    tree = merged(source, flags)
+    weights = tree.get("train", {}).get("init_from")
+    if weights and "model" not in tree:
+        from trinity.checkpoint import open_checkpoint
+
+        tree["model"] = open_checkpoint(weights).config.model_dump()
+    return Config.from_tree(tree)
 
 
 def to_yaml(config: Config) -> str:

@@ -1,0 +1,139 @@
+"""Nothing faked: a checkpoint, its experts in shard actors, an engine under Ray Serve, plain clients, transformers' answers."""
+
+import asyncio
+import os
+import signal
+import uuid
+from types import SimpleNamespace
+
+import grpc
+import httpx
+import openai
+import pytest
+import torch
+
+from protos.trinity.v1 import inference_pb2 as pb
+from protos.trinity.v1 import inference_pb2_grpc
+from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
+from trinity.config import Config, preset
+from trinity.init import named_generator
+from trinity.messages import Load
+from trinity.model.afmoe import Afmoe
+from trinity.pool import local_pool
+from trinity.tokenizer import Tokenizer
+
+MODEL = preset("tiny").model_copy(
+    update=dict(
+        vocab_size=400, hidden_size=48, intermediate_size=64, moe_intermediate_size=32, head_dim=16, num_experts=4
+    )
+    | dict(sliding_window=8, eos_token_id=3)
+)
+PROMPTS = [f"word {n} and then some more of it {n * n}" for n in range(12)]
+NUM_TOKENS = 24
+
+
+def write_checkpoint(folder):
+    """Random weights large enough that greedy text is no repetition of one token."""
+    pool = local_pool(MODEL, Load(), backend="torch")
+    model = Afmoe(MODEL, pool.dispatcher())
+    shard = pool.transport.shards["shard-0"]
+    tensors = {**model.state_dict(), **dict(shard._named(shard.spec.experts))}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            noise = torch.randn(tensor.shape, generator=named_generator(0, name))
+            tensors[name] = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
+    tokenizer = Tokenizer.train(iter([" ".join(PROMPTS) * 5]), MODEL.vocab_size)
+    writer = CheckpointWriter(folder, 9)
+    return writer.finish(write_tensors(writer.folder, "model", tensors.items()), MODEL, tokenizer, None)
+
+
+def wanted(checkpoint):
+    """Greedy continuations by transformers, as token ids without the end."""
+    from transformers import AfmoeForCausalLM
+
+    theirs = AfmoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = open_checkpoint(checkpoint).tokenizer
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt, add_special=True)])
+        out = theirs.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=12)[
+            0, ids.shape[1] :
+        ].tolist()
+        texts.append(tokenizer.decode([t for t in out if t != 3], skip_special=True))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def served(ray_session, tmp_path_factory):
+    from serving import app
+    from trinity.commands.serve import provide_pool
+
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("served") / "model")
+    config = Config.from_tree(
+        {
+            "model": MODEL.model_dump(),
+            "placement": {"pool": f"s-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
+            "serve": {"http_port": 0, "grpc_port": 0},
+            "engine": {"max_model_len": 128, "max_num_batched_tokens": 32, "kv_cache_bytes": 4 << 20},
+        }
+    )
+    provide_pool(config, str(checkpoint))
+    server = app.start(config, str(checkpoint))
+    yield SimpleNamespace(server=server, config=config, checkpoint=checkpoint, want=wanted(checkpoint), ray=ray_session)
+    server.stop()
+    from actors import pool as pools
+
+    pools.destroy(config.placement.pool, config.cluster.namespace)
+
+
+def ask_grpc(address, prompt):
+    with grpc.insecure_channel(address) as channel:
+        sampling = pb.SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
+        stream = inference_pb2_grpc.InferenceStub(channel).Generate(
+            pb.GenerateRequest(text=prompt, sampling=sampling), timeout=60
+        )
+        responses = list(stream)
+    assert responses[-1].WhichOneof("event") == "final"
+    assert {r.delta.version for r in responses[:-1]} == {9}
+    return "".join(r.delta.text for r in responses)
+
+
+async def ask_http_all(url, prompts):
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        model = (await client.models.list()).data[0].id
+
+        async def one(prompt):
+            stream = await client.completions.create(
+                model=model, prompt=prompt, max_tokens=NUM_TOKENS, temperature=0, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+
+        return await asyncio.gather(*map(one, prompts))
+
+
+def test_http_clients_at_once_get_what_transformers_says(served):
+    assert asyncio.run(ask_http_all(served.server.http_url, PROMPTS)) == served.want
+    assert len(set(served.want)) == len(PROMPTS)
+
+
+def test_a_grpc_client_gets_the_same(served):
+    assert [ask_grpc(served.server.grpc_address, prompt) for prompt in PROMPTS[:3]] == served.want[:3]
+
+
+def test_offline_gives_the_same(served):
+    from trinity import LLM
+    from trinity.engine.request import SamplingParams
+
+    completions = LLM(served.checkpoint).generate(PROMPTS, SamplingParams(max_tokens=NUM_TOKENS, temperature=0))
+    assert [c.text for c in completions] == served.want
+
+
+def test_a_killed_shard_delays_answers_and_changes_none(served):
+    from actors import pool as pools
+
+    pool = pools.connect(served.config.placement.pool, served.config.cluster.namespace)
+    _, pid = served.ray.get(pool.shards["shard-1"].where.remote())
+    os.kill(pid, signal.SIGKILL)
+    assert asyncio.run(ask_http_all(served.server.http_url, PROMPTS)) == served.want
+    assert httpx.get(f"{served.server.http_url}/health").status_code == 200
+    assert set(pool.versions().values()) == {9}
