@@ -14,10 +14,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import pool as pools
-from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.config import Config
 from trinity.data import prepare
-from trinity.errors import ConfigError
 from trinity.metrics import TrainLog
 from trinity.trainer import Alone, Distributed, Trainer
 
@@ -25,11 +23,11 @@ from trinity.trainer import Alone, Distributed, Trainer
 def fit(config: Config) -> dict[str, Any]:
     """Run the job to its end in the cluster this process has joined; -> what rank 0's `Trainer.run` returned.
 
-    Makes the pool if there is none of that name, and leaves it alive, holding the final weights.
+    Makes the pool if there is none of that name, and leaves it alive, holding the final weights. A run that is in
+    `out_dir` already is continued: see `check_out_dir` in trinity/commands/train.py.
     """
     out_dir = Path(config.train.out_dir).resolve()
     config = config.replace(train={"out_dir": str(out_dir)})
-    check_out_dir(config)
     prepare(config.data, config.train, config.model, out_dir)
     state_dir = config.placement.state_dir or str(out_dir / "placement")
     pools.create(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
@@ -48,19 +46,6 @@ def fit(config: Config) -> dict[str, Any]:
         ),
     )
     return trainer.fit().return_value
-
-
-def check_out_dir(config: Config) -> None:
-    """Refuse to mix two runs in one folder, and to resume another architecture's."""
-    found = latest_checkpoint(config.train.out_dir)
-    if found is None:
-        return
-    if not config.train.resume:
-        raise ConfigError(
-            f"{config.train.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
-        )
-    if open_checkpoint(found).config != config.model:
-        raise ConfigError(f"{found} is of another architecture than this configuration; choose another --train.out_dir")
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:

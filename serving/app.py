@@ -112,8 +112,7 @@ def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
 
     Raises ConfigError where a port is taken or there is no such factory, Unavailable where an engine does not start.
     """
-    for what, port in (("http", config.serve.http_port), ("grpc", config.serve.grpc_port)):
-        _check_free(what, config.serve.host, port)
+    check_ports(config.serve)
     load_factory(factory)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
@@ -132,6 +131,12 @@ def _last_lines() -> str:
     """The error of each deployment: the last line of what Serve kept of its traceback."""
     found = {name: item.message.strip() for name, item in serve.status().applications[APP].deployments.items()}
     return "; ".join(f"{name}: {text.splitlines()[-1][:500]}" for name, text in found.items() if text)
+
+
+def check_ports(settings: ServeConfig) -> None:
+    """Raise ConfigError where a port is taken or the host is not this machine's. Cheap: ask before starting anything."""
+    for what, port in (("http", settings.http_port), ("grpc", settings.grpc_port)):
+        _check_free(what, settings.host, port)
 
 
 def _check_free(what: str, host: str, port: int) -> None:

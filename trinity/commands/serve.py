@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from actors.cluster import joined
     from serving import app
 
+    app.check_ports(config.serve)
     with joined(config.cluster):
         provide_pool(config, str(checkpoint.path.resolve()))
         server = app.start(config, str(checkpoint.path.resolve()))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from trinity.config import Config, merged, preset_names, setup_environment
+from trinity.errors import ConfigError
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
@@ -12,6 +13,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.dry_run:
         print(to_yaml(config), end="")
         return 0
+    check_out_dir(config)
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors.cluster import joined
 
@@ -31,6 +33,21 @@ def load(source: str, flags: list[str]) -> Config:
 
         tree["model"] = open_checkpoint(weights).config.model_dump()
     return Config.from_tree(tree)
+
+
+def check_out_dir(config: Config) -> None:
+    """Refuse to mix two runs in one folder, and to resume another architecture's."""
+    from trinity.checkpoint import latest_checkpoint, open_checkpoint
+
+    found = latest_checkpoint(config.train.out_dir)
+    if found is None:
+        return
+    if not config.train.resume:
+        raise ConfigError(
+            f"{config.train.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
+        )
+    if open_checkpoint(found).config != config.model:
+        raise ConfigError(f"{found} is of another architecture than this configuration; choose another --train.out_dir")
 
 
 def to_yaml(config: Config) -> str:
