@@ -71,12 +71,13 @@ def run(backend, x, assigned, weights):
     return [y, *torch.autograd.grad(y, [x, assigned.weight_A, *weights], dy)]
 
 
-def check(backend, x, assigned, weights, tolerance):
+def check(backend, x, assigned, weights, tolerance, terms=0.0):
+    """`terms`: the size of what is summed, for results so few that they may cancel to next to nothing."""
     got = run(backend, x, assigned, weights)
     want = run(ReferenceBackend(), *exact(x, assigned, weights))
     for name, value, truth in zip(NAMES, got, want, strict=True):
         error = (value.double().cpu() - truth).norm()
-        assert error <= tolerance * truth.norm(), f"{name}: error {error:.2e} of {truth.norm():.2e}"
+        assert error <= tolerance * (truth.norm() + terms), f"{name}: error {error:.2e} of {truth.norm():.2e}"
     assert got[0].dtype == got[1].dtype == x.dtype
     assert [g.dtype for g in got[2:]] == [torch.float32, *(w.dtype for w in weights)]
 
@@ -225,7 +226,7 @@ pairs_of = st.tuples(st.integers(1, 5), st.integers(1, 9)).flatmap(
 )
 def test_torch_equals_the_loop_on_any_routing(routing, dim, ffn, kind):
     scale = 4 if kind == "grouped" else 1  # rows of 16 bytes
-    check(TorchBackend(kind), *case(routing, torch.float32, dim=scale * dim, ffn=scale * ffn), 1e-5)
+    check(TorchBackend(kind), *case(routing, torch.float32, dim=scale * dim, ffn=scale * ffn), 1e-5, terms=0.1)
 
 
 @settings(max_examples=30, deadline=None)

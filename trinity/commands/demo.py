@@ -15,6 +15,7 @@ from trinity.config import Config, setup_environment
 from trinity.errors import ConfigError
 
 STEPS = 200
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 7}
 HTTP_PROMPT = "def __init__(self, "
 GRPC_PROMPT = "import os\nimport sys\n\n"
 
@@ -75,7 +76,7 @@ def ask_http(url: str, prompt: str, max_tokens: int = 64) -> Iterator[str]:
 
     with httpx.Client(base_url=url, timeout=60) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        asked = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        asked = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **SAMPLING, "stream": True}
         with client.stream("POST", "/v1/completions", json=asked) as response:
             response.raise_for_status()
             for line in response.iter_lines():
@@ -92,7 +93,7 @@ def ask_grpc(address: str, prompt: str, max_tokens: int = 64) -> Iterator[str]:
 
     with grpc.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=0)
+        sampling = pb.SamplingParams(max_tokens=max_tokens, **SAMPLING)
         for response in stub.Generate(pb.GenerateRequest(text=prompt, sampling=sampling), timeout=60):
             yield response.delta.text
 
