@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint format types protos gpu-kernels chaos clean
+.PHONY: setup demo test lint format types protos gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -13,13 +13,10 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megabl
 	@touch $@
 
 demo: setup
-	$(BIN)/trinity demo $(if $(KEEP),--keep)
+	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)
 
 test: setup
 	$(BIN)/pytest
-
-chaos: setup
-	$(BIN)/pytest -m "chaos or perf"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -31,7 +28,7 @@ format: setup
 	$(BIN)/ruff format .
 
 protos: setup
-	scripts/generate_protos.sh
+	PYTHON=$(BIN)/python scripts/generate_protos.sh
 
 gpu-kernels: setup
 	scripts/gpu_kernels.sh $(BIN)/python

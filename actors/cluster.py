@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from trinity.config import ClusterConfig, setup_environment
-from trinity.errors import ConfigError, Unavailable
+from trinity.errors import ConfigError, Unauthenticated, Unavailable
 
 LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows; /dev/shm is small in containers
 
@@ -42,7 +43,12 @@ def start(cluster: ClusterConfig, num_train_slots: int = 0) -> None:
         return
     try:
         ray.init(address=cluster.address, namespace=cluster.namespace, log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
+    except AuthenticationError:
+        raise Unauthenticated(
+            f"the cluster at {cluster.address!r} refuses this token; set RAY_AUTH_TOKEN to the cluster's "
+            "(`ray get-auth-token`), or --cluster.auth disabled if it has none"
+        ) from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(
             f"no Ray cluster at {cluster.address!r} ({error}); start one or use --cluster.address local"
         ) from None

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.placement import PlacementActor
+from actors.placement import PlacementActor, PoolSpec
 from actors.shard import ShardActor
 from actors.transport import RayTransport
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
-from trinity.errors import Unavailable
+from trinity.errors import ConfigError, Unavailable
 from trinity.experts.shard import ShardSpec
 from trinity.messages import Load
 from trinity.placement.table import PlacementTable
@@ -31,63 +31,128 @@ T = TypeVar("T")
 class RayPool(ExpertPool):
     """An ExpertPool over shard actors; remembers with the placement service what a restarted shard loads."""
 
-    def __init__(self, name: str, namespace: str, table: PlacementTable, timeout_s: float):
+    def __init__(self, name: str, namespace: str, table: PlacementTable, timeout_s: float, checkpoint_timeout_s: float):
         self.name, self.namespace = name, namespace
         self.shards = {shard: _actor(name, shard, namespace) for shard in table.shards}
-        super().__init__(table, RayTransport(self.shards, timeout_s), timeout_s)
+        transport = RayTransport(self.shards, timeout_s, checkpoint_timeout_s)
+        super().__init__(table, transport, timeout_s, checkpoint_timeout_s)
 
     def load(self, message: Load) -> int:
         self.set_source(message)
         return super().load(message)
 
     def set_source(self, message: Load) -> None:
-        ray.get(_actor(self.name, "placement", self.namespace).set_source.remote(message))
+        self._ask("set_source", message)
+
+    def source(self) -> Load | None:
+        return self._ask("source")
+
+    def spec(self) -> PoolSpec:
+        return self._ask("spec")
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        service = _actor(self.name, "placement", self.namespace)
+        return _answer(getattr(service, method).remote(*arguments), self.timeout_s, "the placement service")
+
+
+def provide(
+    settings: PlacementConfig, namespace: str, model: ModelConfig, optim: OptimConfig | None, state_dir: str
+) -> RayPool:
+    """The pool of that name, made if there is none. Raises ConfigError where it is another than what is wanted."""
+    if not exists(settings.pool, namespace):
+        return create(settings, namespace, model, optim, state_dir)
+    pool = connect(settings.pool, namespace, settings)
+    wanted = PoolSpec(model, optim, settings.num_shards, device_of(settings))
+    if (found := pool.spec()) != wanted:
+        differs = [
+            name for name in ("model", "optim", "num_shards", "device") if getattr(found, name) != getattr(wanted, name)
+        ]
+        raise ConfigError(
+            f"pool {settings.pool!r} exists with another {' and '.join(differs)}; use another --placement.pool, "
+            f"or end it with `trinity placement rm {settings.pool}`"
+        )
+    return pool
 
 
 def create(
     settings: PlacementConfig, namespace: str, model: ModelConfig, optim: OptimConfig | None, state_dir: str
 ) -> RayPool:
-    """Start the placement service and the shards (or find those of the same name), wait until all answer, publish epoch.
+    """Start the placement service and the shards, wait until all answer, publish the table's epoch.
 
-    The shards hold no weights until `load`. Raises Unavailable saying which resources are missing.
+    The shards hold no weights until `load`. Raises Unavailable saying which resources are missing; nothing is left then.
     """
+    try:
+        return _create(settings, namespace, PoolSpec(model, optim, settings.num_shards, device_of(settings)), state_dir)
+    except Exception:
+        destroy(settings.pool, namespace)
+        raise
+
+
+def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
     service = PlacementActor.options(
-        name=_name(settings.pool, "placement"), namespace=namespace, lifetime="detached", get_if_exists=True
-    ).remote(state_dir)
-    epoch = ray.get(service.epoch.remote())
-    table = PlacementTable.spread(model.moe_layers, model.num_experts, shard_names(settings.num_shards), epoch + 1)
-    device = _device(settings)
+        name=_name(settings.pool, "placement"), namespace=namespace, lifetime="detached"
+    ).remote(state_dir, spec)
+    epoch = _answer(service.epoch.remote(), settings.ready_timeout_s, "the placement service")
+    names = shard_names(settings.num_shards)
+    table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)
     group = _reserve(settings)
-    specs = shard_specs(table, model, optim, settings, device)
-    actors = [_start(spec, at, group, settings, namespace) for at, spec in enumerate(specs)]
+    specs = shard_specs(table, spec.model, spec.optim, settings, spec.device)
+    actors = [_start(shard, at, group, settings, namespace) for at, shard in enumerate(specs)]
     _wait(lambda t: ray.get([a.where.remote() for a in actors], timeout=t), settings, f"{len(actors)} shards")
-    ray.get(service.publish.remote(table))
-    log.info("pool %s: %d shards ready on %s, epoch %d", settings.pool, len(actors), device, table.epoch)
-    return RayPool(settings.pool, namespace, table, settings.call_timeout_s)
+    _answer(service.publish.remote(table), settings.ready_timeout_s, "the placement service")
+    log.info("pool %s: %d shards ready on %s, epoch %d", settings.pool, len(actors), spec.device, table.epoch)
+    return RayPool(settings.pool, namespace, table, settings.call_timeout_s, settings.checkpoint_timeout_s)
 
 
-def connect(pool: str, namespace: str, timeout_s: float = 120.0) -> RayPool:
-    """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none."""
-    table = ray.get(_actor(pool, "placement", namespace).current.remote())
+def connect(pool: str, namespace: str, settings: PlacementConfig | None = None) -> RayPool:
+    """The pool of that name in the cluster this process has joined; timeouts from `settings`. Raises Unavailable when
+    there is none."""
+    times = settings or PlacementConfig()
+    table = _answer(
+        _actor(pool, "placement", namespace).current.remote(), times.call_timeout_s, "the placement service"
+    )
     if table is None:
         raise Unavailable(f"pool {pool!r} has no placement yet; is it still starting?")
-    return RayPool(pool, namespace, table, timeout_s)
+    return RayPool(pool, namespace, table, times.call_timeout_s, times.checkpoint_timeout_s)
+
+
+def names(namespace: str) -> list[str]:
+    """The pools of this cluster."""
+    parts = [entry["name"].split("/") for entry in _actors(namespace)]
+    return sorted({part[1] for part in parts if len(part) == 3 and part[0] == "trinity"})
 
 
 def exists(pool: str, namespace: str) -> bool:
-    return {"name": _name(pool, "placement"), "namespace": namespace} in ray.util.list_named_actors(all_namespaces=True)
+    return pool in names(namespace)
 
 
 def destroy(pool: str, namespace: str) -> None:
-    """End every actor of the pool and give its resources back."""
+    """End every actor of the pool and give its resources back. Harmless when there is nothing."""
     prefix = _name(pool, "")
-    for entry in ray.util.list_named_actors(all_namespaces=True):
-        if entry["namespace"] == namespace and entry["name"].startswith(prefix):
+    for entry in _actors(namespace):
+        if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
     try:
         remove_placement_group(get_placement_group(prefix))
     except ValueError:
         log.info("pool %s had no placement group in this namespace", pool)
+
+
+def device_of(settings: PlacementConfig) -> str:
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if settings.num_gpus_per_shard else "cpu"
+
+
+def _actors(namespace: str) -> list[dict[str, str]]:
+    return [entry for entry in ray.util.list_named_actors(all_namespaces=True) if entry["namespace"] == namespace]
+
+
+def _answer(ref: Any, timeout_s: float, who: str) -> Any:
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except (GetTimeoutError, RayActorError) as error:
+        raise Unavailable(f"{who} does not answer ({type(error).__name__}); is the cluster healthy?") from None
 
 
 def _name(pool: str, what: str) -> str:
@@ -101,12 +166,6 @@ def _actor(pool: str, what: str, namespace: str) -> Any:
         raise Unavailable(
             f"there is no {_name(pool, what)!r} in namespace {namespace!r}; start the pool first"
         ) from None
-
-
-def _device(settings: PlacementConfig) -> str:
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if settings.num_gpus_per_shard else "cpu"
 
 
 def _reserve(settings: PlacementConfig) -> Any:

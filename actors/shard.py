@@ -1,5 +1,6 @@
 """The shard actor: an ExpertShard behind one method. Everything it knows how to do is in trinity/experts/shard.py."""
 
+import logging
 import os
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from actors.transport import pack, unpack
 from trinity.errors import TrinityError
 from trinity.experts.shard import ExpertShard, ShardSpec
+from trinity.messages import Load
 
+log = logging.getLogger(__name__)
 VERBS = frozenset({"infer", "backward", "prepare", "commit", "abort", "load", "save", "status"})
 
 
@@ -22,7 +25,14 @@ class ShardServer:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             source = ray.get(ray.get_actor(placement, namespace=namespace).source.remote())
             if source is not None:
-                self.shard.load(source)
+                self._reload(source)
+
+    def _reload(self, source: Load) -> None:
+        """An error here would end the actor for good; without weights it says so to every caller, and can still load."""
+        try:
+            self.shard.load(source)
+        except TrinityError:
+            log.exception("shard %s started again and cannot load %s", self.shard.spec.name, source.checkpoint)
 
     def handle(self, verb: str, message: Any) -> Any:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""

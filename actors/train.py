@@ -10,27 +10,28 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import pool as pools
+from trinity.checkpoint import latest_checkpoint, open_checkpoint
+from trinity.comm import Alone, Distributed
 from trinity.config import Config
 from trinity.data import prepare
+from trinity.errors import TrinityError
 from trinity.metrics import TrainLog
-from trinity.trainer import Alone, Distributed, Trainer
+from trinity.trainer import Trainer
 
 
 def fit(config: Config) -> dict[str, Any]:
     """Run the job to its end in the cluster this process has joined; -> what rank 0's `Trainer.run` returned.
 
-    Makes the pool if there is none of that name, and leaves it alive, holding the final weights. A run that is in
-    `out_dir` already is continued: see `check_out_dir` in trinity/commands/train.py.
+    The pool must be there, and holds the final weights afterwards. A run that is in `out_dir` already is continued, with
+    its own tokenizer. Raises the TrinityError that ended a worker for good.
     """
     out_dir = Path(config.train.out_dir).resolve()
-    config = config.replace(train={"out_dir": str(out_dir)})
+    config = _with_own_tokenizer(config.replace(train={"out_dir": str(out_dir)}))
     prepare(config.data, config.train, config.model, out_dir)
-    state_dir = config.placement.state_dir or str(out_dir / "placement")
-    pools.create(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
     settings = config.train
     resources = {"CPU": 1.0, "train_slot": 1.0}
     use_gpu = settings.num_gpus_per_worker > 0
@@ -45,7 +46,31 @@ def fit(config: Config) -> dict[str, Any]:
             name="ray", storage_path=str(out_dir), failure_config=FailureConfig(max_failures=settings.max_failures)
         ),
     )
-    return trainer.fit().return_value
+    try:
+        return trainer.fit().return_value
+    except WorkerGroupError as error:
+        raise _reason(error) from error
+
+
+def _with_own_tokenizer(config: Config) -> Config:
+    """A run that goes on keeps the tokenizer of its checkpoint, whatever became of the files it was trained on."""
+    found = latest_checkpoint(config.train.out_dir)
+    if found is None or config.data.tokenizer:
+        return config
+    kept = Path(config.train.out_dir) / "data" / "tokenizer"
+    open_checkpoint(found).tokenizer.save(kept)
+    return config.replace(data={"tokenizer": str(kept)})
+
+
+def _reason(error: WorkerGroupError) -> Exception:
+    """The typed error of a worker, if there is one, out of Ray's wrapping."""
+    for failure in error.worker_failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, TrinityError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +80,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config.train.num_threads_per_worker)
     device = str(ray.train.torch.get_device())
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
-    pool = pools.connect(config.placement.pool, config.cluster.namespace, config.placement.call_timeout_s)
+    pool = pools.connect(config.placement.pool, config.cluster.namespace, config.placement)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = Trainer(config, pool, data, comm, device)
     trainer.start()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 
@@ -67,7 +67,7 @@ class RayReply:
             raise DeadlineExceeded(
                 f"shard {self.shard} did not answer {self.verb!r} in time; is it overloaded or stopped?"
             ) from None
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:
             raise Unavailable(f"shard {self.shard} is away ({type(error).__name__}) during {self.verb!r}") from None
         if isinstance(answer, TrinityError):
             raise answer
@@ -75,11 +75,12 @@ class RayReply:
 
 
 class RayTransport:
-    """`shards`: actor handles by shard name."""
+    """`shards`: actor handles by shard name. Loading and saving may take longer than the other verbs."""
 
-    def __init__(self, shards: dict[str, Any], timeout_s: float):
-        self.shards, self.timeout_s = shards, timeout_s
+    def __init__(self, shards: dict[str, Any], timeout_s: float, checkpoint_timeout_s: float):
+        self.shards, self.timeout_s, self.checkpoint_timeout_s = shards, timeout_s, checkpoint_timeout_s
 
     def send(self, shard: str, verb: str, message: Any) -> RayReply:
-        deadline_s = getattr(message, "deadline_s", time.time() + self.timeout_s)
+        timeout_s = self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s
+        deadline_s = getattr(message, "deadline_s", time.time() + timeout_s)
         return RayReply(self.shards[shard].handle.remote(verb, pack(message)), shard, verb, deadline_s)

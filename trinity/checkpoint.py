@@ -51,6 +51,9 @@ class Checkpoint:
         if not self.path.is_dir():
             raise CheckpointError(f"checkpoint folder {self.path} does not exist")
         self.manifest = self._manifest()
+        for file in self._files:
+            if not file.endswith(".safetensors"):  # those are checked when they are first read
+                self._verified(file)
         self.config: ModelConfig = from_hf(_read_json(self.path / "config.json"), self.path)
         self.weight_map = self._weight_map()
         self._open: dict[str, Any] = {}
@@ -74,6 +77,15 @@ class Checkpoint:
         from trinity.tokenizer import Tokenizer
 
         return Tokenizer.load(self.path)
+
+    @property
+    def _files(self) -> dict[str, Any]:
+        return self.manifest.get("files", {})
+
+    def verify(self) -> None:
+        """Check every file against the manifest, if there is one. Reads them all."""
+        for file in self._files:
+            self._verified(file)
 
     def tensor(self, key: str, shape: Iterable[int] | None = None) -> Tensor:
         """A tensor of the model, checked to be floating point, finite in type and of `shape`."""
@@ -107,9 +119,11 @@ class Checkpoint:
 
     @cached_property
     def _training_map(self) -> dict[str, str]:
-        entries = self.manifest.get("files", {})
         return {
-            t: file for file, entry in entries.items() if file.startswith("training/") for t in entry.get("tensors", ())
+            t: file
+            for file, entry in self._files.items()
+            if file.startswith("training/")
+            for t in entry.get("tensors", ())
         }
 
     def _read(self, file: str, key: str, shape: Iterable[int] | None) -> Tensor:
@@ -132,7 +146,7 @@ class Checkpoint:
         path = self.path / file
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the checkpoint lists it")
-        entry = self.manifest.get("files", {}).get(file)
+        entry = self._files.get(file)
         if entry is None:
             return path
         if path.stat().st_size != entry["bytes"]:
@@ -150,15 +164,16 @@ class Checkpoint:
         if self.path.name.endswith(".partial"):
             raise CheckpointError(f"{self.path} is a save that did not finish; use an earlier checkpoint")
         manifest = _read_json(path) if path.is_file() else {}
-        for file in manifest.get("files", {}):
+        files = manifest.get("files", {})
+        if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+            raise CheckpointError(f"{path} does not list files with their bytes and sha256")
+        for file in files:
             _check_inside(file, path)
         return manifest
 
     def _weight_map(self) -> dict[str, str]:
         index, single = self.path / INDEX, self.path / SINGLE
         if index.is_file():
-            if self.manifest:
-                self._verified(INDEX)
             tree = _read_json(index).get("weight_map")
             if not isinstance(tree, dict) or not all(isinstance(v, str) for v in tree.values()):
                 raise CheckpointError(f"{index}: weight_map is not a mapping of tensor names to files")
@@ -180,7 +195,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def list_checkpoints(out_dir: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in Path(out_dir).glob(f"step-*/{MANIFEST}") if not p.parent.name.endswith(".partial"))
+    found = [p.parent for p in Path(out_dir).glob(f"step-*/{MANIFEST}") if p.parent.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def latest_checkpoint(out_dir: str | Path) -> Path | None:
@@ -189,6 +205,7 @@ def latest_checkpoint(out_dir: str | Path) -> Path | None:
 
 
 def step_path(out_dir: str | Path, step: int) -> Path:
+    """Where a run keeps its checkpoint after `step` steps."""
     return Path(out_dir) / f"step-{step:06d}"
 
 
@@ -198,8 +215,11 @@ class CheckpointWriter:
     def __init__(self, target: str | Path, step: int):
         self.target, self.step = Path(target), step
         self.folder = self.target.with_name(self.target.name + ".partial")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        (self.folder / "training").mkdir(parents=True)
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            (self.folder / "training").mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.folder}: {error}") from None
 
     def finish(
         self, parts: Iterable[Part], config: ModelConfig, tokenizer: "Tokenizer | None", state: dict[str, Any] | None
@@ -221,8 +241,12 @@ class CheckpointWriter:
         files = {p.file: {"bytes": p.num_bytes, "sha256": p.sha256, "tensors": p.tensors} for p in parts}
         _write_json(self.folder / MANIFEST, {"format": 1, "step": self.step, "files": files})
         _sync(self.folder)
-        shutil.rmtree(self.target, ignore_errors=True)
+        old = self.target.with_name(self.target.name + ".old.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.target.exists():
+            os.replace(self.target, old)
         os.replace(self.folder, self.target)
+        shutil.rmtree(old, ignore_errors=True)
         _sync(self.target.parent)
         return self.target
 
@@ -264,11 +288,6 @@ def _groups(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
         yield group
 
 
-def backbone_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The backbone as it is saved: its state_dict, whose names are the checkpoint's."""
-    yield from model.state_dict().items()
-
-
 def all_experts(config: ModelConfig) -> Experts:
     return {layer: tuple(range(config.num_experts)) for layer in config.moe_layers}
 
@@ -298,6 +317,10 @@ def _keys(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def _check_inside(file: str, source: Path) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve a checkpoint over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server",
+    "placement": "show the pools of a cluster, or end one",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
     "doctor": "versions, devices, ports, memory: what to paste in a bug report",
 }
@@ -39,11 +40,15 @@ def parser() -> argparse.ArgumentParser:
     _sampling(made["generate"])
     _chat(made["chat"])
     _convert(made["convert"])
+    made["placement"].add_argument("action", choices=["show", "rm"])
+    made["placement"].add_argument("pool", nargs="?", help="a pool's name (show: all of them)")
+    made["placement"].add_argument("--address", default="auto", help="of the Ray cluster (default: %(default)s)")
+    made["placement"].add_argument("--auth", default="token", choices=["token", "disabled"])
     return top
 
 
 def _settings(sub: argparse.ArgumentParser, required: bool) -> None:
-    what = "a YAML file, or a preset: tiny, nano, mini, large"
+    what = "a YAML file, or a preset: tiny, nano, mini, large" if required else "a YAML file"
     sub.add_argument("config", nargs=None if required else "?", help=what)
     sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     sub.epilog = "Any setting: --section.key value, for example --train.steps 20 --placement.num_shards 4"
@@ -87,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, flags = parser().parse_known_args(argv)
     if flags and arguments.command not in ("train", "serve"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `trinity doctor | head` ends quietly
+    if arguments.command in ("doctor", "generate"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `trinity doctor | head` ends quietly
     try:
         return importlib.import_module(f"trinity.commands.{arguments.command}").run(arguments, flags) or 0
     except TrinityError as error:

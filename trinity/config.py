@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ from trinity.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
 LayerType = Literal["sliding_attention", "full_attention"]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
@@ -61,11 +62,11 @@ class ModelConfig(Frozen):
     @classmethod
     def _fill_layer_types(cls, data: Any) -> Any:
         """Every n-th layer attends globally, the others within their window, unless listed one by one."""
-        if isinstance(data, dict) and not data.get("layer_types") and "num_hidden_layers" in data:
-            every = data.get("global_attn_every_n_layers", 4)
-            kinds = [
-                "sliding_attention" if (i + 1) % every else "full_attention" for i in range(data["num_hidden_layers"])
-            ]
+        if not isinstance(data, dict):
+            return data
+        num, every = data.get("num_hidden_layers"), data.get("global_attn_every_n_layers", 4)
+        if isinstance(num, int) and isinstance(every, int) and every > 0 and not data.get("layer_types"):
+            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num)]
             data = {**data, "layer_types": tuple(kinds)}
         return data
 
@@ -119,7 +120,7 @@ class OptimConfig(Frozen):
     muon_nesterov: bool = False
     muon_steps: int = Field(default=5, ge=1)
     weight_decay: float = Field(default=0.01, ge=0)
-    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    adamw_betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     adamw_eps: float = 1e-8
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
@@ -147,7 +148,7 @@ class DataConfig(Frozen):
         default=None, description="a tokenizer.json or a checkpoint folder; default: train one"
     )
     intra_document_mask: bool = True
-    max_documents: int | None = None
+    max_documents: int | None = Field(default=None, ge=1)
 
 
 class TrainConfig(Frozen):
@@ -188,7 +189,6 @@ class PlacementConfig(Frozen):
 
     pool: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
     num_shards: int = Field(default=2, ge=1)
-    transport: Literal["ray", "local"] = "ray"
     backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus_per_shard: float = Field(default=0, ge=0)
@@ -197,9 +197,11 @@ class PlacementConfig(Frozen):
     activation_cache_bytes: int = Field(
         default=2 << 30, ge=0, description="forward activations a shard keeps for backward"
     )
-    call_timeout_s: float = Field(default=120.0, gt=0)
+    call_timeout_s: float = Field(default=120.0, gt=0, description="for rows and steps")
+    checkpoint_timeout_s: float = Field(default=3600.0, gt=0, description="for a shard to load or save its part")
+    keep: bool = Field(default=False, description="leave the pool alive when the command that made it ends")
     ready_timeout_s: float = Field(default=180.0, gt=0)
-    state_dir: str | None = Field(default=None, description="where epochs are persisted; default: OUT_DIR/placement")
+    state_dir: str | None = Field(default=None, description="where epochs are persisted")
 
 
 class EngineConfig(Frozen):
@@ -341,11 +343,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"configuration file {file} does not exist; presets are {', '.join(preset_names())}")
     try:
         tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold a mapping of sections such as `train:`, found {type(tree).__name__}")
-    return tree
+    return {key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()}
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -355,9 +357,18 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         node = tree
         *parents, leaf = key.split(".")
         for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = yaml.safe_load(value)
+            old = node.get(part, {})
+            node[part] = old if isinstance(old, dict) else {"preset": old}  # --model tiny --model.num_experts 16
+            node = node[part]
+        node[leaf] = _scalar(key, value)
     return tree
+
+
+def _scalar(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key}: {value!r} is not a value; quote lists and mappings as YAML does") from None
 
 
 def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -61,12 +61,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rope(tree: Mapping[str, Any], source: str | Path) -> dict[str, float]:
+def _rope(tree: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{source}/config.json: rope_parameters is {rope!r}, not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(f"{source}/config.json: rope type {kind!r} is not implemented; AFMoE uses plain RoPE")
-    return {"rope_theta": float(rope.get("rope_theta") or tree.get("rope_theta") or 10000.0)}
+    return {"rope_theta": rope.get("rope_theta") or tree.get("rope_theta") or 10000.0}
 
 
 def _dtype(tree: Mapping[str, Any]) -> str:

@@ -19,8 +19,11 @@ from trinity.placement.table import PlacementTable
 class ExpertPool:
     """All experts of one model. Stateless but for the table it follows; as many as there are callers may exist."""
 
-    def __init__(self, table: PlacementTable, transport: Transport, timeout_s: float):
-        self.table, self.transport, self.timeout_s = table, transport, timeout_s
+    def __init__(
+        self, table: PlacementTable, transport: Transport, timeout_s: float, checkpoint_timeout_s: float = 3600.0
+    ):
+        self.table, self.transport = table, transport
+        self.timeout_s, self.checkpoint_timeout_s = timeout_s, checkpoint_timeout_s
 
     def dispatcher(self, version: int = 0) -> Dispatcher:
         """A new caller's expert layer. One per thread."""
@@ -66,7 +69,7 @@ class ExpertPool:
     def _each(self, verb: str, messages: list[Any]) -> list[Any]:
         pairs = list(zip(self.table.shards, messages, strict=True))
         replies = [self.transport.send(shard, verb, message) for shard, message in pairs]
-        deadline_s = time.time() + self.timeout_s
+        deadline_s = time.time() + (self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s)
         return [
             settle(self.transport, shard, verb, message, reply, deadline_s)
             for (shard, message), reply in zip(pairs, replies, strict=True)

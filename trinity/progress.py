@@ -22,23 +22,29 @@ POLL_S = 0.2
 
 
 class Progress:
-    """Shows rows of metrics.jsonl on `screen`, in the order they come. Call `close` at the end."""
+    """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end."""
 
     def __init__(
-        self, total_steps: int, tokens_per_step: int, screen: TextIO, clock_s: Callable[[], float] = time.monotonic
+        self,
+        total_steps: int,
+        tokens_per_step: int,
+        screen: TextIO,
+        done: int = 0,
+        clock_s: Callable[[], float] = time.monotonic,
     ):
         self.total_steps, self.tokens_per_step, self._screen = total_steps, tokens_per_step, screen
         self._clock_s, self._shown_s = clock_s, -math.inf
         self._recent: deque[dict[str, Any]] = deque(maxlen=20)
-        self._last_step = self._last_eval = 0
+        self._last_step = self._last_eval = done
         self._bar: tqdm | None = None
 
     def row(self, row: dict[str, Any]) -> None:
         """A step or a validation; the first one is preceded by a line on the whole run."""
-        if not self._recent:
+        if row["step"] > self._last_step and not self._recent:
             steps, tokens = self.total_steps, self.tokens_per_step
             self._print(f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all")
-            self._bar = tqdm(total=steps, file=self._screen, unit="step") if self._screen.isatty() else None
+            if self._screen.isatty():
+                self._bar = tqdm(total=steps, initial=self._last_step, file=self._screen, unit="step")
         if "val_loss" in row:
             self._eval(row["step"], row["val_loss"])
         elif row["step"] > self._last_step:

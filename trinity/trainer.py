@@ -1,6 +1,6 @@
 """The training loop of one worker: micro-batches through backbone and shards, then one step that all take or nobody does.
 
-Legend: B sequences of a micro-batch, S sequence length, T = B*S tokens, L layers with experts, E experts.
+Legend: B sequences of a micro-batch, S sequence length, L layers with experts, E experts.
 Decisions: a plain class without Ray; `Comm` is how workers agree. The loss of the whole step is a sum over all workers and
 micro-batches, so gradients are summed, never averaged: on shards they are complete because every worker sends its rows
 there, in the backbone by DDP. `version` counts committed steps and names the weights; `position` counts batches consumed
@@ -11,113 +11,42 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trinity.checkpoint import (
     Checkpoint,
     CheckpointWriter,
-    backbone_tensors,
     latest_checkpoint,
     open_checkpoint,
     prune,
     step_path,
     write_tensors,
 )
+from trinity.comm import Comm, sum_gradients
 from trinity.config import Config
 from trinity.data import Batch, Prepared
+from trinity.errors import ConfigError, TrinityError
 from trinity.messages import Commit, Load
 from trinity.metrics import StepMetrics, TrainLog
 from trinity.model.afmoe import Afmoe
-from trinity.model.attention import PackedAttention, packed_positions
-from trinity.model.balance import expert_counts, sign_update, smebu
+from trinity.model.balance import sign_update, smebu
 from trinity.model.init import init_weights
-from trinity.model.losses import loss_from_hidden, max_vio, sequence_balance_loss
+from trinity.model.losses import max_vio
 from trinity.model.params import is_hidden_matrix
+from trinity.objective import Losses, Objective
 from trinity.optim import Matrix, Optimizer, lr_factor, sq_norm
 from trinity.pool import ExpertPool
 
 log = logging.getLogger(__name__)
-
-
-class Comm(Protocol):
-    """How the workers of one job agree. Every method is called by all of them in the same order."""
-
-    rank: int
-    world: int
-
-    def sum(self, tensor: Tensor) -> Tensor: ...
-
-    def from_first(self, tensor: Tensor) -> Tensor: ...
-
-
-class Alone:
-    """One worker: everything is already agreed."""
-
-    rank, world = 0, 1
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def from_first(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-class Distributed:
-    """Workers of an initialised torch.distributed group; tensors are moved to the backend's device."""
-
-    def __init__(self, device: torch.device):
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        moved = tensor.to(self.device).clone()
-        dist.all_reduce(moved)
-        return moved.cpu()
-
-    def from_first(self, tensor: Tensor) -> Tensor:
-        moved = tensor.to(self.device).clone()
-        dist.broadcast(moved, src=0)
-        return moved.cpu()
-
-
-class Losses(NamedTuple):
-    """Sums of one micro-batch, already divided by the step's totals: adding them up over all gives the step's means."""
-
-    ce: Tensor
-    z: Tensor
-    balance: Tensor
-    counts_LE: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.ce + self.z + self.balance
-
-
-class Objective(nn.Module):
-    """The loss as a module, so that DDP sees its forward pass."""
-
-    def __init__(self, model: Afmoe, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, ids_BS: Tensor, targets_BS: Tensor, docs_BS: Tensor | None) -> Losses:
-        batch, seq = ids_BS.shape
-        attend = PackedAttention(self.config.model, docs_BS, batch, seq)
-        out = self.model(ids_BS.flatten(), packed_positions(batch, seq, ids_BS.device), attend)
-        share = 1.0 / self.config.train.global_batch_size
-        ce, z = loss_from_hidden(
-            self.model.lm_head.weight, out.hidden_TD, targets_BS.flatten(), self.config.optim.z_loss
-        )
-        balance = sequence_balance_loss(out.routing, self.config.model, batch, seq, self.config.optim.balance_loss)
-        counts = [expert_counts(r.ids_TK, self.config.model.num_experts) for r in out.routing]
-        counts_LE = torch.stack(counts) if counts else torch.zeros(0, self.config.model.num_experts, dtype=torch.int64)
-        return Losses(ce * share / seq, z * share / seq, balance * share * batch, counts_LE)
+MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Totals(NamedTuple):
@@ -135,17 +64,17 @@ class Trainer:
 
     def __init__(self, config: Config, pool: ExpertPool, data: Prepared, comm: Comm, device: str = "cpu"):
         if pool.table.num_replicas_LE.max(initial=1) > 1:
-            raise NotImplementedError("training with more than one replica of an expert")
+            raise ConfigError("training takes one replica of each expert so far; this pool's table has more")
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
         self.log: TrainLog | None = None
         self.device = torch.device(device)
         self.dispatcher = pool.dispatcher()
-        self.model = Afmoe(config.model, self.dispatcher, device=self.device)
+        self.model = Afmoe(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
         self.objective: nn.Module = Objective(self.model, config)
         if comm.world > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
-            self.objective.register_comm_hook(None, _sum_gradients)
-        self.version = self.position = self.num_skipped = 0
+            self.objective.register_comm_hook(None, sum_gradients)
+        self.version = self.position = self.num_skipped = self._skipped_in_a_row = 0
 
     # -- where the weights come from
 
@@ -168,9 +97,19 @@ class Trainer:
         if training:
             self.version, self.position = source.version, int(source.state["position"])
             self.num_skipped = int(source.state["num_skipped"])
-            self.optimizer.restore(source.training_tensors(self.optimizer.tensors()), int(source.state["num_updates"]))
-            for name, momentum in source.training_tensors(self._momenta()).items():
-                self._momenta()[name].copy_(momentum)
+            self._restore(source)
+
+    @torch.no_grad()
+    def _restore(self, source: Checkpoint) -> None:
+        """What the weights alone do not say. Raises ConfigError where the order of the data would be another one."""
+        if source.state["order"] != self._order():
+            raise ConfigError(
+                f"{source.path} was trained on other data or batches, {source.state['order']} instead of {self._order()}; "
+                "restore these settings, or start a new run with train.init_from"
+            )
+        self.optimizer.restore(source.training_tensors(self.optimizer.tensors()), int(source.state["num_updates"]))
+        for name, mine in (self._momenta() | self._masters()).items():
+            mine.copy_(source.training_tensors([name])[name])
 
     def _load_pool(self, message: Load) -> None:
         if self.comm.rank == 0:
@@ -262,15 +201,22 @@ class Trainer:
         self.optimizer.step(self._grads(), muon_lr, adamw_lr, scale)
         self._update_bias(counts_LE)
         self.version += 1
+        self._skipped_in_a_row = 0
 
     def _abort(self, norm: float) -> None:
         log.warning(
             "step skipped: the gradient norm is %s; its batch is consumed, the weights stay at %s", norm, self.version
         )
         self.num_skipped += 1
+        self._skipped_in_a_row += 1
         if self.comm.rank == 0:
             self.pool.abort(self.version + 1)
         self.comm.sum(torch.zeros(1))
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise TrinityError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite, up to step {self.position}; "
+                "lower the learning rates or go back to an earlier checkpoint"
+            )
 
     @torch.no_grad()
     def _update_bias(self, counts_LE: Tensor) -> None:
@@ -311,37 +257,55 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean cross-entropy in nats over the same validation sequences every time; nan without any."""
-        settings = self.config.train
-        per_pass = settings.micro_batch_size * self.comm.world
-        num_passes = min(settings.eval_sequences, self.data.val.num_sequences) // per_pass
+        """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
+        settings, objective = self.config.train, Objective(self.model, self.config)
+        num = min(settings.eval_sequences, self.data.val.num_sequences)
         self.dispatcher.begin(self.version)
         ce = torch.zeros(1, dtype=torch.float64)
-        for index in range(num_passes):
-            batch = self.data.val.batch(index, per_pass, self.comm.rank, self.comm.world, 0, settings.micro_batch_size)
-            ce += self.objective(*self._inputs(batch)).ce.double().cpu()
-        total = float(self.comm.sum(ce)) * settings.global_batch_size
-        loss = total / (num_passes * per_pass) if num_passes else math.nan
+        mine = np.arange(self.comm.rank, num, self.comm.world)
+        for start in range(0, len(mine), settings.micro_batch_size):
+            batch = self.data.val.take(mine[start : start + settings.micro_batch_size])
+            ce += objective(*self._inputs(batch)).ce.double().cpu()
+        loss = float(self.comm.sum(ce)) * settings.global_batch_size / num if num else math.nan
         if self.log is not None:
             self.log.eval(self.position, loss)
         return loss
 
     def save(self) -> Path:
-        """Write checkpoint `step-<version>`: shards and backbone side by side; -> its folder."""
-        target = Path(self.config.train.out_dir).resolve()
+        """Write checkpoint `step-<position>`: shards and backbone side by side; -> its folder."""
+        out_dir = Path(self.config.train.out_dir).resolve()
+        target = step_path(out_dir, self.position)
         if self.comm.rank == 0:
-            written = self._write(CheckpointWriter(step_path(target, self.version), self.version))
-            self.pool.set_source(Load(str(written)))
-            prune(target, self.config.train.keep_checkpoints)
+            self._write(CheckpointWriter(target, self.version))
+            self.pool.set_source(Load(str(target)))
+            prune(out_dir, self.config.train.keep_checkpoints)
         self.comm.sum(torch.zeros(1))
-        return step_path(target, self.version)
+        return target
 
-    def _write(self, writer: CheckpointWriter) -> Path:
+    def _write(self, writer: CheckpointWriter) -> None:
         parts = self.pool.save(str(writer.folder))
-        parts += write_tensors(writer.folder, "model-backbone", backbone_tensors(self.model))
-        state = {**self.optimizer.tensors(), **self._momenta()}
+        parts += write_tensors(writer.folder, "model-backbone", self._backbone())
+        state = {**self.optimizer.tensors(), **self._momenta(), **self._masters()}
         parts += write_tensors(writer.folder, "training/backbone", state.items())
-        return writer.finish(parts, self.config.model, self.data.tokenizer, self._state())
+        writer.finish(parts, self.config.model, self.data.tokenizer, self._state())
+
+    def _backbone(self) -> Iterator[tuple[str, Tensor]]:
+        """The backbone in the model's type; the selection biases stay fp32."""
+        dtype = getattr(torch, self.config.model.dtype)
+        for name, tensor in self.model.state_dict().items():
+            yield name, tensor if name.endswith("expert_bias") else tensor.to(dtype)
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The fp32 weights that a bf16 checkpoint rounds."""
+        if self.config.model.dtype == "float32":
+            return {}
+        return {f"{name}::master": parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def _order(self) -> dict[str, int]:
+        """What the sequence of batches depends on, besides the position."""
+        settings = self.config.train
+        batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
+        return {**batches, "num_tokens": len(self.data.train.store.tokens)}
 
     def _momenta(self) -> dict[str, Tensor]:
         return {f"model.layers.{layer}.mlp.expert_bias::momentum": m for layer, m in self.momentum.items()}
@@ -349,11 +313,4 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude={"serve": {"api_key"}})
         counts = {"position": self.position, "num_skipped": self.num_skipped, "num_updates": self.optimizer.num_updates}
-        return {**counts, "config": config}
-
-
-def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's all-reduce without its division: the losses are shares of the global mean already."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
+        return {**counts, "order": self._order(), "config": config}

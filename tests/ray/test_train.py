@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
+from trinity.comm import Alone
 from trinity.config import Config
 from trinity.data import prepare
 from trinity.messages import Load
 from trinity.pool import local_pool
-from trinity.trainer import Alone, Trainer
+from trinity.trainer import Trainer
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
 
@@ -51,6 +52,15 @@ def train_here(config, out_dir):
     return losses, open_checkpoint(trainer.save())
 
 
+def fit_with_pool(config):
+    from actors import pool as pools
+    from actors.train import fit
+
+    state_dir = config.train.out_dir + "-placement"
+    pools.create(config.placement, "trinity", config.model, config.optim, state_dir)
+    return fit(config)
+
+
 def weights_of(checkpoint):
     return {key: checkpoint.tensor(key) for key in checkpoint.weight_map}
 
@@ -58,10 +68,9 @@ def weights_of(checkpoint):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_training_through_actors_equals_training_in_one_process(ray_session, config, tmp_path, num_workers):
     from actors import pool as pools
-    from actors.train import fit
 
     config = config.replace(train={"num_workers": num_workers})
-    result = fit(config)
+    result = fit_with_pool(config)
     pools.destroy(config.placement.pool, "trinity")
     want, reference = train_here(config, tmp_path / "here")
     got = losses_of(tmp_path / "ray")
@@ -81,7 +90,6 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
     ray_session, config, tmp_path
 ):
     from actors import pool as pools
-    from actors.train import fit
 
     config = config.replace(train={"steps": 40, "save_every": 5})
     killed = []
@@ -95,7 +103,7 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
 
     killer = threading.Thread(target=kill_once, daemon=True)
     killer.start()
-    fit(config)
+    fit_with_pool(config)
     killer.join(10)
     pools.destroy(config.placement.pool, "trinity")
     assert killed

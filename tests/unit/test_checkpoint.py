@@ -110,7 +110,9 @@ def flip(path):
         (lambda p: flip(p / "model-backbone-00.safetensors"), "does not match its SHA-256"),
         (lambda p: (p / "model-backbone-00.safetensors").write_bytes(b"x" * 100), "the manifest says"),
         (lambda p: (p / "model-backbone-00.safetensors").unlink(), "is missing"),
-        (lambda p: (p / "config.json").write_text("{"), "cannot read"),
+        (lambda p: flip(p / "config.json"), "does not match its SHA-256"),
+        (lambda p: (p / "config.json").unlink(), "is missing"),
+        (lambda p: edit_json(p / "manifest.json", files={"config.json": 3}), "does not list files"),
         (lambda p: (p / "manifest.json").write_text("[1]"), "does not hold a JSON object"),
     ],
 )
@@ -136,6 +138,9 @@ def edit_json(path, **changes):
     [
         ({"model_type": "llama"}, "'llama' model; Trinity runs 'afmoe'"),
         ({"score_func": "softmax"}, "only 'sigmoid'"),
+        ({"rope_parameters": [1]}, "not an object"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta"),
+        ({"num_hidden_layers": "abc", "layer_types": None}, "num_hidden_layers"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
         ({"num_experts_per_tok": 50}, "num_experts_per_tok 50 > num_experts 4"),
         ({"hidden_size": "32x"}, "hidden_size"),

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
-from trinity.checkpoint import list_checkpoints
+from trinity.checkpoint import list_checkpoints, open_checkpoint
+from trinity.comm import Alone
 from trinity.config import Config
 from trinity.data import prepare
 from trinity.dispatch import LocalTransport
+from trinity.errors import ConfigError, TrinityError
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
 from trinity.model.attention import PackedAttention, packed_positions
@@ -18,7 +20,7 @@ from trinity.model.losses import sequence_balance_loss
 from trinity.model.params import is_hidden_matrix
 from trinity.optim import Matrix, Optimizer, lr_factor, orthogonalize
 from trinity.pool import local_pool
-from trinity.trainer import Alone, Trainer
+from trinity.trainer import Trainer
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
 
@@ -168,6 +170,68 @@ def test_gradients_that_are_not_finite_skip_the_step_everywhere(texts, tmp_path)
     trainer.dispatcher.transport = clean
     assert math.isfinite(trainer.step().loss)
     assert (trainer.version, trainer.position) == (2, 3)
+
+
+def test_a_run_that_only_skips_stops_by_itself(texts, tmp_path):
+    trainer = trainer_for(config_for(texts, tmp_path, steps=50))
+    trainer._prepare = lambda issued: math.inf
+    with pytest.raises(TrinityError, match="20 steps in a row"):
+        trainer.run()
+    assert (trainer.version, trainer.position) == (0, 20)
+
+
+def test_bf16_models_add_up_small_gradients_and_resume_bitwise(texts, tmp_path):
+    def config(out, **train):
+        return config_for(texts, tmp_path / out, **train).replace(model={"dtype": "bfloat16"})
+
+    grads = []
+    for micro in (1, 256):
+        trainer = trainer_for(config(f"micro{micro}", global_batch_size=256, micro_batch_size=micro, seq_len=8))
+        trainer._commit = lambda *_, trainer=trainer: grads.append({n: g.clone() for n, g in trainer._grads().items()})
+        trainer.step()
+    for name, summed in grads[0].items():
+        assert summed.dtype == torch.float32
+        assert float((summed - grads[1][name]).norm() / grads[1][name].norm()) < 0.05, name
+
+    whole, first = trainer_for(config("whole")), trainer_for(config("cut"))
+    want = [whole.step().loss for _ in range(4)]
+    got = [first.step().loss for _ in range(2)]
+    source = open_checkpoint(first.save())
+    assert source.tensor("lm_head.weight").dtype == torch.bfloat16
+    assert source.tensor("model.layers.1.mlp.expert_bias").dtype == torch.float32
+    second = trainer_for(config("cut"))
+    assert got + [second.step().loss for _ in range(2)] == want
+    assert all(torch.equal(t, all_weights(whole)[name]) for name, t in all_weights(second).items())
+
+
+def test_another_order_of_data_is_not_resumed(texts, tmp_path):
+    trainer = trainer_for(config_for(texts, tmp_path))
+    trainer.step()
+    trainer.save()
+    with pytest.raises(ConfigError, match="other data or batches"):
+        trainer_for(config_for(texts, tmp_path, global_batch_size=8))
+
+
+def test_validation_is_the_same_for_any_number_of_workers_and_uses_what_there_is(texts, tmp_path):
+    trainer = trainer_for(config_for(texts, tmp_path, eval_sequences=5, micro_batch_size=2))
+    alone = trainer.evaluate()
+
+    class Two:
+        world = 2
+
+        def __init__(self, rank):
+            self.rank, self.sent = rank, []
+
+        def sum(self, tensor):
+            self.sent.append(tensor.clone())
+            return tensor
+
+    parts = []
+    for rank in range(2):
+        trainer.comm = Two(rank)
+        trainer.evaluate()
+        parts.append(float(trainer.comm.sent[0]))
+    assert sum(parts) * trainer.config.train.global_batch_size / 5 == pytest.approx(alone, rel=1e-5)
 
 
 def test_run_evaluates_saves_and_reports(texts, tmp_path):

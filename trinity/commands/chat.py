@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 
 from trinity.config import api_key
-from trinity.errors import ModelNotFound, TrinityError, Unavailable
+from trinity.errors import ConfigError, ModelNotFound, Overloaded, TrinityError, Unavailable
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    key = Path(arguments.api_key_file).read_text().strip() if arguments.api_key_file else api_key()
+    key = _read_key(Path(arguments.api_key_file)) if arguments.api_key_file else api_key()
     headers = {"authorization": f"Bearer {key}"} if key else {}
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with httpx.Client(base_url=arguments.url, headers=headers, timeout=httpx.Timeout(600, connect=5)) as client:
@@ -24,9 +24,22 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             messages.append({"role": "user", "content": text})
             asked = {"model": model, "messages": messages, "stream": True}
             limits = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
-            answer = _print(_stream(client, {**asked, **limits}))
+            try:
+                answer = _print(_stream(client, {**asked, **limits}))
+            except Overloaded as error:
+                print(error.message, file=sys.stderr)
+                messages.pop()
+                continue
+            except httpx.HTTPError as error:
+                raise Unavailable(f"the server at {arguments.url} was lost: {error}") from None
             messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def _read_key(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"key file {path} does not exist")
+    return path.read_text().strip()
 
 
 def _ask() -> str:
@@ -39,7 +52,7 @@ def _ask() -> str:
 def _first_model(client: httpx.Client) -> str:
     try:
         models = client.get("/v1/models")
-    except httpx.TransportError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Unavailable(f"no server at {client.base_url} ({error}); start one with `trinity serve`") from None
     if models.status_code != 200:
         raise TrinityError(f"the server answered {models.status_code}: {_message(models.text)}")
@@ -53,7 +66,8 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     """Text as it comes. Raises TrinityError with the server's words where it refuses or fails."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            raise TrinityError(f"the server answered {response.status_code}: {_message(response.read().decode())}")
+            kind = Overloaded if response.status_code in (429, 503) else TrinityError
+            raise kind(f"the server answered {response.status_code}: {_message(response.read().decode())}")
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue

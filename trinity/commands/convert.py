@@ -39,7 +39,7 @@ def _absent(layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Ten
 
 def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor the architecture has, checked; expert_bias stays fp32."""
-    from trinity.checkpoint import all_experts, expert_key
+    from trinity.checkpoint import PROJECTIONS, all_experts, expert_key
     from trinity.model.afmoe import Afmoe
 
     backbone = Afmoe(source.config, _absent, device="meta")
@@ -49,5 +49,5 @@ def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Te
     for layer, experts in all_experts(source.config).items():
         for expert in experts:
             matrices = source.expert(layer, expert)
-            for projection, matrix in zip(("gate_proj", "up_proj", "down_proj"), matrices, strict=True):
+            for projection, matrix in zip(PROJECTIONS, matrices, strict=True):
                 yield expert_key(layer, expert, projection), matrix.to(dtype)

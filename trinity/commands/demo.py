@@ -10,12 +10,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trinity.config import Config, setup_environment
 from trinity.errors import ConfigError
 
 STEPS = 200
-SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 7}
+MARK = ".trinity-demo"
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 7}
 HTTP_PROMPT = "def __init__(self, "
 GRPC_PROMPT = "import os\nimport sys\n\n"
 
@@ -28,13 +30,15 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             "model": "tiny",
             "train": {"out_dir": str(out), "steps": arguments.steps or STEPS},
             "placement": {"pool": "demo", "num_shards": 2},
-            "serve": {"http_port": 8000 if arguments.keep else 0, "grpc_port": 9000 if arguments.keep else 0},
+            "serve": {"http_port": 8000 * arguments.keep, "grpc_port": 9000 * arguments.keep, "api_key": None},
         }
     )
     setup_environment(config.cluster.auth)
     from actors.cluster import joined
+    from serving import app
     from trinity.commands.train import train
 
+    app.check_ports(config.serve)
     started = time.monotonic()
     _say("Training a small Trinity model on Python's own standard library; its experts live in 2 shard actors.")
     with joined(config.cluster, config.train.num_workers):
@@ -46,10 +50,12 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _empty(out: Path) -> None:
-    """Start afresh, but only in a folder that a run of ours made."""
-    if out.exists() and any(out.iterdir()) and not (out / "data").is_dir():
-        raise ConfigError(f"{out} holds something that is not a run of Trinity's; choose another --out")
+    """Start afresh, but only in a folder that a demo made."""
+    if out.exists() and not (out / MARK).is_file():
+        raise ConfigError(f"{out} exists and was not made by the demo; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
 
 
 def _serve(config: Config, checkpoint: str, keep: bool) -> None:

@@ -2,11 +2,17 @@
 
 import argparse
 import signal
+import sys
+import tempfile
 import threading
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trinity.commands.train import to_yaml
+from trinity.commands.train import describe, to_yaml
 from trinity.config import Config, setup_environment
+from trinity.errors import ConfigError, TrinityError
+
+if TYPE_CHECKING:
+    from actors.pool import RayPool
 
 SHORT = ("host", "http_port", "grpc_port")
 
@@ -21,17 +27,22 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
+    from actors import pool as pools
     from actors.cluster import joined
     from serving import app
 
     app.check_ports(config.serve)
     with joined(config.cluster):
-        provide_pool(config, str(checkpoint.path.resolve()))
-        server = app.start(config, str(checkpoint.path.resolve()))
-        print(f"HTTP {server.http_url}\ngRPC {server.grpc_address}\nready; Ctrl-C stops it", flush=True)
-        wait_for_signal()
-        print("draining", flush=True)
-        server.stop()
+        made = provide_pool(config, str(checkpoint.path.resolve()))
+        try:
+            server = app.start(config, str(checkpoint.path.resolve()))
+            print(f"HTTP {server.http_url}\ngRPC {server.grpc_address}\nready; Ctrl-C stops it", flush=True)
+            wait_for_signal()
+            print("draining", flush=True)
+            server.stop()
+        finally:
+            if made and not config.placement.keep:
+                pools.destroy(config.placement.pool, config.cluster.namespace)
     return 0
 
 
@@ -43,18 +54,36 @@ def wait_for_signal() -> None:
     stop.wait()
 
 
-def provide_pool(config: Config, checkpoint: str) -> None:
-    """Use the pool of the configured name if it is there and holds this checkpoint's version; else make or load it."""
+def provide_pool(config: Config, checkpoint: str) -> bool:
+    """See that the pool of the configured name holds this checkpoint's experts; -> whether it was made for that.
+
+    A pool that is there is used as it is or refused, never loaded: somebody may be training in it.
+    """
     from actors import pool as pools
-    from trinity.checkpoint import open_checkpoint
     from trinity.messages import Load
 
     name, namespace = config.placement.pool, config.cluster.namespace
     if pools.exists(name, namespace):
-        pool = pools.connect(name, namespace, config.placement.call_timeout_s)
-        if set(pool.versions().values()) == {open_checkpoint(checkpoint).version}:
-            return
-    else:
-        state_dir = config.placement.state_dir or str(Path(checkpoint).parent / "placement")
-        pool = pools.create(config.placement, namespace, config.model, None, state_dir)
-    pool.load(Load(checkpoint, training=False))
+        _check_holds(pools.connect(name, namespace, config.placement), config, checkpoint)
+        return False
+    state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
+    pool = pools.create(config.placement, namespace, config.model, None, state_dir)
+    try:
+        pool.load(Load(checkpoint, training=False))
+    except TrinityError:
+        pools.destroy(name, namespace)
+        raise
+    print(describe(pool.status()), file=sys.stderr)
+    return True
+
+
+def _check_holds(pool: "RayPool", config: Config, checkpoint: str) -> None:
+    from trinity.checkpoint import open_checkpoint
+
+    source, versions = pool.source(), set(pool.versions().values())
+    same = source is not None and source.checkpoint == checkpoint and pool.spec().model == config.model
+    if not same or versions != {open_checkpoint(checkpoint).version}:
+        raise ConfigError(
+            f"pool {pool.name!r} holds {source.checkpoint if source else 'other weights'} at version {versions}, not "
+            f"{checkpoint}; serve from another --placement.pool, or end this one with `trinity placement rm {pool.name}`"
+        )

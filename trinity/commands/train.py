@@ -3,9 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trinity.config import Config, merged, preset_names, setup_environment
 from trinity.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trinity.messages import ShardStatus
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
@@ -15,11 +19,27 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         return 0
     check_out_dir(config)
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
+    from actors import pool as pools
     from actors.cluster import joined
 
     with joined(config.cluster, config.train.num_workers):
-        train(config)
+        try:
+            train(config)
+        except SystemExit:  # how Ray Train ends on Ctrl-C, with code 0
+            return _interrupted(config)
+        finally:
+            if not config.placement.keep:
+                pools.destroy(config.placement.pool, config.cluster.namespace)
     return 0
+
+
+def _interrupted(config: Config) -> int:
+    from trinity.checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(config.train.out_dir)
+    kept = f"continue from {found.name} with --resume" if found else "nothing was saved yet (train.save_every)"
+    print(f"\ninterrupted; {kept}", file=sys.stderr)
+    return 130
 
 
 def load(source: str, flags: list[str]) -> Config:
@@ -27,7 +47,7 @@ def load(source: str, flags: list[str]) -> Config:
     if source in preset_names() and not Path(source).exists():
         return Config.load(None, flags, model=source)
     tree = merged(source, flags)
-    weights = tree.get("train", {}).get("init_from")
+    weights = tree["train"].get("init_from") if isinstance(tree.get("train"), dict) else None
     if weights and "model" not in tree:
         from trinity.checkpoint import open_checkpoint
 
@@ -36,18 +56,42 @@ def load(source: str, flags: list[str]) -> Config:
 
 
 def check_out_dir(config: Config) -> None:
-    """Refuse to mix two runs in one folder, and to resume another architecture's."""
+    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint."""
     from trinity.checkpoint import latest_checkpoint, open_checkpoint
 
     found = latest_checkpoint(config.train.out_dir)
     if found is None:
+        if config.train.resume:
+            raise ConfigError(f"{config.train.out_dir} holds no checkpoint to resume from; leave --resume out to begin")
+        _check_writable(Path(config.train.out_dir))
+        _check_same(config.train.init_from, config)
         return
     if not config.train.resume:
         raise ConfigError(
             f"{config.train.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
         )
-    if open_checkpoint(found).config != config.model:
-        raise ConfigError(f"{found} is of another architecture than this configuration; choose another --train.out_dir")
+    _check_same(str(found), config)
+    open_checkpoint(found).verify()
+
+
+def _check_same(checkpoint: str | None, config: Config) -> None:
+    from trinity.checkpoint import open_checkpoint
+
+    if checkpoint is None:
+        return
+    theirs, mine = open_checkpoint(checkpoint).config.model_dump(), config.model.model_dump()
+    differs = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if theirs[k] != mine[k] and k != "dtype"]
+    if differs:
+        raise ConfigError(f"{checkpoint} is of another architecture than this configuration: {', '.join(differs)}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to train.out_dir {folder}: {error.strerror}; choose another") from None
 
 
 def to_yaml(config: Config) -> str:
@@ -59,19 +103,39 @@ def to_yaml(config: Config) -> str:
 
 
 def train(config: Config) -> dict:
-    """Run the job in the cluster this process has joined, showing its progress; -> its result."""
+    """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays."""
+    from actors import pool as pools
     from actors.train import fit
+    from trinity.checkpoint import latest_checkpoint
     from trinity.progress import Progress, shown
-    from trinity.report import expert_load_png, loss_curve_png
 
     out_dir = Path(config.train.out_dir)
+    state_dir = config.placement.state_dir or str(out_dir.resolve() / "placement")
+    pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
+    print(describe(pool.status()), file=sys.stderr)
+    found = latest_checkpoint(out_dir)
+    done = int(found.name[5:]) if found else 0
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
-    with shown(out_dir / "metrics.jsonl", Progress(config.train.steps, tokens_per_step, sys.stderr)):
+    with shown(out_dir / "metrics.jsonl", Progress(config.train.steps, tokens_per_step, sys.stderr, done)):
         result = fit(config)
-    pictures = [loss_curve_png(out_dir / "metrics.jsonl", out_dir / "loss.png")]
-    if (out_dir / "expert_load.jsonl").is_file():
-        pictures.append(expert_load_png(out_dir / "expert_load.jsonl", out_dir / "expert_load.png"))
     print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
     print(f"checkpoint {result['checkpoint']}")
-    print("pictures " + ", ".join(map(str, pictures)))
+    print("pictures " + ", ".join(map(str, _draw(out_dir))))
     return result
+
+
+def describe(shards: "list[ShardStatus]") -> str:
+    """One line on who computes the experts, and with what."""
+    backends = ", ".join(sorted({f"{s.backend} backend on {s.device}" for s in shards}))
+    experts, mib = sum(s.num_experts for s in shards), sum(s.weight_bytes for s in shards) / 2**20
+    return f"{experts:,} experts, {mib:,.1f} MiB, in {len(shards)} shard actors: {backends}"
+
+
+def _draw(out_dir: Path) -> list[Path]:
+    from trinity.metrics import read_rows
+    from trinity.report import expert_load_png, loss_curve_png
+
+    pictures = [loss_curve_png(out_dir / "metrics.jsonl", out_dir / "loss.png")]
+    if any(row["counts_LE"] for row in read_rows(out_dir / "expert_load.jsonl")):
+        pictures.append(expert_load_png(out_dir / "expert_load.jsonl", out_dir / "expert_load.png"))
+    return pictures

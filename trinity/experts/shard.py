@@ -137,6 +137,7 @@ class ExpertShard:
     def load(self, message: Load) -> int:
         """Take the weights from a checkpoint or from the seed; -> version."""
         self._forget()
+        self.version = -1  # until all of it is there: nobody may compute with half of a checkpoint
         source = open_checkpoint(message.checkpoint) if message.checkpoint else None
         for layer, held in self.spec.experts.items():
             for position, expert in enumerate(held):

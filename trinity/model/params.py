@@ -28,4 +28,4 @@ def count_backbone(config: ModelConfig) -> int:
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
     """Whether this weight is Muon's: two-dimensional and neither embedding, head nor router gate."""
-    return tensor.ndim == 2 and not name.endswith(ADAMW_MATRICES)
+    return tensor.ndim == 2 and tensor.numel() > 0 and not name.endswith(ADAMW_MATRICES)
