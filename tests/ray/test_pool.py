@@ -8,8 +8,8 @@ import uuid
 import pytest
 import torch
 
-from trinity.config import OptimConfig, PlacementConfig, preset
-from trinity.errors import DeadlineExceeded, StepConflict, Unavailable
+from trinity.config import Config, OptimConfig, PlacementConfig, preset
+from trinity.errors import ConfigError, DeadlineExceeded, StepConflict, Unavailable
 from trinity.messages import Load
 from trinity.pool import local_pool
 
@@ -90,10 +90,44 @@ def test_nobody_waits_past_the_deadline_for_a_stopped_shard(pool, ray_session):
     assert pool.versions() == {"shard-0": 0, "shard-1": 0}
 
 
+def test_a_pool_is_used_as_it_is_or_refused(pool, ray_session, tmp_path):
+    from actors import pool as pools
+    from trinity.commands.serve import provide_pool
+
+    settings = PlacementConfig(pool=pool.name, num_shards=2)
+    again = pools.provide(settings, "trinity", MODEL, OptimConfig(), str(tmp_path / "other"))
+    assert again.table == pool.table
+    assert pool.name in pools.names("trinity")
+    wider = MODEL.model_copy(update={"moe_intermediate_size": 32})
+    for settings_, model, differs in [
+        (settings, wider, "model"),
+        (settings.model_copy(update={"num_shards": 3}), MODEL, "num_shards"),
+    ]:
+        with pytest.raises(ConfigError, match=f"exists with another {differs}"):
+            pools.provide(settings_, "trinity", model, OptimConfig(), str(tmp_path / "other"))
+    pool.load(Load(seed=3))
+    config = Config.from_tree({"model": MODEL.model_dump(), "placement": {"pool": pool.name}})
+    other = tmp_path / "another-checkpoint"
+    with pytest.raises(ConfigError, match=r"serve from another --placement\.pool"):
+        provide_pool(config, str(other))
+    assert pool.versions() == {"shard-0": 0, "shard-1": 0}, "somebody may be training: nothing was loaded"
+
+
+def test_a_pool_that_cannot_start_says_what_is_missing_and_leaves_nothing(ray_session, tmp_path):
+    from actors import pool as pools
+
+    settings = PlacementConfig(pool="too-big", num_shards=2, num_cpus_per_shard=1000, ready_timeout_s=2)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="not ready after 2 s; free in the cluster"):
+            pools.create(settings, "trinity", MODEL, None, str(tmp_path))
+        assert not pools.exists("too-big", "trinity")
+
+
 def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, ray_session, tmp_path):
     from actors.pool import _actor
 
     service = _actor(pool.name, "placement", "trinity")
+    pool.load(Load(seed=3))
     grown = pool.table.with_replica((LAYER, 0), "shard-1")
     assert ray_session.get(service.publish.remote(grown)) == 2
     assert ray_session.get(service.publish.remote(grown)) == 2
@@ -104,6 +138,7 @@ def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, 
     while time.monotonic() < deadline:
         try:
             assert ray_session.get(service.current.remote()) == grown
+            assert pool.source() == Load(seed=3)
             break
         except ray_session.exceptions.RayActorError:
             time.sleep(0.1)

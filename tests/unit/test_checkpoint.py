@@ -123,6 +123,17 @@ def test_damage_is_named(saved, damage, message):
         open_checkpoint(path).load_backbone(model)
 
 
+def test_a_shard_whose_load_fails_holds_no_version(saved, tmp_path):
+    _, path = saved
+    pool = local_pool(MODEL, Load(str(path)), num_shards=1, backend="torch")
+    _, other = write(tmp_path / "other")
+    flip(other / "model-experts-shard-1-00.safetensors")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        pool.load(Load(str(other)))
+    assert pool.versions() == {"shard-0": -1}
+    assert pool.load(Load(str(path))) == 3
+
+
 def plain(path):
     """The same checkpoint as somebody else would have written it: no manifest."""
     (path / "manifest.json").unlink()

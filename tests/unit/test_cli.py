@@ -86,6 +86,34 @@ def test_mistakes_end_in_one_sentence_and_code_2(arguments, message, capsys):
     assert "Traceback" not in err
 
 
+def test_the_demo_deletes_only_what_a_demo_made(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").touch()
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "was not made by the demo" in capsys.readouterr().err
+    assert (tmp_path / "data" / "precious").exists()
+
+
+def test_runs_are_not_mixed_resumed_from_nothing_or_started_from_another_model(checkpoint, tmp_path, capsys):
+    def refused(*flags):
+        assert main(["train", "tiny", "--train.out_dir", str(tmp_path / "run"), *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "holds no checkpoint to resume from" in refused("--resume")
+    assert "of another architecture than this configuration: vocab_size 320 instead of 2048" in refused(
+        "--train.init_from", str(checkpoint)
+    )
+    (tmp_path / "file").touch()
+    assert main(["train", "tiny", "--train.out_dir", str(tmp_path / "file")]) == 2
+    assert "cannot write to train.out_dir" in capsys.readouterr().err
+
+
+def test_a_file_without_a_model_takes_that_of_its_initial_weights(checkpoint, tmp_path, capsys):
+    (tmp_path / "fine.yaml").write_text(f"train: {{init_from: {checkpoint}}}\ndata:\n")
+    assert main(["train", str(tmp_path / "fine.yaml"), "--dry-run"]) == 0
+    assert "vocab_size: 320" in capsys.readouterr().out
+
+
 def test_dry_run_prints_the_resolved_settings(capsys):
     import yaml
 

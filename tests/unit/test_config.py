@@ -45,6 +45,10 @@ def preset_optim(name):
         (["--train.stepz", "5"], "unknown setting 'train.stepz'; did you mean 'train.steps'?"),
         (["--steps", "5"], "unknown setting 'steps'; did you mean 'train.steps'?"),
         (["--trian.steps", "5"], "did you mean 'train'?"),
+        (["--data.train", "[a"], "'[a' is not a value"),
+        (["--optim.adamw_betas", "[1.0, 1.0]"], "optim.adamw_betas"),
+        (["--model.num_hidden_layers", "4x"], "model.num_hidden_layers"),
+        (["--model.global_attn_every_n_layers", "0"], "global_attn_every_n_layers"),
         (["--train.steps", "many"], "train.steps: Input should be a valid integer"),
         (["--train.steps", "0"], "greater than or equal to 1 (got 0)"),
         (["steps=5"], "'steps=5' is not a flag"),
@@ -91,6 +95,12 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("TRINITY_API_KEY", "from-env")
     assert Config.from_tree({"model": "tiny"}).serve.api_key == "from-env"
     assert Config.from_tree({"model": "tiny", "serve": {"api_key": "own"}}).serve.api_key == "own"
+
+
+def test_empty_sections_and_a_preset_refined_by_flags(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("model: tiny\ntrain:\nserve:\n")
+    assert Config.load(file, ["--model", "tiny", "--model.num_experts", "16"]).model.num_experts == 16
 
 
 def test_flags_are_yaml_scalars():
