@@ -6,6 +6,7 @@ finds the last one and epochs only ever grow; what the pool is made from and whe
 
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +42,13 @@ class PlacementService:
         if not ray.is_initialized() or not ray.get_runtime_context().was_current_actor_reconstructed:
             self._source_file.unlink(missing_ok=True)
 
+    def secret(self) -> bytes:
+        """What callers prove to shards that they know. Kept in a file that only its owner reads."""
+        if not self._secret_file.is_file():
+            self._secret_file.touch(mode=0o600)
+            self._secret_file.write_bytes(secrets.token_bytes(32))
+        return self._secret_file.read_bytes()
+
     def spec(self) -> PoolSpec:
         return self._spec
 
@@ -67,6 +75,10 @@ class PlacementService:
 
     def source(self) -> Load | None:
         return Load(**json.loads(self._source_file.read_text())) if self._source_file.is_file() else None
+
+    @property
+    def _secret_file(self) -> Path:
+        return self.folder / "secret"
 
     @property
     def _source_file(self) -> Path:

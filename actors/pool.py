@@ -14,11 +14,14 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.direct import DirectTransport
 from actors.placement import PlacementActor, PoolSpec
-from actors.shard import ShardActor
+from actors.shard import DataPlane, ShardActor
 from actors.transport import RayTransport
+from actors.wire import Address
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
-from trinity.errors import ConfigError, Unavailable
+from trinity.dispatch import Transport
+from trinity.errors import ConfigError, DeadlineExceeded, Unavailable
 from trinity.experts.shard import ShardSpec
 from trinity.messages import Load
 from trinity.placement.table import PlacementTable
@@ -31,11 +34,19 @@ T = TypeVar("T")
 class RayPool(ExpertPool):
     """An ExpertPool over shard actors; remembers with the placement service what a restarted shard loads."""
 
-    def __init__(self, name: str, namespace: str, table: PlacementTable, timeout_s: float, checkpoint_timeout_s: float):
-        self.name, self.namespace = name, namespace
-        self.shards = {shard: _actor(name, shard, namespace) for shard in table.shards}
-        transport = RayTransport(self.shards, timeout_s, checkpoint_timeout_s)
-        super().__init__(table, transport, timeout_s, checkpoint_timeout_s)
+    def __init__(self, settings: PlacementConfig, namespace: str, table: PlacementTable):
+        self.name, self.namespace, self.is_direct = settings.pool, namespace, settings.transport == "direct"
+        self.shards = {shard: _actor(self.name, shard, namespace) for shard in table.shards}
+        timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
+        super().__init__(table, RayTransport(self.shards, *timeouts), *timeouts)
+
+    def rows_transport(self) -> Transport:
+        """Sockets of its own for each caller, unless rows are to travel through Ray."""
+        return DirectTransport(self.transport, self._locate, self._ask("secret")) if self.is_direct else self.transport
+
+    def _locate(self, shard: str, deadline_s: float) -> Address:
+        """Asks the shard itself: while it starts again, this waits."""
+        return _answer(self.shards[shard].address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
 
     def load(self, message: Load) -> int:
         self.set_source(message)
@@ -61,7 +72,7 @@ def provide(
     """The pool of that name, made if there is none. Raises ConfigError where it is another than what is wanted."""
     if not exists(settings.pool, namespace):
         return create(settings, namespace, model, optim, state_dir)
-    pool = connect(settings.pool, namespace, settings)
+    pool = connect(settings, namespace)
     wanted = PoolSpec(model, optim, settings.num_shards, device_of(settings))
     if (found := pool.spec()) != wanted:
         differs = [
@@ -92,28 +103,26 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
     service = PlacementActor.options(
         name=_name(settings.pool, "placement"), namespace=namespace, lifetime="detached"
     ).remote(state_dir, spec)
-    epoch = _answer(service.epoch.remote(), settings.ready_timeout_s, "the placement service")
+    epoch = _answer(service.epoch.remote(), settings.call_timeout_s, "the placement service")
     names = shard_names(settings.num_shards)
     table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)
     group = _reserve(settings)
+    plane = DataPlane(_data_host(settings), ray.get(service.secret.remote()), settings.num_threads_per_shard)
     specs = shard_specs(table, spec.model, spec.optim, settings, spec.device)
-    actors = [_start(shard, at, group, settings, namespace) for at, shard in enumerate(specs)]
+    actors = [_start(shard, plane, at, group, settings, namespace) for at, shard in enumerate(specs)]
     _wait(lambda t: ray.get([a.where.remote() for a in actors], timeout=t), settings, f"{len(actors)} shards")
-    _answer(service.publish.remote(table), settings.ready_timeout_s, "the placement service")
+    _answer(service.publish.remote(table), settings.call_timeout_s, "the placement service")
     log.info("pool %s: %d shards ready on %s, epoch %d", settings.pool, len(actors), spec.device, table.epoch)
-    return RayPool(settings.pool, namespace, table, settings.call_timeout_s, settings.checkpoint_timeout_s)
+    return RayPool(settings, namespace, table)
 
 
-def connect(pool: str, namespace: str, settings: PlacementConfig | None = None) -> RayPool:
-    """The pool of that name in the cluster this process has joined; timeouts from `settings`. Raises Unavailable when
-    there is none."""
-    times = settings or PlacementConfig()
-    table = _answer(
-        _actor(pool, "placement", namespace).current.remote(), times.call_timeout_s, "the placement service"
-    )
+def connect(settings: PlacementConfig, namespace: str) -> RayPool:
+    """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none."""
+    service = _actor(settings.pool, "placement", namespace)
+    table = _answer(service.current.remote(), settings.call_timeout_s, "the placement service")
     if table is None:
-        raise Unavailable(f"pool {pool!r} has no placement yet; is it still starting?")
-    return RayPool(pool, namespace, table, times.call_timeout_s, times.checkpoint_timeout_s)
+        raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
+    return RayPool(settings, namespace, table)
 
 
 def names(namespace: str) -> list[str]:
@@ -144,6 +153,14 @@ def device_of(settings: PlacementConfig) -> str:
     return "cuda" if settings.num_gpus_per_shard else "cpu"
 
 
+def _data_host(settings: PlacementConfig) -> str:
+    """Loopback unless told otherwise; across nodes it must be told."""
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    if num_nodes > 1 and settings.transport == "direct" and settings.data_host == "127.0.0.1":
+        raise ConfigError(f"{num_nodes} nodes reach shards over the network: set --placement.data_host node")
+    return settings.data_host
+
+
 def _actors(namespace: str) -> list[dict[str, str]]:
     return [entry for entry in ray.util.list_named_actors(all_namespaces=True) if entry["namespace"] == namespace]
 
@@ -151,8 +168,10 @@ def _actors(namespace: str) -> list[dict[str, str]]:
 def _answer(ref: Any, timeout_s: float, who: str) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
-    except (GetTimeoutError, RayActorError) as error:
-        raise Unavailable(f"{who} does not answer ({type(error).__name__}); is the cluster healthy?") from None
+    except GetTimeoutError:
+        raise DeadlineExceeded(f"{who} did not answer within {timeout_s:.1f} s; is it overloaded or stopped?") from None
+    except RayActorError as error:
+        raise Unavailable(f"{who} is away ({type(error).__name__}); is the cluster healthy?") from None
 
 
 def _name(pool: str, what: str) -> str:
@@ -180,7 +199,7 @@ def _reserve(settings: PlacementConfig) -> Any:
     return group
 
 
-def _start(spec: ShardSpec, at: int, group: Any, settings: PlacementConfig, namespace: str) -> Any:
+def _start(spec: ShardSpec, plane: DataPlane, at: int, group: Any, settings: PlacementConfig, namespace: str) -> Any:
     placement = _name(settings.pool, "placement")
     return ShardActor.options(
         name=_name(settings.pool, spec.name),
@@ -191,7 +210,7 @@ def _start(spec: ShardSpec, at: int, group: Any, settings: PlacementConfig, name
         num_gpus=settings.num_gpus_per_shard,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at),
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard)}},
-    ).remote(spec, settings.num_threads_per_shard, placement, namespace)
+    ).remote(spec, plane, placement, namespace)
 
 
 def _wait(get: Callable[[float], T], settings: PlacementConfig, what: str) -> T:

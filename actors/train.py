@@ -80,7 +80,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config.train.num_threads_per_worker)
     device = str(ray.train.torch.get_device())
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
-    pool = pools.connect(config.placement.pool, config.cluster.namespace, config.placement)
+    pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = Trainer(config, pool, data, comm, device)
     trainer.start()

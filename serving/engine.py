@@ -44,7 +44,7 @@ def build_engine(checkpoint: str, config_json: str) -> Built:
 
     config = Config.model_validate_json(config_json)
     found = open_checkpoint(checkpoint)
-    pool = connect(config.placement.pool, config.cluster.namespace, config.placement)
+    pool = connect(config.placement, config.cluster.namespace)
     device = "cuda" if config.engine.num_gpus else "cpu"
     model = Afmoe(found.config, pool.dispatcher(found.version), device=device).eval()
     version = found.load_backbone(model)

@@ -9,17 +9,16 @@ import os
 import secrets
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trinity.errors import ConfigError
+from trinity.tree import PRESETS, merge, parse_flags, preset_names, read_yaml
 
-PRESETS = Path(__file__).parent / "presets"
 LayerType = Literal["sliding_attention", "full_attention"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -189,6 +188,10 @@ class PlacementConfig(Frozen):
 
     pool: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
     num_shards: int = Field(default=2, ge=1)
+    transport: Literal["direct", "ray"] = Field(default="direct", description="how rows travel: sockets, or Ray calls")
+    data_host: str = Field(
+        default="127.0.0.1", description="where shards listen for rows; `node`: the node's own address"
+    )
     backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus_per_shard: float = Field(default=0, ge=0)
@@ -293,7 +296,7 @@ class Config(Frozen):
     def replace(self, **sections: Mapping[str, Any]) -> "Config":
         """A copy with some fields of some sections changed, validated again: `cfg.replace(train={"steps": 5})`."""
         tree = self.model_dump()
-        return type(self).from_tree(_merge(tree, sections))
+        return type(self).from_tree(merge(tree, sections))
 
 
 def api_key() -> str | None:
@@ -304,10 +307,6 @@ def api_key() -> str | None:
 def preset(name: str) -> ModelConfig:
     """The architecture of a preset: tiny, nano, mini or large."""
     return Config.from_tree({"model": name}).model
-
-
-def preset_names() -> list[str]:
-    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
 
 
 def setup_environment(auth: str, is_local: bool = True) -> None:
@@ -334,70 +333,7 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
 
 def merged(path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> dict[str, Any]:
     """The plain tree `base` < the YAML file < flags, not yet checked."""
-    return _merge(_merge(base, read_yaml(path) if path else {}), parse_flags(flags))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"configuration file {file} does not exist; presets are {', '.join(preset_names())}")
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file} must hold a mapping of sections such as `train:`, found {type(tree).__name__}")
-    return {key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()}
-
-
-def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """`["--train.steps", "20", "--train.resume"]` -> {"train": {"steps": 20, "resume": True}}; values are YAML scalars."""
-    tree: dict[str, Any] = {}
-    for key, value in _flag_pairs(flags):
-        node = tree
-        *parents, leaf = key.split(".")
-        for part in parents:
-            old = node.get(part, {})
-            node[part] = old if isinstance(old, dict) else {"preset": old}  # --model tiny --model.num_experts 16
-            node = node[part]
-        node[leaf] = _scalar(key, value)
-    return tree
-
-
-def _scalar(key: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--{key}: {value!r} is not a value; quote lists and mappings as YAML does") from None
-
-
-def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    queue = list(flags)
-    while queue:
-        flag = queue.pop(0)
-        if not flag.startswith("--"):
-            raise ConfigError(f"{flag!r} is not a flag; settings are given as --section.key value")
-        key, separator, value = flag[2:].replace("-", "_").partition("=")
-        if separator:
-            value = flag.split("=", 1)[1]
-        elif queue and not queue[0].startswith("--"):
-            value = queue.pop(0)
-        else:
-            value = "true"
-        yield key, value
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge; a preset's name as `model` becomes {"preset": name} so that flags can refine it."""
-    out = dict(base)
-    for key, value in over.items():
-        old = out.get(key)
-        if key == "model" and isinstance(old, str):
-            old = {"preset": old}
-        if key == "model" and isinstance(value, str) and isinstance(old, Mapping):
-            value = {"preset": value}
-        out[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
+    return merge(merge(base, read_yaml(path) if path else {}), parse_flags(flags))
 
 
 def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
@@ -411,7 +347,7 @@ def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"unknown preset {name!r}; there are {', '.join(preset_names())}")
     own = {key: value for key, value in model.items() if key != "preset"}
-    return _merge(read_yaml(PRESETS / f"{name}.yaml"), {**tree, "model": own})
+    return merge(read_yaml(PRESETS / f"{name}.yaml"), {**tree, "model": own})
 
 
 def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> None:

@@ -4,8 +4,10 @@ Legend: R rows, D model, A assignments (row, expert).
 Every mutation is named (op_id, or the step) and applied once, however often it is delivered.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
@@ -32,6 +34,19 @@ class Forward:
     deadline_s: float  # time.time() after which nobody waits for the answer
     rows: Rows
     keep: bool = False
+
+
+def merged(calls: Sequence[Forward]) -> Forward:
+    """Forwards of one layer and version as one: their rows one after the other, the latest deadline."""
+    counts = [len(call.rows.x_RD) for call in calls]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    rows = Rows(
+        x_RD=torch.cat([call.rows.x_RD for call in calls]),
+        row_A=torch.cat([call.rows.row_A + start for call, start in zip(calls, starts, strict=True)]),
+        expert_A=torch.cat([call.rows.expert_A for call in calls]),
+        weight_A=torch.cat([call.rows.weight_A for call in calls]),
+    )
+    return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
 
 
 @dataclass(frozen=True)

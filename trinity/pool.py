@@ -27,7 +27,11 @@ class ExpertPool:
 
     def dispatcher(self, version: int = 0) -> Dispatcher:
         """A new caller's expert layer. One per thread."""
-        return Dispatcher(self.table, self.transport, timeout_s=self.timeout_s, version=version)
+        return Dispatcher(self.table, self.rows_transport(), timeout_s=self.timeout_s, version=version)
+
+    def rows_transport(self) -> Transport:
+        """What one caller thread sends its rows through."""
+        return self.transport
 
     def load(self, message: Load) -> int:
         """Every shard loads its part; -> the version that all of them now hold."""

@@ -45,7 +45,7 @@ def test_a_pool_of_actors_is_a_pool_of_shards(pool, ray_session, tmp_path):
     pool.timeout_s = before
     local = local_pool(MODEL, Load(seed=3), num_shards=2, optim=OptimConfig(), backend="torch")
     assert pool.load(Load(seed=3)) == 0
-    found = pools.connect(pool.name, "trinity")
+    found = pools.connect(PlacementConfig(pool=pool.name), "trinity")
     assert found.table == pool.table
 
     answers = []
@@ -80,7 +80,7 @@ def test_nobody_waits_past_the_deadline_for_a_stopped_shard(pool, ray_session):
     os.kill(pid, signal.SIGSTOP)
     try:
         started = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match="shard-0 did not answer 'infer' in time"):
+        with pytest.raises(DeadlineExceeded, match="shard-0 did not answer"):
             dispatcher(LAYER, x, ids, weights)
         assert time.monotonic() - started < 5
     finally:

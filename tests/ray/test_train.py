@@ -97,7 +97,7 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
     def kill_once():
         while not latest_checkpoint(tmp_path / "ray"):
             time.sleep(0.02)
-        shard = pools.connect(config.placement.pool, "trinity").shards["shard-1"]
+        shard = pools.connect(config.placement, "trinity").shards["shard-1"]
         killed.append(ray_session.get(shard.where.remote())[1])
         os.kill(killed[0], signal.SIGKILL)
 

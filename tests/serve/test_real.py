@@ -131,7 +131,7 @@ def test_offline_gives_the_same(served):
 def test_a_killed_shard_delays_answers_and_changes_none(served):
     from actors import pool as pools
 
-    pool = pools.connect(served.config.placement.pool, served.config.cluster.namespace)
+    pool = pools.connect(served.config.placement, served.config.cluster.namespace)
     _, pid = served.ray.get(pool.shards["shard-1"].where.remote())
     os.kill(pid, signal.SIGKILL)
     assert asyncio.run(ask_http_all(served.server.http_url, PROMPTS)) == served.want

@@ -2,7 +2,7 @@
 
 import argparse
 
-from trinity.config import ClusterConfig, setup_environment
+from trinity.config import ClusterConfig, PlacementConfig, setup_environment
 from trinity.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             pools.destroy(arguments.pool, cluster.namespace)
             return 0
         for name in [arguments.pool] if arguments.pool else found:
-            show(pools.connect(name, cluster.namespace))
+            show(pools.connect(PlacementConfig(pool=name), cluster.namespace))
     return 0
 
 

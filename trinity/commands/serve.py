@@ -64,7 +64,7 @@ def provide_pool(config: Config, checkpoint: str) -> bool:
 
     name, namespace = config.placement.pool, config.cluster.namespace
     if pools.exists(name, namespace):
-        _check_holds(pools.connect(name, namespace, config.placement), config, checkpoint)
+        _check_holds(pools.connect(config.placement, namespace), config, checkpoint)
         return False
     state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
     pool = pools.create(config.placement, namespace, config.model, None, state_dir)

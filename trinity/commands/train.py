@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trinity.config import Config, merged, preset_names, setup_environment
+from trinity.config import Config, merged, setup_environment
 from trinity.errors import ConfigError
+from trinity.tree import preset_names
 
 if TYPE_CHECKING:
     from trinity.messages import ShardStatus

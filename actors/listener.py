@@ -1,0 +1,169 @@
+"""The shard's side of the direct transport: sockets that it opens itself, and who may compute when.
+
+Decisions: a blocking thread for each connection; whoever holds the shard's lock computes for all that wait, inference first,
+equal layers in one multiplication; a peer proves that it knows the pool's secret before its first frame is read; anything
+unexpected ends the connection, never the shard.
+"""
+
+import hmac
+import logging
+import math
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from actors.frames import MAGIC, WELCOME, BadFrame, Limits, answer, call_of
+from actors.wire import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
+from trinity.errors import TrinityError
+from trinity.messages import Backward, Forward, merged
+
+log = logging.getLogger(__name__)
+HANDSHAKE_S = 5.0
+PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
+BACKLOG = 128
+
+
+class _Job:
+    """A call that waits for the shard, and its answer afterwards."""
+
+    def __init__(self, call: Forward | Backward):
+        self.call, self.value, self.done = call, None, False
+
+    @property
+    def rank(self) -> int:
+        """Who goes first: inference, then backward, then the forward of training."""
+        return 0 if isinstance(self.call, Forward) and not self.call.keep else 1
+
+
+class Combiner:
+    """Runs calls on a shard one at a time. A thread that gets the lock computes for all that wait, in order of rank;
+    inference of the same layer and version becomes one call."""
+
+    def __init__(self, shard: Any):
+        self.shard = shard
+        self.lock = threading.Lock()
+        self._waiting: list[_Job] = []
+        self._guard = threading.Lock()
+        self.num_merged = 0
+
+    def run(self, call: Forward | Backward) -> Any:
+        """-> what the verb returned, or the TrinityError it raised."""
+        job = _Job(call)
+        with self._guard:
+            self._waiting.append(job)
+        with self.lock:
+            while not job.done:
+                self._compute(self._next())
+        return job.value
+
+    def _next(self) -> list[_Job]:
+        """The first job in order of rank, with those that can share its multiplication."""
+        with self._guard:
+            first = min(self._waiting, key=lambda job: job.rank)
+            group = [job for job in self._waiting if job is first or _mergeable(first.call, job.call)]
+            self._waiting = [job for job in self._waiting if job not in group]
+        return group
+
+    def _compute(self, group: list[_Job]) -> None:
+        if len(group) == 1:
+            group[0].value = self._one(group[0].call)
+        else:
+            self.num_merged += len(group)
+            for job, value in zip(group, self._together([job.call for job in group]), strict=True):
+                job.value = value
+        for job in group:
+            job.done = True
+
+    def _one(self, call: Forward | Backward) -> Any:
+        try:
+            return self.shard.infer(call) if isinstance(call, Forward) else self.shard.backward(call)
+        except TrinityError as error:
+            return error
+
+    def _together(self, calls: list[Any]) -> list[Any]:
+        """One inference for all; each alone where that fails, so that one caller's mistake is its own."""
+        answer = self._one(merged(calls))
+        if isinstance(answer, TrinityError):
+            return [self._one(call) for call in calls]
+        return list(answer.split([len(call.rows.x_RD) for call in calls]))
+
+
+def _mergeable(a: Forward | Backward, b: Forward | Backward) -> bool:
+    if not (isinstance(a, Forward) and isinstance(b, Forward)) or a.keep or b.keep:
+        return False
+    return (a.layer, a.version) == (b.layer, b.version)
+
+
+class DirectServer:
+    """Listens for a shard's callers. Owns its sockets and threads; `combiner.lock` guards the shard for everybody."""
+
+    def __init__(self, combiner: Combiner, limits: Limits, secret: bytes, folder: str, host: str, num_threads: int = 1):
+        self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
+        path = str(Path(folder) / f"{secrets.token_hex(8)}.sock")
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(path)
+        unix.listen(BACKLOG)
+        tcp = socket.create_server((host, 0), backlog=BACKLOG)
+        self.address = Address(machine_id(), path, host, tcp.getsockname()[1])
+        self._listeners = [unix, tcp]
+        for listener in self._listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="trinity-accept", daemon=True).start()
+
+    def close(self) -> None:
+        """No new connections; those that are open end with their peers."""
+        for listener in self._listeners:
+            listener.close()
+        Path(self.address.path).unlink(missing_ok=True)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        """One connection, until its peer leaves or breaks the protocol."""
+        torch.set_num_threads(self.num_threads)  # OpenMP counts its threads by caller
+        wire = Wire(sock)
+        try:
+            self._greet(wire)
+            while True:
+                self._answer_one(wire)
+        except EOFError:
+            log.debug("a caller left")
+        except (TrinityError, OSError) as error:
+            log.warning("a connection ended: %s", error)
+        finally:
+            wire.close()
+
+    def _greet(self, wire: Wire) -> None:
+        deadline_s, nonce = time.time() + HANDSHAKE_S, secrets.token_bytes(NONCE_BYTES)
+        wire.send(MAGIC + nonce, [], deadline_s)
+        proof = bytearray(PROOF_BYTES)
+        wire.receive(memoryview(proof), deadline_s)
+        if not hmac.compare_digest(bytes(proof), proof_of(self.secret, nonce)):
+            self._refuse(wire, BadFrame("the secret is wrong: this is another pool's shard"))
+        wire.send(WELCOME.pack(), [], deadline_s)
+
+    def _answer_one(self, wire: Wire) -> None:
+        try:
+            header = wire.header(math.inf)
+            header.check(self.limits)
+            call = call_of(header, wire.payload(header, max(header.deadline_s, time.time() + PAYLOAD_S)), self.limits)
+        except BadFrame as error:
+            self._refuse(wire, error)
+        reply, tensors = answer(header.request, self.combiner.run(call))
+        wire.send(reply.pack(), tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
+
+    def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:
+        """Say why, then end: after a broken frame nobody knows where the next one starts."""
+        reply, tensors = answer(0, error)
+        wire.send(reply.pack(), tensors, time.time() + HANDSHAKE_S)
+        raise error

@@ -1,0 +1,273 @@
+"""The direct transport against the transport in process: same bits, whatever is lost, slow, hostile or waiting."""
+
+import random
+import socket
+import struct
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.direct import Connection, DirectTransport
+from actors.frames import HEADER, MAGIC, BadFrame, Header, Limits, answer, call_of, request, value_of
+from actors.listener import Combiner, DirectServer
+from trinity.config import OptimConfig, preset
+from trinity.dispatch import LocalTransport
+from trinity.errors import DeadlineExceeded, InputGone, StepConflict, Unavailable
+from trinity.messages import Backward, Forward, Load, Rows, merged
+from trinity.pool import ExpertPool, local_pool
+
+MODEL = preset("tiny").model_copy(
+    update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
+)
+LAYER = MODEL.moe_layers[0]
+LIMITS = Limits(16, 8, torch.float32)
+SECRET = b"s" * 32
+
+
+def rows_of(num=5, seed=0, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    pairs = torch.tensor([(r, e) for r in range(num) for e in range(3)], dtype=torch.int64).reshape(-1, 2).mT
+    return Rows(
+        torch.randn(num, 16, generator=rng).to(dtype), pairs[0], pairs[1], torch.rand(pairs.shape[1], generator=rng)
+    )
+
+
+def forward(op="a:1", deadline_s=None, **options):
+    return Forward(op, LAYER, 1, 0, time.time() + 30 if deadline_s is None else deadline_s, rows_of(), **options)
+
+
+class Served:
+    """Shards of a local pool behind sockets; `pool` reaches them through a DirectTransport."""
+
+    def __init__(self, tmp_path, num_shards=2):
+        self.local = local_pool(MODEL, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch")
+        self.shards = self.local.transport.shards
+        self.folder, self.servers = str(tmp_path), {}
+        for name in self.shards:
+            self.start(name)
+        self.transport = DirectTransport(LocalTransport(self.shards), lambda s, _: self.servers[s].address, SECRET)
+        self.pool = ExpertPool(self.local.table, self.transport, timeout_s=20)
+
+    def start(self, name):
+        self.servers[name] = DirectServer(Combiner(self.shards[name]), LIMITS, SECRET, self.folder, "127.0.0.1")
+
+    def close(self):
+        self.transport.close()
+        for server in self.servers.values():
+            server.close()
+
+
+@pytest.fixture
+def served(tmp_path):
+    made = Served(tmp_path)
+    yield made
+    made.close()
+
+
+def batch(num_tokens=13):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, 16, generator=rng, requires_grad=True)
+    ids = torch.rand(num_tokens, 8, generator=rng).topk(3).indices
+    return x, ids, torch.rand(num_tokens, 3, generator=rng, requires_grad=True)
+
+
+def layer_of(pool):
+    x, ids, weights = batch()
+    dispatcher = pool.dispatcher()
+    y = sum(dispatcher(layer, x, ids, weights) for layer in MODEL.moe_layers)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, weights])]
+
+
+def test_forward_and_backward_equal_the_transport_in_process(served):
+    alone = local_pool(MODEL, Load(seed=5), num_shards=2, optim=OptimConfig(), backend="torch")
+    assert all(torch.equal(a, b) for a, b in zip(layer_of(served.pool), layer_of(alone), strict=True))
+    for name, shard in served.shards.items():
+        for key, grad in alone.transport.shards[name].grads.items():
+            assert torch.equal(shard.grads[key], grad)
+
+
+def test_tcp_carries_the_same(served, monkeypatch):
+    want = layer_of(local_pool(MODEL, Load(seed=5), num_shards=2, optim=OptimConfig(), backend="torch"))
+    monkeypatch.setattr("actors.direct.machine_id", lambda: "elsewhere")
+    assert all(torch.equal(a, b) for a, b in zip(layer_of(served.pool), want, strict=True))
+    families = {c.wire.sock.family for c in served.transport._connections.values()}
+    assert families == {socket.AF_INET}
+
+
+def test_a_shard_that_moves_is_found_again_and_ops_are_applied_once(served):
+    want = layer_of(served.pool)
+    served.servers["shard-1"].close()
+    served.start("shard-1")
+    served.transport._connections["shard-1"].wire.close()
+    assert all(torch.equal(a, b) for a, b in zip(layer_of(served.pool), want, strict=True))
+    assert served.pool.prepare(1, served_count(served)) is not None
+
+
+def served_count(served):
+    from collections import Counter
+
+    return Counter({name: len(shard._applied) for name, shard in served.shards.items()})
+
+
+def test_requests_may_be_sent_ahead_and_answers_taken_in_any_order(served):
+    connection = Connection(served.servers["shard-0"].address, SECRET, time.time() + 5)
+    calls = [replace(forward(f"a:{i}"), rows=rows_of(i + 1, seed=i)) for i in range(6)]
+    numbers = [connection.send(call) for call in calls]
+    order = random.Random(0).sample(range(6), 6)
+    for i in order:
+        got = connection.take(numbers[i], time.time() + 5)
+        assert torch.equal(got, served.shards["shard-0"].infer(calls[i]))
+
+
+def test_large_rows_both_ways_do_not_block_each_other(served):
+    connection = Connection(served.servers["shard-0"].address, SECRET, time.time() + 5)
+    big = replace(forward(), rows=rows_of(40_000))
+    numbers = [connection.send(replace(big, op_id=f"big:{i}")) for i in range(4)]
+    shapes = {connection.take(n, time.time() + 30).shape for n in numbers}
+    assert shapes == {(40_000, 16)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (replace(forward(), version=3), StepConflict, "the caller wants 3"),
+        (forward(deadline_s=time.time() - 5), DeadlineExceeded, "did not answer in time|deadline passed"),
+        (Backward("x:1", LAYER, 1, 0, 4e9, torch.zeros(1, 16)), InputGone, "send the rows again"),
+        (replace(forward(), rows=replace(rows_of(), x_RD=torch.zeros(5, 8))), BadFrame, "rows have 8 columns"),
+        (replace(forward(), rows=rows_of(dtype=torch.bfloat16)), BadFrame, "rows are torch.bfloat16"),
+        (replace(forward(), rows=replace(rows_of(), row_A=torch.full((15,), 7))), BadFrame, "row 7 is outside"),
+        (replace(forward(), rows=replace(rows_of(), expert_A=torch.full((15,), -1))), BadFrame, "expert -1 is outside"),
+    ],
+)
+def test_refusals_are_typed_and_the_next_call_is_fine(served, call, error, message):
+    verb = "infer" if isinstance(call, Forward) else "backward"
+    with pytest.raises(error, match=message):
+        served.transport.send("shard-0", verb, call).result()
+    got = served.transport.send("shard-0", "infer", forward()).result()
+    assert torch.equal(got, served.shards["shard-0"].infer(forward()))
+
+
+def test_a_wrong_secret_is_refused_by_name(served):
+    served.transport.secret = b"x" * 32
+    with pytest.raises(BadFrame, match="secret is wrong"):
+        served.transport.send("shard-0", "infer", forward()).result()
+
+
+def test_nobody_waits_past_the_deadline(served):
+    with served.servers["shard-0"].combiner.lock:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="shard-0 did not answer in time"):
+            served.transport.send("shard-0", "infer", forward(deadline_s=time.time() + 0.3)).result()
+        assert time.monotonic() - started < 2
+    assert served.transport.send("shard-0", "infer", forward()).result().shape == (5, 16)
+
+
+def test_a_shard_that_is_gone_is_unavailable(served):
+    served.servers["shard-0"].close()
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        served.transport.send("shard-0", "infer", forward()).result()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=400), st.booleans())
+def test_random_bytes_never_hurt_a_shard(served_once, noise, with_head):
+    """Before the handshake and after it, with and without a header that looks right."""
+    address = served_once.servers["shard-0"].address
+    with socket.create_connection((address.host, address.port), timeout=5) as sock:
+        sock.sendall(noise)
+    connection = Connection(address, SECRET, time.time() + 5)
+    head = MAGIC + noise.ljust(HEADER.size, b"\0")[: HEADER.size - 4] if with_head else noise
+    connection.wire.sock.setblocking(True)
+    connection.wire.sock.sendall(head)
+    connection.wire.close()
+    assert served_once.transport.send("shard-0", "infer", forward()).result().shape == (5, 16)
+
+
+@pytest.fixture(scope="module")
+def served_once(tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("sockets"))
+    yield made
+    made.close()
+
+
+def test_waiting_inference_is_merged_and_goes_before_training(served):
+    server, shard = served.servers["shard-0"], served.shards["shard-0"]
+    order, infer = [], shard.infer
+
+    def seen(call):
+        order.append((call.op_id.split(":")[0], len(call.rows.x_RD)))
+        return infer(call)
+
+    shard.infer = seen
+    answers = {}
+
+    def ask(op, keep):
+        connection = Connection(server.address, SECRET, time.time() + 5)
+        answers[op] = connection.take(connection.send(forward(op, keep=keep)), time.time() + 10)
+
+    with server.combiner.lock:
+        threads = [
+            threading.Thread(target=ask, args=(op, op.startswith("train"))) for op in ("train:1", "a:1", "b:1", "c:1")
+        ]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        assert len(server.combiner._waiting) == 4
+    for thread in threads:
+        thread.join()
+    assert order == [("a", 15), ("train", 5)]
+    assert server.combiner.num_merged == 3
+    want = infer(forward())
+    assert all(torch.allclose(value, want, atol=1e-6) for value in answers.values())
+
+
+@given(st.integers(0, 7), st.integers(0, 4), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_frames_round_trip(num_rows, seed, keep, dtype):
+    limits = replace(LIMITS, dtype=dtype)
+    call = replace(forward("abc:12", deadline_s=12.5, keep=keep), rows=rows_of(num_rows, seed, dtype))
+    for sent in (
+        call,
+        Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD),
+        Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD, call.rows),
+    ):
+        header, tensors = request(4, sent)
+        head = Header.unpack(header.pack())
+        assert head == header
+        head.check(limits)
+        assert head.payload_bytes == sum(t.nbytes for t in tensors)
+        got = call_of(head, tensors, limits)
+        assert flat(got) == flat(sent)
+    for value in (call.rows.x_RD, (call.rows.x_RD, call.rows.weight_A), InputGone("gone")):
+        header, tensors = answer(9, value)
+        got = value_of(Header.unpack(header.pack()), tensors)
+        assert flat(got) == flat(value)
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, tuple):
+        return [flat(v) for v in value]
+    if isinstance(value, Exception):
+        return type(value), str(value)
+    return {k: flat(v) for k, v in vars(value).items()} if hasattr(value, "__dict__") else value
+
+
+def test_merged_rows_are_those_of_each():
+    calls = [replace(forward(), rows=rows_of(n, seed=n)) for n in (2, 4, 1)]
+    both = merged(calls).rows
+    assert both.x_RD.shape == (7, 16)
+    assert both.row_A[6:].min() == 2
+    assert torch.equal(both.weight_A, torch.cat([c.rows.weight_A for c in calls]))
+
+
+def test_giant_frames_are_refused_before_they_are_allocated():
+    head = bytearray(Header(1, 1).pack())
+    struct.pack_into("<III", head, HEADER.size - 12, 2**31, 2**31, 0)
+    with pytest.raises(BadFrame, match="over the limit"):
+        Header.unpack(head)
