@@ -87,6 +87,12 @@ class Checkpoint:
         for file in self._files:
             self._verified(file)
 
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """generation_config.json, if there is one."""
+        path = self.path / "generation_config.json"
+        return _read_json(path) if path.is_file() else None
+
     def tensor(self, key: str, shape: Iterable[int] | None = None) -> Tensor:
         """A tensor of the model, checked to be floating point, finite in type and of `shape`."""
         if key not in self.weight_map:
@@ -222,12 +228,18 @@ class CheckpointWriter:
             raise CheckpointError(f"cannot write {self.folder}: {error}") from None
 
     def finish(
-        self, parts: Iterable[Part], config: ModelConfig, tokenizer: "Tokenizer | None", state: dict[str, Any] | None
+        self,
+        parts: Iterable[Part],
+        config: ModelConfig,
+        tokenizer: "Tokenizer | None",
+        state: dict[str, Any] | None,
+        generation: dict[str, Any] | None = None,
     ) -> Path:
-        """-> the finished checkpoint. `state` None: weights only, nothing to resume from."""
+        """-> the finished checkpoint. `state` None: weights only, nothing to resume from. `generation`: the sampling
+        defaults to keep in generation_config.json."""
         parts = list(parts)
         _write_json(self.folder / "config.json", to_hf(config))
-        _write_json(self.folder / "generation_config.json", _generation_config(config))
+        _write_json(self.folder / "generation_config.json", generation or _generation_config(config))
         if state is None:
             (self.folder / "training").rmdir()
         else:

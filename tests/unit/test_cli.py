@@ -143,12 +143,14 @@ def test_generate_completes_each_prompt_and_says_what_is_wrong(checkpoint, capsy
 
 def test_convert_changes_the_type_and_the_files_but_not_the_weights(checkpoint, tmp_path, capsys):
     target = tmp_path / "small"
+    generation = open_checkpoint(checkpoint).generation
     assert main(["convert", str(checkpoint), str(target), "--dtype", "bfloat16", "--max-file-gb", "0.0001"]) == 0
     assert "bfloat16" in capsys.readouterr().out
     before, after = open_checkpoint(checkpoint), open_checkpoint(target)
     assert after.config == before.config.model_copy(update={"dtype": "bfloat16"})
     assert after.version == before.version == 5
     assert not after.has_training_state
+    assert after.generation == generation != {}
     assert len(set(after.weight_map.values())) >= 2
     assert after.weight_map.keys() == before.weight_map.keys()
     for key in before.weight_map:
