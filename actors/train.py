@@ -22,6 +22,8 @@ from trinity.errors import TrinityError
 from trinity.metrics import TrainLog
 from trinity.trainer import Trainer
 
+STOP = ".stop"  # a file in out_dir: finish the step, save, end
+
 
 def fit(config: Config) -> dict[str, Any]:
     """Run the job to its end in the cluster this process has joined; -> what rank 0's `Trainer.run` returned.
@@ -83,6 +85,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = Trainer(config, pool, data, comm, device)
+    trainer.should_stop = (Path(config.train.out_dir) / STOP).exists
     trainer.start()
     if comm.rank == 0:
         trainer.log = TrainLog(config.train.out_dir, config.train.steps)

@@ -38,7 +38,8 @@ SLOW_READER_S = 30.0  # beyond request_timeout_s, for a client that does not rea
 def key_matches(header: str | None, key: str) -> bool:
     """Is it `Bearer KEY`? Takes the same time wherever the two differ."""
     given = (header or "").encode("utf-8", "replace")
-    return hmac.compare_digest(given, b"Bearer " + key.encode("utf-8"))
+    scheme, _, sent = given.partition(b" ")
+    return hmac.compare_digest(sent, key.encode("utf-8")) and scheme.lower() == b"bearer"
 
 
 class ClientGone(Exception):

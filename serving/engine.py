@@ -66,7 +66,6 @@ class LocalClient:
 
     def __init__(self, engine: "AsyncEngine", tokenizer: Tokenizer, model: str):
         self.engine, self.tokenizer, self.model = engine, tokenizer, model
-        self._version = 0
         self._id = uuid4().hex
 
     async def generate(
@@ -75,7 +74,6 @@ class LocalClient:
         stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
-                self._version = delta.version
                 yield delta
 
     async def info(self) -> EngineInfo:
@@ -83,7 +81,7 @@ class LocalClient:
         if not self.engine.healthy:
             raise Unavailable("the engine has stopped")
         stats = asdict(self.engine.stats())
-        return EngineInfo(self.model, self.engine.max_model_len, self._version, self._id, stats)
+        return EngineInfo(self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
 
 
 class EngineReplica:

@@ -62,6 +62,8 @@ class Frontend:
         self.admission = Admission(config.max_concurrent_requests)
         self.metrics = Exporter()
         self.engine_healthy = True
+        self._waits: set[asyncio.Timeout] = set()
+        self._cut = False
 
     @property
     def ready(self) -> bool:
@@ -146,7 +148,7 @@ class Frontend:
             clock = TokenClock(self.metrics)
             stream = self.engine.generate(new_request_id(), prompt_ids, params, budget_s)
             async with aclosing(stream):
-                while (delta := await _next(stream, deadline, budget_s)) is not None:
+                while (delta := await self._next(stream, deadline, budget_s)) is not None:
                     _raise_failure(delta)
                     clock.tick(delta)
                     yield delta
@@ -179,14 +181,27 @@ class Frontend:
         """Refuse new requests, wait for the running ones up to serve.drain_timeout_s. True if all ended by themselves."""
         return await self.admission.drain(self.config.drain_timeout_s)
 
+    def cut(self) -> None:
+        """End the requests that still run, with Unavailable."""
+        self._cut = True
+        for wait in self._waits:
+            if not wait.expired():
+                wait.reschedule(0.0)
 
-async def _next(stream: AsyncGenerator[Delta, None], deadline: float, budget_s: float) -> Delta | None:
-    """The next delta, None at the end; DeadlineExceeded once the loop's clock passes `deadline`."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await anext(stream, None)
-    except TimeoutError:
-        raise DeadlineExceeded(f"not finished within {budget_s:.3g} s; ask for fewer tokens or wait longer") from None
+    async def _next(self, stream: AsyncGenerator[Delta, None], deadline: float, budget_s: float) -> Delta | None:
+        """The next delta, None at the end; DeadlineExceeded once the loop's clock passes `deadline`."""
+        try:
+            async with asyncio.timeout_at(0.0 if self._cut else deadline) as wait:
+                self._waits.add(wait)
+                return await anext(stream, None)
+        except TimeoutError:
+            if self._cut:
+                raise Unavailable("the server is stopping; send the request to another", retry_after_s=1.0) from None
+            raise DeadlineExceeded(
+                f"not finished within {budget_s:.3g} s; ask for fewer tokens or wait longer"
+            ) from None
+        finally:
+            self._waits.discard(wait)
 
 
 def _raise_failure(delta: Delta) -> None:

@@ -56,6 +56,8 @@ class Gateway:
         await self.grpc.set_ready(False)
         if not await self.front.drain():
             log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)
+            self.front.cut()
+            await asyncio.sleep(CUT_GRACE_S)  # for their errors to reach their clients
         if self._monitor:
             self._monitor.cancel()
         await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S))

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
 MAX_JSON_BYTES = 256 << 20
 MAX_FILE_BYTES = 4 << 30
+os.umask(UMASK := os.umask(0o022))
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -280,6 +281,7 @@ def write_tensors(
         path = Path(folder) / file
         try:
             save_file(group, str(path), metadata={"format": "pt"})
+            path.chmod(0o666 & ~UMASK)  # safetensors makes it the owner's alone
             _sync(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot write {path}: {error}") from None

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trinity.errors import ConfigError
 from trinity.tree import PRESETS, merge, parse_flags, preset_names, read_yaml
@@ -149,6 +149,11 @@ class DataConfig(Frozen):
     intra_document_mask: bool = True
     max_documents: int | None = Field(default=None, ge=1)
 
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
 
 class TrainConfig(Frozen):
     out_dir: str = "runs/train"
@@ -251,6 +256,8 @@ class ServeConfig(Frozen):
             raise ValueError(
                 f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
             )
+        if self.http_port == self.grpc_port != 0:
+            raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together; one of them is missing")
         return self
@@ -360,9 +367,14 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
             near = ([] if prefix else _elsewhere(str(key))) or [prefix + name for name in near]
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
             raise ConfigError(f"unknown setting {prefix + str(key)!r}; {hint}")
-        inner = _section(kind.model_fields[key].annotation)
+        annotation = kind.model_fields[key].annotation
+        inner = _section(annotation)
+        if inner is not None and not isinstance(value, Mapping | str | None):
+            raise ConfigError(f"{prefix}{key} is a section of settings, not {value!r}")
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown(inner, value, f"{prefix}{key}.")
+        if isinstance(value, bool) and inner is None and bool not in (annotation, *typing.get_args(annotation)):
+            raise ConfigError(f"{prefix}{key} needs a value, such as {kind.model_fields[key].default!r}")
 
 
 def _elsewhere(key: str) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,8 @@ class Trainer:
         if comm.world > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
+        self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
+        self.stopped = False
         self.version = self.position = self.num_skipped = self._skipped_in_a_row = 0
 
     # -- where the weights come from
@@ -128,14 +130,19 @@ class Trainer:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
         settings, loss, val_loss = self.config.train, math.nan, math.nan
         checkpoint = latest_checkpoint(settings.out_dir)
-        while self.position < settings.steps:
+        while self.position < settings.steps and not self.stopped:
             loss = self.step().loss
             last = self.position == settings.steps
             if last or (settings.eval_every and self.position % settings.eval_every == 0):
                 val_loss = self.evaluate()
-            if last or (settings.save_every and self.position % settings.save_every == 0):
+            if last or self.stopped or (settings.save_every and self.position % settings.save_every == 0):
                 checkpoint = self.save()
-        reached = {"position": self.position, "version": self.version, "checkpoint": str(checkpoint)}
+        reached = {
+            "position": self.position,
+            "version": self.version,
+            "stopped": self.stopped,
+            "checkpoint": str(checkpoint),
+        }
         return {"loss": loss, "val_loss": val_loss, **reached}
 
     def step(self) -> StepMetrics:
@@ -183,12 +190,16 @@ class Trainer:
         return Totals(ce, z, balance, flat[3 : 3 + counts_LE.numel()].long().view_as(counts_LE), ops)
 
     def _prepare(self, issued: Counter[str]) -> float:
-        """The global gradient norm, once every shard has exactly the gradients that the workers sent it."""
-        squares = torch.zeros(1, dtype=torch.float64)
+        """The global gradient norm, once every shard has exactly the gradients that the workers sent it. Worker 0's word on
+        stopping travels with it, so that all stop after the same step."""
+        said = torch.zeros(2, dtype=torch.float64)
         if self.comm.rank == 0:
             reports = self.pool.prepare(self.version + 1, issued)
-            squares[0] = sq_norm(self._grads().values()) + sum(report.sq_norm for report in reports)
-        return math.sqrt(x) if math.isfinite(x := float(self.comm.from_first(squares))) else math.inf
+            said[0] = sq_norm(self._grads().values()) + sum(report.sq_norm for report in reports)
+            said[1] = self.should_stop()
+        squares, stop = self.comm.from_first(said).tolist()
+        self.stopped = bool(stop)
+        return math.sqrt(squares) if math.isfinite(squares) else math.inf
 
     def _grads(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}

@@ -45,17 +45,31 @@ def test_the_demo_trains_serves_and_answers_twice(demo):
     assert latest_checkpoint(out).name == "step-000006"
 
 
-def test_resume_goes_on_where_the_run_ended_and_a_second_start_is_refused(demo):
+def test_a_run_is_resumed_and_stops_on_sigterm_with_a_checkpoint(demo):
     out, _, _ = demo
-    settings = ["train", "tiny", "--train.out_dir", out, "--train.steps", 8, "--train.eval_sequences", 0]
+    settings = ["train", "tiny", "--train.out_dir", out, "--train.steps", 5000, "--train.eval_every", 0]
     refused = subprocess.run(command(*settings), capture_output=True, text=True, timeout=120, env=ENV)
     assert refused.returncode == 2
     assert "already holds step-000006; continue it with --resume" in refused.stderr
-    resumed = subprocess.run(command(*settings, "--resume"), capture_output=True, text=True, timeout=200, env=ENV)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "after 8 steps" in resumed.stdout
-    steps = re.findall(r'"step": (\d+), "loss"', (out / "metrics.jsonl").read_text())
-    assert steps == [str(n) for n in range(1, 9)]
+    run = subprocess.Popen(
+        command(*settings, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
+    deadline = time.monotonic() + 120
+    while len(steps_of(out)) < 8 and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    stdout, stderr = run.communicate(timeout=90)
+    assert run.returncode == 130, stderr
+    steps = steps_of(out)
+    assert steps == list(range(1, len(steps) + 1))
+    assert "continuing from step 6" in stderr
+    assert f"stopped at step {len(steps)} of 5000; continue with --resume" in stderr
+    assert latest_checkpoint(out).name == f"step-{len(steps):06d}"
+    assert f"after {len(steps)} steps" in stdout
+
+
+def steps_of(out):
+    return [int(n) for n in re.findall(r'"step": (\d+), "loss"', (out / "metrics.jsonl").read_text())]
 
 
 def test_serve_answers_and_leaves_on_sigterm(demo):

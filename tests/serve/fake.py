@@ -33,7 +33,7 @@ class FakeEngine:
         self.fail_after, self.error = fail_after, error or Unavailable("a shard is gone")
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
-        self.healthy = True
+        self.healthy, self.version = True, 7
         self.tokenizer = fake_tokenizer()
 
     async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):

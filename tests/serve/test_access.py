@@ -37,8 +37,15 @@ def test_routes_of_the_app_are_those_that_declare_their_access(server):
     assert {route.path for route in ROUTES if route.access == "open"} == OPEN
 
 
+async def test_the_scheme_may_be_written_in_any_case(locked):
+    """RFC 9110, 11.1."""
+    async with httpx.AsyncClient(base_url=locked.url) as http:
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            assert (await http.get("/v1/models", headers={"authorization": f"{scheme} {KEY}"})).status_code == 200
+
+
 async def test_s2_http_without_the_key(locked):
-    wrong = [{}, {"authorization": KEY}, {"authorization": f"bearer {KEY}"}, {"authorization": f"Bearer {KEY}x"}]
+    wrong = [{}, {"authorization": KEY}, {"authorization": f"bearer{KEY}"}, {"authorization": f"Bearer {KEY}x"}]
     wrong += [{"authorization": "Bearer"}, {"authorization": f"Basic {KEY}"}, {"x-api-key": KEY}]
     async with httpx.AsyncClient(base_url=locked.url) as http:
         paths = [

@@ -118,7 +118,9 @@ async def test_small_routes(http, server):
     assert (await http.get("/v1/models")).json()["data"][0]["id"] == "fake"
     assert (await http.get("/v1/models/fake")).json()["max_model_len"] == 128
     assert (await http.get("/v1/models/other/one")).status_code == 404
-    assert (await http.get("/version")).json()["version"] == "0.1.0"
+    versions = (await http.get("/version")).json()
+    assert versions["version"] == "0.1.0"
+    assert versions["weights_version"] == 7, "known before the first request"
     await http.post("/v1/completions", json=BODY)
     text = (await http.get("/metrics")).text
     assert "trinity_generated_tokens_total 6.0" in text
@@ -216,6 +218,21 @@ async def test_f16_draining_finishes_what_runs_and_refuses_the_rest(start):
             await stopping
             with pytest.raises(httpx.ConnectError):
                 await httpx.AsyncClient().get(f"{server.url}/health")
+
+
+async def test_requests_that_outlast_the_draining_end_in_an_error_not_in_silence(start):
+    async with start(FakeEngine(delay_s=0.4), drain_timeout_s=0.6) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=20) as http:
+            body = {**BODY, "max_tokens": 30}
+            whole = asyncio.create_task(http.post("/v1/completions", json=body))
+            stream = asyncio.create_task(http.post("/v1/completions", json={**body, "stream": True}))
+            await eventually(lambda: server.front.admission.active == 2)
+            await server.gateway.stop()
+            assert (await whole).status_code == 503
+            events = (await stream).text
+            assert '"error"' in events
+            assert events.rstrip().endswith("data: [DONE]")
+        assert not server.engine.held
 
 
 async def test_not_ready_without_an_engine(start):

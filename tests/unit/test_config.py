@@ -32,6 +32,7 @@ def test_files_win_over_presets_and_flags_over_files(tmp_path):
     file.write_text("model: {preset: tiny, num_experts: 16}\ntrain: {steps: 7, seq_len: 64}\n")
     config = Config.load(file, ["--train.steps", "9", "--model.route-scale=3", "--train.resume"])
     assert (config.model.num_experts, config.model.route_scale, config.model.hidden_size) == (16, 3.0, 128)
+    assert Config.load(file, ["--data.train", "one.txt"]).data.train == ("one.txt",)
     assert (config.train.steps, config.train.seq_len, config.train.resume) == (9, 64, True)
     assert config.optim.muon_lr == preset_optim("tiny")["muon_lr"]
 
@@ -50,6 +51,9 @@ def preset_optim(name):
         (["--optim.adamw_betas", "[1.0, 1.0]"], "optim.adamw_betas"),
         (["--model.num_hidden_layers", "4x"], "model.num_hidden_layers"),
         (["--model.global_attn_every_n_layers", "0"], "global_attn_every_n_layers"),
+        (["--train.steps"], "train.steps needs a value"),
+        (["--train", "5"], "train is a section of settings"),
+        (["--serve.http_port", "7000", "--serve.grpc_port", "7000"], "http_port and grpc_port are both 7000"),
         (["--train.steps", "many"], "train.steps: Input should be a valid integer"),
         (["--train.steps", "0"], "greater than or equal to 1 (got 0)"),
         (["steps=5"], "'steps=5' is not a flag"),
@@ -69,7 +73,13 @@ def test_mistakes_are_named(flags, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "found list"), ("", "found NoneType")]
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("train: {steps: 1, steps: 2}", "'steps' is there twice"),
+        ("- 1", "found list"),
+        ("", "found NoneType"),
+    ],
 )
 def test_files_that_are_no_settings_are_refused(tmp_path, text, message):
     file = tmp_path / "x.yaml"

@@ -10,12 +10,13 @@ from typing import Any
 import httpx
 
 from trinity.config import api_key
-from trinity.errors import ConfigError, ModelNotFound, Overloaded, TrinityError, Unavailable
+from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     key = _read_key(Path(arguments.api_key_file)) if arguments.api_key_file else api_key()
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    failed = False
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with httpx.Client(base_url=arguments.url, headers=headers, timeout=httpx.Timeout(600, connect=5)) as client:
         model = arguments.model or _first_model(client)
@@ -26,14 +27,15 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             limits = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
             try:
                 answer = _print(_stream(client, {**asked, **limits}))
-            except Overloaded as error:
-                print(error.message, file=sys.stderr)
+            except TrinityError as error:
+                print(f"{error.message}\n(your last message is dropped; an empty line ends)", file=sys.stderr)
                 messages.pop()
+                failed = True
                 continue
             except httpx.HTTPError as error:
                 raise Unavailable(f"the server at {arguments.url} was lost: {error}") from None
             messages.append({"role": "assistant", "content": answer})
-    return 0
+    return 2 if failed else 0
 
 
 def _read_key(path: Path) -> str:
@@ -66,8 +68,7 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     """Text as it comes. Raises TrinityError with the server's words where it refuses or fails."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            kind = Overloaded if response.status_code in (429, 503) else TrinityError
-            raise kind(f"the server answered {response.status_code}: {_message(response.read().decode())}")
+            raise TrinityError(f"the server answered {response.status_code}: {_message(response.read().decode())}")
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue

@@ -72,6 +72,7 @@ def _serve(config: Config, checkpoint: str, keep: bool) -> None:
         if keep:
             _say(TRY.format(http=server.http_url, grpc=server.grpc_address))
             wait_for_signal()
+            _say("Draining; Ctrl-C again leaves at once.")
     finally:
         server.stop()
 

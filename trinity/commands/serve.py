@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from serving import app
 
     app.check_ports(config.serve)
+    checkpoint.verify()
     with joined(config.cluster):
         made = provide_pool(config, str(checkpoint.path.resolve()))
         try:
@@ -47,11 +48,12 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def wait_for_signal() -> None:
-    """Until SIGTERM or Ctrl-C. Main thread only."""
+    """Until SIGTERM or Ctrl-C; after that a second Ctrl-C interrupts. Main thread only."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def provide_pool(config: Config, checkpoint: str) -> bool:

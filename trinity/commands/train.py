@@ -1,9 +1,12 @@
 """`trinity train CONFIG`: the job under Ray Train, its progress on this terminal, its pictures at the end."""
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trinity.config import Config, merged, setup_environment
 from trinity.errors import ConfigError
@@ -19,28 +22,25 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     check_out_dir(config)
+    if (done := steps_done(config)) >= config.train.steps:
+        say(f"{config.train.out_dir} is at step {done} already; raise --train.steps to go on")
+        return 0
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors import pool as pools
     from actors.cluster import joined
 
+    say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
     with joined(config.cluster, config.train.num_workers):
         try:
-            train(config)
-        except SystemExit:  # how Ray Train ends on Ctrl-C, with code 0
-            return _interrupted(config)
+            result = train(config)
         finally:
             if not config.placement.keep:
                 pools.destroy(config.placement.pool, config.cluster.namespace)
-    return 0
+    return 130 if result["stopped"] else 0
 
 
-def _interrupted(config: Config) -> int:
-    from trinity.checkpoint import latest_checkpoint
-
-    found = latest_checkpoint(config.train.out_dir)
-    kept = f"continue from {found.name} with --resume" if found else "nothing was saved yet (train.save_every)"
-    print(f"\ninterrupted; {kept}", file=sys.stderr)
-    return 130
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def load(source: str, flags: list[str]) -> Config:
@@ -103,26 +103,75 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def train(config: Config) -> dict:
-    """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays."""
-    from actors import pool as pools
-    from actors.train import fit
+def steps_done(config: Config) -> int:
+    """The step of the run's last checkpoint; 0 without one."""
     from trinity.checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(config.train.out_dir)
+    return int(found.name[5:]) if found else 0
+
+
+def train(config: Config) -> dict:
+    """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays.
+
+    SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C at once.
+    """
+    from actors import pool as pools
+    from actors.train import STOP, fit
+    from trinity.data import prepare
     from trinity.progress import Progress, shown
 
-    out_dir = Path(config.train.out_dir)
+    out_dir, done = Path(config.train.out_dir), steps_done(config)
+    say("preparing the data")
+    prepare(config.data, config.train, config.model, out_dir)
+    say(f"starting {config.placement.num_shards} shards")
     state_dir = config.placement.state_dir or str(out_dir.resolve() / "placement")
     pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
-    print(describe(pool.status()), file=sys.stderr)
-    found = latest_checkpoint(out_dir)
-    done = int(found.name[5:]) if found else 0
+    say(describe(pool.status()))
+    say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
     with shown(out_dir / "metrics.jsonl", Progress(config.train.steps, tokens_per_step, sys.stderr, done)):
-        result = fit(config)
+        result = stoppable(lambda: fit(config), out_dir / STOP)
     print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
     print(f"checkpoint {result['checkpoint']}")
     print("pictures " + ", ".join(map(str, _draw(out_dir))))
+    if result["stopped"]:
+        say(f"stopped at step {result['position']} of {config.train.steps}; continue with --resume")
     return result
+
+
+def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:
+    """Run `work` on a thread while this one minds signals: the first makes `stop_file`, a second Ctrl-C interrupts.
+
+    (On the main thread Ray Train would put its own handler in place, which ends the run without a checkpoint.)
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            outcome.append(error)
+
+    def stop(number: int, frame: object) -> None:
+        say("stopping after this step, with a checkpoint; Ctrl-C again to leave at once")
+        stop_file.touch()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    stop_file.unlink(missing_ok=True)
+    thread = threading.Thread(target=run, name="trinity-fit", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        stop_file.unlink(missing_ok=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 def describe(shards: "list[ShardStatus]") -> str:

@@ -83,6 +83,11 @@ class AsyncEngine:
     def max_model_len(self) -> int:
         return self._engine.max_model_len
 
+    @property
+    def version(self) -> int:
+        """Of the weights that the next pass will use."""
+        return self._engine.version
+
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise at once what `generate` would raise for a request that can never succeed."""
         self._engine.validate(prompt_ids, params)

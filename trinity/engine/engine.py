@@ -61,7 +61,7 @@ class Engine:
         layout = plan_layout(config, settings, next(model.parameters()).element_size())
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.max_model_len = layout.max_model_len
-        self._version = version
+        self._version = version  # a callable
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._scheduler = Scheduler(self._cache, settings.max_num_seqs, settings.max_num_batched_tokens)
         self._runner = Runner(model, config, self._cache)
@@ -71,6 +71,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next pass will use."""
+        return self._version()
 
     def add(self, request_id: str, prompt_ids: Ids[int], params: SamplingParams | None = None) -> None:
         """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
