@@ -10,6 +10,8 @@ import logging
 import math
 import secrets
 import socket
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -36,7 +38,7 @@ class _Job:
 
     @property
     def rank(self) -> int:
-        """Who goes first: inference, then backward, then the forward of training."""
+        """Who goes first: inference, then whatever belongs to training."""
         return 0 if isinstance(self.call, Forward) and not self.call.keep else 1
 
 
@@ -84,6 +86,9 @@ class Combiner:
             return self.shard.infer(call) if isinstance(call, Forward) else self.shard.backward(call)
         except TrinityError as error:
             return error
+        except Exception as error:  # the edge of this process: no caller may wait for an answer that never comes
+            log.exception("computing %s failed", call.op_id)
+            return TrinityError(f"the shard failed with {type(error).__name__}; its log says where")
 
     def _together(self, calls: list[Any]) -> list[Any]:
         """One inference for all; each alone where that fails, so that one caller's mistake is its own."""
@@ -99,15 +104,22 @@ def _mergeable(a: Forward | Backward, b: Forward | Backward) -> bool:
     return (a.layer, a.version) == (b.layer, b.version)
 
 
+def unix_listener() -> tuple[socket.socket, str]:
+    """-> a listening Unix socket and its name: an abstract one on Linux, which leaves no file when its process is killed."""
+    name = f"trinity-{secrets.token_hex(16)}"
+    path = f"\0{name}" if sys.platform == "linux" else str(Path(tempfile.mkdtemp(prefix="trinity-")) / "rows.sock")
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(path)
+    unix.listen(BACKLOG)
+    return unix, path
+
+
 class DirectServer:
     """Listens for a shard's callers. Owns its sockets and threads; `combiner.lock` guards the shard for everybody."""
 
-    def __init__(self, combiner: Combiner, limits: Limits, secret: bytes, folder: str, host: str, num_threads: int = 1):
+    def __init__(self, combiner: Combiner, limits: Limits, secret: bytes, host: str, num_threads: int = 1):
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
-        path = str(Path(folder) / f"{secrets.token_hex(8)}.sock")
-        unix = socket.socket(socket.AF_UNIX)
-        unix.bind(path)
-        unix.listen(BACKLOG)
+        unix, path = unix_listener()
         tcp = socket.create_server((host, 0), backlog=BACKLOG)
         self.address = Address(machine_id(), path, host, tcp.getsockname()[1])
         self._listeners = [unix, tcp]
@@ -115,10 +127,11 @@ class DirectServer:
             threading.Thread(target=self._accept, args=(listener,), name="trinity-accept", daemon=True).start()
 
     def close(self) -> None:
-        """No new connections; those that are open end with their peers."""
-        for listener in self._listeners:
+        """No new connections; those that are open end with their peers. Harmless when repeated."""
+        while self._listeners:
+            listener = self._listeners.pop()
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             listener.close()
-        Path(self.address.path).unlink(missing_ok=True)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

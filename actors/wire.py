@@ -32,8 +32,9 @@ class Address:
 
 def machine_id() -> str:
     """The same for all processes that can share a Unix socket, and for no others."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.is_file() else ''}"
+    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    known = (boot.read_text().strip(), str(network.readlink())) if boot.is_file() and network.is_symlink() else ()
+    return "/".join((socket.gethostname(), *known))
 
 
 class Wire:

@@ -17,7 +17,7 @@ from actors.frames import HEADER, MAGIC, BadFrame, Header, Limits, answer, call_
 from actors.listener import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
 from trinity.dispatch import LocalTransport
-from trinity.errors import DeadlineExceeded, InputGone, StepConflict, Unavailable
+from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable
 from trinity.messages import Backward, Forward, Load, Rows, merged
 from trinity.pool import ExpertPool, local_pool
 
@@ -44,17 +44,17 @@ def forward(op="a:1", deadline_s=None, **options):
 class Served:
     """Shards of a local pool behind sockets; `pool` reaches them through a DirectTransport."""
 
-    def __init__(self, tmp_path, num_shards=2):
+    def __init__(self, num_shards=2):
         self.local = local_pool(MODEL, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch")
         self.shards = self.local.transport.shards
-        self.folder, self.servers = str(tmp_path), {}
+        self.servers = {}
         for name in self.shards:
             self.start(name)
         self.transport = DirectTransport(LocalTransport(self.shards), lambda s, _: self.servers[s].address, SECRET)
         self.pool = ExpertPool(self.local.table, self.transport, timeout_s=20)
 
     def start(self, name):
-        self.servers[name] = DirectServer(Combiner(self.shards[name]), LIMITS, SECRET, self.folder, "127.0.0.1")
+        self.servers[name] = DirectServer(Combiner(self.shards[name]), LIMITS, SECRET, "127.0.0.1")
 
     def close(self):
         self.transport.close()
@@ -63,8 +63,8 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path):
-    made = Served(tmp_path)
+def served():
+    made = Served()
     yield made
     made.close()
 
@@ -152,6 +152,15 @@ def test_refusals_are_typed_and_the_next_call_is_fine(served, call, error, messa
     assert torch.equal(got, served.shards["shard-0"].infer(forward()))
 
 
+def test_a_bug_in_a_shard_is_an_error_for_its_caller_only(served):
+    shard = served.shards["shard-0"]
+    infer, shard.infer = shard.infer, lambda call: 1 / 0
+    with pytest.raises(TrinityError, match="failed with ZeroDivisionError"):
+        served.transport.send("shard-0", "infer", forward()).result()
+    shard.infer = infer
+    assert served.transport.send("shard-0", "infer", forward()).result().shape == (5, 16)
+
+
 def test_a_wrong_secret_is_refused_by_name(served):
     served.transport.secret = b"x" * 32
     with pytest.raises(BadFrame, match="secret is wrong"):
@@ -189,8 +198,8 @@ def test_random_bytes_never_hurt_a_shard(served_once, noise, with_head):
 
 
 @pytest.fixture(scope="module")
-def served_once(tmp_path_factory):
-    made = Served(tmp_path_factory.mktemp("sockets"))
+def served_once():
+    made = Served()
     yield made
     made.close()
 
