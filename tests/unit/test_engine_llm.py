@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trinity.checkpoint import CheckpointWriter, backbone_tensors, write_tensors
+from trinity.checkpoint import CheckpointWriter, write_tensors
 from trinity.config import EngineConfig, preset
 from trinity.engine.llm import LLM
 from trinity.engine.request import SamplingParams
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = Afmoe(config, experts=None)
     writer = CheckpointWriter(tmp_path_factory.mktemp("run"), 7)
-    parts = list(write_tensors(writer.folder, "model-backbone", backbone_tensors(model)))
+    parts = list(write_tensors(writer.folder, "model-backbone", model.state_dict().items()))
     tensors = {
         f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight": weight
         for layer in config.moe_layers
