@@ -6,7 +6,7 @@ A TrinityError ends a command with its sentence and exit code 2; anything else i
 
 import argparse
 import importlib
-import signal
+import os
 import sys
 from collections.abc import Sequence
 
@@ -92,8 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, flags = parser().parse_known_args(argv)
     if flags and arguments.command not in ("train", "serve"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
-    if arguments.command in ("doctor", "generate"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `trinity doctor | head` ends quietly
     try:
         return importlib.import_module(f"trinity.commands.{arguments.command}").run(arguments, flags) or 0
     except TrinityError as error:
@@ -101,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `trinity doctor | head`: nobody reads any more, and Python would say so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":
