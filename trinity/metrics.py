@@ -59,7 +59,7 @@ class TrainLog:
         if counts_LE and (metrics.step % every == 0 or metrics.step == self.total_steps):
             files.write_load({"step": metrics.step, "counts_LE": counts_LE})
 
-    def eval(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float) -> None:
         """Record the validation loss of the weights after `step`."""
         self._opened(step).write_row({"step": step, "val_loss": loss})
 

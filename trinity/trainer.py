@@ -279,7 +279,7 @@ class Trainer:
             ce += objective(*self._inputs(batch)).ce.double().cpu()
         loss = float(self.comm.sum(ce)) * settings.global_batch_size / num if num else math.nan
         if self.log is not None:
-            self.log.eval(self.position, loss)
+            self.log.validation(self.position, loss)
         return loss
 
     def save(self) -> Path:

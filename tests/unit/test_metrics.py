@@ -33,7 +33,7 @@ def record(out_dir, first, last, evals=()):
     for step in range(first, last + 1):
         log.step(metrics(step))
         if step in evals:
-            log.eval(step, 1.0 / step)
+            log.validation(step, 1.0 / step)
     return log
 
 
@@ -86,7 +86,7 @@ def test_a_new_run_starts_a_new_log(tmp_path):
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     log = TrainLog(tmp_path, 3)
     log.step(metrics(1, math.nan, grad_norm=math.inf, skipped=1))
-    log.eval(1, math.nan)
+    log.validation(1, math.nan)
     first, second = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open())
     assert (first["loss"], first["grad_norm"], first["skipped"], second["val_loss"]) == (None, None, 1, None)
 
