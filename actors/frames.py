@@ -1,4 +1,4 @@
-"""Frames of the direct transport: a fixed header, then raw tensor buffers in a fixed order. No pickle.
+"""Frames of the direct transport: a fixed header, then raw tensor buffers in a fixed order. Nothing in them can run code.
 
 Legend: R rows, D model, A assignments (row, expert).
 Decisions: everything a receiver must know to allocate is in the header, and is checked against what the shard is before

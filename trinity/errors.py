@@ -85,10 +85,6 @@ class DeadlineExceeded(TrinityError):
     code = Code.DEADLINE
 
 
-class Cancelled(TrinityError):
-    code = Code.CANCELLED
-
-
 class CheckpointError(TrinityError):
     """A checkpoint is missing, incomplete, corrupt or of another model; names the file and the tensor."""
 

@@ -123,6 +123,21 @@ def test_damage_is_named(saved, damage, message):
         open_checkpoint(path).load_backbone(model)
 
 
+def test_a_large_checkpoint_is_measured_ahead_and_hashed_when_it_is_read(saved, monkeypatch):
+    model, path = saved
+    open_checkpoint(path).verify()
+    flip(path / "model-backbone-00.safetensors")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        open_checkpoint(path).verify()
+    monkeypatch.setattr("trinity.checkpoint.HASH_AHEAD_BYTES", 0)
+    open_checkpoint(path).verify()
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        open_checkpoint(path).load_backbone(model)
+    (path / "model-backbone-00.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_checkpoint(path).verify()
+
+
 def test_a_shard_whose_load_fails_holds_no_version(saved, tmp_path):
     _, path = saved
     pool = local_pool(MODEL, Load(str(path)), num_shards=1, backend="torch")

@@ -157,10 +157,6 @@ class KVCache:
     def num_free_blocks(self) -> int:
         return sum(len(table.free) for table in self.tables.values())
 
-    @property
-    def has_row(self) -> bool:
-        return bool(self._free_rows)
-
     def fits(self, num_tokens: int, reserve: int = 0) -> bool:
         """Could a new sequence of num_tokens be held now, leaving `reserve` full-attention blocks free?"""
         for kind, table in self.tables.items():
