@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from actors.frames import MAGIC, WELCOME, BadFrame, request, value_of
+from actors.frames import MAGIC, WELCOME, BadFrame, Header, request, value_of
 from actors.wire import NONCE_BYTES, Address, Wire, machine_id, proof_of
 from trinity.dispatch import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
@@ -30,7 +30,7 @@ class Connection:
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
         hello = bytearray(len(MAGIC) + NONCE_BYTES)
-        self.wire.receive(memoryview(hello), deadline_s)
+        self.wire.receive([hello], deadline_s)
         if hello[: len(MAGIC)] != MAGIC:
             raise BadFrame(f"the shard speaks {bytes(hello[:4])!r}, this side {MAGIC!r}; update one of them")
         self.wire.send(proof_of(secret, bytes(hello[len(MAGIC) :])), [], deadline_s)
@@ -38,14 +38,14 @@ class Connection:
 
     def _welcome(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
-        if header != WELCOME:
+        if header != Header.unpack(WELCOME):
             raise value_of(header, self.wire.payload(header, deadline_s))
 
     def send(self, call: Forward | Backward) -> int:
         number = next(self._numbers)
         header, tensors = request(number, call)
         self._expected.add(number)
-        self.wire.send(header.pack(), tensors, call.deadline_s, on_readable=lambda: self._read(call.deadline_s))
+        self.wire.send(header, tensors, call.deadline_s, on_readable=lambda: self._read(call.deadline_s))
         return number
 
     def take(self, number: int, deadline_s: float) -> Any:
@@ -54,6 +54,11 @@ class Connection:
             self._read(deadline_s)
         self._expected.discard(number)
         return self._arrived.pop(number)
+
+    def forget(self, number: int) -> None:
+        """Nobody will take this answer."""
+        self._expected.discard(number)
+        self._arrived.pop(number, None)
 
     def _read(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
@@ -70,6 +75,9 @@ class DirectReply:
     ):
         self.transport, self.shard, self.connection = transport, shard, connection
         self.number, self.deadline_s = number, deadline_s
+
+    def __del__(self) -> None:
+        self.connection.forget(self.number)
 
     def result(self) -> Any:
         """Raises DeadlineExceeded when the time is up, Unavailable when the shard's process is away."""

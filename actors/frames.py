@@ -1,8 +1,9 @@
 """Frames of the direct transport: a fixed header, then raw tensor buffers in a fixed order. Nothing in them can run code.
 
-Legend: R rows, D model, A assignments (row, expert).
+Legend: R rows, D model, K slots of a row.
 Decisions: everything a receiver must know to allocate is in the header, and is checked against what the shard is before
-a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16.
+a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. This is the
+path of every row: what can be done once per connection or by one call into C is.
 """
 
 import json
@@ -10,23 +11,27 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trinity import errors
 from trinity.errors import TrinityError
-from trinity.messages import Backward, Forward, Rows
+from trinity.messages import ELSEWHERE, Backward, Forward, Rows
 
-MAGIC = b"TRN1"  # the last byte is the format's version
+MAGIC = b"TRN2"  # the last byte is the format's version
 INFER, BACKWARD, ANSWER, FAILURE = 1, 2, 3, 4
 KEEP, HAS_ROWS = 1, 2  # flags
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_PAYLOAD_BYTES = 1 << 31
 MAX_FAILURE_BYTES = 1 << 16
-# magic, kind, dtype, flags, -, request, op_id, layer, epoch, version, deadline_s, R, D, A
-HEADER = struct.Struct("<4sBBBxQ40sIqqdIII")
+MAX_OP_ID_BYTES = 40
+SLOT_BYTES = 8 + 4  # id and weight
+# magic, kind, dtype, flags, -, request, op_id, layer, epoch, version, deadline_s, R, D, K
+HEADER = struct.Struct(f"<4sBBBxQ{MAX_OP_ID_BYTES}sIqqdIII")
 
 
 class BadFrame(TrinityError):
@@ -44,41 +49,32 @@ class Limits:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
+    magic: bytes
     kind: int
+    dtype: int
+    flags: int
     request: int
-    dtype: torch.dtype = torch.float32
-    flags: int = 0
-    op_id: str = ""
-    layer: int = 0
-    epoch: int = 0
-    version: int = 0
-    deadline_s: float = 0.0
-    num_rows: int = 0
-    dim: int = 0
-    num_assigned: int = 0
-
-    def pack(self) -> bytes:
-        op_id = self.op_id.encode()
-        assert len(op_id) <= 40, self.op_id
-        counts = (self.num_rows, self.dim, self.num_assigned)
-        names = (op_id, self.layer, self.epoch, self.version, self.deadline_s)
-        return HEADER.pack(MAGIC, self.kind, DTYPES.index(self.dtype), self.flags, self.request, *names, *counts)
+    op_id: bytes
+    layer: int
+    epoch: int
+    version: int
+    deadline_s: float
+    num_rows: int
+    dim: int
+    num_slots: int
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
         """Raises BadFrame for another protocol, version or type."""
-        magic, kind, dtype, flags, request, op_id, *rest = HEADER.unpack(data)
-        if magic != MAGIC:
-            raise BadFrame(f"frame starts with {magic!r}, this side speaks {MAGIC!r}")
-        if kind not in (INFER, BACKWARD, ANSWER, FAILURE) or dtype >= len(DTYPES):
-            raise BadFrame(f"frame of kind {kind} and type {dtype} is unknown")
-        if not math.isfinite(rest[3]):
-            raise BadFrame(f"deadline {rest[3]} is not a time")
-        name = op_id.rstrip(b"\0").decode("ascii", "replace")
-        header = cls(kind, request, DTYPES[dtype], flags, name, *rest)
-        if header.payload_bytes > (MAX_FAILURE_BYTES if kind == FAILURE else MAX_PAYLOAD_BYTES):
+        header = cls._make(HEADER.unpack(data))
+        if header.magic != MAGIC:
+            raise BadFrame(f"frame starts with {header.magic!r}, this side speaks {MAGIC!r}")
+        if not INFER <= header.kind <= FAILURE or header.dtype >= len(DTYPES):
+            raise BadFrame(f"frame of kind {header.kind} and type {header.dtype} is unknown")
+        if not math.isfinite(header.deadline_s):
+            raise BadFrame(f"deadline {header.deadline_s} is not a time")
+        if header.payload_bytes > (MAX_FAILURE_BYTES if header.kind == FAILURE else MAX_PAYLOAD_BYTES):
             raise BadFrame(f"frame of {header.payload_bytes} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
         return header
 
@@ -86,11 +82,11 @@ class Header:
     def payload_bytes(self) -> int:
         if self.kind == FAILURE:
             return self.num_rows
-        rows = self.num_rows * self.dim * self.dtype.itemsize
+        rows = self.num_rows * self.dim * DTYPES[self.dtype].itemsize
         if self.kind == ANSWER:
-            return rows + 4 * self.num_assigned
+            return rows + 4 * self.num_rows * self.num_slots
         both = 2 if self.kind == BACKWARD and self.flags & HAS_ROWS else 1
-        return both * rows + 12 * self.num_assigned
+        return both * rows + SLOT_BYTES * self.num_rows * self.num_slots
 
     def check(self, limits: Limits) -> None:
         """Raise BadFrame unless a shard of these limits can compute it."""
@@ -98,87 +94,82 @@ class Header:
             raise BadFrame(f"a shard takes requests, not frames of kind {self.kind}")
         if self.dim != limits.hidden_size:
             raise BadFrame(f"rows have {self.dim} columns, this shard's model has {limits.hidden_size}")
-        if self.dtype != limits.dtype:
-            raise BadFrame(f"rows are {self.dtype}, this shard's are {limits.dtype}")
-        if self.num_assigned > self.num_rows * limits.num_experts:
-            raise BadFrame(f"{self.num_assigned} assignments for {self.num_rows} rows of {limits.num_experts} experts")
+        if DTYPES[self.dtype] != limits.dtype:
+            raise BadFrame(f"rows are {DTYPES[self.dtype]}, this shard's are {limits.dtype}")
+        if self.num_slots > limits.num_experts:
+            raise BadFrame(f"rows have {self.num_slots} slots, this shard's model has {limits.num_experts} experts")
 
     def buffers(self) -> list[Tensor]:
-        """Memory for the payload, in order."""
-        rows = (self.num_rows, self.dim)
+        """Memory for the payload, in order. Rows lie where torch puts its own tensors: products may round otherwise."""
         if self.kind == FAILURE:
             return [torch.empty(self.num_rows, dtype=torch.uint8)]
-        first = [torch.empty(rows, dtype=self.dtype)]
+        slots = (self.num_rows, self.num_slots)
+        first = torch.empty((self.num_rows, self.dim), dtype=DTYPES[self.dtype])
         if self.kind == ANSWER:
-            return first + [torch.empty(self.num_assigned, dtype=torch.float32)] * bool(self.num_assigned)
-        if self.kind == BACKWARD:
-            if not self.flags & HAS_ROWS:
-                return first
-            first = [*first, torch.empty(rows, dtype=self.dtype)]
-        pair = torch.empty((2, self.num_assigned), dtype=torch.int32)
-        return [*first, pair, torch.empty(self.num_assigned, dtype=torch.float32)]
+            return [first, torch.empty(slots)] if self.num_slots else [first]
+        if self.kind == BACKWARD and not self.flags & HAS_ROWS:
+            return [first]
+        ids, weights = torch.from_numpy(np.empty(slots, np.int64)), torch.from_numpy(np.empty(slots, np.float32))
+        return [first, ids, weights] if self.kind == INFER else [first, torch.empty_like(first), ids, weights]
 
 
-def request(number: int, call: Forward | Backward) -> tuple[Header, list[Tensor]]:
-    """A call as a frame."""
+def request(number: int, call: Forward | Backward) -> tuple[bytes, list[Tensor]]:
+    """A call as a frame: its header, and the tensors whose memory follows."""
     rows = call.rows
-    num_assigned = 0 if rows is None else len(rows.row_A)
-    names: dict[str, Any] = dict(
-        op_id=call.op_id, layer=call.layer, epoch=call.epoch, version=call.version, deadline_s=call.deadline_s
-    )
-    sent = (
-        [] if rows is None else [rows.x_RD, torch.stack([rows.row_A.cpu(), rows.expert_A.cpu()]).int(), rows.weight_A]
-    )
+    sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
     if isinstance(call, Forward):
-        kind, flags, first = INFER, KEEP * call.keep, sent[0]
+        kind, flags = INFER, KEEP if call.keep else 0
     else:
-        kind, flags, first = BACKWARD, HAS_ROWS * (rows is not None), call.dy_RD
-        sent = [call.dy_RD, *sent]
-    num_rows, dim = first.shape
-    names |= dict(num_rows=num_rows, dim=dim, num_assigned=num_assigned)
-    return Header(kind, number, first.dtype, flags, **names), sent
+        kind, flags, sent = BACKWARD, HAS_ROWS if sent else 0, [call.dy_RD, *sent]
+    num_rows, dim = sent[0].shape
+    op_id = call.op_id.encode()
+    assert len(op_id) <= MAX_OP_ID_BYTES, call.op_id
+    names = (op_id, call.layer, call.epoch, call.version, call.deadline_s)
+    num_slots = 0 if rows is None else rows.ids_RK.shape[1]
+    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, number, *names, num_rows, dim, num_slots), sent
 
 
 def call_of(header: Header, buffers: Sequence[Tensor], limits: Limits) -> Forward | Backward:
-    """The inverse of `request`. Raises BadFrame for indices outside the rows or the experts."""
-    names: dict[str, Any] = {k: getattr(header, k) for k in ("op_id", "layer", "epoch", "version", "deadline_s")}
+    """The inverse of `request`. Raises BadFrame for ids that are no experts."""
+    op_id = header.op_id.rstrip(b"\0").decode("ascii", "replace")
+    names = (op_id, header.layer, header.epoch, header.version, header.deadline_s)
     if header.kind == INFER:
-        return Forward(**names, rows=_rows(header, buffers, limits), keep=bool(header.flags & KEEP))
-    rows = _rows(header, buffers[1:], limits) if header.flags & HAS_ROWS else None
-    return Backward(**names, dy_RD=buffers[0], rows=rows)
+        return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP))
+    return Backward(*names, buffers[0], _rows(buffers[1:], limits) if header.flags & HAS_ROWS else None)
 
 
-def _rows(header: Header, buffers: Sequence[Tensor], limits: Limits) -> Rows:
-    x_RD, pair, weight_A = buffers
-    row_A, expert_A = pair.long()
-    for name, index, bound in (("row", row_A, header.num_rows), ("expert", expert_A, limits.num_experts)):
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < bound:
-            raise BadFrame(f"{name} {int(index.max())} is outside 0 to {bound - 1}")
-    return Rows(x_RD, row_A, expert_A, weight_A)
+def _rows(buffers: Sequence[Tensor], limits: Limits) -> Rows:
+    rows = Rows(*buffers)
+    if rows.ids_RK.numel():
+        low, high = map(int, torch.aminmax(rows.ids_RK))
+        if low < ELSEWHERE or high >= limits.num_experts:
+            raise BadFrame(f"expert {low if low < ELSEWHERE else high} is outside 0 to {limits.num_experts - 1}")
+    return rows
 
 
-def answer(number: int, value: Any) -> tuple[Header, list[Tensor]]:
-    """What a shard returned: y_RD, or (dx_RD, dweight_A), or the TrinityError it raised."""
+def answer(number: int, value: Any) -> tuple[bytes, list[Tensor]]:
+    """What a shard returned: y_RD, or (dx_RD, dweights_RK), or the TrinityError it raised."""
     if isinstance(value, TrinityError):
         text = json.dumps({"kind": type(value).__name__, "message": value.message}).encode()[:MAX_FAILURE_BYTES]
-        return Header(FAILURE, number, num_rows=len(text)), [torch.frombuffer(bytearray(text), dtype=torch.uint8)]
-    first, *rest = value if isinstance(value, tuple) else (value,)
-    num_rows, dim = first.shape
-    return Header(ANSWER, number, first.dtype, num_rows=num_rows, dim=dim, num_assigned=sum(map(len, rest))), [
-        first,
-        *rest,
-    ]
+        return _head(FAILURE, 0, number, len(text)), [torch.frombuffer(bytearray(text), dtype=torch.uint8)]
+    sent = list(value) if isinstance(value, tuple) else [value]
+    num_slots = sent[1].shape[1] if len(sent) == 2 else 0
+    num_rows, dim = sent[0].shape
+    return _head(ANSWER, CODE_OF[sent[0].dtype], number, num_rows, dim, num_slots), sent
 
 
-WELCOME = Header(ANSWER, 0)  # what a shard says to a caller that knows the secret
+def _head(kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0) -> bytes:
+    return HEADER.pack(MAGIC, kind, dtype, 0, number, b"", 0, 0, 0, 0.0, num_rows, dim, num_slots)
+
+
+WELCOME = _head(ANSWER, 0, 0)  # what a shard says to a caller that knows the secret
 
 
 def value_of(header: Header, buffers: Sequence[Tensor]) -> Any:
     """The inverse of `answer`: a tensor, a pair of them, or a TrinityError (not raised)."""
-    if header.kind == FAILURE:
-        tree = json.loads(bytes(buffers[0].numpy()))
-        kind = getattr(errors, tree["kind"], BadFrame)
-        return kind(tree["message"])
-    if header.kind != ANSWER:
+    if header.kind == ANSWER:
+        return buffers[0] if len(buffers) == 1 else tuple(buffers)
+    if header.kind != FAILURE:
         raise BadFrame(f"a shard answered with a frame of kind {header.kind}")
-    return buffers[0] if len(buffers) == 1 else tuple(buffers)
+    tree = json.loads(bytes(buffers[0].numpy()))
+    return getattr(errors, tree["kind"], BadFrame)(tree["message"])

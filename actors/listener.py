@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
 PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
 BACKLOG = 128
+TICK_S = 1.0  # an idle connection looks at the clock so often
 
 
 class _Job:
@@ -144,7 +145,7 @@ class DirectServer:
     def _serve(self, sock: socket.socket) -> None:
         """One connection, until its peer leaves or breaks the protocol."""
         torch.set_num_threads(self.num_threads)  # OpenMP counts its threads by caller
-        wire = Wire(sock)
+        wire = Wire(sock, TICK_S)
         try:
             self._greet(wire)
             while True:
@@ -160,10 +161,10 @@ class DirectServer:
         deadline_s, nonce = time.time() + HANDSHAKE_S, secrets.token_bytes(NONCE_BYTES)
         wire.send(MAGIC + nonce, [], deadline_s)
         proof = bytearray(PROOF_BYTES)
-        wire.receive(memoryview(proof), deadline_s)
+        wire.receive([proof], deadline_s)
         if not hmac.compare_digest(bytes(proof), proof_of(self.secret, nonce)):
             self._refuse(wire, BadFrame("the secret is wrong: this is another pool's shard"))
-        wire.send(WELCOME.pack(), [], deadline_s)
+        wire.send(WELCOME, [], deadline_s)
 
     def _answer_one(self, wire: Wire) -> None:
         try:
@@ -173,10 +174,10 @@ class DirectServer:
         except BadFrame as error:
             self._refuse(wire, error)
         reply, tensors = answer(header.request, self.combiner.run(call))
-        wire.send(reply.pack(), tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
+        wire.send(reply, tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
 
     def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:
         """Say why, then end: after a broken frame nobody knows where the next one starts."""
         reply, tensors = answer(0, error)
-        wire.send(reply.pack(), tensors, time.time() + HANDSHAKE_S)
+        wire.send(reply, tensors, time.time() + HANDSHAKE_S)
         raise error

@@ -107,7 +107,9 @@ class HttpServer:
         host, port = self._config.host, self._config.http_port
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            return socket.create_server(address[:2], family=family, backlog=2048)
+            made = socket.create_server(address[:2], family=family, backlog=2048)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # plain asyncio leaves it to us: 40 ms an answer
+            return made
         except OSError as error:
             where = f"{bracketed(host)}:{port}"
             raise ConfigError(

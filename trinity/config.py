@@ -161,6 +161,11 @@ class TrainConfig(Frozen):
     seq_len: int = Field(default=256, ge=2)
     global_batch_size: int = Field(default=16, ge=1, description="sequences in one optimizer step, over all workers")
     micro_batch_size: int = Field(default=8, ge=1, description="sequences in one forward pass of one worker")
+    num_in_flight: int = Field(
+        default=1,
+        ge=1,
+        description="micro-batches side by side: one goes on while another's rows are with their experts",
+    )
     num_workers: int = Field(default=1, ge=1)
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_threads_per_worker: int = Field(default=1, ge=1)
@@ -219,6 +224,10 @@ class EngineConfig(Frozen):
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
     max_num_waiting: int = Field(default=1024, ge=1)
+    num_in_flight: int = Field(
+        default=1, ge=1, description="parts of a large batch side by side: one goes on while another's rows are away"
+    )
+    min_part_tokens: int = Field(default=32, ge=1, description="no part of a batch is smaller, with num_in_flight > 1")
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int = Field(default=256 << 20, ge=1)
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")

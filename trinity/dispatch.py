@@ -1,7 +1,6 @@
 """Dispatch: send each token's row to the shards that hold its experts, and add up what comes back.
 
-Legend: T tokens, D model, K top-k, R rows of one shard, A assignments (row, expert) of one shard, S shards, E experts,
-N replicas, L layers.
+Legend: T tokens, D model, K top-k, R rows of one shard, E experts, N replicas, L layers.
 Decisions: one message per shard and layer; a row travels once, whatever the number of local experts; a data call carries
 all it needs (epoch, version, op_id, deadline) and never asks the control plane; whatever a caller resends carries the
 same op_id, and a shard applies it once.
@@ -11,15 +10,15 @@ import itertools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trinity.errors import InputGone, TrinityError, Unavailable
-from trinity.messages import Backward, Forward, Rows
+from trinity.messages import ELSEWHERE, Backward, Forward, Rows
 from trinity.placement.table import PlacementTable
 
 
@@ -59,12 +58,23 @@ def settle(transport: Transport, shard: str, verb: str, message: Any, reply: Rep
 
 
 class Route(NamedTuple):
-    """Which slots of (token, k) go to one shard."""
+    """Which tokens' rows go to one shard, and which of their slots are meant for it."""
 
     shard: str
-    token_R: Tensor  # the token of each row, ascending
-    row_A: Tensor
-    slot_A: Tensor  # position in the flattened [T * K]
+    token_R: Tensor | None  # the token of each row, ascending; None: every token
+    ids_RK: Tensor  # ELSEWHERE in the other shards' slots
+
+    def rows(self, x_TD: Tensor) -> Tensor:
+        """The rows of x (or of anything else [T, ...]) that go to this shard."""
+        return x_TD if self.token_R is None else x_TD.index_select(0, self.token_R.to(x_TD.device))
+
+    def add(self, out_TD: Tensor, part_RD: Tensor) -> None:
+        """out_TD[token] += part_RD, the transpose of `rows`."""
+        part_RD = part_RD.to(out_TD)
+        if self.token_R is None:
+            out_TD.add_(part_RD)
+        else:
+            out_TD.index_add_(0, self.token_R.to(out_TD.device), part_RD)
 
 
 class Dispatcher:
@@ -87,118 +97,157 @@ class Dispatcher:
         """Use this table from the next call on."""
         self.table = table
         self._row_of = {layer: i for i, layer in enumerate(table.layers)}
-        self._shard_LEN = torch.from_numpy(table.shard_LEN)
-        self._num_LE = torch.from_numpy(table.num_replicas_LE)
+        self._replicated = bool((table.num_replicas_LE > 1).any())
 
-    def begin(self, version: int) -> None:
+    def use(self, version: int) -> None:
         """Start a step's work on weights of `version`."""
         self.version = version
         self.issued.clear()
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
-            return _RemoteExperts.apply(x_TD, weights_TK, ids_TK, layer, self)
-        return self._forward(layer, x_TD, self._route(layer, ids_TK), ids_TK, weights_TK, self._next_op(), keep=False)
+        return self.begin(layer, x_TD, ids_TK, weights_TK).result()
+
+    def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> "Exchange":
+        """Send the rows; the answer's `result()` waits for what comes back. The backward, too, is sent and awaited apart."""
+        exchange = Exchange(self, layer, f"{self.caller}:{next(self._ops)}", self._route(layer, ids_TK))
+        keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
+        if keep:
+            exchange.sent = _Send.apply(x_TD, weights_TK, exchange)
+        exchange.send_forward(x_TD.detach(), weights_TK.detach(), keep)
+        return exchange
 
     def _route(self, layer: int, ids_TK: Tensor) -> list[Route]:
         """Pick a replica per (token, expert) and group the slots by shard."""
-        ids_TK = ids_TK.cpu()
-        at, k = self._row_of[layer], ids_TK.shape[1]
-        turn_T1 = torch.arange(ids_TK.shape[0]).unsqueeze(1)
-        shard_X = self._shard_LEN[at][ids_TK, turn_T1 % self._num_LE[at][ids_TK]].flatten()
+        ids_TK, shards = ids_TK.cpu(), self.table.shards
+        if len(shards) == 1:
+            return [Route(shards[0], None, ids_TK)] if len(ids_TK) else []
+        host_TK = ids_TK.numpy()  # many small steps: numpy takes half of torch's time
+        shard_TK = self._shards(self._row_of[layer], host_TK)
         routes = []
-        for position, name in enumerate(self.table.shards):
-            slot_A = (shard_X == position).nonzero().squeeze(1)
-            if len(slot_A):
-                token_R, row_A = torch.unique_consecutive(slot_A // k, return_inverse=True)
-                routes.append(Route(name, token_R, row_A, slot_A))
+        for position, name in enumerate(shards):
+            here_TK = shard_TK == position
+            token_R = here_TK.any(1).nonzero()[0]
+            own_TK = np.where(here_TK, host_TK, ELSEWHERE)
+            if len(token_R) == len(host_TK) > 0:
+                routes.append(Route(name, None, torch.from_numpy(own_TK)))
+            elif len(token_R):
+                routes.append(Route(name, torch.from_numpy(token_R), torch.from_numpy(own_TK[token_R])))
         return routes
 
-    def _forward(
-        self, layer: int, x_TD: Tensor, routes: list[Route], ids_TK: Tensor, weights_TK: Tensor, op_id: str, keep: bool
-    ) -> Tensor:
-        rows = [_rows(route, x_TD, ids_TK, weights_TK) for route in routes]
-        calls = [Forward(op_id, layer, self.table.epoch, self.version, self._deadline(), r, keep) for r in rows]
-        partials = self._exchange("infer", [(route.shard, call) for route, call in zip(routes, calls, strict=True)])
-        return combine(x_TD, routes, partials)
+    def _shards(self, at: int, ids_TK: np.ndarray) -> np.ndarray:
+        """The shard of each slot: the token's turn among the expert's replicas."""
+        shard_EN = self.table.shard_LEN[at]
+        if not self._replicated:
+            return shard_EN[:, 0].take(ids_TK)
+        turn_T1 = np.arange(len(ids_TK))[:, None]
+        return shard_EN[ids_TK, turn_T1 % self.table.num_replicas_LE[at][ids_TK]]
 
-    def _exchange(self, verb: str, calls: list[tuple[str, Any]]) -> list[Any]:
-        """Send all, then wait for all: the shards work side by side."""
-        replies = [(shard, call, self.transport.send(shard, verb, call)) for shard, call in calls]
-        return [settle(self.transport, shard, verb, call, reply, call.deadline_s) for shard, call, reply in replies]
-
-    def _backward(
-        self, layer: int, op_id: str, dy_TD: Tensor, routes: list[Route], rows_of: Callable[[Route], Rows]
-    ) -> list[tuple[Tensor, Tensor]]:
-        calls = [
-            Backward(
-                op_id, layer, self.table.epoch, self.version, self._deadline(), dy_TD[route.token_R.to(dy_TD.device)]
-            )
-            for route in routes
-        ]
-        self.issued.update(route.shard for route in routes)
-        replies = [
-            self.transport.send(route.shard, "backward", call) for route, call in zip(routes, calls, strict=True)
-        ]
-        return [self._gradient(*each, rows_of) for each in zip(routes, calls, replies, strict=True)]
-
-    def _gradient(self, route: Route, call: Backward, reply: Reply, rows_of: Callable[[Route], Rows]) -> Any:
-        try:
-            return settle(self.transport, route.shard, "backward", call, reply, call.deadline_s)
-        except InputGone:
-            call = replace(call, rows=rows_of(route), deadline_s=self._deadline())
-            reply = self.transport.send(route.shard, "backward", call)
-            return settle(self.transport, route.shard, "backward", call, reply, call.deadline_s)
-
-    def _next_op(self) -> str:
-        return f"{self.caller}:{next(self._ops)}"
-
-    def _deadline(self) -> float:
+    def deadline(self) -> float:
         return time.time() + self.timeout_s
 
 
-def _rows(route: Route, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Rows:
-    device = x_TD.device
-    slot_A = route.slot_A.to(device)
-    return Rows(
-        x_RD=x_TD.detach()[route.token_R.to(device)],
-        row_A=route.row_A,
-        expert_A=ids_TK.flatten()[slot_A],
-        weight_A=weights_TK.detach().flatten()[slot_A].float(),
-    )
+class Exchange:
+    """One layer's rows on their way: forward, and in training backward too. Made by `Dispatcher.begin`.
+
+    For autograd it is two functions with one edge between them: `_Send` before whatever overlaps, `_Receive` after it.
+    Backward runs the other way round, so that there, too, the rows are away while the rest of the layer is computed.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, layer: int, op_id: str, routes: list[Route]):
+        self.dispatcher, self.routes = dispatcher, routes
+        self._names = (op_id, layer, dispatcher.table.epoch, dispatcher.version)
+        self._calls: list[Any] = []
+        self._replies: list[Reply] = []
+        self._like_TD: Tensor | None = None
+        self.sent: Tensor | None = None
+
+    def result(self) -> Tensor:
+        """Wait; -> y_TD in x's dtype. Raises what the transport raises."""
+        return self.receive_forward() if self.sent is None else _Receive.apply(self.sent, self)
+
+    def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
+        deadline_s, self._like_TD = self.dispatcher.deadline(), x_TD
+        self._send("infer", [Forward(*self._names, deadline_s, _rows(r, x_TD, weights_TK), keep) for r in self.routes])
+
+    def receive_forward(self) -> Tensor:
+        assert self._like_TD is not None
+        like_TD, self._like_TD = self._like_TD, None
+        partials = [self._settled("infer", i) for i in range(len(self.routes))]
+        self._calls, self._replies = [], []  # in training this object lives until the backward; its rows need not
+        return combine(like_TD, self.routes, partials)
+
+    def send_backward(self, dy_TD: Tensor) -> None:
+        deadline_s = self.dispatcher.deadline()
+        self.dispatcher.issued.update(route.shard for route in self.routes)
+        self._send("backward", [Backward(*self._names, deadline_s, route.rows(dy_TD)) for route in self.routes])
+
+    def receive_backward(self, x_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """-> dx_TD, dweights_TK."""
+        pairs = [self._gradient(i, x_TD, weights_TK) for i in range(len(self.routes))]
+        self._calls, self._replies = [], []
+        dx_TD = combine(x_TD, self.routes, [dx_RD for dx_RD, _ in pairs])
+        return dx_TD, combine(weights_TK, self.routes, [dweights_RK for _, dweights_RK in pairs])
+
+    def _send(self, verb: str, calls: list[Any]) -> None:
+        """All before waiting for any: the shards work side by side."""
+        transport, self._calls = self.dispatcher.transport, calls
+        self._replies = [transport.send(r.shard, verb, call) for r, call in zip(self.routes, calls, strict=True)]
+
+    def _settled(self, verb: str, i: int) -> Any:
+        call, reply = self._calls[i], self._replies[i]
+        return settle(self.dispatcher.transport, self.routes[i].shard, verb, call, reply, call.deadline_s)
+
+    def _gradient(self, i: int, x_TD: Tensor, weights_TK: Tensor) -> Any:
+        try:
+            return self._settled("backward", i)
+        except InputGone:
+            rows, deadline_s = _rows(self.routes[i], x_TD, weights_TK), self.dispatcher.deadline()
+            self._calls[i] = replace(self._calls[i], rows=rows, deadline_s=deadline_s)
+            self._replies[i] = self.dispatcher.transport.send(self.routes[i].shard, "backward", self._calls[i])
+            return self._settled("backward", i)
+
+
+def _rows(route: Route, x_TD: Tensor, weights_TK: Tensor) -> Rows:
+    return Rows(route.rows(x_TD), route.ids_RK, route.rows(weights_TK))
 
 
 def combine(like_TD: Tensor, routes: list[Route], partials: list[Tensor]) -> Tensor:
     """Sum the shards' rows back into tokens, in fp32 and in the table's order of shards, rounded once."""
+    if len(routes) == 1 and routes[0].token_R is None:
+        return partials[0].to(like_TD)
     out_TD = torch.zeros(like_TD.shape, dtype=torch.float32, device=like_TD.device)
     for route, part_RD in zip(routes, partials, strict=True):
-        out_TD.index_add_(0, route.token_R.to(out_TD.device), part_RD.to(out_TD))
+        route.add(out_TD, part_RD)
     return out_TD.to(like_TD.dtype)
 
 
-class _RemoteExperts(torch.autograd.Function):
-    """y = dispatch(x, weights); backward returns dx and dweights, and leaves the experts' gradients on their shards."""
+class _Send(torch.autograd.Function):
+    """x, weights -> an empty token that stands for the rows that were sent; its backward waits for their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, layer: int, dispatcher: Dispatcher
-    ) -> Tensor:
-        ctx.layer, ctx.dispatcher = layer, dispatcher
-        ctx.op_id, ctx.routes = dispatcher._next_op(), dispatcher._route(layer, ids_TK)
-        ctx.save_for_backward(x_TD, weights_TK, ids_TK)
-        return dispatcher._forward(layer, x_TD, ctx.routes, ids_TK, weights_TK, ctx.op_id, keep=True)
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        ctx.save_for_backward(x_TD, weights_TK)
+        return x_TD.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, ids_TK = ctx.saved_tensors
-        gradients = ctx.dispatcher._backward(
-            ctx.layer, ctx.op_id, grads[0], ctx.routes, lambda route: _rows(route, x_TD, ids_TK, weights_TK)
-        )
-        dx_TD = combine(x_TD, ctx.routes, [dx_RD for dx_RD, _ in gradients])
-        dweights_X = torch.zeros(weights_TK.numel(), dtype=torch.float32, device=weights_TK.device)
-        for route, (_, dweight_A) in zip(ctx.routes, gradients, strict=True):
-            dweights_X[route.slot_A.to(dweights_X.device)] = dweight_A.to(dweights_X)
-        return dx_TD, dweights_X.view_as(weights_TK).to(weights_TK.dtype), None, None, None
+        x_TD, weights_TK = ctx.saved_tensors
+        return (*ctx.exchange.receive_backward(x_TD.detach(), weights_TK.detach()), None)
+
+
+class _Receive(torch.autograd.Function):
+    """That token -> y; its backward sends dy. Experts' gradients stay on their shards."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.receive_forward()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.send_backward(grads[0])
+        return grads[0].new_zeros(()), None
 
 
 class Done:

@@ -1,6 +1,6 @@
 """What callers and shards say to one another: one frozen message per verb. Tensors for data, numbers for control.
 
-Legend: R rows, D model, A assignments (row, expert).
+Legend: R rows, D model, K slots of a row (top-k).
 Every mutation is named (op_id, or the step) and applied once, however often it is delivered.
 """
 
@@ -13,14 +13,17 @@ from torch import Tensor
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
+ELSEWHERE = -1  # an expert id: this slot is another shard's
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one layer that one shard computes. Expert numbers are the checkpoint's, not positions on the shard."""
+    """The rows of one layer that one shard computes, each with its K slots. Experts are numbered as in the checkpoint, not
+    by position on the shard; ids_RK is ELSEWHERE in slots that are not for this shard."""
 
     x_RD: Tensor
-    row_A: Tensor  # int64, into x_RD
-    expert_A: Tensor  # int64
-    weight_A: Tensor  # float32
+    ids_RK: Tensor  # int64
+    weights_RK: Tensor  # float32
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,18 @@ class Forward:
 
 def merged(calls: Sequence[Forward]) -> Forward:
     """Forwards of one layer and version as one: their rows one after the other, the latest deadline."""
-    counts = [len(call.rows.x_RD) for call in calls]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
+    parts = [call.rows for call in calls]
     rows = Rows(
-        x_RD=torch.cat([call.rows.x_RD for call in calls]),
-        row_A=torch.cat([call.rows.row_A + start for call, start in zip(calls, starts, strict=True)]),
-        expert_A=torch.cat([call.rows.expert_A for call in calls]),
-        weight_A=torch.cat([call.rows.weight_A for call in calls]),
+        x_RD=torch.cat([part.x_RD for part in parts]),
+        ids_RK=torch.cat([part.ids_RK for part in parts]),
+        weights_RK=torch.cat([part.weights_RK for part in parts]),
     )
     return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
 
 
 @dataclass(frozen=True)
 class Backward:
-    """Verb `backward` -> (dx_RD, dweight_A). `rows` are sent only after the shard has said InputGone."""
+    """Verb `backward` -> (dx_RD, dweights_RK). `rows` are sent only after the shard has said InputGone."""
 
     op_id: str
     layer: int

@@ -5,13 +5,15 @@ Decisions: the trainer's copy of the backbone is fp32 whatever the model's type:
 that gradients of micro-batches and workers add up in fp32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trinity.config import Config
-from trinity.model.afmoe import Afmoe
+from trinity.data import Batch
+from trinity.model.afmoe import Afmoe, Inputs, Output
 from trinity.model.attention import PackedAttention, packed_positions
 from trinity.model.balance import expert_counts
 from trinity.model.losses import loss_from_hidden, sequence_balance_loss
@@ -30,6 +32,17 @@ class Losses(NamedTuple):
         return self.ce + self.z + self.balance
 
 
+class _Passes(nn.Module):
+    """`Afmoe.forward_all` as a module's forward, which is what functional_call takes."""
+
+    def __init__(self, model: Afmoe):
+        super().__init__()
+        self.model = model
+
+    def forward(self, passes: Sequence[Inputs]) -> list[Output]:
+        return self.model.forward_all(passes)
+
+
 class Objective(nn.Module):
     """The loss as a module, so that DDP sees its forward pass."""
 
@@ -37,16 +50,26 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, ids_BS: Tensor, targets_BS: Tensor, docs_BS: Tensor | None) -> Losses:
-        batch, seq = ids_BS.shape
-        attend = PackedAttention(self.config.model, docs_BS, batch, seq)
+    def forward(self, batches: Sequence[Batch]) -> list[Losses]:
+        """Of each micro-batch; they are computed side by side."""
         dtype = getattr(torch, self.config.model.dtype)
-        weights = {name: parameter.to(dtype) for name, parameter in self.model.named_parameters()}
-        inputs = (ids_BS.flatten(), packed_positions(batch, seq, ids_BS.device), attend)
-        out = torch.func.functional_call(self.model, weights, inputs)
+        weights = {f"model.{name}": parameter.to(dtype) for name, parameter in self.model.named_parameters()}
+        passes = [self._inputs(batch) for batch in batches]
+        outputs = torch.func.functional_call(_Passes(self.model), weights, (passes,))
+        head = weights["model.lm_head.weight"]
+        return [self._losses(head, batch.targets_BS, out) for batch, out in zip(batches, outputs, strict=True)]
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        num, seq = batch.ids_BS.shape
+        docs_BS = batch.docs_BS if self.config.data.intra_document_mask else None
+        attend = PackedAttention(self.config.model, docs_BS, num, seq)
+        return batch.ids_BS.flatten(), packed_positions(num, seq, batch.ids_BS.device), attend
+
+    def _losses(self, head_VD: Tensor, targets_BS: Tensor, out: Output) -> Losses:
+        batch, seq = targets_BS.shape
         share = 1.0 / self.config.train.global_batch_size
         z_coef = self.config.optim.z_loss
-        ce, z = loss_from_hidden(weights["lm_head.weight"], out.hidden_TD, targets_BS.flatten(), z_coef)
+        ce, z = loss_from_hidden(head_VD, out.hidden_TD, targets_BS.flatten(), z_coef)
         balance = sequence_balance_loss(out.routing, self.config.model, batch, seq, self.config.optim.balance_loss)
         counts = [expert_counts(r.ids_TK, self.config.model.num_experts) for r in out.routing]
         counts_LE = torch.stack(counts) if counts else torch.zeros(0, self.config.model.num_experts, dtype=torch.int64)

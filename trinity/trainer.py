@@ -147,10 +147,12 @@ class Trainer:
 
     def step(self) -> StepMetrics:
         """One optimizer step: forward and backward of all micro-batches, prepare, then commit or abort, everywhere."""
-        started = time.perf_counter()
-        self.dispatcher.begin(self.version)
+        started, num, side = time.perf_counter(), self.config.train.num_micro, self.config.train.num_in_flight
+        self.dispatcher.use(self.version)
         self.objective.zero_grad(set_to_none=True)
-        totals = self._sum([self._micro(m) for m in range(self.config.train.num_micro)])
+        totals = self._sum(
+            [losses for first in range(0, num, side) for losses in self._micros(first, min(num, first + side))]
+        )
         norm = self._prepare(totals.issued)
         self.position += 1
         muon_lr, adamw_lr = self._learning_rates()
@@ -160,20 +162,21 @@ class Trainer:
             self._abort(norm)
         return self._report(totals, norm, muon_lr, adamw_lr, time.perf_counter() - started)
 
-    def _micro(self, micro: int) -> Losses:
-        settings = self.config.train
-        batch = self.data.train.batch(
-            self.position, settings.global_batch_size, self.comm.rank, self.comm.world, micro, settings.micro_batch_size
-        )
-        last = micro == settings.num_micro - 1
-        with nullcontext() if last else self._no_sync():
-            losses = self.objective(*self._inputs(batch))
-            losses.total.backward()
-        return Losses(*(value.detach() for value in losses))
+    def _micros(self, first: int, end: int) -> list[Losses]:
+        """Forward and backward of the micro-batches `first` to `end`, side by side."""
+        batches = [self._batch(micro) for micro in range(first, end)]
+        with nullcontext() if end == self.config.train.num_micro else self._no_sync():
+            found = self.objective(batches)
+            torch.stack([losses.total for losses in found]).sum().backward()
+        return [Losses(*(value.detach() for value in losses)) for losses in found]
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        docs = batch.docs_BS.to(self.device) if self.config.data.intra_document_mask else None
-        return batch.ids_BS.to(self.device), batch.targets_BS.to(self.device), docs
+    def _batch(self, micro: int) -> Batch:
+        settings, comm = self.config.train, self.comm
+        place = (comm.rank, comm.world, micro, settings.micro_batch_size)
+        return self._on_device(self.data.train.batch(self.position, settings.global_batch_size, *place))
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return Batch(*(tensor.to(self.device) for tensor in batch))
 
     def _no_sync(self) -> AbstractContextManager:
         return self.objective.no_sync() if isinstance(self.objective, DistributedDataParallel) else nullcontext()
@@ -271,12 +274,12 @@ class Trainer:
         """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
         settings, objective = self.config.train, Objective(self.model, self.config)
         num = min(settings.eval_sequences, self.data.val.num_sequences)
-        self.dispatcher.begin(self.version)
+        self.dispatcher.use(self.version)
         ce = torch.zeros(1, dtype=torch.float64)
         mine = np.arange(self.comm.rank, num, self.comm.world)
         for start in range(0, len(mine), settings.micro_batch_size):
             batch = self.data.val.take(mine[start : start + settings.micro_batch_size])
-            ce += objective(*self._inputs(batch)).ce.double().cpu()
+            ce += objective([self._on_device(batch)])[0].ce.double().cpu()
         loss = float(self.comm.sum(ce)) * settings.global_batch_size / num if num else math.nan
         if self.log is not None:
             self.log.validation(self.position, loss)

@@ -64,6 +64,9 @@ class FakeAfmoe(nn.Module):
         self.value = nn.Parameter(torch.randn(VOCAB, groups, dim, generator=made))
         self.head = nn.Parameter(2 * torch.randn(VOCAB, config.num_hidden_layers * heads * dim, generator=made))
 
+    def forward_all(self, passes):
+        return [self(*inputs) for inputs in passes]
+
     def forward(self, ids_T, positions_T, attend) -> Output:
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]
         q, k, v = self.query[ids_T], self.key[ids_T] * turn_T11, self.value[ids_T] * turn_T11

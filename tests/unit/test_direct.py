@@ -31,10 +31,8 @@ SECRET = b"s" * 32
 
 def rows_of(num=5, seed=0, dtype=torch.float32):
     rng = torch.Generator().manual_seed(seed)
-    pairs = torch.tensor([(r, e) for r in range(num) for e in range(3)], dtype=torch.int64).reshape(-1, 2).mT
-    return Rows(
-        torch.randn(num, 16, generator=rng).to(dtype), pairs[0], pairs[1], torch.rand(pairs.shape[1], generator=rng)
-    )
+    ids_RK = torch.arange(3).expand(num, 3).contiguous()
+    return Rows(torch.randn(num, 16, generator=rng).to(dtype), ids_RK, torch.rand(num, 3, generator=rng))
 
 
 def forward(op="a:1", deadline_s=4e9, **options):
@@ -140,8 +138,8 @@ def test_large_rows_both_ways_do_not_block_each_other(served):
         (Backward("x:1", LAYER, 1, 0, 4e9, torch.zeros(1, 16)), InputGone, "send the rows again"),
         (replace(forward(), rows=replace(rows_of(), x_RD=torch.zeros(5, 8))), BadFrame, "rows have 8 columns"),
         (replace(forward(), rows=rows_of(dtype=torch.bfloat16)), BadFrame, "rows are torch.bfloat16"),
-        (replace(forward(), rows=replace(rows_of(), row_A=torch.full((15,), 7))), BadFrame, "row 7 is outside"),
-        (replace(forward(), rows=replace(rows_of(), expert_A=torch.full((15,), -1))), BadFrame, "expert -1 is outside"),
+        (replace(forward(), rows=replace(rows_of(), ids_RK=torch.full((5, 3), 8))), BadFrame, "expert 8 is outside"),
+        (replace(forward(), rows=replace(rows_of(), ids_RK=torch.full((5, 3), -2))), BadFrame, "expert -2 is outside"),
     ],
 )
 def test_refusals_are_typed_and_the_next_call_is_fine(served, call, error, message):
@@ -245,15 +243,14 @@ def test_frames_round_trip(num_rows, seed, keep, dtype):
         Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD, call.rows),
     ):
         header, tensors = request(4, sent)
-        head = Header.unpack(header.pack())
-        assert head == header
+        head = Header.unpack(header)
         head.check(limits)
         assert head.payload_bytes == sum(t.nbytes for t in tensors)
         got = call_of(head, tensors, limits)
         assert flat(got) == flat(sent)
-    for value in (call.rows.x_RD, (call.rows.x_RD, call.rows.weight_A), InputGone("gone")):
+    for value in (call.rows.x_RD, (call.rows.x_RD, call.rows.weights_RK), InputGone("gone")):
         header, tensors = answer(9, value)
-        got = value_of(Header.unpack(header.pack()), tensors)
+        got = value_of(Header.unpack(header), tensors)
         assert flat(got) == flat(value)
 
 
@@ -271,12 +268,12 @@ def test_merged_rows_are_those_of_each():
     calls = [replace(forward(), rows=rows_of(n, seed=n)) for n in (2, 4, 1)]
     both = merged(calls).rows
     assert both.x_RD.shape == (7, 16)
-    assert both.row_A[6:].min() == 2
-    assert torch.equal(both.weight_A, torch.cat([c.rows.weight_A for c in calls]))
+    assert torch.equal(both.ids_RK, torch.cat([c.rows.ids_RK for c in calls]))
+    assert torch.equal(both.weights_RK, torch.cat([c.rows.weights_RK for c in calls]))
 
 
 def test_giant_frames_are_refused_before_they_are_allocated():
-    head = bytearray(Header(1, 1).pack())
+    head = bytearray(request(1, forward())[0])
     struct.pack_into("<III", head, HEADER.size - 12, 2**31, 2**31, 0)
     with pytest.raises(BadFrame, match="over the limit"):
         Header.unpack(head)

@@ -107,7 +107,7 @@ def train_once(pool, transport=None):
     if transport is not None:
         pool.transport = transport
     dispatcher = pool.dispatcher()
-    dispatcher.begin(0)
+    dispatcher.use(0)
     for seed in range(3):
         x, ids, weights = batch(seed=seed)
         for layer in MODEL.moe_layers:

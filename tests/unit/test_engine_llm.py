@@ -5,6 +5,7 @@ import torch
 
 from trinity.checkpoint import CheckpointWriter, write_tensors
 from trinity.config import EngineConfig, preset
+from trinity.dispatch import Done
 from trinity.engine.llm import LLM
 from trinity.engine.request import SamplingParams
 from trinity.errors import CheckpointError, ConfigError, InvalidRequest, PromptTooLong, Unavailable
@@ -97,13 +98,12 @@ def test_one_bad_prompt_runs_nothing(llm):
 def test_a_failing_expert_raises_and_leaves_nothing_behind(folder):
     calls = []
 
-    def experts(layer, x_TD, ids_TK, weights_TK):
-        calls.append(layer)
-        if len(calls) == 3:
-            raise Unavailable("shard-0 is away")
-        return torch.zeros_like(x_TD)
+    class Experts:
+        def begin(self, layer, x_TD, ids_TK, weights_TK):
+            calls.append(layer)
+            return Done(torch.zeros_like(x_TD), Unavailable("shard-0 is away") if len(calls) == 3 else None)
 
-    llm = LLM(folder, engine=SETTINGS, experts=experts, device="cpu")
+    llm = LLM(folder, engine=SETTINGS, experts=Experts(), device="cpu")
     with pytest.raises(Unavailable, match="shard-0 is away"):
         llm.generate(["a"] * 9, PARAMS)
     assert not llm.engine.has_work

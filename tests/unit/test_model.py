@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trinity.config import ModelConfig, preset
+from trinity.dispatch import Done
 from trinity.init import init_expert, init_std, named_generator, truncated_normal
 from trinity.model.afmoe import Afmoe
 from trinity.model.attention import PackedAttention, packed_positions
@@ -27,8 +28,8 @@ class ScaledInput(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, layer, x_TD, ids_TK, weights_TK):
-        return (x_TD * self.scale * weights_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
+    def begin(self, layer, x_TD, ids_TK, weights_TK):
+        return Done((x_TD * self.scale * weights_TK.sum(-1, keepdim=True)).to(x_TD.dtype))
 
 
 def tiny_model(dtype: torch.dtype | None = None) -> Afmoe:

@@ -10,7 +10,7 @@ from trinity.checkpoint import list_checkpoints, open_checkpoint
 from trinity.comm import Alone
 from trinity.config import Config
 from trinity.data import prepare
-from trinity.dispatch import LocalTransport
+from trinity.dispatch import Done, LocalTransport
 from trinity.errors import ConfigError, TrinityError
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
@@ -74,7 +74,7 @@ class Dense(torch.nn.Module):
             {name.replace(".", "/"): tensor.clone() for name, tensor in source.items() if ".mlp.experts." in name}
         )
 
-    def __call__(self, layer, x_TD, ids_TK, weights_TK):
+    def begin(self, layer, x_TD, ids_TK, weights_TK):
         y_TD = torch.zeros_like(x_TD)
         for e in range(SMALL["num_experts"]):
             gate, up, down = (
@@ -82,7 +82,7 @@ class Dense(torch.nn.Module):
             )
             weight_T = (weights_TK * (ids_TK == e)).sum(-1)
             y_TD = y_TD + weight_T[:, None] * ((torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T)
-        return y_TD
+        return Done(y_TD)
 
 
 def train_plainly(config, start, data):

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-def _absent(layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    raise AssertionError("only the names and shapes of this model are used")
+class _Absent:
+    def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> NoReturn:
+        raise AssertionError("only the names and shapes of this model are used")
 
 
 def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -42,7 +43,7 @@ def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Te
     from trinity.checkpoint import PROJECTIONS, all_experts, expert_key
     from trinity.model.afmoe import Afmoe
 
-    backbone = Afmoe(source.config, _absent, device="meta")
+    backbone = Afmoe(source.config, _Absent(), device="meta")
     for name, like in backbone.state_dict().items():
         tensor = source.tensor(name, like.shape)
         yield name, tensor.float() if name.endswith("expert_bias") else tensor.to(dtype)

@@ -22,13 +22,13 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _system() -> dict[str, str]:
-    memory = {k: v for k, v in _meminfo().items() if k in ("MemTotal", "MemAvailable")}
+    memory = {k: v for k, v in meminfo().items() if k in ("MemTotal", "MemAvailable")}
     shared = Path("/dev", "shm")  # Ray's object store lives there
     shm = shutil.disk_usage(shared) if shared.is_dir() else None
     disk = shutil.disk_usage(".")
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "cpus": str(_num_cpus()),
+        "cpus": str(num_cpus()),
         "memory": f"{memory.get('MemAvailable', 0) / 2**30:.1f} of {memory.get('MemTotal', 0) / 2**30:.1f} GiB available",
         "/dev/shm": f"{shm.free / 2**30:.1f} of {shm.total / 2**30:.1f} GiB free"
         if shm
@@ -37,13 +37,13 @@ def _system() -> dict[str, str]:
     }
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _meminfo() -> dict[str, int]:
+def meminfo() -> dict[str, int]:
     """Bytes by name; empty where there is no /proc."""
     path = Path("/proc/meminfo")
     lines = path.read_text().splitlines() if path.is_file() else []

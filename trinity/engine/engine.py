@@ -64,7 +64,7 @@ class Engine:
         self._version = version  # a callable
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._scheduler = Scheduler(self._cache, settings.max_num_seqs, settings.max_num_batched_tokens)
-        self._runner = Runner(model, config, self._cache)
+        self._runner = Runner(model, config, settings, self._cache)
         self._sequences: dict[str, Sequence] = {}
         self._num_prompt_tokens = self._num_generated_tokens = 0
 

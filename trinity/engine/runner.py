@@ -3,38 +3,45 @@
 Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.config import ModelConfig
+from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
-from trinity.model.afmoe import Afmoe
+from trinity.model.afmoe import Afmoe, Inputs
 
 
 class Runner:
     """Owns the key and value tensors, of the model's device and dtype; nothing else outlives a pass."""
 
-    def __init__(self, model: Afmoe, config: ModelConfig, cache: KVCache):
+    def __init__(self, model: Afmoe, config: ModelConfig, settings: EngineConfig, cache: KVCache):
         parameter = next(model.parameters())
-        self._model, self._config, self._cache = model, config, cache
+        self._model, self._config, self._settings, self._cache = model, config, settings, cache
         self._device = parameter.device
         self._pools = KVPools(config, cache.layout, parameter.device, parameter.dtype)
 
     @torch.inference_mode()
     def forward(self, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
         """-> the sequences whose last token this pass computed, and their logits_BV. Calling twice is harmless."""
-        chunks = in_order(batch)
-        flat = flatten(chunks)
-        ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
-        attend = PagedAttention(self._pools, self._cache, flat, self._config.sliding_window)
-        hidden_TD = self._model(self._to(ids_T), self._to(flat.position_T), attend).hidden_TD
+        parts = in_parts(in_order(batch), self._settings.num_in_flight, self._settings.min_part_tokens)
+        chunks = [chunk for part in parts for chunk in part]
+        outputs = self._model.forward_all([self._inputs(part) for part in parts])
+        hidden_TD = torch.cat([output.hidden_TD for output in outputs])
         last = np.cumsum([c.count for c in chunks]) - 1
         samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
         logits_BV = self._model.logits(hidden_TD[self._to(last[samples])])
         return [chunks[i].sequence for i in samples], logits_BV
+
+    def _inputs(self, chunks: list[Chunk]) -> Inputs:
+        flat = flatten(chunks)
+        ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
+        attend = PagedAttention(self._pools, self._cache, flat, self._config.sliding_window)
+        return self._to(ids_T), self._to(flat.position_T), attend
 
     def _to(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -43,6 +50,15 @@ class Runner:
 def in_order(batch: list[Chunk]) -> list[Chunk]:
     """Single tokens first, longest context first, so that decodes of similar length are neighbours."""
     return sorted(batch, key=lambda chunk: (chunk.count > 1, -chunk.end))
+
+
+def in_parts(chunks: list[Chunk], most: int, min_tokens: int) -> list[list[Chunk]]:
+    """Cut the batch into up to `most` runs of about equal numbers of tokens, none (if there is a choice) below `min_tokens`."""
+    ends = np.cumsum([chunk.count for chunk in chunks])
+    num = max(1, min(most, int(ends[-1]) // min_tokens))
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, num) / num) + 1
+    bounds = sorted({0, len(chunks), *map(int, cuts)})
+    return [chunks[first:end] for first, end in itertools.pairwise(bounds)]
 
 
 def flatten(chunks: list[Chunk]) -> Flat:

@@ -1,6 +1,6 @@
 """ExpertShard: the weights, gradients and optimizer state of some experts of every layer, and what is done to them.
 
-Legend: R rows, D model, F expert hidden, E local experts of a layer, A assignments (row, expert).
+Legend: R rows, D model, F expert hidden, K slots of a row, E local experts of a layer, A assignments (row, expert).
 Decisions: a plain class, one thread, no Ray; it owns its tensors and nobody else writes them. A mutation is applied once
 per name: a backward per op_id, a commit per step. Activations kept for backward are a bounded cache, never the truth.
 """
@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from trinity.experts.backend import Assignments, LayerWeights
 from trinity.experts.backends import resolve
 from trinity.init import init_expert
 from trinity.messages import (
+    ELSEWHERE,
     Abort,
     Backward,
     Commit,
@@ -36,6 +38,7 @@ from trinity.messages import (
 )
 from trinity.optim import Matrix, Optimizer, sq_norm
 
+STRANGER = -2  # below ELSEWHERE: an expert that this shard does not hold
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,11 +55,19 @@ class ShardSpec:
     activation_cache_bytes: int = 1 << 30
 
 
+class _Slots(NamedTuple):
+    """What a shard computes of the rows it was sent, host side."""
+
+    slot_A: Tensor  # position in the flattened [R * K]
+    row_A: Tensor
+    expert_A: Tensor  # position in the stacks
+
+
 @dataclass
 class _Op:
     """What is remembered of a forward: its graph until the backward, its result afterwards."""
 
-    leaves: tuple[Tensor, Tensor]  # x_RD, weight_A
+    leaves: tuple[Tensor, Tensor]  # x_RD, weights_RK
     y_RD: Tensor
     result: tuple[Tensor, Tensor] | None
     num_bytes: int
@@ -83,15 +94,16 @@ class ExpertShard:
     def infer(self, call: Forward) -> Tensor:
         """-> y_RD, one row per row received. Pure, unless `keep`."""
         self._check(call.layer, call.version, call.deadline_s)
-        assigned = self._assign(call.layer, call.rows, call.epoch)
-        self._rows[call.layer] += torch.bincount(assigned.expert_A.cpu(), minlength=len(self._rows[call.layer]))
+        slots = self._slots(call.layer, call.rows.ids_RK, call.epoch)
+        self._rows[call.layer] += torch.bincount(slots.expert_A, minlength=len(self._rows[call.layer]))
         if call.keep:
-            return self._remember(call.op_id, call.layer, call.rows, assigned).y_RD.detach()
+            return self._remember(call.op_id, call.layer, call.rows, slots).y_RD.detach()
         with torch.inference_mode():
-            return self.backend(call.rows.x_RD.to(self.spec.device), assigned, self.weights[call.layer])
+            x_RD, assigned = call.rows.x_RD.to(self.spec.device), self._assign(slots, call.rows.weights_RK)
+            return self.backend(x_RD, assigned, self.weights[call.layer])
 
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
-        """-> dx_RD, dweight_A. Adds to the experts' gradients the first time an op_id is seen, and only then."""
+        """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
         self._check(call.layer, call.version, call.deadline_s)
         op = self._ops.get(call.op_id) or self._recompute(call)
         if op.result is not None:
@@ -146,6 +158,7 @@ class ExpertShard:
                     stack.detach()[position].copy_(matrix)
         if self.spec.optim is not None:
             self._make_optimizer(source if message.training else None)
+        self._warm_up()
         # A run that starts from somebody's weights counts its own steps from 0.
         self.version = source.version if source and (message.training or self.optimizer is None) else 0
         return self.version
@@ -187,6 +200,14 @@ class ExpertShard:
     def _initial(self, layer: int, expert: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         return init_expert(self.spec.model, layer, expert, seed, torch.float32)
 
+    def _warm_up(self) -> None:
+        """Kernels are compiled at their first use: here, while nobody waits for a row."""
+        for weights in list(self.weights.values())[:1]:
+            row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
+            x_RD = torch.zeros(1, self.spec.model.hidden_size, dtype=weights.gate_EFD.dtype, device=self.spec.device)
+            with torch.inference_mode():
+                self.backend(x_RD, Assignments(row_A, row_A, torch.ones_like(row_A, dtype=torch.float32)), weights)
+
     def _check(self, layer: int, version: int, deadline_s: float) -> None:
         if time.time() > deadline_s:
             raise DeadlineExceeded(
@@ -199,26 +220,33 @@ class ExpertShard:
         if layer not in self.weights:
             raise WrongEpoch(f"shard {self.spec.name} holds nothing of layer {layer}")
 
-    def _assign(self, layer: int, rows: Rows, epoch: int) -> Assignments:
-        """Checkpoint expert numbers -> positions in the stacks."""
-        local_A = self._local[layer][rows.expert_A.cpu()]
-        if len(local_A) and int(local_A.min()) < 0:
-            stranger = int(rows.expert_A.cpu()[local_A < 0][0])
+    def _slots(self, layer: int, ids_RK: Tensor, epoch: int) -> "_Slots":
+        """The slots that are for this shard, with checkpoint expert numbers as positions in the stacks."""
+        local_X = self._local[layer][ids_RK.cpu().flatten()]  # ELSEWHERE finds the last
+        slot_A = (local_X != ELSEWHERE).nonzero().squeeze(1)
+        expert_A = local_X[slot_A]
+        if len(expert_A) and int(expert_A.min()) == STRANGER:
+            stranger = int(ids_RK.flatten()[slot_A[expert_A == STRANGER][0]])
             raise WrongEpoch(
                 f"shard {self.spec.name} does not hold expert ({layer}, {stranger}) of placement epoch {epoch}"
             )
-        device = self.spec.device
-        return Assignments(rows.row_A.to(device), local_A.to(device), rows.weight_A.to(device))
+        return _Slots(slot_A, slot_A // ids_RK.shape[1], expert_A)
 
-    def _remember(self, op_id: str, layer: int, rows: Rows, assigned: Assignments) -> _Op:
+    def _assign(self, slots: "_Slots", weights_RK: Tensor) -> Assignments:
+        """On the shard's device; differentiable in the weights."""
+        slot_A, row_A, expert_A = (index.to(self.spec.device) for index in slots)
+        return Assignments(row_A, expert_A, weights_RK.to(self.spec.device).flatten().index_select(0, slot_A))
+
+    def _remember(self, op_id: str, layer: int, rows: Rows, slots: "_Slots") -> _Op:
         if op_id in self._ops:
             return self._ops[op_id]
         x_RD = rows.x_RD.to(self.spec.device).detach().requires_grad_()
-        weight_A = assigned.weight_A.detach().requires_grad_()
+        weights_RK = rows.weights_RK.detach().requires_grad_()
         with torch.enable_grad():
-            y_RD = self.backend(x_RD, assigned._replace(weight_A=weight_A), self.weights[layer])
+            y_RD = self.backend(x_RD, self._assign(slots, weights_RK), self.weights[layer])
         f, d, size = self.spec.model.moe_intermediate_size, self.spec.model.hidden_size, x_RD.element_size()
-        op = _Op((x_RD, weight_A), y_RD, None, size * (2 * x_RD.numel() + len(weight_A) * (4 * f + 2 * d)))
+        num_bytes = size * (2 * x_RD.numel() + len(slots.slot_A) * (4 * f + 2 * d))
+        op = _Op((x_RD, weights_RK), y_RD, None, num_bytes)
         self._ops[op_id] = op
         self._cached_bytes += op.num_bytes
         while self._cached_bytes > self.spec.activation_cache_bytes and len(self._ops) > 1:
@@ -231,7 +259,8 @@ class ExpertShard:
             raise InputGone(
                 f"shard {self.spec.name} no longer has the activations of {call.op_id}; send the rows again"
             )
-        return self._remember(call.op_id, call.layer, call.rows, self._assign(call.layer, call.rows, call.epoch))
+        slots = self._slots(call.layer, call.rows.ids_RK, call.epoch)
+        return self._remember(call.op_id, call.layer, call.rows, slots)
 
     def _accumulate(self, layer: int, gradients: tuple[Tensor, ...]) -> None:
         for name, gradient in zip(_names(layer), gradients, strict=True):
@@ -293,7 +322,8 @@ def _names(layer: int) -> tuple[str, str, str]:
 
 
 def _positions(held: tuple[int, ...], num_experts: int) -> Tensor:
-    """int64 [E of the layer]: position in the stack, -1 where the expert is elsewhere."""
-    local = torch.full((num_experts,), -1, dtype=torch.int64)
+    """int64 [experts of the layer + 1]: position in the stack, STRANGER where another shard has it; the last: ELSEWHERE."""
+    local = torch.full((num_experts + 1,), STRANGER, dtype=torch.int64)
     local[list(held)] = torch.arange(len(held))
+    local[ELSEWHERE] = ELSEWHERE
     return local

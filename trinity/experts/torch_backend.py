@@ -10,10 +10,12 @@ Measured (one thread of an AVX512-BF16 core, torch 2.13, top-4, forward + backwa
     D=F=512, E=32  fp32  97 / 147     308 / 322    1152 / 1022   -
                    bf16  32 / 43      167 / 174    695 / 500     -
 
-so on CPU the loop takes over between 128 and 512 rows per expert. On CUDA the loop would wait for the row counts and
-launch three kernels per expert: there it is only for what grouped_mm does not take.
+so on CPU the loop takes over between 128 and 512 rows per expert. A few rows without gradients, as in decoding, are for
+few_rows.py. On CUDA the loop would wait for the row counts and launch three kernels per expert: there it is only for what
+grouped_mm does not take.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,7 +26,10 @@ from trinity.experts.backend import Assignments, LayerWeights
 from trinity.experts.rows import SortedOrder, combine, gather, no_rows, weighted_swiglu
 
 Path = Literal["auto", "grouped", "loop"]
+Compute = Callable[[Tensor, Tensor, Tensor, LayerWeights], Tensor]
 LOOP_FROM_ROWS = 256  # rows per expert on CPU
+FEW_ROWS = 16  # rows per expert, without gradients
+FEW_ROWS_MIN_BYTES = 1 << 18  # of one matrix
 
 
 class TorchBackend:
@@ -43,14 +48,29 @@ class TorchBackend:
         weight_A1 = assigned.weight_A.index_select(0, order_A).unsqueeze(1)
         x_AD = gather(x_RD, order).to(weights.gate_EFD.dtype)
         end_E = torch.searchsorted(expert_A, torch.arange(len(weights.gate_EFD), device=x_RD.device), right=True)
-        compute = grouped if self._use_grouped(x_AD, weights) else looped
+        compute = self._choose(x_AD, weights)
         return combine(compute(x_AD, weight_A1, end_E, weights), order, x_RD.dtype)
+
+    def _choose(self, x_AD: Tensor, weights: LayerWeights) -> Compute:
+        if self.path == "auto" and fits_few_rows(x_AD, weights):
+            from trinity.experts.few_rows import few_rows  # a compiler comes with it: only where it is of use
+
+            return few_rows
+        return grouped if self._use_grouped(x_AD, weights) else looped
 
     def _use_grouped(self, x_AD: Tensor, weights: LayerWeights) -> bool:
         if self.path != "auto":
             return self.path == "grouped"
         crowded = len(x_AD) >= LOOP_FROM_ROWS * len(weights.gate_EFD)
         return fits_grouped(weights) and (x_AD.is_cuda or not crowded)
+
+
+def fits_few_rows(x_AD: Tensor, weights: LayerWeights) -> bool:
+    """Whether reading the weights is what takes the time: few rows, and matrices that no core's own cache holds."""
+    stack = weights.gate_EFD
+    if torch.is_grad_enabled() or x_AD.is_cuda or stack.dtype != torch.float32:
+        return False
+    return len(x_AD) <= FEW_ROWS * len(stack) and stack[0].nbytes >= FEW_ROWS_MIN_BYTES
 
 
 def fits_grouped(weights: LayerWeights) -> bool:

@@ -6,6 +6,7 @@ tokens see each other). Module names make `state_dict()` the Hugging Face checkp
 Checked against transformers 5.23 in tests/parity/test_model.py; facts and sources in arXiv 2602.17004.
 """
 
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,22 @@ __all__ = ["Afmoe", "Attend", "ExpertLayer", "Output", "Routing"]
 class Output(NamedTuple):
     hidden_TD: Tensor  # after the final norm
     routing: tuple[Routing, ...]  # one per MoE layer, in order
+
+
+Inputs = tuple[Tensor, Tensor, Attend]  # ids_T, positions_T, who sees whom
+
+
+def in_turns(passes: Sequence[Generator[None, None, Output]]) -> list[Output]:
+    """Run each to its next yield, one after the other, until all have returned; -> what they returned."""
+    done: dict[int, Output] = {}
+    while len(done) < len(passes):
+        for i, each in enumerate(passes):
+            if i not in done:
+                try:
+                    next(each)
+                except StopIteration as stop:
+                    done[i] = stop.value
+    return [done[i] for i in range(len(passes))]
 
 
 class Block(nn.Module):
@@ -45,12 +62,12 @@ class Block(nn.Module):
 
     def forward(
         self, h_TD: Tensor, table: tuple[Tensor, Tensor], attend: Attend, experts: ExpertLayer
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> Generator[None, None, tuple[Tensor, Routing | None]]:
         mixed_TD = self.self_attn(self.input_layernorm(h_TD), table, attend)
         h_TD = h_TD + self.post_attention_layernorm(mixed_TD)
         x_TD, routing = self.pre_mlp_layernorm(h_TD), None
         if isinstance(self.mlp, MoE):
-            y_TD, routing = self.mlp(x_TD, experts)
+            y_TD, routing = yield from self.mlp(x_TD, experts)
         else:
             y_TD = self.mlp(x_TD)
         return h_TD + self.post_mlp_layernorm(y_TD), routing
@@ -67,14 +84,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, **made) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer) -> Output:
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer
+    ) -> Generator[None, None, Output]:
         cfg, routings = self.config, []
         h_TD = self.embed_tokens(ids_T)
         if cfg.mup_enabled:
             h_TD = h_TD * cfg.hidden_size**0.5
         table = rotary_table(positions_T, cfg.head_dim, cfg.rope_theta, h_TD.dtype)
         for block in self.layers:
-            h_TD, routing = block(h_TD, table, attend, experts)
+            h_TD, routing = yield from block(h_TD, table, attend, experts)
             routings.append(routing)
         return Output(self.norm(h_TD), tuple(r for r in routings if r is not None))
 
@@ -95,7 +114,11 @@ class Afmoe(nn.Module):
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
         """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
-        return self.model(ids_T, positions_T, attend, self._experts[0])
+        return self.forward_all([(ids_T, positions_T, attend)])[0]
+
+    def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:
+        """Independent passes side by side: while the rows of one are with their experts, another goes on."""
+        return in_turns([self.model(*inputs, self._experts[0]) for inputs in passes])
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in the model's dtype, from hidden states after the final norm. No scaling, no soft cap."""

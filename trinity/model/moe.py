@@ -5,7 +5,7 @@ Routed experts are never parameters of the backbone. expert_bias is a persistent
 model: rounding it to bf16 (as a bf16-loaded transformers model does) moves it by more than an update.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 import torch
@@ -16,11 +16,19 @@ from trinity.model.layers import SwiGLU
 from trinity.model.router import Router, Routing
 
 
+class Pending(Protocol):
+    """Rows on their way to their experts and back."""
+
+    def result(self) -> Tensor:
+        """Wait; -> y_TD."""
+        ...
+
+
 class ExpertLayer(Protocol):
     """Computes routed experts of any layer, from local tensors or on shards. Differentiable in x and weights."""
 
-    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """y_TD = sum over k of weights_TK[:, k] * SwiGLU_{ids_TK[:, k]}(x_TD), in x's dtype.
+    def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Pending:
+        """Start on y_TD = sum over k of weights_TK[:, k] * SwiGLU_{ids_TK[:, k]}(x_TD), in x's dtype.
 
         ids int64, the checkpoint's expert indices; weights float32, applied to the experts' outputs.
         """
@@ -39,10 +47,13 @@ class MoE(nn.Module):
         self.expert_bias: Tensor
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, device=device, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, experts: ExpertLayer) -> tuple[Tensor, Routing]:
+    def forward(self, x_TD: Tensor, experts: ExpertLayer) -> Generator[None, None, tuple[Tensor, Routing]]:
+        """Yields once, while rows are away: shared experts and other passes (see `in_turns`) use that time."""
         routing = self.router(x_TD, self.expert_bias)
-        routed_TD = experts(self.layer, x_TD, routing.ids_TK, routing.weights_TK)
-        return self.shared_experts(x_TD) + routed_TD, routing
+        pending = experts.begin(self.layer, x_TD, routing.ids_TK, routing.weights_TK)
+        shared_TD = self.shared_experts(x_TD)
+        yield
+        return shared_TD + pending.result(), routing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
         """Follow `.to(device)` but not `.to(dtype)`: the bias keeps its fp32 value."""
