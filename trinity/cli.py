@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from trinity import __version__
+from trinity.commands import bench
 from trinity.errors import TrinityError
 
 COMMANDS = {
@@ -21,6 +22,7 @@ COMMANDS = {
     "chat": "talk to a running server",
     "placement": "show the pools of a cluster, or end one",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
+    "bench": "measure dispatch, experts, training, decoding and serving, against what else there is",
     "doctor": "versions, devices, ports, memory: what to paste in a bug report",
 }
 
@@ -40,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     _sampling(made["generate"])
     _chat(made["chat"])
     _convert(made["convert"])
+    bench.add_flags(made["bench"])
     made["placement"].add_argument("action", choices=["show", "rm"])
     made["placement"].add_argument("pool", nargs="?", help="a pool's name (show: all of them)")
     made["placement"].add_argument("--address", default="auto", help="of the Ray cluster (default: %(default)s)")
@@ -90,6 +93,9 @@ def _convert(sub: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; -> exit code."""
     arguments, flags = parser().parse_known_args(argv)
+    from trinity.config import setup_threads  # only here: `--help` is quick
+
+    setup_threads()
     if flags and arguments.command not in ("train", "serve"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     try:

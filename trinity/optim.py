@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trinity.config import OptimConfig
+from trinity.experts.backend import as_stored
 
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
@@ -65,8 +66,9 @@ class Matrix:
 
 
 def sq_norm(grads: Iterable[Tensor]) -> float:
-    """Sum of squares over all gradients, in fp64; inf or nan when one of them is."""
-    return float(sum((g.double().pow(2).sum().cpu() for g in grads), torch.zeros((), dtype=torch.float64)))
+    """Sum of squares over all gradients; inf or nan when one of them is. fp32 within a row, fp64 between rows."""
+    rows = [torch.linalg.vector_norm(as_stored(g), dim=-1, dtype=torch.float32) for g in grads]
+    return float(sum((r.double().square().sum().cpu() for r in rows), torch.zeros((), dtype=torch.float64)))
 
 
 class Optimizer:
@@ -76,7 +78,11 @@ class Optimizer:
     """
 
     def __init__(self, params: Mapping[str, Tensor], matrices: Mapping[str, Matrix], config: OptimConfig):
-        self.params, self.matrices, self.config = dict(params), dict(matrices), config
+        self.params, self.matrices, self.config = (
+            dict(params),
+            dict(matrices) if config.matrices == "muon" else {},
+            config,
+        )
         self.num_updates = 0
         self.state: dict[str, dict[str, Tensor]] = {name: self._fresh(name, p) for name, p in self.params.items()}
 
@@ -109,13 +115,14 @@ class Optimizer:
         weight.mul_(1.0 - lr * config.weight_decay).sub_(update, alpha=lr * self.matrices[name].lr_scale)
 
     def _adamw(self, name: str, weight: Tensor, grad: Tensor, lr: float) -> None:
+        """torch.optim.AdamW's fused kernel: one pass over memory, where the formula in steps makes fifteen."""
         (beta1, beta2), state = self.config.adamw_betas, self.state[name]
-        state["exp_avg"].lerp_(grad, 1.0 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-        mean = state["exp_avg"] / (1.0 - beta1**self.num_updates)
-        scale = (state["exp_avg_sq"] / (1.0 - beta2**self.num_updates)).sqrt_().add_(self.config.adamw_eps)
-        decay = lr * self.config.weight_decay if weight.ndim > 1 else 0.0
-        weight.mul_(1.0 - decay).addcdiv_(mean, scale, value=-lr)
+        step = torch.tensor(float(self.num_updates), device=weight.device)
+        same = [as_stored(t) for t in (weight, grad, state["exp_avg"], state["exp_avg_sq"])]
+        tensors = (*([t] for t in same), [], [step])
+        decay, eps = self.config.weight_decay if weight.ndim > 1 else 0.0, self.config.adamw_eps
+        flags = {"amsgrad": False, "maximize": False}
+        torch._fused_adamw_(*tensors, lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, **flags)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state as `{param}::{kind}`; the tensors are the live ones."""

@@ -70,7 +70,7 @@ def test_every_command_has_help_and_can_be_imported(name, capsys):
     [
         (
             ["train", "missing.yaml"],
-            "configuration file missing.yaml does not exist; presets are large, mini, nano, tiny",
+            "configuration file missing.yaml does not exist; presets are bench, large, mini, nano, tiny",
         ),
         (["train", "tiny", "--train.stepz", "1"], "did you mean 'train.steps'?"),
         (["serve", "missing"], "checkpoint folder missing does not exist"),

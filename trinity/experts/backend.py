@@ -11,6 +11,7 @@ counts, an expert without rows costs nothing and gets a zero gradient.
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -23,9 +24,10 @@ class Assignments(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """The stacked weights of one layer's local experts; all three contiguous and of one shape.
+    """The stacked weights of one layer's local experts; all three of one shape.
 
-    `down_EFD[e]` is the transpose of the checkpoint's `down_proj.weight` [D, F], the layout MegaBlocks and grouped_mm want.
+    `down_EFD[e]` is the transpose of the checkpoint's `down_proj.weight` [D, F]. In memory gate and up are contiguous, and
+    down as the backend wants it: [E, F, D], or [E, D, F] seen as its transpose.
     """
 
     gate_EFD: Tensor
@@ -33,10 +35,19 @@ class LayerWeights(NamedTuple):
     down_EFD: Tensor
 
 
+def as_stored(stack: Tensor) -> Tensor:
+    """The same numbers with the last dimension dense in memory: the stack itself, or its transpose."""
+    return stack.mT if stack.ndim > 1 and stack.stride(-1) != 1 and stack.stride(-2) == 1 else stack
+
+
 class ExpertBackend(Protocol):
     """Computes one layer's local experts. Differentiable in x_RD, weight_A and the three weights; keeps no state."""
 
     name: str
+
+    def stores_down_transposed(self, device: torch.device) -> bool:
+        """Whether it is fastest when down lies in memory as [E, D, F]."""
+        ...
 
     def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
         """-> y_RD in x's dtype. R, A may be 0."""

@@ -26,14 +26,14 @@ from torch import Tensor
 from trinity.experts.backend import LayerWeights
 
 CHUNKS_PER_THREAD = 4  # a thread that is held up leaves its share to the others
-ONE = np.float32(1)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 
 def few_rows(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
-    """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD. All float32, contiguous, on the CPU; no gradients."""
-    h_AF = torch.empty(len(x_AD), weights.gate_EFD.shape[1])
-    y_AD = torch.zeros_like(x_AD)
-    arrays = [t.numpy() for t in (x_AD, weight_A1.view(-1), end_E, *(w.detach() for w in weights), h_AF, y_AD)]
+    """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD. float32, on the CPU, down stored transposed; no gradients."""
+    h_AF, y_AD = torch.empty(len(x_AD), weights.gate_EFD.shape[1]), torch.empty_like(x_AD)
+    stacks = (weights.gate_EFD.detach(), weights.up_EFD.detach(), weights.down_EFD.detach().mT)
+    arrays = [t.numpy() for t in (x_AD, weight_A1.view(-1), end_E, *stacks, h_AF, y_AD)]
     _in_threads(torch.get_num_threads(), len(end_E), lambda first, last: _experts(*arrays, first, last))  # type: ignore[call-arg]
     return y_AD
 
@@ -61,64 +61,69 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 @numba.njit(nogil=True, cache=True)
 def _experts(x, weight, end, gate, up, down, h, y, first, last):  # type: ignore[no-untyped-def]
     for e in range(first, last):
-        lo, hi = end[e - 1] if e else 0, end[e]
-        if lo < hi:
-            _hidden(x, weight, gate[e], up[e], h, lo, hi)
-            _project(h, down[e], y, lo, hi)
+        for lo in range(end[e - 1] if e else 0, end[e], 4):
+            n = min(4, end[e] - lo)
+            _hidden(x, weight, gate[e], up[e], h, lo, n)
+            _project(h, down[e], y, lo, n)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
-def _hidden(x, weight, gate, up, h, lo, hi):  # type: ignore[no-untyped-def]
-    """h[r] = silu(gate x[r]) * (up x[r]) * weight[r] for rows lo to hi, four at a time; a missing one repeats the last."""
-    num_f, num_d = gate.shape
-    for r in range(lo, hi, 4):
-        n, last = min(4, hi - r), hi - 1
-        x0, x1, x2, x3 = x[r], x[min(r + 1, last)], x[min(r + 2, last)], x[min(r + 3, last)]
-        for f in range(num_f):
-            gate_D, up_D = gate[f], up[f]
-            g0 = g1 = g2 = g3 = u0 = u1 = u2 = u3 = np.float32(0)
-            if n == 1:
-                for d in range(num_d):
-                    g0 += gate_D[d] * x0[d]
-                    u0 += up_D[d] * x0[d]
-            elif n == 2:
-                for d in range(num_d):
-                    g0 += gate_D[d] * x0[d]
-                    g1 += gate_D[d] * x1[d]
-                    u0 += up_D[d] * x0[d]
-                    u1 += up_D[d] * x1[d]
-            else:
-                for d in range(num_d):
-                    g, u = gate_D[d], up_D[d]
-                    g0 += g * x0[d]
-                    g1 += g * x1[d]
-                    g2 += g * x2[d]
-                    g3 += g * x3[d]
-                    u0 += u * x0[d]
-                    u1 += u * x1[d]
-                    u2 += u * x2[d]
-                    u3 += u * x3[d]
-            h[r, f] = g0 / (ONE + math.exp(-g0)) * u0 * weight[r]
-            if n > 1:
-                h[r + 1, f] = g1 / (ONE + math.exp(-g1)) * u1 * weight[r + 1]
-            if n > 2:
-                h[r + 2, f] = g2 / (ONE + math.exp(-g2)) * u2 * weight[r + 2]
-            if n > 3:
-                h[r + 3, f] = g3 / (ONE + math.exp(-g3)) * u3 * weight[r + 3]
+def _hidden(x, weight, gate, up, h, lo, n):  # type: ignore[no-untyped-def]
+    """h[r] = silu(gate x[r]) * (up x[r]) * weight[r] for the 1 to 4 rows from lo; rows that are missing repeat the last."""
+    last = lo + n - 1
+    x0, x1, x2, x3 = x[lo], x[min(lo + 1, last)], x[min(lo + 2, last)], x[last]
+    for f in range(len(gate)):
+        g0, g1, g2, g3, u0, u1, u2, u3 = _dots(gate[f], up[f], x0, x1, x2, x3, n)
+        h[lo, f] = g0 / (ONE + math.exp(-g0)) * u0 * weight[lo]
+        if n > 1:
+            h[lo + 1, f] = g1 / (ONE + math.exp(-g1)) * u1 * weight[lo + 1]
+        if n > 2:
+            h[lo + 2, f] = g2 / (ONE + math.exp(-g2)) * u2 * weight[lo + 2]
+        if n > 3:
+            h[lo + 3, f] = g3 / (ONE + math.exp(-g3)) * u3 * weight[lo + 3]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
-def _project(h, down, y, lo, hi):  # type: ignore[no-untyped-def]
-    """y[r] += h[r] down for rows lo to hi, four rows of `down` at a time."""
-    num_f, num_d = down.shape
-    whole = num_f - num_f % 4
-    for f in range(0, whole, 4):
-        w0, w1, w2, w3 = down[f], down[f + 1], down[f + 2], down[f + 3]
-        for r in range(lo, hi):
-            h0, h1, h2, h3, y_D = h[r, f], h[r, f + 1], h[r, f + 2], h[r, f + 3], y[r]
-            for d in range(num_d):
-                y_D[d] += h0 * w0[d] + h1 * w1[d] + h2 * w2[d] + h3 * w3[d]
-    for f in range(whole, num_f):
-        for r in range(lo, hi):
-            for d in range(num_d):
-                y[r, d] += h[r, f] * down[f, d]
+def _project(h, down, y, lo, n):  # type: ignore[no-untyped-def]
+    """y[r] = down h[r] for the 1 to 4 rows from lo; down is [D, F]. Two outputs at a time, the last one twice if D is odd."""
+    last, num_d = lo + n - 1, len(down)
+    h0, h1, h2, h3 = h[lo], h[min(lo + 1, last)], h[min(lo + 2, last)], h[last]
+    for d in range(0, num_d, 2):
+        e = min(d + 1, num_d - 1)
+        a0, a1, a2, a3, b0, b1, b2, b3 = _dots(down[d], down[e], h0, h1, h2, h3, n)
+        y[lo, d], y[lo, e] = a0, b0
+        if n > 1:
+            y[lo + 1, d], y[lo + 1, e] = a1, b1
+        if n > 2:
+            y[lo + 2, d], y[lo + 2, e] = a2, b2
+        if n > 3:
+            y[lo + 3, d], y[lo + 3, e] = a3, b3
+
+
+@numba.njit(nogil=True, cache=True, fastmath=True)
+def _dots(v, w, x0, x1, x2, x3, n):  # type: ignore[no-untyped-def]
+    """Of two weight rows with up to four rows: each weight is read once, and eight sums hide the latency of adding."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = ZERO
+    if n == 1:
+        for i in range(len(v)):
+            a0 += v[i] * x0[i]
+            b0 += w[i] * x0[i]
+    elif n == 2:
+        for i in range(len(v)):
+            p, q = v[i], w[i]
+            a0 += p * x0[i]
+            a1 += p * x1[i]
+            b0 += q * x0[i]
+            b1 += q * x1[i]
+    else:
+        for i in range(len(v)):
+            p, q = v[i], w[i]
+            a0 += p * x0[i]
+            a1 += p * x1[i]
+            a2 += p * x2[i]
+            a3 += p * x3[i]
+            b0 += q * x0[i]
+            b1 += q * x1[i]
+            b2 += q * x2[i]
+            b3 += q * x3[i]
+    return a0, a1, a2, a3, b0, b1, b2, b3

@@ -52,6 +52,9 @@ class MegaBlocksBackend:
             raise ConfigError("path gmm needs the grouped_gemm package; install it or use path grouped")
         self.path = path
 
+    def stores_down_transposed(self, device: torch.device) -> bool:
+        return False
+
     def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
         if not assigned.row_A.numel():
             return no_rows(x_RD, assigned, weights)

@@ -4,6 +4,7 @@ Legend: R rows, A assignments, N assignments of one expert, E experts, D model, 
 """
 
 import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from trinity.experts.backend import Assignments, LayerWeights
@@ -14,6 +15,9 @@ class ReferenceBackend:
     """Gradients come from autograd's own rules, nothing here is hand-derived."""
 
     name = "reference"
+
+    def stores_down_transposed(self, device: torch.device) -> bool:
+        return False
 
     def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
         kind = accumulator(x_RD.dtype)

@@ -193,9 +193,12 @@ class ExpertShard:
     # -- inside
 
     def _empty(self, *shape: int) -> LayerWeights:
+        made = {"dtype": DTYPES[self.spec.model.dtype], "device": self.spec.device}
+        gate_EFD, up_EFD, down_EFD = (torch.zeros(shape, **made) for _ in range(3))
+        if self.backend.stores_down_transposed(torch.device(self.spec.device)):
+            down_EFD = down_EFD.mT.contiguous().mT
         train = self.spec.optim is not None
-        make = [torch.zeros(shape, dtype=DTYPES[self.spec.model.dtype], device=self.spec.device) for _ in range(3)]
-        return LayerWeights(*(t.requires_grad_(train) for t in make))
+        return LayerWeights(*(t.requires_grad_(train) for t in (gate_EFD, up_EFD, down_EFD)))
 
     def _initial(self, layer: int, expert: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         return init_expert(self.spec.model, layer, expert, seed, torch.float32)
@@ -267,7 +270,7 @@ class ExpertShard:
             if name in self.grads:
                 self.grads[name].add_(gradient)
             else:
-                self.grads[name] = gradient.float()
+                self.grads[name] = gradient.float()  # laid out as its weight: the backends see to it
 
     def _expect_next(self, step: int) -> None:
         if step != self.version + 1:

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.backend import Assignments, LayerWeights, as_stored
 from trinity.experts.rows import SortedOrder, combine, gather, no_rows, weighted_swiglu
 
 Path = Literal["auto", "grouped", "loop"]
 Compute = Callable[[Tensor, Tensor, Tensor, LayerWeights], Tensor]
-LOOP_FROM_ROWS = 256  # rows per expert on CPU
+LOOP_FROM_ROWS = 512  # rows per expert on CPU
 FEW_ROWS = 16  # rows per expert, without gradients
 FEW_ROWS_MIN_BYTES = 1 << 18  # of one matrix
 
@@ -40,6 +40,9 @@ class TorchBackend:
     def __init__(self, path: Path = "auto"):
         self.path = path
 
+    def stores_down_transposed(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # for few_rows.py; the others do not care
+
     def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
         if not assigned.row_A.numel():
             return no_rows(x_RD, assigned, weights)
@@ -48,11 +51,11 @@ class TorchBackend:
         weight_A1 = assigned.weight_A.index_select(0, order_A).unsqueeze(1)
         x_AD = gather(x_RD, order).to(weights.gate_EFD.dtype)
         end_E = torch.searchsorted(expert_A, torch.arange(len(weights.gate_EFD), device=x_RD.device), right=True)
-        compute = self._choose(x_AD, weights)
+        compute = self._choose(x_AD, end_E, weights)
         return combine(compute(x_AD, weight_A1, end_E, weights), order, x_RD.dtype)
 
-    def _choose(self, x_AD: Tensor, weights: LayerWeights) -> Compute:
-        if self.path == "auto" and fits_few_rows(x_AD, weights):
+    def _choose(self, x_AD: Tensor, end_E: Tensor, weights: LayerWeights) -> Compute:
+        if self.path == "auto" and fits_few_rows(x_AD, end_E, weights):
             from trinity.experts.few_rows import few_rows  # a compiler comes with it: only where it is of use
 
             return few_rows
@@ -65,12 +68,18 @@ class TorchBackend:
         return fits_grouped(weights) and (x_AD.is_cuda or not crowded)
 
 
-def fits_few_rows(x_AD: Tensor, weights: LayerWeights) -> bool:
+def fits_few_rows(x_AD: Tensor, end_E: Tensor, weights: LayerWeights) -> bool:
     """Whether reading the weights is what takes the time: few rows, and matrices that no core's own cache holds."""
     stack = weights.gate_EFD
-    if torch.is_grad_enabled() or x_AD.is_cuda or stack.dtype != torch.float32:
+    if (
+        torch.is_grad_enabled()
+        or x_AD.is_cuda
+        or stack.dtype != torch.float32
+        or not weights.down_EFD.mT.is_contiguous()
+    ):
         return False
-    return len(x_AD) <= FEW_ROWS * len(stack) and stack[0].nbytes >= FEW_ROWS_MIN_BYTES
+    small = stack[0].nbytes < FEW_ROWS_MIN_BYTES or len(x_AD) > FEW_ROWS * len(stack)
+    return not small and len(x_AD) <= FEW_ROWS * int((end_E.diff(prepend=end_E.new_zeros(1)) > 0).sum())
 
 
 def fits_grouped(weights: LayerWeights) -> bool:
@@ -98,9 +107,11 @@ def grouped(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeight
 def looped(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
     """The same, an expert at a time. `unbind`: indexing the stack would zero a whole gradient stack for each expert."""
     counts = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
-    parts = zip(x_AD.split(counts), weight_A1.split(counts), *(stack.unbind(0) for stack in weights), strict=True)
-    return torch.cat([_expert(*part) for part in parts if len(part[0])])
+    stored, is_FD = as_stored(weights.down_EFD), weights.down_EFD.is_contiguous()
+    stacks = (weights.gate_EFD.unbind(0), weights.up_EFD.unbind(0), stored.unbind(0))
+    parts = zip(x_AD.split(counts), weight_A1.split(counts), *stacks, strict=True)
+    return torch.cat([_expert(*part, is_FD) for part in parts if len(part[0])])
 
 
-def _expert(x_ND: Tensor, weight_N1: Tensor, gate_FD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
-    return weighted_swiglu(x_ND @ gate_FD.T, x_ND @ up_FD.T, weight_N1) @ down_FD
+def _expert(x_ND: Tensor, weight_N1: Tensor, gate_FD: Tensor, up_FD: Tensor, down: Tensor, is_FD: bool) -> Tensor:
+    return weighted_swiglu(x_ND @ gate_FD.T, x_ND @ up_FD.T, weight_N1) @ (down if is_FD else down.T)

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 class RMSNorm(nn.Module):
     """(w * x / rms(x)) over the last dimension, in fp32, returned in x's dtype. The gain is w, not 1 + w."""
 
@@ -37,9 +40,31 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Linear(nn.Linear):
+    """Without bias: AFMoE has none anywhere.
+
+    Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
+    changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self._packed: tuple[tuple[int, int], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_inference_mode_enabled() and x.is_cpu and x.dtype is torch.float32 and HAS_ONEDNN and len(x)):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self._pack(), None, "none", [], "")
+
+    def _pack(self) -> Tensor:
+        state = (self.weight.data_ptr(), self.weight._version)
+        if self._packed is None or self._packed[0] != state:
+            self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
+        return self._packed[1]
+
+
 def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> nn.Linear:
-    """AFMoE has no biases anywhere."""
-    return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+    return Linear(in_features, out_features, device=device, dtype=dtype)
 
 
 def rotary_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

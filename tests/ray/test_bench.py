@@ -1,0 +1,53 @@
+"""`trinity bench train` and `decode` with shard actors: the arms agree, are timed, and nothing is left behind."""
+
+import json
+
+import pytest
+import torch
+
+from trinity.cli import main
+from trinity.commands.bench import models
+from trinity.commands.bench.models import Split
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(what, out, *flags):
+    """-> {title: {arm: row}} of a quick run with the experts in actors; every pool is gone afterwards."""
+    from actors import pool as pools
+
+    assert main(["bench", what, "--quick", "--threads", "1", "--out", str(out), *flags]) == 0
+    assert not [name for name in pools.names("trinity") if name.startswith("bench-")]
+    assert (out / f"{what}.png").stat().st_size > 10_000
+    report = json.loads((out / f"{what}.json").read_text())
+    tables = [(table["title"].split(":")[0], table) for table in report["tables"]]
+    return {
+        title: {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
+        for title, table in tables
+    }
+
+
+def test_train_with_shard_actors(ray_session, tmp_path):
+    tables = run("train", tmp_path, "--splits", "2:1,1:1", "--without", "transformers")
+    arms, first, second = tables["Training with AdamW"], *(models.actor_arm(Split(n, 1)) for n in (2, 1))
+    assert set(arms) == {models.HERE, first, second}
+    assert arms[first]["loss of step 1"] == arms[models.HERE]["loss of step 1"]
+    assert arms[first]["gradient norm"] == arms[models.HERE]["gradient norm"]
+    assert set(tables["Training with Muon"]) == {models.HERE, first}
+    assert all(arm["min"] > 0 for arm in arms.values())
+
+
+def test_decode_with_shard_actors(ray_session, tmp_path):
+    tables = run("decode", tmp_path, "--shards", "2")
+    arm = models.actor_arm(Split(1, 1))
+    said = tables["Greedy tokens against transformers'"][arm]
+    assert said["identical"] + said["ties"] == 4
+    assert set(tables["Decoding"]) == {models.HERE, models.TRANSFORMERS, arm}
+    curve = tables["ms per layer of a decode step over shards"]
+    assert set(curve) == {2}
+    assert all(row["shard actors, threads 1:1"] > 0 for row in curve.values())
