@@ -329,7 +329,7 @@ def preset(name: str) -> ModelConfig:
 
 
 # OpenMP's threads spin at the end of each parallel region. With fewer cores than threads (a trainer, shards and an engine on
-# one small machine) each then burns the time slice of the one it waits for: measured 1,400 ms instead of 23 for an expert layer.
+# one small machine) each then burns the time slice of the one it waits for: an expert layer took 1,400 ms instead of 23.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

@@ -118,11 +118,12 @@ class Optimizer:
         """torch.optim.AdamW's fused kernel: one pass over memory, where the formula in steps makes fifteen."""
         (beta1, beta2), state = self.config.adamw_betas, self.state[name]
         step = torch.tensor(float(self.num_updates), device=weight.device)
-        same = [as_stored(t) for t in (weight, grad, state["exp_avg"], state["exp_avg_sq"])]
-        tensors = (*([t] for t in same), [], [step])
+        w, g, mean, square = (as_stored(t) for t in (weight, grad, state["exp_avg"], state["exp_avg_sq"]))
         decay, eps = self.config.weight_decay if weight.ndim > 1 else 0.0, self.config.adamw_eps
-        flags = {"amsgrad": False, "maximize": False}
-        torch._fused_adamw_(*tensors, lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, **flags)
+        torch._fused_adamw_(
+            [w], [g], [mean], [square], [], [step],
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """All state as `{param}::{kind}`; the tensors are the live ones."""

@@ -57,7 +57,7 @@ def preset_optim(name):
         (["--train.steps", "many"], "train.steps: Input should be a valid integer"),
         (["--train.steps", "0"], "greater than or equal to 1 (got 0)"),
         (["steps=5"], "'steps=5' is not a flag"),
-        (["--model", "huge"], "unknown preset 'huge'; there are large, mini, nano, tiny"),
+        (["--model", "huge"], "unknown preset 'huge'; there are bench, large, mini, nano, tiny"),
         (["--model.num_experts_per_tok", "9"], "num_experts_per_tok 9 > num_experts 8"),
         (["--model.layer_types", "[full_attention]"], "layer_types has 1 entries for 4 layers"),
         (["--train.global_batch_size", "10"], "not a multiple of micro_batch_size x num_workers = 8"),
@@ -119,4 +119,4 @@ def test_flags_are_yaml_scalars():
         "a": {"b": "1e-3", "c": None},
         "d": [1, 2],
     }
-    assert json.loads(json.dumps(preset_names())) == ["large", "mini", "nano", "tiny"]
+    assert json.loads(json.dumps(preset_names())) == ["bench", "large", "mini", "nano", "tiny"]

@@ -3,8 +3,8 @@
 Legend: R rows, A assignments, N assignments of one expert, E experts, D model, F expert hidden.
 """
 
-import torch.nn.functional as F
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.experts.backend import Assignments, LayerWeights

@@ -193,8 +193,8 @@ class ExpertShard:
     # -- inside
 
     def _empty(self, *shape: int) -> LayerWeights:
-        made = {"dtype": DTYPES[self.spec.model.dtype], "device": self.spec.device}
-        gate_EFD, up_EFD, down_EFD = (torch.zeros(shape, **made) for _ in range(3))
+        dtype, device = DTYPES[self.spec.model.dtype], self.spec.device
+        gate_EFD, up_EFD, down_EFD = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
         if self.backend.stores_down_transposed(torch.device(self.spec.device)):
             down_EFD = down_EFD.mT.contiguous().mT
         train = self.spec.optim is not None
