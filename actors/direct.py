@@ -1,31 +1,41 @@
 """The direct transport, on the caller's side: rows over sockets that shards open, everything else through Ray.
 
-One frame there, one frame back; on a Unix socket within a host, on TCP between hosts. Decisions: the caller's thread reads
-its own answers, with nobody in between; a connection in doubt is dropped and the same op sent over a new one.
+One frame there, one frame back; on a Unix socket within a host, on TCP between hosts; large rows through memory that both
+sides reach, where there is any (actors/mailbox.py). Decisions: the caller's thread reads its own answers, with nobody in
+between; a connection in doubt is dropped and the same op sent over a new one.
 """
 
 import itertools
+import logging
+import math
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from actors.frames import MAGIC, WELCOME, BadFrame, Header, request, value_of
-from actors.wire import NONCE_BYTES, Address, Wire, machine_id, proof_of
+from actors.mailbox import agree, possible
+from actors.wire import CPU, NONCE_BYTES, Address, Wire, machine_id, proof_of
 from trinity.dispatch import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 from trinity.messages import Backward, Forward
 
+log = logging.getLogger(__name__)
+
 
 class Connection:
-    """One caller's connection to one shard. Requests may be sent ahead; answers are matched by number, in any order."""
+    """One caller's connection to one shard. Requests may be sent ahead; answers are matched by number, in any order, and
+    their rows arrive on `device`."""
 
-    def __init__(self, address: Address, secret: bytes, deadline_s: float):
+    def __init__(self, address: Address, secret: bytes, deadline_s: float, device: torch.device = CPU):
         near = address.machine == machine_id()
         sock = socket.socket(socket.AF_UNIX if near else socket.AF_INET)
         sock.settimeout(max(0.001, deadline_s - time.time()))
         sock.connect(address.path if near else (address.host, address.port))
-        self.wire = Wire(sock)
+        self.wire = Wire(sock, device=device)
         self._numbers = itertools.count(1)
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
@@ -35,6 +45,15 @@ class Connection:
             raise BadFrame(f"the shard speaks {bytes(hello[:4])!r}, this side {MAGIC!r}; update one of them")
         self.wire.send(proof_of(secret, bytes(hello[len(MAGIC) :])), [], deadline_s)
         self._welcome(deadline_s)
+        mailbox = self.wire.mailbox = agree(self.wire, possible(near, device, address.device), deadline_s)
+        self._min_bytes = math.inf if mailbox is None else mailbox.min_bytes
+        log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """How rows travel: small ones, large ones."""
+        small = "a Unix socket" if self.wire.sock.family == socket.AF_UNIX else "TCP"
+        return small, small if self.wire.mailbox is None else self.wire.mailbox.name
 
     def _welcome(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
@@ -45,8 +64,16 @@ class Connection:
         number = next(self._numbers)
         header, tensors = request(number, call)
         self._expected.add(number)
+        if tensors[0].nbytes >= self._min_bytes:
+            header, tensors = self._posted(number, header, tensors)
         self.wire.send(header, tensors, call.deadline_s, on_readable=lambda: self._read(call.deadline_s))
         return number
+
+    def _posted(self, number: int, header: bytes, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
+        """The frame with its rows in the mailbox, if there is a box for them."""
+        assert self.wire.mailbox is not None
+        box = self.wire.mailbox.lend(number, tensors[0].nbytes)
+        return (header, tensors) if box is None else self.wire.post(box, header, tensors)
 
     def take(self, number: int, deadline_s: float) -> Any:
         """The answer to request `number`: a value, or a TrinityError as a value."""
@@ -63,6 +90,8 @@ class Connection:
     def _read(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
         value = value_of(header, self.wire.payload(header, deadline_s))
+        if (mailbox := self.wire.mailbox) is not None and mailbox.lent:
+            mailbox.settle(header.request)
         if header.request == 0:  # the shard refuses the connection
             raise value if isinstance(value, TrinityError) else BadFrame("an answer without a request")
         if header.request in self._expected:
@@ -112,7 +141,7 @@ class DirectTransport:
         if verb not in ("infer", "backward"):
             return self.control.send(shard, verb, message)
         try:
-            connection = self._connection(shard, message.deadline_s)
+            connection = self._connection(shard, message)
             return DirectReply(self, shard, connection, connection.send(message), message.deadline_s)
         except (EOFError, OSError) as error:
             self.drop(shard, self._connections.get(shard))
@@ -132,7 +161,9 @@ class DirectTransport:
         for shard, connection in list(self._connections.items()):
             self.drop(shard, connection)
 
-    def _connection(self, shard: str, deadline_s: float) -> Connection:
+    def _connection(self, shard: str, call: Forward | Backward) -> Connection:
         if shard not in self._connections:
-            self._connections[shard] = Connection(self.locate(shard, deadline_s), self.secret, deadline_s)
+            device = (call.rows.x_RD if isinstance(call, Forward) else call.dy_RD).device
+            address = self.locate(shard, call.deadline_s)
+            self._connections[shard] = Connection(address, self.secret, call.deadline_s, device)
         return self._connections[shard]

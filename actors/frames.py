@@ -2,7 +2,8 @@
 
 Legend: R rows, D model, K slots of a row.
 Decisions: everything a receiver must know to allocate is in the header, and is checked against what the shard is before
-a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. This is the
+a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. The first
+tensor (x, dy, y, dx) may lie in a box of the connection's mailbox instead of in the stream (actors/mailbox.py). This is the
 path of every row: what can be done once per connection or by one call into C is.
 """
 
@@ -21,17 +22,17 @@ from trinity import errors
 from trinity.errors import TrinityError
 from trinity.messages import ELSEWHERE, Backward, Forward, Rows
 
-MAGIC = b"TRN2"  # the last byte is the format's version
-INFER, BACKWARD, ANSWER, FAILURE = 1, 2, 3, 4
-KEEP, HAS_ROWS = 1, 2  # flags
+MAGIC = b"TRN3"  # the last byte is the format's version
+INFER, BACKWARD, ANSWER, FAILURE, OFFER = 1, 2, 3, 4, 5
+KEEP, HAS_ROWS, IN_MAILBOX = 1, 2, 4  # flags
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_PAYLOAD_BYTES = 1 << 31
 MAX_FAILURE_BYTES = 1 << 16
 MAX_OP_ID_BYTES = 40
 SLOT_BYTES = 8 + 4  # id and weight
-# magic, kind, dtype, flags, -, request, op_id, layer, epoch, version, deadline_s, R, D, K
-HEADER = struct.Struct(f"<4sBBBxQ{MAX_OP_ID_BYTES}sIqqdIII")
+# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, deadline_s, R, D, K
+HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIII")
 
 
 class BadFrame(TrinityError):
@@ -54,6 +55,7 @@ class Header(NamedTuple):
     kind: int
     dtype: int
     flags: int
+    box: int  # of the mailbox
     request: int
     op_id: bytes
     layer: int
@@ -70,7 +72,7 @@ class Header(NamedTuple):
         header = cls._make(HEADER.unpack(data))
         if header.magic != MAGIC:
             raise BadFrame(f"frame starts with {header.magic!r}, this side speaks {MAGIC!r}")
-        if not INFER <= header.kind <= FAILURE or header.dtype >= len(DTYPES):
+        if not INFER <= header.kind <= OFFER or header.dtype >= len(DTYPES):
             raise BadFrame(f"frame of kind {header.kind} and type {header.dtype} is unknown")
         if not math.isfinite(header.deadline_s):
             raise BadFrame(f"deadline {header.deadline_s} is not a time")
@@ -79,9 +81,15 @@ class Header(NamedTuple):
         return header
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of the first tensor."""
+        return self.num_rows, self.dim
+
+    @property
     def payload_bytes(self) -> int:
-        if self.kind == FAILURE:
-            return self.num_rows
+        """Of all tensors, wherever they lie."""
+        if self.kind >= FAILURE:
+            return self.num_rows if self.kind == FAILURE else 0
         rows = self.num_rows * self.dim * DTYPES[self.dtype].itemsize
         if self.kind == ANSWER:
             return rows + 4 * self.num_rows * self.num_slots
@@ -99,18 +107,22 @@ class Header(NamedTuple):
         if self.num_slots > limits.num_experts:
             raise BadFrame(f"rows have {self.num_slots} slots, this shard's model has {limits.num_experts} experts")
 
-    def buffers(self) -> list[Tensor]:
-        """Memory for the payload, in order. Rows lie where torch puts its own tensors: products may round otherwise."""
-        if self.kind == FAILURE:
-            return [torch.empty(self.num_rows, dtype=torch.uint8)]
+    def buffers(self, first: Tensor | None = None, pinned: bool = False) -> list[Tensor]:
+        """Memory for the payload, in order; `first` where it has arrived already. Rows lie where torch puts its own tensors:
+        products may round otherwise."""
+        if self.kind >= FAILURE:
+            return [torch.empty(self.payload_bytes, dtype=torch.uint8)]
         slots = (self.num_rows, self.num_slots)
-        first = torch.empty((self.num_rows, self.dim), dtype=DTYPES[self.dtype])
+        if first is None:
+            first = torch.empty((self.num_rows, self.dim), dtype=DTYPES[self.dtype], pin_memory=pinned)
         if self.kind == ANSWER:
             return [first, torch.empty(slots)] if self.num_slots else [first]
         if self.kind == BACKWARD and not self.flags & HAS_ROWS:
             return [first]
         ids, weights = torch.from_numpy(np.empty(slots, np.int64)), torch.from_numpy(np.empty(slots, np.float32))
-        return [first, ids, weights] if self.kind == INFER else [first, torch.empty_like(first), ids, weights]
+        if self.kind == INFER:
+            return [first, ids, weights]
+        return [first, torch.empty(self.shape, dtype=first.dtype), ids, weights]
 
 
 def request(number: int, call: Forward | Backward) -> tuple[bytes, list[Tensor]]:
@@ -126,7 +138,7 @@ def request(number: int, call: Forward | Backward) -> tuple[bytes, list[Tensor]]
     assert len(op_id) <= MAX_OP_ID_BYTES, call.op_id
     names = (op_id, call.layer, call.epoch, call.version, call.deadline_s)
     num_slots = 0 if rows is None else rows.ids_RK.shape[1]
-    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, number, *names, num_rows, dim, num_slots), sent
+    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
 
 
 def call_of(header: Header, buffers: Sequence[Tensor], limits: Limits) -> Forward | Backward:
@@ -159,7 +171,17 @@ def answer(number: int, value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def _head(kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0) -> bytes:
-    return HEADER.pack(MAGIC, kind, dtype, 0, number, b"", 0, 0, 0, 0.0, num_rows, dim, num_slots)
+    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, 0.0, num_rows, dim, num_slots)
+
+
+def offer(kind: int) -> bytes:
+    """A mailbox of that kind, from a caller; from a shard: the kind it took, or 0."""
+    return _head(OFFER, 0, kind)
+
+
+def in_mailbox(header: bytes, box: int) -> bytes:
+    """The header of the same frame with its first tensor in a box of the mailbox."""
+    return header[:6] + bytes((header[6] | IN_MAILBOX, box)) + header[8:]
 
 
 WELCOME = _head(ANSWER, 0, 0)  # what a shard says to a caller that knows the secret

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from actors.frames import MAGIC, WELCOME, BadFrame, Limits, answer, call_of
+from actors.frames import IN_MAILBOX, MAGIC, OFFER, WELCOME, BadFrame, Limits, answer, call_of
+from actors.mailbox import consider
 from actors.wire import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
 from trinity.errors import TrinityError
 from trinity.messages import Backward, Forward, merged
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
 PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
 BACKLOG = 128
+ACCEPT_AGAIN_S = 0.1
 TICK_S = 1.0  # an idle connection looks at the clock so often
 
 
@@ -102,7 +104,7 @@ class Combiner:
 def _mergeable(a: Forward | Backward, b: Forward | Backward) -> bool:
     if not (isinstance(a, Forward) and isinstance(b, Forward)) or a.keep or b.keep:
         return False
-    return (a.layer, a.version) == (b.layer, b.version)
+    return (a.layer, a.version, a.rows.ids_RK.shape[1]) == (b.layer, b.version, b.rows.ids_RK.shape[1])
 
 
 def unix_listener() -> tuple[socket.socket, str]:
@@ -118,11 +120,14 @@ def unix_listener() -> tuple[socket.socket, str]:
 class DirectServer:
     """Listens for a shard's callers. Owns its sockets and threads; `combiner.lock` guards the shard for everybody."""
 
-    def __init__(self, combiner: Combiner, limits: Limits, secret: bytes, host: str, num_threads: int = 1):
+    def __init__(
+        self, combiner: Combiner, limits: Limits, secret: bytes, host: str, num_threads: int = 1, device: str = "cpu"
+    ):
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
+        self.device = torch.device(device)
         unix, path = unix_listener()
         tcp = socket.create_server((host, 0), backlog=BACKLOG)
-        self.address = Address(machine_id(), path, host, tcp.getsockname()[1])
+        self.address = Address(machine_id(), path, host, tcp.getsockname()[1], self.device.type)
         self._listeners = [unix, tcp]
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="trinity-accept", daemon=True).start()
@@ -138,14 +143,17 @@ class DirectServer:
         while True:
             try:
                 sock, _ = listener.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
+                threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                if listener not in self._listeners:  # closed
+                    return
+                log.error("cannot take a caller now: %s", error)  # out of descriptors or threads: others will leave
+                time.sleep(ACCEPT_AGAIN_S)
 
     def _serve(self, sock: socket.socket) -> None:
         """One connection, until its peer leaves or breaks the protocol."""
         torch.set_num_threads(self.num_threads)  # OpenMP counts its threads by caller
-        wire = Wire(sock, TICK_S)
+        wire = Wire(sock, TICK_S, self.device)
         try:
             self._greet(wire)
             while True:
@@ -153,7 +161,7 @@ class DirectServer:
         except EOFError:
             log.debug("a caller left")
         except (TrinityError, OSError) as error:
-            log.warning("a connection ended: %s", error)
+            log.warning("a connection ended: %s", str(error))  # who keeps the record must not keep its rows
         finally:
             wire.close()
 
@@ -169,11 +177,16 @@ class DirectServer:
     def _answer_one(self, wire: Wire) -> None:
         try:
             header = wire.header(math.inf)
+            if header.kind == OFFER:
+                return consider(wire, header, time.time() + HANDSHAKE_S)
             header.check(self.limits)
             call = call_of(header, wire.payload(header, max(header.deadline_s, time.time() + PAYLOAD_S)), self.limits)
         except BadFrame as error:
             self._refuse(wire, error)
-        reply, tensors = answer(header.request, self.combiner.run(call))
+        value = self.combiner.run(call)
+        reply, tensors = answer(header.request, value)
+        if header.flags & IN_MAILBOX and not isinstance(value, TrinityError):
+            reply, tensors = wire.post(header.box, reply, tensors)
         wire.send(reply, tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
 
     def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:

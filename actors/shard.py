@@ -46,7 +46,7 @@ class ShardServer:
     def _listen(self, spec: ShardSpec, plane: DataPlane) -> DirectServer:
         limits = Limits(spec.model.hidden_size, spec.model.num_experts, DTYPES[spec.model.dtype])
         host = ray.util.get_node_ip_address() if plane.host == "node" else plane.host
-        return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads)
+        return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device)
 
     def _reload(self, source: Load) -> None:
         """An error here would end the actor for good; without weights it says so to every caller, and can still load."""

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.frames import HEADER, MAGIC, Header
+from actors.frames import FAILURE, HEADER, IN_MAILBOX, MAGIC, BadFrame, Header, in_mailbox
+from actors.mailbox import Mailbox
 from trinity.errors import DeadlineExceeded
 
 NONCE_BYTES, PROOF_BYTES = 32, 32
+CPU = torch.device("cpu")
 LONGEST_WAIT_S = 86400.0
 SOCKET_BUFFER_BYTES = 1 << 20
 TIMEVAL = struct.Struct("ll")
@@ -31,6 +33,7 @@ class Address:
     path: str
     host: str
     port: int
+    device: str = "cpu"  # what kind its experts are on
 
 
 def machine_id() -> str:
@@ -44,10 +47,12 @@ class Wire:
     """A connected socket that sends and receives whole buffers until a deadline (time.time(), or inf).
 
     Receiving blocks in the kernel, which returns every `tick_s` for a look at the clock: one system call for each piece,
-    where a poll before each would make three. Deadlines are kept to within a tick.
+    where a poll before each would make three. Deadlines are kept to within a tick. What is received goes to `device`.
     """
 
-    def __init__(self, sock: socket.socket, tick_s: float = 0.05):
+    mailbox: Mailbox | None = None
+
+    def __init__(self, sock: socket.socket, tick_s: float = 0.05, device: torch.device = CPU):
         sock.setblocking(True)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
@@ -55,7 +60,8 @@ class Wire:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEVAL.pack(int(seconds), int(1e6 * part)))
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanished says no goodbye
+        self.sock, self.device, self._staged = sock, device, device.type == "cuda"
         self._head = bytearray(HEADER.size)
 
     def send(
@@ -87,6 +93,8 @@ class Wire:
             if not got:
                 raise EOFError("the peer closed the connection")
             views = _after(views, got)
+            if views and time.time() >= deadline_s:  # a peer that drips is as late as one that is silent
+                raise DeadlineExceeded("the peer did not answer in time")
 
     def header(self, deadline_s: float) -> Header:
         """The head of the next frame. Raises BadFrame."""
@@ -94,14 +102,34 @@ class Wire:
         return Header.unpack(self._head)
 
     def payload(self, header: Header, deadline_s: float) -> list[Tensor]:
-        """The rest of that frame, received into its own memory."""
-        buffers = header.buffers()
+        """The rest of that frame, received into its own memory. Raises BadFrame for what is not in the mailbox."""
+        if header.flags & IN_MAILBOX:
+            buffers = header.buffers(self._posted(header))
+            arriving = buffers[1:]
+        else:
+            arriving = buffers = header.buffers(None, self._staged)
         if header.payload_bytes:
-            self.receive([_memory(buffer) for buffer in buffers], deadline_s)
+            self.receive([_memory(buffer) for buffer in arriving], deadline_s)
+        if self._staged and header.kind < FAILURE:
+            buffers[0] = buffers[0].to(self.device, non_blocking=True)
         return buffers
+
+    def post(self, box: int, header: bytes, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
+        """Put a frame's first tensor into the mailbox; -> the frame to send instead."""
+        assert self.mailbox is not None
+        self.mailbox.put(box, tensors[0])
+        return in_mailbox(header, box), tensors[1:]
 
     def close(self) -> None:
         self.sock.close()
+        if self.mailbox is not None:
+            self.mailbox.close()
+            self.mailbox = None
+
+    def _posted(self, header: Header) -> Tensor:
+        if self.mailbox is None or header.kind >= FAILURE:
+            raise BadFrame(f"a frame of kind {header.kind} names box {header.box} of a mailbox that it does not have")
+        return self.mailbox.take(header)
 
     def _wait(self, events: int, deadline_s: float) -> int:
         poll = select.poll()
@@ -125,9 +153,10 @@ def _after(views: list[Any], done: int) -> list[Any]:
 
 
 def _memory(tensor: Tensor) -> Any:
-    """The memory of a tensor as a contiguous array; a copy of it where it is on a GPU or has gaps."""
+    """The memory of a tensor as a contiguous array; a copy of it where it is on a GPU (pinned) or has gaps."""
     if tensor.requires_grad or not (tensor.is_cpu and tensor.is_contiguous()):
-        tensor = tensor.detach().cpu().contiguous()
+        source = tensor.detach()
+        tensor = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda).copy_(source)
     return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 

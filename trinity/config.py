@@ -330,11 +330,11 @@ def preset(name: str) -> ModelConfig:
 
 # OpenMP's threads spin at the end of each parallel region. With fewer cores than threads (a trainer, shards and an engine on
 # one small machine) each then burns the time slice of the one it waits for: an expert layer took 1,400 ms instead of 23.
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+THREADS = {"GOMP_SPINCOUNT": "1000"}
 
 
 def setup_threads() -> None:
-    """Before `import torch`: waiting threads sleep, unless the environment says otherwise."""
+    """Before `import torch`: threads that wait soon sleep, unless the environment says otherwise."""
     for key, value in THREADS.items():
         os.environ.setdefault(key, value)
 

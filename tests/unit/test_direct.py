@@ -221,9 +221,11 @@ def test_waiting_inference_is_merged_and_goes_before_training(served):
         threads = [
             threading.Thread(target=ask, args=(op, op.startswith("train"))) for op in ("train:1", "a:1", "b:1", "c:1")
         ]
-        for thread in threads:
+        for number, thread in enumerate(threads, 1):
             thread.start()
-            time.sleep(0.05)
+            give_up_s = time.time() + 10
+            while len(server.combiner._waiting) < number and time.time() < give_up_s:
+                time.sleep(0.005)
         assert len(server.combiner._waiting) == 4
     for thread in threads:
         thread.join()

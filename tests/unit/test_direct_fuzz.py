@@ -362,7 +362,6 @@ def test_a_byte_at_a_time(port):
             assert Header.unpack(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind == ANSWER
 
 
-@pytest.mark.xfail(strict=True, reason="Wire.receive looks at the clock only when nothing came")
 def test_a_stranger_who_drips_is_shown_out_as_well(port, monkeypatch):
     monkeypatch.setattr(listener, "HANDSHAKE_S", 0.2)
     with port.stranger() as sock, dripping([sock], b"\0" * 31, 0.1):
@@ -370,7 +369,6 @@ def test_a_stranger_who_drips_is_shown_out_as_well(port, monkeypatch):
         assert eventually(lambda: num_serving() == 0, within_s=2.0)
 
 
-@pytest.mark.xfail(strict=True, reason="Wire.receive looks at the clock only when nothing came")
 def test_nobody_waits_past_the_deadline_for_an_answer_that_drips():
     """A shard, or a cable, that says a byte now and then."""
     server, client = socket.socketpair()
@@ -424,7 +422,6 @@ def test_a_large_frame_is_refused_by_name(port, family):
 # -- neighbours and limits
 
 
-@pytest.mark.xfail(strict=True, reason="DirectServer._accept ends on any OSError")
 def test_no_descriptors_left_is_no_reason_to_stop_listening():
     """A shard that is out of descriptors for a moment is reachable when it has some again."""
     port = Port()
@@ -447,14 +444,11 @@ def test_no_descriptors_left_is_no_reason_to_stop_listening():
         port.server.close()
 
 
-UNMERGED = pytest.mark.xfail(strict=True, reason="Combiner merges rows of different numbers of slots")
-
-
 @pytest.mark.parametrize(
     "strange",
     [
-        pytest.param(dict(num_slots=2), marks=UNMERGED),
-        pytest.param(dict(num_slots=0), marks=UNMERGED),
+        dict(num_slots=2),
+        dict(num_slots=0),
         dict(num_rows=0),
     ],
     ids=["two-slots", "no-slots", "no-rows"],

@@ -217,6 +217,7 @@ class Bench:
             race.add(TRANSFORMERS, given.threads, partial(theirs.run, self.prompts, given.new_tokens))
         say(f"timing {', '.join(race.runs)}")
         rates = alternated(race.runs, given.rounds, warmup=int("transformers" in given.without))
+        models.tell(rates)
         self._tell(race, rates)
         self._hold(rates)
 
@@ -242,6 +243,7 @@ class Bench:
         for name, (threads, ours) in arms.items():
             race.add(name, threads, partial(ours.run, self.prompts, num_new))
         rates = alternated(race.runs, self.given.rounds)
+        models.tell(rates)
         for name, found in rates.items():
             self.splits.append((name, statistics.median(found), min(found), max(found), ratio(found, rates[HERE])))
 

@@ -7,12 +7,14 @@ file; fp32, where results of different programs can be compared; an arm sets its
 import argparse
 import importlib.util
 import secrets
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trinity.commands.train import say
 from trinity.config import ClusterConfig, Config, ModelConfig, OptimConfig, PlacementConfig, setup_environment
 from trinity.errors import ConfigError
 
@@ -155,6 +157,11 @@ def by_shard_threads(splits: Sequence[Split]) -> dict[int, list[Split]]:
     for split in splits:
         found.setdefault(split.shard, []).append(split)
     return found
+
+
+def tell(rates: Mapping[str, list[float]]) -> None:
+    """A race's medians, for who is watching."""
+    say("  " + ", ".join(f"{name} {statistics.median(found):,.0f} tokens/s" for name, found in rates.items()))
 
 
 def actor_arm(split: Split) -> str:

@@ -279,7 +279,9 @@ def _race(
         race.add(TRANSFORMERS, given.threads, Theirs(config, Path(str(config.train.init_from)), data).step)
     say(f"training steps of {race.num_tokens:,} tokens: {', '.join(race.runs)}")
     race.check()
-    return race, alternated(race.runs, given.rounds, warmup=0)
+    rates = alternated(race.runs, given.rounds, warmup=0)
+    models.tell(rates)
+    return race, rates
 
 
 def _curve(

@@ -1,0 +1,563 @@
+"""Rows through mailboxes: the same bits, whoever is slow, hostile, declines or is killed; and nothing is left of it.
+
+This file is also the program of a child process: `python test_mailbox.py shard|caller ADDRESS`, which talks in lines of JSON.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors import frames, mailbox
+from actors.direct import Connection, DirectTransport
+from actors.frames import BadFrame, Header, Limits, in_mailbox, offer, request
+from actors.listener import Combiner, DirectServer
+from actors.mailbox import BOX_BYTES, NUM_BOXES, SIZE, CudaMailbox, SharedMailbox
+from actors.wire import CPU, Address
+from trinity.config import OptimConfig, preset
+from trinity.dispatch import LocalTransport
+from trinity.errors import InputGone, Unavailable
+from trinity.messages import Backward, Forward, Load, Rows
+from trinity.pool import local_pool
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd")
+DIM, SECRET, ROOT = 16, b"m" * 32, Path(__file__).parents[2]
+MODEL = preset("tiny").model_copy(
+    update=dict(hidden_size=DIM, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
+)
+LAYER = MODEL.moe_layers[0]
+LARGE = 64  # rows of fp32 that go into the mailbox in these tests
+THRESHOLD = SharedMailbox.min_bytes
+
+
+def shard_of(dtype="float32"):
+    model = MODEL.model_copy(update={"dtype": dtype})
+    return local_pool(model, Load(seed=5), optim=OptimConfig(), backend="torch").transport.shards["shard-0"]
+
+
+def serve(shard, dtype=torch.float32):
+    return DirectServer(Combiner(shard), Limits(DIM, 8, dtype), SECRET, "127.0.0.1")
+
+
+def forward(num_rows, seed=0, dtype=torch.float32, keep=False, op="m:1"):
+    rng = torch.Generator().manual_seed(seed)
+    ids_RK = torch.rand(num_rows, 8, generator=rng).topk(3).indices
+    x_RD = torch.randn(num_rows, DIM, generator=rng).to(dtype)
+    rows = Rows(x_RD, ids_RK, torch.rand(num_rows, 3, generator=rng))
+    return Forward(op, LAYER, 1, 0, time.time() + 30, rows, keep)
+
+
+class Served:
+    """A shard of its own behind sockets, and an equal one in this process."""
+
+    def __init__(self, dtype="float32"):
+        self.dtype = getattr(torch, dtype)
+        self.server, self.oracle = serve(shard_of(dtype), self.dtype), LocalTransport({"shard-0": shard_of(dtype)})
+        self.transport = DirectTransport(self.oracle, lambda shard, deadline_s: self.server.address, SECRET)
+
+    def connect(self):
+        return Connection(self.server.address, SECRET, time.time() + 5)
+
+    def both(self, verb, call):
+        return [t.send("shard-0", verb, call).result() for t in (self.transport, self.oracle)]
+
+    def is_well(self):
+        got, want = self.both("infer", forward(5))
+        assert torch.equal(got, want)
+
+    def close(self):
+        self.transport.close()
+        self.server.close()
+
+
+@pytest.fixture(autouse=True)
+def lower_threshold(monkeypatch):
+    monkeypatch.setattr(SharedMailbox, "min_bytes", LARGE * DIM * 4)
+
+
+@pytest.fixture
+def served():
+    made = Served()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def posted(monkeypatch):
+    """The boxes that something was put into, on both sides."""
+    seen, put = [], SharedMailbox.put
+
+    def spy(self, box, tensor):
+        seen.append(box)
+        put(self, box, tensor)
+
+    monkeypatch.setattr(SharedMailbox, "put", spy)
+    return seen
+
+
+def num_mapped():
+    """Mailboxes in this process's memory."""
+    return Path("/proc/self/maps").read_text().count("/memfd:trinity")
+
+
+def num_descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def eventually(holds, within_s=5.0):
+    end_s = time.monotonic() + within_s
+    while not holds() and time.monotonic() < end_s:
+        time.sleep(0.01)
+    return holds()
+
+
+# -- the same bits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_and_backward_are_the_same_bits_on_both_sides_of_the_threshold(dtype, posted, monkeypatch):
+    monkeypatch.setattr(SharedMailbox, "min_bytes", THRESHOLD)
+    served = Served(dtype)
+    threshold = THRESHOLD // (served.dtype.itemsize * DIM)
+    for i, num_rows in enumerate((threshold - 1, threshold, threshold + 1, 3 * threshold)):
+        posted.clear()
+        call = forward(num_rows, seed=i, dtype=served.dtype, keep=True, op=f"m:{i}")
+        got, want = served.both("infer", call)
+        assert torch.equal(got, want)
+        dy_RD = torch.randn(num_rows, DIM).to(served.dtype)
+        pairs = served.both("backward", Backward(f"m:{i}", LAYER, 1, 0, call.deadline_s, dy_RD))
+        assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+        assert len(posted) == (0 if num_rows < threshold else 4)
+    served.close()
+
+
+def test_rows_that_are_sent_again_for_a_backward_are_the_same(served, posted):
+    call = forward(LARGE)
+    again = Backward("m:9", LAYER, 1, 0, call.deadline_s, torch.ones(LARGE, DIM))
+    with pytest.raises(InputGone):
+        served.transport.send("shard-0", "backward", again).result()
+    pairs = served.both("backward", replace(again, rows=call.rows))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+    assert len(posted) == 3  # dy twice, dx
+
+
+def test_what_is_kept_for_the_backward_does_not_change_with_the_box(served, posted):
+    """And neither does an answer that the caller keeps."""
+    kept, want = served.both("infer", forward(LARGE, keep=True))
+    for seed in range(2 * NUM_BOXES):
+        served.both("infer", forward(LARGE, seed=1 + seed))
+    assert set(posted) == {NUM_BOXES - 1}  # the box that was used last
+    assert torch.equal(kept, want)
+    pairs = served.both("backward", Backward("m:1", LAYER, 1, 0, time.time() + 30, torch.ones(LARGE, DIM)))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def test_more_requests_than_boxes_and_answers_nobody_takes(served, posted):
+    connection = served.connect()
+    calls = [forward(LARGE, seed=i) for i in range(NUM_BOXES + 3)]
+    with served.server.combiner.lock:  # none is answered while they are sent
+        numbers = [connection.send(call) for call in calls]
+    connection.forget(numbers[0])
+    for number, call in reversed(list(zip(numbers, calls, strict=True))[1:]):
+        got = connection.take(number, time.time() + 10)
+        assert torch.equal(got, served.oracle.send("shard-0", "infer", call).result())
+    assert sorted(posted) == sorted(2 * list(range(NUM_BOXES)))
+    assert sorted(connection.wire.mailbox.free) == list(range(NUM_BOXES))
+
+
+def test_rows_that_fit_in_no_box_go_over_the_socket(served, posted, monkeypatch):
+    monkeypatch.setattr(mailbox, "BOX_BYTES", LARGE * DIM * 4)
+    for num_rows, times in ((LARGE, 2), (LARGE + 1, 0)):
+        posted.clear()
+        got, want = served.both("infer", forward(num_rows))
+        assert torch.equal(got, want)
+        assert len(posted) == times
+
+
+def test_an_error_comes_back_instead_of_rows(served):
+    for _ in range(NUM_BOXES + 1):
+        with pytest.raises(InputGone):
+            served.transport.send(
+                "shard-0", "backward", Backward("no:1", LAYER, 1, 0, time.time() + 9, torch.ones(LARGE, DIM))
+            ).result()
+    served.is_well()
+
+
+def test_a_connection_made_while_inferring_is_good_for_training(served, posted):
+    with torch.inference_mode():
+        served.both("infer", forward(LARGE))
+    got, want = served.both("infer", forward(LARGE, keep=True))
+    assert torch.equal(got, want)
+    assert len(posted) == 4
+    assert not got.is_inference()
+
+
+# -- who has one
+
+
+def test_over_tcp_there_is_none(served, posted, monkeypatch):
+    monkeypatch.setattr("actors.direct.machine_id", lambda: "elsewhere")
+    got, want = served.both("infer", forward(LARGE))
+    assert torch.equal(got, want)
+    (connection,) = served.transport._connections.values()
+    assert (connection.ways, posted) == (("TCP", "TCP"), [])
+
+
+@pytest.mark.parametrize("side", [1, 2], ids=["caller", "shard"])
+def test_without_the_means_rows_go_over_the_socket(served, posted, monkeypatch, side):
+    attach, calls = SharedMailbox.attach, []
+
+    def refuse(fd, device):
+        calls.append(fd)
+        if len(calls) == side:
+            raise OSError("no memory left for maps")
+        return attach(fd, device)
+
+    monkeypatch.setattr(SharedMailbox, "attach", refuse)
+    got, want = served.both("infer", forward(LARGE))
+    assert torch.equal(got, want)
+    (connection,) = served.transport._connections.values()
+    assert (connection.ways, posted, num_mapped()) == (("a Unix socket", "a Unix socket"), [], 0)
+
+
+def test_who_offers_what():
+    gpu = torch.device("cuda", 1)
+    assert mailbox.possible(False, gpu, "cuda") == []
+    assert mailbox.possible(True, gpu, "cuda") == [CudaMailbox, SharedMailbox]
+    for mine, theirs in ((CPU, "cpu"), (CPU, "cuda"), (gpu, "cpu")):
+        assert mailbox.possible(True, mine, theirs) == [SharedMailbox]
+
+
+def test_both_sides_close_what_they_have(served, monkeypatch):
+    """A GPU's memory is let go of by nobody else."""
+    closed, close = [], SharedMailbox.close
+    monkeypatch.setattr(SharedMailbox, "close", lambda self: (closed.append(self), close(self)))
+    served.both("infer", forward(LARGE))
+    served.transport.close()
+    assert eventually(lambda: len(set(closed)) == 2)
+
+
+def test_nothing_is_left_of_closed_connections(served):
+    served.both("infer", forward(LARGE))
+    served.transport.close()
+    assert eventually(lambda: num_mapped() == 0)
+    before = num_descriptors()
+    for _ in range(20):
+        served.both("infer", forward(LARGE))
+        assert num_mapped() == 2
+        assert num_descriptors() <= before + 2  # a socket's two ends
+        served.transport.close()
+        assert eventually(lambda: num_mapped() == 0)
+    assert eventually(lambda: num_descriptors() <= before)
+
+
+# -- hostile peers
+
+
+def refusal(connection):
+    with pytest.raises(BadFrame) as caught:
+        connection._read(time.time() + 5)
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.wire.sock.recv(1) == b""
+    connection.wire.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("box", "num_rows", "message"),
+    [(NUM_BOXES, 1, "64 bytes in box 4"), (255, 0, "in box 255"), (0, BOX_BYTES // 64 + 1, "16777280 bytes in box 0")],
+)
+def test_a_place_that_is_not_in_the_mailbox(served, box, num_rows, message):
+    connection = served.connect()
+    head = Header.unpack(request(1, forward(1))[0])._replace(num_rows=num_rows)
+    connection.wire.sock.sendall(in_mailbox(frames.HEADER.pack(*head), box))
+    with pytest.raises(BadFrame, match=message):
+        raise BadFrame(refusal(connection))
+    served.is_well()
+
+
+def test_a_box_where_there_is_no_mailbox(served, monkeypatch):
+    monkeypatch.setattr("actors.direct.possible", lambda *_: [])
+    connection = served.connect()
+    connection.wire.sock.sendall(in_mailbox(request(1, forward(1))[0], 0))
+    assert "a mailbox that it does not have" in refusal(connection)
+
+
+def test_an_answer_that_names_no_box(served):
+    connection, (here, there) = served.connect(), socket.socketpair()
+    connection.wire.sock = here
+    for head in (frames.answer(1, torch.zeros(1, DIM))[0], frames.answer(1, InputGone("x"))[0]):
+        there.sendall(in_mailbox(head, 9))
+        with pytest.raises(BadFrame, match="box 9"):
+            connection._read(time.time() + 5)
+    there.close()
+
+
+def memory(size=SIZE, seals=True):
+    fd = SharedMailbox.make(CPU) if seals and size == SIZE else os.memfd_create("other", os.MFD_ALLOW_SEALING)
+    if os.fstat(fd).st_size != size:
+        os.ftruncate(fd, size)
+    return fd
+
+
+def regular_file():
+    with tempfile.TemporaryFile() as file:
+        file.truncate(SIZE)
+        return os.dup(file.fileno())
+
+
+WRONG = {
+    "short": lambda: memory(SIZE - 4096),
+    "long": lambda: memory(SIZE + 4096),
+    "not sealed": lambda: memory(seals=False),
+    "a file": regular_file,
+    "a pipe": lambda: os.pipe()[0],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_descriptor_of_something_else(served, monkeypatch, what):
+    monkeypatch.setattr("actors.direct.possible", lambda *_: [])
+    connection, fd = served.connect(), WRONG[what]()
+    connection.wire.send(offer(SharedMailbox.kind), [], time.time() + 5)
+    socket.send_fds(connection.wire.sock, [b"\0"], [fd])
+    os.close(fd)
+    assert "bytes of sealed memory" in refusal(connection)
+    served.is_well()
+
+
+def test_no_descriptor_and_many(served, monkeypatch):
+    """Of many, the kernel hands over the first."""
+    monkeypatch.setattr("actors.direct.possible", lambda *_: [])
+    before = num_descriptors()
+    connection = served.connect()
+    connection.wire.sock.sendall(offer(SharedMailbox.kind) + b"\0")
+    assert "without its descriptor" in refusal(connection)
+    connection, fds = served.connect(), [memory() for _ in range(20)]
+    connection.wire.send(offer(SharedMailbox.kind), [], time.time() + 5)
+    socket.send_fds(connection.wire.sock, [b"\0"], fds)
+    assert connection.wire.header(time.time() + 5) == Header.unpack(offer(SharedMailbox.kind))
+    for fd in fds:
+        os.close(fd)
+    connection.wire.close()
+    assert eventually(lambda: num_descriptors() <= before)
+
+
+@pytest.mark.parametrize("kind", [0, SharedMailbox.kind, CudaMailbox.kind, 2**63])
+def test_an_offer_that_nobody_wants(served, kind):
+    connection = served.connect()  # which has one already
+    connection.wire.sock.sendall(offer(kind) + b"\0")
+    assert f"no mailbox of kind {kind} is wanted" in refusal(connection)
+
+
+def test_descriptors_with_other_frames_are_not_kept(served):
+    connection, before = served.connect(), num_descriptors()
+    head, tensors = request(1, forward(5))
+    socket.send_fds(connection.wire.sock, [head], [0] * 50)
+    connection.wire.send(b"", tensors, time.time() + 5)
+    connection._expected.add(1)
+    assert connection.take(1, time.time() + 5).shape == (5, DIM)
+    assert num_descriptors() == before
+
+
+# -- killed peers
+
+
+class Child:
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def hear(self):
+        return json.loads(self.process.stdout.readline())
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def test_a_caller_that_is_killed_leaves_nothing_with_the_shard(served):
+    assert num_mapped() == 0
+    with served.server.combiner.lock:
+        child = Child("caller", json.dumps(asdict(served.server.address)))
+        assert child.hear() == "sent"
+        assert num_mapped() == 1
+        child.kill()
+    assert eventually(lambda: num_mapped() == 0)
+    served.is_well()
+
+
+def test_a_shard_that_is_killed_leaves_nothing_with_the_caller():
+    child = Child("shard")
+    address = Address(**child.hear())
+    transport, call = DirectTransport(None, lambda shard, deadline_s: address, SECRET), forward(LARGE)
+    got = transport.send("shard-0", "infer", call).result()
+    assert torch.equal(got, shard_of().infer(call))
+    child.process.send_signal(signal.SIGSTOP)
+    replies = [transport.send("shard-0", "infer", call) for _ in range(NUM_BOXES)]
+    child.kill()
+    for reply in replies:
+        with pytest.raises(Unavailable):
+            reply.result()
+    assert num_mapped() == 0
+    assert torch.equal(got, shard_of().infer(call))
+
+
+def child_shard():
+    server = serve(shard_of())
+    print(json.dumps(asdict(server.address)), flush=True)
+    sys.stdin.read()
+
+
+def child_caller(address):
+    connection = Connection(Address(**json.loads(address)), SECRET, time.time() + 30)
+    for i in range(NUM_BOXES):
+        connection.send(forward(LARGE, seed=i))
+    print(json.dumps("sent"), flush=True)
+    sys.stdin.read()
+
+
+# -- the CUDA mailbox, over a driver that has host memory instead of a GPU's
+
+
+class Driver:
+    """What CudaMailbox asks of the CUDA driver. Counts what is made and let go; fails at call number `fails_at`."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.calls, self.held, self.memory = fails_at, [], [], ctypes.create_string_buffer(SIZE)
+
+    def __call__(self, name, *arguments):
+        self.calls.append(name)
+        if len(self.calls) == self.fails_at:
+            raise OSError(f"{name} failed with CUDA error 2")
+        getattr(self, name, lambda *_: None)(*arguments)
+
+    def cuMemCreate(self, handle, size, properties, flags):
+        wanted = properties._obj
+        assert (size.value, wanted.type, wanted.handles, wanted.location.type) == (SIZE, 1, 1, 1)
+        handle._obj.value = 77
+        self.held.append("memory")
+
+    def cuMemExportToShareableHandle(self, fd, handle, kind, flags):
+        assert handle.value == 77
+        fd._obj.value = os.open("/dev/null", os.O_RDONLY)
+
+    def cuMemImportFromShareableHandle(self, handle, fd, kind):
+        os.fstat(fd.value)
+        handle._obj.value = 78
+        self.held.append("memory")
+
+    def cuMemRelease(self, handle):
+        self.held.remove("memory")
+
+    def cuMemAddressReserve(self, start, size, alignment, wanted, flags):
+        start._obj.value = ctypes.addressof(self.memory)
+        self.held.append("address")
+
+    def cuMemAddressFree(self, start, size):
+        assert "map" not in self.held
+        self.held.remove("address")
+
+    def cuMemMap(self, start, size, offset, handle, flags):
+        assert (start.value, handle.value) == (ctypes.addressof(self.memory), 78)
+        self.held.append("map")
+
+    def cuMemUnmap(self, start, size):
+        self.held.remove("map")
+
+    def cuMemcpyAsync(self, target, source, size, stream):
+        ctypes.memmove(target.value, source.value, size.value)
+
+
+class Stream:
+    cuda_stream = 0
+    num_synchronized = 0
+
+    def synchronize(self):
+        Stream.num_synchronized += 1
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver()
+    monkeypatch.setattr(mailbox, "driver", made)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    return made
+
+
+def test_cuda_rows_lie_where_the_header_says(driver):
+    fd = CudaMailbox.make(CPU)
+    box = CudaMailbox.attach(fd, CPU)
+    os.close(fd)
+    x_RD = torch.randn(3, DIM).to(torch.bfloat16)
+    before = Stream.num_synchronized
+    box.put(2, x_RD)
+    assert bytes(driver.memory[2 * BOX_BYTES : 2 * BOX_BYTES + x_RD.nbytes]) == x_RD.view(torch.uint8).numpy().tobytes()
+    head = Header.unpack(in_mailbox(frames.answer(1, x_RD)[0], 2))
+    assert torch.equal(box.take(head), x_RD)
+    assert Stream.num_synchronized == before + 2
+    for wrong in (head._replace(box=NUM_BOXES), head._replace(num_rows=2**31)):
+        with pytest.raises(BadFrame):
+            box.take(wrong)
+    box.close()
+    assert driver.held == []
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 4, 5, 6, 7])  # the third lets go
+def test_a_cuda_call_that_fails_leaves_nothing(driver, fails_at):
+    before, driver.fails_at = num_descriptors(), fails_at
+    with pytest.raises(OSError, match="CUDA error 2"):
+        attached_and_closed()
+    assert driver.held == []
+    assert num_descriptors() == before
+
+
+def test_a_cuda_mailbox_is_let_go_of_once(driver):
+    attached_and_closed()
+    assert (len(driver.calls), driver.held) == (10, [])
+
+
+def attached_and_closed():
+    fd = CudaMailbox.make(CPU)
+    try:
+        box = CudaMailbox.attach(fd, CPU)
+    finally:
+        os.close(fd)
+    box.close()
+    box.close()
+
+
+def test_the_driver_s_structures_have_the_driver_s_sizes():
+    assert [ctypes.sizeof(s) for s in (mailbox._Location, mailbox._Properties, mailbox._Access)] == [8, 32, 12]
+
+
+def test_where_there_is_no_driver_that_is_an_os_error():
+    if not torch.cuda.is_available():
+        with pytest.raises(OSError, match="libcuda"):
+            mailbox.driver("cuInit", 0)
+
+
+if __name__ == "__main__":
+    SharedMailbox.min_bytes = LARGE * DIM * 4
+    {"shard": child_shard, "caller": child_caller}[sys.argv[1]](*sys.argv[2:])
