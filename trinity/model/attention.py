@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.config import ModelConfig
-from trinity.model.layers import RMSNorm, linear, rotate
+from trinity.model.layers import RMSNorm, linear, project, rotate
 
 
 class Attend(Protocol):
@@ -43,14 +43,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **made)
 
     def forward(self, x_TD: Tensor, table: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q_THd, k_TGd, v_TGd = (
-            proj(x_TD).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v, gate = project(x_TD, self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
+        q_THd, k_TGd, v_TGd = (projected.unflatten(1, (-1, self.head_dim)) for projected in (q, k, v))
         q_THd, k_TGd = self.q_norm(q_THd), self.k_norm(k_TGd)
         if self.rotary:
             q_THd, k_TGd = rotate(q_THd, table), rotate(k_TGd, table)
         o_THd = attend(self.layer, q_THd, k_TGd, v_TGd)
-        return self.o_proj(o_THd.flatten(1) * self.gate_proj(x_TD).sigmoid())
+        return self.o_proj(o_THd.flatten(1) * gate.sigmoid())
 
 
 class PackedAttention:

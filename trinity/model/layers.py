@@ -5,6 +5,8 @@ Norms compute in fp32 and round once, after the gain, as transformers 5.23 does.
 fp32 from the positions at each forward pass: they are no buffer, so `.to(bfloat16)` and `to_empty` cannot damage them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Linear(nn.Linear):
@@ -48,21 +51,34 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self._packed: tuple[tuple[int, int], Tensor] | None = None
+        self._packed: tuple[list[tuple[int, int]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_inference_mode_enabled() and x.is_cpu and x.dtype is torch.float32 and HAS_ONEDNN and len(x)):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self._pack(), None, "none", [], "")
+        return self.packed_with([], x) if is_packed(x) else super().forward(x)
 
-    def _pack(self) -> Tensor:
-        state = (self.weight.data_ptr(), self.weight._version)
+    def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
+        """x times this weight and the others', side by side, as one multiplication."""
+        weights = [part.weight for part in (self, *others)]
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
         if self._packed is None or self._packed[0] != state:
-            self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
-        return self._packed[1]
+            whole = torch.cat([weight.detach() for weight in weights])
+            self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(whole, None))
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed[1], None, "none", [], "")
 
 
-def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> nn.Linear:
+def is_packed(x: Tensor) -> bool:
+    """Whether rows like x are multiplied by packed weights."""
+    return torch.is_inference_mode_enabled() and HAS_ONEDNN and x.is_cpu and x.dtype is torch.float32 and len(x) > 0
+
+
+def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
+    """Each part's product with the same rows."""
+    if not is_packed(x):
+        return [part(x) for part in parts]
+    return parts[0].packed_with(parts[1:], x).split([part.out_features for part in parts], dim=-1)
+
+
+def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> Linear:
     return Linear(in_features, out_features, device=device, dtype=dtype)
 
 
