@@ -54,7 +54,7 @@ class Linear(nn.Linear):
         self._packed: tuple[list[tuple[int, int]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.packed_with([], x) if is_packed(x) else super().forward(x)
+        return self.packed_with([], x) if is_packed(x, self) else super().forward(x)
 
     def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
         """x times this weight and the others', side by side, as one multiplication."""
@@ -66,14 +66,16 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self._packed[1], None, "none", [], "")
 
 
-def is_packed(x: Tensor) -> bool:
-    """Whether rows like x are multiplied by packed weights."""
-    return torch.is_inference_mode_enabled() and HAS_ONEDNN and x.is_cpu and x.dtype is torch.float32 and len(x) > 0
+def is_packed(x: Tensor, part: Linear) -> bool:
+    """Whether rows like x are multiplied by packed weights. oneDNN has no empty ones, such as those of no shared experts."""
+    if not torch.is_inference_mode_enabled() or not HAS_ONEDNN:
+        return False
+    return x.is_cpu and x.dtype is torch.float32 and len(x) > 0 and part.weight.numel() > 0
 
 
 def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     """Each part's product with the same rows."""
-    if not is_packed(x):
+    if not is_packed(x, parts[0]):
         return [part(x) for part in parts]
     return parts[0].packed_with(parts[1:], x).split([part.out_features for part in parts], dim=-1)
 

@@ -307,7 +307,7 @@ class Bench:
         rows = tuple((n, *times.values(), share / work[0]) for n, times, share in zip(x, found, work, strict=True))
         what = "rows to compute" if axis == "requests" else "rows on their way"
         self.report.tables.append(Table(f"ms per layer of a decode step over {axis}", (axis, *lines, what), rows))
-        if self.given.preset == "bench" and not self.given.quick:
+        if self.given.preset == "bench" and not self.given.quick and len(x) > 1:
             for name, times in lines.items():
                 text = f"{name}: time's growth / work's growth, {x[0]} to {x[-1]} {axis}"
                 self.report.target(text, times[-1] / times[0] / (work[-1] / work[0]), at_most=1.0)
