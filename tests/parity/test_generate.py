@@ -118,6 +118,13 @@ def test_sixteen_at_random_times(seed, budget, block_size):
     assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
 
 
+@pytest.mark.parametrize(("parts", "least"), [(2, 1), (3, 4), (16, 1)])
+def test_parts_side_by_side_change_nothing(parts, least):
+    requests, rng = prompts(0, 16), random.Random(parts)
+    engine = engine_of(0, max_num_batched_tokens=64, num_in_flight=parts, min_part_tokens=least)
+    assert drive(engine, requests, [rng.randrange(60) for _ in requests]) == expected(0, 16)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("budget", [9, 64])
 def test_preemption_changes_nothing(seed, budget):

@@ -1,5 +1,6 @@
 """The trainer without Ray: against plain autograd, over shard counts, resumed, and with a gradient that is not finite."""
 
+import itertools
 import json
 import math
 
@@ -132,6 +133,46 @@ def test_1_2_and_4_shards_train_alike(texts, tmp_path):
         torch.testing.assert_close(losses, runs[0][0], atol=1e-5, rtol=0)
         assert_close(weights, runs[0][1], atol=1e-5)
     assert runs[0][0][-1] < runs[0][0][0]
+
+
+class Late(LocalTransport):
+    """Computes nothing before its answer is asked for; `log` tells in which order that is."""
+
+    def __init__(self, shards):
+        super().__init__(shards)
+        self.log = []
+
+    def send(self, shard, verb, message):
+        if verb not in ("infer", "backward"):
+            return super().send(shard, verb, message)
+        self.log.append(("send", verb, message.layer))
+        return LateReply(
+            lambda: self.log.append(("take", verb, message.layer)) or super(Late, self).send(shard, verb, message)
+        )
+
+
+class LateReply:
+    def __init__(self, send):
+        self.send = send
+
+    def result(self):
+        return self.send().result()
+
+
+def test_micro_batches_side_by_side_train_alike_and_are_under_way_together(texts, tmp_path):
+    runs = {}
+    for num in (1, 2):
+        trainer = trainer_for(config_for(texts, tmp_path / str(num), num_in_flight=num))
+        late = trainer.dispatcher.transport = Late(trainer.dispatcher.transport.shards)
+        runs[num] = [trainer.step().loss for _ in range(6)], all_weights(trainer), late.log
+    torch.testing.assert_close(runs[2][0], runs[1][0], atol=1e-6, rtol=0)
+    assert_close(runs[2][1], runs[1][1], atol=1e-5)
+    first = trainer.config.model.moe_layers[0]
+    assert runs[1][2][:2] == [("send", "infer", first), ("take", "infer", first)]
+    assert runs[2][2][:3] == [("send", "infer", first), ("send", "infer", first), ("take", "infer", first)]
+    for num, (_, _, log) in runs.items():
+        steps = [1 if what == "send" else -1 for what, verb, _ in log if verb == "backward"]
+        assert max(itertools.accumulate(steps)) == num
 
 
 def test_resumed_equals_uninterrupted_bitwise_on_another_number_of_shards(texts, tmp_path):
