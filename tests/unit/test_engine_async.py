@@ -153,12 +153,16 @@ async def test_an_id_can_be_used_again_after_leaving(engine, model):
     assert all_free(engine)
 
 
-async def test_an_id_in_use_is_refused_and_the_first_goes_on(engine):
-    first = engine.generate("same", (1, 2), GREEDY)
-    head = (await anext(first)).token_ids
+async def test_an_id_in_use_is_refused_and_the_first_goes_on(engine, model):
+    model.gate.clear()
+    first = asyncio.create_task(read(engine.generate("same", (1, 2), GREEDY)))
+    await until(lambda: not all_free(engine))
+    second = asyncio.create_task(read(engine.generate("same", (4, 5), GREEDY)))
+    await asyncio.sleep(0.05)
+    model.gate.set()
     with pytest.raises(InvalidRequest, match="in use"):
-        await read(engine.generate("same", (4, 5), GREEDY))
-    assert head + await read(first) == solo(fake_config(), (1, 2), GREEDY)
+        await second
+    assert await first == solo(fake_config(), (1, 2), GREEDY)
 
 
 async def test_deadline_while_the_model_hangs(engine, model):

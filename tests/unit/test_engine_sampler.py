@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trinity.engine.request import SamplingParams, Sequence
@@ -49,6 +49,8 @@ some_params = st.builds(
 
 
 @settings(max_examples=80, deadline=None)
+@example([SamplingParams(temperature=0.3, top_k=600)], 50, 0)
+@example([SamplingParams(temperature=0.2, top_k=600)], 1500, 0)
 @given(st.lists(some_params, min_size=1, max_size=5), st.sampled_from([5, 50, 1500]), st.integers(0, 10_000))
 def test_filters_equal_the_formula(params, vocab, seed):
     """Rows with different filters in one call; vocabularies below and above the first candidates."""

@@ -96,7 +96,8 @@ def filtered_probs(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
     if any(p.min_p for p in params):
         least_R1 = _column([p.min_p for p in params], logits_RV) * probs_RV.max(-1, keepdim=True).values
         probs_RV = probs_RV * (probs_RV >= least_R1)
-    rows = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
+    vocab = logits_RV.shape[1]
+    rows = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
     if rows:
         least_R1 = torch.zeros_like(best_R1)
         least_R1[rows] = _least_kept(probs_RV[rows], [params[i] for i in rows])
@@ -110,16 +111,17 @@ def _least_kept(probs_RV: Tensor, params: list[SamplingParams]) -> Tensor:
     top_k_R1 = _column([min(p.top_k or vocab, vocab) for p in params], probs_RV, torch.int64)
     top_p_R1 = _column([p.top_p for p in params], probs_RV, torch.float64)
     mass_R1 = probs_RV.sum(-1, keepdim=True, dtype=torch.float64)
+    whole_R1 = top_p_R1 >= 1  # asked apart: sums are rounded, and a share of 1e-17 is a share
     for num in (*CANDIDATES, vocab):
         sorted_RC = probs_RV.topk(min(vocab, max(num, *(p.top_k for p in params)))).values
-        covered_R1 = sorted_RC.sum(-1, keepdim=True, dtype=torch.float64) >= top_p_R1 * mass_R1
+        covered_R1 = ~whole_R1 & (sorted_RC.sum(-1, keepdim=True, dtype=torch.float64) >= top_p_R1 * mass_R1)
         if bool((covered_R1 | (top_k_R1 <= sorted_RC.shape[1])).all()):
             break
     rank_C = torch.arange(sorted_RC.shape[1], device=probs_RV.device)
     kept_RC = sorted_RC.double() * (rank_C < top_k_R1)
     total_R1 = torch.where(top_k_R1 < vocab, kept_RC.sum(-1, keepdim=True), mass_R1)
     before_RC = kept_RC.cumsum(-1) - kept_RC
-    num_R1 = ((before_RC < top_p_R1 * total_R1) & (rank_C < top_k_R1)).sum(-1, keepdim=True)
+    num_R1 = ((whole_R1 | (before_RC < top_p_R1 * total_R1)) & (rank_C < top_k_R1)).sum(-1, keepdim=True)
     return sorted_RC.gather(1, (num_R1 - 1).clamp_(min=0))
 
 
