@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import shutil
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGES = ["trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers"]
@@ -13,7 +14,7 @@ PORTS = {"HTTP": 8000, "gRPC": 9000, "Ray": 6379, "Ray dashboard": 8265}
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    sections = {"system": _system(), "packages": _packages(), "devices": _devices(), "ports": _ports()}
+    sections = {"system": _system(), "packages": versions(PACKAGES), "devices": _devices(), "ports": _ports()}
     for title, lines in sections.items():
         print(title)
         for key, value in lines.items():
@@ -50,9 +51,10 @@ def meminfo() -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
 
 
-def _packages() -> dict[str, str]:
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of installed packages."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

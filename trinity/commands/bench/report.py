@@ -4,7 +4,6 @@ Decisions: a figure is the median of rounds; alternatives are measured in turns 
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import statistics
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trinity.commands.doctor import meminfo, num_cpus, versions
 from trinity.errors import TrinityError
 
 VERSIONS = ("trinity-moe", "ray", "torch", "triton", "megablocks", "transformers", "numpy")
@@ -77,7 +77,7 @@ class Report:
         facts: dict[str, Any] = {
             "command": " ".join(["trinity", *sys.argv[1:]]),
             "machine": machine(),
-            "versions": versions(),
+            "versions": {"python": platform.python_version(), **versions(VERSIONS)},
         }
         tree = {"name": self.name, "commit": commit(), **facts, "tables": tables, "curves": self.curves}
         tree |= {"results": self.results} if self.results else {}
@@ -135,23 +135,11 @@ def machine() -> str:
     """Processor, cores, memory and GPU, in words."""
     import torch
 
-    from trinity.commands.doctor import meminfo, num_cpus
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     memory = f"{meminfo().get('MemTotal', 0) / 2**30:.0f} GiB"
     gpu = [f"{torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return ", ".join([f"{num_cpus()} cores of {cpu}", memory, *(gpu or ["no GPU"])])
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def commit() -> str:
