@@ -23,6 +23,7 @@ from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch import Transport
 from trinity.errors import ConfigError, DeadlineExceeded, Unavailable
 from trinity.experts.shard import ShardSpec
+from trinity.memory import ONE_HEAP
 from trinity.messages import Load
 from trinity.placement.table import PlacementTable
 from trinity.pool import ExpertPool, shard_names, shard_specs
@@ -209,7 +210,7 @@ def _start(spec: ShardSpec, plane: DataPlane, at: int, group: Any, settings: Pla
         num_cpus=settings.num_cpus_per_shard,
         num_gpus=settings.num_gpus_per_shard,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard)}},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard), **ONE_HEAP}},
     ).remote(spec, plane, placement, namespace)
 
 

@@ -14,6 +14,7 @@ from actors.transport import pack, unpack
 from actors.wire import Address
 from trinity.errors import TrinityError
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
+from trinity.memory import keep_freed_memory
 from trinity.messages import Backward, Forward, Load
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class ShardServer:
 
     def __init__(self, spec: ShardSpec, plane: DataPlane, placement: str, namespace: str):
         torch.set_num_threads(plane.num_threads)
+        if spec.optim is not None:
+            keep_freed_memory()
         self.shard = ExpertShard(spec)
         self.combiner = Combiner(self.shard)
         self.server = self._listen(spec, plane)

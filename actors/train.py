@@ -16,9 +16,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors import pool as pools
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.comm import Alone, Distributed
-from trinity.config import Config
+from trinity.config import Config, num_cpus
 from trinity.data import prepare
 from trinity.errors import TrinityError
+from trinity.memory import ONE_HEAP, keep_freed_memory
 from trinity.metrics import TrainLog
 from trinity.trainer import Trainer
 
@@ -45,7 +46,10 @@ def fit(config: Config) -> dict[str, Any]:
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            name="ray", storage_path=str(out_dir), failure_config=FailureConfig(max_failures=settings.max_failures)
+            name="ray",
+            storage_path=str(out_dir),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            worker_runtime_env={"env_vars": dict(ONE_HEAP)},
         ),
     )
     try:
@@ -79,7 +83,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs, in its own process."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
-    torch.set_num_threads(config.train.num_threads_per_worker)
+    keep_freed_memory()
+    torch.set_num_threads(config.train.num_threads_per_worker or max(1, num_cpus() // context.get_local_world_size()))
     device = str(ray.train.torch.get_device())
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
     pool = pools.connect(config.placement, config.cluster.namespace)

@@ -171,7 +171,11 @@ class TrainConfig(Frozen):
     )
     num_workers: int = Field(default=1, ge=1)
     num_gpus_per_worker: float = Field(default=0, ge=0)
-    num_threads_per_worker: int = Field(default=1, ge=1)
+    num_threads_per_worker: int = Field(
+        default=0,
+        ge=0,
+        description="0: the node's cores, shared out among its workers; shards compute while these wait",
+    )
     seed: int = 0
     eval_every: int = Field(default=100, ge=0, description="steps; 0: only at the end")
     eval_sequences: int = Field(default=32, ge=0)
@@ -331,6 +335,11 @@ def preset(name: str) -> ModelConfig:
 # OpenMP's threads spin at the end of each parallel region. With fewer cores than threads (a trainer, shards and an engine on
 # one small machine) each then burns the time slice of the one it waits for: an expert layer took 1,400 ms instead of 23.
 THREADS = {"GOMP_SPINCOUNT": "1000"}
+
+
+def num_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def setup_threads() -> None:

@@ -95,10 +95,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor], muon_lr: float, adamw_lr: float, grad_scale: float = 1.0) -> None:
-        """Apply one update with `grads` multiplied by `grad_scale` (the global clip)."""
+        """Apply one update with `grads` multiplied by `grad_scale` (the global clip), in place: their values are used up."""
         self.num_updates += 1
         for name, param in self.params.items():
-            grad = grads[name].float() * grad_scale if name in grads else torch.zeros_like(param, dtype=torch.float32)
+            found = grads.get(name)
+            grad = torch.zeros_like(param, dtype=torch.float32) if found is None else found.float().mul_(grad_scale)
             weight = self.state[name].get("master", param)
             if name in self.matrices:
                 self._muon(name, weight, grad, muon_lr)

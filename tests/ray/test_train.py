@@ -30,7 +30,7 @@ def config(tmp_path):
             "model": {"preset": "tiny", **SMALL},
             "data": {"train": [str(tmp_path / "*.txt")], "val_fraction": 0.2},
             "train": dict(steps=6, seq_len=32, global_batch_size=4, micro_batch_size=1, eval_every=0, eval_sequences=4)
-            | {"out_dir": str(tmp_path / "ray")},
+            | {"num_threads_per_worker": 1, "out_dir": str(tmp_path / "ray")},
             "placement": {"pool": f"p-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
             "optim": {"warmup_steps": 2},
         }

@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _system() -> dict[str, str]:
+    from trinity.config import num_cpus
+
     memory = {k: v for k, v in meminfo().items() if k in ("MemTotal", "MemAvailable")}
     shared = Path("/dev", "shm")  # Ray's object store lives there
     shm = shutil.disk_usage(shared) if shared.is_dir() else None
@@ -36,12 +38,6 @@ def _system() -> dict[str, str]:
         else "missing: Ray will be slow",
         "disk here": f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free",
     }
-
-
-def num_cpus() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def meminfo() -> dict[str, int]:

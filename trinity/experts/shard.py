@@ -20,6 +20,7 @@ from trinity.errors import DeadlineExceeded, InputGone, StepConflict, Unavailabl
 from trinity.experts.backend import Assignments, LayerWeights
 from trinity.experts.backends import resolve
 from trinity.init import init_expert
+from trinity.memory import on_huge_pages
 from trinity.messages import (
     ELSEWHERE,
     Abort,
@@ -194,9 +195,11 @@ class ExpertShard:
 
     def _empty(self, *shape: int) -> LayerWeights:
         dtype, device = DTYPES[self.spec.model.dtype], self.spec.device
-        gate_EFD, up_EFD, down_EFD = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-        if self.backend.stores_down_transposed(torch.device(self.spec.device)):
-            down_EFD = down_EFD.mT.contiguous().mT
+        num, f, d = shape
+        is_DF = self.backend.stores_down_transposed(torch.device(self.spec.device))
+        shapes = (shape, shape, (num, d, f) if is_DF else shape)
+        gate_EFD, up_EFD, down = (on_huge_pages(torch.empty(s, dtype=dtype, device=device)).zero_() for s in shapes)
+        down_EFD = down.mT if is_DF else down
         train = self.spec.optim is not None
         return LayerWeights(*(t.requires_grad_(train) for t in (gate_EFD, up_EFD, down_EFD)))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trinity.commands.train import say
-from trinity.config import ClusterConfig, Config, ModelConfig, OptimConfig, PlacementConfig, setup_environment
+from trinity.config import ClusterConfig, Config, ModelConfig, OptimConfig, PlacementConfig, num_cpus, setup_environment
 from trinity.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,8 +64,6 @@ def flags(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
 
 def filled(arguments: argparse.Namespace, usual: Mapping[str, Any], quick: Mapping[str, Any]) -> argparse.Namespace:
     """The flags that were given, over the defaults of this kind of run."""
-    from trinity.commands.doctor import num_cpus
-
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     defaults = {"threads": num_cpus(), **(quick if arguments.quick else usual)}
     return argparse.Namespace(**{**defaults, **given})

@@ -1,8 +1,8 @@
-"""The processes that `trinity bench dispatch` measures against. Each does one thing until its stdin closes.
+"""The processes that `trinity bench dispatch` and `train` measure against. Each does one thing until its stdin closes.
 
     python -m trinity.commands.bench.process     a JSON object of orders a line on stdin, a JSON object a line on stdout
 
-The role `raw` is here, without torch: what a plain Unix socket does. The others are in echo.py.
+The role `raw` is here, without torch: what a plain Unix socket does. The others are in echo.py and train.py.
 Decisions: a secret comes through stdin, where no process table shows it; orders end, and so does the process, with its parent.
 """
 
@@ -123,7 +123,8 @@ def raw() -> None:
 def main() -> None:
     orders = json.loads(sys.stdin.readline())
     role = orders.pop("role")
-    run = raw if role == "raw" else importlib.import_module("trinity.commands.bench.echo").ROLES[role]
+    home = "train" if role == "transformers" else "echo"
+    run = raw if role == "raw" else importlib.import_module(f"trinity.commands.bench.{home}").ROLES[role]
     run(**orders)
     os._exit(0)  # a thread that waits inside torch or a socket would abort the usual way out
 

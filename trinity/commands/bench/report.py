@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trinity.commands.doctor import meminfo, num_cpus, versions
+from trinity.commands.doctor import meminfo, versions
+from trinity.config import num_cpus
 from trinity.errors import TrinityError
 
 VERSIONS = ("trinity-moe", "ray", "torch", "triton", "megablocks", "transformers", "numpy")

@@ -4,7 +4,8 @@ transformers'.
 Legend: B sequences of a micro-batch, S sequence length, V vocabulary.
 Decisions: all arms start from one checkpoint and see the same random tokens in the same order; the first step's loss and
 gradient norm must agree before any time counts. Against transformers with AdamW, as there; ours carries its z-loss, its
-balance loss and its bias update all the same. Muon is compared with itself. Arms take turns, one step each.
+balance loss and its bias update all the same. Muon is compared with itself. Arms take turns, one step each. transformers has a
+process to itself, with malloc as a user has it; ours sets it as `trinity train` does.
 """
 
 import argparse
@@ -19,10 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trinity.commands.bench import models
 from trinity.commands.bench.models import ACTORS, HERE, TRANSFORMERS, Split, actor_arm
+from trinity.commands.bench.process import Child
+from trinity.commands.bench.process import say as tell_parent
 from trinity.commands.bench.report import Curve, Report, Table, alternated, ratio
 from trinity.commands.train import say
 from trinity.config import Config
 from trinity.errors import TrinityError
+from trinity.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +151,33 @@ class Theirs:
         return F.cross_entropy(logits_BSV.flatten(0, 1).float(), batch.targets_BS.flatten())
 
 
+class Apart:
+    """Theirs in a process of its own."""
+
+    def __init__(self, config: Config, threads: int):
+        self.child = Child(role="transformers", config=config.model_dump(mode="json"), threads=threads)
+
+    def step(self) -> Step:
+        self.child.tell()
+        return Step(**self.child.hear())
+
+
+def theirs_apart(config: dict[str, Any], threads: int) -> None:
+    """The role `transformers` of process.py: a step for each line of stdin."""
+    import sys
+
+    import torch
+
+    torch.set_num_threads(threads)
+    made = Config.model_validate(config)
+    theirs = Theirs(made, Path(str(made.train.init_from)), text_of(made))
+    for _ in sys.stdin:
+        tell_parent(**theirs.step()._asdict())
+
+
+ROLES = {"transformers": theirs_apart}
+
+
 @dataclass
 class Race:
     """Arms by name, and the steps that each of them has made."""
@@ -185,6 +216,7 @@ class Race:
 def measure(arguments: argparse.Namespace) -> Report:
     given = models.filled(arguments, USUAL, QUICK)
     report, out = Report("train"), Path(given.out)
+    keep_freed_memory()
     path = models.checkpoint(models.config_of(given.preset).model, out / f"{given.preset}-float32")
     with models.ray_joined("actors" not in given.without):
         _adamw(report, given, config_of(given, path, "adamw"))
@@ -206,16 +238,22 @@ def random_text(config: Config, num_steps: int) -> "Prepared":
     """Random tokens for that many steps, as one document."""
     import numpy as np
 
-    from trinity.checkpoint import open_checkpoint
-    from trinity.data import PackedDataset, Prepared, TokenStore
-
     settings = config.train
     num_tokens = num_steps * settings.global_batch_size * settings.seq_len + 1
     folder = Path(settings.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "tokens.npy", np.array(models.random_ids(config.model, num_tokens), np.uint32))
     np.save(folder / "starts.npy", np.array([0, num_tokens]))
-    dataset = PackedDataset(TokenStore(folder), settings.seq_len, settings.seed)
+    return text_of(config)
+
+
+def text_of(config: Config) -> "Prepared":
+    """What `random_text` has written."""
+    from trinity.checkpoint import open_checkpoint
+    from trinity.data import PackedDataset, Prepared, TokenStore
+
+    settings = config.train
+    dataset = PackedDataset(TokenStore(Path(settings.out_dir)), settings.seq_len, settings.seed)
     return Prepared(open_checkpoint(str(settings.init_from)).tokenizer, dataset, dataset)
 
 
@@ -275,11 +313,16 @@ def _race(
         actors = Ours(config, pools[ACTORS], data)
         for split in splits:
             race.add(actor_arm(split), split.backbone, actors.step)
-    if theirs:
-        race.add(TRANSFORMERS, given.threads, Theirs(config, Path(str(config.train.init_from)), data).step)
+    apart = Apart(config, given.threads) if theirs else None
+    if apart:
+        race.add(TRANSFORMERS, given.threads, apart.step)
     say(f"training steps of {race.num_tokens:,} tokens: {', '.join(race.runs)}")
-    race.check()
-    rates = alternated(race.runs, given.rounds, warmup=0)
+    try:
+        race.check()
+        rates = alternated(race.runs, given.rounds, warmup=0)
+    finally:
+        if apart:
+            apart.child.close()
     models.tell(rates)
     return race, rates
 

@@ -1,0 +1,67 @@
+"""Hints to the kernel change where memory lies, never what is in it."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trinity.memory import HUGE_BYTES, ONE_HEAP, keep_freed_memory, on_huge_pages
+
+HAS_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, HUGE_BYTES - 4, 3 * HUGE_BYTES])
+def test_huge_pages_keep_every_value(num_bytes):
+    tensor = torch.arange(num_bytes // 4, dtype=torch.float32)
+    assert on_huge_pages(tensor) is tensor
+    assert torch.equal(tensor, torch.arange(num_bytes // 4, dtype=torch.float32))
+
+
+@pytest.mark.skipif(
+    not HAS_HUGE.is_file() or "[never]" in HAS_HUGE.read_text(), reason="this kernel has no transparent huge pages"
+)
+def test_fresh_memory_takes_few_faults():
+    size = 64 * HUGE_BYTES
+    tensor, before = on_huge_pages(torch.empty(size, dtype=torch.uint8)), faults()
+    tensor.zero_()
+    assert faults() - before < size / 4096 / 4
+
+
+AGAIN = """
+import ctypes, resource, sys, threading
+from trinity.memory import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if sys.argv[1] == "keep": keep_freed_memory()
+def passes():
+    for _ in range(6):
+        block = libc.malloc(48 << 20)
+        ctypes.memset(block, 1, 48 << 20)
+        libc.free(block)
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for run in (passes, lambda: [t := threading.Thread(target=passes), t.start(), t.join()]):
+    passes(); before = faults(); run(); print(faults() - before)
+"""
+
+
+def test_freed_memory_is_used_again_by_every_thread():
+    there, here = freed("give back", {}), freed("keep", ONE_HEAP)
+    pages = 6 * (48 << 20) // 4096
+    assert min(there) > pages / 2, "malloc keeps large blocks by itself here: keep_freed_memory is not needed"
+    assert max(here) < pages / 10
+    keep_freed_memory()  # harmless in this process, too
+
+
+def freed(how, env):
+    """Page faults of a process that allocates and frees again: in its main thread, and in another."""
+    command = [sys.executable, "-c", AGAIN, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **env})
+    return [int(n) for n in done.stdout.split()]
