@@ -23,11 +23,12 @@ def on_huge_pages(tensor: "Tensor") -> "Tensor":
 
     experts with a few rows each are read 1.15 to 1.25 times as fast (few_rows.py, 2 threads, 700 MB of weights).
     """
-    if tensor.is_cpu and _libc() is not None and hasattr(mmap, "MADV_HUGEPAGE"):
+    libc = _libc()
+    if tensor.is_cpu and libc is not None and hasattr(mmap, "MADV_HUGEPAGE"):
         first = -(-tensor.data_ptr() // HUGE_BYTES) * HUGE_BYTES
         size = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_BYTES * HUGE_BYTES
         if size > 0:
-            _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return tensor
 
 
@@ -37,9 +38,10 @@ def keep_freed_memory() -> None:
     glibc returns them to the kernel at once, which zeroes pages anew for the gradients of each step: an eighth of its time on
     the `bench` model (sys 2.8 s of 16 s, then 0.6 s).
     """
-    if _libc() is not None:
+    libc = _libc()
+    if libc is not None:
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            _libc().mallopt(option, value)
+            libc.mallopt(option, value)
 
 
 @cache

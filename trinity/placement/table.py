@@ -1,6 +1,6 @@
 """The placement table: which shards hold a replica of which expert. Frozen; every change is a new table and epoch.
 
-Legend: L layers with routed experts, E experts of a layer, S shards, N replicas of one expert.
+Legend: L layers with routed experts, E experts of a layer, S shards, N replicas of one expert, X = L * E, R all replicas.
 The trainer, the server, the balancer and the recovery code all read this one value.
 """
 
@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -33,9 +34,19 @@ class PlacementTable:
             raise ConfigError(f"placement epoch {self.epoch}: shard names repeat: {', '.join(self.shards)}")
         if len(self.replicas) != len(self.layers):
             raise ConfigError(f"placement epoch {self.epoch}: {len(self.replicas)} rows for {len(self.layers)} layers")
-        for layer, experts in zip(self.layers, self.replicas, strict=True):
-            for expert, held in enumerate(experts):
-                self._check(layer, expert, held)
+        if not self._is_sound():
+            for layer, experts in zip(self.layers, self.replicas, strict=True):
+                for expert, held in enumerate(experts):
+                    self._check(layer, expert, held)
+
+    def _is_sound(self) -> bool:
+        """All invariants of all replicas at once: a large model has tens of thousands."""
+        counts_X, shard_R = self.flat()
+        if not ((counts_X > 0).all() and (shard_R >= 0).all() and (shard_R < len(self.shards)).all()):
+            return False
+        seen_XS = np.zeros((len(counts_X), len(self.shards)), dtype=bool)
+        seen_XS[np.repeat(np.arange(len(counts_X)), counts_X), shard_R] = True
+        return int(seen_XS.sum()) == len(shard_R)
 
     def _check(self, layer: int, expert: int, held: tuple[int, ...]) -> None:
         where = f"placement epoch {self.epoch}: expert ({layer}, {expert})"
@@ -85,6 +96,12 @@ class PlacementTable:
             for layer, row in zip(self.layers, self.replicas, strict=True)
         }
 
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [L * E] replicas of each expert; int64 [R] the shard positions of all of them, one expert after another."""
+        held = list(chain.from_iterable(self.replicas))
+        counts_X = np.fromiter(map(len, held), np.int64, len(held))
+        return counts_X, np.fromiter(chain.from_iterable(held), np.int64, int(counts_X.sum()))
+
     @property
     def num_experts(self) -> int:
         return len(self.replicas[0]) if self.replicas else 0
@@ -92,15 +109,16 @@ class PlacementTable:
     @cached_property
     def num_replicas_LE(self) -> np.ndarray:
         """int64 [L, E]."""
-        return np.array([[len(held) for held in row] for row in self.replicas], dtype=np.int64)
+        return self.flat()[0].reshape(len(self.layers), self.num_experts)
 
     @cached_property
     def shard_LEN(self) -> np.ndarray:
         """int64 [L, E, N]: shard position of the n-th replica; past the last one the list starts again."""
-        most = int(self.num_replicas_LE.max(initial=1))
-        return np.array(
-            [[[held[n % len(held)] for n in range(most)] for held in row] for row in self.replicas], dtype=np.int64
-        )
+        counts_X, shard_R = self.flat()
+        most = int(counts_X.max(initial=1))
+        first_X = np.cumsum(counts_X) - counts_X
+        shard_XN = shard_R[first_X[:, None] + np.arange(most) % counts_X[:, None]]
+        return shard_XN.reshape(len(self.layers), self.num_experts, most)
 
     def to_json(self) -> str:
         return json.dumps(

@@ -12,6 +12,7 @@ BENCHES = {
     "experts": "the expert layer, forward and backward, backends side by side",
     "train": "training tokens per second: one process, shard actors, transformers",
     "decode": "decode tokens per second: one process, shard actors, transformers",
+    "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
     "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput",
 }
 

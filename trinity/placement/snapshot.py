@@ -1,0 +1,49 @@
+"""What operators see of a pool: one frozen value of plain numbers, made by the placement service, shown by everybody else.
+
+Legend: L layers with routed experts, E experts of a layer.
+"""
+
+from dataclasses import dataclass
+
+from trinity.placement.table import PlacementTable
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """A shard as the service last saw it."""
+
+    name: str
+    host: str  # node id; empty while it is starting
+    state: str  # starting, ready, draining, away
+    version: int
+    num_replicas: int
+    weight_bytes: int
+    rows_per_s: float
+
+
+@dataclass(frozen=True)
+class ChangeView:
+    """A change of the table, or an attempt at one."""
+
+    epoch: int
+    started_s: float  # time.time()
+    seconds: float  # so far, while it runs
+    reason: str  # why: "scale", "drain", "balance", "recovery", ...
+    phase: str  # prepare, drain, retire, done, rolled back
+    num_copies: int
+    num_drops: int
+    copied_bytes: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """`load_LE[l][e]`: rows per second of expert (table.layers[l], e), an exponential window."""
+
+    pool: str
+    time_s: float
+    table: PlacementTable
+    shards: tuple[ShardView, ...]
+    load_LE: tuple[tuple[float, ...], ...]
+    imbalance: float  # max / mean of the shards' rows in the same window; 1 is even, 0 without rows
+    changes: tuple[ChangeView, ...]  # latest first, at most 50
+    num_recoveries: int
