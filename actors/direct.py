@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.frames import MAGIC, WELCOME, BadFrame, Header, request, value_of
+from actors.frames import MAGIC, WELCOME, BadFrame, Calls, Header, request, value_of
 from actors.mailbox import agree, possible
 from actors.wire import CPU, NONCE_BYTES, Address, Wire, machine_id, proof_of
 from trinity.dispatch import Done, Reply, Transport
@@ -60,11 +60,11 @@ class Connection:
         if header != Header.unpack(WELCOME):
             raise value_of(header, self.wire.payload(header, deadline_s))
 
-    def send(self, call: Forward | Backward) -> int:
+    def send(self, call: Calls) -> int:
         number = next(self._numbers)
         header, tensors = request(number, call)
         self._expected.add(number)
-        if tensors[0].nbytes >= self._min_bytes:
+        if tensors and tensors[0].nbytes >= self._min_bytes:
             header, tensors = self._posted(number, header, tensors)
         self.wire.send(header, tensors, call.deadline_s, on_readable=lambda: self._read(call.deadline_s))
         return number
@@ -138,7 +138,7 @@ class DirectTransport:
         self._connections: dict[str, Connection] = {}
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
-        if verb not in ("infer", "backward"):
+        if verb not in ("infer", "backward", "fetch"):
             return self.control.send(shard, verb, message)
         try:
             connection = self._connection(shard, message)
@@ -161,9 +161,16 @@ class DirectTransport:
         for shard, connection in list(self._connections.items()):
             self.drop(shard, connection)
 
-    def _connection(self, shard: str, call: Forward | Backward) -> Connection:
+    def _connection(self, shard: str, call: Calls) -> Connection:
         if shard not in self._connections:
-            device = (call.rows.x_RD if isinstance(call, Forward) else call.dy_RD).device
+            device = _device(call)
             address = self.locate(shard, call.deadline_s)
             self._connections[shard] = Connection(address, self.secret, call.deadline_s, device)
         return self._connections[shard]
+
+
+def _device(call: Calls) -> torch.device:
+    """Where the caller's rows are."""
+    if isinstance(call, Forward):
+        return call.rows.x_RD.device
+    return call.dy_RD.device if isinstance(call, Backward) else CPU

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from trinity import errors
 from trinity.errors import TrinityError
-from trinity.messages import ELSEWHERE, Backward, Forward, Rows
+from trinity.messages import ELSEWHERE, Backward, Fetch, Forward, Rows
 
-MAGIC = b"TRN3"  # the last byte is the format's version
-INFER, BACKWARD, ANSWER, FAILURE, OFFER = 1, 2, 3, 4, 5
+MAGIC = b"TRN4"  # the last byte is the format's version
+INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
+Calls = Forward | Backward | Fetch
 KEEP, HAS_ROWS, IN_MAILBOX = 1, 2, 4  # flags
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
@@ -72,7 +73,7 @@ class Header(NamedTuple):
         header = cls._make(HEADER.unpack(data))
         if header.magic != MAGIC:
             raise BadFrame(f"frame starts with {header.magic!r}, this side speaks {MAGIC!r}")
-        if not INFER <= header.kind <= OFFER or header.dtype >= len(DTYPES):
+        if not INFER <= header.kind <= FETCH or header.dtype >= len(DTYPES):
             raise BadFrame(f"frame of kind {header.kind} and type {header.dtype} is unknown")
         if not math.isfinite(header.deadline_s):
             raise BadFrame(f"deadline {header.deadline_s} is not a time")
@@ -98,8 +99,12 @@ class Header(NamedTuple):
 
     def check(self, limits: Limits) -> None:
         """Raise BadFrame unless a shard of these limits can compute it."""
-        if self.kind not in (INFER, BACKWARD):
+        if self.kind not in (INFER, BACKWARD, FETCH):
             raise BadFrame(f"a shard takes requests, not frames of kind {self.kind}")
+        if self.kind == FETCH:
+            if self.num_rows >= limits.num_experts:
+                raise BadFrame(f"expert {self.num_rows} is outside 0 to {limits.num_experts - 1}")
+            return
         if self.dim != limits.hidden_size:
             raise BadFrame(f"rows have {self.dim} columns, this shard's model has {limits.hidden_size}")
         if DTYPES[self.dtype] != limits.dtype:
@@ -125,8 +130,12 @@ class Header(NamedTuple):
         return [first, torch.empty(self.shape, dtype=first.dtype), ids, weights]
 
 
-def request(number: int, call: Forward | Backward) -> tuple[bytes, list[Tensor]]:
-    """A call as a frame: its header, and the tensors whose memory follows."""
+def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
+    """A call as a frame: its header, and the tensors whose memory follows. A Fetch has none; its expert and kind stand where
+    others have their number of rows and op_id."""
+    if isinstance(call, Fetch):
+        names = (call.kind.encode(), call.layer, 0, call.version, call.deadline_s)
+        return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0), []
     rows = call.rows
     sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
     if isinstance(call, Forward):
@@ -141,10 +150,12 @@ def request(number: int, call: Forward | Backward) -> tuple[bytes, list[Tensor]]
     return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
 
 
-def call_of(header: Header, buffers: Sequence[Tensor], limits: Limits) -> Forward | Backward:
+def call_of(header: Header, buffers: Sequence[Tensor], limits: Limits) -> Calls:
     """The inverse of `request`. Raises BadFrame for ids that are no experts."""
     op_id = header.op_id.rstrip(b"\0").decode("ascii", "replace")
     names = (op_id, header.layer, header.epoch, header.version, header.deadline_s)
+    if header.kind == FETCH:
+        return Fetch(header.layer, header.num_rows, header.version, header.deadline_s, op_id)
     if header.kind == INFER:
         return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP))
     return Backward(*names, buffers[0], _rows(buffers[1:], limits) if header.flags & HAS_ROWS else None)

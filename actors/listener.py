@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from actors.frames import IN_MAILBOX, MAGIC, OFFER, WELCOME, BadFrame, Limits, answer, call_of
+from actors.frames import FAILURE, IN_MAILBOX, MAGIC, OFFER, WELCOME, BadFrame, Calls, Limits, answer, call_of
 from actors.mailbox import consider
 from actors.wire import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
 from trinity.errors import TrinityError
-from trinity.messages import Backward, Forward, merged
+from trinity.messages import Fetch, Forward, merged
 
 log = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
@@ -36,12 +36,14 @@ TICK_S = 1.0  # an idle connection looks at the clock so often
 class _Job:
     """A call that waits for the shard, and its answer afterwards."""
 
-    def __init__(self, call: Forward | Backward):
+    def __init__(self, call: Calls):
         self.call, self.value, self.done = call, None, False
 
     @property
     def rank(self) -> int:
-        """Who goes first: inference, then whatever belongs to training."""
+        """Who goes first: inference, then whatever belongs to training, then copies."""
+        if isinstance(self.call, Fetch):
+            return 2
         return 0 if isinstance(self.call, Forward) and not self.call.keep else 1
 
 
@@ -56,7 +58,7 @@ class Combiner:
         self._guard = threading.Lock()
         self.num_merged = 0
 
-    def run(self, call: Forward | Backward) -> Any:
+    def run(self, call: Calls) -> Any:
         """-> what the verb returned, or the TrinityError it raised."""
         job = _Job(call)
         with self._guard:
@@ -84,13 +86,15 @@ class Combiner:
         for job in group:
             job.done = True
 
-    def _one(self, call: Forward | Backward) -> Any:
+    def _one(self, call: Calls) -> Any:
         try:
+            if isinstance(call, Fetch):
+                return self.shard.fetch(call)
             return self.shard.infer(call) if isinstance(call, Forward) else self.shard.backward(call)
         except TrinityError as error:
             return error
         except Exception as error:  # the edge of this process: no caller may wait for an answer that never comes
-            log.exception("computing %s failed", call.op_id)
+            log.exception("computing layer %d of %s failed", call.layer, type(call).__name__)
             return TrinityError(f"the shard failed with {type(error).__name__}; its log says where")
 
     def _together(self, calls: list[Any]) -> list[Any]:
@@ -101,7 +105,7 @@ class Combiner:
         return list(answer.split([len(call.rows.x_RD) for call in calls]))
 
 
-def _mergeable(a: Forward | Backward, b: Forward | Backward) -> bool:
+def _mergeable(a: Calls, b: Calls) -> bool:
     if not (isinstance(a, Forward) and isinstance(b, Forward)) or a.keep or b.keep:
         return False
     return (a.layer, a.version, a.rows.ids_RK.shape[1]) == (b.layer, b.version, b.rows.ids_RK.shape[1])
@@ -185,7 +189,7 @@ class DirectServer:
             self._refuse(wire, error)
         value = self.combiner.run(call)
         reply, tensors = answer(header.request, value)
-        if header.flags & IN_MAILBOX and not isinstance(value, TrinityError):
+        if header.flags & IN_MAILBOX and header.kind < FAILURE and not isinstance(value, TrinityError):
             reply, tensors = wire.post(header.box, reply, tensors)
         wire.send(reply, tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
 

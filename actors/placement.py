@@ -1,21 +1,30 @@
 """The placement service: the only writer of the placement table, and the memory of what the pool is.
 
-A named, detached actor. Each epoch is a JSON file, written and renamed before anybody hears of it, so that a restart
-finds the last one and epochs only ever grow; what the pool is made from and where its weights are lies beside them.
+A named, detached actor with several threads: one looks after the shards (actors/supervisor.py), the others answer. Each
+epoch is a JSON file, written and renamed before anybody hears of it, so that a restart finds the last one and epochs only
+ever grow; what the pool is made from, what operators asked for and where its weights are lie beside them.
 """
 
 import json
 import os
 import secrets
+import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray
 
-from trinity.config import ModelConfig, OptimConfig
+from actors.shard import DataPlane
+from actors.supervisor import Supervisor, Wish
+from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.errors import StepConflict
-from trinity.messages import Load
+from trinity.messages import Experts, Load
+from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
+
+LONGEST_WAIT_S = 30.0
+KEPT_EPOCHS = 100
 
 
 @dataclass(frozen=True)
@@ -29,25 +38,34 @@ class PoolSpec:
 
 
 class PlacementService:
-    """`state_dir` must be the same after a restart. Not thread-safe: the actor runs one call at a time.
+    """`state_dir` must be the same after a restart. Safe from any thread.
 
     A service that starts anew (not after a crash) on an old folder keeps counting epochs and forgets the rest.
     """
 
-    def __init__(self, state_dir: str, spec: PoolSpec):
-        self.folder, self._spec = Path(state_dir), spec
+    def __init__(self, state_dir: str, spec: PoolSpec, settings: PlacementConfig, namespace: str):
+        self.folder, self._spec, self.settings, self.namespace = Path(state_dir), spec, settings, namespace
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._changed = threading.Condition()
         epochs = sorted(self.folder.glob("epoch-*.json"))
         self.table = PlacementTable.from_json(epochs[-1].read_text()) if epochs else None
-        if not ray.is_initialized() or not ray.get_runtime_context().was_current_actor_reconstructed:
+        again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        if not again:
             self._source_file.unlink(missing_ok=True)
+            self._wish_file.unlink(missing_ok=True)
+        self._supervisor: Supervisor | None = None
+        if again and self.table is not None:
+            self.supervise(self._data_host_file.read_text())
+
+    # -- what shards and callers ask
 
     def secret(self) -> bytes:
         """What callers prove to shards that they know. Kept in a file that only its owner reads."""
-        if not self._secret_file.is_file():
-            self._secret_file.touch(mode=0o600)
-            self._secret_file.write_bytes(secrets.token_bytes(32))
-        return self._secret_file.read_bytes()
+        with self._changed:
+            if not self._secret_file.is_file():
+                self._secret_file.touch(mode=0o600)
+                self._secret_file.write_bytes(secrets.token_bytes(32))
+            return self._secret_file.read_bytes()
 
     def spec(self) -> PoolSpec:
         return self._spec
@@ -55,19 +73,35 @@ class PlacementService:
     def current(self) -> PlacementTable | None:
         return self.table
 
+    def newer(self, epoch: int, timeout_s: float) -> PlacementTable | None:
+        """The table as soon as it is newer than `epoch`; None if it is not within the time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.epoch() > epoch, min(timeout_s, LONGEST_WAIT_S))
+            return self.table if self.epoch() > epoch else None
+
+    def holdings(self, shard: str) -> Experts:
+        """What the shard holds by the present table; nothing of any layer if it is not in it."""
+        table = self.table
+        if table is not None and shard in table.shards:
+            return table.experts_of(shard)
+        return dict.fromkeys(self._spec.model.moe_layers, ())
+
     def epoch(self) -> int:
         """0 before the first table."""
         return self.table.epoch if self.table else 0
 
     def publish(self, table: PlacementTable) -> int:
         """Make `table` the current one; it must be the next epoch. Publishing the current table again is harmless."""
-        if table == self.table:
+        with self._changed:
+            if table == self.table:
+                return table.epoch
+            if table.epoch != self.epoch() + 1:
+                raise StepConflict(f"placement is at epoch {self.epoch()}; epoch {table.epoch} does not follow")
+            _write(self.folder / f"epoch-{table.epoch:08d}.json", table.to_json())
+            self.table = table
+            (self.folder / f"epoch-{table.epoch - KEPT_EPOCHS:08d}.json").unlink(missing_ok=True)
+            self._changed.notify_all()
             return table.epoch
-        if table.epoch != self.epoch() + 1:
-            raise StepConflict(f"placement is at epoch {self.epoch()}; epoch {table.epoch} does not follow")
-        _write(self.folder / f"epoch-{table.epoch:08d}.json", table.to_json())
-        self.table = table
-        return table.epoch
 
     def set_source(self, source: Load) -> None:
         """Where a restarted shard finds the weights."""
@@ -75,6 +109,50 @@ class PlacementService:
 
     def source(self) -> Load | None:
         return Load(**json.loads(self._source_file.read_text())) if self._source_file.is_file() else None
+
+    # -- what operators ask
+
+    def supervise(self, data_host: str) -> None:
+        """Look after the shards of the table from now on. Harmless when repeated."""
+        if self._supervisor is None:
+            _write(self._data_host_file, data_host)
+            plane = DataPlane(data_host, self.secret(), self.settings.num_threads_per_shard)
+            self._supervisor = Supervisor(self, plane)
+            self._supervisor.start()
+
+    def snapshot(self) -> Snapshot:
+        return self._running().snapshot()
+
+    def wait(self, epoch: int, timeout_s: float) -> Snapshot:
+        self.newer(epoch, timeout_s)
+        return self.snapshot()
+
+    def scale(self, num_shards: int, reason: str) -> int:
+        """Ask for so many shards; -> the epoch now. The change follows on its own, as with everything below."""
+        return self._running().ask(reason, num_shards=num_shards)
+
+    def replicate(self, layer: int, expert: int, num_replicas: int) -> int:
+        return self._running().ask("replicate", replicas=(layer, expert, num_replicas))
+
+    def drain(self, shard: str) -> int:
+        """Move everything off a shard, then end it: one shard fewer is asked for."""
+        return self._running().ask("drain", drained=shard)
+
+    def rebalance(self) -> int:
+        return self._running().ask("balance", balance=True)
+
+    def wish(self) -> Wish | None:
+        return Wish.from_json(self._wish_file.read_text()) if self._wish_file.is_file() else None
+
+    def set_wish(self, wish: Wish) -> None:
+        _write(self._wish_file, wish.to_json())
+
+    def _running(self) -> Supervisor:
+        deadline_s = time.monotonic() + self.settings.call_timeout_s
+        while self._supervisor is None and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert self._supervisor is not None, "the pool is not complete"
+        return self._supervisor
 
     @property
     def _secret_file(self) -> Path:
@@ -84,10 +162,18 @@ class PlacementService:
     def _source_file(self) -> Path:
         return self.folder / "source.json"
 
+    @property
+    def _wish_file(self) -> Path:
+        return self.folder / "wish.json"
+
+    @property
+    def _data_host_file(self) -> Path:
+        return self.folder / "data_host"
+
 
 def _write(path: Path, text: str) -> None:
     """All of it or nothing, even if the machine stops now."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     with partial.open("w") as file:
         file.write(text)
         file.flush()
@@ -95,4 +181,4 @@ def _write(path: Path, text: str) -> None:
     partial.rename(path)
 
 
-PlacementActor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)(PlacementService)
+PlacementActor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64)(PlacementService)

@@ -10,20 +10,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.direct import DirectTransport
+from actors.follow import Follower
+from actors.names import PLACEMENT, Handles, ask, find, name_of
 from actors.placement import PlacementActor, PoolSpec
-from actors.shard import DataPlane, ShardActor
+from actors.shard import DataPlane, start_shard
 from actors.transport import RayTransport
 from actors.wire import Address
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch import Transport
-from trinity.errors import ConfigError, DeadlineExceeded, Unavailable
-from trinity.experts.shard import ShardSpec
-from trinity.memory import ONE_HEAP
+from trinity.errors import ConfigError, Unavailable
 from trinity.messages import Load
 from trinity.placement.table import PlacementTable
 from trinity.pool import ExpertPool, shard_names, shard_specs
@@ -37,9 +37,10 @@ class RayPool(ExpertPool):
 
     def __init__(self, settings: PlacementConfig, namespace: str, table: PlacementTable):
         self.name, self.namespace, self.is_direct = settings.pool, namespace, settings.transport == "direct"
-        self.shards = {shard: _actor(self.name, shard, namespace) for shard in table.shards}
+        self.shards = Handles(self.name, namespace)
+        view = Follower(self.name, namespace, table, self.shards)
         timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
-        super().__init__(table, RayTransport(self.shards, *timeouts), *timeouts)
+        super().__init__(view, RayTransport(self.shards, *timeouts), *timeouts, settings.attempt_timeout_s)
 
     def rows_transport(self) -> Transport:
         """Sockets of its own for each caller, unless rows are to travel through Ray."""
@@ -47,7 +48,7 @@ class RayPool(ExpertPool):
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         """Asks the shard itself: while it starts again, this waits."""
-        return _answer(self.shards[shard].address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
+        return ask(self.shards[shard].address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
 
     def load(self, message: Load) -> int:
         self.set_source(message)
@@ -63,8 +64,8 @@ class RayPool(ExpertPool):
         return self._ask("spec")
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        service = _actor(self.name, "placement", self.namespace)
-        return _answer(getattr(service, method).remote(*arguments), self.timeout_s, "the placement service")
+        service = find(self.name, PLACEMENT, self.namespace)
+        return ask(getattr(service, method).remote(*arguments), self.timeout_s, "the placement service")
 
 
 def provide(
@@ -102,25 +103,27 @@ def create(
 
 def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
     service = PlacementActor.options(
-        name=_name(settings.pool, "placement"), namespace=namespace, lifetime="detached"
-    ).remote(state_dir, spec)
-    epoch = _answer(service.epoch.remote(), settings.call_timeout_s, "the placement service")
+        name=name_of(settings.pool, PLACEMENT), namespace=namespace, lifetime="detached"
+    ).remote(state_dir, spec, settings, namespace)
+    epoch = ask(service.epoch.remote(), settings.call_timeout_s, "the placement service")
     names = shard_names(settings.num_shards)
     table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)
     group = _reserve(settings)
     plane = DataPlane(_data_host(settings), ray.get(service.secret.remote()), settings.num_threads_per_shard)
-    specs = shard_specs(table, spec.model, spec.optim, settings, spec.device)
-    actors = [_start(shard, plane, at, group, settings, namespace) for at, shard in enumerate(specs)]
+    shards = shard_specs(table, spec.model, spec.optim, settings, spec.device)
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at) for at in range(len(shards))]
+    actors = [start_shard(spec, plane, settings, namespace, at) for spec, at in zip(shards, places, strict=True)]
     _wait(lambda t: ray.get([a.where.remote() for a in actors], timeout=t), settings, f"{len(actors)} shards")
-    _answer(service.publish.remote(table), settings.call_timeout_s, "the placement service")
+    ask(service.publish.remote(table), settings.call_timeout_s, "the placement service")
+    ask(service.supervise.remote(plane.host), settings.call_timeout_s, "the placement service")
     log.info("pool %s: %d shards ready on %s, epoch %d", settings.pool, len(actors), spec.device, table.epoch)
     return RayPool(settings, namespace, table)
 
 
 def connect(settings: PlacementConfig, namespace: str) -> RayPool:
     """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none."""
-    service = _actor(settings.pool, "placement", namespace)
-    table = _answer(service.current.remote(), settings.call_timeout_s, "the placement service")
+    service = find(settings.pool, PLACEMENT, namespace)
+    table = ask(service.current.remote(), settings.call_timeout_s, "the placement service")
     if table is None:
         raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
     return RayPool(settings, namespace, table)
@@ -138,7 +141,7 @@ def exists(pool: str, namespace: str) -> bool:
 
 def destroy(pool: str, namespace: str) -> None:
     """End every actor of the pool and give its resources back. Harmless when there is nothing."""
-    prefix = _name(pool, "")
+    prefix = name_of(pool, "")
     for entry in _actors(namespace):
         if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
@@ -166,52 +169,16 @@ def _actors(namespace: str) -> list[dict[str, str]]:
     return [entry for entry in ray.util.list_named_actors(all_namespaces=True) if entry["namespace"] == namespace]
 
 
-def _answer(ref: Any, timeout_s: float, who: str) -> Any:
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except GetTimeoutError:
-        raise DeadlineExceeded(f"{who} did not answer within {timeout_s:.1f} s; is it overloaded or stopped?") from None
-    except RayActorError as error:
-        raise Unavailable(f"{who} is away ({type(error).__name__}); is the cluster healthy?") from None
-
-
-def _name(pool: str, what: str) -> str:
-    return f"trinity/{pool}/{what}"
-
-
-def _actor(pool: str, what: str, namespace: str) -> Any:
-    try:
-        return ray.get_actor(_name(pool, what), namespace=namespace)
-    except ValueError:
-        raise Unavailable(
-            f"there is no {_name(pool, what)!r} in namespace {namespace!r}; start the pool first"
-        ) from None
-
-
 def _reserve(settings: PlacementConfig) -> Any:
     """A bundle for each shard, on as many nodes as there are."""
-    bundle = {"CPU": max(settings.num_cpus_per_shard, 0.01)}  # Ray refuses an empty bundle
+    bundle = {"CPU": max(settings.num_cpus_per_shard, 0.01), **settings.resources}  # Ray refuses an empty bundle
     if settings.num_gpus_per_shard:
         bundle["GPU"] = settings.num_gpus_per_shard
     group = placement_group(
-        [bundle] * settings.num_shards, strategy="SPREAD", lifetime="detached", name=_name(settings.pool, "")
+        [bundle] * settings.num_shards, strategy="SPREAD", lifetime="detached", name=name_of(settings.pool, "")
     )
     _wait(lambda t: ray.get(group.ready(), timeout=t), settings, f"{settings.num_shards} x {bundle}")
     return group
-
-
-def _start(spec: ShardSpec, plane: DataPlane, at: int, group: Any, settings: PlacementConfig, namespace: str) -> Any:
-    placement = _name(settings.pool, "placement")
-    return ShardActor.options(
-        name=_name(settings.pool, spec.name),
-        namespace=namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=settings.num_cpus_per_shard,
-        num_gpus=settings.num_gpus_per_shard,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard), **ONE_HEAP}},
-    ).remote(spec, plane, placement, namespace)
 
 
 def _wait(get: Callable[[float], T], settings: PlacementConfig, what: str) -> T:

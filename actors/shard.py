@@ -1,24 +1,32 @@
-"""The shard actor: an ExpertShard behind one method. Everything it knows how to do is in trinity/experts/shard.py."""
+"""The shard actor: an ExpertShard behind one method. Everything it knows how to do is in trinity/experts/."""
 
 import logging
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
 
+from actors.direct import DirectTransport
 from actors.frames import Limits
 from actors.listener import Combiner, DirectServer
-from actors.transport import pack, unpack
+from actors.names import PLACEMENT, Handles, ask, find, name_of
+from actors.transport import RayTransport, pack, unpack
 from actors.wire import Address
+from trinity.config import PlacementConfig
 from trinity.errors import TrinityError
+from trinity.experts.copying import take_up
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
-from trinity.memory import keep_freed_memory
-from trinity.messages import Backward, Forward, Load
+from trinity.memory import ONE_HEAP, keep_freed_memory
+from trinity.messages import Backward, Copy, Fetch, Forward, Load
 
 log = logging.getLogger(__name__)
-VERBS = frozenset({"infer", "backward", "prepare", "commit", "abort", "load", "save", "status"})
+VERBS = frozenset(
+    {"infer", "backward", "fetch", "prepare", "commit", "abort", "load", "save", "status", "copy", "retain"}
+)
+SERVICE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,26 @@ class DataPlane:
 
 
 class ShardServer:
-    """Owns one shard, and the sockets its callers' rows come through. `placement` names the placement service, which knows
-    what a restarted shard should load."""
+    """Owns one shard, and the sockets its callers' rows come through. The pool's placement service knows what a shard that
+    started again should hold and load."""
 
-    def __init__(self, spec: ShardSpec, plane: DataPlane, placement: str, namespace: str):
+    def __init__(self, spec: ShardSpec, plane: DataPlane, pool: str, namespace: str):
         torch.set_num_threads(plane.num_threads)
         if spec.optim is not None:
             keep_freed_memory()
+        self.pool, self.namespace, self.secret = pool, namespace, plane.secret
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        if again:
+            spec = replace(spec, experts=self._service("holdings", spec.name))
         self.shard = ExpertShard(spec)
         self.combiner = Combiner(self.shard)
+        if again and (source := self._service("source")) is not None:
+            self._reload(source)
         self.server = self._listen(spec, plane)
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            source = ray.get(ray.get_actor(placement, namespace=namespace).source.remote())
-            if source is not None:
-                self._reload(source)
+
+    def _service(self, method: str, *arguments: Any) -> Any:
+        service = find(self.pool, PLACEMENT, self.namespace)
+        return ask(getattr(service, method).remote(*arguments), SERVICE_TIMEOUT_S, "the placement service")
 
     def _listen(self, spec: ShardSpec, plane: DataPlane) -> DirectServer:
         limits = Limits(spec.model.hidden_size, spec.model.num_experts, DTYPES[spec.model.dtype])
@@ -62,13 +76,29 @@ class ShardServer:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""
         assert verb in VERBS, verb
         call = unpack(message)
-        if isinstance(call, Forward | Backward):
-            return pack(self.combiner.run(call))
         try:
+            if isinstance(call, Forward | Backward | Fetch):
+                return pack(self.combiner.run(call))
+            if isinstance(call, Copy):
+                return self._copy(call)
             with self.combiner.lock:
                 return pack(getattr(self.shard, verb)(call))
         except TrinityError as error:
             return error
+
+    def _copy(self, call: Copy) -> int:
+        """Connections of its own for each layer: copies are rare, and their sources may be gone by the next."""
+        control = RayTransport(Handles(self.pool, self.namespace), SERVICE_TIMEOUT_S, SERVICE_TIMEOUT_S)
+        peers = DirectTransport(control, self._locate, self.secret)
+        try:
+            source = self._service("source") if "" in call.sources else None
+            return take_up(self.shard, call, peers, source, self.combiner.lock)
+        finally:
+            peers.close()
+
+    def _locate(self, shard: str, deadline_s: float) -> Address:
+        handle = find(self.pool, shard, self.namespace)
+        return ask(handle.address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
 
     def address(self) -> Address:
         """Where rows are taken directly."""
@@ -79,4 +109,19 @@ class ShardServer:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
-ShardActor = ray.remote(max_restarts=-1, max_task_retries=0)(ShardServer)
+ShardActor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=4)(ShardServer)
+
+
+def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str, strategy: Any) -> Any:
+    """-> its handle at once; it may wait for resources. Another call for a shard that is there gives that one."""
+    return ShardActor.options(
+        name=name_of(settings.pool, spec.name),
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=settings.num_cpus_per_shard,
+        num_gpus=settings.num_gpus_per_shard,
+        resources=dict(settings.resources),
+        scheduling_strategy=strategy,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard), **ONE_HEAP}},
+    ).remote(spec, plane, settings.pool, namespace)

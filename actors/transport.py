@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
+from trinity.dispatch import Done, Reply
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 
 
@@ -80,7 +81,11 @@ class RayTransport:
     def __init__(self, shards: dict[str, Any], timeout_s: float, checkpoint_timeout_s: float):
         self.shards, self.timeout_s, self.checkpoint_timeout_s = shards, timeout_s, checkpoint_timeout_s
 
-    def send(self, shard: str, verb: str, message: Any) -> RayReply:
+    def send(self, shard: str, verb: str, message: Any) -> Reply:
         timeout_s = self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s
         deadline_s = getattr(message, "deadline_s", time.time() + timeout_s)
-        return RayReply(self.shards[shard].handle.remote(verb, pack(message)), shard, verb, deadline_s)
+        try:
+            actor = self.shards[shard]
+        except Unavailable as error:  # it has been ended
+            return Done(error=error)
+        return RayReply(actor.handle.remote(verb, pack(message)), shard, verb, deadline_s)

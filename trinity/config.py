@@ -214,6 +214,21 @@ class PlacementConfig(Frozen):
     num_cpus_per_shard: float = Field(default=0, ge=0)
     num_gpus_per_shard: float = Field(default=0, ge=0)
     num_threads_per_shard: int = Field(default=1, ge=1)
+    resources: dict[str, float] = Field(
+        default={}, description="custom resources of each shard, such as expert_shard: 1"
+    )
+    redundancy: int = Field(default=0, ge=0, description="shards that may be lost at once without an expert: replicas")
+    attempt_timeout_s: float = Field(
+        default=5.0, gt=0, description="for a shard to compute rows that another one could compute, too"
+    )
+    watch_every_s: float = Field(default=1.0, gt=0, description="how often the placement service looks at its shards")
+    balance_every_s: float = Field(
+        default=30.0, ge=0, description="how often it looks for better places; 0: when asked"
+    )
+    balance_goal: float = Field(
+        default=0.9, gt=0, le=1, description="mean / max rows of shards, worth moving experts for"
+    )
+    drain_s: float = Field(default=0.5, ge=0, description="from a new epoch to the end of the replicas it leaves out")
     activation_cache_bytes: int = Field(
         default=2 << 30, ge=0, description="forward activations a shard keeps for backward"
     )
@@ -248,7 +263,10 @@ class ServeConfig(Frozen):
     http_port: int = Field(default=8000, ge=0, le=65535)
     grpc_port: int = Field(default=9000, ge=0, le=65535)
     allow_remote: bool = False
-    api_key: str | None = Field(default=None, repr=False, description="also from TRINITY_API_KEY")
+    api_key: str | None = Field(default=None, min_length=1, repr=False, description="also from TRINITY_API_KEY")
+    admin_key: str | None = Field(
+        default=None, min_length=1, repr=False, description="who may move experts; also from TRINITY_ADMIN_KEY"
+    )
     served_model_name: str | None = None
     num_engines: int = Field(default=1, ge=1)
     max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
@@ -272,6 +290,8 @@ class ServeConfig(Frozen):
             raise ValueError(
                 f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
             )
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ValueError("admin_key is the api_key, so that every client could move experts; choose two")
         if self.http_port == self.grpc_port != 0:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -308,9 +328,8 @@ class Config(Frozen):
         """Validate a plain nested mapping; `model` may be a preset's name or a mapping with `preset`."""
         _refuse_unknown(cls, tree)
         tree = _expand_preset(dict(tree))
-        key = api_key()
-        if key and "api_key" not in tree.get("serve", {}):
-            tree["serve"] = {**tree.get("serve", {}), "api_key": key}
+        if found := {name: key for name, key in (("api_key", api_key()), ("admin_key", admin_key())) if key}:
+            tree["serve"] = {**found, **tree.get("serve", {})}
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -325,6 +344,11 @@ class Config(Frozen):
 def api_key() -> str | None:
     """The key from the environment, for servers and clients."""
     return os.environ.get("TRINITY_API_KEY")
+
+
+def admin_key() -> str | None:
+    """The operators' key from the environment, for servers and clients."""
+    return os.environ.get("TRINITY_ADMIN_KEY")
 
 
 def preset(name: str) -> ModelConfig:
@@ -356,6 +380,7 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
     wanted = {
         **THREADS,
         "RAY_worker_niceness": "0",  # Ray's 15 lets the driver's own threads starve a shard that it waits for
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that asks while its process ends would start another Ray
         "RAY_AUTH_MODE": auth,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
@@ -427,5 +452,7 @@ def _sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "config"
     message = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
-    got = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and "api_key" not in where else ""
+    got = (
+        f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and not where.endswith("_key") else ""
+    )
     return f"{where}: {message}{got}"

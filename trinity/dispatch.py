@@ -7,6 +7,7 @@ same op_id, and a shard applies it once.
 """
 
 import itertools
+import math
 import time
 import uuid
 from collections import Counter
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.errors import InputGone, TrinityError, Unavailable
+from trinity.errors import DeadlineExceeded, InputGone, TrinityError, Unavailable, WrongEpoch
 from trinity.messages import ELSEWHERE, Backward, Forward, Rows
 from trinity.placement.table import PlacementTable
+
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0  # before the same rows are sent again
 
 
 class Reply(Protocol):
@@ -45,7 +48,7 @@ def settle(transport: Transport, shard: str, verb: str, message: Any, reply: Rep
 
     Safe for every verb: they are pure, or applied once per op_id or step.
     """
-    pause_s = 0.05
+    pause_s = FIRST_PAUSE_S
     while True:
         try:
             return reply.result()
@@ -53,8 +56,43 @@ def settle(transport: Transport, shard: str, verb: str, message: Any, reply: Rep
             if time.time() + pause_s >= deadline_s:
                 raise
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 1.0)
+        pause_s = min(2 * pause_s, LAST_PAUSE_S)
         reply = transport.send(shard, verb, message)
+
+
+class View(Protocol):
+    """What a caller knows of the placement. Somebody else keeps it fresh; reading it costs nothing."""
+
+    @property
+    def table(self) -> PlacementTable:
+        """The newest known."""
+        ...
+
+    @property
+    def away(self) -> frozenset[str]:
+        """Shards that did not answer and have not been seen since."""
+        ...
+
+    def lost(self, shard: str) -> None:
+        """It did not answer."""
+        ...
+
+    def refresh(self) -> None:
+        """Ask for the newest table, and wait for it for a moment."""
+        ...
+
+
+class Fixed(NamedTuple):
+    """A View of shards that never move and never die."""
+
+    table: PlacementTable
+    away: frozenset[str] = frozenset()
+
+    def lost(self, shard: str) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
 
 
 class Route(NamedTuple):
@@ -85,19 +123,30 @@ class Dispatcher:
     Not thread-safe: one dispatcher per caller thread.
     """
 
-    def __init__(self, table: PlacementTable, transport: Transport, *, timeout_s: float, version: int = 0):
+    def __init__(
+        self,
+        view: View | PlacementTable,
+        transport: Transport,
+        *,
+        timeout_s: float,
+        attempt_s: float = math.inf,
+        version: int = 0,
+    ):
         self.caller = uuid.uuid4().hex[:12]
-        self.transport, self.timeout_s = transport, timeout_s
+        self.view: View = Fixed(view) if isinstance(view, PlacementTable) else view
+        self.transport, self.timeout_s, self.attempt_s = transport, timeout_s, attempt_s
         self._ops = itertools.count()
         self.issued: Counter[str] = Counter()
+        self.num_retries = 0
         self.version = version
-        self.follow(table)
+        self.follow()
 
-    def follow(self, table: PlacementTable) -> None:
-        """Use this table from the next call on."""
-        self.table = table
-        self._row_of = {layer: i for i, layer in enumerate(table.layers)}
-        self._replicated = bool((table.num_replicas_LE > 1).any())
+    def follow(self) -> None:
+        """Use the newest table, without the shards that are away, from the next call on."""
+        self.table, self._away = self.view.table, self.view.away
+        self._row_of = {layer: i for i, layer in enumerate(self.table.layers)}
+        self._shard_LEN, self._num_LE = self.table.present(self._away)
+        self.is_replicated = bool((self._num_LE > 1).any())
 
     def use(self, version: int) -> None:
         """Start a step's work on weights of `version`."""
@@ -108,12 +157,28 @@ class Dispatcher:
         return self.begin(layer, x_TD, ids_TK, weights_TK).result()
 
     def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> "Exchange":
-        """Send the rows; the answer's `result()` waits for what comes back. The backward, too, is sent and awaited apart."""
-        exchange = Exchange(self, layer, f"{self.caller}:{next(self._ops)}", self._route(layer, ids_TK))
+        """Send the rows; the answer's `result()` waits for what comes back. The backward, too, is sent and awaited apart.
+
+        Slots that are ELSEWHERE are nobody's.
+        """
+        if self.view.table is not self.table or self.view.away != self._away:
+            self.follow()
+        exchange = Exchange(
+            self, layer, f"{self.caller}:{next(self._ops)}", self._route(layer, ids_TK), self.deadline()
+        )
         keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
         if keep:
             exchange.sent = _Send.apply(x_TD, weights_TK, exchange)
         exchange.send_forward(x_TD.detach(), weights_TK.detach(), keep)
+        return exchange
+
+    def again(self, call: Forward, until_s: float) -> "Exchange":
+        """Rows that a shard did not compute, to whoever holds their experts now; it fails with the first of them that does."""
+        if self.view.table is not self.table or self.view.away != self._away:
+            self.follow()
+        routes = self._route(call.layer, call.rows.ids_RK)
+        exchange = Exchange(self, call.layer, call.op_id, routes, until_s, is_retry=True)
+        exchange.send_forward(call.rows.x_RD, call.rows.weights_RK, False)
         return exchange
 
     def _route(self, layer: int, ids_TK: Tensor) -> list[Route]:
@@ -136,11 +201,21 @@ class Dispatcher:
 
     def _shards(self, at: int, ids_TK: np.ndarray) -> np.ndarray:
         """The shard of each slot: the token's turn among the expert's replicas."""
-        shard_EN = self.table.shard_LEN[at]
-        if not self._replicated:
-            return shard_EN[:, 0].take(ids_TK)
-        turn_T1 = np.arange(len(ids_TK))[:, None]
-        return shard_EN[ids_TK, turn_T1 % self.table.num_replicas_LE[at][ids_TK]]
+        shard_EN = self._shard_LEN[at]
+        if not self.is_replicated:
+            shard_TK = shard_EN[:, 0].take(ids_TK)  # ELSEWHERE finds the last expert's
+        else:
+            turn_T1 = np.arange(len(ids_TK))[:, None]
+            shard_TK = shard_EN[ids_TK, turn_T1 % self._num_LE[at][ids_TK]]
+        return np.where(ids_TK == ELSEWHERE, ELSEWHERE, shard_TK)
+
+    def learn(self, shard: str, error: TrinityError) -> None:
+        """What a failed call says about the placement."""
+        self.num_retries += 1
+        if isinstance(error, WrongEpoch):
+            self.view.refresh()
+        else:
+            self.view.lost(shard)
 
     def deadline(self) -> float:
         return time.time() + self.timeout_s
@@ -153,8 +228,17 @@ class Exchange:
     Backward runs the other way round, so that there, too, the rows are away while the rest of the layer is computed.
     """
 
-    def __init__(self, dispatcher: Dispatcher, layer: int, op_id: str, routes: list[Route]):
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        layer: int,
+        op_id: str,
+        routes: list[Route],
+        until_s: float,
+        is_retry: bool = False,
+    ):
         self.dispatcher, self.routes = dispatcher, routes
+        self._until_s, self._is_retry = until_s, is_retry
         self._names = (op_id, layer, dispatcher.table.epoch, dispatcher.version)
         self._calls: list[Any] = []
         self._replies: list[Reply] = []
@@ -166,13 +250,16 @@ class Exchange:
         return self.receive_forward() if self.sent is None else _Receive.apply(self.sent, self)
 
     def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
-        deadline_s, self._like_TD = self.dispatcher.deadline(), x_TD
+        """Where there are replicas, inference gives each shard `attempt_s` and then turns to another."""
+        deadline_s, self._like_TD = self._until_s, x_TD
+        if not keep and self.dispatcher.is_replicated:
+            deadline_s = min(deadline_s, time.time() + self.dispatcher.attempt_s)
         self._send("infer", [Forward(*self._names, deadline_s, _rows(r, x_TD, weights_TK), keep) for r in self.routes])
 
     def receive_forward(self) -> Tensor:
         assert self._like_TD is not None
         like_TD, self._like_TD = self._like_TD, None
-        partials = [self._settled("infer", i) for i in range(len(self.routes))]
+        partials = [self._forwarded(i) for i in range(len(self.routes))]
         self._calls, self._replies = [], []  # in training this object lives until the backward; its rows need not
         return combine(like_TD, self.routes, partials)
 
@@ -192,6 +279,26 @@ class Exchange:
         """All before waiting for any: the shards work side by side."""
         transport, self._calls = self.dispatcher.transport, calls
         self._replies = [transport.send(r.shard, verb, call) for r, call in zip(self.routes, calls, strict=True)]
+
+    def _forwarded(self, i: int) -> Tensor:
+        """A shard's rows; from whoever holds their experts now, where it has gone or no longer holds them.
+
+        Rows whose activations are kept for a backward stay with their shard.
+        """
+        call, reply, pause_s = self._calls[i], self._replies[i], 0.0
+        if call.keep:
+            return self._settled("infer", i)
+        while True:
+            try:
+                return reply.result()
+            except (Unavailable, WrongEpoch, DeadlineExceeded) as error:
+                if not isinstance(reply, Exchange):  # which has said so itself
+                    self.dispatcher.learn(self.routes[i].shard, error)
+                if self._is_retry or time.time() + pause_s >= self._until_s:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LAST_PAUSE_S)
+            reply = self.dispatcher.again(call, self._until_s)
 
     def _settled(self, verb: str, i: int) -> Any:
         call, reply = self._calls[i], self._replies[i]

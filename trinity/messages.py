@@ -106,6 +106,50 @@ class Load:
     training: bool = True
 
 
+WEIGHT = "weight"  # the kind of rows that every expert has; the others are kinds of optimizer state
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Verb `fetch` -> rows_ND, N = 3F: gate, up and the transpose of down of one expert, one under the other; weights in the
+    model's dtype, optimizer state in fp32. Changes nothing."""
+
+    layer: int
+    expert: int
+    version: int
+    deadline_s: float
+    kind: str = WEIGHT
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Verb `adopt` -> the number of experts taken up. `rows[kind][i]` is what `fetch` gave for experts[i]; all kinds that this
+    shard has must be there. Experts that it holds already are left alone: harmless when repeated."""
+
+    layer: int
+    experts: tuple[int, ...]
+    version: int
+    rows: dict[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Verb `copy` of a shard's process -> bytes. It fetches the experts of one layer from those shards and adopts them; where a
+    source is "", from the checkpoint that the pool was loaded from."""
+
+    layer: int
+    experts: tuple[int, ...]
+    sources: tuple[str, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Retain:
+    """Verb `retain` -> the number of experts dropped: all that are not named. Harmless when repeated."""
+
+    experts: Experts
+
+
 @dataclass(frozen=True)
 class Save:
     """Verb `save` -> tuple of Part. Writes `experts` (those this shard is the primary of) into an existing folder."""

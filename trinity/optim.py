@@ -126,6 +126,10 @@ class Optimizer:
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
 
+    def replace(self, name: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
+        """From now on `name` is that tensor, with that state: some of its matrices came or went."""
+        self.params[name], self.state[name] = param, dict(state)
+
     def tensors(self) -> dict[str, Tensor]:
         """All state as `{param}::{kind}`; the tensors are the live ones."""
         return {f"{name}::{kind}": t for name, kinds in self.state.items() for kind, t in kinds.items()}

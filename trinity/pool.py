@@ -4,12 +4,13 @@ The same class stands over shards in this process (`local_pool`) and over Ray ac
 differs. Control calls go to every shard side by side and wait for all of them.
 """
 
+import math
 import time
 from collections import Counter
 from typing import Any
 
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
-from trinity.dispatch import Dispatcher, LocalTransport, Transport, settle
+from trinity.dispatch import Dispatcher, Fixed, LocalTransport, Transport, View, settle
 from trinity.errors import StepConflict
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Status, StepReport
@@ -17,17 +18,30 @@ from trinity.placement.table import PlacementTable
 
 
 class ExpertPool:
-    """All experts of one model. Stateless but for the table it follows; as many as there are callers may exist."""
+    """All experts of one model. Stateless but for the table it follows; as many as there are callers may exist.
+
+    attempt_s: for a shard to compute rows that another one could compute, too.
+    """
 
     def __init__(
-        self, table: PlacementTable, transport: Transport, timeout_s: float, checkpoint_timeout_s: float = 3600.0
+        self,
+        view: View,
+        transport: Transport,
+        timeout_s: float,
+        checkpoint_timeout_s: float = 3600.0,
+        attempt_s: float = math.inf,
     ):
-        self.table, self.transport = table, transport
-        self.timeout_s, self.checkpoint_timeout_s = timeout_s, checkpoint_timeout_s
+        self.view, self.transport = view, transport
+        self.timeout_s, self.checkpoint_timeout_s, self.attempt_s = timeout_s, checkpoint_timeout_s, attempt_s
+
+    @property
+    def table(self) -> PlacementTable:
+        return self.view.table
 
     def dispatcher(self, version: int = 0) -> Dispatcher:
-        """A new caller's expert layer. One per thread."""
-        return Dispatcher(self.table, self.rows_transport(), timeout_s=self.timeout_s, version=version)
+        """A new caller's expert layer, which follows experts as they move. One per thread."""
+        timeouts = {"timeout_s": self.timeout_s, "attempt_s": self.attempt_s}
+        return Dispatcher(self.view, self.rows_transport(), **timeouts, version=version)
 
     def rows_transport(self) -> Transport:
         """What one caller thread sends its rows through."""
@@ -122,6 +136,6 @@ def local_pool(
     table = PlacementTable.spread(model.moe_layers, model.num_experts, shard_names(num_shards))
     settings = PlacementConfig(backend=backend)  # type: ignore[arg-type]
     shards = {spec.name: ExpertShard(spec) for spec in shard_specs(table, model, optim, settings, device)}
-    pool = ExpertPool(table, LocalTransport(shards), timeout_s)
+    pool = ExpertPool(Fixed(table), LocalTransport(shards), timeout_s)
     pool.load(load)
     return pool

@@ -124,15 +124,16 @@ def test_a_pool_that_cannot_start_says_what_is_missing_and_leaves_nothing(ray_se
 
 
 def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, ray_session, tmp_path):
-    from actors.pool import _actor
+    from actors.names import find
 
-    service = _actor(pool.name, "placement", "trinity")
+    service = find(pool.name, "placement", "trinity")
     pool.load(Load(seed=3))
-    grown = pool.table.with_replica((LAYER, 0), "shard-1")
+    first = pool.table
+    grown = first.with_replica((LAYER, 0), "shard-1")
     assert ray_session.get(service.publish.remote(grown)) == 2
     assert ray_session.get(service.publish.remote(grown)) == 2
     with pytest.raises(StepConflict, match="epoch 2 does not follow"):
-        ray_session.get(service.publish.remote(pool.table.with_replica((LAYER, 1), "shard-1")))
+        ray_session.get(service.publish.remote(first.with_replica((LAYER, 1), "shard-1")))
     ray_session.kill(service, no_restart=False)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

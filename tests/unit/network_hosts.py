@@ -25,7 +25,7 @@ from actors.frames import Limits
 from actors.listener import Combiner, DirectServer
 from actors.wire import Address, machine_id
 from trinity.config import OptimConfig, PlacementConfig, preset
-from trinity.dispatch import LocalTransport
+from trinity.dispatch import Fixed, LocalTransport
 from trinity.errors import TrinityError
 from trinity.messages import Abort, Load, Prepare
 from trinity.pool import ExpertPool, local_pool
@@ -106,7 +106,7 @@ class Caller:
     def __init__(self, **address):
         self.address, self.last = Address(**address), None
         self.direct = DirectTransport(LocalTransport({}), lambda shard, deadline_s: self.address, SECRET)
-        self.pool = ExpertPool(own_pool().table, self, timeout_s=20)
+        self.pool = ExpertPool(Fixed(own_pool().table), self, timeout_s=20)
         self.made = None
 
     def send(self, shard, verb, message):

@@ -16,7 +16,7 @@ from actors.direct import Connection, DirectTransport
 from actors.frames import HEADER, MAGIC, BadFrame, Header, Limits, answer, call_of, request, value_of
 from actors.listener import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import LocalTransport
+from trinity.dispatch import Fixed, LocalTransport
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable
 from trinity.messages import Backward, Forward, Load, Rows, merged
 from trinity.pool import ExpertPool, local_pool
@@ -49,7 +49,7 @@ class Served:
         for name in self.shards:
             self.start(name)
         self.transport = DirectTransport(LocalTransport(self.shards), lambda s, _: self.servers[s].address, SECRET)
-        self.pool = ExpertPool(self.local.table, self.transport, timeout_s=20)
+        self.pool = ExpertPool(Fixed(self.local.table), self.transport, timeout_s=20)
 
     def start(self, name):
         self.servers[name] = DirectServer(Combiner(self.shards[name]), LIMITS, SECRET, "127.0.0.1")

@@ -8,7 +8,7 @@ import torch
 
 from actors.faults import FaultyTransport
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import LocalTransport
+from trinity.dispatch import Fixed, LocalTransport
 from trinity.errors import InputGone, StepConflict, WrongEpoch
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.init import init_expert
@@ -94,7 +94,7 @@ def test_replicas_share_the_rows_and_the_answer_is_the_same():
             if table.shards.index(shard) not in table.holders((LAYER, e)):
                 table = table.with_replica((LAYER, e), shard)
     shards = {s: ExpertShard(ShardSpec(s, MODEL, table.experts_of(s), backend="torch")) for s in table.shards}
-    pool = ExpertPool(table, LocalTransport(shards), timeout_s=10)
+    pool = ExpertPool(Fixed(table), LocalTransport(shards), timeout_s=10)
     pool.load(Load(seed=5))
     torch.testing.assert_close(pool.dispatcher()(LAYER, x, ids, weights), want, atol=1e-6, rtol=1e-5)
     rows = [sum(status.rows[LAYER].values()) for status in pool.status()]

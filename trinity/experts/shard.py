@@ -16,21 +16,25 @@ from torch import Tensor
 
 from trinity.checkpoint import PROJECTIONS, Checkpoint, expert_key, open_checkpoint, write_tensors
 from trinity.config import ModelConfig, OptimConfig
-from trinity.errors import DeadlineExceeded, InputGone, StepConflict, Unavailable, WrongEpoch
-from trinity.experts.backend import Assignments, LayerWeights
+from trinity.errors import DeadlineExceeded, InputGone, InvalidRequest, StepConflict, Unavailable, WrongEpoch
+from trinity.experts.backend import Assignments, LayerWeights, as_stored
 from trinity.experts.backends import resolve
 from trinity.init import init_expert
 from trinity.memory import on_huge_pages
 from trinity.messages import (
     ELSEWHERE,
+    WEIGHT,
     Abort,
+    Adopt,
     Backward,
     Commit,
     Experts,
+    Fetch,
     Forward,
     Load,
     Part,
     Prepare,
+    Retain,
     Rows,
     Save,
     ShardStatus,
@@ -79,6 +83,7 @@ class ExpertShard:
 
     def __init__(self, spec: ShardSpec):
         self.spec, self.version = spec, -1
+        self.experts = dict(spec.experts)  # now; `spec.experts` is what it began with
         self.backend = resolve(spec.backend, torch.device(spec.device))
         f, d = spec.model.moe_intermediate_size, spec.model.hidden_size
         self.weights = {layer: self._empty(len(held), f, d) for layer, held in spec.experts.items()}
@@ -144,6 +149,53 @@ class ExpertShard:
             self._forget()
         return self.version
 
+    # -- which experts are here
+
+    def fetch(self, message: Fetch) -> Tensor:
+        self._check(message.layer, message.version, message.deadline_s)
+        if message.expert not in self.experts[message.layer]:
+            raise WrongEpoch(f"shard {self.spec.name} does not hold expert ({message.layer}, {message.expert})")
+        at = self.experts[message.layer].index(message.expert)
+        return torch.cat([stack.detach()[at] for stack in self._stacks(message.layer, message.kind)])
+
+    @torch.no_grad()
+    def adopt(self, message: Adopt) -> int:
+        """Raises StepConflict for rows of another version, except on a shard without experts, which takes up theirs."""
+        if not any(self.experts.values()):
+            self.version = message.version
+        if message.version != self.version:
+            raise StepConflict(
+                f"shard {self.spec.name} holds version {self.version}, the copies are of {message.version}"
+            )
+        held = self.experts[message.layer]
+        new = [i for i, expert in enumerate(message.experts) if expert not in held]
+        rows = {kind: [found[i] for i in new] for kind, found in message.rows.items()}
+        self._restack(message.layer, list(range(len(held))), (*held, *(message.experts[i] for i in new)), rows)
+        return len(new)
+
+    @torch.no_grad()
+    def retain(self, message: Retain) -> int:
+        num = 0
+        for layer, held in self.experts.items():
+            wanted = set(message.experts.get(layer, ()))
+            keep = [at for at, expert in enumerate(held) if expert in wanted]
+            num += len(held) - len(keep)
+            if len(keep) < len(held):
+                self._restack(layer, keep, tuple(held[at] for at in keep), {})
+        return num
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What belongs to an expert: its weights, and its optimizer state where this shard trains."""
+        if self.optimizer is None or not self.weights:
+            return (WEIGHT,)
+        return (WEIGHT, *self.optimizer.state[_names(next(iter(self.weights)))[0]])
+
+    def from_source(self, layer: int, expert: int, message: Load) -> Tensor:
+        """What `fetch` would give, of the weights in a checkpoint."""
+        source = open_checkpoint(message.checkpoint) if message.checkpoint else None
+        return torch.cat(self._read(source, layer, expert, message)).to(DTYPES[self.spec.model.dtype])
+
     # -- control
 
     @torch.no_grad()
@@ -152,10 +204,9 @@ class ExpertShard:
         self._forget()
         self.version = -1  # until all of it is there: nobody may compute with half of a checkpoint
         source = open_checkpoint(message.checkpoint) if message.checkpoint else None
-        for layer, held in self.spec.experts.items():
+        for layer, held in self.experts.items():
             for position, expert in enumerate(held):
-                gate, up, down = source.expert(layer, expert) if source else self._initial(layer, expert, message.seed)
-                for stack, matrix in zip(self.weights[layer], (gate, up, down.mT), strict=True):
+                for stack, matrix in zip(self.weights[layer], self._read(source, layer, expert, message), strict=True):
                     stack.detach()[position].copy_(matrix)
         if self.spec.optim is not None:
             self._make_optimizer(source if message.training else None)
@@ -173,9 +224,7 @@ class ExpertShard:
         return parts
 
     def status(self, message: Status) -> ShardStatus:
-        rows = {
-            layer: dict(zip(held, self._rows[layer].tolist(), strict=True)) for layer, held in self.spec.experts.items()
-        }
+        rows = {layer: dict(zip(held, self._rows[layer].tolist(), strict=True)) for layer, held in self.experts.items()}
         if message.reset_counts:
             for counts in self._rows.values():
                 counts.zero_()
@@ -184,7 +233,7 @@ class ExpertShard:
             version=self.version,
             backend=self.backend.name,
             device=str(self.spec.device),
-            num_experts=sum(map(len, self.spec.experts.values())),
+            num_experts=sum(map(len, self.experts.values())),
             weight_bytes=sum(t.nbytes for w in self.weights.values() for t in w),
             cached_ops=len(self._ops),
             cache_misses=self.cache_misses,
@@ -203,12 +252,41 @@ class ExpertShard:
         train = self.spec.optim is not None
         return LayerWeights(*(t.requires_grad_(train) for t in (gate_EFD, up_EFD, down_EFD)))
 
-    def _initial(self, layer: int, expert: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        return init_expert(self.spec.model, layer, expert, seed, torch.float32)
+    def _stacks(self, layer: int, kind: str) -> tuple[Tensor, ...]:
+        if kind == WEIGHT:
+            return self.weights[layer]
+        if kind not in self.kinds:
+            raise InvalidRequest(f"shard {self.spec.name} has no {kind!r} of its experts, only {', '.join(self.kinds)}")
+        assert self.optimizer is not None
+        return tuple(self.optimizer.state[name][kind] for name in _names(layer))
+
+    def _restack(self, layer: int, keep: list[int], experts: tuple[int, ...], rows: dict[str, list[Tensor]]) -> None:
+        """Make `experts` what is held of a layer: those at `keep`, then the ones in `rows`. The old stacks stay whole until the
+        new ones are."""
+        made = {}
+        for kind in self.kinds:
+            added = [row_ND.chunk(3) for row_ND in rows.get(kind, [])]
+            old = self._stacks(layer, kind)
+            made[kind] = [restacked(stack, keep, [parts[i] for parts in added]) for i, stack in enumerate(old)]
+        train = self.spec.optim is not None
+        self.weights[layer] = LayerWeights(*(stack.requires_grad_(train) for stack in made.pop(WEIGHT)))
+        counts = self._rows[layer]
+        self._rows[layer] = torch.cat([counts[keep], counts.new_zeros(len(experts) - len(keep))])
+        self.experts[layer], self._local[layer] = experts, _positions(experts, self.spec.model.num_experts)
+        for i, name in enumerate(_names(layer)):
+            if self.optimizer is not None:
+                state = {kind: stacks[i] for kind, stacks in made.items()}
+                self.optimizer.replace(name, self.weights[layer][i].detach(), state)
+
+    def _read(self, source: Checkpoint | None, layer: int, expert: int, message: Load) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up and the transpose of down."""
+        seeded = (self.spec.model, layer, expert, message.seed, torch.float32)
+        gate, up, down = source.expert(layer, expert) if source else init_expert(*seeded)
+        return gate, up, down.mT
 
     def _warm_up(self) -> None:
         """Kernels are compiled at their first use: here, while nobody waits for a row."""
-        for weights in list(self.weights.values())[:1]:
+        for weights in [each for each in self.weights.values() if len(each.gate_EFD)][:1]:
             row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
             x_RD = torch.zeros(1, self.spec.model.hidden_size, dtype=weights.gate_EFD.dtype, device=self.spec.device)
             with torch.inference_mode():
@@ -297,7 +375,7 @@ class ExpertShard:
 
     def _restore_optimizer(self, source: Checkpoint) -> None:
         assert self.optimizer is not None
-        mine = dict(self._named_state(self.spec.experts))
+        mine = dict(self._named_state(self.experts))
         for key, tensor in source.training_tensors(mine).items():
             mine[key].copy_(tensor)
         self.optimizer.num_updates = int(source.state["num_updates"])
@@ -321,6 +399,21 @@ class ExpertShard:
                     for kind, stack in self.optimizer.state[name].items():
                         matrix = stack[at].mT if projection == "down_proj" else stack[at]
                         yield f"{expert_key(layer, expert, projection)}::{kind}", matrix
+
+
+def restacked(stack_EFD: Tensor, keep: list[int], added: list[Tensor]) -> Tensor:
+    """The matrices at `keep`, then the added ones [F, D]; laid out in memory as the stack was."""
+    stack_EFD = stack_EFD.detach()
+    stored = as_stored(stack_EFD)
+    made = on_huge_pages(
+        torch.empty((len(keep) + len(added), *stored.shape[1:]), dtype=stored.dtype, device=stored.device)
+    )
+    seen = made if stored is stack_EFD else made.mT
+    for at, old in enumerate(keep):
+        seen[at].copy_(stack_EFD[old])
+    for at, matrix_FD in enumerate(added, len(keep)):
+        seen[at].copy_(matrix_FD)
+    return seen
 
 
 def _names(layer: int) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@ The trainer, the server, the balancer and the recovery code all read this one va
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -119,6 +119,19 @@ class PlacementTable:
         first_X = np.cumsum(counts_X) - counts_X
         shard_XN = shard_R[first_X[:, None] + np.arange(most) % counts_X[:, None]]
         return shard_XN.reshape(len(self.layers), self.num_experts, most)
+
+    def present(self, away: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """`shard_LEN` and `num_replicas_LE` without what is on the shards that are away. An expert that nobody else has keeps
+        its replicas."""
+        gone = [i for i, name in enumerate(self.shards) if name in away]
+        if not gone:
+            return self.shard_LEN, self.num_replicas_LE
+        shard_LEN, num_LE = self.shard_LEN, self.num_replicas_LE
+        is_real_LEN = np.arange(shard_LEN.shape[2]) < num_LE[..., None]
+        is_here_LEN = is_real_LEN & ~np.isin(shard_LEN, gone)
+        is_here_LEN |= is_real_LEN & ~is_here_LEN.any(-1, keepdims=True)
+        order_LEN = np.argsort(~is_here_LEN, axis=-1, kind="stable")
+        return np.take_along_axis(shard_LEN, order_LEN, -1), is_here_LEN.sum(-1)
 
     def to_json(self) -> str:
         return json.dumps(

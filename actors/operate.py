@@ -1,0 +1,49 @@
+"""What operators do to a pool of this cluster: look, wait for news, scale, replicate, drain, rebalance."""
+
+from typing import Any
+
+from actors.names import PLACEMENT, ask, find
+from trinity.config import PlacementConfig
+from trinity.placement.snapshot import Snapshot
+
+SLACK_S = 10.0
+
+
+class PlacementOperator:
+    """A pool's placement service, seen from any process of the cluster. Stateless. Raises TrinityErrors.
+
+    What is asked for is persisted and answered at once, with the epoch of that moment; the change follows on its own.
+    """
+
+    def __init__(self, pool: str, namespace: str, timeout_s: float):
+        self.pool, self.namespace, self.timeout_s = pool, namespace, timeout_s
+
+    def snapshot(self) -> Snapshot:
+        return self._ask("snapshot")
+
+    def wait(self, epoch: int, timeout_s: float) -> Snapshot:
+        """Returns when the table is newer than `epoch`, or the time is up."""
+        return self._ask("wait", epoch, timeout_s, timeout_s=timeout_s + SLACK_S)
+
+    def scale(self, num_shards: int, reason: str) -> int:
+        return self._ask("scale", num_shards, reason)
+
+    def replicate(self, layer: int, expert: int, num_replicas: int) -> int:
+        return self._ask("replicate", layer, expert, num_replicas)
+
+    def drain(self, shard: str) -> int:
+        """Move everything off that shard, then end it."""
+        return self._ask("drain", shard)
+
+    def rebalance(self) -> int:
+        """Plan now, whatever the schedule says."""
+        return self._ask("rebalance")
+
+    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        service = find(self.pool, PLACEMENT, self.namespace)
+        ref = getattr(service, method).remote(*arguments)
+        return ask(ref, timeout_s or self.timeout_s, "the placement service")
+
+
+def operator(settings: PlacementConfig, namespace: str) -> PlacementOperator:
+    return PlacementOperator(settings.pool, namespace, settings.call_timeout_s)

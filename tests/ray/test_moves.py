@@ -1,0 +1,174 @@
+"""Experts move, replicate and die while rows arrive: no caller sees an error, and every answer is the monolith's."""
+
+import os
+import signal
+import threading
+import time
+import uuid
+
+import pytest
+import torch
+
+from trinity.config import PlacementConfig, preset
+from trinity.errors import ConfigError
+from trinity.messages import Load
+from trinity.pool import local_pool
+
+MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
+SOURCE = Load(seed=3, training=False)
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def settings():
+    return PlacementConfig(
+        pool=f"m-{uuid.uuid4().hex[:8]}",
+        num_shards=2,
+        call_timeout_s=30,
+        watch_every_s=0.2,
+        drain_s=0.1,
+        balance_every_s=0,
+        attempt_timeout_s=2,
+    )
+
+
+@pytest.fixture
+def pool(ray_session, settings, tmp_path):
+    from actors import pool as pools
+
+    made = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
+    made.load(SOURCE)
+    yield made
+    pools.destroy(settings.pool, "trinity")
+
+
+@pytest.fixture
+def operator(pool, settings):
+    from actors.operate import operator
+
+    return operator(settings, "trinity")
+
+
+@pytest.fixture
+def load(pool):
+    """A caller that never rests; it must never see an error or another answer than the oracle's."""
+    caller = Caller(pool)
+    caller.thread.start()
+    yield caller
+    caller.stop.set()
+    caller.thread.join(30)
+    assert not caller.thread.is_alive()
+    assert caller.errors == []
+    assert caller.num_calls > 20
+
+
+class Caller:
+    def __init__(self, pool):
+        self.dispatcher = pool.dispatcher()
+        self.oracle = local_pool(MODEL, SOURCE).dispatcher()
+        self.errors, self.num_calls, self.longest_s = [], 0, 0.0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    @torch.inference_mode()
+    def run(self):
+        rng = torch.Generator().manual_seed(0)
+        while not self.stop.is_set():
+            x = torch.randn(20, MODEL.hidden_size, generator=rng)
+            ids = torch.rand(20, MODEL.num_experts, generator=rng).topk(2).indices
+            weights = torch.rand(20, 2, generator=rng)
+            layer = MODEL.moe_layers[self.num_calls % len(MODEL.moe_layers)]
+            started = time.monotonic()
+            try:
+                torch.testing.assert_close(self.dispatcher(layer, x, ids, weights), self.oracle(layer, x, ids, weights))
+            except Exception as error:
+                self.errors.append(error)
+                return
+            self.longest_s = max(self.longest_s, time.monotonic() - started)
+            self.num_calls += 1
+
+
+def until(what, *, within_s=WAIT_S):
+    deadline = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def settled(operator, epoch, **wanted):
+    """The first snapshot after `epoch` whose last change is done."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        found = operator.wait(epoch, 1.0)
+        if found.table.epoch > epoch and found.changes[0].phase == "done":
+            return found
+    pytest.fail(f"no change after epoch {epoch}: {found.changes[:1]}")
+
+
+def held(pool):
+    """layer -> expert -> shards, by what the shards themselves say."""
+    found = {}
+    for status in pool.status():
+        for layer, rows in status.rows.items():
+            for expert in rows:
+                found.setdefault((layer, expert), set()).add(status.shard)
+    return found
+
+
+def by_table(table):
+    return {
+        (layer, expert): {table.shards[at] for at in positions}
+        for layer, row in zip(table.layers, table.replicas, strict=True)
+        for expert, positions in enumerate(row)
+    }
+
+
+def pid_of(ray, pool, shard):
+    return ray.get(pool.shards[shard].where.remote())[1]
+
+
+def test_shards_come_and_go_under_load(pool, operator, load, ray_session):
+    epoch = operator.scale(4, "more")
+    grown = settled(operator, epoch)
+    assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
+    assert grown.changes[0].num_copies > 0 and grown.changes[0].copied_bytes > 0
+    until(lambda: held(pool) == by_table(grown.table))
+    shrunk = settled(operator, operator.drain("shard-0"))
+    assert shrunk.table.shards == ("shard-1", "shard-2", "shard-3")
+    shrunk = settled(operator, operator.scale(1, "less"))
+    assert len(shrunk.table.shards) == 1
+    until(lambda: held(pool) == by_table(shrunk.table))
+    with pytest.raises(ConfigError, match="is the last shard"):
+        operator.drain(shrunk.table.shards[0])
+    with pytest.raises(ConfigError, match="0 shards for 6 experts"):
+        operator.scale(0, "none")
+    names = {entry["name"] for entry in ray_session.util.list_named_actors(all_namespaces=True)}
+    assert {name.rsplit("/", 1)[1] for name in names if pool.name in name} == {"placement", *shrunk.table.shards}
+
+
+def test_a_replica_takes_over_at_once(pool, operator, load, ray_session):
+    layer = MODEL.moe_layers[0]
+    for each in MODEL.moe_layers:
+        for expert in range(MODEL.num_experts):
+            epoch = operator.replicate(each, expert, 2)
+    until(lambda: all(len(s) == 2 for s in by_table(operator.snapshot().table).values()))
+    settled(operator, epoch - 1)
+    load.longest_s = 0.0
+    os.kill(pid_of(ray_session, pool, "shard-0"), signal.SIGKILL)
+    until(lambda: load.dispatcher.num_retries > 0)
+    until(lambda: operator.snapshot().num_recoveries == 1)
+    until(lambda: held(pool) == by_table(operator.snapshot().table))
+    assert not load.errors
+    until(lambda: not pool.view.away)
+    print(f"longest call {load.longest_s:.3f} s")
+    shrunk = settled(operator, operator.replicate(layer, 0, 1))
+    assert len(shrunk.table.holders((layer, 0))) == 1
+
+
+def test_without_a_replica_callers_wait_for_the_shard(pool, operator, load, ray_session):
+    os.kill(pid_of(ray_session, pool, "shard-1"), signal.SIGKILL)
+    until(lambda: load.dispatcher.num_retries > 0)
+    until(lambda: operator.snapshot().num_recoveries == 1)
+    num_calls = load.num_calls
+    until(lambda: load.num_calls > num_calls + 20)
+    print(f"longest call {load.longest_s:.3f} s")

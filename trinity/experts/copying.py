@@ -1,0 +1,51 @@
+"""How a shard takes up experts that others hold: it fetches their rows, one expert at a time, and adopts a layer's together."""
+
+import time
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trinity.errors import StepConflict
+from trinity.experts.shard import ExpertShard
+from trinity.messages import WEIGHT, Adopt, Copy, Fetch, Load
+
+
+class Peers(Protocol):
+    """What the dispatcher calls a Transport."""
+
+    def send(self, shard: str, verb: str, message: Any) -> Any: ...
+
+
+def take_up(
+    shard: ExpertShard, message: Copy, peers: Peers, source: Load | None, lock: AbstractContextManager[Any]
+) -> int:
+    """-> bytes fetched. The shard goes on computing meanwhile, but for the moment of adopting, under its lock.
+
+    Raises what the peers raise, and StepConflict when the weights have changed since the first expert was fetched: then
+    nothing has been adopted.
+    """
+    held, version = shard.experts.get(message.layer, ()), shard.version
+    new = [pair for pair in zip(message.experts, message.sources, strict=True) if pair[0] not in held]
+    rows = {kind: tuple(_rows(shard, message, *pair, kind, peers, source) for pair in new) for kind in shard.kinds}
+    with lock:
+        if shard.version != version:
+            raise StepConflict(
+                f"shard {shard.spec.name} went from version {version} to {shard.version} while it copied"
+            )
+        shard.adopt(Adopt(message.layer, tuple(expert for expert, _ in new), version, rows))
+    return sum(found.nbytes for kind in rows.values() for found in kind)
+
+
+def _rows(
+    shard: ExpertShard, message: Copy, expert: int, origin: str, kind: str, peers: Peers, source: Load | None
+) -> Tensor:
+    if origin:
+        call = Fetch(message.layer, expert, shard.version, min(message.deadline_s, time.time() + 60.0), kind)
+        return peers.send(origin, "fetch", call).result()
+    if source is None or kind != WEIGHT:
+        raise StepConflict(
+            f"expert ({message.layer}, {expert}) is on no shard, and its {kind} in no checkpoint of this version; go back "
+            "to the last checkpoint"
+        )
+    return shard.from_source(message.layer, expert, source)
