@@ -46,7 +46,9 @@ class Follower:
         while ray.is_initialized():
             try:
                 service = find(self._pool, PLACEMENT, self._namespace)
-                found = ray.get(service.newer.options(max_task_retries=0).remote(self.table.epoch, POLL_S), timeout=2 * POLL_S)
+                found = ray.get(
+                    service.newer.options(max_task_retries=0).remote(self.table.epoch, POLL_S), timeout=2 * POLL_S
+                )
             except SystemExit:  # what Ray raises in a process that leaves it
                 return
             except (TrinityError, RayError, GetTimeoutError):  # it starts again

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KEPT_CHANGES = 50
+RETIRE_S = 5.0
 MIN_ROWS = 1000.0  # per layer, in the window: with fewer, balance is chance
 
 
@@ -138,12 +139,15 @@ class Supervisor:
             self._change(*wanted)
 
     def _repair(self) -> None:
-        """A shard that died in the middle of a change may lack what the table says it holds."""
+        """A shard that died or hung in the middle of a change may lack what the table says it holds, or hold more."""
         table = self._table
         for shard, seen in self.watch.seen.items():
-            if shard not in table.shards or not seen.is_there:
+            if shard not in table.shards or not seen.is_there or seen.missed:  # what it held then is old news
                 continue
-            for layer, experts in table.experts_of(shard).items():
+            wanted = table.experts_of(shard)
+            if any(seen.held.get(layer, frozenset()) - set(experts) for layer, experts in wanted.items()):
+                self._ask(shard, "retain", Retain(wanted))
+            for layer, experts in wanted.items():
                 missing = tuple(sorted(set(experts) - seen.held.get(layer, frozenset())))
                 if missing:
                     sources = tuple(self._source((layer, expert), shard) for expert in missing)
@@ -225,13 +229,13 @@ class Supervisor:
             self.service.publish(table)
             time.sleep(self.settings.drain_s)
             self._step(started_s, "retire", copied)
-            self._tidy(set(previous.shards) - set(table.shards))
+            self._tidy()
             self._step(started_s, "done", copied)
             log.info("pool %s: epoch %d (%s), %d copies", self.settings.pool, table.epoch, reason, len(todo.copies))
         except Exception:
             if self._table is previous:
                 self._step(started_s, "rolled back")
-                self._tidy(set(fresh))
+                self._tidy()
             raise
 
     def _make(self, fresh: tuple[str, ...]) -> None:
@@ -274,7 +278,7 @@ class Supervisor:
             raise errors[0]
         return done.total()
 
-    def _tidy(self, gone: set[str] | frozenset[str] = frozenset()) -> None:
+    def _tidy(self) -> None:
         """Make the shards what the table says: end those it does not name, drop what it gives to others."""
         table = self._table
         prefix = name_of(self.settings.pool, "shard-")
@@ -284,9 +288,10 @@ class Supervisor:
                 if name not in table.shards:
                     ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
                     self.handles.pop(name, None)
-        for shard in table.shards:
+        refs = {s: self.handles[s].handle.remote("retain", Retain(table.experts_of(s))) for s in table.shards}
+        for shard, ref in refs.items():
             try:
-                self._ask(shard, "retain", Retain(table.experts_of(shard)))
+                ask(ref, RETIRE_S, f"shard {shard}")
             except (TrinityError, RayError) as error:
                 log.warning("shard %s keeps more than its own for now: %s", shard, error)
 
@@ -298,10 +303,10 @@ class Supervisor:
         return self.service.table
 
     def _deadline(self) -> float:
-        return time.time() + self.settings.checkpoint_timeout_s
+        return time.time() + self.settings.call_timeout_s
 
     def _ask(self, shard: str, verb: str, message: Any) -> Any:
-        timeout_s = self.settings.checkpoint_timeout_s if verb in ("copy", "load") else self.settings.call_timeout_s
+        timeout_s = self.settings.checkpoint_timeout_s if verb == "load" else self.settings.call_timeout_s
         return ask(self.handles[shard].handle.remote(verb, message), timeout_s, f"shard {shard}")
 
     def _source(self, expert: Expert, target: str) -> str:

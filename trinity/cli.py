@@ -20,10 +20,21 @@ COMMANDS = {
     "serve": "serve a checkpoint over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server",
-    "placement": "show the pools of a cluster, or end one",
+    "placement": "see experts, move them, scale their shards",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
     "bench": "measure dispatch, experts, training, decoding and serving, against what else there is",
     "doctor": "versions, devices, ports, memory: what to paste in a bug report",
+}
+
+PLACEMENT = {
+    "show": "pools, shards, what they hold and compute",
+    "plan": "what a better plan for the present load would move; changes nothing",
+    "scale": "ask for so many shards",
+    "drain": "move everything off a shard, then end it",
+    "replicate": "ask for so many replicas of an expert",
+    "rebalance": "plan and move now",
+    "watch": "print each change, and the load as it shifts, until Ctrl-C",
+    "rm": "end a pool",
 }
 
 
@@ -43,11 +54,33 @@ def parser() -> argparse.ArgumentParser:
     _chat(made["chat"])
     _convert(made["convert"])
     bench.add_flags(made["bench"])
-    made["placement"].add_argument("action", choices=["show", "rm"])
-    made["placement"].add_argument("pool", nargs="?", help="a pool's name (show: all of them)")
-    made["placement"].add_argument("--address", default="auto", help="of the Ray cluster (default: %(default)s)")
-    made["placement"].add_argument("--auth", default="token", choices=["token", "disabled"])
+    _placement(made["placement"])
     return top
+
+
+def _placement(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in PLACEMENT.items():
+        action = actions.add_parser(name, help=text, description=text)
+        if name in ("show", "rm"):
+            action.add_argument("pool", nargs="?" if name == "show" else None, help="a pool's name")
+        else:
+            action.add_argument("--pool", help="its name (default: the only one there is)")
+        action.add_argument("--address", default="auto", help="of the Ray cluster (default: %(default)s)")
+        action.add_argument("--auth", default="token", choices=["token", "disabled"])
+        if name != "rm":
+            action.add_argument("--server", metavar="HOST:PORT", help="ask a running server over gRPC instead of Ray")
+        if name in ("scale", "drain", "replicate", "rebalance"):
+            action.add_argument("--no-wait", action="store_true", help="do not wait for the change to be done")
+        if name == "plan":
+            action.add_argument("--shards", type=int, help="for so many shards (default: as many as there are)")
+        if name == "scale":
+            action.add_argument("num_shards", type=int)
+        if name == "drain":
+            action.add_argument("shard")
+        if name == "replicate":
+            for what in ("layer", "expert", "num_replicas"):
+                action.add_argument(what, type=int)
 
 
 def _settings(sub: argparse.ArgumentParser, required: bool) -> None:

@@ -131,7 +131,8 @@ def test_shards_come_and_go_under_load(pool, operator, load, ray_session):
     epoch = operator.scale(4, "more")
     grown = settled(operator, epoch)
     assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
-    assert grown.changes[0].num_copies > 0 and grown.changes[0].copied_bytes > 0
+    assert grown.changes[0].num_copies > 0
+    assert grown.changes[0].copied_bytes > 0
     until(lambda: held(pool) == by_table(grown.table))
     shrunk = settled(operator, operator.drain("shard-0"))
     assert shrunk.table.shards == ("shard-1", "shard-2", "shard-3")
@@ -172,3 +173,60 @@ def test_without_a_replica_callers_wait_for_the_shard(pool, operator, load, ray_
     num_calls = load.num_calls
     until(lambda: load.num_calls > num_calls + 20)
     print(f"longest call {load.longest_s:.3f} s")
+
+
+def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, load, ray_session):
+    for each in MODEL.moe_layers:
+        for expert in range(MODEL.num_experts):
+            epoch = operator.replicate(each, expert, 2)
+    until(lambda: all(len(s) == 2 for s in by_table(operator.snapshot().table).values()))
+    settled(operator, epoch - 1)
+    pid = pid_of(ray_session, pool, "shard-0")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: load.dispatcher.num_retries > 0)
+        num_calls = load.num_calls
+        until(lambda: load.num_calls > num_calls + 20)
+        until(lambda: {s.name: s.state for s in operator.snapshot().shards}["shard-0"] == "away")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: not pool.view.away)
+    until(lambda: operator.snapshot().num_recoveries == 1)
+    assert held(pool) == by_table(operator.snapshot().table)
+    assert load.longest_s < 2 * pool.attempt_s + 2
+
+
+@pytest.mark.parametrize("phase", ["prepare", "drain"])
+def test_a_service_killed_in_a_change_completes_it_or_takes_it_back(pool, operator, load, ray_session, phase):
+    from actors.names import find
+
+    service = find(pool.name, "placement", "trinity")
+    epoch = operator.scale(3, "more")
+    until(lambda: any(change.phase == phase for change in operator.snapshot().changes))
+    ray_session.kill(service, no_restart=False)
+    until(lambda: len(pool.table.shards) == 3)
+    assert pool.table.epoch > epoch
+    until(lambda: held(pool) == by_table(pool.table))
+    names = {entry["name"] for entry in ray_session.util.list_named_actors(all_namespaces=True)}
+    assert {name.rsplit("/", 1)[1] for name in names if pool.name in name} == {"placement", *pool.table.shards}
+    shrunk = settled(operator, operator.scale(2, "less"))
+    assert len(shrunk.table.shards) == 2, "the next change still works"
+
+
+def test_moves_follow_the_load(pool, operator, settings, ray_session):
+    """All rows go to two experts of one shard: asked to rebalance, the service parts them."""
+    dispatcher = pool.dispatcher()
+    first = [
+        expert for expert in range(MODEL.num_experts) if pool.table.holders((MODEL.moe_layers[0], expert)) == (0,)
+    ][:2]
+    rows = torch.randn(200, MODEL.hidden_size), torch.tensor([first] * 200), torch.ones(200, 2)
+    with torch.inference_mode():
+        for _ in range(3):
+            for layer in MODEL.moe_layers:
+                dispatcher(layer, *rows)
+            time.sleep(0.3)
+    until(lambda: operator.snapshot().imbalance > 1.5 or operator.snapshot().load_LE[0][first[0]] > 0)
+    found = settled(operator, operator.rebalance())
+    for layer in MODEL.moe_layers:
+        holders = {found.table.holders((layer, expert)) for expert in first}
+        assert len(holders) == 2, "they share a shard no more"
