@@ -25,6 +25,7 @@ from actors.watch import Seen, Watch, draining_nodes
 from trinity.errors import ConfigError, TrinityError
 from trinity.experts.shard import ShardSpec
 from trinity.messages import Copy, Retain
+from trinity.placement.autoscaler import Limits, Scale, Window, decide
 from trinity.placement.planner import Aim, balance, moves, plan
 from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
 from trinity.placement.table import Expert, PlacementTable
@@ -66,13 +67,15 @@ class Supervisor:
         self.service, self.plane, self.settings = service, plane, service.settings
         self.handles = Handles(service.settings.pool, service.namespace)
         assert service.table is not None
-        self.watch = Watch(service.table)
+        self.watch = Watch(service.table, self.settings.window_s)
         found = service.wish()
         if found is None:
             found = Wish(len(service.table.shards), next_name=len(service.table.shards))
             service.set_wish(found)
         self._wish, self._wake, self._guard = found, threading.Event(), threading.Lock()
         self._balance_now, self._balanced_s = False, time.monotonic()
+        self._scale = Scale(found.num_shards, service.table.num_replicas_LE)
+        self._decided_s = time.monotonic()
         self._changes: list[ChangeView] = []
 
     def start(self) -> None:
@@ -134,6 +137,7 @@ class Supervisor:
         self._repair()
         if self.service.spec().optim is not None:
             return
+        self._autoscale()
         wanted = self._wanted()
         if wanted is not None:
             self._change(*wanted)
@@ -177,6 +181,22 @@ class Supervisor:
         reason = "balance" if same else wish.reason
         return None if found is table else (found, fresh, reason)
 
+    def _autoscale(self) -> None:
+        """One decision for each window; what it wants becomes the wish, as an operator's would."""
+        limits, now_s = self.settings.autoscale, time.monotonic()
+        if not limits.enabled or now_s - self._decided_s < limits.every_s:
+            return
+        window = Window(self.watch.load_LE * limits.every_s, limits.every_s)
+        self._decided_s = now_s
+        own = {"min_replicas": 1 + self.settings.redundancy}
+        named = ("rows_per_s", "min_shards", "max_shards", "max_spare", "cooldown_s", "settle_s")
+        bounds = Limits(**own, **{name: getattr(limits, name) for name in named})
+        self._scale = decide(window, replace(self._scale, num_shards=self._wish.num_shards), bounds, now_s)
+        if self._scale.changed_s == now_s:
+            with self._guard:
+                self._wish = replace(self._wish, num_shards=self._scale.num_shards, reason="load")
+                self.service.set_wish(self._wish)
+
     def _leaving(self, wish: Wish, table: PlacementTable) -> tuple[str, ...]:
         """Shards to be emptied: those asked for, those on nodes that will go, and the newest of what is too many."""
         nodes = draining_nodes()
@@ -196,6 +216,8 @@ class Supervisor:
     def _replicas_LE(self, wish: Wish, num_shards: int) -> np.ndarray:
         table = self._table
         counts_LE = np.full((len(table.layers), table.num_experts), 1 + self.settings.redundancy)
+        if self.settings.autoscale.enabled:
+            counts_LE = np.maximum(counts_LE, self._scale.replicas_LE)
         for layer, expert, num in wish.replicas:
             counts_LE[table.layers.index(layer), expert] = max(num, 1 + self.settings.redundancy)
         return np.minimum(counts_LE, num_shards)

@@ -19,7 +19,6 @@ from trinity.errors import TrinityError
 from trinity.messages import ShardStatus, Status
 from trinity.placement.table import PlacementTable
 
-WINDOW_S = 30.0
 MIN_WAIT_S = 1.0
 LATE = object()
 MISSES = 3  # a shard may be busy for a while; one that is dead says so at once
@@ -32,6 +31,7 @@ class Seen:
     is_there: bool
     missed: int = 0
     node: str = ""
+    pid: int = 0
     version: int = -1
     num_experts: int = 0
     weight_bytes: int = 0
@@ -40,7 +40,8 @@ class Seen:
 
 
 class Watch:
-    def __init__(self, table: PlacementTable):
+    def __init__(self, table: PlacementTable, window_s: float):
+        self.window_s = window_s
         self.load_LE = np.zeros((len(table.layers), table.num_experts))  # rows per second
         self.seen: dict[str, Seen] = {}
         self.num_recoveries = 0
@@ -55,7 +56,7 @@ class Watch:
         return self.seen[shard].node if shard in self.seen else ""
 
     def rows_in_window(self) -> float:
-        return float(self.load_LE.sum()) * WINDOW_S
+        return float(self.load_LE.sum()) * self.window_s
 
     def look(self, table: PlacementTable, handles: Handles, timeout_s: float) -> None:
         """Ask every shard of the table, and wait a moment for those that are slow; who does not answer is away."""
@@ -70,7 +71,7 @@ class Watch:
         for name in table.shards:
             found = _answer(refs.get(name))
             seen[name] = self._note(table, name, found, elapsed_s, fresh_LE)
-        keep = math.exp(-elapsed_s / WINDOW_S)
+        keep = math.exp(-elapsed_s / self.window_s)
         self.load_LE = keep * self.load_LE + (1 - keep) * fresh_LE
         self.seen = seen
 
@@ -89,8 +90,8 @@ class Watch:
                 self._counts.pop(name, None)
             there = missed < MISSES and before is not None and before.is_there
             return replace(before or Seen(False), is_there=there, missed=missed, rows_per_s=0.0)
-        status, node = found
-        if before is not None and not before.is_there:
+        status, (node, pid) = found
+        if before is not None and before.pid and (not before.is_there or before.pid != pid):
             self.num_recoveries += 1
         counts_LE = _counts(table, status)
         old_LE = self._counts.get(name)
@@ -100,7 +101,7 @@ class Watch:
         self._counts[name] = counts_LE
         fresh_LE += rows_LE
         held = {layer: frozenset(rows) for layer, rows in status.rows.items()}
-        return Seen(True, 0, node, status.version, status.num_experts, status.weight_bytes, float(rows_LE.sum()), held)
+        return Seen(True, 0, node, pid, status.version, status.num_experts, status.weight_bytes, float(rows_LE.sum()), held)
 
 
 def _asked(handles: Handles, name: str) -> Any:
@@ -116,12 +117,12 @@ def _answer(refs: Any) -> Any:
     if refs is None:
         return None
     try:
-        status, (node, _) = ray.get(list(refs), timeout=0.2)
+        status, where = ray.get(list(refs), timeout=0.2)
     except GetTimeoutError:
         return LATE
     except RayError:
         return None
-    return None if isinstance(status, TrinityError) else (unpack(status), node)
+    return None if isinstance(status, TrinityError) else (unpack(status), where)
 
 
 def _counts(table: PlacementTable, status: ShardStatus) -> np.ndarray:

@@ -200,6 +200,21 @@ class TrainConfig(Frozen):
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
 
+class AutoscaleConfig(Frozen):
+    """Shards and replicas that come and go with the load (trinity/placement/autoscaler.py has the rules)."""
+
+    enabled: bool = False
+    min_shards: int = Field(default=1, ge=1)
+    max_shards: int = Field(default=8, ge=1)
+    max_spare: int = Field(default=32, ge=0, description="replicas of a layer beyond one of each expert")
+    rows_per_s: float = Field(
+        default=20_000.0, gt=0, description="what one shard computes at full speed, all layers together: measure yours"
+    )
+    every_s: float = Field(default=10.0, gt=0, description="a window of load, and one decision")
+    cooldown_s: float = Field(default=60.0, ge=0)
+    settle_s: float = Field(default=300.0, ge=0, description="so long the load must stay low before shards go")
+
+
 class PlacementConfig(Frozen):
     """The pool of expert shards and how rows reach it."""
 
@@ -222,12 +237,14 @@ class PlacementConfig(Frozen):
         default=5.0, gt=0, description="for a shard to compute rows that another one could compute, too"
     )
     watch_every_s: float = Field(default=1.0, gt=0, description="how often the placement service looks at its shards")
+    window_s: float = Field(default=30.0, gt=0, description="the load of an expert is its rate over about so long")
     balance_every_s: float = Field(
         default=30.0, ge=0, description="how often it looks for better places; 0: when asked"
     )
     balance_goal: float = Field(
         default=0.9, gt=0, le=1, description="mean / max rows of shards, worth moving experts for"
     )
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     drain_s: float = Field(default=0.5, ge=0, description="from a new epoch to the end of the replicas it leaves out")
     activation_cache_bytes: int = Field(
         default=2 << 30, ge=0, description="forward activations a shard keeps for backward"

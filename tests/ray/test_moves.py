@@ -46,7 +46,9 @@ def pool(ray_session, settings, tmp_path):
 def operator(pool, settings):
     from actors.operate import operator
 
-    return operator(settings, "trinity")
+    made = operator(settings, "trinity")
+    until(lambda: {shard.state for shard in made.snapshot().shards} == {"ready"})
+    return made
 
 
 @pytest.fixture
@@ -230,3 +232,28 @@ def test_moves_follow_the_load(pool, operator, settings, ray_session):
     for layer in MODEL.moe_layers:
         holders = {found.table.holders((layer, expert)) for expert in first}
         assert len(holders) == 2, "they share a shard no more"
+
+
+def test_shards_follow_the_load(ray_session, settings, tmp_path):
+    """Load up: shards and replicas come. Load down: they go."""
+    from actors import pool as pools
+    from actors.operate import operator
+
+    scale = dict(
+        enabled=True, min_shards=1, max_shards=3, rows_per_s=200, every_s=0.5, cooldown_s=1, settle_s=2, max_spare=2
+    )
+    settings = PlacementConfig(**settings.model_dump() | {"num_shards": 1, "window_s": 2, "autoscale": scale})
+    pool = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
+    try:
+        pool.load(SOURCE)
+        caller, seen = Caller(pool), operator(settings, "trinity")
+        caller.thread.start()
+        until(lambda: len(seen.snapshot().table.shards) == 3)
+        until(lambda: seen.snapshot().table.num_replicas_LE.max() > 1)
+        caller.stop.set()
+        caller.thread.join(30)
+        assert caller.errors == []
+        until(lambda: len(seen.snapshot().table.shards) == 1, within_s=150)
+        assert seen.snapshot().table.num_replicas_LE.max() == 1
+    finally:
+        pools.destroy(settings.pool, "trinity")
