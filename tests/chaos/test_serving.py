@@ -56,6 +56,14 @@ class Pool:
             time.sleep(0.05)
         pytest.fail(f"the pool is not whole again: {seen.shards} {seen.changes[:3]}")
 
+    def recovered(self, num):
+        """So many recoveries since the start, and whole."""
+        deadline = time.monotonic() + 90
+        while self.operator.snapshot().num_recoveries < num:
+            assert time.monotonic() < deadline, "the shard did not come back"
+            time.sleep(0.05)
+        return self.ready()
+
     def signal(self, shard, number):
         pid = self.ray.get(self.pool.shards[shard].where.remote(), timeout=30)[1]
         os.kill(pid, number)
@@ -160,17 +168,14 @@ def test_f12_200_streams_lose_one_of_two_replicas_of_everything(made, path):
     quiet_s, streams.pass_s = streams.pass_s, []
 
     def disturb():
-        for victim in ("shard-0", "shard-1", "shard-0"):
+        for num, victim in enumerate(("shard-0", "shard-1", "shard-0"), 1):
             time.sleep(1.0)
             pool.signal(victim, signal.SIGKILL)
-            time.sleep(1.0)
-            pool.ready()
+            pool.recovered(num)
 
     rounds = while_streaming(streams, disturb)
     stall_s = max(streams.pass_s) - statistics.median(quiet_s)
-    print(
-        f"\n{200 * len(rounds)} streams, 3 kills: {len(streams.errors)} failed, longest added stall {stall_s:.3f} s"
-    )
+    print(f"\n{200 * len(rounds)} streams, 3 kills: {len(streams.errors)} failed, longest added stall {stall_s:.3f} s")
     assert streams.errors == []
     assert all(tokens == want for tokens in rounds)
     assert pool.operator.snapshot().num_recoveries == 3
@@ -187,11 +192,10 @@ def test_f13_64_streams_lose_the_only_replica(made, path):
     quiet_s, streams.pass_s = streams.pass_s, []
 
     def disturb():
-        for victim in ("shard-0", "shard-1"):
+        for num, victim in enumerate(("shard-0", "shard-1"), 1):
             time.sleep(1.0)
             pool.signal(victim, signal.SIGKILL)
-            time.sleep(1.0)
-            pool.ready()
+            pool.recovered(num)
 
     rounds = while_streaming(streams, disturb)
     stalls_s = sorted(streams.pass_s)[-2:]
