@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint format types protos gpu-kernels clean
+.PHONY: setup demo test chaos lint format types protos gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+chaos: setup
+	$(BIN)/pytest -s -m chaos tests/chaos
 
 lint: setup
 	$(BIN)/ruff check .

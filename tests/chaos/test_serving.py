@@ -65,9 +65,17 @@ class Pool:
         return self.ready()
 
     def signal(self, shard, number):
-        pid = self.ray.get(self.pool.shards[shard].where.remote(), timeout=30)[1]
-        os.kill(pid, number)
-        return pid
+        """-> the process id; waits for a shard that is starting again."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                pid = self.ray.get(self.pool.shards[shard].where.remote(), timeout=30)[1]
+            except self.ray.exceptions.RayActorError:
+                time.sleep(0.1)
+                continue
+            os.kill(pid, number)
+            return pid
+        pytest.fail(f"{shard} does not answer")
 
 
 @pytest.fixture
