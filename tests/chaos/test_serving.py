@@ -54,7 +54,11 @@ class Pool:
             if {s.state for s in seen.shards} == {"ready"} and full and idle and table.num_replicas_LE.min() >= wanted:
                 return seen
             time.sleep(0.05)
-        pytest.fail(f"the pool is not whole again: {seen.shards} {seen.changes[:3]}")
+        held = sum(s.num_replicas for s in seen.shards)
+        states = [(s.name, s.state, s.num_replicas) for s in seen.shards]
+        phases = [(c.epoch, c.reason, c.phase, round(time.time() - c.started_s)) for c in seen.changes[:4]]
+        low, num = int(table.num_replicas_LE.min()), int(table.num_replicas_LE.sum())
+        pytest.fail(f"not whole: {states} hold {held} of {num} replicas, at least {low} of {wanted}; changes {phases}")
 
     def recovered(self, num):
         """So many recoveries since the start, and whole."""

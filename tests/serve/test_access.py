@@ -15,13 +15,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving.edge import key_matches
+from serving.access import key_matches
 from serving.http import ROUTES
 from trinity.config import ServeConfig
 
 KEY = "correct-horse-battery"
 BODY = {"prompt": "the secret prompt", "max_tokens": 2}
-OPEN = {"/health", "/ready"}
+OPEN = {"/health", "/ready", "/-/healthz", "/dashboard"}
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ async def locked(start):
 def test_routes_of_the_app_are_those_that_declare_their_access(server):
     app = server.gateway.http.server.config.app
     served = {(method, route.path) for route in app.routes for method in route.methods}
-    assert served == {(route.method, route.path) for route in ROUTES}
+    assert served == {(method, route.path) for route in ROUTES for method in route.methods}
     assert {route.path for route in ROUTES if route.access == "open"} == OPEN
 
 
@@ -123,7 +123,7 @@ async def test_without_a_key_all_is_open(server):
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
     seen = []
-    monkeypatch.setattr("serving.edge.hmac.compare_digest", lambda a, b: seen.append((a, b)) or a == b)
+    monkeypatch.setattr("serving.access.hmac.compare_digest", lambda a, b: seen.append((a, b)) or a == b)
     assert key_matches("Bearer k", "k")
     assert not key_matches(None, "k")
     assert not key_matches("Bearer é", "k")

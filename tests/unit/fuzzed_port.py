@@ -15,7 +15,7 @@ from actors.listener import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
 from trinity.dispatch import LocalTransport
 from trinity.errors import DeadlineExceeded
-from trinity.messages import Backward, Forward, Load, Rows
+from trinity.messages import Backward, Fetch, Forward, Load, Rows
 from trinity.pool import local_pool
 
 MODEL = preset("tiny").model_copy(
@@ -47,7 +47,8 @@ def frame_of(call, number=1):
 def frames():
     """One of each kind of request."""
     forward = call_of()
-    calls = (forward, replace(forward, keep=True), backward_of(None), backward_of(forward.rows, "fuzz:2"))
+    fetch = Fetch(forward.layer, 0, forward.version, forward.deadline_s)
+    calls = (forward, replace(forward, keep=True), backward_of(None), backward_of(forward.rows, "fuzz:2"), fetch)
     return [frame_of(call) for call in calls]
 
 

@@ -82,14 +82,14 @@ def test_random_bytes_under_a_header_that_is_right(port, seed):
         assert kinds[0] in (ANSWER, FAILURE)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(5))
 def test_a_frame_that_ends_anywhere(port, kind):
     frame = frames()[kind]
     for cut in sorted({*range(0, HEADER.size, 7), *range(HEADER.size, len(frame), 61), len(frame) - 1}):
         assert tell(port.member(), frame[:cut]) == []
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(5))
 def test_a_flipped_bit_in_each_byte_of_the_header(port, kind):
     """An answer, a named error or the end of the connection; never silence. After fewer rows than were sent, what is left
     is no frame. In the first bytes, which say what all others mean, every bit."""

@@ -1,0 +1,97 @@
+"""A stand-in for `actors.operate.PlacementOperator`: a pool that is only told of, and that tests change as they like.
+
+`snapshot_of` makes pools of any size with loads as skewed as real ones; `down` makes every call fail as a lost service does.
+"""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+
+from trinity.errors import InvalidRequest, Unavailable
+from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
+from trinity.placement.table import PlacementTable
+
+NOW_S = 1_790_000_000.0
+MIB_25 = 25 << 20
+
+
+def snapshot_of(num_layers=6, num_experts=16, num_shards=3, epoch=4, pool="default", seed=0):
+    """The hottest twentieth of the experts have two replicas; the hottest of a layer has 5 to 15 times its mean."""
+    load_LE = np.random.default_rng(seed).lognormal(3.0, 1.0, (num_layers, num_experts))
+    names = tuple(f"shard-{i}" for i in range(num_shards))
+    table = PlacementTable.spread(range(2, 2 + num_layers), num_experts, names)
+    rows = [list(row) for row in table.replicas]
+    for at, expert in np.argwhere(load_LE > np.quantile(load_LE, 0.95)) if num_shards > 1 else ():
+        (first,) = rows[at][expert]
+        rows[at][expert] = (first, (first + 1) % num_shards)
+    table = replace(table, epoch=epoch, replicas=tuple(map(tuple, rows)))
+    rows_S, held_S = np.zeros(num_shards), [0] * num_shards
+    for at, row in enumerate(table.replicas):
+        for expert, held in enumerate(row):
+            for shard in held:
+                rows_S[shard] += load_LE[at, expert] / len(held)
+                held_S[shard] += 1
+    shards = tuple(
+        ShardView(name, f"{i:02x}" * 28, "ready", 120, held_S[i], held_S[i] * MIB_25, float(rows_S[i]))
+        for i, name in enumerate(names)
+    )
+    changes = (
+        ChangeView(epoch, NOW_S - 42, 0.31, "balance", "done", 6, 4, 6 * MIB_25),
+        ChangeView(epoch - 1, NOW_S - 300, 1.9, "recovery", "rolled back", 2, 0, MIB_25),
+    )
+    imbalance = float(rows_S.max() / rows_S.mean())
+    return Snapshot(pool, NOW_S, table, shards, tuple(map(tuple, load_LE.tolist())), imbalance, changes, 1)
+
+
+def moved(snapshot, layer_at=0, expert=0):
+    """The next epoch: an expert has a further replica, and the change that made it is over."""
+    key, shards = (snapshot.table.layers[layer_at], expert), snapshot.table.shards
+    next_one = (snapshot.table.holders(key)[-1] + 1) % len(shards)
+    table = snapshot.table.with_replica(key, shards[next_one])
+    change = ChangeView(table.epoch, snapshot.time_s, 0.25, "scale", "done", 1, 0, MIB_25)
+    return replace(snapshot, table=table, changes=(change, *snapshot.changes))
+
+
+class FakeOperator:
+    """Thread-safe: the gateway calls it from several."""
+
+    def __init__(self, snapshot=None):
+        self._snapshot = snapshot or snapshot_of()
+        self._news = threading.Condition()
+        self.asked, self.down, self.num_waits = [], False, 0
+
+    def show(self, snapshot):
+        with self._news:
+            self._snapshot = snapshot
+            self._news.notify_all()
+
+    def snapshot(self):
+        if self.down:
+            raise Unavailable("the placement service is restarting")
+        return self._snapshot
+
+    def wait(self, epoch, timeout_s):
+        self.num_waits += 1
+        with self._news:
+            self._news.wait_for(lambda: self.down or self._snapshot.table.epoch > epoch, timeout_s)
+        return self.snapshot()
+
+    def scale(self, num_shards, reason):
+        return self._ask("scale", num_shards, reason)
+
+    def replicate(self, layer, expert, num_replicas):
+        if layer not in self._snapshot.table.layers:
+            raise InvalidRequest(f"layer {layer} has no routed experts", param="layer")
+        return self._ask("replicate", layer, expert, num_replicas)
+
+    def drain(self, shard):
+        return self._ask("drain", shard)
+
+    def rebalance(self):
+        return self._ask("rebalance")
+
+    def _ask(self, *what):
+        self.snapshot()
+        self.asked.append(what)
+        return self._snapshot.table.epoch

@@ -1,0 +1,286 @@
+"""Experts leave one shard and join another with all that is theirs; callers find them wherever they are."""
+
+import contextlib
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from trinity.config import OptimConfig, preset
+from trinity.dispatch import Dispatcher, Done, Fixed, LocalTransport
+from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
+from trinity.experts.copying import take_up
+from trinity.experts.shard import ExpertShard, ShardSpec
+from trinity.messages import WEIGHT, Adopt, Commit, Copy, Fetch, Load, Prepare, Retain, Status
+from trinity.placement.table import PlacementTable
+from trinity.pool import ExpertPool, local_pool
+
+MODEL = preset("tiny").model_copy(
+    update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
+)
+LAYER, SECOND = MODEL.moe_layers[:2]
+SOURCE = Load(seed=5, training=False)
+FOREVER = 4e9
+
+
+def shard_of(name, experts, optim=None, load=SOURCE):
+    held = {layer: tuple(experts) for layer in MODEL.moe_layers}
+    shard = ExpertShard(ShardSpec(name, MODEL, held, optim, backend="torch"))
+    shard.load(load)
+    return shard
+
+
+def rows_of(num_tokens=30, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.rand(num_tokens, MODEL.num_experts, generator=rng).topk(MODEL.num_experts_per_tok).indices
+    return torch.randn(num_tokens, MODEL.hidden_size, generator=rng), ids, torch.rand(num_tokens, 3, generator=rng)
+
+
+def copy_all(target, experts, peers, layer=LAYER, source=None):
+    names = tuple(next(s for s, shard in peers.items() if e in shard.experts[layer]) for e in experts)
+    return take_up(
+        target, Copy(layer, tuple(experts), names, FOREVER), LocalTransport(peers), source, contextlib.nullcontext()
+    )
+
+
+# -- one shard
+
+
+@pytest.mark.parametrize("optim", [None, OptimConfig(), OptimConfig(matrices="adamw")])
+def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
+    """Weights and optimizer state: an update of the copy gives the bits that an update of the original gives."""
+    load = Load(seed=5, training=optim is not None)
+    a, b = shard_of("a", range(5), optim, load), shard_of("b", range(5, 8), optim, load)
+    both = [a, b]
+    for step in (1, 2) if optim else ():
+        if step == 2:
+            assert copy_all(b, [1, 3], {"a": a}) > 0
+        for shard in both:
+            rng = torch.Generator().manual_seed(step)
+            for layer in MODEL.moe_layers:
+                for name, stack in zip(("gate", "up", "down"), shard.weights[layer], strict=True):
+                    noise = {e: torch.randn(8, 16, generator=rng) for e in range(MODEL.num_experts)}
+                    wanted = torch.stack([noise[e] for e in shard.experts[layer]])
+                    shard.grads[f"{layer}.{name}"] = torch.empty_strided(stack.shape, stack.stride()).copy_(wanted)
+            shard.prepare(Prepare(step))
+            shard.commit(Commit(step, 0.02, 0.01, 1.0))
+    if optim is None:
+        copy_all(b, [1, 3], {"a": a})
+    assert b.experts[LAYER] == (5, 6, 7, 1, 3)
+    for expert in (1, 3):
+        for kind in a.kinds:
+            mine, theirs = (s.fetch(Fetch(LAYER, expert, s.version, FOREVER, kind)) for s in both)
+            assert torch.equal(mine, theirs), (expert, kind)
+    assert len(a.kinds) == (1 if optim is None else 2 if optim.matrices == "muon" else 3)
+
+
+def test_what_is_adopted_computes_and_what_is_dropped_does_not():
+    a, b = shard_of("a", range(8)), shard_of("b", range(2))
+    copy_all(b, range(2, 8), {"a": a})
+    assert b.retain(Retain({LAYER: (3, 6)})) == 6 + 2 * (len(MODEL.moe_layers) - 1)
+    assert b.experts[LAYER] == (3, 6)
+    assert b.experts[SECOND] == ()
+    assert b.retain(Retain({LAYER: (3, 6)})) == 0, "harmless when repeated"
+    assert b.status(Status()).num_experts == 2
+    with pytest.raises(WrongEpoch, match=r"does not hold expert \(1, 0\)|does not hold expert"):
+        b.fetch(Fetch(LAYER, 0, 0, FOREVER))
+
+
+def test_counters_of_rows_stay_with_their_experts():
+    a, b = shard_of("a", range(8)), shard_of("b", range(4))
+    x, ids, weights = rows_of()
+    table = PlacementTable.spread(MODEL.moe_layers, 8, ["a"])
+    Dispatcher(Fixed(table), LocalTransport({"a": a}), timeout_s=5)(LAYER, x, ids, weights)
+    before = a.status(Status()).rows[LAYER]
+    a.retain(Retain(dict.fromkeys(MODEL.moe_layers, (2, 5))))
+    copy_all(a, [3], {"b": b})
+    assert a.status(Status()).rows[LAYER] == {2: before[2], 5: before[5], 3: 0}
+
+
+def test_copies_of_another_version_are_refused():
+    a, b = shard_of("a", range(8)), shard_of("b", range(2))
+    rows = {WEIGHT: (a.fetch(Fetch(LAYER, 4, 0, FOREVER)),)}
+    with pytest.raises(StepConflict, match="holds version 0, the copies are of 3"):
+        b.adopt(Adopt(LAYER, (4,), 3, rows))
+    assert b.experts[LAYER] == (0, 1)
+    empty = shard_of("c", ())
+    assert empty.adopt(Adopt(LAYER, (4,), 3, rows)) == 1
+    assert empty.version == 3
+
+
+def test_an_expert_that_nobody_has_comes_from_the_checkpoint():
+    a, b = shard_of("a", range(8)), shard_of("b", range(2))
+    take_up(b, Copy(LAYER, (4,), ("",), FOREVER), LocalTransport({}), SOURCE, contextlib.nullcontext())
+    assert torch.equal(b.fetch(Fetch(LAYER, 4, 0, FOREVER)), a.fetch(Fetch(LAYER, 4, 0, FOREVER)))
+    with pytest.raises(StepConflict, match="is on no shard"):
+        take_up(b, Copy(LAYER, (5,), ("",), FOREVER), LocalTransport({}), None, contextlib.nullcontext())
+
+
+# -- callers
+
+
+class View:
+    """A View that a test moves."""
+
+    def __init__(self, table):
+        self.table, self.away, self.later = table, frozenset(), None
+
+    def lost(self, shard):
+        self.away |= {shard}
+
+    def refresh(self):
+        if self.later is not None:
+            self.table, self.later = self.later, None
+
+
+class Killable(LocalTransport):
+    """Shards that are dead or hang do not answer."""
+
+    def __init__(self, shards):
+        super().__init__(shards)
+        self.dead, self.hung, self.asked = set(), set(), []
+
+    def send(self, shard, verb, message):
+        self.asked.append(shard)
+        if shard in self.dead:
+            return Done(error=Unavailable("dead"))
+        if shard in self.hung:
+            return Late(message.deadline_s)
+        return super().send(shard, verb, message)
+
+
+class Late:
+    def __init__(self, deadline_s):
+        self.deadline_s = deadline_s
+
+    def result(self):
+        time.sleep(max(0, self.deadline_s - time.time()))
+        raise DeadlineExceeded("hung")
+
+
+def replicated(num_shards):
+    """Each expert on two of the shards."""
+    held = tuple((e % num_shards, (e + 1) % num_shards) for e in range(MODEL.num_experts))
+    names = tuple(f"s{i}" for i in range(num_shards))
+    table = PlacementTable(1, names, MODEL.moe_layers, (held,) * len(MODEL.moe_layers))
+    shards = {name: shard_of(name, table.experts_of(name)[LAYER]) for name in names}
+    return table, Killable(shards)
+
+
+@pytest.fixture(scope="module")
+def want():
+    return local_pool(MODEL, SOURCE, backend="torch").dispatcher()(LAYER, *rows_of())
+
+
+@pytest.mark.parametrize("victims", [{"s0"}, {"s1"}, {"s2", "s0"}])
+def test_rows_of_a_dead_shard_go_to_the_replicas(victims, want):
+    table, transport = replicated(4)
+    view = View(table)
+    dispatcher = Dispatcher(view, transport, timeout_s=5)
+    transport.dead = victims
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert view.away == victims
+    assert dispatcher.num_retries == len(victims)
+    transport.asked.clear()
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert not victims & set(transport.asked), "who is away is not asked again"
+    view.away, transport.dead = frozenset(), set()
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert victims <= set(transport.asked)
+
+
+def test_a_hung_shard_costs_one_attempt(want):
+    table, transport = replicated(3)
+    transport.hung = {"s1"}
+    dispatcher = Dispatcher(View(table), transport, timeout_s=20, attempt_s=0.2)
+    started = time.monotonic()
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert 0.15 < time.monotonic() - started < 3
+
+
+def test_a_shard_that_no_longer_holds_the_expert_sends_the_caller_to_the_new_table(want):
+    a, b = shard_of("a", range(8)), shard_of("b", range(4, 8))
+    old = PlacementTable.spread(MODEL.moe_layers, 8, ["a", "b"])
+    new = PlacementTable(2, ("a", "b"), old.layers, (((0,),) * 8,) * len(old.layers))
+    view = View(old)
+    view.later = new
+    b.retain(Retain({}))
+    dispatcher = Dispatcher(view, LocalTransport({"a": a, "b": b}), timeout_s=5)
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert dispatcher.table.epoch == 2
+
+
+def test_with_nobody_left_the_error_comes_within_the_deadline():
+    table, transport = replicated(2)
+    transport.dead = {"s0", "s1"}
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="dead"):
+        Dispatcher(View(table), transport, timeout_s=0.5)(LAYER, *rows_of())
+    assert time.monotonic() - started < 2
+
+
+def test_rows_kept_for_a_backward_stay_with_their_shard():
+    """A gradient lies where its row was computed: another shard would count it twice or not at all."""
+    table, transport = replicated(3)
+    transport.dead = {"s1"}
+    x, ids, weights = rows_of()
+    with pytest.raises(Unavailable):
+        Dispatcher(View(table), transport, timeout_s=0.3)(LAYER, x.requires_grad_(), ids, weights)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_walk_of_moves_and_deaths_gives_the_monoliths_answers(seed):
+    rng = random.Random(seed)
+    oracle = local_pool(MODEL, SOURCE, backend="torch").dispatcher()
+    table = PlacementTable.spread(MODEL.moe_layers, 8, ["a", "b", "c"])
+    transport = Killable({name: shard_of(name, table.experts_of(name)[LAYER]) for name in table.shards})
+    view = View(table)
+    dispatcher = Dispatcher(view, transport, timeout_s=0.2)
+    for turn in range(12):
+        table = walk(rng, view, transport)
+        for layer in MODEL.moe_layers[:2]:
+            rows = rows_of(9, seed * 100 + turn)
+            torch.testing.assert_close(dispatcher(layer, *rows), oracle(layer, *rows), atol=1e-5, rtol=1e-5)
+    assert table.epoch > 1
+
+
+def walk(rng, view, transport):
+    """A replica more, a replica less, or another shard dead for a while, if its experts are elsewhere."""
+    table = view.table
+    expert = (LAYER, rng.randrange(8))
+    held = [table.shards[at] for at in table.holders(expert)]
+    free = [shard for shard in table.shards if shard not in held]
+    if free and rng.random() < 0.6:
+        shard = rng.choice(free)
+        copy_all(transport.shards[shard], [expert[1]], transport.shards)
+        view.table = table.with_replica(expert, shard)
+    elif len(held) > 1:
+        gone = rng.choice(held)
+        view.table = table.without_replica(expert, gone)
+        view.later = None
+        transport.shards[gone].retain(Retain(view.table.experts_of(gone)))
+    victim = rng.choice(table.shards)
+    alone = any(held == (view.table.shards.index(victim),) for row in view.table.replicas for held in row)
+    transport.dead, view.away = set() if alone else {victim}, frozenset()
+    return view.table
+
+
+# -- the table
+
+
+def test_present_leaves_out_who_is_away_but_nobody_alone():
+    table = PlacementTable(1, ("a", "b", "c"), (0,), (((0, 1), (1,), (2, 0, 1)),))
+    shard_LEN, num_LE = table.present({"b"})
+    assert num_LE.tolist() == [[1, 1, 2]]
+    firsts = [list(shard_LEN[0, e, : num_LE[0, e]]) for e in range(3)]
+    assert firsts == [[0], [1], [2, 0]]
+    assert np.array_equal(table.present()[1], table.num_replicas_LE)
+
+
+def test_a_pool_of_replicas_still_loads_and_reports():
+    table, transport = replicated(2)
+    pool = ExpertPool(Fixed(table), transport, timeout_s=5)
+    assert pool.load(SOURCE) == 0
+    assert {status.num_experts for status in pool.status()} == {8 * len(MODEL.moe_layers)}
