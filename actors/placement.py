@@ -138,6 +138,10 @@ class PlacementService:
         """Move everything off a shard, then end it: one shard fewer is asked for."""
         return self._running().ask("drain", drained=shard)
 
+    def at_boundary(self, version: int, num_updates: int) -> int:
+        """For a trainer, between two steps; -> the epoch of the next one. Waits while experts move."""
+        return self._running().at_boundary(version, num_updates)
+
     def rebalance(self) -> int:
         return self._running().ask("balance", balance=True)
 

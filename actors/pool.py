@@ -57,6 +57,10 @@ class RayPool(ExpertPool):
     def set_source(self, message: Load) -> None:
         self._ask("set_source", message)
 
+    def at_boundary(self, version: int, num_updates: int) -> int:
+        service = find(self.name, PLACEMENT, self.namespace)
+        return ask(service.at_boundary.remote(version, num_updates), self.checkpoint_timeout_s, "the placement service")
+
     def source(self) -> Load | None:
         return self._ask("source")
 

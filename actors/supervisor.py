@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KEPT_CHANGES = 50
 RETIRE_S = 5.0
+AGAIN_S = 10.0  # after a change that failed
 MIN_ROWS = 1000.0  # per layer, in the window: with fewer, balance is chance
 
 
@@ -73,6 +74,7 @@ class Supervisor:
             found = Wish(len(service.table.shards), next_name=len(service.table.shards))
             service.set_wish(found)
         self._wish, self._wake, self._guard = found, threading.Event(), threading.Lock()
+        self._changing, self._again_s = threading.Lock(), 0.0
         self._balance_now, self._balanced_s = False, time.monotonic()
         self._scale = Scale(found.num_shards, service.table.num_replicas_LE)
         self._decided_s = time.monotonic()
@@ -90,7 +92,6 @@ class Supervisor:
         balance: bool = False,
     ) -> int:
         """Note what is wanted; -> the epoch now. Raises ConfigError for what can never be."""
-        self._refuse_while_training()
         with self._guard:
             wish = replace(self._wish, reason=reason)
             if num_shards is not None:
@@ -134,13 +135,22 @@ class Supervisor:
 
     def _tick(self) -> None:
         self.watch.look(self._table, self.handles, self.settings.watch_every_s)
+        if self._trains:
+            return  # weights change, and gradients gather: only `at_boundary`
         self._repair()
-        if self.service.spec().optim is not None:
-            return
         self._autoscale()
-        wanted = self._wanted()
-        if wanted is not None:
-            self._change(*wanted)
+        if time.monotonic() >= self._again_s and (wanted := self._wanted()) is not None:
+            self._change(*wanted, self._version(), 0)
+
+    def at_boundary(self, version: int, num_updates: int) -> int:
+        """Between two steps of training nothing is under way: make the change that is wanted, if any; -> the epoch."""
+        with self._changing:
+            try:
+                if time.monotonic() >= self._again_s and (wanted := self._wanted()) is not None:
+                    self._change(*wanted, version, num_updates)
+            except (TrinityError, RayError) as error:  # training goes on where its experts are
+                log.warning("pool %s stays as it is: %s", self.settings.pool, error)
+        return self.service.epoch()
 
     def _repair(self) -> None:
         """A shard that died or hung in the middle of a change may lack what the table says it holds, or hold more."""
@@ -156,7 +166,7 @@ class Supervisor:
                 if missing:
                     sources = tuple(self._source((layer, expert), shard) for expert in missing)
                     log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
-                    self._ask(shard, "copy", Copy(layer, missing, sources, self._deadline()))
+                    self._ask(shard, "copy", Copy(layer, missing, sources, self._version(), self._deadline()))
 
     # -- deciding
 
@@ -216,6 +226,8 @@ class Supervisor:
     def _replicas_LE(self, wish: Wish, num_shards: int) -> np.ndarray:
         table = self._table
         counts_LE = np.full((len(table.layers), table.num_experts), 1 + self.settings.redundancy)
+        if self._trains:
+            return np.ones_like(counts_LE)
         if self.settings.autoscale.enabled:
             counts_LE = np.maximum(counts_LE, self._scale.replicas_LE)
         for layer, expert, num in wish.replicas:
@@ -238,7 +250,9 @@ class Supervisor:
 
     # -- changing
 
-    def _change(self, table: PlacementTable, fresh: tuple[str, ...], reason: str) -> None:
+    def _change(
+        self, table: PlacementTable, fresh: tuple[str, ...], reason: str, version: int, num_updates: int
+    ) -> None:
         """Raises what prevented it; then nothing has changed."""
         previous, started_s = self._table, time.time()
         todo = moves(previous, table, self._expert_bytes())
@@ -246,16 +260,17 @@ class Supervisor:
         self._changes.append(view)
         try:
             self._make(fresh)
-            copied = self._copy_all(todo)
+            copied = self._copy_all(todo, version, num_updates)
             self._step(started_s, "drain", copied)
             self.service.publish(table)
-            time.sleep(self.settings.drain_s)
+            time.sleep(0 if self._trains else self.settings.drain_s)
             self._step(started_s, "retire", copied)
             self._tidy()
             self._step(started_s, "done", copied)
             log.info("pool %s: epoch %d (%s), %d copies", self.settings.pool, table.epoch, reason, len(todo.copies))
         except Exception:
             if self._table is previous:
+                self._again_s = time.monotonic() + AGAIN_S
                 self._step(started_s, "rolled back")
                 self._tidy()
             raise
@@ -274,7 +289,7 @@ class Supervisor:
             if source is not None:
                 self._ask(name, "load", source)
 
-    def _copy_all(self, todo: Any) -> int:
+    def _copy_all(self, todo: Any, version: int, num_updates: int) -> int:
         """-> bytes. The targets side by side, each a layer at a time, so that no shard holds more than a layer twice."""
         batches: dict[str, dict[int, list[tuple[int, str]]]] = {}
         for copy in todo.copies:
@@ -287,7 +302,8 @@ class Supervisor:
             try:
                 for layer, pairs in layers.items():
                     experts, sources = zip(*pairs, strict=True)
-                    done[shard] += self._ask(shard, "copy", Copy(layer, experts, sources, self._deadline()))
+                    message = Copy(layer, experts, sources, version, self._deadline(), num_updates)
+                    done[shard] += self._ask(shard, "copy", message)
             except (TrinityError, RayError) as error:  # told to the thread that waits
                 errors.append(error)
 
@@ -324,6 +340,13 @@ class Supervisor:
         assert self.service.table is not None
         return self.service.table
 
+    @property
+    def _trains(self) -> bool:
+        return self.service.spec().optim is not None
+
+    def _version(self) -> int:
+        return max((seen.version for seen in self.watch.seen.values() if seen.is_there), default=-1)
+
     def _deadline(self) -> float:
         return time.time() + self.settings.call_timeout_s
 
@@ -351,10 +374,6 @@ class Supervisor:
         state = "away" if not seen.is_there else "draining" if name in self._wish.drained else "ready"
         return ShardView(name, seen.node, state, seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s)
 
-    def _refuse_while_training(self) -> None:
-        if self.service.spec().optim is not None:
-            raise ConfigError(f"pool {self.settings.pool!r} trains; its experts stay where they are until it is done")
-
     def _checked_shards(self, num_shards: int) -> int:
         if not 1 <= num_shards <= self._table.num_experts:
             raise ConfigError(
@@ -372,6 +391,8 @@ class Supervisor:
     def _with_replicas(self, wish: Wish, asked: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
         layer, expert, num = asked
         table = self._table
+        if self._trains:
+            raise ConfigError(f"pool {self.settings.pool!r} trains: one replica of each expert, so far")
         if layer not in table.layers or not 0 <= expert < table.num_experts:
             raise ConfigError(
                 f"there is no expert ({layer}, {expert}); layers {table.layers}, experts 0 to {table.num_experts - 1}"

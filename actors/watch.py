@@ -101,7 +101,9 @@ class Watch:
         self._counts[name] = counts_LE
         fresh_LE += rows_LE
         held = {layer: frozenset(rows) for layer, rows in status.rows.items()}
-        return Seen(True, 0, node, pid, status.version, status.num_experts, status.weight_bytes, float(rows_LE.sum()), held)
+        return Seen(
+            True, 0, node, pid, status.version, status.num_experts, status.weight_bytes, float(rows_LE.sum()), held
+        )
 
 
 def _asked(handles: Handles, name: str) -> Any:

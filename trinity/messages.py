@@ -130,6 +130,7 @@ class Adopt:
     experts: tuple[int, ...]
     version: int
     rows: dict[str, tuple[Tensor, ...]]
+    num_updates: int = 0  # of their optimizer
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Copy:
     layer: int
     experts: tuple[int, ...]
     sources: tuple[str, ...]
+    version: int
     deadline_s: float
+    num_updates: int = 0
 
 
 @dataclass(frozen=True)

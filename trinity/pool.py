@@ -11,7 +11,7 @@ from typing import Any
 
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch import Dispatcher, Fixed, LocalTransport, Transport, View, settle
-from trinity.errors import StepConflict
+from trinity.errors import StepConflict, Unavailable
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Status, StepReport
 from trinity.placement.table import PlacementTable
@@ -53,6 +53,20 @@ class ExpertPool:
 
     def set_source(self, message: Load) -> None:
         """Note where a shard that starts again finds the present weights; only pools that can restart shards care."""
+
+    def at_boundary(self, version: int, num_updates: int) -> int:
+        """Between two steps nothing is under way: the moment for experts to move. -> the epoch of the next step's table."""
+        return self.table.epoch
+
+    def follow(self, epoch: int) -> None:
+        """Wait until this process knows that table. Raises Unavailable when it does not hear of it."""
+        until_s = time.monotonic() + self.timeout_s
+        while self.table.epoch < epoch:
+            self.view.refresh()
+            if time.monotonic() > until_s:
+                raise Unavailable(
+                    f"placement epoch {epoch} is not known here after {self.timeout_s:.0f} s; is the service away?"
+                )
 
     def versions(self) -> dict[str, int]:
         return {status.shard: status.version for status in self.status()}

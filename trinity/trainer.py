@@ -148,6 +148,7 @@ class Trainer:
     def step(self) -> StepMetrics:
         """One optimizer step: forward and backward of all micro-batches, prepare, then commit or abort, everywhere."""
         started, num, side = time.perf_counter(), self.config.train.num_micro, self.config.train.num_in_flight
+        self._settle_placement()
         self.dispatcher.use(self.version)
         self.objective.zero_grad(set_to_none=True)
         totals = self._sum(
@@ -161,6 +162,13 @@ class Trainer:
         else:
             self._abort(norm)
         return self._report(totals, norm, muon_lr, adamw_lr, time.perf_counter() - started)
+
+    def _settle_placement(self) -> None:
+        """Experts may move now; afterwards all workers send to the same places."""
+        epoch = torch.zeros(1, dtype=torch.int64)
+        if self.comm.rank == 0:
+            epoch[0] = self.pool.at_boundary(self.version, self.optimizer.num_updates)
+        self.pool.follow(int(self.comm.from_first(epoch)))
 
     def _micros(self, first: int, end: int) -> list[Losses]:
         """Forward and backward of the micro-batches `first` to `end`, side by side."""
@@ -325,6 +333,6 @@ class Trainer:
         return {f"model.layers.{layer}.mlp.expert_bias::momentum": m for layer, m in self.momentum.items()}
 
     def _state(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json", exclude={"serve": {"api_key"}})
+        config = self.config.model_dump(mode="json", exclude={"serve": {"api_key", "admin_key"}})
         counts = {"position": self.position, "num_skipped": self.num_skipped, "num_updates": self.optimizer.num_updates}
         return {**counts, "order": self._order(), "config": config}

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +112,32 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
     assert losses_of(tmp_path / "ray") == want
     mine, theirs = (weights_of(c) for c in (open_checkpoint(latest_checkpoint(tmp_path / "ray")), reference))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_shards_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, tmp_path):
+    """F10 for shards: 2 -> 4 -> 1, each change between two steps, weights and optimizer state with their experts."""
+    from actors import pool as pools
+    from actors.operate import operator
+
+    config = config.replace(train={"num_workers": 1})
+    state_dir = config.train.out_dir + "-placement"
+    pool = pools.create(config.placement, "trinity", config.model, config.optim, state_dir)
+    seen, out_dir = operator(config.placement, "trinity"), Path(config.train.out_dir)
+    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, out_dir), Alone())
+    trainer.start()
+    losses, sizes = {}, []
+    for step in range(1, config.train.steps + 1):
+        for at, num in ((3, 4), (5, 1)):
+            if step == at:
+                seen.scale(num, "test")
+        losses[step] = trainer.step().loss
+        sizes.append(len(pool.table.shards))
+    saved = open_checkpoint(trainer.save())
+    pools.destroy(config.placement.pool, "trinity")
+    assert sizes == [2, 2, 4, 4, 1, 1]
+    want, reference = train_here(config, tmp_path / "here")
+    torch.testing.assert_close(list(losses.values()), list(want.values()), atol=1e-5, rtol=0)
+    mine, theirs = weights_of(saved), weights_of(reference)
+    assert mine.keys() == theirs.keys()
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], atol=1e-5, rtol=0)

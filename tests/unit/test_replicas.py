@@ -39,9 +39,14 @@ def rows_of(num_tokens=30, seed=0):
 
 
 def copy_all(target, experts, peers, layer=LAYER, source=None):
+    version = next(iter(peers.values())).version
     names = tuple(next(s for s, shard in peers.items() if e in shard.experts[layer]) for e in experts)
     return take_up(
-        target, Copy(layer, tuple(experts), names, FOREVER), LocalTransport(peers), source, contextlib.nullcontext()
+        target,
+        Copy(layer, tuple(experts), names, version, FOREVER),
+        LocalTransport(peers),
+        source,
+        contextlib.nullcontext(),
     )
 
 
@@ -112,10 +117,10 @@ def test_copies_of_another_version_are_refused():
 
 def test_an_expert_that_nobody_has_comes_from_the_checkpoint():
     a, b = shard_of("a", range(8)), shard_of("b", range(2))
-    take_up(b, Copy(LAYER, (4,), ("",), FOREVER), LocalTransport({}), SOURCE, contextlib.nullcontext())
+    take_up(b, Copy(LAYER, (4,), ("",), 0, FOREVER), LocalTransport({}), SOURCE, contextlib.nullcontext())
     assert torch.equal(b.fetch(Fetch(LAYER, 4, 0, FOREVER)), a.fetch(Fetch(LAYER, 4, 0, FOREVER)))
     with pytest.raises(StepConflict, match="is on no shard"):
-        take_up(b, Copy(LAYER, (5,), ("",), FOREVER), LocalTransport({}), None, contextlib.nullcontext())
+        take_up(b, Copy(LAYER, (5,), ("",), 0, FOREVER), LocalTransport({}), None, contextlib.nullcontext())
 
 
 # -- callers

@@ -22,18 +22,15 @@ def take_up(
 ) -> int:
     """-> bytes fetched. The shard goes on computing meanwhile, but for the moment of adopting, under its lock.
 
-    Raises what the peers raise, and StepConflict when the weights have changed since the first expert was fetched: then
-    nothing has been adopted.
+    Raises what the peers raise, and StepConflict when they or this shard are not at the message's version: then nothing has
+    been adopted.
     """
-    held, version = shard.experts.get(message.layer, ()), shard.version
+    held = shard.experts.get(message.layer, ())
     new = [pair for pair in zip(message.experts, message.sources, strict=True) if pair[0] not in held]
     rows = {kind: tuple(_rows(shard, message, *pair, kind, peers, source) for pair in new) for kind in shard.kinds}
     with lock:
-        if shard.version != version:
-            raise StepConflict(
-                f"shard {shard.spec.name} went from version {version} to {shard.version} while it copied"
-            )
-        shard.adopt(Adopt(message.layer, tuple(expert for expert, _ in new), version, rows))
+        names = tuple(expert for expert, _ in new)
+        shard.adopt(Adopt(message.layer, names, message.version, rows, message.num_updates))
     return sum(found.nbytes for kind in rows.values() for found in kind)
 
 
@@ -41,7 +38,7 @@ def _rows(
     shard: ExpertShard, message: Copy, expert: int, origin: str, kind: str, peers: Peers, source: Load | None
 ) -> Tensor:
     if origin:
-        call = Fetch(message.layer, expert, shard.version, min(message.deadline_s, time.time() + 60.0), kind)
+        call = Fetch(message.layer, expert, message.version, min(message.deadline_s, time.time() + 60.0), kind)
         return peers.send(origin, "fetch", call).result()
     if source is None or kind != WEIGHT:
         raise StepConflict(

@@ -163,6 +163,8 @@ class ExpertShard:
         """Raises StepConflict for rows of another version, except on a shard without experts, which takes up theirs."""
         if not any(self.experts.values()):
             self.version = message.version
+            if self.optimizer is not None:
+                self.optimizer.num_updates = message.num_updates
         if message.version != self.version:
             raise StepConflict(
                 f"shard {self.spec.name} holds version {self.version}, the copies are of {message.version}"
