@@ -30,6 +30,7 @@ from trinity.pool import ExpertPool, shard_names, shard_specs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+HEAD = "node:__internal_head__"
 
 
 class RayPool(ExpertPool):
@@ -107,7 +108,10 @@ def create(
 
 def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
     service = PlacementActor.options(
-        name=name_of(settings.pool, PLACEMENT), namespace=namespace, lifetime="detached"
+        name=name_of(settings.pool, PLACEMENT),
+        namespace=namespace,
+        lifetime="detached",
+        resources={HEAD: 0.001},  # its files are there
     ).remote(state_dir, spec, settings, namespace)
     epoch = ask(service.epoch.remote(), settings.call_timeout_s, "the placement service")
     names = shard_names(settings.num_shards)

@@ -46,9 +46,11 @@ def build_engine(checkpoint: str, config_json: str) -> Built:
     found = open_checkpoint(checkpoint)
     pool = connect(config.placement, config.cluster.namespace)
     device = "cuda" if config.engine.num_gpus else "cpu"
-    model = Afmoe(found.config, pool.dispatcher(found.version), device=device).eval()
+    experts = pool.dispatcher(found.version)
+    model = Afmoe(found.config, experts, device=device).eval()
     version = found.load_backbone(model)
-    engine = Engine(model, found.config, config.engine, found.tokenizer, lambda: version)
+    counts = (lambda: version), (lambda: (experts.num_retries, experts.times.phases))
+    engine = Engine(model, found.config, config.engine, found.tokenizer, *counts)
     return AsyncEngine(engine), found.tokenizer, config.serve.served_model_name or Path(checkpoint).name
 
 

@@ -270,6 +270,7 @@ class EngineConfig(Frozen):
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int = Field(default=256 << 20, ge=1)
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
+    resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
 
 

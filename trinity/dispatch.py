@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 import uuid
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from trinity.errors import DeadlineExceeded, InputGone, TrinityError, Unavailable, WrongEpoch
 from trinity.messages import ELSEWHERE, Backward, Forward, Rows
+from trinity.metrics import DISPATCH_PHASES, DISPATCH_S
 from trinity.placement.table import PlacementTable
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0  # before the same rows are sent again
@@ -115,6 +117,23 @@ class Route(NamedTuple):
             out_TD.index_add_(0, self.token_R.to(out_TD.device), part_RD)
 
 
+class Times:
+    """How long the phases of dispatch took: counts by bucket, and sums, since the start (trinity/metrics.py)."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, tuple[list[int], float]] = {
+            p: ([0] * (len(DISPATCH_S) + 1), 0.0) for p in DISPATCH_PHASES
+        }
+
+    def add(self, phase: str, since_s: float) -> float:
+        """`since_s`: time.perf_counter() at its beginning; -> now."""
+        now_s = time.perf_counter()
+        counts, sum_s = self.phases[phase]
+        counts[bisect_left(DISPATCH_S, now_s - since_s)] += 1
+        self.phases[phase] = counts, sum_s + now_s - since_s
+        return now_s
+
+
 class Dispatcher:
     """The routed experts of every layer, as the backbone sees them: `dispatcher(layer, x_TD, ids_TK, weights_TK)`.
 
@@ -137,7 +156,7 @@ class Dispatcher:
         self.transport, self.timeout_s, self.attempt_s = transport, timeout_s, attempt_s
         self._ops = itertools.count()
         self.issued: Counter[str] = Counter()
-        self.num_retries = 0
+        self.num_retries, self.times = 0, Times()
         self.version = version
         self.follow()
 
@@ -163,13 +182,15 @@ class Dispatcher:
         """
         if self.view.table is not self.table or self.view.away != self._away:
             self.follow()
-        exchange = Exchange(
-            self, layer, f"{self.caller}:{next(self._ops)}", self._route(layer, ids_TK), self.deadline()
-        )
+        started_s = time.perf_counter()
+        routes = self._route(layer, ids_TK)
+        started_s = self.times.add("route", started_s)
+        exchange = Exchange(self, layer, f"{self.caller}:{next(self._ops)}", routes, self.deadline())
         keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
         if keep:
             exchange.sent = _Send.apply(x_TD, weights_TK, exchange)
         exchange.send_forward(x_TD.detach(), weights_TK.detach(), keep)
+        self.times.add("send", started_s)
         return exchange
 
     def again(self, call: Forward, until_s: float) -> "Exchange":
@@ -259,9 +280,13 @@ class Exchange:
     def receive_forward(self) -> Tensor:
         assert self._like_TD is not None
         like_TD, self._like_TD = self._like_TD, None
+        times, started_s = self.dispatcher.times, time.perf_counter()
         partials = [self._forwarded(i) for i in range(len(self.routes))]
+        started_s = times.add("wait", started_s)
         self._calls, self._replies = [], []  # in training this object lives until the backward; its rows need not
-        return combine(like_TD, self.routes, partials)
+        y_TD = combine(like_TD, self.routes, partials)
+        times.add("combine", started_s)
+        return y_TD
 
     def send_backward(self, dy_TD: Tensor) -> None:
         deadline_s = self.dispatcher.deadline()

@@ -99,7 +99,7 @@ def to_yaml(config: Config) -> str:
     import yaml
 
     tree = config.model_dump(mode="json")
-    tree["serve"]["api_key"] = "(set)" if config.serve.api_key else None
+    tree["serve"] |= {name: "(set)" for name in ("api_key", "admin_key") if tree["serve"][name]}
     return yaml.safe_dump(tree, sort_keys=False)
 
 

@@ -7,9 +7,9 @@ requests that were in it and no others.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trinity.config import EngineConfig, ModelConfig
@@ -41,13 +41,16 @@ class EngineStats:
     num_preemptions: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_dispatch_retries: int = 0
+    dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(default_factory=dict)  # as in trinity/metrics.py
 
 
 class Engine:
     """Owns the KV cache and the requests; the model's weights stay their owner's. Not thread-safe: see AsyncEngine.
 
     `version` is called once before each forward pass, which sees one version of all weights: an owner that follows a
-    trainer takes up the new ones there. Raises ConfigError if the KV cache cannot hold one longest sequence.
+    trainer takes up the new ones there. `dispatch` says what the experts' dispatcher has counted: retries, and seconds by
+    phase. Raises ConfigError if the KV cache cannot hold one longest sequence.
     """
 
     def __init__(
@@ -57,11 +60,12 @@ class Engine:
         settings: EngineConfig,
         tokenizer: "Tokenizer",
         version: Callable[[], int] = lambda: 0,
+        dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
     ):
         layout = plan_layout(config, settings, next(model.parameters()).element_size())
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.max_model_len = layout.max_model_len
-        self._version = version  # a callable
+        self._version, self._dispatch = version, dispatch  # callables
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._scheduler = Scheduler(self._cache, settings.max_num_seqs, settings.max_num_batched_tokens)
         self._runner = Runner(model, config, settings, self._cache)
@@ -188,6 +192,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
+        retries, seconds = self._dispatch()
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -196,6 +201,8 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_dispatch_retries=retries,
+            dispatch_seconds=seconds,
         )
 
     def check(self) -> None:
