@@ -1,14 +1,25 @@
-"""Plain nested settings from YAML files and `--dotted.flags`, merged and not yet checked. Used by trinity/config.py."""
+"""Plain nested settings from YAML files and `--dotted.flags`, merged and not yet checked; and the base of what checks them.
+
+Used by trinity/config.py and the settings it gathers.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from trinity.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+class Frozen(BaseModel):
+    """Base of every setting: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
 
 
 def preset_names() -> list[str]:

@@ -328,5 +328,7 @@ def test_files_hold_no_secret_and_the_guide_names_each_of_them():
         "Dockerfile",
         "Dockerfile.dockerignore",
         "fake.py",
+        "grafana.json",
+        "prometheus.yml",
     }
     assert {path.name for path in files} == others | set(ALL)

@@ -1,0 +1,63 @@
+"""The settings of a pool of shards: a part of the tree in trinity/config.py."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from trinity.tree import Frozen
+
+
+class AutoscaleConfig(Frozen):
+    """Shards and replicas that come and go with the load (trinity/placement/autoscaler.py has the rules)."""
+
+    enabled: bool = False
+    min_shards: int = Field(default=1, ge=1)
+    max_shards: int = Field(default=8, ge=1)
+    max_spare: int = Field(default=32, ge=0, description="replicas of a layer beyond one of each expert")
+    rows_per_s: float = Field(
+        default=20_000.0, gt=0, description="what one shard computes at full speed, all layers together: measure yours"
+    )
+    every_s: float = Field(default=10.0, gt=0, description="a window of load, and one decision")
+    cooldown_s: float = Field(default=60.0, ge=0)
+    settle_s: float = Field(default=300.0, ge=0, description="so long the load must stay low before shards go")
+
+
+class PlacementConfig(Frozen):
+    """The pool of expert shards and how rows reach it."""
+
+    pool: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    num_shards: int = Field(default=2, ge=1)
+    transport: Literal["direct", "ray"] = Field(default="direct", description="how rows travel: sockets, or Ray calls")
+    data_host: str = Field(
+        default="127.0.0.1", description="where shards listen for rows; `node`: the node's own address"
+    )
+    backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_cpus_per_shard: float = Field(default=0, ge=0)
+    num_gpus_per_shard: float = Field(default=0, ge=0)
+    num_threads_per_shard: int = Field(default=1, ge=1)
+    resources: dict[str, float] = Field(
+        default={}, description="custom resources of each shard, such as expert_shard: 1"
+    )
+    redundancy: int = Field(default=0, ge=0, description="shards that may be lost at once without an expert: replicas")
+    attempt_timeout_s: float = Field(
+        default=5.0, gt=0, description="for a shard to compute rows that another one could compute, too"
+    )
+    watch_every_s: float = Field(default=1.0, gt=0, description="how often the placement service looks at its shards")
+    window_s: float = Field(default=30.0, gt=0, description="the load of an expert is its rate over about so long")
+    balance_every_s: float = Field(
+        default=30.0, ge=0, description="how often it looks for better places; 0: when asked"
+    )
+    balance_goal: float = Field(
+        default=0.9, gt=0, le=1, description="mean / max rows of shards, worth moving experts for"
+    )
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    drain_s: float = Field(default=0.5, ge=0, description="from a new epoch to the end of the replicas it leaves out")
+    activation_cache_bytes: int = Field(
+        default=2 << 30, ge=0, description="forward activations a shard keeps for backward"
+    )
+    call_timeout_s: float = Field(default=120.0, gt=0, description="for rows and steps")
+    checkpoint_timeout_s: float = Field(default=3600.0, gt=0, description="for a shard to load or save its part")
+    keep: bool = Field(default=False, description="leave the pool alive when the command that made it ends")
+    ready_timeout_s: float = Field(default=180.0, gt=0)
+    state_dir: str | None = Field(default=None, description="where epochs are persisted")
