@@ -19,7 +19,7 @@ test: setup
 	$(BIN)/pytest
 
 chaos: setup
-	$(BIN)/pytest -s -m chaos tests/chaos
+	$(BIN)/pytest -s -m chaos tests
 
 lint: setup
 	$(BIN)/ruff check .

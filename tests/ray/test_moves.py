@@ -198,7 +198,7 @@ def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, l
     assert load.longest_s < 2 * pool.attempt_s + 2
 
 
-@pytest.mark.parametrize("phase", ["prepare", "drain"])
+@pytest.mark.parametrize("phase", ["prepare", pytest.param("drain", marks=pytest.mark.chaos)])
 def test_a_service_killed_in_a_change_completes_it_or_takes_it_back(pool, operator, load, ray_session, phase):
     from actors.names import find
 
@@ -234,6 +234,7 @@ def test_moves_follow_the_load(pool, operator, settings, ray_session):
         assert len(holders) == 2, "they share a shard no more"
 
 
+@pytest.mark.chaos
 def test_shards_follow_the_load(ray_session, settings, tmp_path):
     """Load up: shards and replicas come. Load down: they go."""
     from actors import pool as pools

@@ -106,7 +106,7 @@ def check_redundancy(table, slots_LS, aim):
             assert num_E.min() >= copies
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(cases())
 def test_every_plan_is_valid_and_once_made_stays(case):
     windows, clusters, aim = case
