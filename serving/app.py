@@ -5,6 +5,7 @@ draining are ours; Ray Serve starts, checks, scales and replaces the processes, 
 (measurements: docs/serving.md). The gateway runs on the node that started it: a loopback address means that machine.
 """
 
+import functools
 import logging
 import socket
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from ray.serve.exceptions import RayServeException
 from serving.engine import EngineReplica, connect_client, load_factory
 from serving.frontend import Frontend
 from serving.gateway import Gateway
-from trinity.config import Config, ServeConfig
+from serving.placement import Operator
+from trinity.config import Config, PlacementConfig, ServeConfig
 from trinity.errors import ConfigError, Unavailable
 
 log = logging.getLogger("trinity.serving")
@@ -32,10 +34,13 @@ QUIET = {"enable_access_log": False}
 class GatewayReplica:
     """The ingress deployment: a Gateway in Serve's event loop."""
 
-    async def __init__(self, engines: Any, config_json: str, ready_timeout_s: float):  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engines: Any, config_json: str, ready_timeout_s: float, pool: tuple[str, str] | None
+    ):
         config = ServeConfig.model_validate_json(config_json)
         client, tokenizer, info = await connect_client(engines, ready_timeout_s)
-        self.gateway = Gateway(Frontend(client, tokenizer, info, config))
+        operator = functools.partial(find_operator, *pool) if pool else None
+        self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator))
         await self.gateway.start()
 
     async def addresses(self) -> tuple[str, str]:
@@ -51,6 +56,13 @@ class GatewayReplica:
         """Ray Serve awaits it before the process ends, whoever deletes or replaces the deployment."""
         if hasattr(self, "gateway"):
             await self.gateway.stop()
+
+
+def find_operator(placement_json: str, namespace: str) -> Operator:
+    """Who operates the pool that the engines use. Raises Unavailable while there is none."""
+    from actors.operate import operator
+
+    return operator(PlacementConfig.model_validate_json(placement_json), namespace)
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     engines = serve.deployment(EngineReplica, name="Engine").options(
         **_scaling(settings),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
-        ray_actor_options={"num_cpus": 0, "num_gpus": config.engine.num_gpus},
+        ray_actor_options={"num_cpus": 0, "num_gpus": config.engine.num_gpus, "resources": dict(config.engine.resources)},
         graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
@@ -94,9 +106,12 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
         health_check_period_s=2,
         logging_config=QUIET,
     )
-    ready_s = config.placement.ready_timeout_s
+    pool = (config.placement.model_dump_json(), config.cluster.namespace) if factory == FACTORY else None
     return gateway.bind(
-        engines.bind(factory, checkpoint, config.model_dump_json()), settings.model_dump_json(), ready_s
+        engines.bind(factory, checkpoint, config.model_dump_json(exclude={"serve": {"admin_key"}})),
+        settings.model_dump_json(),
+        config.placement.ready_timeout_s,
+        pool,
     )
 
 

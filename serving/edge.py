@@ -8,18 +8,18 @@ never logged: a line says id, method, path, status and milliseconds.
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from serving.access import Access, check_access
 from serving.errors import RouteError, http_headers, http_status, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id
-from trinity.errors import DeadlineExceeded, RequestTooLarge, Unauthenticated
+from trinity.errors import DeadlineExceeded, RequestTooLarge
 
 log = logging.getLogger("trinity.serving")
 Message = MutableMapping[str, Any]
@@ -35,22 +35,15 @@ DISCARD_S, DISCARD_BYTES = 1.0, 16 << 20  # of a body too large, read so that it
 SLOW_READER_S = 30.0  # beyond request_timeout_s, for a client that does not read what it asked for
 
 
-def key_matches(header: str | None, key: str) -> bool:
-    """Is it `Bearer KEY`? Takes the same time wherever the two differ."""
-    given = (header or "").encode("utf-8", "replace")
-    scheme, _, sent = given.partition(b" ")
-    return hmac.compare_digest(sent, key.encode("utf-8")) and scheme.lower() == b"bearer"
-
-
 class ClientGone(Exception):
     """Nobody is left to answer."""
 
 
 class Edge:
-    """Wraps an ASGI app. `open_paths` need no key."""
+    """Wraps an ASGI app. `access` says what paths need; those that it does not know need the key."""
 
-    def __init__(self, app: App, front: Frontend, open_paths: Collection[str]):
-        self.app, self.front, self.config, self.open_paths = app, front, front.config, open_paths
+    def __init__(self, app: App, front: Frontend, access: Mapping[str, Access]):
+        self.app, self.front, self.config, self.access = app, front, front.config, access
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -102,11 +95,8 @@ class Exchange:
             raise ClientGone("the client did not read its answer in time") from None
 
     def _authenticate(self) -> None:
-        key = self.edge.config.api_key
-        if key is None or self.scope["path"] in self.edge.open_paths:
-            return
-        if not key_matches(self.headers.get("authorization"), key):
-            raise Unauthenticated("send the server's key as `Authorization: Bearer KEY`")
+        access = self.edge.access.get(self.scope["path"], "key")
+        check_access(access, self.headers.get("authorization"), self.edge.config)
 
     async def _body(self) -> bytes:
         """The whole body; RequestTooLarge or DeadlineExceeded where it exceeds its limits."""

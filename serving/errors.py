@@ -47,6 +47,13 @@ class RouteError(TrinityError):
         self.code = Code.NOT_FOUND if http_status == 404 else Code.INVALID
 
 
+class NoPool(TrinityError):
+    """This server has no pool of expert shards, so there is no placement to show or to change."""
+
+    code = Code.NOT_FOUND
+    grpc_status = grpc.StatusCode.UNIMPLEMENTED
+
+
 def to_typed(error: BaseException, request_id: str) -> TrinityError:
     """The error to show. Untyped and internal ones are logged with their trace and become opaque."""
     if isinstance(error, TrinityError) and error.code is not Code.INTERNAL:
@@ -57,6 +64,10 @@ def to_typed(error: BaseException, request_id: str) -> TrinityError:
 
 def http_status(error: TrinityError) -> int:
     return getattr(error, "http_status", TABLE[error.code].http)
+
+
+def grpc_status(error: TrinityError) -> grpc.StatusCode:
+    return getattr(error, "grpc_status", TABLE[error.code].grpc)
 
 
 def http_headers(error: TrinityError) -> dict[str, str]:

@@ -7,7 +7,7 @@ are tokenised in a thread, so that one large prompt does not stall every stream.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from serving.limits import Admission
 from serving.metrics import Exporter, TokenClock
+from serving.placement import Operator, Placement
 from trinity.config import ServeConfig
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
@@ -34,7 +35,7 @@ class EngineInfo:
     max_model_len: int
     version: int
     engine_id: str = ""
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
 
 class EngineClient(Protocol):
@@ -52,15 +53,23 @@ def new_request_id() -> str:
 
 
 class Frontend:
-    """Owns admission and health; holds the tokenizer; borrows the engine."""
+    """Owns admission and health; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is one."""
 
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, info: EngineInfo, config: ServeConfig):
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        info: EngineInfo,
+        config: ServeConfig,
+        operator: Callable[[], Operator] | None = None,
+    ):
         self.engine = engine
         self.tokenizer = tokenizer
         self.info = info
         self.config = config
         self.admission = Admission(config.max_concurrent_requests)
         self.metrics = Exporter()
+        self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
         self._cut = False

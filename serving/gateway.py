@@ -32,6 +32,7 @@ class Gateway:
         """Raises ConfigError where a port is taken or a certificate cannot be read."""
         await self.http.start()
         await self.grpc.start()
+        self.front.placement.start()
         self._monitor = asyncio.create_task(self.front.monitor(on_change=self.grpc.set_ready))
 
     @property
@@ -58,6 +59,7 @@ class Gateway:
             log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)
             self.front.cut()
             await asyncio.sleep(CUT_GRACE_S)  # for their errors to reach their clients
+        self.front.placement.stop()
         if self._monitor:
             self._monitor.cancel()
         await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S))

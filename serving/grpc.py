@@ -1,18 +1,14 @@
 """The gRPC API `trinity.v1.Inference`, with standard health and reflection, on our own `grpc.aio` server.
 
 Decisions: our own server, because Ray Serve's binds every interface without TLS and has no interceptors
-(docs/serving.md has the measurements). The interceptor checks the key before any method, reflection included; health is
-open, for load balancers. A call without a deadline gets serve.request_timeout_s. Cancelling a call cancels its coroutine,
-which closes the engine's stream.
+(docs/serving.md has the measurements). Keys and statuses are serving/guard.py's. A call without a deadline gets
+serve.request_timeout_s. Cancelling a call cancels its coroutine, which closes the engine's stream.
 """
 
 import asyncio
 import functools
-import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,67 +16,26 @@ from grpc_reflection.v1alpha import reflection
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving.edge import key_matches
-from serving.errors import TABLE, grpc_trailers, to_typed
-from serving.frontend import Frontend, new_request_id
+from protos.trinity.v1 import placement_pb2_grpc as placement_rpc
+from serving.frontend import Frontend
+from serving.grpc_placement import PlacementServicer
+from serving.guard import PLACEMENT, Context, KeyInterceptor, guarded
 from serving.openai import token_text
 from serving.schema import sampling_params
 from trinity.config import ServeConfig
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import ConfigError, InvalidRequest
 
-Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-OPEN_SERVICES = (health.SERVICE_NAME,)
 ROLES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 
 
-class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """UNAUTHENTICATED for every method outside OPEN_SERVICES, known or not, without `authorization: Bearer KEY`."""
-
-    def __init__(self, key: str):
-        self.key = key
-        # Stream-stream, so that it answers without waiting for a message of the client's.
-        self.refuse = grpc.stream_stream_rpc_method_handler(_refuse)
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        service = details.method.lstrip("/").rpartition("/")[0]
-        headers = dict(details.invocation_metadata or ())
-        if service in OPEN_SERVICES or key_matches(headers.get("authorization"), self.key):
-            return await continuation(details)
-        return self.refuse
-
-
-async def _refuse(requests: Any, context: Context) -> None:
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "send the server's key as metadata `authorization: Bearer KEY`"
-    )
-
-
-def guarded(method: Callable[[Any, Any, Context], Awaitable[Any]]) -> Callable[[Any, Any, Context], Awaitable[Any]]:
-    """An rpc method whose exceptions become statuses: the process edge of gRPC."""
-
-    @functools.wraps(method)
-    async def call(self: "InferenceServicer", request: Any, context: Context) -> Any:
-        started, status = time.perf_counter(), grpc.StatusCode.CANCELLED
-        try:
-            answer = await method(self, request, context)
-            status = grpc.StatusCode.OK
-            return answer
-        except Exception as error:
-            typed = to_typed(error, new_request_id())
-            status = TABLE[typed.code].grpc
-            await context.abort(status, typed.message, grpc_trailers(typed))
-        finally:
-            self.front.metrics.answered(f"/{SERVICE}/{method.__name__}", status.name, time.perf_counter() - started)
-
-    return call
-
-
 class InferenceServicer(rpc.InferenceServicer):
-    """The rpcs of trinity.v1, over the Frontend that HTTP uses too."""
+    """The rpcs of trinity.v1.Inference, over the Frontend that HTTP uses too."""
+
+    service = SERVICE
 
     def __init__(self, front: Frontend):
         self.front = front
@@ -169,15 +124,15 @@ class GrpcServer:
 
     def __init__(self, front: Frontend):
         config = front.config
-        interceptors = [KeyInterceptor(config.api_key)] if config.api_key else []
         options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 0)]
-        self.server = grpc.aio.server(interceptors=interceptors, options=options)
+        self.server = grpc.aio.server(interceptors=[KeyInterceptor(config)], options=options)
         self.health = health.aio.HealthServicer()
         self.port = 0
         self._config = config
         rpc.add_InferenceServicer_to_server(InferenceServicer(front), self.server)
+        placement_rpc.add_PlacementServicer_to_server(PlacementServicer(front), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, PLACEMENT, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
 
     async def start(self) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import trinity
-from serving import schema
+from serving import dashboard, schema
+from serving.access import Access
 from serving.edge import REQUEST_ID, Edge, error_response
 from serving.errors import RouteError, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id, now_s
@@ -184,6 +185,13 @@ async def ready(front: Frontend, request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
+async def healthz(front: Frontend, request: Request) -> Response:
+    """What KubeRay asks a node that serves: the word `success`, until it drains."""
+    if front.admission.draining:
+        raise Unavailable("draining")
+    return PlainTextResponse("success")
+
+
 async def version(front: Frontend, request: Request) -> Response:
     return JSONResponse({"version": trinity.__version__, "weights_version": front.info.version})
 
@@ -193,12 +201,27 @@ async def metrics(front: Frontend, request: Request) -> Response:
     return Response(text, headers={"content-type": kind})
 
 
+async def dashboard_page(front: Frontend, request: Request) -> Response:
+    """The page holds no data: it asks for the key, where one is needed, and then for the data."""
+    return Response(dashboard.PAGE, headers=dashboard.HEADERS, media_type="text/html")
+
+
+async def dashboard_data(front: Frontend, request: Request) -> Response:
+    body = dashboard.encode(*front.placement.latest())
+    return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
+
+
 @dataclass(frozen=True)
 class Route:
     method: Literal["GET", "POST"]
     path: str
     handler: Handler
-    access: Literal["open", "key"]
+    access: Access
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """HEAD is GET whose body the listener leaves out."""
+        return ("GET", "HEAD") if self.method == "GET" else (self.method,)
 
 
 ROUTES = (
@@ -212,6 +235,9 @@ ROUTES = (
     Route("GET", "/metrics", metrics, "key"),
     Route("GET", "/health", health, "open"),
     Route("GET", "/ready", ready, "open"),
+    Route("GET", "/-/healthz", healthz, "open"),
+    Route("GET", "/dashboard", dashboard_page, "open"),
+    Route("GET", "/dashboard/data", dashboard_data, "admin"),
 )
 
 
@@ -227,9 +253,9 @@ def build_app(front: Frontend) -> FastAPI:
         exception_handlers={TrinityError: _show, HTTPException: _show},
     )
     for route in ROUTES:
-        app.add_api_route(route.path, _bind(route.handler, front), methods=[route.method], response_model=None)
-    open_paths = frozenset(route.path for route in ROUTES if route.access == "open")
-    app.add_middleware(Edge, front=front, open_paths=open_paths)  # type: ignore[arg-type]
+        app.add_api_route(route.path, _bind(route.handler, front), methods=list(route.methods), response_model=None)
+    access = {route.path: route.access for route in ROUTES}
+    app.add_middleware(Edge, front=front, access=access)  # type: ignore[arg-type]
     return app
 
 

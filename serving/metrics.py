@@ -1,18 +1,30 @@
 """What the edges count, exported at /metrics. The declarations are trinity/metrics.py; only observing happens here.
 
 A registry of its own for each Frontend: nothing global, so that tests and several servers in a process do not mix.
-Probes reach one engine at a time, so the sums over engines are over those that answered within STALE_S.
+Probes reach one engine at a time, so the sums over engines are over those that answered within STALE_S. A server without a
+pool has no placement metrics: zeros would say that all is even and nothing there.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import prometheus_client as prometheus
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from trinity.engine.request import Delta
-from trinity.metrics import SERVING_METRICS, Metric
+from trinity.metrics import (
+    DISPATCH_METRICS,
+    DISPATCH_PHASES,
+    DISPATCH_S,
+    DISPATCH_SECONDS,
+    PLACEMENT_METRICS,
+    SERVING_METRICS,
+    Metric,
+)
+from trinity.placement.snapshot import Snapshot
 
 STALE_S = 60.0
 SUMS = {
@@ -21,6 +33,9 @@ SUMS = {
     "num_free_blocks": "trinity_kv_blocks_free",
     "num_total_blocks": "trinity_kv_blocks",
 }
+COUNTERS = {"num_preemptions": "trinity_preemptions_total", "num_dispatch_retries": "trinity_dispatch_retries_total"}
+STATES = ("starting", "ready", "draining", "away")
+RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
 
 
 def _make(metric: Metric, registry: prometheus.CollectorRegistry) -> Any:
@@ -36,8 +51,15 @@ class Exporter:
 
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
-        self._metrics = {metric.name: _make(metric, self.registry) for metric in SERVING_METRICS}
-        self._engines: dict[str, tuple[float, Mapping[str, float]]] = {}
+        self._metrics: dict[str, Any] = {}
+        self._declare(SERVING_METRICS + tuple(metric for metric in DISPATCH_METRICS if metric is not DISPATCH_SECONDS))
+        self._dispatch = DispatchSeconds()
+        self.registry.register(self._dispatch)
+        self._engines: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self._changes: Changes | None = None
+
+    def _declare(self, metrics: Iterable[Metric]) -> None:
+        self._metrics |= {metric.name: _make(metric, self.registry) for metric in metrics}
 
     def __getitem__(self, name: str) -> Any:
         return self._metrics[name]
@@ -47,21 +69,97 @@ class Exporter:
         self["trinity_requests_total"].labels(route, code).inc()
         self["trinity_request_seconds"].labels(route).observe(seconds)
 
-    def engine(self, engine_id: str, version: int, stats: Mapping[str, float]) -> None:
+    def engine(self, engine_id: str, version: int, stats: Mapping[str, Any]) -> None:
         """What one engine said of itself: gauges are summed over engines, its counters continue from its last answer."""
         now_s = time.monotonic()
         _, before = self._engines.get(engine_id, (now_s, {}))
-        preemptions = stats.get("num_preemptions", 0) - before.get("num_preemptions", 0)
-        self["trinity_preemptions_total"].inc(max(0, preemptions))
+        for field, name in COUNTERS.items():
+            self[name].inc(max(0, stats.get(field, 0) - before.get(field, 0)))
+        self._dispatch.add(stats.get("dispatch_seconds", {}), before.get("dispatch_seconds", {}))
         self["trinity_weights_version"].set(version)
         self._engines[engine_id] = now_s, stats
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
         for field, name in SUMS.items():
             self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
 
+    def placement(self, snapshot: Snapshot | None) -> None:
+        """What the placement service said, or that it is away."""
+        if self._changes is None:
+            self._declare(PLACEMENT_METRICS)
+            self._changes = Changes(self)
+        self["trinity_placement_up"].set(snapshot is not None)
+        if snapshot is None:
+            return
+        held_LE = snapshot.table.num_replicas_LE
+        self["trinity_placement_epoch"].set(snapshot.table.epoch)
+        self["trinity_placement_imbalance"].set(snapshot.imbalance)
+        self["trinity_placement_replicas"].set(int(held_LE.sum()))
+        self["trinity_placement_max_replicas"].set(int(held_LE.max(initial=0)))
+        self._shards(snapshot)
+        self._changes.see(snapshot)
+
+    def _shards(self, snapshot: Snapshot) -> None:
+        for state in STATES:
+            self["trinity_placement_shards"].labels(state).set(sum(shard.state == state for shard in snapshot.shards))
+        rows, sizes = self["trinity_shard_rows_per_second"], self["trinity_shard_weight_bytes"]
+        for gauge in (rows, sizes):
+            gauge.clear()  # of shards that have gone
+        for shard in snapshot.shards:
+            rows.labels(shard.name).set(shard.rows_per_s)
+            sizes.labels(shard.name).set(shard.weight_bytes)
+
     def render(self) -> tuple[bytes, str]:
         """The exposition and its content type."""
         return prometheus.generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class DispatchSeconds:
+    """Collects trinity_dispatch_seconds over all engines: they send counts, and the client library takes only single values."""
+
+    def __init__(self) -> None:
+        self._totals = {phase: ([0] * (len(DISPATCH_S) + 1), 0.0) for phase in DISPATCH_PHASES}
+        self._seen = False
+
+    def add(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """What an engine counted since its last answer; one that counts from the start again is another engine."""
+        for phase in DISPATCH_PHASES & now.keys():
+            self._seen = True
+            (counts, seconds), (total, sum_s) = now[phase], self._totals[phase]
+            old, old_s = before.get(phase, ([0] * len(counts), 0.0))
+            if len(counts) == len(total) and seconds >= old_s:
+                added = [max(0, a - b) for a, b in zip(counts, old, strict=True)]
+                self._totals[phase] = [a + b for a, b in zip(total, added, strict=True)], sum_s + seconds - old_s
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(DISPATCH_SECONDS.name, DISPATCH_SECONDS.help, labels=DISPATCH_SECONDS.labels)
+        bounds = [*map(str, DISPATCH_S), "+Inf"]
+        for phase, (counts, sum_s) in self._totals.items() if self._seen else ():
+            family.add_metric([phase], list(zip(bounds, accumulate(counts), strict=True)), sum_s)
+        yield family
+
+
+class Changes:
+    """Counts each change once, when it has ended. Those that had ended before the first snapshot are not counted."""
+
+    def __init__(self, exporter: Exporter):
+        self._exporter = exporter
+        self._counted: set[tuple[int, float]] | None = None
+        self._recoveries = 0
+        for result in RESULTS.values():
+            exporter["trinity_placement_changes_total"].labels(result)
+
+    def see(self, snapshot: Snapshot) -> None:
+        ended = {(change.epoch, change.started_s): change for change in snapshot.changes if change.phase in RESULTS}
+        for key in ended.keys() - (ended.keys() if self._counted is None else self._counted):
+            change = ended[key]
+            self._exporter["trinity_placement_changes_total"].labels(RESULTS[change.phase]).inc()
+            self._exporter["trinity_placement_copies_total"].inc(change.num_copies)
+            self._exporter["trinity_placement_copied_bytes_total"].inc(change.copied_bytes)
+        self._counted = set(ended)
+        self._exporter["trinity_placement_recoveries_total"].inc(max(0, snapshot.num_recoveries - self._recoveries))
+        self._recoveries = snapshot.num_recoveries
+        if snapshot.changes:
+            self._exporter["trinity_placement_change_seconds"].set(snapshot.changes[0].seconds)
 
 
 class TokenClock:
