@@ -90,7 +90,11 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     engines = serve.deployment(EngineReplica, name="Engine").options(
         **_scaling(settings),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
-        ray_actor_options={"num_cpus": 0, "num_gpus": config.engine.num_gpus, "resources": dict(config.engine.resources)},
+        ray_actor_options={
+            "num_cpus": 0,
+            "num_gpus": config.engine.num_gpus,
+            "resources": dict(config.engine.resources),
+        },
         graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
