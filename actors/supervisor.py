@@ -26,7 +26,7 @@ from trinity.errors import ConfigError, TrinityError
 from trinity.experts.shard import ShardSpec
 from trinity.messages import Copy, Retain
 from trinity.placement.autoscaler import Limits, Scale, Window, decide
-from trinity.placement.planner import Aim, balance, moves, plan
+from trinity.placement.planner import Aim, balance, moves, plan, with_floor
 from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
 from trinity.placement.table import Expert, PlacementTable
 from trinity.placement.topology import Shard, Topology
@@ -182,7 +182,7 @@ class Supervisor:
         if same and not self._is_worth_balancing(table, asked):
             return None
         found = plan(
-            self.watch.load_LE,
+            with_floor(self.watch.load_LE),
             self._topology(table, leaving, fresh),
             table,
             Aim(goal=self.settings.balance_goal if same else 0.985),
@@ -240,7 +240,7 @@ class Supervisor:
             return False
         self._balanced_s = time.monotonic()
         enough = self.watch.rows_in_window() >= MIN_ROWS * len(table.layers)
-        return asked or (enough and balance(self.watch.load_LE, table).overall < self.settings.balance_goal)
+        return asked or (enough and balance(with_floor(self.watch.load_LE), table).overall < self.settings.balance_goal)
 
     def _topology(self, table: PlacementTable, leaving: tuple[str, ...], fresh: tuple[str, ...]) -> Topology:
         """Every shard may hold every expert; new ones are taken to be on hosts of their own until they are seen."""

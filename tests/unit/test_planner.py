@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trinity.commands.bench.expert_loads import drifting
 from trinity.errors import ConfigError
 from trinity.placement.layout import Bounds, Layout
-from trinity.placement.planner import Aim, Copy, balance, moves, plan, rows_LS
+from trinity.placement.planner import Aim, Copy, balance, moves, plan, rows_LS, with_floor
 from trinity.placement.refine import refine
 from trinity.placement.table import PlacementTable
 from trinity.placement.topology import Shard, Topology
@@ -400,3 +400,18 @@ def test_arrays_of_a_table_are_its_lists(case):
 def test_what_cannot_be_is_refused_with_numbers(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_experts_without_rows_are_spread_as_well():
+    """A new shard with no load measured yet gets its part, not all or nothing."""
+    table = PlacementTable.spread((0, 1), 12, ("a", "b"))
+    shards = tuple(Shard(name, slots=12) for name in "abc")
+    quiet = np.zeros((2, 12))
+    busy = quiet.copy()
+    busy[0, 0] = 50.0
+    for load_LE in (quiet, busy):
+        found = plan(with_floor(load_LE), Topology(shards), table, replicas_LE=np.ones((2, 12), int))
+        held = [[sum(len(experts) for experts in found.experts_of(name).values())] for name in "abc"]
+        assert min(map(min, held)) >= 4, held
+    assert (with_floor(busy)[1] == 1).all()
+    assert with_floor(busy)[0].tolist() == [50.0, *[pytest.approx(0.1 * 50 / 12)] * 11]

@@ -112,12 +112,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     """The supervisor's own rules, on the load it sees now."""
     import numpy as np
 
-    from trinity.placement.planner import balance, moves, plan
+    from trinity.placement.planner import balance, moves, plan, with_floor
     from trinity.placement.topology import Shard, Topology
 
     with the_operator(arguments) as operator:
         snapshot = operator.snapshot()
-    table, load_LE = snapshot.table, np.array(snapshot.load_LE)
+    table, load_LE = snapshot.table, with_floor(np.array(snapshot.load_LE))
     names = list(table.shards)[: arguments.shards]
     names += [f"new-{i}" for i in range((arguments.shards or 0) - len(names))]
     shards = [

@@ -93,6 +93,15 @@ def plan(
     return _table(layout, tuple(shard.name for shard in shards), names, previous, held)
 
 
+def with_floor(load_LE: np.ndarray, share: float = 0.1) -> np.ndarray:
+    """A measured load to plan for: no expert below that share of its layer's mean, and even where nothing was measured.
+
+    An expert that had no rows in a window will have some; with zeros, any place is as good as any other.
+    """
+    mean_L1 = load_LE.mean(axis=1, keepdims=True)
+    return np.where(mean_L1 > 0, np.maximum(load_LE, share * mean_L1), 1.0)
+
+
 # -- what a table is worth, and what it costs
 
 
