@@ -8,6 +8,7 @@ the published table is the truth: what it does not name is dropped, what a shard
 
 import json
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KEPT_CHANGES = 50
 RETIRE_S = 5.0
+ROOM = 1.25
 AGAIN_S = 10.0  # after a change that failed
 MIN_ROWS = 1000.0  # per layer, in the window: with fewer, balance is chance
 
@@ -183,7 +185,9 @@ class Supervisor:
             return None
         found = plan(
             with_floor(self.watch.load_LE),
-            self._topology(table, leaving, fresh),
+            self._topology(
+                table, leaving, fresh, self._room(replicas_LE, len(table.shards) - len(leaving) + len(fresh))
+            ),
             table,
             Aim(goal=self.settings.balance_goal if same else 0.985),
             replicas_LE=replicas_LE,
@@ -208,9 +212,10 @@ class Supervisor:
                 self.service.set_wish(self._wish)
 
     def _leaving(self, wish: Wish, table: PlacementTable) -> tuple[str, ...]:
-        """Shards to be emptied: those asked for, those on nodes that will go, and the newest of what is too many."""
-        nodes = draining_nodes()
-        gone = {s for s in table.shards if s in wish.drained or self.watch.node_of(s) in nodes}
+        """Shards to be emptied: those asked for, those on nodes that will go, those that do not come back, and the newest of
+        what is too many."""
+        nodes, lost = draining_nodes(), self.watch.lost(self.settings.lost_after_s)
+        gone = {s for s in table.shards if s in wish.drained or s in lost or self.watch.node_of(s) in nodes}
         left = [name for name in table.shards if name not in gone]
         return (*sorted(gone), *left[wish.num_shards :])
 
@@ -242,9 +247,13 @@ class Supervisor:
         enough = self.watch.rows_in_window() >= MIN_ROWS * len(table.layers)
         return asked or (enough and balance(with_floor(self.watch.load_LE), table).overall < self.settings.balance_goal)
 
-    def _topology(self, table: PlacementTable, leaving: tuple[str, ...], fresh: tuple[str, ...]) -> Topology:
-        """Every shard may hold every expert; new ones are taken to be on hosts of their own until they are seen."""
-        room = table.num_experts
+    def _room(self, replicas_LE: np.ndarray, num_shards: int) -> int:
+        """Experts of a layer that one shard may hold: rows are not all that is to be even, memory is bounded."""
+        even = math.ceil(int(replicas_LE.sum(axis=1).max(initial=0)) / num_shards)
+        return self.settings.experts_per_layer or min(replicas_LE.shape[1], math.ceil(ROOM * even))
+
+    def _topology(self, table: PlacementTable, leaving: tuple[str, ...], fresh: tuple[str, ...], room: int) -> Topology:
+        """New shards are taken to be on hosts of their own until they are seen."""
         known = [Shard(s, self.watch.node_of(s) or s, slots=room, draining=s in leaving) for s in table.shards]
         return Topology((*known, *(Shard(name, name, slots=room) for name in fresh)), expert_bytes=self._expert_bytes())
 

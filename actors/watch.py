@@ -30,6 +30,7 @@ class Seen:
 
     is_there: bool
     missed: int = 0
+    since_s: float = 0.0  # time.monotonic() when it came or went
     node: str = ""
     pid: int = 0
     version: int = -1
@@ -54,6 +55,11 @@ class Watch:
 
     def node_of(self, shard: str) -> str:
         return self.seen[shard].node if shard in self.seen else ""
+
+    def lost(self, after_s: float) -> frozenset[str]:
+        """Shards that have been away for so long."""
+        now_s = time.monotonic()
+        return frozenset(n for n, seen in self.seen.items() if not seen.is_there and now_s - seen.since_s > after_s)
 
     def rows_in_window(self) -> float:
         return float(self.load_LE.sum()) * self.window_s
@@ -89,10 +95,12 @@ class Watch:
             if missed >= MISSES:
                 self._counts.pop(name, None)
             there = missed < MISSES and before is not None and before.is_there
-            return replace(before or Seen(False), is_there=there, missed=missed, rows_per_s=0.0)
+            since_s = before.since_s if before and before.is_there == there else time.monotonic()
+            return replace(before or Seen(False), is_there=there, missed=missed, since_s=since_s, rows_per_s=0.0)
         status, (node, pid) = found
         if before is not None and before.pid and (not before.is_there or before.pid != pid):
             self.num_recoveries += 1
+        since_s = before.since_s if before and before.is_there else time.monotonic()
         counts_LE = _counts(table, status)
         old_LE = self._counts.get(name)
         rows_LE = np.zeros_like(fresh_LE)
@@ -102,7 +110,15 @@ class Watch:
         fresh_LE += rows_LE
         held = {layer: frozenset(rows) for layer, rows in status.rows.items()}
         return Seen(
-            True, 0, node, pid, status.version, status.num_experts, status.weight_bytes, float(rows_LE.sum()), held
+            is_there=True,
+            since_s=since_s,
+            node=node,
+            pid=pid,
+            version=status.version,
+            num_experts=status.num_experts,
+            weight_bytes=status.weight_bytes,
+            rows_per_s=float(rows_LE.sum()),
+            held=held,
         )
 
 

@@ -198,6 +198,32 @@ def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, l
     assert load.longest_s < 2 * pool.attempt_s + 2
 
 
+def test_a_shard_that_does_not_come_back_is_replaced(ray_session, settings, tmp_path):
+    from actors import pool as pools
+    from actors.operate import operator
+
+    settings = PlacementConfig(**settings.model_dump() | {"num_shards": 3, "redundancy": 1, "lost_after_s": 1.5})
+    pool = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
+    try:
+        pool.load(SOURCE)
+        seen, caller = operator(settings, "trinity"), Caller(pool)
+        until(lambda: seen.snapshot().table.num_replicas_LE.min() == 2)
+        caller.thread.start()
+        os.kill(pid_of(ray_session, pool, "shard-1"), signal.SIGSTOP)
+        until(lambda: "shard-1" not in seen.snapshot().table.shards)
+        until(lambda: held(pool) == by_table(seen.snapshot().table))
+        table = seen.snapshot().table
+        assert table.shards == ("shard-0", "shard-2", "shard-3")
+        assert table.num_replicas_LE.min() == 2, "redundancy is restored"
+        most = max(len(table.experts_of(shard)[layer]) for shard in table.shards for layer in table.layers)
+        assert most <= 5, "a shard's room is a quarter more than its even share"
+        caller.stop.set()
+        caller.thread.join(30)
+        assert caller.errors == []
+    finally:
+        pools.destroy(settings.pool, "trinity")
+
+
 @pytest.mark.parametrize("phase", ["prepare", pytest.param("drain", marks=pytest.mark.chaos)])
 def test_a_service_killed_in_a_change_completes_it_or_takes_it_back(pool, operator, load, ray_session, phase):
     from actors.names import find

@@ -40,6 +40,12 @@ class PlacementConfig(Frozen):
         default={}, description="custom resources of each shard, such as expert_shard: 1"
     )
     redundancy: int = Field(default=0, ge=0, description="shards that may be lost at once without an expert: replicas")
+    experts_per_layer: int | None = Field(
+        default=None, ge=1, description="room of one shard in each layer; default: a quarter more than its even share"
+    )
+    lost_after_s: float = Field(
+        default=120.0, gt=0, description="a shard that is away for so long is given up, and another one made"
+    )
     attempt_timeout_s: float = Field(
         default=5.0, gt=0, description="for a shard to compute rows that another one could compute, too"
     )
