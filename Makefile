@@ -15,8 +15,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megabl
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)
 
+# Most tests wait for processes: two at a time take little more than half as long. A file stays on one side, and with it its Ray.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 chaos: setup
 	$(BIN)/pytest -s -m chaos tests
