@@ -87,6 +87,18 @@ class Connection:
         self._expected.discard(number)
         self._arrived.pop(number, None)
 
+    @property
+    def is_dead(self) -> bool:
+        """The shard has closed it, and nobody waits for an answer who would notice."""
+        if self._expected:
+            return False
+        try:
+            return self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def _read(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
         value = value_of(header, self.wire.payload(header, deadline_s))
@@ -163,6 +175,9 @@ class DirectTransport:
 
     def _connection(self, shard: str, call: Calls) -> Connection:
         if shard not in self._connections:
+            for other, connection in list(self._connections.items()):
+                if connection.is_dead:  # shards leave for good; their sockets would stay
+                    self.drop(other, connection)
             device = _device(call)
             address = self.locate(shard, call.deadline_s)
             self._connections[shard] = Connection(address, self.secret, call.deadline_s, device)

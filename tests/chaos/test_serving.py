@@ -225,7 +225,7 @@ def test_f17_100_random_cycles_leave_no_leak_no_error_and_the_same_text(made, pa
     pool.ready()
     want = Streams(path, 16, 32).run()
     streams = Streams(path, 16, 32, pool.pool.dispatcher())
-    done = []
+    done, descriptors = [], len(os.listdir("/proc/self/fd"))
 
     def disturb():
         for _ in range(int(os.environ.get("TRINITY_CHAOS_CYCLES", "100"))):
@@ -258,6 +258,7 @@ def test_f17_100_random_cycles_leave_no_leak_no_error_and_the_same_text(made, pa
           f"epoch {seen.table.epoch}, longest pass {max(streams.pass_s):.2f} s")  # fmt: skip
     assert streams.errors == []
     assert all(tokens == want for tokens in rounds)
+    assert len(os.listdir("/proc/self/fd")) < descriptors + 20, "connections to shards that have gone stay open"
     names = {entry["name"] for entry in pool.ray.util.list_named_actors(all_namespaces=True)}
     mine = {name.rsplit("/", 1)[1] for name in names if pool.settings.pool in name}
     assert mine == {"placement", *seen.table.shards}, "a shard that is not in the table is still there"

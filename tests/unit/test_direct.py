@@ -279,3 +279,16 @@ def test_giant_frames_are_refused_before_they_are_allocated():
     struct.pack_into("<III", head, HEADER.size - 12, 2**31, 2**31, 0)
     with pytest.raises(BadFrame, match="over the limit"):
         Header.unpack(head)
+
+
+def test_connections_to_shards_that_have_gone_are_closed_when_others_come(served):
+    """Names of shards are never used twice: nobody would ask the old ones again."""
+    layer_of(served.pool)
+    transport = served.transport
+    gone, other = (transport._connections[name] for name in ("shard-0", "shard-1"))
+    assert not gone.is_dead
+    gone.wire.sock.shutdown(socket.SHUT_RDWR)  # as if its process had ended
+    transport.drop("shard-1", other)
+    transport._connection("shard-1", forward())
+    assert list(transport._connections) == ["shard-1"]
+    assert gone.wire.sock.fileno() == -1
