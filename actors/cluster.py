@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import AuthenticationError
 
+from actors import follow
 from trinity.config import ClusterConfig, setup_environment
 from trinity.errors import ConfigError, Unauthenticated, Unavailable
 
@@ -23,6 +24,7 @@ def joined(cluster: ClusterConfig, num_train_slots: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
+        follow.stop_all()
         ray.shutdown()
 
 

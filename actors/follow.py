@@ -7,6 +7,7 @@ lost are asked for their address until they answer; meanwhile rows go to other r
 import logging
 import threading
 import time
+import weakref
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -19,22 +20,42 @@ log = logging.getLogger(__name__)
 POLL_S = 10.0
 AGAIN_S = 0.2
 REFRESH_S = 1.0
+STOP_S = 2.0
+
+
+_followers: "weakref.WeakSet[Follower]" = weakref.WeakSet()
+
+
+def stop_all() -> None:
+    """Before this process leaves Ray: a thread in the middle of one of its calls would take the process with it."""
+    for follower in list(_followers):
+        follower.stop()
 
 
 class Follower:
-    """A View (trinity/dispatch.py) of one pool. One for each process; its thread ends with the process."""
+    """A View (trinity/dispatch.py) of one pool. Its threads end with `stop`, or with the process."""
 
     def __init__(self, pool: str, namespace: str, table: PlacementTable, handles: Handles):
         self.table, self.away = table, frozenset[str]()
         self._pool, self._namespace, self._handles = pool, namespace, handles
-        self._news, self._wake = threading.Condition(), threading.Event()
-        for task in (self._follow, self._probe):
-            threading.Thread(target=task, name=f"trinity-{task.__name__[1:]}", daemon=True).start()
+        self._news, self._wake, self._stopped = threading.Condition(), threading.Event(), threading.Event()
+        tasks = (self._follow, self._probe)
+        self._threads = [threading.Thread(target=t, name=f"trinity-{t.__name__[1:]}", daemon=True) for t in tasks]
+        for thread in self._threads:
+            thread.start()
+        _followers.add(self)
+
+    def stop(self) -> None:
+        """Harmless when repeated."""
+        self._stopped.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(STOP_S)
 
     def lost(self, shard: str) -> None:
         with self._news:
             self.away |= {shard}
-        self._wake.set()
+            self._wake.set()
 
     def refresh(self) -> None:
         """The thread hears of a new table as soon as there is one; wait for it a moment."""
@@ -43,19 +64,24 @@ class Follower:
             self._news.wait_for(lambda: self.table.epoch > epoch, REFRESH_S)
 
     def _follow(self) -> None:
-        while ray.is_initialized():
+        while not self._stopped.is_set():
             try:
-                service = find(self._pool, PLACEMENT, self._namespace)
-                found = ray.get(
-                    service.newer.options(max_task_retries=0).remote(self.table.epoch, POLL_S), timeout=2 * POLL_S
-                )
+                self._hear()
             except SystemExit:  # what Ray raises in a process that leaves it
                 return
             except (TrinityError, RayError, GetTimeoutError):  # it starts again
-                time.sleep(AGAIN_S)
-                continue
-            if found is not None:
-                self._take(found)
+                self._stopped.wait(AGAIN_S)
+
+    def _hear(self) -> None:
+        """Wait for the next table, with an eye on being stopped."""
+        service = find(self._pool, PLACEMENT, self._namespace)
+        ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, POLL_S)
+        until_s = time.monotonic() + 2 * POLL_S
+        while not self._stopped.is_set() and time.monotonic() < until_s:
+            if ray.wait([ref], timeout=AGAIN_S)[0]:
+                if (found := ray.get(ref)) is not None:
+                    self._take(found)
+                return
 
     def _take(self, table: PlacementTable) -> None:
         with self._news:
@@ -64,16 +90,17 @@ class Follower:
         log.info("placement epoch %d: %d shards", table.epoch, len(table.shards))
 
     def _probe(self) -> None:
-        while ray.is_initialized():
+        while not self._stopped.is_set():
             self._wake.wait()
             for shard in sorted(self.away):
-                if self._answers(shard):
+                if not self._stopped.is_set() and self._answers(shard):
                     with self._news:
                         self.away -= {shard}
-            if not self.away:
-                self._wake.clear()
-            else:
-                time.sleep(AGAIN_S)
+            with self._news:
+                if not self.away and not self._stopped.is_set():
+                    self._wake.clear()
+            if self.away:
+                self._stopped.wait(AGAIN_S)
 
     def _answers(self, shard: str) -> bool:
         try:
