@@ -184,7 +184,7 @@ class Supervisor:
         if same and not self._is_worth_balancing(table, asked):
             return None
         found = plan(
-            with_floor(self.watch.load_LE),
+            with_floor(self.watch.load_LE * (same or self._has_seen_enough())),
             self._topology(
                 table, leaving, fresh, self._room(replicas_LE, len(table.shards) - len(leaving) + len(fresh))
             ),
@@ -244,8 +244,14 @@ class Supervisor:
         if not asked and (not every_s or time.monotonic() - self._balanced_s < every_s):
             return False
         self._balanced_s = time.monotonic()
-        enough = self.watch.rows_in_window() >= MIN_ROWS * len(table.layers)
-        return asked or (enough and balance(with_floor(self.watch.load_LE), table).overall < self.settings.balance_goal)
+        return asked or (
+            self._has_seen_enough()
+            and balance(with_floor(self.watch.load_LE), table).overall < self.settings.balance_goal
+        )
+
+    def _has_seen_enough(self) -> bool:
+        """With fewer rows their shares are chance: then all experts count the same."""
+        return self.watch.rows_in_window() >= MIN_ROWS * len(self._table.layers)
 
     def _room(self, replicas_LE: np.ndarray, num_shards: int) -> int:
         """Experts of a layer that one shard may hold: rows are not all that is to be even, memory is bounded."""
