@@ -109,6 +109,12 @@ class StepConflict(TrinityError):
     code = Code.INTERNAL
 
 
+class VersionGone(TrinityError):
+    """Weights of that version are not kept any more, or not yet there; the newest are."""
+
+    code = Code.UNAVAILABLE
+
+
 class InputGone(TrinityError):
     """The forward activations of an op are no longer cached; send the rows again and the shard recomputes."""
 

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             result = train(config)
         finally:
             if not config.placement.keep:
-                pools.destroy(config.placement.pool, config.cluster.namespace)
+                pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
     return 130 if result["stopped"] else 0
 
 
