@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,10 +56,10 @@ def leave_behind(before):
 def kill_everywhere(before, run, made, known):
     log = run.with_suffix(".log")
     for size in SIZES:
-        assert attempt(before, run, made, lambda: die_at_size(size)) == signal.SIGXFSZ
+        assert attempt(before, run, made, partial(die_at_size, size)) == signal.SIGXFSZ
         check(run, made, known)
     num = 0
-    while attempt(before, run, made, lambda: die_at_operation(num, log)):
+    while attempt(before, run, made, partial(die_at_operation, num, log)):
         check(run, made, known)
         num += 1
     check(run, made, known)

@@ -1,12 +1,13 @@
 """Checkpoints: what is written loads, in transformers too; what is damaged is named and never loaded."""
 
+import hashlib
 import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.checkpoint_files import MODEL, contents, edit_json, flip, model_and_pool, pool_of, same, save, write
+from tests.unit.checkpoint_files import MODEL, contents, flip, model_and_pool, pool_of, save, write
 from trinity.checkpoint import CheckpointWriter, list_checkpoints, open_checkpoint, prune, step_path, write_tensors
 from trinity.errors import CheckpointError
 from trinity.messages import Load
@@ -100,3 +101,91 @@ def test_a_shard_whose_load_fails_holds_no_version(saved, tmp_path):
         pool.load(Load(str(other)))
     assert pool.versions() == {"shard-0": -1}
     assert pool.load(Load(str(path))) == 3
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_three_shards_write_and_any_number_go_on_with_the_same_bits(tmp_path, num_shards):
+    model, pool = model_and_pool(num_shards=3)
+    path = save(step_path(tmp_path, 5), 5, model, pool)
+    other = pool_of(num_shards, Load(str(path), training=True))
+    assert set(other.versions().values()) == {5}
+    mine, theirs = state_of(pool), state_of(other)
+    assert len(mine) > len(state_of(pool, of="_named")) > 0
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert {shard.optimizer.num_updates for shard in other.transport.shards.values()} == {5}
+
+
+def state_of(pool, of=None):
+    """Weights and optimizer state of all experts, by name."""
+    shards = pool.transport.shards.values()
+    parts = [
+        getattr(shard, name)(shard.experts) for shard in shards for name in ([of] if of else ["_named", "_named_state"])
+    ]
+    return {name: tensor for part in parts for name, tensor in part}
+
+
+def test_mixed_types_and_views_are_written_bit_for_bit_as_safetensors_reads_them(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    made = torch.randn(6, 10, generator=rng)
+    tensors = {
+        "half": made.bfloat16()[:, :3],
+        "transposed": made.mT,
+        "one": made[0, 0],
+        "none": made[:0],
+        "double": made.double(),
+        "strided": made[::2, ::3],
+        "short": made.half()[0, :3],
+    }
+    (part,) = write_tensors(tmp_path, "x", tensors.items())
+    read = load_file(tmp_path / part.file)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
+    raw = (tmp_path / part.file).read_bytes()
+    assert (part.num_bytes, part.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
+
+
+def test_saves_in_many_threads_do_not_disturb_each_other(tmp_path):
+    """Of the same step, too: one of them stays, whole."""
+    made = {seed: model_and_pool(seed) for seed in (1, 2, 3)}
+    known = {seed: contents(save(tmp_path / f"known-{seed}", 7, *what)) for seed, what in made.items()}
+    run, failed = tmp_path / "run", []
+
+    def work(seed):
+        try:
+            for _ in range(5):
+                save(step_path(run, 7), 7, *made[seed])
+                save(step_path(run, 10 + seed), 10 + seed, *made[seed])
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert sorted(p.name for p in run.iterdir()) == [f"step-{step:06d}" for step in (7, 11, 12, 13)]
+    assert any(
+        all(torch.equal(t, want[0][n]) for n, t in contents(step_path(run, 7))[0].items()) for want in known.values()
+    )
+
+
+def test_an_exception_in_the_block_abandons_the_save(tmp_path):
+    def save_and_fail():
+        with CheckpointWriter(step_path(tmp_path, 1), 1) as writer:
+            write_tensors(writer.folder, "x", [("a", torch.zeros(3))])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_and_fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_still_writes_for_a_dead_save_is_told(tmp_path):
+    writer = CheckpointWriter(step_path(tmp_path, 1), 1)
+    folder = str(writer.folder)
+    del writer
+    CheckpointWriter(step_path(tmp_path, 1), 1)
+    with pytest.raises(CheckpointError, match=r"cannot write .*: No such file or directory"):
+        write_tensors(folder, "x", [("a", torch.zeros(3))])

@@ -214,7 +214,7 @@ def test_a_shard_that_forgot_an_expert_or_wrote_one_twice_makes_no_checkpoint(tm
     _, pool = model_and_pool()
     writer = CheckpointWriter(tmp_path / "step-000001", 1)
     parts = pool.save(str(writer.folder))
-    with pytest.raises(CheckpointError, match="nobody wrote 'model.layers"):
+    with pytest.raises(CheckpointError, match="nobody wrote 'model"):
         writer.finish(parts[2:], MODEL, None, {})
     assert list(tmp_path.iterdir()) == []
     writer = CheckpointWriter(tmp_path / "step-000001", 1)

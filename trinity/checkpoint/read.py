@@ -166,7 +166,9 @@ class Checkpoint:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; use another checkpoint")
         if self.manifest and entry is None:
-            raise CheckpointError(f"{path} is not in the manifest, so nothing is known about it; use another checkpoint")
+            raise CheckpointError(
+                f"{path} is not in the manifest, so nothing is known about it; use another checkpoint"
+            )
         with _reading(path):
             size = path.stat().st_size
         if entry is not None and size != entry["bytes"]:
