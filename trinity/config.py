@@ -175,9 +175,14 @@ class TrainConfig(Frozen):
     eval_every: int = Field(default=100, ge=0, description="steps; 0: only at the end")
     eval_sequences: int = Field(default=32, ge=0)
     save_every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="so many of the newest; older ones are deleted")
+    keep_every: int = Field(default=0, ge=0, description="steps; checkpoints at multiples of it are kept for good")
     init_from: str | None = Field(default=None, description="checkpoint whose weights start this run (fine-tuning)")
-    resume: bool = False
+    resume: bool = Field(default=False, description="go on from the newest checkpoint in out_dir")
+    resume_from: int | str | None = Field(
+        default=None,
+        description="go on from this step of out_dir, or from a checkpoint folder; later ones are moved aside",
+    )
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
 
     @model_validator(mode="after")

@@ -21,9 +21,8 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.dry_run:
         print(to_yaml(config), end="")
         return 0
-    check_out_dir(config)
-    if (done := steps_done(config)) >= config.train.steps:
-        say(f"{config.train.out_dir} is at step {done} already; raise --train.steps to go on")
+    point = check_out_dir(config)
+    if point is not None and not _rewound(config, point):
         return 0
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors import pool as pools
@@ -56,23 +55,36 @@ def load(source: str, flags: list[str]) -> Config:
     return Config.from_tree(tree)
 
 
-def check_out_dir(config: Config) -> None:
-    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint."""
-    from trinity.checkpoint import latest_checkpoint, open_checkpoint
+def check_out_dir(config: Config) -> Path | None:
+    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint; -> the checkpoint
+    that the run goes on from, None for a new run."""
+    from trinity.checkpoint import open_checkpoint, resume_point
 
-    found = latest_checkpoint(config.train.out_dir)
-    if found is None:
-        if config.train.resume:
-            raise ConfigError(f"{config.train.out_dir} holds no checkpoint to resume from; leave --resume out to begin")
-        _check_writable(Path(config.train.out_dir))
-        _check_same(config.train.init_from, config)
-        return
-    if not config.train.resume:
+    settings = config.train
+    found = resume_point(settings.out_dir, settings.resume_from)
+    if found is None and settings.resume:
+        raise ConfigError(f"{settings.out_dir} holds no checkpoint to resume from; leave --resume out to begin")
+    if found is not None and not settings.resume and settings.resume_from is None:
         raise ConfigError(
-            f"{config.train.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
+            f"{settings.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
         )
-    _check_same(str(found), config)
-    open_checkpoint(found).verify()
+    _check_writable(Path(settings.out_dir))
+    _check_same(settings.init_from if found is None else str(found), config)
+    if found is not None:
+        open_checkpoint(found).verify()
+    return found
+
+
+def _rewound(config: Config, point: Path) -> bool:
+    """Make `point` the newest checkpoint of the run, unless it has taken all its steps; -> whether there are steps to take."""
+    from trinity.checkpoint import rewind, step_of
+
+    if (done := step_of(point)) >= config.train.steps:
+        say(f"{config.train.out_dir} is at step {done} already; raise --train.steps to go on")
+        return False
+    if aside := rewind(config.train.out_dir, point):
+        say(f"checkpoints after step {done} are in {aside} now; delete them if nobody wants them")
+    return True
 
 
 def _check_same(checkpoint: str | None, config: Config) -> None:
@@ -105,10 +117,10 @@ def to_yaml(config: Config) -> str:
 
 def steps_done(config: Config) -> int:
     """The step of the run's last checkpoint; 0 without one."""
-    from trinity.checkpoint import latest_checkpoint
+    from trinity.checkpoint import latest_checkpoint, step_of
 
     found = latest_checkpoint(config.train.out_dir)
-    return int(found.name[5:]) if found else 0
+    return step_of(found) if found else 0
 
 
 def train(config: Config) -> dict:
