@@ -30,7 +30,7 @@ class Gathered:
         self.attempt, self.is_ordered = attempt, is_ordered
         self._ops: set[str] = set()
         self._callers: dict[tuple[int, str], Gradients] = {}
-        self._is_closed = False
+        self._is_closed = self._is_taken = False
         self._shared: dict[tuple[int, int], tuple[bool, Tensor]] = {}  # (layer, position): are we primary; sum_ND
 
     @property
@@ -95,9 +95,9 @@ class Gathered:
 
     def take(self, attempt: int) -> Gradients:
         """The step's gradients, the caller's from here on. Raises StepConflict unless that attempt was prepared."""
-        if attempt != self.attempt or not self._is_closed:
+        if attempt != self.attempt or not self._is_closed or self._is_taken:
             raise StepConflict(f"attempt {attempt:x} is not prepared; {self.attempt:x} is gathering")
-        total, self._callers, self._is_closed = self._total, {}, False
+        total, self._callers, self._is_taken = self._total, {}, True
         for (layer, at), (_, sum_ND) in self._shared.items():
             for name, part_FD in zip(names_of(layer), sum_ND.chunk(3) if sum_ND.numel() else (), strict=False):
                 total[name][at].copy_(part_FD)
