@@ -40,6 +40,7 @@ def build_engine(checkpoint: str, config_json: str) -> Built:
     from trinity.checkpoint import open_checkpoint
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
+    from trinity.engine.weights import FixedWeights
     from trinity.model.afmoe import Afmoe
 
     config = Config.model_validate_json(config_json)
@@ -48,9 +49,9 @@ def build_engine(checkpoint: str, config_json: str) -> Built:
     device = "cuda" if config.engine.num_gpus else "cpu"
     experts = pool.dispatcher(found.version)
     model = Afmoe(found.config, experts, device=device).eval()
-    version = found.load_backbone(model)
-    counts = (lambda: version), (lambda: (experts.num_retries, experts.times.phases))
-    engine = Engine(model, found.config, config.engine, found.tokenizer, *counts)
+    weights = FixedWeights(model, found.load_backbone(model))
+    counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
+    engine = Engine(weights, found.config, config.engine, found.tokenizer, counts)
     return AsyncEngine(engine), found.tokenizer, config.serve.served_model_name or Path(checkpoint).name
 
 

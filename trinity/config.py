@@ -211,6 +211,10 @@ class EngineConfig(Frozen):
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
+    kv_policy: Literal["keep", "recompute"] = Field(
+        default="keep", description="what becomes of a live request's cache when the version of the weights changes"
+    )
+    max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
 
 class ServeConfig(Frozen):
