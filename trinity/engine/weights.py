@@ -31,7 +31,10 @@ class WeightSource(Protocol):
         ...
 
     def hold(self, version: int) -> None:
-        """Keep it available until `release`, as often as it was held. A version that has gone is `model`'s to report."""
+        """Keep it, backbone and experts, until it was released as often as held: `model` will be asked for it after newer ones.
+
+        Never raises: a version that has gone is `model`'s to report.
+        """
         ...
 
     def release(self, version: int) -> None: ...
