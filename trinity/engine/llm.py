@@ -13,6 +13,7 @@ from trinity.checkpoint import open_checkpoint
 from trinity.config import EngineConfig
 from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs
+from trinity.engine.weights import FixedWeights
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
@@ -26,13 +27,17 @@ Params = SamplingParams | Seq[SamplingParams] | None
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead."""
+    """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
+
+    `versions`: of the weights behind the first token, and of those behind the last.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     prompt_token_ids: tuple[int, ...]
+    versions: tuple[int, int]
 
 
 @dataclass
@@ -51,6 +56,7 @@ class _Draft:
             logprobs=logprobs if self.params.logprobs is not None else None,
             finish_reason=last.finish_reason,
             prompt_token_ids=tuple(self.prompt_ids),
+            versions=(last.first_version, last.version),
         )
 
 
@@ -82,9 +88,9 @@ class LLM:
             pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
             experts = pool.dispatcher(checkpoint.version)
         model = Afmoe(checkpoint.config, experts, device=device).eval()
-        version = checkpoint.load_backbone(model)
+        weights = FixedWeights(model, checkpoint.load_backbone(model))
         self.tokenizer = checkpoint.tokenizer
-        self.engine = Engine(model, checkpoint.config, settings, self.tokenizer, lambda: version)
+        self.engine = Engine(weights, checkpoint.config, settings, self.tokenizer)
 
     def generate(self, prompts: str | Seq[str] | Seq[Seq[int]], params: Params = None) -> list[Completion]:
         """Completions in the order of the prompts (texts, or token ids); `params` for all or one for each.
