@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from typing import Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -23,13 +24,22 @@ REFRESH_S = 1.0
 STOP_S = 2.0
 
 
-_followers: "weakref.WeakSet[Follower]" = weakref.WeakSet()
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
+_asking: "weakref.WeakSet[Stoppable]" = weakref.WeakSet()
+
+
+def stop_before_leaving(what: Stoppable) -> None:
+    """Something whose threads call Ray."""
+    _asking.add(what)
 
 
 def stop_all() -> None:
     """Before this process leaves Ray: a thread in the middle of one of its calls would take the process with it."""
-    for follower in list(_followers):
-        follower.stop()
+    for each in list(_asking):
+        each.stop()
 
 
 class Follower:
@@ -47,7 +57,7 @@ class Follower:
         self._threads = [threading.Thread(target=t, name=f"trinity-{t.__name__[1:]}", daemon=True) for t in tasks]
         for thread in self._threads:
             thread.start()
-        _followers.add(self)
+        stop_before_leaving(self)
 
     def stop(self) -> None:
         """Harmless when repeated."""

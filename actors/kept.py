@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trinity.config import PlacementConfig
+from trinity.config import PlacementConfig, ray_node_pid
 from trinity.store import Version, read
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def folder(settings: PlacementConfig, what: str) -> Path | None:
         return None
     root = base(settings.memory_dir)
     sweep(root)
-    raylet = int(os.environ["RAY_RAYLET_PID"])
+    raylet = ray_node_pid()
     return root / f"{PREFIX}-{os.getuid()}-{raylet}-{_started(raylet)}-{settings.pool}" / what
 
 
@@ -58,7 +58,7 @@ def remove(pool: str, memory_dir: str | None) -> None:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _remove(pool: str, memory_dir: str | None) -> None:
-    for path in base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-{os.environ['RAY_RAYLET_PID']}-*-{pool}"):
+    for path in base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-{ray_node_pid()}-*-{pool}"):
         shutil.rmtree(path, ignore_errors=True)
 
 

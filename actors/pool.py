@@ -92,6 +92,13 @@ class RayPool(ExpertPool):
                 log.warning("the backbone of version %d is not on node %s: %s", version, node[:8], error)
         raise VersionGone(f"the backbone of version {version} is on none of {len(places)} nodes")
 
+    def pin(self, version: int | None, holder: str, lease_s: float) -> int:
+        """Keep a version (None: the one that is served) for `holder` until the lease ends; -> the version."""
+        return self._ask("pin", version, holder, lease_s)
+
+    def unpin(self, holder: str) -> None:
+        self._ask("unpin", holder)
+
     def source(self) -> Load | None:
         return self._ask("source")
 

@@ -15,7 +15,7 @@ import torch
 from trinity.backbone import Backbone
 from trinity.checkpoint import CheckpointWriter, prune, step_path, write_tensors
 from trinity.config import Config
-from trinity.errors import TrinityError
+from trinity.errors import CheckpointError, TrinityError
 from trinity.messages import Load, Part
 from trinity.pool import ExpertPool
 
@@ -48,11 +48,15 @@ class Saver:
         """Start to write the present version as checkpoint `step-<position>`; -> the folder that it will be."""
         if self._finish() is not None:
             log.error("the checkpoint before was not written: %s", self._error)
-        target, version = self.target(position), self.backbone.store.current
-        writer = CheckpointWriter(target, version.number)
-        parts = self.pool.save(str(writer.folder), version.number)
-        self.backbone.store.hold(version.number)
-        self._version, self._error = version.number, None
+        target, self._error = self.target(position), None
+        try:
+            writer = CheckpointWriter(target, self.backbone.version)
+        except CheckpointError as error:
+            self._error = error
+            return target
+        parts = self.pool.save(str(writer.folder), writer.step)
+        self.backbone.store.hold(writer.step)
+        self._version = writer.step
         self._thread = threading.Thread(target=self._run, args=(writer, parts, state), name="trinity-save", daemon=True)
         self._thread.start()
         return target
@@ -71,7 +75,8 @@ class Saver:
 
     def _run(self, writer: CheckpointWriter, parts: Callable[[], list[Part]], state: dict[str, Any]) -> None:
         try:
-            self._write(writer, parts, state)
+            with writer:
+                self._write(writer, parts, state)
         except TrinityError as error:  # the edge of this thread: `wait` raises it
             self._error = error
 
@@ -82,4 +87,4 @@ class Saver:
         own += write_tensors(writer.folder, "training/backbone", self.backbone.training_state(version).items())
         writer.finish([*parts(), *own], self.config.model, self.tokenizer, state)
         self.pool.set_source(Load(str(writer.target)))
-        prune(writer.target.parent, self.config.train.keep_checkpoints)
+        prune(writer.target.parent, self.config.train.keep_checkpoints, self.config.train.keep_every)

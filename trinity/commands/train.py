@@ -4,7 +4,8 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,15 @@ from trinity.errors import ConfigError
 from trinity.tree import preset_names
 
 if TYPE_CHECKING:
+    from actors.pool import RayPool
     from trinity.messages import ShardStatus
 
 SETTINGS = "settings.yaml"  # in train.out_dir
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else [])])
+    serving = ["--serve.weights", "live"] if arguments.serve else []
+    config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else []), *serving])
     if arguments.dry_run:
         print(to_yaml(config), end="")
         return 0
@@ -33,11 +36,15 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
     with joined(config.cluster, config.train.num_workers):
         try:
-            result = train(config)
+            result = train(config, announced if arguments.serve else None)
         finally:
             if not config.placement.keep:
                 pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
     return 130 if result["stopped"] else 0
+
+
+def announced(http_url: str, grpc_address: str) -> None:
+    say(f"HTTP {http_url}\ngRPC {grpc_address}\nanswers come from the weights as they are trained")
 
 
 def save_settings(config: Config) -> None:
@@ -133,10 +140,12 @@ def steps_done(config: Config) -> int:
     return step_of(found) if found else 0
 
 
-def train(config: Config) -> dict:
+def train(config: Config, served: Callable[[str, str], None] | None = None) -> dict:
     """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays.
 
-    SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C at once.
+    With `served` the pool is served meanwhile, from its first weights to the end of training; it is told the HTTP and gRPC
+    addresses, on a thread of its own. SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C
+    at once.
     """
     from actors import pool as pools
     from actors.train import STOP, fit
@@ -153,7 +162,9 @@ def train(config: Config) -> dict:
     say(describe(pool.status()))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
-    with shown(out_dir / "metrics.jsonl", Progress(config.train.steps, tokens_per_step, sys.stderr, done)):
+    progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
+    meanwhile = serving(config, pool, served) if served else nullcontext()
+    with shown(out_dir / "metrics.jsonl", progress), meanwhile:
         result = stoppable(lambda: fit(config), out_dir / STOP)
     print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
     print(f"checkpoint {result['checkpoint']}")
@@ -161,6 +172,32 @@ def train(config: Config) -> dict:
     if result["stopped"]:
         say(f"stopped at step {result['position']} of {config.train.steps}; continue with --resume")
     return result
+
+
+@contextmanager
+def serving(config: Config, pool: "RayPool", served: Callable[[str, str], None]) -> Iterator[None]:
+    """Serve the pool's live weights inside the block, as soon as it has any."""
+    from serving import app
+
+    app.check_ports(config.serve)
+    source, servers, ended = str(Path(config.train.out_dir).resolve()), [], threading.Event()
+
+    def serve() -> None:
+        while pool.decided() is None:
+            if ended.wait(0.2):
+                return
+        servers.append(app.start(config, source))
+        served(servers[0].http_url, servers[0].grpc_address)
+
+    thread = threading.Thread(target=serve, name="trinity-serve", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(config.placement.ready_timeout_s)
+        for server in servers:
+            server.stop()
 
 
 def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:
