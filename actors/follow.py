@@ -93,13 +93,13 @@ class Follower:
     def _hear(self) -> None:
         """Wait for the next table, with an eye on being stopped."""
         service = find(self._pool, PLACEMENT, self._namespace)
-        ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, self.version, POLL_S)
-        until_s = time.monotonic() + 2 * POLL_S
-        while not self._stopped.is_set() and time.monotonic() < until_s:
+        version, until_s = self.version, time.monotonic() + 2 * POLL_S
+        ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, version, POLL_S)
+        while not self._stopped.is_set() and time.monotonic() < until_s and version == self.version:
             if ray.wait([ref], timeout=AGAIN_S)[0]:
-                table, version = ray.get(ref)
-                if self.version is not None:
-                    self.version = version
+                table, served = ray.get(ref)
+                if version is not None:
+                    self.version = served
                 if table is not None:
                     self._take(table)
                 return

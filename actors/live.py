@@ -37,7 +37,7 @@ def live_source(config: Config, run_dir: str) -> "tuple[LiveWeights, ModelConfig
     source = LiveWeights(pool, pool.spec().model, decision, device)
     if config.serve.weights != "live":
         source.pin(config.serve.pinned_step)
-    return source, source.config, Tokenizer.load(Path(run_dir) / "data" / "tokenizer")
+    return source, source.config, Tokenizer.load(Path(run_dir) / "tokenizer")
 
 
 def _first_decision(pool: pools.RayPool, timeout_s: float) -> Decision:

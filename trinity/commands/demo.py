@@ -8,9 +8,9 @@ the same actors, asks one question over HTTP and one over gRPC, and shuts down.
 import argparse
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         }
     )
     setup_environment(config.cluster.auth)
+    from actors import pool as pools
     from actors.cluster import joined
     from serving import app
     from trinity.commands.train import train
@@ -44,37 +45,26 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     app.check_ports(config.serve)
     started = time.monotonic()
     _say("Training a small Trinity model on Python's own standard library; its experts live in 2 shard actors.")
-    asker = Asker()
     with joined(config.cluster, config.train.num_workers):
-        result = train(config.replace(serve={"weights": "live"}), asker.start)
-        asker.stop()
+        result = train(config.replace(serve={"weights": "live"}), ask_on)
         _say(f"Trained in {time.monotonic() - started:.0f} s. Serving it from the same actors.")
         _serve(config, result["checkpoint"], keep=arguments.keep)
+        pools.destroy(config.placement.pool, config.cluster.namespace)
     _say(f"Done in {time.monotonic() - started:.0f} s; everything is shut down. Files are in {out}.")
     return 0
 
 
-class Asker:
-    """Asks the same question every few seconds, and prints which step's weights answered."""
+def ask_on(http_url: str, grpc_address: str) -> None:
+    """Ask the same question every few seconds, and print which step's weights answered, until the server drains."""
+    import httpx
 
-    def __init__(self) -> None:
-        self._ended = threading.Event()
-
-    def start(self, http_url: str, grpc_address: str) -> None:
-        import httpx
-
-        with httpx.Client(base_url=http_url, timeout=60) as client:
-            while not self._ended.wait(LIVE_EVERY_S):
-                asked = {"prompt": LIVE_PROMPT, "max_tokens": 24, "temperature": 0}
-                try:
-                    answer = client.post("/v1/completions", json=asked).raise_for_status().json()["choices"][0]
-                except httpx.HTTPError:  # the server drains: training has ended
-                    return
-                versions = answer["weights_versions"]
-                print(f"    step {versions['first']:>3}: {LIVE_PROMPT}{answer['text']!r}", flush=True)
-
-    def stop(self) -> None:
-        self._ended.set()
+    asked = {"prompt": LIVE_PROMPT, "max_tokens": 20, "temperature": 0}
+    with httpx.Client(base_url=http_url, timeout=60) as client, suppress(httpx.HTTPError):
+        while True:
+            answer = client.post("/v1/completions", json=asked).raise_for_status().json()["choices"][0]
+            step, text = answer["weights_versions"]["last"], LIVE_PROMPT + answer["text"]
+            print(f"    the weights of step {step} answer {text!r}", flush=True)
+            time.sleep(LIVE_EVERY_S)
 
 
 def _empty(out: Path) -> None:

@@ -135,7 +135,7 @@ def provide_pool(config: Config, checkpoint: str) -> bool:
     except TrinityError:
         pools.destroy(name, namespace)
         raise
-    print(describe(pool.status()), file=sys.stderr)
+    print(describe(pool.status(), config.model), file=sys.stderr)
     return True
 
 

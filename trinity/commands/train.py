@@ -9,15 +9,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trinity.config import Config, merged, setup_environment
-from trinity.errors import ConfigError
+from trinity.config import Config, ModelConfig, merged, setup_environment
+from trinity.errors import ConfigError, TrinityError
 from trinity.tree import preset_names
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
     from trinity.messages import ShardStatus
 
-SETTINGS = "settings.yaml"  # in train.out_dir
+SETTINGS, TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
@@ -154,12 +154,12 @@ def train(config: Config, served: Callable[[str, str], None] | None = None) -> d
 
     out_dir, done = Path(config.train.out_dir), steps_done(config)
     say("preparing the data")
-    prepare(config.data, config.train, config.model, out_dir)
+    prepare(config.data, config.train, config.model, out_dir).tokenizer.save(out_dir / TOKENIZER)
     save_settings(config)
     say(f"starting {config.placement.num_shards} shards")
     state_dir = config.placement.state_dir or str(out_dir.resolve() / "placement")
     pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
-    say(describe(pool.status()))
+    say(describe(pool.status(), config.model))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
     progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
@@ -186,8 +186,13 @@ def serving(config: Config, pool: "RayPool", served: Callable[[str, str], None])
         while pool.decided() is None:
             if ended.wait(0.2):
                 return
-        servers.append(app.start(config, source))
-        served(servers[0].http_url, servers[0].grpc_address)
+        try:
+            servers.append(app.start(config, source))
+        except TrinityError as error:  # the edge of this thread; training goes on
+            say(f"not served: {error.message}")
+            return
+        addresses = servers[0].http_url, servers[0].grpc_address
+        threading.Thread(target=served, args=addresses, name="trinity-served", daemon=True).start()
 
     thread = threading.Thread(target=serve, name="trinity-serve", daemon=True)
     thread.start()
@@ -234,10 +239,11 @@ def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:
     return outcome[0]
 
 
-def describe(shards: "list[ShardStatus]") -> str:
+def describe(shards: "list[ShardStatus]", model: ModelConfig) -> str:
     """One line on who computes the experts, and with what."""
     backends = ", ".join(sorted({f"{s.backend} backend on {s.device}" for s in shards}))
-    experts, mib = sum(s.num_experts for s in shards), sum(s.weight_bytes for s in shards) / 2**20
+    experts = len(model.moe_layers) * model.num_experts
+    mib = experts * model.expert_params * (2 if model.dtype == "bfloat16" else 4) / 2**20
     return f"{experts:,} experts, {mib:,.1f} MiB, in {len(shards)} shard actors: {backends}"
 
 
