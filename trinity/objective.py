@@ -57,7 +57,7 @@ class Objective(nn.Module):
         passes = [self._inputs(batch) for batch in batches]
         outputs = torch.func.functional_call(_Passes(self.model), weights, (passes,))
         head = weights["model.lm_head.weight"]
-        return [self._losses(head, batch.targets_BS, out) for batch, out in zip(batches, outputs, strict=True)]
+        return [self._losses(head, batch, out) for batch, out in zip(batches, outputs, strict=True)]
 
     def _inputs(self, batch: Batch) -> Inputs:
         num, seq = batch.ids_BS.shape
@@ -65,12 +65,15 @@ class Objective(nn.Module):
         attend = PackedAttention(self.config.model, docs_BS, num, seq)
         return batch.ids_BS.flatten(), packed_positions(num, seq, batch.ids_BS.device), attend
 
-    def _losses(self, head_VD: Tensor, targets_BS: Tensor, out: Output) -> Losses:
-        batch, seq = targets_BS.shape
+    def _losses(self, head_VD: Tensor, batch: Batch, out: Output) -> Losses:
+        num, seq = batch.ids_BS.shape
         share = 1.0 / self.config.train.global_batch_size
         z_coef = self.config.optim.z_loss
-        ce, z = loss_from_hidden(head_VD, out.hidden_TD, targets_BS.flatten(), z_coef)
-        balance = sequence_balance_loss(out.routing, self.config.model, batch, seq, self.config.optim.balance_loss)
+        ce, z = loss_from_hidden(head_VD, out.hidden_TD, batch.targets_BS.flatten(), z_coef)
+        balance = sequence_balance_loss(out.routing, self.config.model, num, seq, self.config.optim.balance_loss)
+        return Losses(ce * share / seq, z * share / seq, balance * share * num, self._counts(out))
+
+    def _counts(self, out: Output) -> Tensor:
+        """int64 counts_LE: the tokens that chose each expert."""
         counts = [expert_counts(r.ids_TK, self.config.model.num_experts) for r in out.routing]
-        counts_LE = torch.stack(counts) if counts else torch.zeros(0, self.config.model.num_experts, dtype=torch.int64)
-        return Losses(ce * share / seq, z * share / seq, balance * share * batch, counts_LE)
+        return torch.stack(counts) if counts else torch.zeros(0, self.config.model.num_experts, dtype=torch.int64)

@@ -62,7 +62,15 @@ class Totals(NamedTuple):
 class Trainer:
     """One worker of a training job. Worker 0 also speaks for the job to the shards and writes its part of checkpoints."""
 
-    def __init__(self, config: Config, pool: ExpertPool, data: Prepared, comm: Comm, device: str = "cpu"):
+    def __init__(
+        self,
+        config: Config,
+        pool: ExpertPool,
+        data: Prepared,
+        comm: Comm,
+        device: str = "cpu",
+        objective: Callable[[Afmoe, Config], nn.Module] = Objective,
+    ):
         if pool.table.num_replicas_LE.max(initial=1) > 1:
             raise ConfigError("training takes one replica of each expert so far; this pool's table has more")
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
@@ -70,7 +78,7 @@ class Trainer:
         self.device = torch.device(device)
         self.dispatcher = pool.dispatcher()
         self.model = Afmoe(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
-        self.objective: nn.Module = Objective(self.model, config)
+        self.objective: nn.Module = objective(self.model, config)
         if comm.world > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
@@ -184,7 +192,7 @@ class Trainer:
         return self._on_device(self.data.train.batch(self.position, settings.global_batch_size, *place))
 
     def _on_device(self, batch: Batch) -> Batch:
-        return Batch(*(tensor.to(self.device) for tensor in batch))
+        return type(batch)(*(tensor.to(self.device) for tensor in batch))
 
     def _no_sync(self) -> AbstractContextManager:
         return self.objective.no_sync() if isinstance(self.objective, DistributedDataParallel) else nullcontext()

@@ -180,7 +180,7 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason, **fields) -> Delta:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
-        return self._delta(sequence, finish_reason=reason, **fields)
+        return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
 
     def _delta(self, sequence: Sequence, **fields) -> Delta:
         return Delta(

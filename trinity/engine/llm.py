@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from trinity.checkpoint import open_checkpoint
@@ -26,13 +27,18 @@ Params = SamplingParams | Seq[SamplingParams] | None
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead."""
+    """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
+
+    `versions` are those of the weights that gave each token; `experts_TLK` is there with `SamplingParams.trace` (see Delta).
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     prompt_token_ids: tuple[int, ...]
+    versions: tuple[int, ...]
+    experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -51,6 +57,8 @@ class _Draft:
             logprobs=logprobs if self.params.logprobs is not None else None,
             finish_reason=last.finish_reason,
             prompt_token_ids=tuple(self.prompt_ids),
+            versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
+            experts_TLK=last.experts_TLK,
         )
 
 
@@ -83,8 +91,15 @@ class LLM:
             experts = pool.dispatcher(checkpoint.version)
         model = Afmoe(checkpoint.config, experts, device=device).eval()
         version = checkpoint.load_backbone(model)
-        self.tokenizer = checkpoint.tokenizer
+        self.tokenizer, self.model = checkpoint.tokenizer, model
         self.engine = Engine(model, checkpoint.config, settings, self.tokenizer, lambda: version)
+
+    @classmethod
+    def over(cls, engine: Engine, model: Afmoe) -> "LLM":
+        """Around an engine, and the model that it runs, that somebody else has made."""
+        llm = cls.__new__(cls)
+        llm.tokenizer, llm.model, llm.engine = engine.tokenizer, model, engine
+        return llm
 
     def generate(self, prompts: str | Seq[str] | Seq[Seq[int]], params: Params = None) -> list[Completion]:
         """Completions in the order of the prompts (texts, or token ids); `params` for all or one for each.

@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from trinity.config import Frozen
@@ -29,7 +30,9 @@ class SamplingParams(Frozen, strict=True):
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch that filter off. The order is vLLM's: penalties and
     bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
-    log-probability of each token and of that many most likely ones, before any of the above.
+    log-probability of each token and of that many most likely ones, before any of the above. `trace` records what a
+    trainer replays (trinity/rollout.py): the experts of each token, and with `logprobs` how likely the draw was after all
+    of the above.
     """
 
     max_tokens: int = Field(default=16, ge=1, le=1 << 31)
@@ -42,6 +45,7 @@ class SamplingParams(Frozen, strict=True):
     stop_token_ids: tuple[int, ...] = Field(default=(), max_length=MAX_LISTED_TOKENS)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    trace: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
@@ -94,6 +98,7 @@ class TokenLogprobs(NamedTuple):
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # the most likely (token id, logprob), best first
+    drawn: float | None = None  # of the distribution it was drawn from, where the request is traced
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Delta:
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step. `cause` is the typed error behind `error`.
+    The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
+    layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
     """
 
     request_id: str
@@ -114,6 +121,7 @@ class Delta:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     version: int = 0
+    experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     cause: TrinityError | None = field(default=None, repr=False)
 
 
@@ -129,6 +137,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     row: int | None = None
+    experts: list[np.ndarray] = field(default_factory=list)  # [L, K] of each token, where `params.trace`
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -141,6 +150,10 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def experts_TLK(self) -> np.ndarray | None:
+        return np.stack(self.experts) if self.experts else None
 
     @property
     def num_uncomputed(self) -> int:

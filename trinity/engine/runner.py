@@ -1,6 +1,6 @@
 """From a batch of chunks to the logits of their next tokens: flatten, one forward pass, select.
 
-Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary.
+Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary, L MoE layers, K top-k.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
-from trinity.model.afmoe import Afmoe, Inputs
+from trinity.model.afmoe import Afmoe, Inputs, Output
 
 
 class Runner:
@@ -32,6 +32,8 @@ class Runner:
         chunks = [chunk for part in parts for chunk in part]
         outputs = self._model.forward_all([self._inputs(part) for part in parts])
         hidden_TD = torch.cat([output.hidden_TD for output in outputs])
+        if any(chunk.sequence.params.trace for chunk in chunks):
+            trace(chunks, chosen(outputs, self._config.num_experts))
         last = np.cumsum([c.count for c in chunks]) - 1
         samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
         logits_BV = self._model.logits(hidden_TD[self._to(last[samples])])
@@ -45,6 +47,21 @@ class Runner:
 
     def _to(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def chosen(outputs: list[Output], num_experts: int) -> np.ndarray:
+    """experts_TLK of the tokens of all passes, one after the other: int16, or uint8 where that is enough."""
+    dtype = torch.uint8 if num_experts <= 256 else torch.int16
+    passes = [[routing.ids_TK.to(dtype) for routing in output.routing] for output in outputs if output.routing]
+    return torch.cat([torch.stack(layers, 1) for layers in passes]).cpu().numpy() if passes else np.empty((0, 0, 0))
+
+
+def trace(chunks: list[Chunk], experts_TLK: np.ndarray) -> None:
+    """Note with each sequence where its tokens went. After a preemption they are computed anew: the last time counts."""
+    ends = np.cumsum([chunk.count for chunk in chunks])
+    for chunk, rows in zip(chunks, np.split(experts_TLK, ends[:-1]), strict=True):
+        if chunk.sequence.params.trace:
+            chunk.sequence.experts[chunk.start : chunk.end] = rows
 
 
 def in_order(batch: list[Chunk]) -> list[Chunk]:

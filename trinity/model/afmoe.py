@@ -6,6 +6,7 @@ tokens see each other). Module names make `state_dict()` the Hugging Face checkp
 Checked against transformers 5.23 in tests/parity/test_model.py; facts and sources in arXiv 2602.17004.
 """
 
+import copy
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -123,6 +124,12 @@ class Afmoe(nn.Module):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in the model's dtype, from hidden states after the final norm. No scaling, no soft cap."""
         return self.lm_head(hidden_TD)
+
+    def with_experts(self, experts: ExpertLayer) -> "Afmoe":
+        """The same modules, and so the same weights, calling other experts: another caller's dispatcher, say."""
+        twin = copy.copy(self)
+        twin._experts = (experts,)
+        return twin
 
     @property
     def expert_bias(self) -> dict[int, Tensor]:

@@ -38,6 +38,9 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
         scores_TE = logits_TE.sigmoid()
         ids_TK = (scores_TE.detach() + bias_E).topk(self.top_k, dim=-1).indices
+        return Routing(logits_TE, scores_TE, ids_TK, self.weights(scores_TE, ids_TK))
+
+    def weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """weights_TK of the chosen experts, whoever chose them."""
         weights_TK = scores_TE.gather(-1, ids_TK)
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.route_scale
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK)
+        return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.route_scale
