@@ -60,7 +60,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs", "trace"}  # a trace is for programs in the engine's process
+SAMPLING = frozenset(SamplingParams.model_fields) - {
+    "max_tokens",
+    "logprobs",
+    "trace",
+}  # a trace is for programs in the engine's process
 
 
 class Strict(BaseModel):
