@@ -64,7 +64,7 @@ SAMPLING = frozenset(SamplingParams.model_fields) - {
     "max_tokens",
     "logprobs",
     "trace",
-}  # a trace is for programs in the engine's process
+}  # a trace is for programs
 
 
 class Strict(BaseModel):
