@@ -1,6 +1,9 @@
 """Rollouts against a direct forward of the same weights, and policy steps on the pool that they sample from."""
 
+import importlib.util
 import math
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from trinity.policy import (
 )
 from trinity.pool import local_pool
 from trinity.rollout import Rollout, packed_inputs
+from trinity.tree import merge
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=6)
 ENGINE = EngineConfig(max_model_len=128, block_size=4, kv_cache_bytes=8 << 20, max_num_seqs=8)
@@ -260,3 +264,36 @@ def test_advantages_are_relative_to_the_group():
     assert group_advantages([1, 1, 0, 0, 5, 5, 5, 5], 4) == pytest.approx([1, 1, -1, -1, 0, 0, 0, 0], abs=1e-4)
     with pytest.raises(InvalidRequest, match="3 rewards"):
         group_advantages([1, 2, 3], 2)
+
+
+@pytest.fixture(scope="module")
+def example():
+    file = Path(__file__).parents[2] / "docs" / "balanced_brackets.py"
+    spec = importlib.util.spec_from_file_location("balanced_brackets", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_examples_reward_is_for_balanced_lines_alone(example):
+    for line in ("()", "([{}])", "()[]{}", "{[()()]}", ""):
+        assert example.reward(line) == 1.0, line
+    for line in ("(", ")", "(]", "([)]", "())", "(()", "() ", "(a)"):
+        assert example.reward(line) == 0.0, line
+    rng = random.Random(0)
+    assert all(example.reward("".join(example.brackets(rng))) for _ in range(200))
+    spoilt = [example.reward("".join(example.brackets(rng, share_random=0.4))) for _ in range(400)]
+    assert 0.3 < sum(spoilt) / 400 < 0.7
+
+
+def test_the_example_runs(example, tmp_path):
+    own = {"data": {"train": [str(tmp_path / "lines.jsonl")]}, "train": {"steps": 2, "out_dir": str(tmp_path)}}
+    small = {"train": {"global_batch_size": 8, "micro_batch_size": 8}, "model": {"vocab_size": 269}}
+    config = Config.from_tree(merge(merge(example.TREE, small), own))
+    with pytest.MonkeyPatch.context() as patch, example.pool_of(config, in_ray=False) as pool:
+        patch.setattr(example, "NUM_PROMPTS", 2)
+        patch.setattr(example, "GROUP", 4)
+        rewards = example.run(config, pool, num_steps=2)
+        assert pool.versions() == {"shard-0": 4}
+    assert len(rewards) == 2
+    assert all(0 <= mean <= 1 and (8 * mean).is_integer() for mean in rewards)
