@@ -69,7 +69,8 @@ def run(config: Config, pool: ExpertPool, num_steps: int) -> list[float]:
     rollout, rewards = Rollout.following(trainer), []  # the same weights: what a step commits, the next rollout uses
     for step in range(num_steps):
         prompts = [brackets(rng)[0] for _ in range(NUM_PROMPTS)]
-        samples = rollout.generate(prompts, SamplingParams(max_tokens=16), num_samples=GROUP)
+        sampling = [SamplingParams(max_tokens=16, seed=rng.getrandbits(32)) for _ in prompts]
+        samples = rollout.generate(prompts, sampling, num_samples=GROUP)
         lines = [prompts[i // GROUP] + sample.text for i, sample in enumerate(samples)]
         worth = [reward(line) * (s.finish_reason == "stop") for line, s in zip(lines, samples, strict=True)]
         trainer.learn(samples, group_advantages(worth, GROUP))
