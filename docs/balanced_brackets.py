@@ -1,9 +1,9 @@
-"""Reinforcement learning on a live pool of experts: a tiny model learns to close brackets. Two minutes on two CPU cores.
+"""Reinforcement learning on a live pool of experts: a tiny model learns to close brackets.
 
-    .venv/bin/python docs/balanced_brackets.py --seeds 0 1 2        # --ray: with the experts in two Ray actors
+    .venv/bin/python docs/balanced_brackets.py --seeds 0 1 2    # --ray: experts in two Ray actors; a minute or two a seed
 
 First it reads lines in which two of five brackets at the end are random. Then, in each step, it completes 16 lines 8 times
-each; a completion is worth 1 if it closes all brackets of its line in order, else 0. Draws docs/balanced_brackets.png.
+each; a completion is worth 1 if it closes all brackets of its line in order, else 0. Draws runs/balanced_brackets.png.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from trinity.comm import Alone
-from trinity.config import Config
+from trinity.config import Config, setup_environment
 from trinity.data import prepare
 from trinity.engine.request import SamplingParams
 from trinity.messages import Load
@@ -84,6 +84,7 @@ def pool_of(config: Config, in_ray: bool) -> Iterator[ExpertPool]:
     if not in_ray:
         yield local_pool(config.model, Load(), optim=config.optim)
         return
+    setup_environment(config.cluster.auth, is_local=True)  # before Ray is imported
     from actors import pool as pools
     from actors.cluster import joined
 
@@ -105,7 +106,7 @@ def main() -> None:
             config = Config.from_tree(TREE).replace(**own)
             with pool_of(config, arguments.ray) as pool:
                 curves.append(run(config, pool, arguments.steps))
-    print(reward_curves_png(np.array(curves), Path(__file__).with_suffix(".png")))
+    print(reward_curves_png(np.array(curves), "runs/balanced_brackets.png"))
 
 
 if __name__ == "__main__":

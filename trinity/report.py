@@ -58,7 +58,7 @@ def _draw_losses(axes: "Axes", steps: list[dict[str, Any]], evals: list[dict[str
 
 def reward_curves_png(rewards_RS: np.ndarray, path: str | Path) -> Path:
     """Draw the mean reward of each step of R runs, and their mean; -> `path`."""
-    figure = _figure(7, 3.2)
+    figure = _figure(5.2, 2.5)
     axes, steps = figure.subplots(), np.arange(1, rewards_RS.shape[1] + 1)
     for rewards_S in rewards_RS:
         axes.plot(steps, rewards_S, color=BLUE, alpha=0.3, linewidth=0.8)
