@@ -195,6 +195,6 @@ def _sample(done: Completion) -> Sample:
         finish_reason=done.finish_reason,
         logprobs_N=torch.tensor([position.logprob for position in done.logprobs]),
         drawn_N=torch.tensor([position.drawn for position in done.logprobs]),
-        versions=done.versions,
+        versions=done.token_versions,
         experts_TLK=torch.from_numpy(done.experts_TLK),
     )

@@ -29,7 +29,7 @@ Params = SamplingParams | Seq[SamplingParams] | None
 class Completion:
     """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
 
-    `versions` are those of the weights that gave each token; `experts_TLK` is there with `SamplingParams.trace` (see Delta).
+    `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
     """
 
     text: str
@@ -37,7 +37,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     prompt_token_ids: tuple[int, ...]
-    versions: tuple[int, ...]
+    token_versions: tuple[int, ...]
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
@@ -57,7 +57,7 @@ class _Draft:
             logprobs=logprobs if self.params.logprobs is not None else None,
             finish_reason=last.finish_reason,
             prompt_token_ids=tuple(self.prompt_ids),
-            versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
+            token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
             experts_TLK=last.experts_TLK,
         )
 
