@@ -5,19 +5,21 @@ It is harmless when called again: Serve retries it, and a pool that is there is 
 (gateway on the head, engines on `engine` resources) is the config's to say: clusters/serve.yaml.
 """
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from serving import app
-from trinity.checkpoint import open_checkpoint
-from trinity.commands.serve import provide_pool
-from trinity.config import Config
+from trinity.commands.serve import check_source, provide_weights, resolve
 
 
 class DeployArgs(BaseModel):
-    """`args` of the Serve config. `settings` is trinity.config.Config as a tree, without `model`: the checkpoint says that."""
+    """`args` of the Serve config. `settings` is trinity.config.Config as a tree, without `model`: the checkpoint says that.
+
+    With `serve.weights` live or pinned, `checkpoint` is the folder of the run.
+    """
 
     model_config = ConfigDict(extra="forbid")
     checkpoint: str
@@ -29,9 +31,9 @@ def build(args: DeployArgs) -> serve.Application:
 
     The API key comes from TRINITY_API_KEY of the head's environment, never from the config file.
     """
-    checkpoint = open_checkpoint(args.checkpoint)
-    config = Config.from_tree({**args.settings, "model": checkpoint.config.model_dump(mode="json")})
-    checkpoint.verify()
-    path = str(checkpoint.path.resolve())
-    provide_pool(config, path)
+    config = resolve(args.checkpoint, args.settings)
+    if not config.serve.is_of_run:  # Ray Serve has joined its cluster already
+        check_source(args.checkpoint, config)
+    path = str(Path(args.checkpoint).resolve())
+    provide_weights(config, path)
     return app.build(config, path)

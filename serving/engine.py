@@ -28,30 +28,45 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from trinity.engine.async_engine import AsyncEngine
+    from trinity.engine.engine import Engine
 
 Built = tuple["AsyncEngine", Tokenizer, str]
 Factory = Callable[[str, str], Built]
 ATTEMPTS = 2
 
 
-def build_engine(checkpoint: str, config_json: str) -> Built:
-    """The real engine: the checkpoint's backbone here, its experts in the pool of shards that the config names."""
-    from actors.pool import connect
-    from trinity.checkpoint import open_checkpoint
+def build_engine(source: str, config_json: str) -> Built:
+    """The real engine: a backbone here, its experts in the pool of shards that the config names."""
     from trinity.engine.async_engine import AsyncEngine
-    from trinity.engine.engine import Engine
-    from trinity.model.afmoe import Afmoe
 
     config = Config.model_validate_json(config_json)
+    engine = _engine_of_run(source, config) if config.serve.is_of_run else _engine_of_checkpoint(source, config)
+    return AsyncEngine(engine), engine.tokenizer, config.serve.served_model_name or Path(source).name
+
+
+def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
+    from actors.pool import connect
+    from trinity.checkpoint import open_checkpoint
+    from trinity.engine.engine import Engine
+    from trinity.engine.weights import FixedWeights
+    from trinity.model.afmoe import Afmoe
+
     found = open_checkpoint(checkpoint)
     pool = connect(config.placement, config.cluster.namespace)
-    device = "cuda" if config.engine.num_gpus else "cpu"
     experts = pool.dispatcher(found.version)
-    model = Afmoe(found.config, experts, device=device).eval()
-    version = found.load_backbone(model)
-    counts = (lambda: version), (lambda: (experts.num_retries, experts.times.phases))
-    engine = Engine(model, found.config, config.engine, found.tokenizer, *counts)
-    return AsyncEngine(engine), found.tokenizer, config.serve.served_model_name or Path(checkpoint).name
+    model = Afmoe(found.config, experts, device="cuda" if config.engine.num_gpus else "cpu").eval()
+    weights = FixedWeights(model, found.load_backbone(model))
+    counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
+    return Engine(weights, found.config, config.engine, found.tokenizer, counts)
+
+
+def _engine_of_run(run_dir: str, config: Config) -> "Engine":
+    """Over weights that the run commits while it is served."""
+    from actors.live import live_source  # type: ignore[import-not-found,unused-ignore]
+    from trinity.engine.engine import Engine
+
+    weights, model, tokenizer = live_source(config, run_dir)
+    return Engine(weights, model, config.engine, tokenizer)
 
 
 def load_factory(path: str) -> Factory:

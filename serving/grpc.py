@@ -28,6 +28,7 @@ from trinity.errors import ConfigError, InvalidRequest
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 ROLES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
+POLICIES = {pb.VERSION_POLICY_LIVE: "live", pb.VERSION_POLICY_PINNED: "pinned"}
 FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 
@@ -105,13 +106,16 @@ def to_params(sampling: pb.SamplingParams, default_max_tokens: int) -> SamplingP
     for name in ("stop", "stop_token_ids"):
         fields[name] = tuple(fields.get(name, ()))
     fields["logit_bias"] = dict(sampling.logit_bias)
+    if (policy := sampling.version_policy) != pb.VERSION_POLICY_UNSPECIFIED:
+        fields["version_policy"] = POLICIES.get(policy, str(policy))
     return sampling_params({"max_tokens": default_max_tokens, **fields})
 
 
 def to_final(delta: Delta) -> pb.Final:
     assert delta.finish_reason is not None
     usage = pb.Usage(prompt_tokens=delta.num_prompt_tokens, completion_tokens=delta.num_generated_tokens)
-    final = pb.Final(finish_reason=FINISH[delta.finish_reason], usage=usage, version=delta.version)
+    final = pb.Final(finish_reason=FINISH[delta.finish_reason], usage=usage)
+    final.version, final.first_version = delta.version, delta.first_version
     if isinstance(delta.stop_reason, str):
         final.stop = delta.stop_reason
     elif delta.stop_reason is not None:

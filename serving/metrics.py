@@ -32,8 +32,14 @@ SUMS = {
     "num_waiting": "trinity_requests_waiting",
     "num_free_blocks": "trinity_kv_blocks_free",
     "num_total_blocks": "trinity_kv_blocks",
+    "num_versions_held": "trinity_weights_versions_held",
 }
-COUNTERS = {"num_preemptions": "trinity_preemptions_total", "num_dispatch_retries": "trinity_dispatch_retries_total"}
+COUNTERS = {
+    "num_preemptions": "trinity_preemptions_total",
+    "num_dispatch_retries": "trinity_dispatch_retries_total",
+    "num_quarantined": "trinity_weights_quarantined_total",
+    "num_repeats": "trinity_passes_repeated_total",
+}
 STATES = ("starting", "ready", "draining", "away")
 RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
 
@@ -77,6 +83,7 @@ class Exporter:
             self[name].inc(max(0, stats.get(field, 0) - before.get(field, 0)))
         self._dispatch.add(stats.get("dispatch_seconds", {}), before.get("dispatch_seconds", {}))
         self["trinity_weights_version"].set(version)
+        self["trinity_weights_switch_seconds"].set(stats.get("switch_seconds", 0.0))
         self._engines[engine_id] = now_s, stats
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
         for field, name in SUMS.items():

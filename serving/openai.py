@@ -1,7 +1,8 @@
 """Answers in OpenAI's shapes: whole ones and server-sent chunks, for completions and chat completions.
 
 Pure functions over collected Deltas; no I/O. Token texts come from the tokenizer's byte table, because a token may hold
-part of a character. `system_fingerprint` tells the version of the weights, which may change between two requests.
+part of a character. `system_fingerprint` tells the version of the weights, which may change between two requests. Where it
+changed within one, its choice says so: a chunk has `weights_version`, a whole choice `weights_versions`.
 """
 
 import json
@@ -35,7 +36,9 @@ class Choice:
 
     @property
     def finish(self) -> dict[str, Any]:
-        return _finish(self.last)
+        assert self.last is not None, "a stream ends with its finish reason or raises"
+        versions = {"first": self.last.first_version, "last": self.last.version}
+        return {**_finish(self.last), "weights_versions": versions}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class CompletionFormat:
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         logprobs = self._logprobs(index, delta.logprobs or ())
-        return {"index": index, "text": delta.text, "logprobs": logprobs, **_finish(delta)}
+        return {"index": index, "text": delta.text, "logprobs": logprobs, **_end(delta)}
 
     def full(self, choice: Choice) -> dict[str, Any]:
         logprobs = self._logprobs(choice.index, choice.logprobs)
@@ -103,7 +106,7 @@ class ChatFormat:
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text else {}
-        return {"index": index, "delta": content, "logprobs": self._logprobs(delta.logprobs or ()), **_finish(delta)}
+        return {"index": index, "delta": content, "logprobs": self._logprobs(delta.logprobs or ()), **_end(delta)}
 
     def full(self, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -142,6 +145,11 @@ def usage(last: Sequence[Delta], n: int) -> dict[str, int]:
     prompt = sum(delta.num_prompt_tokens for delta in last[::n])
     generated = sum(delta.num_generated_tokens for delta in last)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def _end(delta: Delta) -> dict[str, Any]:
+    """How a chunk ends."""
+    return {**_finish(delta), "weights_version": delta.version}
 
 
 def _finish(last: Delta | None) -> dict[str, Any]:

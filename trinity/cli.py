@@ -17,7 +17,7 @@ from trinity.errors import TrinityError
 COMMANDS = {
     "demo": "train small, serve, ask once over HTTP and once over gRPC, print what happened",
     "train": "train a model with its experts in Ray actors",
-    "serve": "serve a checkpoint over HTTP and gRPC",
+    "serve": "serve a checkpoint, or a run that trains, over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server",
     "placement": "see experts, move them, scale their shards",
@@ -45,9 +45,11 @@ def parser() -> argparse.ArgumentParser:
     made = {name: subs.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     _settings(made["train"], required=True)
     made["train"].add_argument("--resume", action="store_true", help="continue the run in train.out_dir")
-    made["serve"].add_argument("checkpoint")
+    made["serve"].add_argument(
+        "source", help="a checkpoint's folder; with live or pinned weights, a run's train.out_dir"
+    )
     _settings(made["serve"], required=False)
-    for flag in ("--host", "--http-port", "--grpc-port"):
+    for flag in ("--host", "--http-port", "--grpc-port", "--weights"):
         made["serve"].add_argument(flag, help=f"short for --serve.{flag[2:].replace('-', '_')}")
     _demo(made["demo"])
     _sampling(made["generate"])

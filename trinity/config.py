@@ -6,6 +6,7 @@ and nowhere else. Importable without torch and without Ray, so that a configurat
 
 import difflib
 import os
+import re
 import secrets
 import types
 import typing
@@ -211,6 +212,10 @@ class EngineConfig(Frozen):
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
+    kv_policy: Literal["keep", "recompute"] = Field(
+        default="keep", description="what becomes of a live request's cache when the version of the weights changes"
+    )
+    max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
 
 class ServeConfig(Frozen):
@@ -225,6 +230,10 @@ class ServeConfig(Frozen):
         default=None, min_length=1, repr=False, description="who may move experts; also from TRINITY_ADMIN_KEY"
     )
     served_model_name: str | None = None
+    weights: str = Field(
+        default="checkpoint",
+        description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
+    )
     num_engines: int = Field(default=1, ge=1)
     max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
     max_requests_per_engine: int = Field(
@@ -236,6 +245,24 @@ class ServeConfig(Frozen):
     max_body_bytes: int = Field(default=2 << 20, ge=1024)
     max_concurrent_requests: int = Field(default=1024, ge=1)
     drain_timeout_s: float = Field(default=20.0, ge=0)
+
+    @property
+    def is_of_run(self) -> bool:
+        """Are the weights those of a run that trains, instead of a checkpoint's?"""
+        return self.weights != "checkpoint"
+
+    @property
+    def pinned_step(self) -> int | None:
+        """The STEP of `pinned:STEP`."""
+        step = self.weights.partition(":")[2]
+        return int(step) if step else None
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, value: str) -> str:
+        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
+            raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
+        return value
 
     @property
     def is_loopback(self) -> bool:

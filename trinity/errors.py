@@ -109,6 +109,12 @@ class StepConflict(TrinityError):
     code = Code.INTERNAL
 
 
+class VersionGone(TrinityError):
+    """Nobody holds that version of the weights any more."""
+
+    code = Code.UNAVAILABLE
+
+
 class InputGone(TrinityError):
     """The forward activations of an op are no longer cached; send the rows again and the shard recomputes."""
 

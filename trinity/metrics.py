@@ -157,6 +157,10 @@ SERVING_METRICS = (
     Metric("trinity_kv_blocks", "gauge", "Blocks of the KV cache."),
     Metric("trinity_preemptions_total", "counter", "Sequences that gave their blocks back and were computed again."),
     Metric("trinity_weights_version", "gauge", "Optimizer step of the weights in use."),
+    Metric("trinity_weights_versions_held", "gauge", "Versions that engines hold for pinned requests."),
+    Metric("trinity_weights_quarantined_total", "counter", "Versions that gave logits which are not finite."),
+    Metric("trinity_weights_switch_seconds", "gauge", "Seconds that it took to take up the version in use."),
+    Metric("trinity_passes_repeated_total", "counter", "Passes of requests repeated for want of good weights."),
 )
 
 # Of one engine: EngineStats.dispatch_seconds is {phase: (counts, sum)}, with a count for each of these buckets and one more for

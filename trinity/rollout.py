@@ -21,7 +21,7 @@ from trinity.engine.engine import Engine
 from trinity.engine.llm import LLM, Completion, Params
 from trinity.engine.request import FinishReason, SamplingParams
 from trinity.engine.runner import chosen
-from trinity.errors import InvalidRequest
+from trinity.errors import InvalidRequest, VersionGone
 from trinity.model.afmoe import Afmoe, Inputs
 from trinity.model.attention import PackedAttention, packed_positions
 
@@ -67,18 +67,13 @@ class Rollout:
     @classmethod
     def following(cls, trainer: "Trainer", engine: EngineConfig | None = None) -> "Rollout":
         """Of a trainer that has started. Between two steps, this samples from what the last one committed."""
-        live, config = _Live(trainer), trainer.config
-        return cls(
-            LLM.over(
-                Engine(live.model, config.model, engine or config.engine, trainer.data.tokenizer, live.version),
-                live.model,
-            )
-        )
+        live, config = LiveWeights(trainer), trainer.config
+        return cls(LLM.over(Engine(live, config.model, engine or config.engine, trainer.data.tokenizer), live))
 
     @property
     def version(self) -> int:
         """Of the weights that the next pass will use."""
-        return self.llm.engine.version
+        return self.llm.weights.newest()
 
     def generate(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: Params = None, num_samples: int = 1
@@ -100,18 +95,18 @@ class Rollout:
 
         The numbers are those that the trainer would compute. Raises InvalidRequest or PromptTooLong before it begins.
         """
-        vocab = self.llm.model.config.vocab_size
+        engine, version = self.llm.engine, self.version
+        vocab, limit = engine.config.vocab_size, engine.settings.max_num_batched_tokens
         if not 0 <= top <= vocab:
             raise InvalidRequest(f"top is {top}; 0 to {vocab} are taken", param="top")
         for ids in sequences:
             for part in (ids[:-1], ids[-1:]):
-                self.llm.engine.validate(part, SamplingParams())
-        version, limit = self.version, self.llm.engine.settings.max_num_batched_tokens
+                engine.validate(part, SamplingParams())
         return [score for group in in_groups(sequences, limit) for score in self._scores(group, top, version)]
 
     @torch.inference_mode()
     def _scores(self, sequences: list[tuple[int, ...]], top: int, version: int) -> list[Score]:
-        model = self.llm.model
+        model = self.llm.weights.model(version)
         batch = Batch(*(tensor.to(model.lm_head.weight.device) for tensor in packed(sequences)))
         out = model(*packed_inputs(model, batch.ids_BS, batch.docs_BS))
         cut = zip(out.hidden_TD.split(CHUNK), batch.targets_BS[0].split(CHUNK), strict=True)
@@ -123,11 +118,11 @@ class Rollout:
         return [Score(ids, version, *row) for ids, row in zip(sequences, rows, strict=True)]
 
 
-class _Live:
-    """A trainer's weights as an engine's model, with a dispatcher of its own.
+class LiveWeights:
+    """A WeightSource: what a trainer in this process has committed last, with a dispatcher of its own.
 
     The trainer's backbone is fp32. A model of that type shares its tensors; another gets a copy in its own type, made
-    anew for each version, which is what the trainer's objective computes with, too.
+    anew for each version, which is what the trainer's objective computes with, too. Only the newest version is ever here.
     """
 
     def __init__(self, trainer: "Trainer"):
@@ -136,14 +131,28 @@ class _Live:
         self._copied: int | None = None
         self._is_shared = config.dtype == "float32"
         shared = trainer.model.with_experts(self._experts)
-        self.model = shared if self._is_shared else Afmoe(config, self._experts, device=trainer.device)
+        self._model = shared if self._is_shared else Afmoe(config, self._experts, device=trainer.device)
 
-    def version(self) -> int:
-        now = self._experts.version = self._trainer.version
-        if not self._is_shared and now != self._copied:
-            self.model.load_state_dict(self._trainer.model.state_dict())
-            self._copied = now
-        return now
+    def newest(self) -> int:
+        return self._trainer.version
+
+    def model(self, version: int) -> Afmoe:
+        if version != self._trainer.version:
+            raise VersionGone(f"version {version} has been trained on: it is {self._trainer.version} now")
+        self._experts.version = version
+        if not self._is_shared and version != self._copied:
+            self._model.load_state_dict(self._trainer.model.state_dict())
+            self._copied = version
+        return self._model
+
+    def hold(self, version: int) -> None:
+        """Nothing: a trainer's tensors have one version."""
+
+    def release(self, version: int) -> None:
+        """Nothing, either."""
+
+    def quarantine(self, version: int) -> None:
+        """Nothing: there is no other version."""
 
 
 def packed(sequences: Sequence[Sequence[int]]) -> Batch:

@@ -3,6 +3,7 @@
 The weights are random and all non-zero (tests/parity/test_model.py), CPU fp32, and the windows shorter than the texts.
 """
 
+import itertools
 import random
 from functools import cache
 
@@ -13,6 +14,8 @@ from tests.parity.test_model import twin
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
+from trinity.engine.weights import FixedWeights
+from trinity.errors import StepConflict
 from trinity.tokenizer import Tokenizer
 
 NUM_NEW = 16
@@ -75,7 +78,7 @@ def theirs(seed: int, prompt: list[int], num_new: int, eos: int | None = None) -
 def engine_of(seed: int, **settings) -> Engine:
     ours = models(seed)[1]
     base = {"block_size": 4, "kv_cache_bytes": 4 << 20, "max_num_seqs": 16, "max_model_len": 96}
-    return Engine(ours, ours.config, EngineConfig(**base | settings), tokenizer())
+    return Engine(FixedWeights(ours, 0), ours.config, EngineConfig(**base | settings), tokenizer())
 
 
 def drive(
@@ -140,6 +143,23 @@ def expected_of_short(seed: int) -> list[tuple[int, ...]]:
     return [theirs(seed, prompt, 40) for prompt in SHORT]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_passes_that_shards_of_another_version_refuse_change_nothing(seed):
+    """They fail in their last layer: by then a chunk has gone round the rings of the layers before."""
+    requests, engine = prompts(seed, 16), engine_of(seed, max_num_batched_tokens=40)
+    forward, calls = engine._runner.forward, itertools.count()
+
+    def failing(model, batch):
+        out = forward(model, batch)
+        if next(calls) in (1, 4, 8, 13, 20):
+            raise StepConflict("shard-0 holds another version")
+        return out
+
+    engine._runner.forward = failing
+    assert drive(engine, requests, [0] * len(requests)) == expected(seed, 16)
+    assert engine.stats().num_repeats > 20
+
+
 def test_eos_ends_a_request_as_in_transformers():
     ours = models(1)[1]
     prompt = prompts(1, 16)[8]
@@ -147,7 +167,8 @@ def test_eos_ends_a_request_as_in_transformers():
     eos = next(t for i, t in enumerate(plain) if i >= 3 and t not in plain[:i])
     wanted = theirs(1, prompt, NUM_NEW, eos)
     config = ours.config.model_copy(update={"eos_token_id": eos})
-    engine = Engine(ours, config, EngineConfig(kv_cache_bytes=4 << 20, max_model_len=96), tokenizer())
+    settings = EngineConfig(kv_cache_bytes=4 << 20, max_model_len=96)
+    engine = Engine(FixedWeights(ours, 0), config, settings, tokenizer())
     engine.add("a", prompt, SamplingParams(temperature=0, max_tokens=NUM_NEW))
     deltas = []
     while engine.has_work:

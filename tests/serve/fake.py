@@ -62,7 +62,8 @@ class FakeEngine:
             finish_reason="length" if last else None,
             num_prompt_tokens=len(prompt_ids),
             num_generated_tokens=at + 1,
-            version=7,
+            version=7 + at,
+            first_version=7,
         )
 
     def _obey(self, text, at):

@@ -32,6 +32,7 @@ SAMPLING = {
     "stop_token_ids": [1, ["1"], [True], [-1], [300], [2**31], [1] * 1025],
     "logit_bias": [1, [], {"x": 1}, {"-1": 1}, {"300": 1}, {"1": 101}, {"1": "1"}, {"1": True}, {"9" * 11: 1}],
     "ignore_eos": [0, "true"],
+    "version_policy": ["newest", "", 1, True, ["live"]],
     "stream": [0, "true"],
     "stream_options": [1, {"include_usage": 1}, {"what": True}],
     "echo": [1],

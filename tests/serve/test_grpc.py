@@ -65,11 +65,12 @@ async def test_deltas_and_one_final(stub, server):
     assert tokens == [ids[i % len(ids)] for i in range(6)]
     text = "".join(response.delta.text for response in deltas)
     assert text == server.front.tokenizer.decode(tokens, skip_special=True)
-    assert {response.delta.version for response in deltas} == {7}
+    assert [response.delta.version for response in deltas] == [7, 8, 9, 10, 11, 12]
     assert [len(position.top) for r in deltas for position in r.delta.logprobs] == [2] * 6
     final = last.final
     assert (final.finish_reason, final.WhichOneof("stop_reason")) == (pb.FINISH_REASON_LENGTH, None)
-    assert (final.usage.prompt_tokens, final.usage.completion_tokens, final.version) == (len(ids), 6, 7)
+    assert (final.usage.prompt_tokens, final.usage.completion_tokens) == (len(ids), 6)
+    assert (final.first_version, final.version) == (7, 12)
 
 
 async def test_three_kinds_of_prompt(stub, server):
@@ -91,7 +92,9 @@ async def test_unset_fields_keep_their_defaults_and_zero_does_not(stub, server):
     await collect(
         stub.Generate(request(temperature=0, top_k=-1, seed=-5, stop=["x"], logit_bias={5: -3}, ignore_eos=True))
     )
-    first, second = server.engine.seen
+    await collect(stub.Generate(request(version_policy=pb.VERSION_POLICY_PINNED)))
+    first, second, third = server.engine.seen
+    assert (first.version_policy, third.version_policy) == ("live", "pinned")
     assert (first.temperature, first.seed, first.stop, first.logprobs) == (1.0, None, (), None)
     assert (second.temperature, second.top_k, second.seed, second.stop) == (0.0, 0, -5, ("x",))
     assert (second.logit_bias, second.ignore_eos) == ({5: -3.0}, True)
@@ -122,6 +125,7 @@ BAD = {
     "stops": request(stop=["a"] * 17),
     "empty stop": request(stop=[""]),
     "bias": request(logit_bias={5: 1000}),
+    "unknown policy": request(version_policy=9),
     "bias id": request(logit_bias={2**31: 1}),
 }
 

@@ -8,6 +8,7 @@ import openai
 import pytest
 from fake import FakeEngine
 
+from serving.metrics import Exporter
 from trinity.errors import Overloaded
 
 BODY = {"model": "fake", "prompt": "the lazy dog", "max_tokens": 6}
@@ -42,7 +43,8 @@ async def test_completion_with_the_openai_client(client, server):
     assert len(answer.choices[0].logprobs.tokens) == 6
     assert answer.choices[0].logprobs.token_logprobs == [-0.5] * 6
     assert all(len(top) == 2 for top in answer.choices[0].logprobs.top_logprobs)
-    assert answer.system_fingerprint == "weights-7"
+    assert answer.system_fingerprint == "weights-12"
+    assert answer.choices[0].weights_versions == {"first": 7, "last": 12}
 
 
 async def test_streamed_text_is_the_whole_text(client):
@@ -52,6 +54,7 @@ async def test_streamed_text_is_the_whole_text(client):
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
     assert chunks[-1].usage == whole.usage
     assert chunks[-2].choices[0].finish_reason == "length"
+    assert [c.choices[0].weights_version for c in chunks[:-1]] == [7, 8, 9, 10, 11, 12]
 
 
 async def test_chat_with_the_openai_client(client, server):
@@ -64,6 +67,8 @@ async def test_chat_with_the_openai_client(client, server):
     content = whole.choices[0].logprobs.content
     assert bytes(content[0].bytes) == server.front.tokenizer.token_bytes[0]
     assert len(content[0].top_logprobs) == 3
+    assert whole.choices[0].weights_versions == {"first": 7, "last": 12}
+    assert [c.choices[0].weights_version for c in chunks[1:]] == [7, 8, 9, 10, 11, 12]
 
 
 async def test_chat_defaults_to_the_rest_of_the_context(client, server):
@@ -92,6 +97,7 @@ async def test_echo_puts_the_prompt_first(http, stream):
 async def test_every_sampling_field_reaches_the_engine(http, server):
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "presence_penalty": 0.1}
     fields |= {"frequency_penalty": 0.2, "repetition_penalty": 1.5, "ignore_eos": True}
+    fields |= {"version_policy": "pinned"}
     more = {
         "stop": ["a", "b"],
         "stop_token_ids": [5],
@@ -126,6 +132,24 @@ async def test_small_routes(http, server):
     assert "trinity_generated_tokens_total 6.0" in text
     assert 'trinity_requests_total{code="200",route="/v1/completions"} 1.0' in text
     assert 'trinity_requests_total{code="404",route="/v1/models/{name:path}"} 1.0' in text
+
+
+def test_what_engines_say_of_their_weights_is_exported():
+    exporter = Exporter()
+    for engine in "ab":
+        stats = {"num_versions_held": 2, "num_quarantined": 1, "num_repeats": 5, "switch_seconds": 0.25}
+        exporter.engine(engine, 3, {})
+        exporter.engine(engine, 4, stats)
+        exporter.engine(engine, 4, stats)
+    text = exporter.render()[0].decode()
+    for line in (
+        "trinity_weights_version 4.0",
+        "trinity_weights_versions_held 4.0",
+        "trinity_weights_quarantined_total 2.0",
+        "trinity_passes_repeated_total 10.0",
+        "trinity_weights_switch_seconds 0.25",
+    ):
+        assert f"\n{line}\n" in text
 
 
 @pytest.mark.parametrize("stream", [False, True])

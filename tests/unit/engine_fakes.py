@@ -6,6 +6,7 @@ attention returns is the logits. So the next token depends on every visible toke
 wrongly shows. `Reference` computes the same with dense masks and no cache.
 """
 
+from collections import Counter
 from functools import lru_cache
 
 import torch
@@ -17,6 +18,8 @@ from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.sampler import sample
 from trinity.engine.text import TextStream
+from trinity.engine.weights import FixedWeights, WeightSource
+from trinity.errors import StepConflict, VersionGone
 from trinity.model.afmoe import Output
 
 VOCAB = 40
@@ -67,9 +70,12 @@ class FakeAfmoe(nn.Module):
     def forward_all(self, passes):
         return [self(*inputs) for inputs in passes]
 
-    def forward(self, ids_T, positions_T, attend) -> Output:
+    def qkv(self, ids_T, positions_T):
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]
-        q, k, v = self.query[ids_T], self.key[ids_T] * turn_T11, self.value[ids_T] * turn_T11
+        return self.query[ids_T], self.key[ids_T] * turn_T11, self.value[ids_T] * turn_T11
+
+    def forward(self, ids_T, positions_T, attend) -> Output:
+        q, k, v = self.qkv(ids_T, positions_T)
         outs = [attend(layer, q, k, v).flatten(1) for layer in range(self.config.num_hidden_layers)]
         return Output(torch.cat(outs, dim=1), ())
 
@@ -115,10 +121,105 @@ def _solo(window: int, layers: tuple[str, ...], prompt: tuple[int, ...], dumped:
     return tuple(sequence.generated_ids)
 
 
-def fake_engine(config: ModelConfig | None = None, *, model: nn.Module | None = None, **settings) -> Engine:
+class FakeSource:
+    """Weights of a run that goes on. Version v is FakeAfmoe(seed=v), with NaN in it if `poisoned`.
+
+    The newest version is written into one model, as a live source does; held ones have models of their own. `lose` takes a
+    version away, held or not; the next `conflicts` passes meet shards of another version halfway.
+    """
+
+    def __init__(self, config: ModelConfig, version: int = 1):
+        self.config, self.known, self.poisoned = config, {version}, set[int]()
+        self.held, self.gone, self.quarantined, self.conflicts = Counter[int](), set[int](), set[int](), 0
+        self.shared, self.own = self._watched(version), dict[int, FakeAfmoe]()
+        self.top = version
+
+    def _watched(self, version: int) -> FakeAfmoe:
+        model = FakeAfmoe(self.config, version)
+        whole = model.forward
+
+        def forward(*inputs):
+            out = whole(*inputs)
+            if self.conflicts:
+                self.conflicts -= 1
+                raise StepConflict("shard-0 holds another version")
+            return out
+
+        model.forward = forward
+        return model
+
+    def commit(self, poisoned: bool = False) -> int:
+        self.top += 1
+        self.known.add(self.top)
+        self.poisoned |= {self.top} if poisoned else set()
+        return self.top
+
+    def roll_back(self) -> None:
+        if len(self.known) > 1:
+            self.known.remove(self.newest())
+
+    def lose(self, version: int) -> None:
+        if self.known != {version}:
+            self.known.discard(version)
+            self.gone.add(version)
+
+    def newest(self) -> int:
+        return max(self.known)
+
+    def model(self, version: int) -> FakeAfmoe:
+        if version in self.gone:
+            raise VersionGone(f"version {version} has gone")
+        weights = FakeAfmoe(self.config, version)
+        if version in self.poisoned:
+            weights.head.data.fill_(float("nan"))
+        if version != max(self.known):
+            assert self.held[version], f"version {version} is used, old and not held"
+        model = self.own.setdefault(version, self._watched(version)) if self.held[version] else self.shared
+        model.load_state_dict(weights.state_dict())
+        return model
+
+    def hold(self, version: int) -> None:
+        self.held[version] += 1
+
+    def release(self, version: int) -> None:
+        self.held[version] -= 1
+        assert self.held[version] >= 0, f"version {version} was released more often than held"
+
+    def quarantine(self, version: int) -> None:
+        self.quarantined.add(version)
+        if self.known != {version}:
+            self.known.discard(version)
+
+
+@lru_cache(maxsize=64)
+def weights_of(version: int, window: int) -> FakeAfmoe:
+    return FakeAfmoe(fake_config(window), version).requires_grad_(False)
+
+
+def next_token(window: int, version: int, cached: list[int], token_ids: list[int], prompt: int, params) -> int:
+    """The token after `token_ids` by weights of `version`, where keys and values of position p are of `cached[p]`."""
+    ids, positions = torch.tensor(token_ids), torch.arange(len(token_ids))
+    model, attend = weights_of(version, window), DenseAttend(fake_config(window))
+    q = model.qkv(ids, positions)[0]
+    rows = [[x[p] for x in weights_of(v, window).qkv(ids, positions)[1:]] for p, v in enumerate(cached)]
+    k, v = (torch.stack(each) for each in zip(*rows, strict=True))
+    hidden = torch.cat([attend(layer, q, k, v)[-1:].flatten(1) for layer in range(model.config.num_hidden_layers)], 1)
+    sequence = Sequence("one", tuple(token_ids[:prompt]), params, TextStream(None))
+    sequence.token_ids = list(token_ids)
+    return sample(model.logits(hidden), [sequence])[0].token_id
+
+
+def fake_engine(
+    config: ModelConfig | None = None,
+    *,
+    model: nn.Module | None = None,
+    source: WeightSource | None = None,
+    **settings,
+) -> Engine:
     config = config or fake_config()
+    source = source or FixedWeights(model or FakeAfmoe(config), 0)
     base = {"max_model_len": 64, "block_size": 4, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8}
-    return Engine(model or FakeAfmoe(config), config, EngineConfig(**base | settings), FakeTokenizer())
+    return Engine(source, config, EngineConfig(**base | settings), FakeTokenizer())
 
 
 def run_all(engine: Engine, max_steps: int = 10_000) -> dict[str, list]:

@@ -9,7 +9,8 @@ import torch
 
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.cli import COMMANDS, main
-from trinity.config import preset
+from trinity.commands.train import save_settings
+from trinity.config import Config, preset
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
 from trinity.model.init import init_weights
@@ -122,6 +123,38 @@ def test_dry_run_prints_the_resolved_settings(capsys):
     tree = yaml.safe_load(out)
     assert (tree["train"]["steps"], tree["model"]["hidden_size"]) == (3, 128)
     assert "hidden-key" not in out
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    config = Config.from_tree({"model": MODEL.model_dump(), "train": {"out_dir": str(tmp_path)}})
+    config = config.replace(placement={"pool": "mine"}, cluster={"namespace": "ours"}, serve={"api_key": "hidden-key"})
+    save_settings(config)
+    return tmp_path
+
+
+def test_serving_a_run_takes_its_model_pool_and_namespace(run_folder, capsys):
+    import yaml
+
+    assert "hidden-key" not in (run_folder / "settings.yaml").read_text()
+    arguments = ["serve", str(run_folder), "--weights", "pinned:7", "--placement.call_timeout_s", "9", "--dry-run"]
+    assert main(arguments) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["model"]["vocab_size"], tree["cluster"]["namespace"]) == (320, "ours")
+    assert (tree["placement"]["pool"], tree["placement"]["call_timeout_s"]) == ("mine", 9)
+    assert tree["serve"]["weights"] == "pinned:7"
+
+
+def test_mistakes_about_weights(run_folder, checkpoint, capsys):
+    def refused(*arguments):
+        assert main(["serve", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    assert "choose checkpoint, live, pinned or pinned:STEP" in refused(checkpoint, "--weights", "newest")
+    assert "choose checkpoint, live, pinned or pinned:STEP" in refused(run_folder, "--weights", "pinned:x")
+    assert "holds no settings.yaml, so it is no run of `trinity train`" in refused(checkpoint, "--weights", "live")
+    assert "give --cluster.address auto" in refused(run_folder, "--weights", "live")
+    assert "is a run, not a checkpoint: name one of its step folders, or add --weights live" in refused(run_folder)
 
 
 def test_unknown_arguments_are_refused(capsys):

@@ -168,12 +168,12 @@ def test_serve_accepts_the_config_and_ray_can_place_it():
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
+def offline(monkeypatch):
     """A checkpoint that is only a name, and a pool that only counts; -> what `provide_pool` was called with."""
     calls = []
-    fake_checkpoint = SimpleNamespace(path=tmp_path, config=preset("tiny"), verify=lambda: None)
-    monkeypatch.setattr(deploy, "open_checkpoint", lambda path: fake_checkpoint)
-    monkeypatch.setattr(deploy, "provide_pool", lambda config, path: calls.append((config, path)))
+    fake_checkpoint = SimpleNamespace(config=preset("tiny"), verify=lambda: None)
+    monkeypatch.setattr("trinity.checkpoint.open_checkpoint", lambda path: fake_checkpoint)
+    monkeypatch.setattr("trinity.commands.serve.provide_pool", lambda config, path: calls.append((config, path)))
     monkeypatch.setenv("TRINITY_API_KEY", "k" * 20)
     return calls
 

@@ -64,6 +64,13 @@ def preset_optim(name):
         (["--serve.host", "0.0.0.0"], "set serve.allow_remote true and serve.api_key"),
         (["--serve.tls_cert", "x"], "tls_cert and tls_key go together"),
         (["--placement.pool", "Über"], "placement.pool"),
+        (
+            ["--serve.weights", "pinned:x"],
+            "serve.weights: choose checkpoint, live, pinned or pinned:STEP (got 'pinned:x')",
+        ),
+        (["--serve.weights", "newest"], "choose checkpoint, live, pinned or pinned:STEP"),
+        (["--engine.kv_policy", "drop"], "engine.kv_policy"),
+        (["--engine.max_versions", "0"], "engine.max_versions"),
     ],
 )
 def test_mistakes_are_named(flags, message):
@@ -120,3 +127,12 @@ def test_flags_are_yaml_scalars():
         "d": [1, 2],
     }
     assert json.loads(json.dumps(preset_names())) == ["bench", "large", "mini", "nano", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "is_of_run", "step"),
+    [("checkpoint", False, None), ("live", True, None), ("pinned", True, None), ("pinned:300", True, 300)],
+)
+def test_which_weights_are_served(weights, is_of_run, step):
+    serve = Config.load(None, ["--serve.weights", weights], model="tiny").serve
+    assert (serve.is_of_run, serve.pinned_step) == (is_of_run, step)

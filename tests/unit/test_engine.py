@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.engine_fakes import VOCAB, FakeAfmoe, FakeTokenizer, fake_config, fake_engine, run_all, solo
+from tests.unit.engine_fakes import VOCAB, FakeAfmoe, fake_config, fake_engine, run_all, solo
 from trinity.config import EngineConfig
 from trinity.engine.engine import Engine
 from trinity.engine.kv_cache import FULL, KINDS, SLIDING, plan_layout, window_blocks
@@ -358,14 +358,6 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end():
     assert deltas[-1].finish_reason == "length"
     assert deltas[-1].text.endswith(text[-3:])
     assert "".join(d.text for d in deltas) == text
-
-
-def test_version_is_that_of_the_pass():
-    """It is read once before each pass, where an owner may also take up new weights."""
-    config, versions = fake_config(), iter(range(100))
-    engine = Engine(FakeAfmoe(config), config, EngineConfig(max_model_len=64), FakeTokenizer(), lambda: next(versions))
-    engine.add("a", [1, 2, 3], GREEDY)
-    assert [d.version for d in run_all(engine)["a"]] == list(range(8))
 
 
 def test_the_model_sees_each_token_once():

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from tests.unit.engine_fakes import FakeAfmoe, fake_config, fake_engine, solo
+from tests.unit.engine_fakes import FakeAfmoe, FakeSource, fake_config, fake_engine, solo
+from trinity.engine import async_engine
 from trinity.engine.async_engine import AsyncEngine
 from trinity.engine.request import SamplingParams
 from trinity.errors import (
@@ -282,6 +283,22 @@ async def test_thousand_streams_leave(engine):
     assert not wide._routes
     assert threading.active_count() == before
     wide.close()
+
+
+async def test_the_newest_version_is_known_without_requests_and_a_stream_may_span_several(monkeypatch):
+    monkeypatch.setattr(async_engine, "IDLE_S", 0.01)
+    source = FakeSource(fake_config())
+    engine = AsyncEngine(fake_engine(source=source))
+    source.commit()
+    await until(lambda: engine.version == 2)
+    versions = []
+    newest = source.newest
+    source.newest = lambda: source.commit() and newest()
+    async for delta in engine.generate("a", (1, 2, 3), GREEDY):
+        versions.append(delta.version)
+        first = delta.first_version
+    engine.close()
+    assert versions == list(range(first, first + 8))
 
 
 def test_inference_mode_does_not_leak(engine):

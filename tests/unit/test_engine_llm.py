@@ -53,6 +53,7 @@ def test_texts_and_ids_give_the_same(llm):
         assert len(completion.token_ids) == 12
         assert completion.text == llm.tokenizer.decode(completion.token_ids, skip_special=True)
         assert (completion.finish_reason, completion.logprobs) == ("length", None)
+        assert completion.versions == (7, 7)
 
 
 def test_more_prompts_than_the_queue_takes_keep_their_order(llm):

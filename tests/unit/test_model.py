@@ -32,9 +32,9 @@ class ScaledInput(nn.Module):
         return Done((x_TD * self.scale * weights_TK.sum(-1, keepdim=True)).to(x_TD.dtype))
 
 
-def tiny_model(dtype: torch.dtype | None = None) -> Afmoe:
+def tiny_model(dtype: torch.dtype | None = None, seed: int = 0) -> Afmoe:
     model = Afmoe(TINY, ScaledInput(), dtype=dtype)
-    init_weights(model, TINY, seed=0)
+    init_weights(model, TINY, seed=seed)
     return model
 
 
@@ -260,3 +260,50 @@ def test_no_tokens_is_not_an_error():
     out = tiny_model()(empty, empty, lambda layer, q, k, v: q)
     assert out.hidden_TD.shape == (0, 128)
     assert len(out.routing) == 3
+
+
+def load(model, state):
+    model.load_state_dict(state)
+
+
+def copy_in(model, state):
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(state[name])
+
+
+def copy_in_inference(model, state):
+    with torch.inference_mode():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(state[name])
+
+
+def replace(model, state):
+    """Twice, so that new weights may get the addresses of old ones."""
+    for _ in range(2):
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+
+
+@pytest.mark.parametrize("write", [load, copy_in, copy_in_inference, replace])
+def test_inference_uses_new_weights_at_once(write):
+    """fp32 inference on a CPU keeps packed copies of its weights."""
+    model = tiny_model()
+    for seed in range(1, 6):
+        write(model, tiny_model(seed=seed).state_dict())
+        check_inference(model)
+    with torch.no_grad():  # one of four weights that are packed together
+        model.model.layers[0].self_attn.v_proj.weight.mul_(2)
+    check_inference(model)
+
+
+def check_inference(model):
+    """Against the same weights, not packed."""
+    with torch.inference_mode():
+        found = run(model).hidden_TD
+    torch.testing.assert_close(found, run(model).hidden_TD, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_made_in_inference_mode_are_not_packed():
+    with torch.inference_mode():
+        found = run(tiny_model()).hidden_TD
+    torch.testing.assert_close(found, run(tiny_model()).hidden_TD, rtol=1e-4, atol=1e-4)

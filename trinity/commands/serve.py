@@ -1,42 +1,46 @@
-"""`trinity serve CHECKPOINT`: engines under Ray Serve, experts in shard actors, until SIGTERM or Ctrl-C."""
+"""`trinity serve SOURCE`: engines under Ray Serve, experts in shard actors, until SIGTERM or Ctrl-C.
+
+SOURCE is a checkpoint, whose experts get a pool of their own here, or the folder of a run that trains, whose pool is used.
+"""
 
 import argparse
 import signal
 import sys
 import tempfile
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from trinity.commands.train import describe, to_yaml
-from trinity.config import Config, setup_environment
+from trinity.commands.train import SETTINGS, describe, to_yaml
+from trinity.config import Config, merged, setup_environment
 from trinity.errors import ConfigError, TrinityError
+from trinity.tree import merge, read_yaml
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
 
-SHORT = ("host", "http_port", "grpc_port")
+SHORT = ("host", "http_port", "grpc_port", "weights")
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    from trinity.checkpoint import open_checkpoint
-
     short = [f"--serve.{name}={getattr(arguments, name)}" for name in SHORT if getattr(arguments, name) is not None]
-    checkpoint = open_checkpoint(arguments.checkpoint)
-    config = Config.load(arguments.config, [*flags, *short, f"--model={checkpoint.config.model_dump_json()}"])
+    config = resolve(arguments.source, merged(arguments.config, [*flags, *short]))
     if arguments.dry_run:
         print(to_yaml(config), end="")
         return 0
+    check_source(arguments.source, config)
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors import pool as pools
     from actors.cluster import joined
     from serving import app
 
     app.check_ports(config.serve)
-    checkpoint.verify()
+    source = str(Path(arguments.source).resolve())
     with joined(config.cluster):
-        made = provide_pool(config, str(checkpoint.path.resolve()))
+        made = provide_weights(config, source)
         try:
-            server = app.start(config, str(checkpoint.path.resolve()))
+            server = app.start(config, source)
             print(f"HTTP {server.http_url}\ngRPC {server.grpc_address}\nready; Ctrl-C stops it", flush=True)
             wait_for_signal()
             print("draining", flush=True)
@@ -45,6 +49,62 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             if made and not config.placement.keep:
                 pools.destroy(config.placement.pool, config.cluster.namespace)
     return 0
+
+
+def resolve(source: str, tree: Mapping[str, Any]) -> Config:
+    """Settings over what the source itself says: a checkpoint its model; a run its model, pool and namespace, too."""
+    serve = tree.get("serve")
+    weights = serve.get("weights") if isinstance(serve, Mapping) else None
+    if str(weights).startswith(("live", "pinned")):
+        own = _settings_of_run(Path(source))
+    elif (Path(source) / SETTINGS).is_file():
+        raise ConfigError(f"{source} is a run, not a checkpoint: name one of its step folders, or add --weights live")
+    else:
+        from trinity.checkpoint import open_checkpoint
+
+        own = {"model": open_checkpoint(source).config.model_dump(mode="json")}
+    return Config.from_tree({**merge(own, tree), "model": own["model"]})
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    if not (folder / SETTINGS).is_file():
+        raise ConfigError(
+            f"{folder} holds no {SETTINGS}, so it is no run of `trinity train`; name the train.out_dir of one, or serve a "
+            "checkpoint with --weights checkpoint"
+        )
+    tree = read_yaml(folder / SETTINGS)
+    return {
+        "model": tree["model"],
+        "placement": tree["placement"],
+        "cluster": {"namespace": tree["cluster"]["namespace"]},
+    }
+
+
+def check_source(source: str, config: Config) -> None:
+    """Before anything is started: a checkpoint is whole, a run is somewhere to be joined."""
+    if not config.serve.is_of_run:
+        from trinity.checkpoint import open_checkpoint
+
+        open_checkpoint(source).verify()
+    elif config.cluster.address == "local":
+        raise ConfigError(
+            f"--weights {config.serve.weights} joins the cluster that trains {source}: give --cluster.address auto, or its "
+            "host:port"
+        )
+
+
+def provide_weights(config: Config, source: str) -> bool:
+    """See that the pool is there with what engines will ask it for; -> whether it was made for that."""
+    from actors import pool as pools
+
+    if not config.serve.is_of_run:
+        return provide_pool(config, source)
+    if not pools.exists(config.placement.pool, config.cluster.namespace):
+        raise ConfigError(
+            f"there is no pool {config.placement.pool!r} in this cluster: nobody trains {source} in it. Start the training "
+            "first, or serve its last checkpoint"
+        )
+    return False
 
 
 def wait_for_signal() -> None:

@@ -15,6 +15,8 @@ from trinity.tree import preset_names
 if TYPE_CHECKING:
     from trinity.messages import ShardStatus
 
+SETTINGS = "settings.yaml"  # in train.out_dir
+
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else [])])
@@ -37,6 +39,14 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             if not config.placement.keep:
                 pools.destroy(config.placement.pool, config.cluster.namespace)
     return 130 if result["stopped"] else 0
+
+
+def save_settings(config: Config) -> None:
+    """Note in the run's folder how it runs, for `trinity serve` to find its pool. Without what concerns serving: keys."""
+    import yaml
+
+    tree = config.model_dump(mode="json", exclude={"serve"})
+    Path(config.train.out_dir, SETTINGS).write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
 def say(text: str) -> None:
@@ -124,6 +134,7 @@ def train(config: Config) -> dict:
     out_dir, done = Path(config.train.out_dir), steps_done(config)
     say("preparing the data")
     prepare(config.data, config.train, config.model, out_dir)
+    save_settings(config)
     say(f"starting {config.placement.num_shards} shards")
     state_dir = config.placement.state_dir or str(out_dir.resolve() / "placement")
     pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)

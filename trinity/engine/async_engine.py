@@ -1,6 +1,6 @@
 """The engine on a thread of its own, as async streams.
 
-One daemon thread runs `engine.step()` while there is work and sleeps on a condition otherwise. Event loops never touch
+One daemon thread runs `engine.step()` while there is work and mostly sleeps on a condition otherwise. Event loops never touch
 the engine: they post commands, which the thread runs between two passes, and get Deltas through one wake-up per loop
 and pass. Whoever leaves a stream early (cancellation, deadline, a closed iterator) aborts its request.
 """
@@ -21,6 +21,7 @@ from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_S = 0.02
+IDLE_S = 0.5  # between two looks at the newest version without work
 
 
 class Stream:
@@ -148,7 +149,7 @@ class AsyncEngine:
 
     def _wait(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._commands or self._engine.has_work)
+            self._changed.wait_for(lambda: self._closed or self._commands or self._engine.has_work, IDLE_S)
             return not self._closed
 
     def _obey(self) -> None:

@@ -3,10 +3,12 @@
 Legend: B sequences that get a token in this step, V vocabulary.
 Each step is: choose the tokens, run them, sample, and tell every request what it got. A request ends exactly once: by
 a Delta of `step` or by the one that `abort` returns. A forward pass that fails (a dead shard, no memory) ends the
-requests that were in it and no others.
+requests that were in it and no others. A pass whose weights have gone or are damaged is repeated with others: its requests
+are left as they were, and the next step schedules them again.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -19,20 +21,23 @@ from trinity.engine.runner import Runner
 from trinity.engine.sampler import Sampled, sample
 from trinity.engine.scheduler import Scheduler
 from trinity.engine.text import TextStream
-from trinity.errors import InvalidRequest, Overloaded, PromptTooLong, TrinityError
+from trinity.engine.versions import Versions
+from trinity.engine.weights import WeightSource
+from trinity.errors import InvalidRequest, Overloaded, PromptTooLong, StepConflict, TrinityError, VersionGone
 from trinity.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
-    from trinity.model.afmoe import Afmoe
     from trinity.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
+MAX_REPEATS = 20  # of a request's pass, for want of a version
+PAUSE_S = 0.05  # before such a pass, while there is no other version to repeat it with
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Sequences and cache blocks now; preemptions and tokens since the start."""
+    """Sequences, cache blocks and versions held now; the other numbers since the start, the last switch's seconds apart."""
 
     num_running: int
     num_waiting: int
@@ -41,36 +46,40 @@ class EngineStats:
     num_preemptions: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_versions_held: int = 0
+    num_quarantined: int = 0
+    num_repeats: int = 0
+    switch_seconds: float = 0.0
     num_dispatch_retries: int = 0
     dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(default_factory=dict)  # as in trinity/metrics.py
 
 
 class Engine:
-    """Owns the KV cache and the requests; the model's weights stay their owner's. Not thread-safe: see AsyncEngine.
+    """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
-    `version` is called once before each forward pass, which sees one version of all weights: an owner that follows a
-    trainer takes up the new ones there. `dispatch` says what the experts' dispatcher has counted: retries, and seconds by
-    phase. Raises ConfigError if the KV cache cannot hold one longest sequence.
+    Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
+    seconds by phase. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
     """
 
     def __init__(
         self,
-        model: "Afmoe",
+        source: WeightSource,
         config: ModelConfig,
         settings: EngineConfig,
         tokenizer: "Tokenizer",
-        version: Callable[[], int] = lambda: 0,
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
     ):
+        self._versions = Versions(source, settings.max_versions, settings.kv_policy)
+        model = self._versions.model(self._versions.live)
         layout = plan_layout(config, settings, next(model.parameters()).element_size())
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.max_model_len = layout.max_model_len
-        self._version, self._dispatch = version, dispatch  # callables
+        self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._scheduler = Scheduler(self._cache, settings.max_num_seqs, settings.max_num_batched_tokens)
         self._runner = Runner(model, config, settings, self._cache)
         self._sequences: dict[str, Sequence] = {}
-        self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_prompt_tokens = self._num_generated_tokens = self._num_repeats = 0
 
     @property
     def has_work(self) -> bool:
@@ -78,8 +87,8 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """Of the weights that the next pass will use."""
-        return self._version()
+        """Of the weights that the last step used for live requests. Safe from any thread."""
+        return self._versions.live
 
     def add(self, request_id: str, prompt_ids: Ids[int], params: SamplingParams | None = None) -> None:
         """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
@@ -126,27 +135,55 @@ class Engine:
         return self._end(sequence, "abort") if sequence else None
 
     def step(self) -> list[Delta]:
-        """One forward pass; what each request got from it. Nothing happens when there is no work."""
-        batch = self._scheduler.next_batch()
-        if not batch:
-            return []
+        """One forward pass, or one for each version that requests use; what each request got from it.
+
+        Without work it only looks which version is the newest.
+        """
+        self._versions.follow(self._scheduler.running)
+        passes = self._versions.passes(self._scheduler.next_batch())
+        return [delta for version, batch in passes for delta in self._pass(version, batch)]
+
+    def _pass(self, version: int, batch: list[Chunk]) -> list[Delta]:
         try:
-            version = self._version()
-            sequences, logits_BV = self._runner.forward(batch)
-            sampled = sample(logits_BV, sequences)
+            sequences, logits_BV = self._runner.forward(self._versions.model(version), batch)
+            sampled = dict(zip(sequences, sample(logits_BV, sequences), strict=True))
+        except (VersionGone, StepConflict) as error:
+            return self._gone(batch, error)
         except Exception as error:  # the edge between requests and weights: shards die, memory runs out
             return self._fail(batch, error)
+        if any(each.token_id is None for each in sampled.values()) and self._versions.quarantine(version):
+            batch = [chunk for chunk in batch if not self._again(chunk)]
         for chunk in batch:
-            chunk.sequence.num_computed = chunk.end
-        return [self._accept(*pair, version) for pair in zip(sequences, sampled, strict=True)]
+            chunk.sequence.computed(chunk.start, chunk.end, version)
+        return [self._accept(chunk.sequence, sampled[chunk.sequence]) for chunk in batch if chunk.sequence in sampled]
 
-    def _accept(self, sequence: Sequence, sampled: Sampled, version: int) -> Delta:
+    def _gone(self, batch: list[Chunk], error: TrinityError) -> list[Delta]:
+        """The pass's version was not there, or not on every shard, which may pass."""
+        if not self._versions.lost():
+            time.sleep(PAUSE_S)
+        passes = isinstance(error, StepConflict)
+        over = [chunk for chunk in batch if not self._again(chunk, passes)]
+        return self._fail(over, VersionGone(f"the weights that this request uses have gone: {error}")) if over else []
+
+    def _again(self, chunk: Chunk, passes: bool = False) -> bool:
+        """Shall its pass be repeated: with another version, or with the same one if what went wrong `passes`?"""
+        sequence = chunk.sequence
+        if sequence.num_repeats == MAX_REPEATS or not (self._versions.leave(sequence) or passes):
+            return False
+        sequence.num_repeats += 1
+        self._num_repeats += 1
+        if chunk.count > 1:  # it may have written over what its first tokens look back at
+            sequence.num_computed = 0
+        return True
+
+    def _accept(self, sequence: Sequence, sampled: Sampled) -> Delta:
         """Append the sampled token and decide whether the sequence ends with it."""
         if sampled.token_id is None:
             error = TrinityError("the model's logits are not finite; its weights are damaged")
-            return self._end(sequence, "error", error=error.message, cause=error, version=version)
+            return self._end(sequence, "error", error=error.message, cause=error)
         token = sampled.token_id
         sequence.token_ids.append(token)
+        sequence.num_repeats = 0
         self._num_generated_tokens += 1
         ends = token in sequence.params.stop_token_ids or self._is_eos(sequence, token)
         text = "" if ends else sequence.text.push(token)
@@ -157,7 +194,6 @@ class Engine:
             "text": text,
             "token_ids": (token,),
             "logprobs": sampled.logprobs and (sampled.logprobs,),
-            "version": version,
         }
         if sequence.text.stopped_by is not None:
             return self._end(sequence, "stop", stop_reason=sequence.text.stopped_by, **got)
@@ -179,6 +215,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, **fields) -> Delta:
         self._scheduler.remove(sequence)
+        self._versions.release(sequence)
         del self._sequences[sequence.request_id]
         return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
 
@@ -187,6 +224,8 @@ class Engine:
             sequence.request_id,
             num_prompt_tokens=sequence.num_prompt,
             num_generated_tokens=sequence.num_generated,
+            version=sequence.version,
+            first_version=sequence.first_version,
             **fields,
         )
 
@@ -201,14 +240,20 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_versions_held=self._versions.num_held,
+            num_quarantined=self._versions.num_quarantined,
+            num_repeats=self._num_repeats,
+            switch_seconds=self._versions.switch_s,
             num_dispatch_retries=retries,
             dispatch_seconds=seconds,
         )
 
     def check(self) -> None:
-        """Assert the invariants: free + used == total for each kind of block, and only running sequences hold any."""
+        """Assert the invariants: free + used == total for each kind of block, only running sequences hold any, and versions
+        are held for just those requests that are pinned to them."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         self._cache.check([s.row for s in running if s.row is not None])
         assert all(s.row is not None for s in running), "a running sequence has no row"
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"
         assert {id(s) for s in [*running, *waiting]} == {id(s) for s in self._sequences.values()}, "a sequence is lost"
+        self._versions.check(self._sequences.values())

@@ -14,6 +14,7 @@ from trinity.checkpoint import open_checkpoint
 from trinity.config import EngineConfig
 from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs
+from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
@@ -30,6 +31,7 @@ class Completion:
     """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
 
     `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
+    `versions`: of the weights behind the first token, and of those behind the last.
     """
 
     text: str
@@ -37,6 +39,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     prompt_token_ids: tuple[int, ...]
+    versions: tuple[int, int]
     token_versions: tuple[int, ...]
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
 
@@ -59,6 +62,7 @@ class _Draft:
             prompt_token_ids=tuple(self.prompt_ids),
             token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
             experts_TLK=last.experts_TLK,
+            versions=(last.first_version, last.version),
         )
 
 
@@ -90,15 +94,15 @@ class LLM:
             pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
             experts = pool.dispatcher(checkpoint.version)
         model = Afmoe(checkpoint.config, experts, device=device).eval()
-        version = checkpoint.load_backbone(model)
-        self.tokenizer, self.model = checkpoint.tokenizer, model
-        self.engine = Engine(model, checkpoint.config, settings, self.tokenizer, lambda: version)
+        self.tokenizer = checkpoint.tokenizer
+        self.weights: WeightSource = FixedWeights(model, checkpoint.load_backbone(model))
+        self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer)
 
     @classmethod
-    def over(cls, engine: Engine, model: Afmoe) -> "LLM":
-        """Around an engine, and the model that it runs, that somebody else has made."""
+    def over(cls, engine: Engine, weights: WeightSource) -> "LLM":
+        """Around an engine that somebody else has made, with these weights."""
         llm = cls.__new__(cls)
-        llm.tokenizer, llm.model, llm.engine = engine.tokenizer, model, engine
+        llm.tokenizer, llm.weights, llm.engine = engine.tokenizer, weights, engine
         return llm
 
     def generate(self, prompts: str | Seq[str] | Seq[Seq[int]], params: Params = None) -> list[Completion]:

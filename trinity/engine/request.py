@@ -18,6 +18,7 @@ from trinity.engine.text import TextStream
 from trinity.errors import InvalidRequest, TrinityError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+VersionPolicy = Literal["live", "pinned"]
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -30,9 +31,10 @@ class SamplingParams(Frozen, strict=True):
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch that filter off. The order is vLLM's: penalties and
     bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
-    log-probability of each token and of that many most likely ones, before any of the above. `trace` records what a
-    trainer replays (trinity/rollout.py): the experts of each token, and with `logprobs` how likely the draw was after all
-    of the above.
+    log-probability of each token and of that many most likely ones, before any of the above. `version_policy`: weights that
+    change while the request runs are taken up at once ("live") or not at all ("pinned": those of its first pass, to its end).
+    `trace` records what a trainer replays (trinity/rollout.py): the experts of each token, and with `logprobs` how likely the
+    draw was after all of the above.
     """
 
     max_tokens: int = Field(default=16, ge=1, le=1 << 31)
@@ -50,6 +52,7 @@ class SamplingParams(Frozen, strict=True):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
     logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LISTED_TOKENS)
+    version_policy: VersionPolicy = "live"
 
     @field_validator("stop", "stop_token_ids", mode="before")
     @classmethod
@@ -106,7 +109,8 @@ class Delta:
     """What one step adds to one request. The last one, and only that, has a finish_reason.
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
-    with a later Delta. `version` is that of the weights of this step. `cause` is the typed error behind `error`.
+    with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the
+    first token: from there to here the answer's versions reach. `cause` is the typed error behind `error`.
     The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
     layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
     """
@@ -121,13 +125,17 @@ class Delta:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     version: int = 0
+    first_version: int = 0
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     cause: TrinityError | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs."""
+    """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs.
+
+    What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -138,6 +146,11 @@ class Sequence:
     num_computed: int = 0
     row: int | None = None
     experts: list[np.ndarray] = field(default_factory=list)  # [L, K] of each token, where `params.trace`
+    oldest: int = 0
+    version: int = 0
+    first_version: int = 0
+    pinned: int | None = None
+    num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -158,6 +171,14 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    def computed(self, start: int, end: int, version: int) -> None:
+        """A pass of that version has put the tokens [start, end) into the cache."""
+        self.num_computed, self.version = end, version
+        if start == 0:
+            self.oldest = version
+        if not self.num_generated:
+            self.first_version = self.oldest
 
     @property
     def generated_ids(self) -> list[int]:

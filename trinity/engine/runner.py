@@ -17,26 +17,30 @@ from trinity.model.afmoe import Afmoe, Inputs, Output
 
 
 class Runner:
-    """Owns the key and value tensors, of the model's device and dtype; nothing else outlives a pass."""
+    """Owns the key and value tensors, of this model's device and dtype; nothing else outlives a pass."""
 
     def __init__(self, model: Afmoe, config: ModelConfig, settings: EngineConfig, cache: KVCache):
         parameter = next(model.parameters())
-        self._model, self._config, self._settings, self._cache = model, config, settings, cache
+        self._config, self._settings, self._cache = config, settings, cache
         self._device = parameter.device
         self._pools = KVPools(config, cache.layout, parameter.device, parameter.dtype)
 
     @torch.inference_mode()
-    def forward(self, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
-        """-> the sequences whose last token this pass computed, and their logits_BV. Calling twice is harmless."""
+    def forward(self, model: Afmoe, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
+        """-> the sequences whose last token this pass computed, and their logits_BV.
+
+        Calling again after a failure is harmless for single tokens. A longer chunk may have gone round the ring of a sliding
+        layer by then: it needs its sequence computed from the start.
+        """
         parts = in_parts(in_order(batch), self._settings.num_in_flight, self._settings.min_part_tokens)
         chunks = [chunk for part in parts for chunk in part]
-        outputs = self._model.forward_all([self._inputs(part) for part in parts])
+        outputs = model.forward_all([self._inputs(part) for part in parts])
         hidden_TD = torch.cat([output.hidden_TD for output in outputs])
         if any(chunk.sequence.params.trace for chunk in chunks):
             trace(chunks, chosen(outputs, self._config.num_experts))
         last = np.cumsum([c.count for c in chunks]) - 1
         samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        logits_BV = self._model.logits(hidden_TD[self._to(last[samples])])
+        logits_BV = model.logits(hidden_TD[self._to(last[samples])])
         return [chunks[i].sequence for i in samples], logits_BV
 
     def _inputs(self, chunks: list[Chunk]) -> Inputs:

@@ -46,12 +46,13 @@ class Linear(nn.Linear):
     """Without bias: AFMoE has none anywhere.
 
     Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
-    changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3).
+    changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3). It sees a weight that was
+    replaced or written in place (`load_state_dict`, `copy_`), but no write through `.data`, which leaves no trace.
     """
 
     def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self._packed: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.packed_with([], x) if is_packed(x, self) else super().forward(x)
@@ -61,14 +62,16 @@ class Linear(nn.Linear):
         weights = [part.weight for part in (self, *others)]
         state = [(weight.data_ptr(), weight._version) for weight in weights]
         if self._packed is None or self._packed[0] != state:
-            whole = torch.cat([weight.detach() for weight in weights])
-            self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(whole, None))
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed[1], None, "none", [], "")
+            same = [weight.detach() for weight in weights]  # kept: no other weight can get their addresses
+            self._packed = (state, same, torch.ops.mkldnn._reorder_linear_weight(torch.cat(same), None))
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed[2], None, "none", [], "")
 
 
 def is_packed(x: Tensor, part: Linear) -> bool:
     """Whether rows like x are multiplied by packed weights. oneDNN has no empty ones, such as those of no shared experts."""
     if not torch.is_inference_mode_enabled() or not HAS_ONEDNN:
+        return False
+    if part.weight.is_inference():  # made in inference mode: it has no version to tell a change by
         return False
     return x.is_cpu and x.dtype is torch.float32 and len(x) > 0 and part.weight.numel() > 0
 

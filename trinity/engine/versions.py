@@ -1,0 +1,152 @@
+"""Which version of the weights each request computes with, and what becomes of its cache when that changes.
+
+Decisions. A pass has one version. Live requests share one, the source's newest; a pinned request keeps that of its first
+pass, which the engine holds for it. What is cached of a version that was withdrawn (rolled back, quarantined) is computed
+again; what is cached of an older one is kept, or computed again with `engine.kv_policy: recompute`. In that case the next
+version waits until every request that the last one threw back has got a token: a trainer that commits faster than contexts
+are computed would otherwise stop them all.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from trinity.engine.request import Chunk, Sequence
+from trinity.engine.weights import WeightSource
+
+if TYPE_CHECKING:
+    from trinity.model.afmoe import Afmoe
+
+log = logging.getLogger(__name__)
+KVPolicy = Literal["keep", "recompute"]
+
+
+class Versions:
+    """The engine's dealings with its WeightSource, which it borrows. `live` is the version of all live requests.
+
+    `max_pinned` bounds the versions that pinned requests hold; the live one comes on top.
+    """
+
+    def __init__(self, source: WeightSource, max_pinned: int, kv_policy: KVPolicy):
+        self._source, self._max_pinned, self._kv_policy = source, max_pinned, kv_policy
+        self._pinned: Counter[int] = Counter()  # version -> requests that hold it
+        self._behind: list[tuple[Sequence, int]] = []  # thrown back by the last switch, and the tokens they had then
+        self._damaged: set[int] = set()
+        self._found_damage = False  # since the last `follow`
+        self._loaded: int | None = None
+        self.live = source.newest()
+        self.switch_s = 0.0  # seconds that it took to take up the present live version
+        if kv_policy == "recompute":  # it may be in use when it is not the newest any more
+            source.hold(self.live)
+
+    @property
+    def num_held(self) -> int:
+        """Versions that pinned requests hold."""
+        return len(self._pinned)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Versions that gave logits which are not finite."""
+        return len(self._damaged)
+
+    def follow(self, running: Iterable[Sequence]) -> None:
+        """Before the passes of a step: take up the newest version, and have computed again what that makes stale."""
+        newest = self._source.newest()
+        switches = newest < self.live or (newest > self.live and not self._catching_up)
+        if switches:
+            self._switch(newest)
+        if switches or self._found_damage:
+            stale = [s for s in running if s.pinned is None and s.num_computed and self._is_stale(s)]
+            for sequence in stale:
+                sequence.num_computed = 0
+            self._behind = [(s, s.num_generated) for s in stale if self._kv_policy == "recompute"]
+            self._found_damage = False
+
+    def _is_stale(self, sequence: Sequence) -> bool:
+        oldest, version = sequence.oldest, sequence.version
+        if version > self.live or any(oldest <= bad <= version for bad in self._damaged):
+            return True
+        return self._kv_policy == "recompute" and version < self.live
+
+    @property
+    def _catching_up(self) -> bool:
+        return any(s.row is not None and s.num_generated == before for s, before in self._behind)
+
+    def _switch(self, newest: int) -> None:
+        if self._kv_policy == "recompute":
+            self._source.hold(newest)
+            self._source.release(self.live)
+        self.live = newest
+
+    def passes(self, batch: Iterable[Chunk]) -> list[tuple[int, list[Chunk]]]:
+        """The chunks by version, newest first. Pinned requests take their version here, when they are first scheduled."""
+        found: dict[int, list[Chunk]] = {}
+        for chunk in batch:
+            found.setdefault(self._of(chunk.sequence), []).append(chunk)
+        return sorted(found.items(), reverse=True)
+
+    def _of(self, sequence: Sequence) -> int:
+        if sequence.params.version_policy == "live":
+            return self.live
+        if sequence.pinned is None:
+            self._pin(sequence)
+        assert sequence.pinned is not None
+        return sequence.pinned
+
+    def _pin(self, sequence: Sequence) -> None:
+        """To the live version; with too many held already, to the newest of those (at best not a withdrawn one)."""
+        free = self.live in self._pinned or len(self._pinned) < self._max_pinned
+        version = self.live if free else max(self._pinned, key=lambda v: (v <= self.live, v))
+        sequence.pinned = version
+        self._pinned[version] += 1
+        self._source.hold(version)
+
+    def release(self, sequence: Sequence) -> None:
+        """The request has ended, or starts again: what it held is free."""
+        version, sequence.pinned = sequence.pinned, None
+        if version is not None:
+            self._source.release(version)
+            self._pinned[version] -= 1
+            self._pinned += Counter()  # drops zeros
+
+    def model(self, version: int) -> "Afmoe":
+        """Raises what the source raises."""
+        started_s = time.perf_counter()
+        model = self._source.model(version)
+        if version == self.live != self._loaded:
+            self._loaded, self.switch_s = version, time.perf_counter() - started_s
+        return model
+
+    def quarantine(self, version: int) -> bool:
+        """Report that its logits were not finite; -> whether there is another one to use instead."""
+        if version not in self._damaged:
+            log.warning("version %d of the weights gives logits that are not finite", version)
+        self._source.quarantine(version)
+        self._damaged.add(version)
+        self._behind.clear()
+        is_other = self._source.newest() != version
+        self._found_damage |= is_other
+        return is_other
+
+    def lost(self) -> bool:
+        """A version was not there for a pass; -> whether live requests have another one to use now."""
+        self._behind.clear()
+        return self._source.newest() != self.live
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Assert that the requests hold what is held."""
+        pinned = Counter(s.pinned for s in sequences if s.pinned is not None)
+        assert pinned == self._pinned, "a version is held for nobody, or used without being held"
+        assert len(pinned) <= self._max_pinned, "too many versions are held"
+
+    def leave(self, sequence: Sequence) -> bool:
+        """May the request go on at another version? Live ones may; pinned ones that have no token yet start again."""
+        if sequence.params.version_policy == "live":
+            return True
+        if sequence.num_generated:
+            return False
+        self.release(sequence)
+        sequence.num_computed = 0
+        return True

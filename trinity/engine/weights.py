@@ -1,0 +1,68 @@
+"""Where an engine's weights come from: a checkpoint that stays as it is, or a training run that goes on.
+
+Decision: an engine asks before each pass and keeps no model between two, so that a source may write newer weights into the
+tensors of the model that it gave last.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+from trinity.errors import VersionGone
+
+if TYPE_CHECKING:
+    from trinity.model.afmoe import Afmoe
+
+
+class WeightSource(Protocol):
+    """Weights by version (the optimizer step after which they are). One thread, the engine's, calls it."""
+
+    def newest(self) -> int:
+        """The version that new passes should use: asked before every pass, so cheap; never raises.
+
+        It may go down: a version was rolled back, or quarantined.
+        """
+        ...
+
+    def model(self, version: int) -> "Afmoe":
+        """The backbone at that version, loaded when first asked for; its expert layer asks shards for exactly that version.
+
+        Good until the next call. Raises VersionGone when nobody has that version any more. Whoever writes into its tensors
+        does so with `load_state_dict` or `copy_`: packed copies of weights notice these, but no write through `.data`.
+        """
+        ...
+
+    def hold(self, version: int) -> None:
+        """Keep it, backbone and experts, until it was released as often as held: `model` will be asked for it after newer ones.
+
+        Never raises: a version that has gone is `model`'s to report.
+        """
+        ...
+
+    def release(self, version: int) -> None: ...
+
+    def quarantine(self, version: int) -> None:
+        """It gave logits that are not finite. `newest` names it no more, unless there is no other. Harmless when repeated."""
+        ...
+
+
+class FixedWeights:
+    """One model at one version, for good: a checkpoint. Owns nothing."""
+
+    def __init__(self, model: "Afmoe", version: int):
+        self._model, self._version = model, version
+
+    def newest(self) -> int:
+        return self._version
+
+    def model(self, version: int) -> "Afmoe":
+        if version != self._version:
+            raise VersionGone(f"version {version} of the weights is not here; these are of version {self._version}")
+        return self._model
+
+    def hold(self, version: int) -> None:
+        pass
+
+    def release(self, version: int) -> None:
+        pass
+
+    def quarantine(self, version: int) -> None:
+        pass
