@@ -53,7 +53,7 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_invariant: bool = Field(
         default=True,
-        description="float32 on CPUs: a token's numbers are the same bits in any batch, in training and serving",
+        description="on CPUs: a token's numbers are the same bits in any batch, in training as in serving",
     )
 
     @model_validator(mode="before")

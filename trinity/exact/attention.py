@@ -1,4 +1,4 @@
-"""Softmax attention, fp32 on a CPU, where a query's result depends on the query and the keys that it sees, and on nothing else.
+"""Softmax attention, on a CPU, where a query's result depends on the query and the keys that it sees, and on nothing else.
 
 Legend: T queries, H query heads, G key-value heads, d head dim, P slots of keys, N slot numbers.
 Decisions: training, prefill and decoding are one function, told which keys each query sees; keys are read where they lie,
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from trinity.exact.lanes import COLUMNS, LANES, ROWS, dots, fma, mixes
+from trinity.exact.lanes import COLUMNS, LANES, ROWS, as_array, dots, fma, mixes, widened
 from trinity.exact.pointwise import exp
 from trinity.exact.threads import in_threads
 
@@ -24,18 +24,17 @@ from trinity.exact.threads import in_threads
 def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first_T: Tensor, end_T: Tensor) -> Tensor:
     """-> o_THd, scale d**-0.5. Query t sees the keys at slot_N[first_T[t]:end_T[t]], in this order; at least one. No gradients.
 
-    float32; slot_N, first_T, end_T int64. Query head h uses key head h // (H / G). Neighbouring queries had better see
-    neighbouring keys: all that lie between the keys of four lines are read.
+    float32 or bfloat16; slot_N, first_T, end_T int64. Query head h uses key head h // (H / G). Neighbouring queries had better
+    see neighbouring keys: all that lie between the keys of four lines are read.
     """
-    out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
-    tensors = (q_THd, k_PGd, v_PGd, slot_N, first_T, end_T, out_THd)
-    arrays = [t.detach().contiguous().numpy() for t in tensors]
+    out_THd = torch.empty(q_THd.shape)
+    arrays = [as_array(t.contiguous()) for t in (q_THd.float(), k_PGd, v_PGd, slot_N, first_T, end_T, out_THd)]
     num, heads, dim = q_THd.shape
     lines = num * (heads // k_PGd.shape[1])  # of one key-value head
     tiles = k_PGd.shape[1] * -(-lines // ROWS)
     operations = 4 * heads * dim * int((end_T - first_T).sum())
     in_threads(tiles, operations, lambda first, last: _tiles(*arrays, first, last))  # type: ignore[call-arg]
-    return out_THd
+    return out_THd.to(q_THd.dtype)
 
 
 def differentiable(
@@ -96,7 +95,7 @@ def _score(q, k, slot, group, line, rows, begin, end, weights):  # type: ignore[
     """weights[i, j] = q . k * d**-0.5 for line + i and the j-th key from begin."""
     groups, dim = k.shape[1:]
     share, base, scale = q.shape[1] // groups, k.ctypes.data, np.float32(1 / np.sqrt(np.float64(dim)))
-    out = np.empty(ROWS * COLUMNS, np.float32)
+    out, length = np.empty(ROWS * COLUMNS, np.float32), k.itemsize * dim
     xs = (
         _query(q, line, share, group),
         _query(q, line + min(1, rows - 1), share, group),
@@ -105,8 +104,8 @@ def _score(q, k, slot, group, line, rows, begin, end, weights):  # type: ignore[
     )
     for j in range(begin, end, COLUMNS):
         two = min(j + 1, end - 1)
-        ws = base + 4 * dim * (slot[j] * groups + group), base + 4 * dim * (slot[two] * groups + group)
-        dots(xs, ws, dim, out.ctypes.data)
+        ws = base + length * (slot[j] * groups + group), base + length * (slot[two] * groups + group)
+        dots(xs, ws, dim, out.ctypes.data, k)
         for i in range(ROWS):
             weights[i, j - begin], weights[i, two - begin] = out[i] * scale, out[ROWS * (two - j) + i] * scale
 
@@ -151,11 +150,11 @@ def _total(weights, begin, end):  # type: ignore[no-untyped-def]
 def _mix(v, slot, group, line, rows, begin, end, weights, mixed, out):  # type: ignore[no-untyped-def]
     groups, dim = v.shape[1:]
     share, stride, whole = out.shape[1] // groups, groups * dim, dim // LANES * LANES
-    base, w, m = v.ctypes.data + 4 * dim * group, weights.ctypes.data, mixed.ctypes.data
+    base, w, m = v.ctypes.data + v.itemsize * dim * group, weights.ctypes.data, mixed.ctypes.data
     ps = w, w + weights.strides[0], w + 2 * weights.strides[0], w + 3 * weights.strides[0]
     outs = m, m + 4 * LANES, m + 8 * LANES, m + 12 * LANES
     for at in range(0, whole, LANES):
-        mixes(ps, slot.ctypes.data + 8 * begin, base + 4 * at, stride, end - begin, outs)
+        mixes(ps, slot.ctypes.data + 8 * begin, base + v.itemsize * at, stride, end - begin, outs, v)
         for i in range(rows):
             head = out[(line + i) // share, group * share + (line + i) % share]
             head[at : at + LANES] = mixed[i]
@@ -164,5 +163,5 @@ def _mix(v, slot, group, line, rows, begin, end, weights, mixed, out):  # type: 
         for at in range(whole, dim):
             total = np.float32(0)
             for j in range(begin, end):
-                total = fma(weights[i, j - begin], v[slot[j], group, at], total)
+                total = fma(weights[i, j - begin], widened(v[slot[j], group, at]), total)
             head[at] = total

@@ -15,59 +15,76 @@ in bounds because the callers, all in this folder, see to it.
 
 from typing import Any
 
+import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
+from torch import Tensor
 
 LANES, ROWS, COLUMNS = 16, 4, 2
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VECTOR, SUMS = ir.VectorType(F32, LANES), ir.VectorType(F32, ROWS * COLUMNS)
 intrinsic: Any = numba_intrinsic  # what it makes is called without the first argument, which its type does not say
 
 
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Its memory, as compiled code takes it: the bits of bfloat16 as uint16."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
 @intrinsic
-def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any) -> Any:
-    """out[column * ROWS + row] = w . x for the rows at addresses xs (a tuple of ROWS) and ws (COLUMNS), all of length k."""
+def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
+    """out[column * ROWS + row] = w . x for the rows at addresses xs (a tuple of ROWS) and ws (COLUMNS), all of length k.
+
+    ws point into the array `weights`: float32, or uint16 that are the bits of bfloat16.
+    """
+    is_half = weights.dtype == types.uint16
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        xs, ws, k, out = arguments
-        rows, columns = (_floats(b, address) for address in (xs, ws))
+        xs, ws, k, out, _ = arguments
+        rows, columns = _pointers(b, xs), _pointers(b, ws, is_half)
         out = b.inttoptr(out, F32.as_pointer())
         pairs = [(column, row) for column in columns for row in rows]
         whole = b.and_(k, I64(-LANES))
         sums = [_variable(b, VECTOR) for _ in pairs]
         with cgutils.for_range_slice(b, I64(0), whole, I64(LANES), intp=I64) as (i, _):
-            loaded = {id(p): _vector(b, b.gep(p, [i])) for p in (*rows, *columns)}
+            loaded = {id(p): _loaded(b, b.gep(p, [i]), LANES) for p in (*rows, *columns)}
             for (column, row), total in zip(pairs, sums, strict=True):
                 b.store(_fma(b, loaded[id(column)], loaded[id(row)], b.load(total)), total)
         b.store(_trees(b, [b.load(total) for total in sums]), b.bitcast(out, SUMS.as_pointer()), align=4)
         with cgutils.for_range_slice(b, whole, k, I64(1), intp=I64) as (i, _):
             for at, (column, row) in enumerate(pairs):
                 total = b.gep(out, [I64(at)])
-                b.store(_fma(b, b.load(b.gep(column, [i])), b.load(b.gep(row, [i])), b.load(total)), total)
+                b.store(_fma(b, _loaded(b, b.gep(column, [i])), b.load(b.gep(row, [i])), b.load(total)), total)
 
-    return types.void(xs, ws, k, out), generate
+    return types.void(xs, ws, k, out, weights), generate
 
 
 @intrinsic
-def mixes(typing: Any, ps: Any, slots: Any, v: Any, stride: Any, num: Any, outs: Any) -> Any:
-    """outs[row][lane] = sum over j < num of ps[row][j] * v[slots[j] * stride + lane]; ps, outs: tuples of ROWS addresses."""
+def mixes(typing: Any, ps: Any, slots: Any, v: Any, stride: Any, num: Any, outs: Any, values: Any) -> Any:
+    """outs[row][lane] = sum over j < num of ps[row][j] * v[slots[j] * stride + lane]; ps, outs: tuples of ROWS addresses.
+
+    v points into the array `values`: float32, or uint16 that are the bits of bfloat16.
+    """
+    is_half = values.dtype == types.uint16
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        ps, slots, v, stride, num, outs = arguments
-        rows, out = _floats(b, ps), _floats(b, outs)
-        slots, v = b.inttoptr(slots, I64.as_pointer()), b.inttoptr(v, F32.as_pointer())
+        ps, slots, v, stride, num, outs, _ = arguments
+        rows, out = _pointers(b, ps), _pointers(b, outs)
+        slots, v = b.inttoptr(slots, I64.as_pointer()), b.inttoptr(v, (I16 if is_half else F32).as_pointer())
         sums = [_variable(b, VECTOR) for _ in rows]
         with cgutils.for_range(b, num, intp=I64) as loop:
-            loaded = _vector(b, b.gep(v, [b.mul(b.load(b.gep(slots, [loop.index])), stride)]))
+            loaded = _loaded(b, b.gep(v, [b.mul(b.load(b.gep(slots, [loop.index])), stride)]), LANES)
             for row, total in zip(rows, sums, strict=True):
                 spread = _spread(b, b.load(b.gep(row, [loop.index])))
                 b.store(_fma(b, spread, loaded, b.load(total)), total)
         for pointer, total in zip(out, sums, strict=True):
             b.store(b.load(total), b.bitcast(pointer, VECTOR.as_pointer()), align=4)
 
-    return types.void(ps, slots, v, stride, num, outs), generate
+    return types.void(ps, slots, v, stride, num, outs, values), generate
 
 
 @intrinsic
@@ -83,12 +100,33 @@ def as_float(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], F32)
 
 
-def _floats(b: Any, addresses: Any) -> list[Any]:
-    return [b.inttoptr(address, F32.as_pointer()) for address in cgutils.unpack_tuple(b, addresses)]
+@intrinsic
+def widened(typing: Any, stored: Any) -> Any:
+    """The float32 that a float32, or the bits of a bfloat16 as uint16, stands for."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        number = arguments[0]
+        return number if number.type == F32 else b.bitcast(b.shl(b.zext(number, I32), I32(16)), F32)
+
+    return types.float32(stored), generate
 
 
-def _vector(b: Any, pointer: Any) -> Any:
-    return b.load(b.bitcast(pointer, VECTOR.as_pointer()), align=4)
+def _pointers(b: Any, addresses: Any, is_half: bool = False) -> list[Any]:
+    kind = (I16 if is_half else F32).as_pointer()
+    return [b.inttoptr(address, kind) for address in cgutils.unpack_tuple(b, addresses)]
+
+
+def _loaded(b: Any, pointer: Any, num: int = 1) -> Any:
+    """A float32, or a vector of `num`. A bfloat16 is the upper half of one."""
+    stored = pointer.type.pointee
+    if num > 1:
+        pointer = b.bitcast(pointer, ir.VectorType(stored, num).as_pointer())
+    value = b.load(pointer, align=2 if stored == I16 else 4)
+    if stored == F32:
+        return value
+    wide = I32 if num == 1 else ir.VectorType(I32, num)
+    high = ir.Constant(wide, 16 if num == 1 else [16] * num)
+    return b.bitcast(b.shl(b.zext(value, wide), high), F32 if num == 1 else VECTOR)
 
 
 def _variable(b: Any, kind: Any, value: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""exp and what is made of it, elementwise, fp32 on a CPU: the same bits wherever an element stands.
+"""exp and what is made of it, elementwise, on a CPU: the same bits wherever an element stands.
 
 torch and its vector library compute the last few elements of a thread's share with another exp than the rest. Here it is
 one formula in operations that are rounded once each, so the compiler's vectors and its remainder agree.
@@ -35,11 +35,10 @@ def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
     """silu(gate) * up, both [..., F], times weight [..., 1] if there is one; no gradients (see trinity/experts/rows.py)."""
     width = gate.shape[-1]
     num = gate.numel() // max(1, width)
-    gate, up, weight_T = gate.contiguous(), up.contiguous(), torch.ones(num) if weight is None else weight.contiguous()
-    out = torch.empty_like(gate)
-    arrays = [t.detach().view(-1).numpy() for t in (gate, up, weight_T, out)]
+    weight_T, out = torch.ones(num) if weight is None else weight, torch.empty(gate.shape)
+    arrays = [t.detach().float().contiguous().view(-1).numpy() for t in (gate, up, weight_T, out)]
     in_threads(num, OPERATIONS * gate.numel(), lambda first, last: _gated(*arrays, width, first, last))  # type: ignore[call-arg]
-    return out
+    return out.to(gate.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -56,9 +55,10 @@ def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
 class _Sigmoid(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x, y = x.contiguous(), torch.empty(x.shape)
-        arrays = x.detach().view(-1).numpy(), y.view(-1).numpy()
+        y = torch.empty(x.shape)
+        arrays = x.detach().float().contiguous().view(-1).numpy(), y.view(-1).numpy()
         in_threads(x.numel(), OPERATIONS * x.numel(), lambda first, last: _sigmoid(*arrays, first, last))  # type: ignore[call-arg]
+        y = y.to(x.dtype)
         ctx.save_for_backward(y)
         return y
 

@@ -1,4 +1,4 @@
-"""Rows times matrices, fp32 on a CPU, where a row's result does not depend on how many rows there are or where it stands.
+"""Rows times matrices, on a CPU, where a row's result does not depend on how many rows there are or where it stands.
 
 Legend: A rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs.
 Decisions: one kernel for any number of rows (trinity/exact/lanes.py has the order of its sums); the weights are used as
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from trinity.exact.lanes import COLUMNS, ROWS, dots
+from trinity.exact.lanes import COLUMNS, ROWS, as_array, dots
 from trinity.exact.threads import in_threads
 
 PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
@@ -31,7 +31,7 @@ def linear(x: Tensor, w_NK: Tensor) -> Tensor:
 def grouped(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     """-> y_AN: rows up to `end_E[0]` times the transpose of w[0], from there up to `end_E[1]` of w[1] and so on.
 
-    float32 on the CPU; the matrices contiguous, or they are copied. Differentiable in x and w.
+    float32 or bfloat16, on the CPU; the matrices contiguous, or they are copied. Differentiable in x and w.
     """
     return _Grouped.apply(x_AK, w_ENK, end_E)
 
@@ -42,7 +42,7 @@ class _Grouped(Function):
         x_AK, w_ENK = x_AK.contiguous(), w_ENK.contiguous()
         ctx.save_for_backward(x_AK, w_ENK)
         ctx.ends = end_E.tolist()
-        return multiply(x_AK, w_ENK, end_E)
+        return multiply(x_AK, w_ENK, end_E).to(x_AK.dtype)
 
     @staticmethod
     @once_differentiable
@@ -61,10 +61,10 @@ class _Grouped(Function):
 
 
 def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
-    """`grouped` without gradients, for contiguous tensors."""
+    """`grouped` without gradients, for contiguous tensors; y in float32."""
     num, (num_matrices, n, k) = len(x_AK), w_ENK.shape
     y_AN = torch.empty(num, n)
-    arrays = [t.detach().numpy() for t in (x_AK, w_ENK, end_E, y_AN)]
+    arrays = [as_array(t) for t in (x_AK.float(), w_ENK, end_E, y_AN)]
     units = num_matrices * _num_panels(n)
     in_threads(units, 2 * num * n * k, lambda first, last: _units(*arrays, first, last))  # type: ignore[call-arg]
     return y_AN
@@ -94,8 +94,8 @@ def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
             xs = _addresses(x.ctypes.data + 4 * k * r, 4 * k, rows - 1)
             for c in range(c0, min(c0 + PANEL, pairs)):
                 d = min(c + pairs, n - 1)
-                at = w.ctypes.data + 4 * k * n * e
-                dots(xs, (at + 4 * k * c, at + 4 * k * d), k, out.ctypes.data)
+                at, length = w.ctypes.data + w.itemsize * k * n * e, w.itemsize * k
+                dots(xs, (at + length * c, at + length * d), k, out.ctypes.data, w)
                 for i in range(rows):
                     y[r + i, c], y[r + i, d] = out[i], out[ROWS + i]
 

@@ -94,7 +94,7 @@ def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> L
 
 def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:
     """x [..., K] times the transpose of the weight -> [..., N]."""
-    if is_exact and exact.is_for(x) and exact.is_for(weight_NK):
+    if is_exact and exact.is_for(x) and x.dtype == weight_NK.dtype:
         from trinity.exact import products
 
         return products.linear(x, weight_NK)
