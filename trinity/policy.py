@@ -24,10 +24,11 @@ from trinity.data import Batch, Prepared
 from trinity.errors import InvalidRequest
 from trinity.metrics import StepMetrics
 from trinity.model.afmoe import Afmoe, Inputs, Output, Routing
+from trinity.model.layers import product
 from trinity.model.losses import sequence_balance_loss
-from trinity.objective import Losses, Objective
+from trinity.objective import CHUNK, Losses, Objective, packed_inputs
 from trinity.pool import ExpertPool
-from trinity.rollout import CHUNK, Sample, packed, packed_inputs
+from trinity.rollout import Sample, packed
 from trinity.trainer import Trainer
 
 
@@ -51,16 +52,20 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     return (centred / (groups.std(1, correction=0, keepdim=True) + 1e-6)).flatten().tolist()
 
 
-def token_logprobs(head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, chunk: int = CHUNK) -> Tensor:
+def target_logprobs(
+    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
+) -> Tensor:
     """float32 [T], log p(target). Holds the logits of `chunk` tokens at a time, in backward too."""
     pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-    parts = [checkpoint(_logprobs, head_VD, hidden, targets, use_reentrant=False) for hidden, targets in pairs]
+    parts = [
+        checkpoint(_logprobs, head_VD, hidden, targets, is_exact, use_reentrant=False) for hidden, targets in pairs
+    ]
     return torch.cat(parts)
 
 
-def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-    logits_CV = (hidden_CD @ head_VD.T).float()
-    return logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1)
+def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool) -> Tensor:
+    logits_CV = product(hidden_CD, head_VD, is_exact).float()
+    return logits_CV.log_softmax(-1).gather(1, targets_C[:, None])[:, 0]  # the sampler's formula, to the bit
 
 
 class PolicyObjective(Objective):
@@ -78,12 +83,12 @@ class PolicyObjective(Objective):
     def _inputs(self, batch: Any) -> Inputs:
         if not isinstance(batch, PolicyBatch):
             return super()._inputs(batch)
-        return packed_inputs(self.model, batch.ids_BS, batch.docs_BS)
+        return packed_inputs(self.config.model, batch.ids_BS, batch.docs_BS)
 
     def _losses(self, head_VD: Tensor, batch: Any, out: Output) -> Losses:
         if not isinstance(batch, PolicyBatch):
             return super()._losses(head_VD, batch, out)
-        logprobs_T = token_logprobs(head_VD, out.hidden_TD, batch.targets_BS[0])
+        logprobs_T = target_logprobs(head_VD, out.hidden_TD, batch.targets_BS[0], self.config.model.batch_invariant)
         loss = surrogate(logprobs_T, batch.logprobs_BS[0], batch.weights_BS[0], self.clip)
         share = (int(batch.docs_BS.max()) + 1) / self.config.train.global_batch_size
         seq, coef = batch.ids_BS.shape[1], self.config.optim.balance_loss

@@ -22,13 +22,11 @@ from trinity.engine.llm import LLM, Completion, Params
 from trinity.engine.request import FinishReason, SamplingParams
 from trinity.engine.runner import chosen
 from trinity.errors import InvalidRequest, VersionGone
-from trinity.model.afmoe import Afmoe, Inputs
-from trinity.model.attention import PackedAttention, packed_positions
+from trinity.model.afmoe import Afmoe
+from trinity.objective import CHUNK, packed_inputs
 
 if TYPE_CHECKING:
     from trinity.trainer import Trainer
-
-CHUNK = 512  # tokens whose logits are held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +106,7 @@ class Rollout:
     def _scores(self, sequences: list[tuple[int, ...]], top: int, version: int) -> list[Score]:
         model = self.llm.weights.model(version)
         batch = Batch(*(tensor.to(model.lm_head.weight.device) for tensor in packed(sequences)))
-        out = model(*packed_inputs(model, batch.ids_BS, batch.docs_BS))
+        out = model(*packed_inputs(model.config, batch.ids_BS, batch.docs_BS))
         cut = zip(out.hidden_TD.split(CHUNK), batch.targets_BS[0].split(CHUNK), strict=True)
         found = [_likelihoods(model.logits(hidden_CD), targets_C, top) for hidden_CD, targets_C in cut]
         columns = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
@@ -161,13 +159,6 @@ def packed(sequences: Sequence[Sequence[int]]) -> Batch:
     targets = [token for ids in sequences for token in ids[1:]]
     docs = [i for i, ids in enumerate(sequences) for _ in ids[1:]]
     return Batch(*(torch.tensor([row], dtype=torch.int64) for row in (inputs, targets, docs)))
-
-
-def packed_inputs(model: Afmoe, ids_BS: Tensor, docs_BS: Tensor) -> Inputs:
-    """Of a packed batch: B = 1, every document sees itself alone."""
-    seq = ids_BS.shape[1]
-    docs = docs_BS if bool(docs_BS.any()) else None  # a single one has the kernels' own causal path
-    return ids_BS[0], packed_positions(1, seq, ids_BS.device), PackedAttention(model.config, docs, 1, seq)
 
 
 def in_groups(sequences: Sequence[Sequence[int]], limit: int) -> Iterator[list[tuple[int, ...]]]:

@@ -17,6 +17,7 @@ from trinity.engine.request import SamplingParams
 from trinity.errors import InvalidRequest, PromptTooLong
 from trinity.messages import Load
 from trinity.model.attention import PackedAttention, packed_positions
+from trinity.objective import packed_inputs
 from trinity.policy import (
     PolicyObjective,
     PolicyTrainer,
@@ -24,10 +25,10 @@ from trinity.policy import (
     policy_batch,
     replayed,
     surrogate,
-    token_logprobs,
+    target_logprobs,
 )
 from trinity.pool import local_pool
-from trinity.rollout import Rollout, packed_inputs
+from trinity.rollout import Rollout
 from trinity.tree import merge
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=6)
@@ -247,12 +248,12 @@ def test_replayed_routing_is_the_engines_whatever_the_router_would_choose(texts,
     for bias in trainer.model.expert_bias.values():
         bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0]))  # now every token would go to the first two
     trainer.dispatcher.use(0)
-    inputs = [packed_inputs(trainer.model, half.ids_BS, half.docs_BS) for half in halves]
+    inputs = [packed_inputs(trainer.config.model, half.ids_BS, half.docs_BS) for half in halves]
     with replayed(trainer.model, [half.experts_BSLK[0] for half in halves]):
         outs = trainer.model.forward_all(inputs)
     for half, out in zip(halves, outs, strict=True):
         assert torch.equal(torch.stack([r.ids_TK for r in out.routing], 1), half.experts_BSLK[0].long())
-        logprobs_T = token_logprobs(trainer.model.lm_head.weight, out.hidden_TD, half.targets_BS[0], chunk=5)
+        logprobs_T = target_logprobs(trainer.model.lm_head.weight, out.hidden_TD, half.targets_BS[0], True, chunk=5)
         drawn_T = half.weights_BS[0] != 0
         torch.testing.assert_close(logprobs_T[drawn_T], half.logprobs_BS[0][drawn_T], atol=2e-5, rtol=0)
     assert all(set(r.ids_TK.unique().tolist()) == {0, 1} for r in trainer.model.forward_all(inputs)[0].routing)

@@ -4,16 +4,18 @@ Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary, 
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity import exact
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
-from trinity.model.afmoe import Afmoe, Inputs, Output
+from trinity.model.afmoe import Afmoe, Attend, Inputs, Output
 
 
 class Runner:
@@ -46,8 +48,15 @@ class Runner:
     def _inputs(self, chunks: list[Chunk]) -> Inputs:
         flat = flatten(chunks)
         ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
-        attend = PagedAttention(self._pools, self._cache, flat, self._config.sliding_window)
+        attend = self._attention()(self._pools, self._cache, flat, self._config.sliding_window)
         return self._to(ids_T), self._to(flat.position_T), attend
+
+    def _attention(self) -> Callable[..., Attend]:
+        if not self._config.batch_invariant or not exact.is_for(next(iter(self._pools.k.values()))):
+            return PagedAttention
+        from trinity.engine.exact_attention import ExactAttention  # a compiler comes with it
+
+        return ExactAttention
 
     def _to(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

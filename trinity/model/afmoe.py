@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         h_TD = self.embed_tokens(ids_T)
         if cfg.mup_enabled:
             h_TD = h_TD * cfg.hidden_size**0.5
-        table = rotary_table(positions_T, cfg.head_dim, cfg.rope_theta, h_TD.dtype)
+        table = rotary_table(positions_T, cfg.head_dim, cfg.rope_theta, h_TD.dtype, cfg.batch_invariant)
         for block in self.layers:
             h_TD, routing = yield from block(h_TD, table, attend, experts)
             routings.append(routing)
@@ -112,6 +112,8 @@ class Afmoe(nn.Module):
         self._experts = (experts,)  # a tuple hides a Module from nn.Module's registration
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        for part in self.modules():
+            part.is_exact = config.batch_invariant  # type: ignore[assignment]
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
         """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
