@@ -125,9 +125,8 @@ class Optimizer:
             [w], [g], [mean], [square], [], [step],
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        torch.autograd.graph.increment_version(
-            w
-        )  # the kernel does not: packed copies of a weight would stay as they were
+        # The kernel does not count its write; those who keep a packed copy of a weight would not notice.
+        torch.autograd.graph.increment_version(w)
 
     def replace(self, name: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
         """From now on `name` is that tensor, with that state: some of its matrices came or went."""
