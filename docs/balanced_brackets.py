@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from trinity.comm import Alone
 from trinity.config import Config, setup_environment
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--ray", action="store_true")
     arguments, curves = parser.parse_args(), []
+    torch.set_num_threads(1)  # for so small a model: two would wait for one another most of the time
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
             own = {"data": {"train": [f"{folder}/lines.jsonl"]}, "train": {"seed": seed, "out_dir": folder}}
