@@ -113,6 +113,10 @@ class Afmoe(nn.Module):
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
 
+    @property
+    def experts(self) -> ExpertLayer:
+        return self._experts[0]
+
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
         """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
         return self.forward_all([(ids_T, positions_T, attend)])[0]
