@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from typing import Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -23,27 +24,40 @@ REFRESH_S = 1.0
 STOP_S = 2.0
 
 
-_followers: "weakref.WeakSet[Follower]" = weakref.WeakSet()
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
+_asking: "weakref.WeakSet[Stoppable]" = weakref.WeakSet()
+
+
+def stop_before_leaving(what: Stoppable) -> None:
+    """Something whose threads call Ray."""
+    _asking.add(what)
 
 
 def stop_all() -> None:
     """Before this process leaves Ray: a thread in the middle of one of its calls would take the process with it."""
-    for follower in list(_followers):
-        follower.stop()
+    for each in list(_asking):
+        each.stop()
 
 
 class Follower:
-    """A View (trinity/dispatch.py) of one pool. Its threads end with `stop`, or with the process."""
+    """A View (trinity/dispatch.py) of one pool. Its threads end with `stop`, or with the process.
+
+    `version`: to be served, where `watch_version` has been called; None before.
+    """
 
     def __init__(self, pool: str, namespace: str, table: PlacementTable, handles: Handles):
         self.table, self.away = table, frozenset[str]()
+        self.version: int | None = None
         self._pool, self._namespace, self._handles = pool, namespace, handles
         self._news, self._wake, self._stopped = threading.Condition(), threading.Event(), threading.Event()
         tasks = (self._follow, self._probe)
         self._threads = [threading.Thread(target=t, name=f"trinity-{t.__name__[1:]}", daemon=True) for t in tasks]
         for thread in self._threads:
             thread.start()
-        _followers.add(self)
+        stop_before_leaving(self)
 
     def stop(self) -> None:
         """Harmless when repeated."""
@@ -51,6 +65,10 @@ class Follower:
         self._wake.set()
         for thread in self._threads:
             thread.join(STOP_S)
+
+    def watch_version(self, version: int) -> None:
+        """Follow the version that is served, too; `version` is what is known now."""
+        self.version = version
 
     def lost(self, shard: str) -> None:
         with self._news:
@@ -75,12 +93,15 @@ class Follower:
     def _hear(self) -> None:
         """Wait for the next table, with an eye on being stopped."""
         service = find(self._pool, PLACEMENT, self._namespace)
-        ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, POLL_S)
+        ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, self.version, POLL_S)
         until_s = time.monotonic() + 2 * POLL_S
         while not self._stopped.is_set() and time.monotonic() < until_s:
             if ray.wait([ref], timeout=AGAIN_S)[0]:
-                if (found := ray.get(ref)) is not None:
-                    self._take(found)
+                table, version = ray.get(ref)
+                if self.version is not None:
+                    self.version = version
+                if table is not None:
+                    self._take(table)
                 return
 
     def _take(self, table: PlacementTable) -> None:

@@ -6,15 +6,18 @@ ever grow; what the pool is made from, what operators asked for and where its we
 """
 
 import json
+import logging
 import os
 import secrets
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from actors.record import Record
 from actors.shard import DataPlane
 from actors.supervisor import Supervisor, Wish
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
@@ -22,7 +25,9 @@ from trinity.errors import StepConflict
 from trinity.messages import Experts, Load
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
+from trinity.pool import Boundary, Decision
 
+log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 30.0
 KEPT_EPOCHS = 100
 
@@ -50,9 +55,11 @@ class PlacementService:
         epochs = sorted(self.folder.glob("epoch-*.json"))
         self.table = PlacementTable.from_json(epochs[-1].read_text()) if epochs else None
         again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self.record = Record(self.folder)
         if not again:
             self._source_file.unlink(missing_ok=True)
             self._wish_file.unlink(missing_ok=True)
+            self.record.forget()
         self._supervisor: Supervisor | None = None
         if again and self.table is not None:
             self.supervise(self._data_host_file.read_text())
@@ -73,11 +80,16 @@ class PlacementService:
     def current(self) -> PlacementTable | None:
         return self.table
 
-    def newer(self, epoch: int, timeout_s: float) -> PlacementTable | None:
-        """The table as soon as it is newer than `epoch`; None if it is not within the time."""
+    def newer(self, epoch: int, version: int | None, timeout_s: float) -> tuple[PlacementTable | None, int]:
+        """The table as soon as it is newer than `epoch`, None if it is not within the time; and the version to serve, as soon
+        as it is another than `version` (None: whatever it is)."""
+
+        def is_news() -> bool:
+            return self.epoch() > epoch or (version is not None and self.record.serving != version)
+
         with self._changed:
-            self._changed.wait_for(lambda: self.epoch() > epoch, min(timeout_s, LONGEST_WAIT_S))
-            return self.table if self.epoch() > epoch else None
+            self._changed.wait_for(is_news, min(timeout_s, LONGEST_WAIT_S))
+            return self.table if self.epoch() > epoch else None, self.record.serving
 
     def holdings(self, shard: str) -> Experts:
         """What the shard holds by the present table; nothing of any layer if it is not in it."""
@@ -110,6 +122,40 @@ class PlacementService:
     def source(self) -> Load | None:
         return Load(**json.loads(self._source_file.read_text())) if self._source_file.is_file() else None
 
+    # -- what a training job decides, and those who compute with its versions
+
+    def begin(self, version: int, notes: dict[str, Any]) -> None:
+        with self._changed:
+            self.record.begin(version, notes)
+            self._changed.notify_all()
+
+    def decide(self, step: int, attempt: int, notes: dict[str, Any]) -> None:
+        with self._changed:
+            self.record.decide(step, attempt, notes)
+            self._changed.notify_all()
+
+    def decided(self) -> Decision | None:
+        with self._changed:
+            return self.record.decision
+
+    def pin(self, version: int | None, holder: str, lease_s: float) -> int:
+        """None: the version that is served now. -> the version."""
+        with self._changed:
+            wanted = self.record.serving if version is None else version
+            self.record.pin(wanted, holder, lease_s)
+            return wanted
+
+    def unpin(self, holder: str) -> None:
+        with self._changed:
+            self.record.unpin(holder)
+
+    def quarantine(self, version: int) -> int:
+        with self._changed:
+            log.error("version %d is quarantined: what it computes is not finite", version)
+            found = self.record.quarantine(version)
+            self._changed.notify_all()
+            return found
+
     # -- what operators ask
 
     def supervise(self, data_host: str) -> None:
@@ -124,7 +170,7 @@ class PlacementService:
         return self._running().snapshot()
 
     def wait(self, epoch: int, timeout_s: float) -> Snapshot:
-        self.newer(epoch, timeout_s)
+        self.newer(epoch, None, timeout_s)
         return self.snapshot()
 
     def scale(self, num_shards: int, reason: str) -> int:
@@ -138,9 +184,13 @@ class PlacementService:
         """Move everything off a shard, then end it: one shard fewer is asked for."""
         return self._running().ask("drain", drained=shard)
 
-    def at_boundary(self, version: int, num_updates: int) -> int:
-        """For a trainer, between two steps; -> the epoch of the next one. Waits while experts move."""
-        return self._running().at_boundary(version, num_updates)
+    def at_boundary(self, version: int, num_updates: int) -> Boundary:
+        """For a trainer, before each attempt at a step. Waits while experts move."""
+        with self._changed:
+            attempt = self.record.new_attempt()
+        epoch = self._running().at_boundary(version, num_updates)
+        with self._changed:
+            return Boundary(epoch, attempt, self.record.keep())
 
     def rebalance(self) -> int:
         return self._running().ask("balance", balance=True)

@@ -6,7 +6,7 @@ driver find the same actors. Shards sit in a placement group, spread over nodes.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors import kept
 from actors.direct import DirectTransport
 from actors.follow import Follower
 from actors.names import PLACEMENT, Handles, ask, find, name_of
@@ -23,13 +24,15 @@ from actors.transport import RayTransport
 from actors.wire import Address
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch import Transport
-from trinity.errors import ConfigError, Unavailable
+from trinity.errors import ConfigError, DeadlineExceeded, Unavailable, VersionGone
 from trinity.messages import Load
 from trinity.placement.table import PlacementTable
-from trinity.pool import ExpertPool, shard_names, shard_specs
+from trinity.pool import Boundary, Decision, ExpertPool, shard_names, shard_specs
+from trinity.store import Version
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+PAUSE_S = 0.2
 HEAD = "node:__internal_head__"
 
 
@@ -39,6 +42,7 @@ class RayPool(ExpertPool):
     def __init__(self, settings: PlacementConfig, namespace: str, table: PlacementTable):
         self.name, self.namespace, self.is_direct = settings.pool, namespace, settings.transport == "direct"
         self.shards = Handles(self.name, namespace)
+        self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
         view = Follower(self.name, namespace, table, self.shards)
         timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
         super().__init__(view, RayTransport(self.shards, *timeouts), *timeouts, settings.attempt_timeout_s)
@@ -58,9 +62,42 @@ class RayPool(ExpertPool):
     def set_source(self, message: Load) -> None:
         self._ask("set_source", message)
 
-    def at_boundary(self, version: int, num_updates: int) -> int:
-        service = find(self.name, PLACEMENT, self.namespace)
-        return ask(service.at_boundary.remote(version, num_updates), self.checkpoint_timeout_s, "the placement service")
+    def at_boundary(self, version: int, num_updates: int) -> Boundary:
+        return self._ask("at_boundary", version, num_updates, timeout_s=self.checkpoint_timeout_s)
+
+    def begin(self, version: int, notes: Mapping[str, Any]) -> None:
+        self._ask("begin", version, {**notes, "backbone": self.backbone_at})
+
+    def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
+        """Asks until it has an answer: an error does not mean that it is not decided."""
+        until_s = time.monotonic() + self.checkpoint_timeout_s
+        while True:
+            try:
+                return self._ask("decide", step, attempt, {**notes, "backbone": self.backbone_at})
+            except (Unavailable, DeadlineExceeded):
+                if time.monotonic() > until_s:
+                    raise
+            time.sleep(PAUSE_S)
+
+    def decided(self) -> Decision | None:
+        return self._ask("decided")
+
+    def backbone(self, version: int, suffix: str = "") -> Version:
+        decision = self.decided()
+        places = decision.notes["backbone"] if decision is not None else []
+        for node, folder in places:
+            try:
+                return kept.fetched(node, folder, version, suffix, self.timeout_s)
+            except (VersionGone, Unavailable, DeadlineExceeded) as error:
+                log.warning("the backbone of version %d is not on node %s: %s", version, node[:8], error)
+        raise VersionGone(f"the backbone of version {version} is on none of {len(places)} nodes")
+
+    def pin(self, version: int | None, holder: str, lease_s: float) -> int:
+        """Keep a version (None: the one that is served) for `holder` until the lease ends; -> the version."""
+        return self._ask("pin", version, holder, lease_s)
+
+    def unpin(self, holder: str) -> None:
+        self._ask("unpin", holder)
 
     def source(self) -> Load | None:
         return self._ask("source")
@@ -68,9 +105,9 @@ class RayPool(ExpertPool):
     def spec(self) -> PoolSpec:
         return self._ask("spec")
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         service = find(self.name, PLACEMENT, self.namespace)
-        return ask(getattr(service, method).remote(*arguments), self.timeout_s, "the placement service")
+        return ask(getattr(service, method).remote(*arguments), timeout_s or self.timeout_s, "the placement service")
 
 
 def provide(
@@ -102,7 +139,7 @@ def create(
     try:
         return _create(settings, namespace, PoolSpec(model, optim, settings.num_shards, device_of(settings)), state_dir)
     except Exception:
-        destroy(settings.pool, namespace)
+        destroy(settings.pool, namespace, settings.memory_dir)
         raise
 
 
@@ -147,12 +184,13 @@ def exists(pool: str, namespace: str) -> bool:
     return pool in names(namespace)
 
 
-def destroy(pool: str, namespace: str) -> None:
+def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
     """End every actor of the pool and give its resources back. Harmless when there is nothing."""
     prefix = name_of(pool, "")
     for entry in _actors(namespace):
         if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
+    kept.remove(pool, memory_dir)
     try:
         remove_placement_group(get_placement_group(prefix))
     except ValueError:

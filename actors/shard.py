@@ -2,13 +2,17 @@
 
 import logging
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
 
+from actors import kept
 from actors.direct import DirectTransport
 from actors.frames import Limits
 from actors.listener import Combiner, DirectServer
@@ -20,12 +24,13 @@ from trinity.errors import TrinityError
 from trinity.experts.copying import take_up
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
 from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.messages import Backward, Copy, Fetch, Forward, Load
+from trinity.messages import Copy, Prepare, StepReport
+from trinity.store import Store
 
 log = logging.getLogger(__name__)
-VERBS = frozenset(
-    {"infer", "backward", "fetch", "prepare", "commit", "abort", "load", "save", "status", "copy", "retain"}
-)
+ROWS = frozenset({"infer", "backward", "fetch"})
+STEP = frozenset({"prepare", "stage", "commit", "abort", "roll_back"})
+VERBS = ROWS | STEP | {"load", "save", "status", "copy", "retain"}
 SERVICE_TIMEOUT_S = 60.0
 
 
@@ -42,18 +47,18 @@ class ShardServer:
     """Owns one shard, and the sockets its callers' rows come through. The pool's placement service knows what a shard that
     started again should hold and load."""
 
-    def __init__(self, spec: ShardSpec, plane: DataPlane, pool: str, namespace: str):
+    def __init__(self, spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str):
         torch.set_num_threads(plane.num_threads)
         if spec.optim is not None:
             keep_freed_memory()
-        self.pool, self.namespace, self.secret = pool, namespace, plane.secret
+        self.pool, self.namespace, self.secret = settings.pool, namespace, plane.secret
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if again:
             spec = replace(spec, experts=self._service("holdings", spec.name))
-        self.shard = ExpertShard(spec)
+        self.shard = ExpertShard(spec, _store(spec, settings, again))
         self.combiner = Combiner(self.shard)
-        if again and (source := self._service("source")) is not None:
-            self._reload(source)
+        if again:
+            self._take_up()
         self.server = self._listen(spec, plane)
 
     def _service(self, method: str, *arguments: Any) -> Any:
@@ -65,36 +70,53 @@ class ShardServer:
         host = ray.util.get_node_ip_address() if plane.host == "node" else plane.host
         return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device)
 
-    def _reload(self, source: Load) -> None:
-        """An error here would end the actor for good; without weights it says so to every caller, and can still load."""
-        try:
-            self.shard.load(source)
-        except TrinityError:
-            log.exception("shard %s started again and cannot load %s", self.shard.spec.name, source.checkpoint)
+    def _take_up(self) -> None:
+        """After a restart: the state that was decided on last, from the memory that outlived the process, or else from the
+        pool's source, where that is of the same version.
+
+        An error here would end the actor for good; without weights it says so to every caller, and can still load."""
+        decision, source = self._service("decided"), self._service("source")
+        if decision is not None:
+            self.shard.settle(decision.version)
+        if self.shard.version < 0 and source is not None and (decision is None or decision.notes.get("is_source")):
+            try:
+                self.shard.load(source)
+            except TrinityError:
+                log.exception("shard %s started again and cannot load %s", self.shard.spec.name, source.checkpoint)
 
     def handle(self, verb: str, message: Any) -> Any:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""
         assert verb in VERBS, verb
         call = unpack(message)
         try:
-            if isinstance(call, Forward | Backward | Fetch):
+            if verb in ROWS:
                 return pack(self.combiner.run(call))
             if isinstance(call, Copy):
                 return self._copy(call)
-            with self.combiner.lock:
-                return pack(getattr(self.shard, verb)(call))
+            if isinstance(call, Prepare) and call.shared:
+                return self._prepare(call)
+            return pack(getattr(self.shard, verb)(call))
         except TrinityError as error:
             return error
 
-    def _copy(self, call: Copy) -> int:
-        """Connections of its own for each layer: copies are rare, and their sources may be gone by the next."""
+    def _prepare(self, call: Prepare) -> StepReport:
+        with self._peers() as peers:
+            self.shard.peers = peers
+            return self.shard.prepare(call)
+
+    @contextmanager
+    def _peers(self) -> Iterator[DirectTransport]:
+        """Connections of its own for each change or step: they are few, and other shards may be gone by the next."""
         control = RayTransport(Handles(self.pool, self.namespace), SERVICE_TIMEOUT_S, SERVICE_TIMEOUT_S)
         peers = DirectTransport(control, self._locate, self.secret)
         try:
-            source = self._service("source") if "" in call.sources else None
-            return take_up(self.shard, call, peers, source, self.combiner.lock)
+            yield peers
         finally:
             peers.close()
+
+    def _copy(self, call: Copy) -> int:
+        with self._peers() as peers:
+            return take_up(self.shard, call, peers, self._service("source") if "" in call.sources else None)
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         handle = find(self.pool, shard, self.namespace)
@@ -109,7 +131,16 @@ class ShardServer:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
-ShardActor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=4)(ShardServer)
+def _store(spec: ShardSpec, settings: PlacementConfig, again: bool) -> Store:
+    """In memory that outlives this process, for what only training can make again; what a shard of that name left behind
+    counts only for its successor."""
+    folder = kept.folder(settings, spec.name) if spec.optim is not None else None
+    if folder is not None and not again:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Store(folder, spec.device)
+
+
+ShardActor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=8)(ShardServer)
 
 
 def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str, strategy: Any) -> Any:
@@ -124,4 +155,4 @@ def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, na
         resources=dict(settings.resources),
         scheduling_strategy=strategy,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard), **ONE_HEAP}},
-    ).remote(spec, plane, settings.pool, namespace)
+    ).remote(spec, plane, settings, namespace)

@@ -1,7 +1,7 @@
 """The training job: Ray Train workers hold the backbone and call the pool's shards; the experts live outside the job.
 
-When a worker dies, Ray Train starts the worker group again; every worker then takes up the last checkpoint, and the
-shards load the same one. Logic lives in trinity/trainer.py.
+When a worker dies, Ray Train starts the worker group again; it goes on from the last step that was decided, which shards and
+host still have, or else from the last checkpoint. Logic lives in trinity/trainer.py.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from actors import kept
 from actors import pool as pools
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.comm import Alone, Distributed
@@ -21,9 +22,19 @@ from trinity.data import prepare
 from trinity.errors import TrinityError
 from trinity.memory import ONE_HEAP, keep_freed_memory
 from trinity.metrics import TrainLog
+from trinity.store import Store
 from trinity.trainer import Trainer
 
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
+
+
+def _store(config: Config, pool: pools.RayPool, context: Any, device: str) -> Store | None:
+    """The backbone's, of worker 0, in memory that outlives the process."""
+    folder = kept.folder(config.placement, "backbone") if context.get_world_rank() == 0 else None
+    if folder is None:
+        return None
+    pool.backbone_at = [(ray.get_runtime_context().get_node_id(), str(folder))]
+    return Store(folder, device)
 
 
 def fit(config: Config) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
-    trainer = Trainer(config, pool, data, comm, device)
+    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, context, device))
     trainer.should_stop = (Path(config.train.out_dir) / STOP).exists
     trainer.start()
     if comm.rank == 0:

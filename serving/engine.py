@@ -62,11 +62,11 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     """Over weights that the run commits while it is served."""
-    from actors.live import live_source  # type: ignore[import-not-found,unused-ignore]
+    from actors.live import live_source
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(config, run_dir)
-    return Engine(weights, model, config.engine, tokenizer)
+    return Engine(weights, model, config.engine, tokenizer, weights.counts)
 
 
 def load_factory(path: str) -> Factory:

@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     made = {name: subs.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     _settings(made["train"], required=True)
     made["train"].add_argument("--resume", action="store_true", help="continue the run in train.out_dir")
+    made["train"].add_argument(
+        "--serve", action="store_true", help="answer over HTTP and gRPC meanwhile, with the weights as they become"
+    )
     made["serve"].add_argument(
         "source", help="a checkpoint's folder; with live or pinned weights, a run's train.out_dir"
     )

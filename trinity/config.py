@@ -6,7 +6,6 @@ and nowhere else. Importable without torch and without Ray, so that a configurat
 
 import difflib
 import os
-import re
 import secrets
 import types
 import typing
@@ -19,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from trinity.errors import ConfigError
 from trinity.placement.settings import PlacementConfig
+from trinity.settings import ClusterConfig, EngineConfig, ServeConfig
 from trinity.tree import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 
 LayerType = Literal["sliding_attention", "full_attention"]
@@ -180,9 +180,14 @@ class TrainConfig(Frozen):
     eval_every: int = Field(default=100, ge=0, description="steps; 0: only at the end")
     eval_sequences: int = Field(default=32, ge=0)
     save_every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="so many of the newest; older ones are deleted")
+    keep_every: int = Field(default=0, ge=0, description="steps; checkpoints at multiples of it are kept for good")
     init_from: str | None = Field(default=None, description="checkpoint whose weights start this run (fine-tuning)")
-    resume: bool = False
+    resume: bool = Field(default=False, description="go on from the newest checkpoint in out_dir")
+    resume_from: int | str | None = Field(
+        default=None,
+        description="go on from this step of out_dir, or from a checkpoint folder; later ones are moved aside",
+    )
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
 
     @model_validator(mode="after")
@@ -198,100 +203,6 @@ class TrainConfig(Frozen):
     def num_micro(self) -> int:
         """Micro-batches that each worker runs in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
-
-
-class EngineConfig(Frozen):
-    """Continuous batching and the paged KV cache."""
-
-    max_model_len: int | None = Field(default=None, ge=2, description="prompt + generated tokens; default: the model's")
-    max_num_seqs: int = Field(default=64, ge=1)
-    max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
-    max_num_waiting: int = Field(default=1024, ge=1)
-    num_in_flight: int = Field(
-        default=1, ge=1, description="parts of a large batch side by side: one goes on while another's rows are away"
-    )
-    min_part_tokens: int = Field(default=32, ge=1, description="no part of a batch is smaller, with num_in_flight > 1")
-    block_size: int = Field(default=16, ge=1)
-    kv_cache_bytes: int = Field(default=256 << 20, ge=1)
-    num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
-    resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
-    num_threads: int = Field(default=1, ge=1)
-    kv_policy: Literal["keep", "recompute"] = Field(
-        default="keep", description="what becomes of a live request's cache when the version of the weights changes"
-    )
-    max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
-
-
-class ServeConfig(Frozen):
-    """The HTTP and gRPC edges. Loopback unless `allow_remote` is set and an API key is configured."""
-
-    host: str = "127.0.0.1"
-    http_port: int = Field(default=8000, ge=0, le=65535)
-    grpc_port: int = Field(default=9000, ge=0, le=65535)
-    allow_remote: bool = False
-    api_key: str | None = Field(default=None, min_length=1, repr=False, description="also from TRINITY_API_KEY")
-    admin_key: str | None = Field(
-        default=None, min_length=1, repr=False, description="who may move experts; also from TRINITY_ADMIN_KEY"
-    )
-    served_model_name: str | None = None
-    weights: str = Field(
-        default="checkpoint",
-        description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
-    )
-    num_engines: int = Field(default=1, ge=1)
-    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(
-        default=48, ge=1, description="running requests at which another engine starts"
-    )
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    request_timeout_s: float = Field(default=600.0, gt=0)
-    max_body_bytes: int = Field(default=2 << 20, ge=1024)
-    max_concurrent_requests: int = Field(default=1024, ge=1)
-    drain_timeout_s: float = Field(default=20.0, ge=0)
-
-    @property
-    def is_of_run(self) -> bool:
-        """Are the weights those of a run that trains, instead of a checkpoint's?"""
-        return self.weights != "checkpoint"
-
-    @property
-    def pinned_step(self) -> int | None:
-        """The STEP of `pinned:STEP`."""
-        step = self.weights.partition(":")[2]
-        return int(step) if step else None
-
-    @field_validator("weights")
-    @classmethod
-    def _known_weights(cls, value: str) -> str:
-        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
-            raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
-        return value
-
-    @property
-    def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "::1", "localhost")
-
-    @model_validator(mode="after")
-    def _check(self) -> "ServeConfig":
-        if not self.is_loopback and not (self.allow_remote and self.api_key):
-            raise ValueError(
-                f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
-            )
-        if self.admin_key is not None and self.admin_key == self.api_key:
-            raise ValueError("admin_key is the api_key, so that every client could move experts; choose two")
-        if self.http_port == self.grpc_port != 0:
-            raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("tls_cert and tls_key go together; one of them is missing")
-        return self
-
-
-class ClusterConfig(Frozen):
-    address: str = Field(default="local", description="`local` starts Ray here; `auto` or host:port joins a cluster")
-    namespace: str = "trinity"
-    num_cpus: int = Field(default=2, ge=1, description="for `local`")
-    auth: Literal["disabled", "token"] = Field(default="token", description="RAY_AUTH_MODE, unless it is already set")
 
 
 class Config(Frozen):
@@ -347,6 +258,11 @@ def preset(name: str) -> ModelConfig:
 # OpenMP's threads spin at the end of each parallel region. With fewer cores than threads (a trainer, shards and an engine on
 # one small machine) each then burns the time slice of the one it waits for: an expert layer took 1,400 ms instead of 23.
 THREADS = {"GOMP_SPINCOUNT": "1000"}
+
+
+def ray_node_pid() -> int:
+    """The process of the Ray node that started this worker process."""
+    return int(os.environ["RAY_RAYLET_PID"])
 
 
 def num_cpus() -> int:

@@ -12,6 +12,7 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trinity.errors import DeadlineExceeded, InputGone, TrinityError, Unavailable, WrongEpoch
-from trinity.messages import ELSEWHERE, Backward, Forward, Rows
+from trinity.messages import ELSEWHERE, Backward, Forward, Rows, op_name
 from trinity.metrics import DISPATCH_PHASES, DISPATCH_S
 from trinity.placement.table import PlacementTable
 
@@ -151,7 +152,8 @@ class Dispatcher:
         attempt_s: float = math.inf,
         version: int = 0,
     ):
-        self.caller = uuid.uuid4().hex[:12]
+        self.caller, self.attempt = uuid.uuid4().hex[:12], 0
+        self.failure: TrinityError | None = None
         self.view: View = Fixed(view) if isinstance(view, PlacementTable) else view
         self.transport, self.timeout_s, self.attempt_s = transport, timeout_s, attempt_s
         self._ops = itertools.count()
@@ -167,10 +169,17 @@ class Dispatcher:
         self._shard_LEN, self._num_LE = self.table.present(self._away)
         self.is_replicated = bool((self._num_LE > 1).any())
 
-    def use(self, version: int) -> None:
-        """Start a step's work on weights of `version`."""
-        self.version = version
+    def use(self, version: int, attempt: int = 0, rank: int = 0) -> None:
+        """Start work on weights of `version`. In a numbered `attempt` at a step, the worker's of that rank, an exchange that
+        fails raises nothing: it is noted in `failure`, from then on all answers are zeros, and the attempt is void."""
+        self.version, self.attempt, self.failure = version, attempt, None
+        self.caller = str(rank) if attempt else self.caller
         self.issued.clear()
+
+    def fail(self, error: TrinityError) -> None:
+        if not self.attempt:
+            raise error
+        self.failure = self.failure or error
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return self.begin(layer, x_TD, ids_TK, weights_TK).result()
@@ -183,9 +192,10 @@ class Dispatcher:
         if self.view.table is not self.table or self.view.away != self._away:
             self.follow()
         started_s = time.perf_counter()
-        routes = self._route(layer, ids_TK)
+        routes = [] if self.failure else self._route(layer, ids_TK)
         started_s = self.times.add("route", started_s)
-        exchange = Exchange(self, layer, f"{self.caller}:{next(self._ops)}", routes, self.deadline())
+        name = op_name(self.attempt, self.caller, next(self._ops))
+        exchange = Exchange(self, layer, name, routes, self.deadline())
         keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
         if keep:
             exchange.sent = _Send.apply(x_TD, weights_TK, exchange)
@@ -281,7 +291,7 @@ class Exchange:
         assert self._like_TD is not None
         like_TD, self._like_TD = self._like_TD, None
         times, started_s = self.dispatcher.times, time.perf_counter()
-        partials = [self._forwarded(i) for i in range(len(self.routes))]
+        partials = self._settled_all(self._forwarded)
         started_s = times.add("wait", started_s)
         self._calls, self._replies = [], []  # in training this object lives until the backward; its rows need not
         y_TD = combine(like_TD, self.routes, partials)
@@ -295,10 +305,21 @@ class Exchange:
 
     def receive_backward(self, x_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """-> dx_TD, dweights_TK."""
-        pairs = [self._gradient(i, x_TD, weights_TK) for i in range(len(self.routes))]
+        pairs = self._settled_all(lambda i: self._gradient(i, x_TD, weights_TK))
         self._calls, self._replies = [], []
         dx_TD = combine(x_TD, self.routes, [dx_RD for dx_RD, _ in pairs])
         return dx_TD, combine(weights_TK, self.routes, [dweights_RK for _, dweights_RK in pairs])
+
+    def _settled_all(self, settled: Callable[[int], Any]) -> list[Any]:
+        """What all shards answered. In an attempt at a step that has failed: nothing, as if no rows had been sent."""
+        try:
+            return [settled(i) for i in range(len(self.routes))]
+        except TrinityError as error:
+            if self.sent is None:  # inference
+                raise
+            self.dispatcher.fail(error)
+            self.routes = []
+            return []
 
     def _send(self, verb: str, calls: list[Any]) -> None:
         """All before waiting for any: the shards work side by side."""

@@ -110,7 +110,7 @@ class StepConflict(TrinityError):
 
 
 class VersionGone(TrinityError):
-    """Nobody holds that version of the weights any more."""
+    """Weights of that version are not kept any more, or not yet there; the newest are."""
 
     code = Code.UNAVAILABLE
 

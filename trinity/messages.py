@@ -63,11 +63,34 @@ class Backward:
     rows: Rows | None = None
 
 
+def attempt_of(op_id: str) -> int:
+    """The attempt at a step that a training op belongs to; 0 for ops of no attempt. See `op_name`."""
+    head, dot, _ = op_id.partition(".")
+    return int(head, 16) if dot and all(c in "0123456789abcdef" for c in head) and head else 0
+
+
+def caller_of(op_id: str) -> tuple[int, str]:
+    """Whose gradients an op adds to: callers in their order."""
+    name = op_id.rpartition(":")[0].rpartition(".")[2]
+    return (int(name), "") if name.isdecimal() else (-1, name)
+
+
+def op_name(attempt: int, caller: str, number: int) -> str:
+    """The op_id of a caller's `number`-th exchange. Attempts only grow: a newer one makes what came of older ones void."""
+    return f"{attempt:x}.{caller}:{number}" if attempt else f"{caller}:{number}"
+
+
+Holders = dict[int, dict[int, tuple[str, ...]]]  # layer -> expert -> shards, the primary first
+
+
 @dataclass(frozen=True)
 class Prepare:
-    """Verb `prepare` -> StepReport. Nothing is changed by it."""
+    """Verb `prepare` -> StepReport. Where experts have several replicas (`shared`), each takes up the others' gradients, and
+    its primary alone reports their norm. Changes no weights; harmless when repeated."""
 
     step: int
+    attempt: int = 0
+    shared: Holders = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,20 +103,40 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Commit:
-    """Verb `commit` -> version. Makes version `step` of a prepared step; harmless when it is already there."""
+class Stage:
+    """Verb `stage` -> whether the new weights are finite. Makes the weights of a prepared step beside the present ones, so
+    that nothing can prevent its commit any more. Callers go on computing with the present version meanwhile; versions
+    before it are gone, except those to `keep`. Harmless when repeated."""
 
     step: int
     muon_lr: float
     adamw_lr: float
     grad_scale: float
+    attempt: int = 0
+    keep: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Verb `commit` -> version. Makes staged weights the present ones; harmless when they are already."""
+
+    step: int
 
 
 @dataclass(frozen=True)
 class Abort:
-    """Verb `abort` -> version. Forgets the gradients and op_ids gathered for `step`."""
+    """Verb `abort` -> version. Forgets what was gathered and staged for `step` by that attempt."""
 
     step: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """Verb `roll_back` -> version. An older committed version becomes the present one again, if it is kept."""
+
+    version: int
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +150,13 @@ class Load:
 
 
 WEIGHT = "weight"  # the kind of rows that every expert has; the others are kinds of optimizer state
+GRADIENT = "gradient"  # what backward ops have added up for the step under way
 
 
 @dataclass(frozen=True)
 class Fetch:
     """Verb `fetch` -> rows_ND, N = 3F: gate, up and the transpose of down of one expert, one under the other; weights in the
-    model's dtype, optimizer state in fp32. Changes nothing."""
+    model's dtype, optimizer state and gradients in fp32. Changes nothing."""
 
     layer: int
     expert: int
@@ -155,10 +199,12 @@ class Retain:
 
 @dataclass(frozen=True)
 class Save:
-    """Verb `save` -> tuple of Part. Writes `experts` (those this shard is the primary of) into an existing folder."""
+    """Verb `save` -> tuple of Part. Writes `experts` (those this shard is the primary of) of a committed version into an
+    existing folder; steps go on meanwhile."""
 
     folder: str
     experts: Experts
+    version: int
     training: bool = True
 
 
@@ -189,4 +235,6 @@ class ShardStatus:
     weight_bytes: int
     cached_ops: int
     cache_misses: int
+    versions: tuple[int, ...]  # all that it can compute with
+    extra_bytes: int  # memory of versions besides the present one
     rows: dict[int, dict[int, int]]  # layer -> expert -> rows computed

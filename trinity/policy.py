@@ -29,6 +29,7 @@ from trinity.model.losses import sequence_balance_loss
 from trinity.objective import CHUNK, Losses, Objective, packed_inputs
 from trinity.pool import ExpertPool
 from trinity.rollout import Sample, packed
+from trinity.store import Store
 from trinity.trainer import Trainer
 
 
@@ -132,12 +133,13 @@ class PolicyTrainer(Trainer):
         data: Prepared,
         comm: Comm,
         device: str = "cpu",
+        store: Store | None = None,
         *,
         clip: float = 0.2,
         replay: bool = False,
     ):
         objective = partial(PolicyObjective, clip=clip, replay=replay)
-        super().__init__(config, pool, data, comm, device, objective)
+        super().__init__(config, pool, data, comm, device, store, objective)
         self._samples: list[PolicyBatch] = []
 
     def learn(self, samples: Sequence[Sample], advantages: Sequence[float]) -> StepMetrics:
@@ -146,7 +148,7 @@ class PolicyTrainer(Trainer):
         Raises InvalidRequest unless there are global_batch_size / num_workers samples with an advantage each.
         """
         settings = self.config.train
-        wanted = settings.micro_batch_size * settings.num_micro
+        wanted = settings.global_batch_size // self.comm.world
         if not len(samples) == len(advantages) == wanted:
             raise InvalidRequest(
                 f"{len(samples)} samples and {len(advantages)} advantages for a step of {wanted} "

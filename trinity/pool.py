@@ -7,14 +7,33 @@ differs. Control calls go to every shard side by side and wait for all of them.
 import math
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch import Dispatcher, Fixed, LocalTransport, Transport, View, settle
-from trinity.errors import StepConflict, Unavailable
+from trinity.errors import StepConflict, Unavailable, VersionGone
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Status, StepReport
+from trinity.messages import Abort, Commit, Load, Part, Prepare, RollBack, Save, ShardStatus, Stage, Status, StepReport
 from trinity.placement.table import PlacementTable
+from trinity.store import Version
+
+
+class Boundary(NamedTuple):
+    """What an attempt at a step starts from. `keep`: older versions that somebody still computes with."""
+
+    epoch: int
+    attempt: int
+    keep: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The version that counts, and the job's notes on it (plain JSON values)."""
+
+    version: int
+    notes: Mapping[str, Any]
 
 
 class ExpertPool:
@@ -33,6 +52,7 @@ class ExpertPool:
     ):
         self.view, self.transport = view, transport
         self.timeout_s, self.checkpoint_timeout_s, self.attempt_s = timeout_s, checkpoint_timeout_s, attempt_s
+        self._attempt = 0
 
     @property
     def table(self) -> PlacementTable:
@@ -54,9 +74,26 @@ class ExpertPool:
     def set_source(self, message: Load) -> None:
         """Note where a shard that starts again finds the present weights; only pools that can restart shards care."""
 
-    def at_boundary(self, version: int, num_updates: int) -> int:
-        """Between two steps nothing is under way: the moment for experts to move. -> the epoch of the next step's table."""
-        return self.table.epoch
+    def at_boundary(self, version: int, num_updates: int) -> Boundary:
+        """Before an attempt at the next step nothing is under way: the moment for experts to move. What older attempts still
+        have under way is void from here on."""
+        self._attempt += 1
+        return Boundary(self.table.epoch, self._attempt)
+
+    def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
+        """Staged everywhere: that it is committed is now a fact, whatever dies. Raises StepConflict for an attempt that was
+        given up. `notes` are what the job needs to go on from there."""
+
+    def begin(self, version: int, notes: Mapping[str, Any]) -> None:
+        """A job starts from that version: the first decision, whatever there was before."""
+
+    def decided(self) -> Decision | None:
+        """The last decision; None before the first."""
+        return None
+
+    def backbone(self, version: int) -> Version:
+        """The backbone of a committed version, from wherever it is kept. Raises VersionGone."""
+        raise VersionGone(f"version {version} of the backbone is kept nowhere else")
 
     def follow(self, epoch: int) -> None:
         """Wait until this process knows that table. Raises Unavailable when it does not hear of it."""
@@ -74,9 +111,9 @@ class ExpertPool:
     def status(self, reset_counts: bool = False) -> list[ShardStatus]:
         return self._all("status", Status(reset_counts))
 
-    def prepare(self, step: int, issued: Counter[str]) -> list[StepReport]:
+    def prepare(self, step: int, issued: Counter[str], attempt: int = 0) -> list[StepReport]:
         """Ask every shard what it has for `step`. Raises StepConflict when one has not applied exactly the `issued` ops."""
-        reports = self._all("prepare", Prepare(step))
+        reports = self._all("prepare", Prepare(step, attempt, self.table.shared))
         for shard, report in zip(self.table.shards, reports, strict=True):
             if report.num_ops != issued[shard]:
                 raise StepConflict(
@@ -84,25 +121,35 @@ class ExpertPool:
                 )
         return reports
 
-    def commit(self, message: Commit) -> int:
-        return self._agree(self._all("commit", message))
+    def stage(self, message: Stage) -> Callable[[], bool]:
+        """Every shard makes the next weights; call the answer to wait: are all finite?"""
+        wait = self._send("stage", [message] * len(self.table.shards))
+        return lambda: all(wait())
 
-    def abort(self, step: int) -> int:
-        return self._agree(self._all("abort", Abort(step)))
+    def commit(self, step: int) -> int:
+        return self._agree(self._all("commit", Commit(step)))
 
-    def save(self, folder: str) -> list[Part]:
-        """Every shard writes the experts it is the primary of, in parallel."""
-        messages = [Save(folder, self.table.primaries_of(shard)) for shard in self.table.shards]
-        return [part for parts in self._each("save", messages) for part in parts]
+    def abort(self, step: int, attempt: int = 0) -> int:
+        return self._agree(self._all("abort", Abort(step, attempt)))
+
+    def roll_back(self, version: int, attempt: int) -> int:
+        """Every shard goes back to that version. Raises VersionGone when one has it no more."""
+        return self._agree(self._all("roll_back", RollBack(version, attempt)))
+
+    def save(self, folder: str, version: int) -> Callable[[], list[Part]]:
+        """Every shard writes the experts it is the primary of, in parallel; call the answer to wait for the files. Steps may go
+        on once the shards have seen the message: it is theirs before any later one."""
+        wait = self._send("save", [Save(folder, self.table.primaries_of(s), version) for s in self.table.shards])
+        return lambda: [part for parts in wait() for part in parts]
 
     def _all(self, verb: str, message: Any) -> list[Any]:
-        return self._each(verb, [message] * len(self.table.shards))
+        return self._send(verb, [message] * len(self.table.shards))()
 
-    def _each(self, verb: str, messages: list[Any]) -> list[Any]:
+    def _send(self, verb: str, messages: list[Any]) -> Callable[[], list[Any]]:
         pairs = list(zip(self.table.shards, messages, strict=True))
         replies = [self.transport.send(shard, verb, message) for shard, message in pairs]
         deadline_s = time.time() + (self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s)
-        return [
+        return lambda: [
             settle(self.transport, shard, verb, message, reply, deadline_s)
             for (shard, message), reply in zip(pairs, replies, strict=True)
         ]
@@ -127,6 +174,7 @@ def shard_specs(
             backend=settings.backend,
             device=device,
             activation_cache_bytes=settings.activation_cache_bytes,
+            ordered_gradients=settings.ordered_gradients,
         )
         for shard in table.shards
     ]
@@ -151,5 +199,7 @@ def local_pool(
     settings = PlacementConfig(backend=backend)  # type: ignore[arg-type]
     shards = {spec.name: ExpertShard(spec) for spec in shard_specs(table, model, optim, settings, device)}
     pool = ExpertPool(Fixed(table), LocalTransport(shards), timeout_s)
+    for shard in shards.values():
+        shard.peers = pool.transport
     pool.load(load)
     return pool

@@ -65,7 +65,7 @@ class Rollout:
     @classmethod
     def following(cls, trainer: "Trainer", engine: EngineConfig | None = None) -> "Rollout":
         """Of a trainer that has started. Between two steps, this samples from what the last one committed."""
-        live, config = LiveWeights(trainer), trainer.config
+        live, config = TrainerWeights(trainer), trainer.config
         return cls(LLM.over(Engine(live, config.model, engine or config.engine, trainer.data.tokenizer), live))
 
     @property
@@ -116,7 +116,7 @@ class Rollout:
         return [Score(ids, version, *row) for ids, row in zip(sequences, rows, strict=True)]
 
 
-class LiveWeights:
+class TrainerWeights:
     """A WeightSource: what a trainer in this process has committed last, with a dispatcher of its own.
 
     The trainer's backbone is fp32. A model of that type shares its tensors; another gets a copy in its own type, made

@@ -4,14 +4,15 @@ Legend: B sequences of a micro-batch, S sequence length, L layers with experts, 
 Decisions: a plain class without Ray; `Comm` is how workers agree. The loss of the whole step is a sum over all workers and
 micro-batches, so gradients are summed, never averaged: on shards they are complete because every worker sends its rows
 there, in the backbone by DDP. `version` counts committed steps and names the weights; `position` counts batches consumed
-(a step skipped for a bad gradient consumes its batch), so that data order is a function of it alone.
+(a step skipped for a bad gradient consumes its batch), so that data order is a function of it alone. A step is tried until
+it is decided: whatever fails makes the attempt void everywhere, and the same batch is computed again.
 """
 
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,32 +22,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trinity.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    latest_checkpoint,
-    open_checkpoint,
-    prune,
-    step_path,
-    write_tensors,
-)
+from trinity.backbone import Backbone
+from trinity.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from trinity.comm import Comm, sum_gradients
 from trinity.config import Config
 from trinity.data import Batch, Prepared
-from trinity.errors import ConfigError, TrinityError
-from trinity.messages import Commit, Load
+from trinity.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InputGone,
+    StepConflict,
+    TrinityError,
+    Unavailable,
+    VersionGone,
+    WrongEpoch,
+)
+from trinity.messages import Load, Stage
 from trinity.metrics import StepMetrics, TrainLog
 from trinity.model.afmoe import Afmoe
-from trinity.model.balance import sign_update, smebu
 from trinity.model.init import init_weights
 from trinity.model.losses import max_vio
-from trinity.model.params import is_hidden_matrix
 from trinity.objective import Losses, Objective
-from trinity.optim import Matrix, Optimizer, lr_factor, sq_norm
-from trinity.pool import ExpertPool
+from trinity.optim import lr_factor, sq_norm
+from trinity.pool import Boundary, ExpertPool
+from trinity.saving import Saver
+from trinity.store import Store, Version
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 20
+HEALABLE = (Unavailable, DeadlineExceeded, StepConflict, WrongEpoch, VersionGone, InputGone)
+PAUSE_S = 0.2  # before a step is tried again
 
 
 class Totals(NamedTuple):
@@ -55,12 +60,16 @@ class Totals(NamedTuple):
     ce: float
     z: float
     balance: float
+    num_failed: int  # workers whose exchanges with a shard failed: the attempt is void
     counts_LE: Tensor
     issued: Counter[str]
 
 
 class Trainer:
-    """One worker of a training job. Worker 0 also speaks for the job to the shards and writes its part of checkpoints."""
+    """One worker of a training job. Worker 0 also speaks for the job to the shards and writes its part of checkpoints.
+
+    `store`: where the backbone's versions lie; one in a folder outlives this process (worker 0's).
+    """
 
     def __init__(
         self,
@@ -69,27 +78,35 @@ class Trainer:
         data: Prepared,
         comm: Comm,
         device: str = "cpu",
+        store: Store | None = None,
         objective: Callable[[Afmoe, Config], nn.Module] = Objective,
     ):
-        if pool.table.num_replicas_LE.max(initial=1) > 1:
-            raise ConfigError("training takes one replica of each expert so far; this pool's table has more")
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
         self.log: TrainLog | None = None
         self.device = torch.device(device)
         self.dispatcher = pool.dispatcher()
         self.model = Afmoe(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
+        self.backbone = Backbone(self.model, config.optim, store)
+        self.saver = Saver(config, pool, self.backbone, data.tokenizer)
         self.objective: nn.Module = objective(self.model, config)
         if comm.world > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
-        self.version = self.position = self.num_skipped = self._skipped_in_a_row = 0
+        self.position = self.num_skipped = self.num_replays = self._skipped_in_a_row = 0
+
+    @property
+    def version(self) -> int:
+        return self.backbone.version
 
     # -- where the weights come from
 
     def start(self) -> None:
-        """Take up the run where its last checkpoint left it, or begin: from `init_from`, or from the seed."""
+        """Go on from what the job decided last, if its shards and this host still have it; else from its last checkpoint; or
+        begin: from `init_from`, or from the seed."""
+        if self._go_on():
+            return
         found = latest_checkpoint(self.config.train.out_dir)
         if found is not None:
             self._load(open_checkpoint(found), training=True)
@@ -98,90 +115,161 @@ class Trainer:
         else:
             init_weights(self.model, self.config.model, self.config.train.seed)
             self._load_pool(Load(None, self.config.train.seed))
-            self._make_optimizer()
+            self.backbone.begin(0)
+        if self.comm.rank == 0:
+            self.pool.begin(self.version, {**self._notes(), "is_source": True})
+        self.comm.sum(torch.zeros(1))
+
+    def _go_on(self) -> bool:
+        """Without a checkpoint. Worker 0 finds the backbone where a worker before it left it; the others get it from there."""
+        found = self._recovered() if self.comm.rank == 0 else None
+        counts = [0, 0, 0, 0] if found is None else [found.number, *self._counts_of(found)]
+        there, *said = self.comm.from_first(torch.tensor([found is not None, *counts])).tolist()
+        if not there:
+            return False
+        number, num_updates, self.position, self.num_skipped = said
+        tensors = {} if found is None else found.tensors
+        received = {
+            name: self.comm.from_first(tensors[name] if name in tensors else torch.empty(like.shape, dtype=like.dtype))
+            for name, like in self.backbone.expected().items()
+        }
+        self.backbone.take(found or Version(number, received, {"num_updates": num_updates}))
+        log.info("going on from version %d, position %d", self.version, self.position)
+        return True
+
+    def _counts_of(self, found: Version) -> tuple[int, int, int]:
+        decision = self.pool.decided()
+        assert decision is not None
+        return found.notes["num_updates"], decision.notes["position"], decision.notes["num_skipped"]
+
+    def _recovered(self) -> Version | None:
+        """The backbone of the version that was decided last, once all shards are there. None: a checkpoint must do."""
+        decision = self.pool.decided()
+        if decision is None or decision.notes["run"] != self._run or decision.notes["order"] != self._order():
+            return None
+        try:
+            found = self.backbone.store.versions.get(decision.version) or self.pool.backbone(decision.version)
+            self.pool.commit(decision.version)
+            return found
+        except HEALABLE as error:
+            log.warning("version %d cannot be gone on from: %s", decision.version, error)
+            return None
 
     def _load(self, source: Checkpoint, training: bool) -> None:
-        source.load_backbone(self.model)
-        self._load_pool(Load(str(source.path.resolve()), training=training))
-        self._make_optimizer()
         if training:
-            self.version, self.position = source.version, int(source.state["position"])
-            self.num_skipped = int(source.state["num_skipped"])
-            self._restore(source)
+            self._check_order(source)
+        self._load_pool(Load(str(source.path.resolve()), training=training))
+        if training:
+            self.backbone.restore(source)
+            self.position, self.num_skipped = int(source.state["position"]), int(source.state["num_skipped"])
+        else:
+            source.load_backbone(self.model)
+            self.backbone.begin(0)
 
-    @torch.no_grad()
-    def _restore(self, source: Checkpoint) -> None:
-        """What the weights alone do not say. Raises ConfigError where the order of the data would be another one."""
+    def _check_order(self, source: Checkpoint) -> None:
+        """Raises ConfigError where the order of the data would be another one."""
         if source.state["order"] != self._order():
             raise ConfigError(
                 f"{source.path} was trained on other data or batches, {source.state['order']} instead of {self._order()}; "
                 "restore these settings, or start a new run with train.init_from"
             )
-        self.optimizer.restore(source.training_tensors(self.optimizer.tensors()), int(source.state["num_updates"]))
-        for name, mine in (self._momenta() | self._masters()).items():
-            mine.copy_(source.training_tensors([name])[name])
 
     def _load_pool(self, message: Load) -> None:
         if self.comm.rank == 0:
             self.pool.load(message)
         self.comm.sum(torch.zeros(1))  # nobody sends a row before the shards have their weights
 
-    def _make_optimizer(self) -> None:
-        params = dict(self.model.named_parameters())
-        matrices = {n: Matrix(*p.shape) for n, p in params.items() if is_hidden_matrix(n, p)}
-        self.optimizer = Optimizer({n: p.detach() for n, p in params.items()}, matrices, self.config.optim)
-        self.momentum = {layer: torch.zeros_like(bias) for layer, bias in self.model.expert_bias.items()}
-
     # -- the loop
 
     def run(self) -> dict[str, Any]:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
         settings, loss, val_loss = self.config.train, math.nan, math.nan
-        checkpoint = latest_checkpoint(settings.out_dir)
         while self.position < settings.steps and not self.stopped:
             loss = self.step().loss
             last = self.position == settings.steps
             if last or (settings.eval_every and self.position % settings.eval_every == 0):
                 val_loss = self.evaluate()
             if last or self.stopped or (settings.save_every and self.position % settings.save_every == 0):
-                checkpoint = self.save()
+                self.begin_save()
+        self.saver.wait()
         reached = {
             "position": self.position,
             "version": self.version,
             "stopped": self.stopped,
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(latest_checkpoint(settings.out_dir)),
         }
-        return {"loss": loss, "val_loss": val_loss, **reached}
+        return {"loss": loss, "val_loss": val_loss, "num_replays": self.num_replays, **reached}
 
     def step(self) -> StepMetrics:
-        """One optimizer step: forward and backward of all micro-batches, prepare, then commit or abort, everywhere."""
-        started, num, side = time.perf_counter(), self.config.train.num_micro, self.config.train.num_in_flight
-        self._settle_placement()
-        self.dispatcher.use(self.version)
-        self.objective.zero_grad(set_to_none=True)
-        totals = self._sum(
-            [losses for first in range(0, num, side) for losses in self._micros(first, min(num, first + side))]
-        )
-        norm = self._prepare(totals.issued)
-        self.position += 1
-        muon_lr, adamw_lr = self._learning_rates()
-        if math.isfinite(norm) and math.isfinite(totals.ce):
-            self._commit(norm, muon_lr, adamw_lr, totals.counts_LE)
+        """One optimizer step: forward and backward of all micro-batches, prepare, then commit or abort, everywhere. It is tried
+        until it succeeds; raises the reason when it has not for placement.recover_timeout_s."""
+        until_s = time.monotonic() + self.config.placement.recover_timeout_s
+        while (metrics := self._attempt(last=time.monotonic() > until_s)) is None:
+            self.num_replays += 1
+            time.sleep(PAUSE_S)
+        return metrics
+
+    def _attempt(self, last: bool) -> StepMetrics | None:
+        """None: it came to nothing, anywhere. `last`: then raise what worker 0 knows of the reason."""
+        started = time.perf_counter()
+        boundary = self._boundary(last)
+        if boundary is None:
+            return None
+        totals = self._sum(self._losses(boundary.attempt))
+        norm = self._prepare(totals, boundary, last)
+        if norm is None:
+            return None
+        lrs = self._learning_rates(self.position + 1)
+        if not (math.isfinite(norm) and math.isfinite(totals.ce)):
+            self._skip(boundary, f"the gradient norm is {norm}")
+        elif (is_finite := self._stage(norm, lrs, totals.counts_LE, boundary, last)) is None:
+            return None
+        elif not is_finite:
+            self._skip(boundary, "the new weights are not finite")
         else:
-            self._abort(norm)
-        return self._report(totals, norm, muon_lr, adamw_lr, time.perf_counter() - started)
+            self._commit(boundary)
+        return self._report(totals, norm, *lrs, time.perf_counter() - started)
 
-    def _settle_placement(self) -> None:
-        """Experts may move now; afterwards all workers send to the same places."""
-        epoch = torch.zeros(1, dtype=torch.int64)
+    def _as_first(self, what: Callable[[], Sequence[float]], num: int, last: bool) -> list[float] | None:
+        """Worker 0 does it and all learn the `num` numbers that come out; None where it failed and may succeed later."""
+        said = torch.zeros(1 + num, dtype=torch.float64)
         if self.comm.rank == 0:
-            epoch[0] = self.pool.at_boundary(self.version, self.optimizer.num_updates)
-        self.pool.follow(int(self.comm.from_first(epoch)))
+            try:
+                said[1:] = torch.tensor(what(), dtype=torch.float64)
+                said[0] = 1
+            except HEALABLE as error:
+                if last:
+                    raise
+                log.warning("step %d is tried again: %s", self.version + 1, error)
+        there, *found = self.comm.from_first(said).tolist()
+        return found if there else None
 
-    def _micros(self, first: int, end: int) -> list[Losses]:
-        """Forward and backward of the micro-batches `first` to `end`, side by side."""
+    def _boundary(self, last: bool) -> Boundary | None:
+        """Experts may move now; afterwards all workers send to the same places."""
+        found: list[Boundary] = []
+
+        def ask() -> list[float]:
+            found.append(self.pool.at_boundary(self.version, self.backbone.num_updates))
+            return [found[0].epoch, found[0].attempt]
+
+        said = self._as_first(ask, 2, last)
+        if said is None:
+            return None
+        self.pool.follow(int(said[0]))
+        return found[0] if found else Boundary(int(said[0]), int(said[1]))
+
+    def _losses(self, attempt: int) -> list[Losses]:
+        """Forward and backward of all micro-batches of this worker, some side by side."""
+        num = self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.comm.world)
+        side = self.config.train.num_in_flight
+        self.dispatcher.use(self.version, attempt, self.comm.rank)
+        self.objective.zero_grad(set_to_none=True)
+        parts = [(first, min(num, first + side)) for first in range(0, num, side)]
+        return [losses for first, end in parts for losses in self._micros(first, end, is_last=end == num)]
+
+    def _micros(self, first: int, end: int, is_last: bool) -> list[Losses]:
         batches = [self._batch(micro) for micro in range(first, end)]
-        with nullcontext() if end == self.config.train.num_micro else self._no_sync():
+        with nullcontext() if is_last else self._no_sync():
             found = self.objective(batches)
             torch.stack([losses.total for losses in found]).sum().backward()
         return [Losses(*(value.detach() for value in losses)) for losses in found]
@@ -199,48 +287,76 @@ class Trainer:
 
     def _sum(self, micros: list[Losses]) -> Totals:
         """Add up over micro-batches and workers. It is also the barrier after which no row of this step is under way."""
+        if self.dispatcher.failure is not None:
+            log.warning("step %d is tried again: %s", self.version + 1, self.dispatcher.failure)
         scalars = [torch.stack([getattr(m, name) for m in micros]).sum() for name in ("ce", "z", "balance")]
+        scalars.append(torch.tensor(float(self.dispatcher.failure is not None), device=scalars[0].device))
         counts_LE = torch.stack([m.counts_LE for m in micros]).sum(0)
         issued = [self.dispatcher.issued[shard] for shard in self.pool.table.shards]
         parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(issued)]
         flat = self.comm.sum(torch.cat([part.double().cpu() for part in parts]))
-        ce, z, balance = flat[:3].tolist()
-        ops = Counter(dict(zip(self.pool.table.shards, map(int, flat[3 + counts_LE.numel() :].tolist()), strict=True)))
-        return Totals(ce, z, balance, flat[3 : 3 + counts_LE.numel()].long().view_as(counts_LE), ops)
+        ce, z, balance, num_failed = flat[:4].tolist()
+        counts, ops = flat[4:].split([counts_LE.numel(), len(issued)])
+        named = Counter(dict(zip(self.pool.table.shards, map(int, ops.tolist()), strict=True)))
+        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named)
 
-    def _prepare(self, issued: Counter[str]) -> float:
+    def _prepare(self, totals: Totals, boundary: Boundary, last: bool) -> float | None:
         """The global gradient norm, once every shard has exactly the gradients that the workers sent it. Worker 0's word on
         stopping travels with it, so that all stop after the same step."""
-        said = torch.zeros(2, dtype=torch.float64)
-        if self.comm.rank == 0:
-            reports = self.pool.prepare(self.version + 1, issued)
-            said[0] = sq_norm(self._grads().values()) + sum(report.sq_norm for report in reports)
-            said[1] = self.should_stop()
-        squares, stop = self.comm.from_first(said).tolist()
-        self.stopped = bool(stop)
-        return math.sqrt(squares) if math.isfinite(squares) else math.inf
+
+        def ask() -> list[float]:
+            if totals.num_failed:
+                raise self.dispatcher.failure or Unavailable(f"{totals.num_failed} workers could not reach a shard")
+            reports = self.pool.prepare(self.version + 1, totals.issued, boundary.attempt)
+            squares = sq_norm(self._grads().values()) + sum(report.sq_norm for report in reports)
+            return [squares, self.should_stop()]
+
+        said = self._as_first(ask, 2, last)
+        if said is None:
+            return None
+        self.stopped = bool(said[1])
+        return math.sqrt(said[0]) if math.isfinite(said[0]) else math.inf
 
     def _grads(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def _commit(self, norm: float, muon_lr: float, adamw_lr: float, counts_LE: Tensor) -> None:
+    def _stage(
+        self, norm: float, lrs: tuple[float, float], counts_LE: Tensor, boundary: Boundary, last: bool
+    ) -> bool | None:
+        """Make the next version, on the shards and here side by side; -> whether it is finite everywhere."""
         scale = min(1.0, self.config.optim.grad_clip / (norm + 1e-12))
-        if self.comm.rank == 0:
-            self.pool.commit(Commit(self.version + 1, muon_lr, adamw_lr, scale))
-        self.comm.sum(torch.zeros(1))
-        self.optimizer.step(self._grads(), muon_lr, adamw_lr, scale)
-        self._update_bias(counts_LE)
-        self.version += 1
-        self._skipped_in_a_row = 0
+        keep = (*boundary.keep, *self.saver.versions)
+        message = Stage(self.version + 1, *lrs, scale, boundary.attempt, keep)
+        wait = self.pool.stage(message) if self.comm.rank == 0 else lambda: True
+        mine = self.backbone.stage(self._grads(), *lrs, scale, counts_LE)
+        said = self._as_first(lambda: [wait() and mine], 1, last)
+        if said is None:
+            self.backbone.give_up()
+            return None
+        return bool(said[0])
 
-    def _abort(self, norm: float) -> None:
-        log.warning(
-            "step skipped: the gradient norm is %s; its batch is consumed, the weights stay at %s", norm, self.version
-        )
+    def _commit(self, boundary: Boundary) -> None:
+        """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
+        self.position += 1
+        if self.comm.rank == 0:
+            self.pool.decide(self.version + 1, boundary.attempt, self._notes())
+        self.comm.sum(torch.zeros(1))
+        self.backbone.commit()
+        self._skipped_in_a_row = 0
+        if self.comm.rank == 0:
+            try:
+                self.pool.commit(self.version)
+            except HEALABLE as error:
+                log.warning("version %d is decided, and not everywhere yet: %s", self.version, error)
+
+    def _skip(self, boundary: Boundary, why: str) -> None:
+        log.warning("step skipped: %s; its batch is consumed, the weights stay at %d", why, self.version)
+        self.position += 1
         self.num_skipped += 1
         self._skipped_in_a_row += 1
+        self.backbone.give_up()
         if self.comm.rank == 0:
-            self.pool.abort(self.version + 1)
+            self.pool.abort(self.version + 1, boundary.attempt)
         self.comm.sum(torch.zeros(1))
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise TrinityError(
@@ -248,20 +364,8 @@ class Trainer:
                 "lower the learning rates or go back to an earlier checkpoint"
             )
 
-    @torch.no_grad()
-    def _update_bias(self, counts_LE: Tensor) -> None:
-        """Once per step, from the global counts, identically on every worker."""
-        optim = self.config.optim
-        for (layer, bias), counts_E in zip(self.model.expert_bias.items(), counts_LE.to(self.device), strict=True):
-            if optim.bias_update == "smebu":
-                rates = (optim.smebu_lambda, optim.smebu_beta, optim.smebu_kappa)
-                new, self.momentum[layer] = smebu(bias, self.momentum[layer], counts_E, *rates)
-                bias.copy_(new)
-            elif optim.bias_update == "sign":
-                bias.copy_(sign_update(bias, counts_E, optim.sign_gamma))
-
-    def _learning_rates(self) -> tuple[float, float]:
-        factor = lr_factor(self.position, self.config.optim, self.config.train.steps)
+    def _learning_rates(self, step: int) -> tuple[float, float]:
+        factor = lr_factor(step, self.config.optim, self.config.train.steps)
         return self.config.optim.muon_lr * factor, self.config.optim.adamw_lr * factor
 
     def _report(self, totals: Totals, norm: float, muon_lr: float, adamw_lr: float, seconds: float) -> StepMetrics:
@@ -302,34 +406,21 @@ class Trainer:
         return loss
 
     def save(self) -> Path:
-        """Write checkpoint `step-<position>`: shards and backbone side by side; -> its folder."""
-        out_dir = Path(self.config.train.out_dir).resolve()
-        target = step_path(out_dir, self.position)
-        if self.comm.rank == 0:
-            self._write(CheckpointWriter(target, self.version))
-            self.pool.set_source(Load(str(target)))
-            prune(out_dir, self.config.train.keep_checkpoints)
+        """Write checkpoint `step-<position>` and wait for it; -> its folder."""
+        target = self.begin_save()
+        self.saver.wait()
         self.comm.sum(torch.zeros(1))
         return target
 
-    def _write(self, writer: CheckpointWriter) -> None:
-        parts = self.pool.save(str(writer.folder))
-        parts += write_tensors(writer.folder, "model-backbone", self._backbone())
-        state = {**self.optimizer.tensors(), **self._momenta(), **self._masters()}
-        parts += write_tensors(writer.folder, "training/backbone", state.items())
-        writer.finish(parts, self.config.model, self.data.tokenizer, self._state())
+    def begin_save(self) -> Path:
+        """Write it while training goes on: shards and backbone side by side; -> the folder that it will be."""
+        if self.comm.rank == 0:
+            return self.saver.begin(self.position, self._state())
+        return self.saver.target(self.position)
 
-    def _backbone(self) -> Iterator[tuple[str, Tensor]]:
-        """The backbone in the model's type; the selection biases stay fp32."""
-        dtype = getattr(torch, self.config.model.dtype)
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor if name.endswith("expert_bias") else tensor.to(dtype)
-
-    def _masters(self) -> dict[str, Tensor]:
-        """The fp32 weights that a bf16 checkpoint rounds."""
-        if self.config.model.dtype == "float32":
-            return {}
-        return {f"{name}::master": parameter.detach() for name, parameter in self.model.named_parameters()}
+    @property
+    def _run(self) -> str:
+        return str(Path(self.config.train.out_dir).resolve())
 
     def _order(self) -> dict[str, int]:
         """What the sequence of batches depends on, besides the position."""
@@ -337,10 +428,16 @@ class Trainer:
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
         return {**batches, "num_tokens": len(self.data.train.store.tokens)}
 
-    def _momenta(self) -> dict[str, Tensor]:
-        return {f"model.layers.{layer}.mlp.expert_bias::momentum": m for layer, m in self.momentum.items()}
+    def _notes(self) -> dict[str, Any]:
+        """What a job that takes over needs to know besides the weights."""
+        counts = {"position": self.position, "num_skipped": self.num_skipped}
+        return {"run": self._run, "order": self._order(), **counts}
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude={"serve": {"api_key", "admin_key"}})
-        counts = {"position": self.position, "num_skipped": self.num_skipped, "num_updates": self.optimizer.num_updates}
+        counts = {
+            "position": self.position,
+            "num_skipped": self.num_skipped,
+            "num_updates": self.backbone.num_updates,
+        }
         return {**counts, "order": self._order(), "config": config}

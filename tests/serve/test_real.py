@@ -16,8 +16,9 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.config import Config, preset
+from trinity.experts.held import named_matrices
 from trinity.init import named_generator
-from trinity.messages import Load
+from trinity.messages import WEIGHT, Load
 from trinity.model.afmoe import Afmoe
 from trinity.pool import local_pool
 from trinity.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ def write_checkpoint(folder):
     pool = local_pool(MODEL, Load(), backend="torch")
     model = Afmoe(MODEL, pool.dispatcher())
     shard = pool.transport.shards["shard-0"]
-    tensors = {**model.state_dict(), **dict(shard._named(shard.spec.experts))}
+    tensors = {**model.state_dict(), **dict(named_matrices(shard.store.current, shard.experts, (WEIGHT,)))}
     with torch.no_grad():
         for name, tensor in tensors.items():
             noise = torch.randn(tensor.shape, generator=named_generator(0, name))

@@ -92,7 +92,7 @@ class Shard:
         """Distinct backward ops and expert gradients since the last time; forgets them."""
         with self.server.combiner.lock:
             report = self.shard.prepare(Prepare(1))
-            grads = {name: grad.tolist() for name, grad in self.shard.grads.items()}
+            grads = {name: grad.tolist() for name, grad in self.shard.gathered.sums().items()}
             self.shard.abort(Abort(1))
         return {"num_ops": report.num_ops, "grads": grads}
 

@@ -1,46 +1,25 @@
 """Checkpoints: what is written loads, in transformers too; what is damaged is named and never loaded."""
 
-import json
-import shutil
+import hashlib
+import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.unit.checkpoint_files import MODEL, contents, flip, model_and_pool, pool_of, save, write
 from trinity.checkpoint import CheckpointWriter, list_checkpoints, open_checkpoint, prune, step_path, write_tensors
-from trinity.config import OptimConfig, preset
 from trinity.errors import CheckpointError
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
 from trinity.model.attention import PackedAttention, packed_positions
-from trinity.model.init import init_weights
 from trinity.pool import local_pool
-
-MODEL = preset("tiny").model_copy(
-    update=dict(vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4,
-                sliding_window=6, pad_token_id=None)
-)  # fmt: skip
 
 
 def logits_of(model, ids):
     with torch.no_grad():
         out = model(ids, packed_positions(1, len(ids)), PackedAttention(MODEL, None, 1, len(ids)))
         return model.logits(out.hidden_TD)
-
-
-def write(out_dir, step=3, num_shards=2):
-    pool = local_pool(MODEL, Load(seed=1), num_shards=num_shards, optim=OptimConfig(), backend="torch")
-    model = Afmoe(MODEL, pool.dispatcher())
-    init_weights(model, MODEL, seed=1)
-    with torch.no_grad():
-        for bias in model.expert_bias.values():
-            bias.normal_(std=0.1)
-    writer = CheckpointWriter(step_path(out_dir, step), step)
-    parts = [
-        *pool.save(str(writer.folder)),
-        *write_tensors(writer.folder, "model-backbone", model.state_dict().items()),
-    ]
-    return model, writer.finish(parts, MODEL, None, {"num_updates": 0})
 
 
 @pytest.fixture
@@ -90,37 +69,12 @@ def test_large_parts_are_split_and_nothing_is_lost(tmp_path):
 def test_unfinished_saves_are_not_listed_and_old_ones_are_pruned(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
-    CheckpointWriter(step_path(tmp_path, 4), 4)
+    writer = CheckpointWriter(step_path(tmp_path, 4), 4)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001", "step-000002", "step-000003"]
     with pytest.raises(CheckpointError, match="did not finish"):
-        open_checkpoint(tmp_path / "step-000004.partial")
-    prune(tmp_path, keep=1)
+        open_checkpoint(writer.folder)
+    prune(tmp_path, 1)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000003"]
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda p: flip(p / "model-backbone-00.safetensors"), "does not match its SHA-256"),
-        (lambda p: (p / "model-backbone-00.safetensors").write_bytes(b"x" * 100), "the manifest says"),
-        (lambda p: (p / "model-backbone-00.safetensors").unlink(), "is missing"),
-        (lambda p: flip(p / "config.json"), "does not match its SHA-256"),
-        (lambda p: (p / "config.json").unlink(), "is missing"),
-        (lambda p: edit_json(p / "manifest.json", files={"config.json": 3}), "does not list files"),
-        (lambda p: (p / "manifest.json").write_text("[1]"), "does not hold a JSON object"),
-    ],
-)
-def test_damage_is_named(saved, damage, message):
-    model, path = saved
-    damage(path)
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(path).load_backbone(model)
 
 
 def test_a_large_checkpoint_is_measured_ahead_and_hashed_when_it_is_read(saved, monkeypatch):
@@ -129,7 +83,7 @@ def test_a_large_checkpoint_is_measured_ahead_and_hashed_when_it_is_read(saved, 
     flip(path / "model-backbone-00.safetensors")
     with pytest.raises(CheckpointError, match="SHA-256"):
         open_checkpoint(path).verify()
-    monkeypatch.setattr("trinity.checkpoint.HASH_AHEAD_BYTES", 0)
+    monkeypatch.setattr("trinity.checkpoint.read.HASH_AHEAD_BYTES", 0)
     open_checkpoint(path).verify()
     with pytest.raises(CheckpointError, match="SHA-256"):
         open_checkpoint(path).load_backbone(model)
@@ -149,63 +103,89 @@ def test_a_shard_whose_load_fails_holds_no_version(saved, tmp_path):
     assert pool.load(Load(str(path))) == 3
 
 
-def plain(path):
-    """The same checkpoint as somebody else would have written it: no manifest."""
-    (path / "manifest.json").unlink()
-    return path
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_three_shards_write_and_any_number_go_on_with_the_same_bits(tmp_path, num_shards):
+    model, pool = model_and_pool(num_shards=3)
+    path = save(step_path(tmp_path, 5), 5, model, pool)
+    other = pool_of(num_shards, Load(str(path), training=True))
+    assert set(other.versions().values()) == {5}
+    mine, theirs = state_of(pool), state_of(other)
+    assert len(mine) > len(state_of(pool, of="_named")) > 0
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert {shard.optimizer.num_updates for shard in other.transport.shards.values()} == {5}
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def state_of(pool, of=None):
+    """Weights and optimizer state of all experts, by name."""
+    shards = pool.transport.shards.values()
+    parts = [
+        getattr(shard, name)(shard.experts) for shard in shards for name in ([of] if of else ["_named", "_named_state"])
+    ]
+    return {name: tensor for part in parts for name, tensor in part}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llama"}, "'llama' model; Trinity runs 'afmoe'"),
-        ({"score_func": "softmax"}, "only 'sigmoid'"),
-        ({"rope_parameters": [1]}, "not an object"),
-        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta"),
-        ({"num_hidden_layers": "abc", "layer_types": None}, "num_hidden_layers"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
-        ({"num_experts_per_tok": 50}, "num_experts_per_tok 50 > num_experts 4"),
-        ({"hidden_size": "32x"}, "hidden_size"),
-        ({"hidden_size": 64}, "has shape"),
-    ],
-)
-def test_other_architectures_are_refused(saved, changes, message):
-    path = plain(saved[1])
-    edit_json(path / "config.json", **changes)
-
-    def load():
-        checkpoint = open_checkpoint(path)
-        checkpoint.load_backbone(Afmoe(checkpoint.config, lambda *_: None))
-
-    with pytest.raises(CheckpointError, match=message):
-        load()
+def test_mixed_types_and_views_are_written_bit_for_bit_as_safetensors_reads_them(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    made = torch.randn(6, 10, generator=rng)
+    tensors = {
+        "half": made.bfloat16()[:, :3],
+        "transposed": made.mT,
+        "one": made[0, 0],
+        "none": made[:0],
+        "double": made.double(),
+        "strided": made[::2, ::3],
+        "short": made.half()[0, :3],
+    }
+    (part,) = write_tensors(tmp_path, "x", tensors.items())
+    read = load_file(tmp_path / part.file)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
+    raw = (tmp_path / part.file).read_bytes()
+    assert (part.num_bytes, part.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
 
 
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "a\\..\\b"])
-def test_an_index_may_not_leave_the_folder(saved, file):
-    path = plain(saved[1])
-    edit_json(path / "model.safetensors.index.json", weight_map={"model.norm.weight": file})
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
-        open_checkpoint(path)
+def test_saves_in_many_threads_do_not_disturb_each_other(tmp_path):
+    """Of the same step, too: one of them stays, whole."""
+    made = {seed: model_and_pool(seed) for seed in (1, 2, 3)}
+    known = {seed: contents(save(tmp_path / f"known-{seed}", 7, *what)) for seed, what in made.items()}
+    run, failed = tmp_path / "run", []
+
+    def work(seed):
+        try:
+            for _ in range(5):
+                save(step_path(run, 7), 7, *made[seed])
+                save(step_path(run, 10 + seed), 10 + seed, *made[seed])
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert sorted(p.name for p in run.iterdir()) == [f"step-{step:06d}" for step in (7, 11, 12, 13)]
+    assert any(
+        all(torch.equal(t, want[0][n]) for n, t in contents(step_path(run, 7))[0].items()) for want in known.values()
+    )
 
 
-def test_pickles_integers_and_missing_tensors_are_refused(saved, tmp_path):
-    path = plain(saved[1])
-    other = tmp_path / "other"
-    other.mkdir()
-    shutil.copy(path / "config.json", other)
-    (other / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"\.bin/\.pt files"):
-        open_checkpoint(other)
-    save_file({"model.norm.weight": torch.zeros(32, dtype=torch.int64)}, other / "model.safetensors")
-    with pytest.raises(CheckpointError, match="weights are floating point"):
-        open_checkpoint(other).tensor("model.norm.weight")
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is missing"):
-        open_checkpoint(other).tensor("lm_head.weight")
-    (other / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
-        open_checkpoint(other)
+def test_an_exception_in_the_block_abandons_the_save(tmp_path):
+    def save_and_fail():
+        with CheckpointWriter(step_path(tmp_path, 1), 1) as writer:
+            write_tensors(writer.folder, "x", [("a", torch.zeros(3))])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_and_fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_still_writes_for_a_dead_save_is_told(tmp_path):
+    writer = CheckpointWriter(step_path(tmp_path, 1), 1)
+    folder = str(writer.folder)
+    del writer
+    CheckpointWriter(step_path(tmp_path, 1), 1)
+    with pytest.raises(CheckpointError, match=r"cannot write .*: No such file or directory"):
+        write_tensors(folder, "x", [("a", torch.zeros(3))])

@@ -85,8 +85,9 @@ def test_forward_and_backward_equal_the_transport_in_process(served):
     alone = local_pool(MODEL, Load(seed=5), num_shards=2, optim=OptimConfig(), backend="torch")
     assert all(torch.equal(a, b) for a, b in zip(layer_of(served.pool), layer_of(alone), strict=True))
     for name, shard in served.shards.items():
-        for key, grad in alone.transport.shards[name].grads.items():
-            assert torch.equal(shard.grads[key], grad)
+        mine = shard.gathered.sums()
+        for key, grad in alone.transport.shards[name].gathered.sums().items():
+            assert torch.equal(mine[key], grad)
 
 
 def test_tcp_carries_the_same(served, monkeypatch):
@@ -109,7 +110,7 @@ def test_a_shard_that_moves_is_found_again_and_ops_are_applied_once(served):
 def served_count(served):
     from collections import Counter
 
-    return Counter({name: len(shard._applied) for name, shard in served.shards.items()})
+    return Counter({name: shard.gathered.num_ops for name, shard in served.shards.items()})
 
 
 def test_requests_may_be_sent_ahead_and_answers_taken_in_any_order(served):

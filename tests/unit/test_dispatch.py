@@ -12,7 +12,7 @@ from trinity.dispatch import Fixed, LocalTransport
 from trinity.errors import InputGone, StepConflict, WrongEpoch
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.init import init_expert
-from trinity.messages import Abort, Commit, Load, Prepare
+from trinity.messages import Abort, Commit, Load, Prepare, Stage
 from trinity.placement.table import PlacementTable
 from trinity.pool import ExpertPool, local_pool
 
@@ -55,8 +55,8 @@ def gradients_of(pool):
     found = {}
     for shard in pool.transport.shards.values():
         for e in shard.spec.experts[LAYER]:
-            at = int(shard._local[LAYER][e])
-            gate, up, down = (shard.grads[f"{LAYER}.{kind}"][at] for kind in ("gate", "up", "down"))
+            at = shard.experts[LAYER].index(e)
+            gate, up, down = shard.gathered.rows(LAYER, at, shard.weights[LAYER]).chunk(3)
             found[e] = (gate, up, down.mT)
     return found
 
@@ -113,7 +113,8 @@ def train_once(pool, transport=None):
         for layer in MODEL.moe_layers:
             dispatcher(layer, x, ids, weights).square().sum().backward()
     pool.prepare(1, dispatcher.issued)
-    assert pool.commit(Commit(1, 1e-2, 1e-3, 0.5)) == 1
+    assert pool.stage(Stage(1, 1e-2, 1e-3, 0.5))()
+    assert pool.commit(1) == 1
     return pool
 
 
@@ -157,13 +158,14 @@ def test_evicted_activations_are_recomputed_to_the_same_bits():
 def test_a_step_follows_its_predecessor_or_is_refused():
     pool = train_once(pool_of(2))
     shard = pool.transport.shards["shard-0"]
-    assert shard.commit(Commit(1, 1e-2, 1e-3, 0.5)) == 1, "a repeated commit is harmless"
+    assert shard.commit(Commit(1)) == 1, "a repeated commit is harmless"
     with pytest.raises(StepConflict, match="step 3 does not follow"):
         shard.prepare(Prepare(3))
-    dispatcher = pool.dispatcher(version=0)
     x, ids, weights = batch()
-    with pytest.raises(StepConflict, match="holds version 1, the caller wants 0"):
-        dispatcher(LAYER, x, ids, weights)
+    with pytest.raises(StepConflict, match="a step on 0 is void"):
+        pool.dispatcher(version=0)(LAYER, x, ids, weights)
+    with pytest.raises(StepConflict, match="holds version 1, the caller wants 2"):
+        pool.dispatcher(version=2)(LAYER, x, ids, weights)
 
 
 def test_a_step_with_missing_ops_is_not_prepared_and_an_aborted_one_leaves_no_trace():
@@ -177,7 +179,7 @@ def test_a_step_with_missing_ops_is_not_prepared_and_an_aborted_one_leaves_no_tr
         pool.prepare(1, issued)
     assert pool.abort(1) == 0
     assert pool.abort(1) == 0
-    assert all(not s.grads and not s._ops for s in pool.transport.shards.values())
+    assert all(not s.gathered.num_ops and not s._ops for s in pool.transport.shards.values())
 
 
 def test_strangers_are_refused_by_name():

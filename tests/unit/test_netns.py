@@ -49,7 +49,7 @@ def wanted(seed=0):
     x_TD, ids_TK, weights_TK = batch(seed)
     y_TD = pool.dispatcher()(LAYER, x_TD, ids_TK, weights_TK)
     dx_TD, dweights_TK = torch.autograd.grad(y_TD.square().sum(), [x_TD, weights_TK])
-    grads = {name: grad.tolist() for name, grad in pool.transport.shards["shard-0"].grads.items()}
+    grads = {name: grad.tolist() for name, grad in pool.transport.shards["shard-0"].gathered.sums().items()}
     return {"y": y_TD.tolist(), "dx": dx_TD.tolist(), "dweights": dweights_TK.tolist()}, grads
 
 

@@ -1,6 +1,5 @@
 """Experts leave one shard and join another with all that is theirs; callers find them wherever they are."""
 
-import contextlib
 import random
 import time
 
@@ -12,8 +11,9 @@ from trinity.config import OptimConfig, preset
 from trinity.dispatch import Dispatcher, Done, Fixed, LocalTransport
 from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
 from trinity.experts.copying import take_up
+from trinity.experts.held import names_of
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.messages import WEIGHT, Adopt, Commit, Copy, Fetch, Load, Prepare, Retain, Status
+from trinity.messages import WEIGHT, Adopt, Commit, Copy, Fetch, Load, Prepare, Retain, Stage, Status
 from trinity.placement.table import PlacementTable
 from trinity.pool import ExpertPool, local_pool
 
@@ -41,13 +41,7 @@ def rows_of(num_tokens=30, seed=0):
 def copy_all(target, experts, peers, layer=LAYER, source=None):
     version = next(iter(peers.values())).version
     names = tuple(next(s for s, shard in peers.items() if e in shard.experts[layer]) for e in experts)
-    return take_up(
-        target,
-        Copy(layer, tuple(experts), names, version, FOREVER),
-        LocalTransport(peers),
-        source,
-        contextlib.nullcontext(),
-    )
+    return take_up(target, Copy(layer, tuple(experts), names, version, FOREVER), LocalTransport(peers), source)
 
 
 # -- one shard
@@ -65,20 +59,23 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
         for shard in both:
             rng = torch.Generator().manual_seed(step)
             for layer in MODEL.moe_layers:
-                for name, stack in zip(("gate", "up", "down"), shard.weights[layer], strict=True):
+                gradients = []
+                for stack in shard.weights[layer]:
                     noise = {e: torch.randn(8, 16, generator=rng) for e in range(MODEL.num_experts)}
                     wanted = torch.stack([noise[e] for e in shard.experts[layer]])
-                    shard.grads[f"{layer}.{name}"] = torch.empty_strided(stack.shape, stack.stride()).copy_(wanted)
+                    gradients.append(torch.empty_strided(stack.shape, stack.stride()).copy_(wanted))
+                shard.gathered.add(f"test:{layer}", names_of(layer), gradients)
             shard.prepare(Prepare(step))
-            shard.commit(Commit(step, 0.02, 0.01, 1.0))
+            shard.stage(Stage(step, 0.02, 0.01, 1.0))
+            shard.commit(Commit(step))
     if optim is None:
         copy_all(b, [1, 3], {"a": a})
     assert b.experts[LAYER] == (5, 6, 7, 1, 3)
     for expert in (1, 3):
-        for kind in a.kinds:
+        for kind in a.kinds(a.version):
             mine, theirs = (s.fetch(Fetch(LAYER, expert, s.version, FOREVER, kind)) for s in both)
             assert torch.equal(mine, theirs), (expert, kind)
-    assert len(a.kinds) == (1 if optim is None else 2 if optim.matrices == "muon" else 3)
+    assert len(a.kinds(a.version)) == (1 if optim is None else 2 if optim.matrices == "muon" else 3)
 
 
 def test_what_is_adopted_computes_and_what_is_dropped_does_not():
@@ -117,10 +114,10 @@ def test_copies_of_another_version_are_refused():
 
 def test_an_expert_that_nobody_has_comes_from_the_checkpoint():
     a, b = shard_of("a", range(8)), shard_of("b", range(2))
-    take_up(b, Copy(LAYER, (4,), ("",), 0, FOREVER), LocalTransport({}), SOURCE, contextlib.nullcontext())
+    take_up(b, Copy(LAYER, (4,), ("",), 0, FOREVER), LocalTransport({}), SOURCE)
     assert torch.equal(b.fetch(Fetch(LAYER, 4, 0, FOREVER)), a.fetch(Fetch(LAYER, 4, 0, FOREVER)))
     with pytest.raises(StepConflict, match="is on no shard"):
-        take_up(b, Copy(LAYER, (5,), ("",), 0, FOREVER), LocalTransport({}), None, contextlib.nullcontext())
+        take_up(b, Copy(LAYER, (5,), ("",), 0, FOREVER), LocalTransport({}), None)
 
 
 # -- callers

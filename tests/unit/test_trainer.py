@@ -13,7 +13,8 @@ from trinity.config import Config
 from trinity.data import prepare
 from trinity.dispatch import Done, LocalTransport
 from trinity.errors import ConfigError, TrinityError
-from trinity.messages import Load
+from trinity.experts.held import named_matrices
+from trinity.messages import WEIGHT, Load
 from trinity.model.afmoe import Afmoe
 from trinity.model.attention import PackedAttention, packed_positions
 from trinity.model.init import init_weights
@@ -56,7 +57,7 @@ def trainer_for(config, num_shards=1):
 def all_weights(trainer):
     weights = dict(trainer.model.state_dict())
     for shard in trainer.pool.transport.shards.values():
-        weights.update(shard._named(shard.spec.experts))
+        weights.update(named_matrices(shard.store.current, shard.experts, (WEIGHT,)))
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
@@ -200,7 +201,7 @@ def test_gradients_that_are_not_finite_skip_the_step_everywhere(texts, tmp_path)
         def send(self, shard, verb, message):
             reply = super().send(shard, verb, message)
             if verb == "backward" and shard == "shard-1":
-                self.shards[shard].grads[f"{message.layer}.gate"][0, 0, 0] = math.nan
+                self.shards[shard].gathered._total[f"{message.layer}.gate"][0, 0, 0] = math.nan
             return reply
 
     clean = trainer.dispatcher.transport
@@ -215,7 +216,7 @@ def test_gradients_that_are_not_finite_skip_the_step_everywhere(texts, tmp_path)
 
 def test_a_run_that_only_skips_stops_by_itself(texts, tmp_path):
     trainer = trainer_for(config_for(texts, tmp_path, steps=50))
-    trainer._prepare = lambda issued: math.inf
+    trainer._prepare = lambda *_: math.inf
     with pytest.raises(TrinityError, match="20 steps in a row"):
         trainer.run()
     assert (trainer.version, trainer.position) == (0, 20)
@@ -228,7 +229,7 @@ def test_bf16_models_add_up_small_gradients_and_resume_bitwise(texts, tmp_path):
     grads = []
     for micro in (1, 256):
         trainer = trainer_for(config(f"micro{micro}", global_batch_size=256, micro_batch_size=micro, seq_len=8))
-        trainer._commit = lambda *_, trainer=trainer: grads.append({n: g.clone() for n, g in trainer._grads().items()})
+        trainer._stage = lambda *_, t=trainer: bool(grads.append({n: g.clone() for n, g in t._grads().items()}))
         trainer.step()
     for name, summed in grads[0].items():
         assert summed.dtype == torch.float32

@@ -21,11 +21,11 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         raise ConfigError(f"{target} exists already; name a new folder")
     source = Checkpoint(arguments.source)
     config = source.config.model_copy(update={"dtype": arguments.dtype or source.config.dtype})
-    writer = CheckpointWriter(target, source.version)
     limit = int(arguments.max_file_gb * 2**30)
-    parts = write_tensors(writer.folder, "model", _tensors(source, getattr(torch, config.dtype)), limit)
     tokenizer = source.tokenizer if (source.path / "tokenizer.json").is_file() else None
-    writer.finish(parts, config, tokenizer, None, source.generation)
+    with CheckpointWriter(target, source.version) as writer:
+        parts = write_tensors(writer.folder, "model", _tensors(source, getattr(torch, config.dtype)), limit)
+        writer.finish(parts, config, tokenizer, None, source.generation)
     total = sum(part.num_bytes for part in parts)
     print(
         f"{target}: {len(source.weight_map):,} tensors, {total / 2**30:.2f} GiB in {len(parts)} files, {config.dtype}"

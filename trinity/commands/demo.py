@@ -1,12 +1,14 @@
 """`trinity demo`: the whole product in a few minutes on two cores.
 
-Trains preset tiny on the Python standard library's own source files with its experts in two shard actors, serves the
-checkpoint from the same actors, asks one question over HTTP and one over gRPC, and shuts down.
+Trains preset tiny on the Python standard library's own source files with its experts in two shard actors, and serves them
+meanwhile: the same prompt is answered every few seconds, from the weights as they are. Then it serves the checkpoint from
+the same actors, asks one question over HTTP and one over gRPC, and shuts down.
 """
 
 import argparse
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from trinity.errors import ConfigError
 
 STEPS = 200
 MARK = ".trinity-demo"
+LIVE_PROMPT, LIVE_EVERY_S = "    def __", 6.0
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 7}
 HTTP_PROMPT = "def __init__(self, "
 GRPC_PROMPT = "import os\nimport sys\n\n"
@@ -41,12 +44,37 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     app.check_ports(config.serve)
     started = time.monotonic()
     _say("Training a small Trinity model on Python's own standard library; its experts live in 2 shard actors.")
+    asker = Asker()
     with joined(config.cluster, config.train.num_workers):
-        result = train(config)
+        result = train(config.replace(serve={"weights": "live"}), asker.start)
+        asker.stop()
         _say(f"Trained in {time.monotonic() - started:.0f} s. Serving it from the same actors.")
         _serve(config, result["checkpoint"], keep=arguments.keep)
     _say(f"Done in {time.monotonic() - started:.0f} s; everything is shut down. Files are in {out}.")
     return 0
+
+
+class Asker:
+    """Asks the same question every few seconds, and prints which step's weights answered."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+
+    def start(self, http_url: str, grpc_address: str) -> None:
+        import httpx
+
+        with httpx.Client(base_url=http_url, timeout=60) as client:
+            while not self._ended.wait(LIVE_EVERY_S):
+                asked = {"prompt": LIVE_PROMPT, "max_tokens": 24, "temperature": 0}
+                try:
+                    answer = client.post("/v1/completions", json=asked).raise_for_status().json()["choices"][0]
+                except httpx.HTTPError:  # the server drains: training has ended
+                    return
+                versions = answer["weights_versions"]
+                print(f"    step {versions['first']:>3}: {LIVE_PROMPT}{answer['text']!r}", flush=True)
+
+    def stop(self) -> None:
+        self._ended.set()
 
 
 def _empty(out: Path) -> None:

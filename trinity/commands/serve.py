@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             server.stop()
         finally:
             if made and not config.placement.keep:
-                pools.destroy(config.placement.pool, config.cluster.namespace)
+                pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
     return 0
 
 

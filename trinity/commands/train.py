@@ -4,7 +4,8 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,20 @@ from trinity.errors import ConfigError
 from trinity.tree import preset_names
 
 if TYPE_CHECKING:
+    from actors.pool import RayPool
     from trinity.messages import ShardStatus
 
 SETTINGS = "settings.yaml"  # in train.out_dir
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else [])])
+    serving = ["--serve.weights", "live"] if arguments.serve else []
+    config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else []), *serving])
     if arguments.dry_run:
         print(to_yaml(config), end="")
         return 0
-    check_out_dir(config)
-    if (done := steps_done(config)) >= config.train.steps:
-        say(f"{config.train.out_dir} is at step {done} already; raise --train.steps to go on")
+    point = check_out_dir(config)
+    if point is not None and not _rewound(config, point):
         return 0
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors import pool as pools
@@ -34,11 +36,15 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
     with joined(config.cluster, config.train.num_workers):
         try:
-            result = train(config)
+            result = train(config, announced if arguments.serve else None)
         finally:
             if not config.placement.keep:
-                pools.destroy(config.placement.pool, config.cluster.namespace)
+                pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
     return 130 if result["stopped"] else 0
+
+
+def announced(http_url: str, grpc_address: str) -> None:
+    say(f"HTTP {http_url}\ngRPC {grpc_address}\nanswers come from the weights as they are trained")
 
 
 def save_settings(config: Config) -> None:
@@ -66,23 +72,36 @@ def load(source: str, flags: list[str]) -> Config:
     return Config.from_tree(tree)
 
 
-def check_out_dir(config: Config) -> None:
-    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint."""
-    from trinity.checkpoint import latest_checkpoint, open_checkpoint
+def check_out_dir(config: Config) -> Path | None:
+    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint; -> the checkpoint
+    that the run goes on from, None for a new run."""
+    from trinity.checkpoint import open_checkpoint, resume_point
 
-    found = latest_checkpoint(config.train.out_dir)
-    if found is None:
-        if config.train.resume:
-            raise ConfigError(f"{config.train.out_dir} holds no checkpoint to resume from; leave --resume out to begin")
-        _check_writable(Path(config.train.out_dir))
-        _check_same(config.train.init_from, config)
-        return
-    if not config.train.resume:
+    settings = config.train
+    found = resume_point(settings.out_dir, settings.resume_from)
+    if found is None and settings.resume:
+        raise ConfigError(f"{settings.out_dir} holds no checkpoint to resume from; leave --resume out to begin")
+    if found is not None and not settings.resume and settings.resume_from is None:
         raise ConfigError(
-            f"{config.train.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
+            f"{settings.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
         )
-    _check_same(str(found), config)
-    open_checkpoint(found).verify()
+    _check_writable(Path(settings.out_dir))
+    _check_same(settings.init_from if found is None else str(found), config)
+    if found is not None:
+        open_checkpoint(found).verify()
+    return found
+
+
+def _rewound(config: Config, point: Path) -> bool:
+    """Make `point` the newest checkpoint of the run, unless it has taken all its steps; -> whether there are steps to take."""
+    from trinity.checkpoint import rewind, step_of
+
+    if (done := step_of(point)) >= config.train.steps:
+        say(f"{config.train.out_dir} is at step {done} already; raise --train.steps to go on")
+        return False
+    if aside := rewind(config.train.out_dir, point):
+        say(f"checkpoints after step {done} are in {aside} now; delete them if nobody wants them")
+    return True
 
 
 def _check_same(checkpoint: str | None, config: Config) -> None:
@@ -115,16 +134,18 @@ def to_yaml(config: Config) -> str:
 
 def steps_done(config: Config) -> int:
     """The step of the run's last checkpoint; 0 without one."""
-    from trinity.checkpoint import latest_checkpoint
+    from trinity.checkpoint import latest_checkpoint, step_of
 
     found = latest_checkpoint(config.train.out_dir)
-    return int(found.name[5:]) if found else 0
+    return step_of(found) if found else 0
 
 
-def train(config: Config) -> dict:
+def train(config: Config, served: Callable[[str, str], None] | None = None) -> dict:
     """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays.
 
-    SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C at once.
+    With `served` the pool is served meanwhile, from its first weights to the end of training; it is told the HTTP and gRPC
+    addresses, on a thread of its own. SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C
+    at once.
     """
     from actors import pool as pools
     from actors.train import STOP, fit
@@ -141,7 +162,9 @@ def train(config: Config) -> dict:
     say(describe(pool.status()))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
-    with shown(out_dir / "metrics.jsonl", Progress(config.train.steps, tokens_per_step, sys.stderr, done)):
+    progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
+    meanwhile = serving(config, pool, served) if served else nullcontext()
+    with shown(out_dir / "metrics.jsonl", progress), meanwhile:
         result = stoppable(lambda: fit(config), out_dir / STOP)
     print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
     print(f"checkpoint {result['checkpoint']}")
@@ -149,6 +172,32 @@ def train(config: Config) -> dict:
     if result["stopped"]:
         say(f"stopped at step {result['position']} of {config.train.steps}; continue with --resume")
     return result
+
+
+@contextmanager
+def serving(config: Config, pool: "RayPool", served: Callable[[str, str], None]) -> Iterator[None]:
+    """Serve the pool's live weights inside the block, as soon as it has any."""
+    from serving import app
+
+    app.check_ports(config.serve)
+    source, servers, ended = str(Path(config.train.out_dir).resolve()), [], threading.Event()
+
+    def serve() -> None:
+        while pool.decided() is None:
+            if ended.wait(0.2):
+                return
+        servers.append(app.start(config, source))
+        served(servers[0].http_url, servers[0].grpc_address)
+
+    thread = threading.Thread(target=serve, name="trinity-serve", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(config.placement.ready_timeout_s)
+        for server in servers:
+            server.stop()
 
 
 def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:

@@ -1,7 +1,6 @@
 """How a shard takes up experts that others hold: it fetches their rows, one expert at a time, and adopts a layer's together."""
 
 import time
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,20 +16,20 @@ class Peers(Protocol):
     def send(self, shard: str, verb: str, message: Any) -> Any: ...
 
 
-def take_up(
-    shard: ExpertShard, message: Copy, peers: Peers, source: Load | None, lock: AbstractContextManager[Any]
-) -> int:
-    """-> bytes fetched. The shard goes on computing meanwhile, but for the moment of adopting, under its lock.
+def take_up(shard: ExpertShard, message: Copy, peers: Peers, source: Load | None) -> int:
+    """-> bytes fetched. The shard goes on computing meanwhile, but for the moment of adopting.
 
     Raises what the peers raise, and StepConflict when they or this shard are not at the message's version: then nothing has
     been adopted.
     """
-    held = shard.experts.get(message.layer, ())
+    held = shard.holds(message.version, message.layer)
     new = [pair for pair in zip(message.experts, message.sources, strict=True) if pair[0] not in held]
-    rows = {kind: tuple(_rows(shard, message, *pair, kind, peers, source) for pair in new) for kind in shard.kinds}
-    with lock:
-        names = tuple(expert for expert, _ in new)
-        shard.adopt(Adopt(message.layer, names, message.version, rows, message.num_updates))
+    rows = {
+        kind: tuple(_rows(shard, message, *pair, kind, peers, source) for pair in new)
+        for kind in shard.kinds(message.version)
+    }
+    names = tuple(expert for expert, _ in new)
+    shard.adopt(Adopt(message.layer, names, message.version, rows, message.num_updates))
     return sum(found.nbytes for kind in rows.values() for found in kind)
 
 

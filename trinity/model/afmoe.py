@@ -115,6 +115,10 @@ class Afmoe(nn.Module):
         for part in self.modules():
             part.is_exact = config.batch_invariant  # type: ignore[assignment]
 
+    @property
+    def experts(self) -> ExpertLayer:
+        return self._experts[0]
+
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
         """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
         return self.forward_all([(ids_T, positions_T, attend)])[0]

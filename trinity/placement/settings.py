@@ -62,7 +62,21 @@ class PlacementConfig(Frozen):
     activation_cache_bytes: int = Field(
         default=2 << 30, ge=0, description="forward activations a shard keeps for backward"
     )
+    ordered_gradients: bool = Field(
+        default=True,
+        description="sum the gradients of several workers in the workers' order: the same bits whoever is faster, for one "
+        "fp32 gradient of the shard's experts for each worker",
+    )
+    durable: bool = Field(
+        default=True, description="committed weights and optimizer state of a training pool outlive their process"
+    )
+    memory_dir: str | None = Field(
+        default=None, description="where they do; default: shared memory, which is as fast as a process's own"
+    )
     call_timeout_s: float = Field(default=120.0, gt=0, description="for rows and steps")
+    recover_timeout_s: float = Field(
+        default=600.0, gt=0, description="for a training step to succeed, whatever dies meanwhile"
+    )
     checkpoint_timeout_s: float = Field(default=3600.0, gt=0, description="for a shard to load or save its part")
     keep: bool = Field(default=False, description="leave the pool alive when the command that made it ends")
     ready_timeout_s: float = Field(default=180.0, gt=0)

@@ -96,6 +96,15 @@ class PlacementTable:
             for layer, row in zip(self.layers, self.replicas, strict=True)
         }
 
+    @cached_property
+    def shared(self) -> dict[int, dict[int, tuple[str, ...]]]:
+        """layer -> expert -> its shards, the primary first, of experts that several shards hold."""
+        rows = zip(self.layers, self.replicas, strict=True)
+        several = {
+            n: {e: tuple(self.shards[at] for at in h) for e, h in enumerate(row) if len(h) > 1} for n, row in rows
+        }
+        return {layer: experts for layer, experts in several.items() if experts}
+
     def flat(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [L * E] replicas of each expert; int64 [R] the shard positions of all of them, one expert after another."""
         held = list(chain.from_iterable(self.replicas))

@@ -90,7 +90,7 @@ def checkpoint(model: ModelConfig, folder: Path) -> Path:
     backbone = Afmoe(model, pool.dispatcher())
     init_weights(backbone, model, SEED)
     writer = CheckpointWriter(folder, 0)
-    parts = [*pool.save(str(writer.folder)), *write_tensors(writer.folder, "model", backbone.state_dict().items())]
+    parts = [*pool.save(str(writer.folder), 0)(), *write_tensors(writer.folder, "model", backbone.state_dict().items())]
     tokenizer = Tokenizer.train(documents(("stdlib",), max_documents=50), model.vocab_size)
     return writer.finish(parts, model, tokenizer, None)
 

@@ -1,0 +1,93 @@
+"""Where the committed state of a pool's processes lies on a host: folders in shared memory that outlive their process.
+
+Decisions: a folder belongs to the Ray node (its raylet process) whose actors wrote it, for only that node starts them again;
+folders of nodes that have gone are swept away by whoever makes the next one.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trinity.config import PlacementConfig, ray_node_pid
+from trinity.store import Version, read
+
+log = logging.getLogger(__name__)
+SHM = Path("/dev", "shm")
+PREFIX = "trinity-kept"
+REMOVE_S = 10.0
+
+
+def base(memory_dir: str | None) -> Path:
+    return Path(memory_dir) if memory_dir else SHM if SHM.is_dir() else Path(tempfile.gettempdir())
+
+
+def folder(settings: PlacementConfig, what: str) -> Path | None:
+    """Of one process of the pool on this node, `what` being its name; None where nothing is to be kept."""
+    if not settings.durable:
+        return None
+    root = base(settings.memory_dir)
+    sweep(root)
+    raylet = ray_node_pid()
+    return root / f"{PREFIX}-{os.getuid()}-{raylet}-{_started(raylet)}-{settings.pool}" / what
+
+
+def sweep(root: Path) -> None:
+    """Remove what belongs to nodes that have gone. Harmless beside others who do the same."""
+    for path in root.glob(f"{PREFIX}-{os.getuid()}-*"):
+        raylet, started = path.name.split("-")[3:5]
+        if _started(int(raylet)) != int(started):
+            log.warning("removing %s: its node has gone", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(pool: str, memory_dir: str | None) -> None:
+    """On all nodes that are alive: the pool's processes have ended for good."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{pool}")):
+        return
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    refs = [_remove.options(scheduling_strategy=each).remote(pool, memory_dir) for each in strategies]
+    ray.wait(refs, num_returns=len(refs), timeout=REMOVE_S) if refs else None
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _remove(pool: str, memory_dir: str | None) -> None:
+    for path in base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-{ray_node_pid()}-*-{pool}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@ray.remote(num_cpus=0, max_retries=1)
+def read_there(path: str, number: int, suffix: str) -> Any:
+    """A version out of a folder on another node, packed; the tensors whose names end like that."""
+    from actors.transport import pack
+
+    found = read(Path(path), number, lambda name: name.endswith(suffix))
+    return {name: pack(tensor) for name, tensor in found.tensors.items()}, dict(found.notes)
+
+
+def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) -> Version:
+    """A version out of a folder on that node. Raises VersionGone, or Unavailable where the node is gone."""
+    from actors.names import ask
+    from actors.transport import unpack
+
+    if node == ray.get_runtime_context().get_node_id():
+        return read(Path(path), number, lambda name: name.endswith(suffix))
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ref = read_there.options(scheduling_strategy=there).remote(path, number, suffix)
+    tensors, notes = ask(ref, timeout_s, f"node {node[:8]}")
+    return Version(number, {name: unpack(each) for name, each in tensors.items()}, notes)
+
+
+def _started(pid: int) -> int:
+    """When the process with that id began, in clock ticks since boot; 0 where there is none."""
+    path = Path("/proc") / str(pid) / "stat"
+    try:
+        return int(path.read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0

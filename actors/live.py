@@ -1,0 +1,176 @@
+"""The weights of a run while it trains, for an engine: experts stay on the trainer's shards, the backbone is copied from it.
+
+A WeightSource (trinity/engine/weights.py). Decisions: which version is served is the placement service's word, which a thread
+of this process hears; a version's backbone is read from the memory in which the trainer keeps it, or from its node; a
+version that is held gets a model of its own and a lease with the service, so that shards and trainer keep it.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from uuid import uuid4
+
+from actors import follow, kept
+from actors import pool as pools
+from actors.names import PLACEMENT, find
+from trinity.backbone import WEIGHT, load_values
+from trinity.config import Config, ModelConfig
+from trinity.dispatch import Dispatcher
+from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
+from trinity.model.afmoe import Afmoe
+from trinity.pool import Decision
+from trinity.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+LEASE_S = 30.0
+POLL_S = 0.1
+
+
+def live_source(config: Config, run_dir: str) -> "tuple[LiveWeights, ModelConfig, Tokenizer]":
+    """The source that `serve.weights` names, of the run in that folder. Waits for the run's first version. Raises Unavailable
+    when there is none, and ConfigError for a version that is not kept."""
+    pool = pools.connect(config.placement, config.cluster.namespace)
+    decision = _first_decision(pool, config.placement.ready_timeout_s)
+    device = "cuda" if config.engine.num_gpus else "cpu"
+    source = LiveWeights(pool, pool.spec().model, decision, device)
+    if config.serve.weights != "live":
+        source.pin(config.serve.pinned_step)
+    return source, source.config, Tokenizer.load(Path(run_dir) / "data" / "tokenizer")
+
+
+def _first_decision(pool: pools.RayPool, timeout_s: float) -> Decision:
+    until_s = time.monotonic() + timeout_s
+    while (decision := pool.decided()) is None:
+        if time.monotonic() > until_s:
+            raise Unavailable(f"pool {pool.name!r} has no weights after {timeout_s:.0f} s; is anybody training in it?")
+        time.sleep(POLL_S)
+    return decision
+
+
+class LiveWeights:
+    """Owned by one engine's thread. Its own thread renews what it holds."""
+
+    def __init__(self, pool: pools.RayPool, config: ModelConfig, decision: Decision, device: str = "cpu"):
+        self.pool, self.config, self.device = pool, config, device
+        self._me, self._places = uuid4().hex[:12], decision.notes["backbone"]
+        self._models: dict[int, Afmoe] = {}  # of versions that are held
+        self._latest: tuple[int, Afmoe] | None = None
+        self._experts: list[Dispatcher] = []
+        self._held = Counter[int]()
+        self._bad: set[int] = set()
+        self._pinned: int | None = None
+        self._good = decision.version
+        view = pool.view
+        assert isinstance(view, follow.Follower)
+        view.watch_version(decision.version)
+        self._view = view
+        self._stopped = threading.Event()
+        threading.Thread(target=self._renew, name="trinity-leases", daemon=True).start()
+        follow.stop_before_leaving(self)
+
+    def pin(self, step: int | None) -> None:
+        """Serve that version for good; None: the one that is served now."""
+        try:
+            self._pinned = self.pool.pin(step, self._holder("pinned"), LEASE_S)
+        except TrinityError as error:
+            raise ConfigError(f"--weights pinned:{step}: {error.message}; or serve that step's checkpoint") from None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    # -- a WeightSource
+
+    def newest(self) -> int:
+        if self._pinned is not None:
+            return self._pinned
+        version = self._view.version
+        if version is not None and version >= 0 and version not in self._bad:
+            self._good = version
+        return self._good
+
+    def model(self, version: int) -> Afmoe:
+        if version in self._models:
+            return self._models[version]
+        if self._latest is not None and self._latest[0] == version:
+            return self._latest[1]
+        if self._held[version]:
+            self._models[version] = self._loaded(self._made(), version)
+            return self._models[version]
+        model = self._latest[1] if self._latest is not None else self._made()
+        self._latest = None  # half of it may be new when something fails
+        self._latest = version, self._loaded(model, version)
+        return model
+
+    def hold(self, version: int) -> None:
+        self._held[version] += 1
+        if self._held[version] == 1:
+            if self._latest is not None and self._latest[0] == version:
+                self._models[version], self._latest = self._latest[1], None
+            self._ask("pin", version, self._holder(version), LEASE_S)
+
+    def release(self, version: int) -> None:
+        self._held[version] -= 1
+        if self._held[version] <= 0:
+            del self._held[version]
+            model = self._models.pop(version, None)
+            if model is not None and self._latest is None:
+                self._latest = version, model
+            self._ask("unpin", self._holder(version))
+
+    def quarantine(self, version: int) -> None:
+        if version not in self._bad:
+            self._bad.add(version)
+            self._good = max((n for n in range(version) if n not in self._bad), default=version)
+            self._ask("quarantine", version)
+
+    def counts(self) -> tuple[int, dict[str, tuple[list[int], float]]]:
+        """Retries, and seconds by phase, of all its dispatchers."""
+        retries = sum(each.num_retries for each in self._experts)
+        phases: dict[str, tuple[list[int], float]] = {}
+        for each in self._experts:
+            for phase, (buckets, seconds) in each.times.phases.items():
+                before, sum_s = phases.get(phase, ([0] * len(buckets), 0.0))
+                phases[phase] = [a + b for a, b in zip(before, buckets, strict=True)], sum_s + seconds
+        return retries, phases
+
+    # -- inside
+
+    def _made(self) -> Afmoe:
+        experts = self.pool.dispatcher()
+        self._experts.append(experts)
+        return Afmoe(self.config, experts, device=self.device).eval()
+
+    def _loaded(self, model: Afmoe, version: int) -> Afmoe:
+        """Raises VersionGone."""
+        for fresh in (False, True):  # the job may have moved since its place was noted
+            if fresh and (decision := self.pool.decided()) is not None:
+                self._places = decision.notes["backbone"]
+            for node, folder in self._places:
+                try:
+                    load_values(model, kept.fetched(node, folder, version, WEIGHT, self.pool.timeout_s))
+                    experts = model.experts
+                    assert isinstance(experts, Dispatcher)
+                    experts.use(version)
+                    return model
+                except (VersionGone, Unavailable, DeadlineExceeded) as error:
+                    log.info("version %d: %s", version, error)
+        raise VersionGone(f"the backbone of version {version} is kept nowhere any more")
+
+    def _holder(self, what: object) -> str:
+        return f"{self._me}/{what}"
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(LEASE_S / 3):
+            if self._pinned is not None:
+                self._ask("pin", self._pinned, self._holder("pinned"), LEASE_S)
+            for version in list(self._held):
+                self._ask("pin", version, self._holder(version), LEASE_S)
+
+    def _ask(self, method: str, *arguments: object) -> None:
+        """Without waiting for an answer: whether a version is there is said by whoever is asked to compute with it."""
+        try:
+            getattr(find(self.pool.name, PLACEMENT, self.pool.namespace), method).remote(*arguments)
+        except Unavailable as error:
+            log.warning("%s: %s", method, error)

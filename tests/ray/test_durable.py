@@ -1,0 +1,223 @@
+"""Whatever is killed while training, the final weights are bitwise those of the undisturbed run, and no step is lost."""
+
+import os
+import random
+import signal
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.faults import FaultyTransport
+from tests.ray.runs import config_for, decisions, train_here, weights_of
+from trinity.checkpoint import latest_checkpoint, open_checkpoint
+from trinity.comm import Alone
+from trinity.data import prepare
+from trinity.trainer import Trainer
+
+NUM_STEPS = 16
+
+
+@pytest.fixture
+def config(tmp_path):
+    return config_for(tmp_path, steps=NUM_STEPS, num_shards=3)
+
+
+@pytest.fixture
+def pool(ray_session, config, tmp_path):
+    from actors import pool as pools
+
+    made = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
+    yield made
+    pools.destroy(config.placement.pool, "trinity")
+
+
+def trainer_of(config, pool):
+    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, config.train.out_dir), Alone())
+    trainer.start()
+    return trainer
+
+
+def same_as_undisturbed(config, tmp_path, trainer, losses):
+    want, reference = train_here(config, tmp_path / "here")
+    assert losses == list(want.values())
+    saved = open_checkpoint(trainer.save())
+    assert saved.version == reference.version == config.train.steps
+    mine, theirs = weights_of(saved), weights_of(reference)
+    assert mine.keys() == theirs.keys()
+    differ = {
+        key: float((mine[key] - theirs[key]).abs().max()) for key in mine if not torch.equal(mine[key], theirs[key])
+    }
+    assert differ == {}
+
+
+def pid_of(ray, pool, shard):
+    return ray.get(pool.shards[shard].where.remote())[1]
+
+
+class Killer(threading.Thread):
+    """Kills a random shard at a random moment of each of some steps."""
+
+    def __init__(self, ray, pool, trainer, seed, steps):
+        super().__init__(daemon=True)
+        self.ray, self.pool, self.trainer, self.steps = ray, pool, trainer, steps
+        self.rng, self.num_kills, self.step_s = random.Random(seed), 0, 0.3
+
+    def run(self):
+        for step in self.steps:
+            while self.trainer.position < step:
+                time.sleep(0.005)
+            time.sleep(self.rng.uniform(0, self.step_s))
+            os.kill(pid_of(self.ray, self.pool, self.rng.choice(self.pool.table.shards)), signal.SIGKILL)
+            self.num_kills += 1
+
+
+def test_shards_are_killed_at_random_and_no_step_is_lost(ray_session, config, pool, tmp_path):
+    """F1, a smoke; tests/chaos has the long one."""
+    trainer = trainer_of(config, pool)
+    killer = Killer(ray_session, pool, trainer, seed=1, steps=(3, 7, 12))
+    killer.start()
+    losses = [trainer.step().loss for _ in range(NUM_STEPS)]
+    killer.join(60)
+    assert killer.num_kills == 3
+    same_as_undisturbed(config, tmp_path, trainer, losses)
+
+
+@pytest.mark.parametrize("verb", ["prepare", "stage", "commit"])
+def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp_path, verb):
+    """F3: killed before it answers one of three shards' verbs. All are at one version after every step."""
+    trainer = trainer_of(config.replace(train={"steps": 5}), pool)
+    send, killed = pool.transport.send, []
+
+    def murderous(shard, what, message):
+        if what == verb and shard == "shard-1" and trainer.position == 2 and not killed:
+            killed.append(pid_of(ray_session, pool, shard))
+            os.kill(killed[0], signal.SIGKILL)
+        return send(shard, what, message)
+
+    pool.transport.send = murderous
+    losses = []
+    for step in range(1, 6):
+        losses.append(trainer.step().loss)
+        assert set(pool.versions().values()) == {step}
+    assert killed
+    assert trainer.num_replays == (0 if verb == "commit" else 1), "what was decided is not made again"
+    same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
+
+
+def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path):
+    """F2 over actors: 30 % of requests and of replies are lost."""
+    trainer = trainer_of(config.replace(train={"steps": 4}), pool)
+    faulty = [
+        FaultyTransport(t, random.Random(n), lose_request=0.3, lose_reply=0.3)
+        for n, t in enumerate((pool.transport, trainer.dispatcher.transport))
+    ]
+    pool.transport, trainer.dispatcher.transport = faulty
+    losses = [trainer.step().loss for _ in range(4)]
+    pool.transport = faulty[0].inner
+    assert min(each.lost for each in faulty) > 3
+    assert trainer.num_replays == 0, "lost messages are sent again under the same name"
+    same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
+
+
+def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config, pool, tmp_path):
+    """F8, shorter: SIGSTOP for longer than a call may take."""
+    config = config.replace(train={"steps": 4})
+    trainer = trainer_of(config, pool)
+    trainer.dispatcher.timeout_s = pool.timeout_s = 2.0
+    losses = [trainer.step().loss]
+    pid = pid_of(ray_session, pool, "shard-2")
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(5.0, os.kill, (pid, signal.SIGCONT)).start()
+    losses += [trainer.step().loss for _ in range(3)]
+    assert trainer.num_replays >= 1
+    assert pid_of(ray_session, pool, "shard-2") == pid, "nobody was started again"
+    same_as_undisturbed(config, tmp_path, trainer, losses)
+
+
+def test_the_placement_service_is_killed_while_training(ray_session, config, pool, tmp_path):
+    trainer = trainer_of(config.replace(train={"steps": 5}), pool)
+    losses = [trainer.step().loss for _ in range(2)]
+    from actors.names import PLACEMENT, find
+
+    ray_session.kill(find(pool.name, PLACEMENT, "trinity"), no_restart=False)
+    losses += [trainer.step().loss for _ in range(3)]
+    assert pool.decided().version == 5
+    same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
+
+
+def test_a_trainer_that_was_replaced_can_decide_nothing(config, pool):
+    """Two workers believe that they are the job's: the older one's attempt is void wherever it shows up."""
+    from trinity.errors import StepConflict
+
+    old, new = trainer_of(config, pool), trainer_of(config, pool)
+    boundary = old._boundary(last=True)
+    losses = old._losses(boundary.attempt)
+    new.step()
+    assert old._prepare(old._sum(losses), boundary, last=False) is None
+    with pytest.raises(StepConflict, match="was given up for"):
+        pool.decide(1, boundary.attempt, {})
+    assert pool.decided().version == 1
+
+
+def test_a_killed_worker_goes_on_from_the_last_step(ray_session, config, tmp_path):
+    """F4: SIGKILL of the training worker; no checkpoint but the last is ever written."""
+    from actors import pool as pools
+    from actors.train import fit
+
+    config = config.replace(train={"steps": 40}, placement={"num_shards": 2})
+    pool = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
+    seen, done = [], threading.Event()
+
+    def kill_once():
+        while not done.is_set() and not ((decision := pool.decided()) and decision.version >= 8):
+            time.sleep(0.01)
+        _, folder = decision.notes["backbone"][0]
+        seen.append(decision.version)
+        os.kill(writer_of(Path(folder)), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_once, daemon=True)
+    killer.start()
+    result = fit(config)
+    done.set()
+    killer.join(10)
+    pools.destroy(config.placement.pool, "trinity")
+    assert seen
+    assert result["version"] == 40
+    assert decisions(tmp_path / "ray") == list(range(1, 41)), "each step was logged once, in order: none was lost"
+    _, reference = train_here(config, tmp_path / "here")
+    mine, theirs = (weights_of(c) for c in (open_checkpoint(latest_checkpoint(tmp_path / "ray")), reference))
+    assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
+
+
+def writer_of(folder):
+    """The process that has a tensor of that store mapped, and is no shard: the training worker."""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if str(folder) in path.read_text():
+                return int(path.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"nobody has {folder}")
+
+
+def test_two_workers_sum_in_one_order(ray_session, config, tmp_path):
+    """Two runs with two workers each have the same bits, whoever was faster."""
+    from actors import pool as pools
+    from actors.train import fit
+
+    found = []
+    for n in range(2):
+        out_dir = tmp_path / f"run{n}"
+        own = config.replace(
+            train={"steps": 4, "num_workers": 2, "out_dir": str(out_dir)},
+            placement={"pool": f"w-{uuid.uuid4().hex[:8]}", "num_shards": 2},
+        )
+        pools.create(own.placement, "trinity", own.model, own.optim, str(tmp_path / f"placement{n}"))
+        fit(own)
+        pools.destroy(own.placement.pool, "trinity")
+        found.append(weights_of(open_checkpoint(latest_checkpoint(out_dir))))
+    assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []

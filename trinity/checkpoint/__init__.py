@@ -1,0 +1,40 @@
+"""Checkpoints are Hugging Face directories, written in parts by many processes and made real by one rename.
+
+    step-000300/            config.json, generation_config.json, tokenizer files, model.safetensors.index.json
+      model-backbone-00.safetensors, model-experts-<shard>-00.safetensors …     what transformers and vLLM load
+      training/             optimizer state beside them, state.json                 what `--resume` needs
+      manifest.json         every file with size and SHA-256, and its own; written last
+
+A folder is what its name says, and a name changes in one rename:
+
+    step-000300                     a checkpoint, never written to again
+    step-000300.1f0c.partial        one that is being written, or that a dead saver left; the next save removes it
+    step-000300.replaced            what another save of the step is about to take the place of; counts while nothing has
+    step-000300.9ab2.deleted        one that is being deleted; the next save finishes that
+
+Decisions: safetensors only; a file is hashed before the first tensor is read from it; a folder without a manifest is a
+plain Hugging Face checkpoint (version 0), unless its index says that it had one; only a save deletes, a reader never;
+file names inside an index or a manifest may not leave the folder.
+"""
+
+from trinity.checkpoint.layout import PROJECTIONS, all_experts, expert_key, step_path
+from trinity.checkpoint.read import Checkpoint, open_checkpoint
+from trinity.checkpoint.run import latest_checkpoint, list_checkpoints, prune, resume_point, rewind, step_of
+from trinity.checkpoint.write import CheckpointWriter, write_tensors
+
+__all__ = [
+    "PROJECTIONS",
+    "Checkpoint",
+    "CheckpointWriter",
+    "all_experts",
+    "expert_key",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "open_checkpoint",
+    "prune",
+    "resume_point",
+    "rewind",
+    "step_of",
+    "step_path",
+    "write_tensors",
+]

@@ -1,0 +1,42 @@
+"""What readers and writers of a checkpoint agree on: names of files, folders and tensors, types, and the manifest's hash."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trinity.config import ModelConfig
+from trinity.messages import Experts
+
+INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
+STATE = "training/state.json"
+PARTIAL, DELETED, REPLACED = ".partial", ".deleted", ".replaced"
+FORMAT = 2
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+STORED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def expert_key(layer: int, expert: int, projection: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+
+
+def all_experts(config: ModelConfig) -> Experts:
+    return {layer: tuple(range(config.num_experts)) for layer in config.moe_layers}
+
+
+def step_path(out_dir: str | Path, step: int) -> Path:
+    """Where a run keeps its checkpoint after `step` steps."""
+    return Path(out_dir) / f"step-{step:06d}"
+
+
+def replaced(path: Path) -> Path:
+    return path.with_name(path.name + REPLACED)
+
+
+def own_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says besides it, however it is laid out."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,266 @@
+"""What a shard holds: experts of every layer, in versions, and how they come and go.
+
+Legend: E local experts of a layer, F expert hidden, D model.
+Decisions: `lock` guards everything. Every change makes new stacks and a version with other contents, put in place at once; the
+store's memory may outlive the process (trinity/store.py).
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trinity.checkpoint import open_checkpoint, write_tensors
+from trinity.config import ModelConfig, OptimConfig
+from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, VersionGone, WrongEpoch
+from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.backends import resolve
+from trinity.experts.held import (
+    Layer,
+    empty_version,
+    experts_of,
+    kinds_of,
+    layers_of,
+    named_matrices,
+    restacked,
+    stacks_of,
+)
+from trinity.experts.loading import loaded, read_expert, with_state
+from trinity.messages import WEIGHT, Adopt, Experts, Fetch, Load, Part, Retain, Save
+from trinity.store import Store, Version
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard is made from. `optim` None: it serves and does not train."""
+
+    name: str
+    model: ModelConfig
+    experts: Experts
+    optim: OptimConfig | None = None
+    backend: str = "auto"
+    device: str = "cpu"
+    activation_cache_bytes: int = 1 << 30
+    ordered_gradients: bool = True
+
+
+class Holdings:
+    """The part of an ExpertShard (shard.py) that owns its versions."""
+
+    def __init__(self, spec: ShardSpec, store: Store | None = None):
+        self.spec, self.lock = spec, threading.RLock()
+        self.store = Store(device=spec.device) if store is None else store
+        self.backend = resolve(spec.backend, torch.device(spec.device))
+        self._layers: dict[int, tuple[Version, dict[int, Layer]]] = {}
+        self._rows = {layer: torch.zeros(spec.model.num_experts, dtype=torch.int64) for layer in spec.model.moe_layers}
+        self._publish()
+
+    @property
+    def version(self) -> int:
+        """Of the weights that count; -1 without any."""
+        return self.store.committed
+
+    @property
+    def experts(self) -> Experts:
+        """Held now; before anything is loaded, what is to be."""
+        return experts_of(self.store.current) if self.version >= 0 else dict(self.spec.experts)
+
+    @property
+    def weights(self) -> dict[int, LayerWeights]:
+        """Of the present version, by layer."""
+        return {layer: held.weights for layer, held in self._layers[self.version][1].items()}
+
+    def settle(self, committed: int) -> None:
+        """After a restart: be at the version that the pool has decided on, if it is here. Otherwise hold nothing."""
+        with self.lock:
+            if committed in self.store.versions:
+                self.store.roll_back(committed) if committed < self.version else self.store.commit(committed)
+            elif committed != self.version:
+                self.store.clear()
+            self._publish()
+
+    # -- which experts are here
+
+    def fetch(self, message: Fetch) -> Tensor:
+        with self.lock:
+            held = self._layer(message.layer, message.version, message.deadline_s).experts
+            if message.expert not in held:
+                raise WrongEpoch(f"shard {self.spec.name} does not hold expert ({message.layer}, {message.expert})")
+            return self._rows_of(message, held.index(message.expert))
+
+    def _rows_of(self, message: Fetch, at: int) -> Tensor:
+        stacks = stacks_of(self.store.get(message.version), message.layer, message.kind)
+        return torch.cat([stack[at] for stack in stacks])
+
+    @torch.no_grad()
+    def adopt(self, message: Adopt) -> int:
+        """Raises StepConflict for rows of a version that this shard is not at, unless it holds no experts at all: then it
+        takes up theirs. Rows of an older version that is kept elsewhere are of weights alone."""
+        with self.lock:
+            version = self._place_for(message.version, message.num_updates)
+            held = experts_of(version)[message.layer]
+            new = [i for i, expert in enumerate(message.experts) if expert not in held]
+            rows = {kind: [found[i] for i in new] for kind, found in message.rows.items()}
+            experts = (*held, *(message.experts[i] for i in new))
+            self._put(restacked(self.store, version, message.layer, range(len(held)), experts, rows))
+            return len(new)
+
+    @torch.no_grad()
+    def retain(self, message: Retain) -> int:
+        with self.lock:
+            num = 0
+            for version in list(self.store.versions.values()):
+                for layer, held in experts_of(version).items():
+                    wanted = set(message.experts.get(layer, ()))
+                    keep = [at for at, expert in enumerate(held) if expert in wanted]
+                    if len(keep) < len(held):
+                        num += (len(held) - len(keep)) * (version.number == self.version)
+                        self._rows[layer][[expert for expert in held if expert not in wanted]] = 0  # counters
+                        left = tuple(held[at] for at in keep)
+                        version = restacked(self.store, version, layer, keep, left, {})
+                        self._put(version)
+            return num
+
+    def holds(self, version: int, layer: int) -> tuple[int, ...]:
+        """Experts of a layer that are here at that version."""
+        with self.lock:
+            found = self.store.versions.get(version)
+            return experts_of(found)[layer] if found else ()
+
+    def kinds(self, version: int) -> tuple[str, ...]:
+        """What a copy of an expert at that version consists of: weights, and optimizer state where this shard trains."""
+        with self.lock:
+            if self.spec.optim is None or version < self.version:
+                return (WEIGHT,)
+            return kinds_of(self.store.versions.get(version) or self._empty_version(version, 0))
+
+    def from_source(self, layer: int, expert: int, message: Load) -> Tensor:
+        """What `fetch` would give, of the weights in a checkpoint."""
+        source = open_checkpoint(message.checkpoint) if message.checkpoint else None
+        return read_expert(source, self.spec.model, layer, expert, message.seed).to(DTYPES[self.spec.model.dtype])
+
+    # -- files
+
+    @torch.no_grad()
+    def load(self, message: Load) -> int:
+        """Take the weights from a checkpoint or from the seed; -> version. Nobody computes with half of a checkpoint."""
+        with self.lock:
+            self._changed()
+            experts = self.experts
+            self.store.clear()
+            self._publish()
+            version = loaded(self.store, self._empty, self.spec.model, self.spec.optim, experts, message)
+            self._put(version)
+            self.store.commit(version.number)
+            self._publish()
+            if any(experts.values()):
+                self._warm_up()
+            return self.version
+
+    def save(self, message: Save) -> tuple[Part, ...]:
+        """Write the named experts, and their optimizer state under training/; -> the files."""
+        with self.lock:
+            version = self.store.get(message.version)
+            if message.training and self.spec.optim is not None and kinds_of(version) == (WEIGHT,):
+                raise VersionGone(
+                    f"shard {self.spec.name} keeps no optimizer state of version {message.version} any more"
+                )
+            self.store.hold(message.version)
+        try:
+            matrices = named_matrices(version, message.experts, (WEIGHT,))
+            parts = write_tensors(message.folder, f"model-experts-{self.spec.name}", matrices)
+            if message.training and len(kinds := kinds_of(version)) > 1:
+                state = named_matrices(version, message.experts, kinds[1:])
+                parts += write_tensors(message.folder, f"training/experts-{self.spec.name}", state)
+        finally:
+            with self.lock:
+                self.store.release(message.version)
+        return parts
+
+    # -- inside
+
+    def _layer(self, layer: int, version: int, deadline_s: float) -> Layer:
+        """What that version has of a layer. A caller that names the staged version knows that it was decided on."""
+        if time.time() > deadline_s:
+            raise DeadlineExceeded(
+                f"shard {self.spec.name}: the call's deadline passed {time.time() - deadline_s:.2f} s ago"
+            )
+        if self.version < 0:
+            raise Unavailable(f"shard {self.spec.name} has no weights yet")
+        if version == self.version + 1 and self.store.staged is not None:
+            self._commit()
+        if version > self.version:
+            raise StepConflict(f"shard {self.spec.name} holds version {self.version}, the caller wants {version}")
+        if version not in self._layers:
+            raise VersionGone(f"shard {self.spec.name} keeps versions {self.store.numbers}, the caller wants {version}")
+        found = self._layers[version][1].get(layer)
+        if found is None:
+            raise WrongEpoch(f"shard {self.spec.name} holds nothing of layer {layer}")
+        return found
+
+    def _publish(self) -> None:
+        """What there is to compute with is what the store has."""
+        train = self.spec.optim is not None
+        self._layers = {
+            number: known
+            if (known := self._layers.get(number)) and known[0] is version
+            else (version, layers_of(version, self.spec.model, train))
+            for number, version in self.store.versions.items()
+        }
+
+    def _put(self, version: Version) -> None:
+        self.store.put(version)
+        self.store.trim()
+        self._publish()
+
+    def _commit(self) -> None:
+        if self.store.staged is None:
+            raise StepConflict(f"shard {self.spec.name} has nothing staged after version {self.version}")
+        self.store.commit(self.version + 1)
+        self._changed()
+        self._publish()
+
+    def _changed(self) -> None:
+        """The present version is another one, or none."""
+
+    def _place_for(self, number: int, num_updates: int) -> Version:
+        """The version that experts of that number are added to."""
+        if number in self.store.versions:
+            return self.store.versions[number]
+        is_empty = not any(self.experts.values()) or self.version < 0
+        if not is_empty and number > self.version:
+            raise StepConflict(f"shard {self.spec.name} holds version {self.version}, the copies are of {number}")
+        version = self._empty_version(number, num_updates)
+        if number > self.version:
+            self.store.clear()
+        self._put(version)
+        if number > self.version:
+            self.store.commit(number)
+            self._publish()
+        return version
+
+    @property
+    def _empty(self) -> LayerWeights:
+        """Stacks of no experts, of the type and layout that the backend wants."""
+        device, dtype = torch.device(self.spec.device), DTYPES[self.spec.model.dtype]
+        f, d = self.spec.model.moe_intermediate_size, self.spec.model.hidden_size
+        plain = torch.empty((0, f, d), dtype=dtype, device=device)
+        is_DF = self.backend.stores_down_transposed(device)
+        return LayerWeights(plain, plain, torch.empty((0, d, f), dtype=dtype, device=device).mT if is_DF else plain)
+
+    def _empty_version(self, number: int, num_updates: int) -> Version:
+        """Without experts; of older versions than the present one only weights are kept."""
+        version = empty_version(self._empty, self.spec.model, number, num_updates)
+        return version if number < self.version else with_state(self.store, version, self.spec.model, self.spec.optim)
+
+    def _warm_up(self) -> None:
+        """Kernels are compiled at their first use: here, while nobody waits for a row."""
+        for weights in [each for each in self.weights.values() if len(each.gate_EFD)][:1]:
+            row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
+            x_RD = torch.zeros(1, self.spec.model.hidden_size, dtype=weights.gate_EFD.dtype, device=self.spec.device)
+            with torch.inference_mode():
+                self.backend(x_RD, Assignments(row_A, row_A, torch.ones_like(row_A, dtype=torch.float32)), weights)

@@ -1,0 +1,51 @@
+"""A shard's weights and optimizer state from a checkpoint, or from the seed."""
+
+import torch
+from torch import Tensor
+
+from trinity.checkpoint import Checkpoint, open_checkpoint
+from trinity.config import ModelConfig, OptimConfig
+from trinity.experts.backend import LayerWeights
+from trinity.experts.held import empty_version, kinds_of, made, named_matrices, optimizer_of, restacked
+from trinity.init import init_expert
+from trinity.messages import WEIGHT, Experts, Load
+from trinity.store import Store, Version
+
+
+def loaded(
+    store: Store, empty: LayerWeights, model: ModelConfig, optim: OptimConfig | None, experts: Experts, message: Load
+) -> Version:
+    """The version that the message names, of `experts`, in memory of the store; not put there yet. `empty`: stacks of none."""
+    source = open_checkpoint(message.checkpoint) if message.checkpoint else None
+    version = empty_version(empty, model, 0, 0)
+    for layer, held in experts.items():
+        rows = {WEIGHT: [read_expert(source, model, layer, expert, message.seed) for expert in held]}
+        version = restacked(store, version, layer, (), held, rows)
+    version = with_state(store, version, model, optim)
+    num_updates = 0
+    if optim is not None and source is not None and message.training and source.has_training_state:
+        mine = dict(named_matrices(version, experts, kinds_of(version)[1:]))
+        for key, tensor in source.training_tensors(mine).items():
+            mine[key].copy_(tensor)
+        num_updates = int(source.state["num_updates"])
+    # A run that starts from somebody's weights counts its own steps from 0.
+    number = source.version if source and (message.training or optim is None) else 0
+    return made(number, version.tensors, experts, num_updates)
+
+
+def with_state(store: Store, version: Version, model: ModelConfig, optim: OptimConfig | None) -> Version:
+    """The version with fresh optimizer state beside its weights; as it is, where nothing is trained."""
+    if optim is None:
+        return version
+    optimizer, tensors = optimizer_of(version, model, optim), dict(version.tensors)
+    for name, weight in optimizer.params.items():
+        for kind in optimizer.kinds(name, weight.dtype):
+            fresh = store.empty_like(torch.empty_like(weight, dtype=torch.float32, device="meta"))
+            tensors[f"{name}::{kind}"] = fresh.copy_(weight) if kind == "master" else fresh.zero_()
+    return Version(version.number, tensors, version.notes)
+
+
+def read_expert(source: Checkpoint | None, model: ModelConfig, layer: int, expert: int, seed: int) -> Tensor:
+    """rows_ND: gate, up and the transpose of down, from a checkpoint or from the seed."""
+    gate, up, down = source.expert(layer, expert) if source else init_expert(model, layer, expert, seed, torch.float32)
+    return torch.cat([gate, up, down.mT])
