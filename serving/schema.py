@@ -60,7 +60,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"}
+OURS = {"trace"}  # for programs in the engine's process, not for clients
+SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"} - OURS
 
 
 class Strict(BaseModel):

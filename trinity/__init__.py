@@ -6,13 +6,14 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Config", "__version__"]
+__all__ = ["LLM", "Config", "Rollout", "__version__"]
 
 if TYPE_CHECKING:
     from trinity.config import Config
     from trinity.engine.llm import LLM
+    from trinity.rollout import Rollout
 
-_HOMES = {"LLM": "trinity.engine.llm", "Config": "trinity.config"}
+_HOMES = {"LLM": "trinity.engine.llm", "Config": "trinity.config", "Rollout": "trinity.rollout"}
 
 
 def __getattr__(name: str) -> Any:

@@ -52,6 +52,10 @@ class ModelConfig(Frozen):
     eos_token_id: int | None = 3
     pad_token_id: int | None = 12
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_invariant: bool = Field(
+        default=True,
+        description="on CPUs: a token's numbers are the same bits in any batch, in training as in serving",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
-"""Pictures of a training run: the loss, and how evenly the experts are used.
+"""Pictures of a training run: the loss, the reward, and how evenly the experts are used.
 
-Legend: S recorded steps, L layers with experts, E experts.
+Legend: S recorded steps, R runs, L layers with experts, E experts.
 Decisions: figures are built without pyplot, so nothing global changes and no display is needed; matplotlib is imported
 only when a picture is drawn. Light colours for single steps, strong ones for what to look at.
 """
@@ -54,6 +54,22 @@ def _draw_losses(axes: "Axes", steps: list[dict[str, Any]], evals: list[dict[str
     axes.set_ylabel("loss, nats per token")
     axes.set_title("Loss", loc="left", fontweight="bold")
     axes.legend(frameon=False, loc="upper right")
+
+
+def reward_curves_png(rewards_RS: np.ndarray, path: str | Path) -> Path:
+    """Draw the mean reward of each step of R runs, and their mean; -> `path`."""
+    figure = _figure(5.2, 2.5)
+    axes, steps = figure.subplots(), np.arange(1, rewards_RS.shape[1] + 1)
+    for rewards_S in rewards_RS:
+        axes.plot(steps, rewards_S, color=BLUE, alpha=0.3, linewidth=0.8)
+    mean_S = _smoothed(rewards_RS.mean(0), 5)
+    label = f"mean of {len(rewards_RS)} seeds, from {mean_S[0]:.2f} to {mean_S[-1]:.2f}"
+    axes.plot(steps, mean_S, color=BLUE, linewidth=1.8, label=label)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("policy step")
+    axes.set_ylabel("mean reward")
+    axes.legend(frameon=False, loc="lower right")
+    return _saved(figure, path)
 
 
 def expert_load_png(history: str | Path | np.ndarray, path: str | Path) -> Path:

@@ -79,6 +79,7 @@ class Trainer:
         comm: Comm,
         device: str = "cpu",
         store: Store | None = None,
+        objective: Callable[[Afmoe, Config], nn.Module] = Objective,
     ):
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
         self.log: TrainLog | None = None
@@ -87,7 +88,7 @@ class Trainer:
         self.model = Afmoe(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
         self.backbone = Backbone(self.model, config.optim, store)
         self.saver = Saver(config, pool, self.backbone, data.tokenizer)
-        self.objective: nn.Module = Objective(self.model, config)
+        self.objective: nn.Module = objective(self.model, config)
         if comm.world > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
@@ -279,7 +280,7 @@ class Trainer:
         return self._on_device(self.data.train.batch(self.position, settings.global_batch_size, *place))
 
     def _on_device(self, batch: Batch) -> Batch:
-        return Batch(*(tensor.to(self.device) for tensor in batch))
+        return type(batch)(*(tensor.to(self.device) for tensor in batch))
 
     def _no_sync(self) -> AbstractContextManager:
         return self.objective.no_sync() if isinstance(self.objective, DistributedDataParallel) else nullcontext()

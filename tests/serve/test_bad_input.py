@@ -44,6 +44,7 @@ SAMPLING = {
     "guided_regex": ["(a+)+$"],
     "chat_template": ["{{ 1 }}"],
     "sampling": [{}],
+    "trace": [True, False],
     "temprature": [1],
 }
 PROMPTS = [1, True, [], [[]], {}, [1.5], [True], [-1], [300], [2**31], [[1], "a"], ["a", 1], ["a"] * 65, [[1], []]]

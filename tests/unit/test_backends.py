@@ -183,7 +183,7 @@ def test_crowded_experts_take_the_loop_on_cpu(monkeypatch):
         monkeypatch.setattr(torch_backend, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
     few, many = 10, 2 * torch_backend.LOOP_FROM_ROWS
     for rows in (few, many):
-        x, assigned, weights = case((2, rows, [(r, r % 2) for r in range(rows)]), torch.float32, dim=8, ffn=8)
+        x, assigned, weights = case((2, rows, [(r, r % 2) for r in range(rows)]), torch.bfloat16, dim=8, ffn=8)
         TorchBackend()(x, assigned, weights)
     assert calls == ["grouped", "looped"]
 

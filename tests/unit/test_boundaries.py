@@ -18,6 +18,7 @@ INSIDE_TRINITY = {  # folder -> the sibling folders it may not import
     "experts": ("model", "placement", "engine"),
     "placement": ("model", "experts", "engine"),
     "engine": ("experts", "placement"),
+    "exact": ("model", "experts", "placement", "engine"),
 }
 UPWARDS = {
     "trinity": ("actors", "serving", "protos"),

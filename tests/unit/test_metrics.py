@@ -17,7 +17,7 @@ from trinity.errors import DataError
 from trinity.metrics import SERVING_METRICS, StepMetrics, TrainLog, _cut, read_rows
 from trinity.model.losses import max_vio
 from trinity.progress import Follower, Progress
-from trinity.report import _relative, expert_load_png, loss_curve_png
+from trinity.report import _relative, expert_load_png, loss_curve_png, reward_curves_png
 
 
 def metrics(step, loss=None, **changed):
@@ -198,6 +198,13 @@ def test_the_loss_curve_shows_both_losses(tmp_path):
     assert picture.shape[1] > 1000
     assert columns_with(picture, "#2b6cb0") > 500, "training, from side to side"
     assert columns_with(picture, "#dd6b20") > columns_with(without, "#dd6b20") == 0
+
+
+def test_the_reward_curve_goes_from_side_to_side(tmp_path):
+    for num_runs, num_steps in ((1, 1), (3, 40)):
+        rewards_RS = np.linspace(0, 1, num_runs * num_steps).reshape(num_runs, num_steps)
+        picture = imread(reward_curves_png(rewards_RS, tmp_path / "reward.png"))
+    assert columns_with(picture, "#2b6cb0") > 500
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (30, 3, 8), (4, 54, 256)])

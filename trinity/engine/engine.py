@@ -217,7 +217,7 @@ class Engine:
         self._scheduler.remove(sequence)
         self._versions.release(sequence)
         del self._sequences[sequence.request_id]
-        return self._delta(sequence, finish_reason=reason, **fields)
+        return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
 
     def _delta(self, sequence: Sequence, **fields) -> Delta:
         return Delta(

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from trinity.checkpoint import open_checkpoint
 from trinity.config import EngineConfig
 from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs
-from trinity.engine.weights import FixedWeights
+from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
@@ -29,6 +30,7 @@ Params = SamplingParams | Seq[SamplingParams] | None
 class Completion:
     """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
 
+    `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
     `versions`: of the weights behind the first token, and of those behind the last.
     """
 
@@ -38,6 +40,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_token_ids: tuple[int, ...]
     versions: tuple[int, int]
+    token_versions: tuple[int, ...]
+    experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -56,6 +60,8 @@ class _Draft:
             logprobs=logprobs if self.params.logprobs is not None else None,
             finish_reason=last.finish_reason,
             prompt_token_ids=tuple(self.prompt_ids),
+            token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
+            experts_TLK=last.experts_TLK,
             versions=(last.first_version, last.version),
         )
 
@@ -88,9 +94,16 @@ class LLM:
             pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
             experts = pool.dispatcher(checkpoint.version)
         model = Afmoe(checkpoint.config, experts, device=device).eval()
-        weights = FixedWeights(model, checkpoint.load_backbone(model))
         self.tokenizer = checkpoint.tokenizer
-        self.engine = Engine(weights, checkpoint.config, settings, self.tokenizer)
+        self.weights: WeightSource = FixedWeights(model, checkpoint.load_backbone(model))
+        self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer)
+
+    @classmethod
+    def over(cls, engine: Engine, weights: WeightSource) -> "LLM":
+        """Around an engine that somebody else has made, with these weights."""
+        llm = cls.__new__(cls)
+        llm.tokenizer, llm.weights, llm.engine = engine.tokenizer, weights, engine
+        return llm
 
     def generate(self, prompts: str | Seq[str] | Seq[Seq[int]], params: Params = None) -> list[Completion]:
         """Completions in the order of the prompts (texts, or token ids); `params` for all or one for each.

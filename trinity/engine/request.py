@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from trinity.config import Frozen
@@ -32,6 +33,8 @@ class SamplingParams(Frozen, strict=True):
     bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
     log-probability of each token and of that many most likely ones, before any of the above. `version_policy`: weights that
     change while the request runs are taken up at once ("live") or not at all ("pinned": those of its first pass, to its end).
+    `trace` records what a trainer replays (trinity/rollout.py): the experts of each token, and with `logprobs` how likely the
+    draw was after all of the above.
     """
 
     max_tokens: int = Field(default=16, ge=1, le=1 << 31)
@@ -44,6 +47,7 @@ class SamplingParams(Frozen, strict=True):
     stop_token_ids: tuple[int, ...] = Field(default=(), max_length=MAX_LISTED_TOKENS)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    trace: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
@@ -97,6 +101,7 @@ class TokenLogprobs(NamedTuple):
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # the most likely (token id, logprob), best first
+    drawn: float | None = None  # of the distribution it was drawn from, where the request is traced
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Delta:
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the
     first token: from there to here the answer's versions reach. `cause` is the typed error behind `error`.
+    The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
+    layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
     """
 
     request_id: str
@@ -119,6 +126,7 @@ class Delta:
     num_generated_tokens: int = 0
     version: int = 0
     first_version: int = 0
+    experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     cause: TrinityError | None = field(default=None, repr=False)
 
 
@@ -137,6 +145,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     row: int | None = None
+    experts: list[np.ndarray] = field(default_factory=list)  # [L, K] of each token, where `params.trace`
     oldest: int = 0
     version: int = 0
     first_version: int = 0
@@ -154,6 +163,10 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def experts_TLK(self) -> np.ndarray | None:
+        return np.stack(self.experts) if self.experts else None
 
     @property
     def num_uncomputed(self) -> int:

@@ -1,19 +1,21 @@
 """From a batch of chunks to the logits of their next tokens: flatten, one forward pass, select.
 
-Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary.
+Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary, L MoE layers, K top-k.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity import exact
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
-from trinity.model.afmoe import Afmoe, Inputs
+from trinity.model.afmoe import Afmoe, Attend, Inputs, Output
 
 
 class Runner:
@@ -36,6 +38,8 @@ class Runner:
         chunks = [chunk for part in parts for chunk in part]
         outputs = model.forward_all([self._inputs(part) for part in parts])
         hidden_TD = torch.cat([output.hidden_TD for output in outputs])
+        if any(chunk.sequence.params.trace for chunk in chunks):
+            trace(chunks, chosen(outputs, self._config.num_experts))
         last = np.cumsum([c.count for c in chunks]) - 1
         samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
         logits_BV = model.logits(hidden_TD[self._to(last[samples])])
@@ -44,11 +48,33 @@ class Runner:
     def _inputs(self, chunks: list[Chunk]) -> Inputs:
         flat = flatten(chunks)
         ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
-        attend = PagedAttention(self._pools, self._cache, flat, self._config.sliding_window)
+        attend = self._attention()(self._pools, self._cache, flat, self._config.sliding_window)
         return self._to(ids_T), self._to(flat.position_T), attend
+
+    def _attention(self) -> Callable[..., Attend]:
+        if not self._config.batch_invariant or not exact.is_for(next(iter(self._pools.k.values()))):
+            return PagedAttention
+        from trinity.engine.exact_attention import ExactAttention  # a compiler comes with it
+
+        return ExactAttention
 
     def _to(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def chosen(outputs: list[Output], num_experts: int) -> np.ndarray:
+    """experts_TLK of the tokens of all passes, one after the other: int16, or uint8 where that is enough."""
+    dtype = torch.uint8 if num_experts <= 256 else torch.int16
+    passes = [[routing.ids_TK.to(dtype) for routing in output.routing] for output in outputs if output.routing]
+    return torch.cat([torch.stack(layers, 1) for layers in passes]).cpu().numpy() if passes else np.empty((0, 0, 0))
+
+
+def trace(chunks: list[Chunk], experts_TLK: np.ndarray) -> None:
+    """Note with each sequence where its tokens went. After a preemption they are computed anew: the last time counts."""
+    ends = np.cumsum([chunk.count for chunk in chunks])
+    for chunk, rows in zip(chunks, np.split(experts_TLK, ends[:-1]), strict=True):
+        if chunk.sequence.params.trace:
+            chunk.sequence.experts[chunk.start : chunk.end] = rows
 
 
 def in_order(batch: list[Chunk]) -> list[Chunk]:

@@ -38,7 +38,21 @@ def sample(logits_BV: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         token_B[random] = draw(steered_BV[random], [sequences[i] for i in random])
     tokens, finite = token_B.tolist(), best_B.isfinite().tolist()
     logprobs = _logprobs(raw_BV, tokens, [s.params.logprobs for s in sequences])
+    if any(s.params.trace for s in sequences):
+        drawn = _drawn(steered_BV, token_B, sequences)
+        logprobs = [lp and lp._replace(drawn=drawn.get(i)) for i, lp in enumerate(logprobs)]
     return [Sampled(t if ok else None, lp) for t, ok, lp in zip(tokens, finite, logprobs, strict=True)]
+
+
+def _drawn(logits_BV: Tensor, token_B: Tensor, sequences: list[Sequence]) -> dict[int, float]:
+    """Of each traced sequence: its token's log-probability where it was drawn; 0 where there was no choice."""
+    traced = {i: s.params for i, s in enumerate(sequences) if s.params.trace}
+    rows = [i for i, params in traced.items() if not params.greedy]
+    if not rows:
+        return dict.fromkeys(traced, 0.0)
+    probs_RV = filtered_probs(logits_BV[rows], [traced[i] for i in rows]).double()
+    share_R = probs_RV.gather(1, token_B[rows, None])[:, 0] / probs_RV.sum(-1)
+    return dict.fromkeys(traced, 0.0) | dict(zip(rows, share_R.log().tolist(), strict=True))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -10,9 +10,9 @@ Measured (one thread of an AVX512-BF16 core, torch 2.13, top-4, forward + backwa
     D=F=512, E=32  fp32  97 / 147     308 / 322    1152 / 1022   -
                    bf16  32 / 43      167 / 174    695 / 500     -
 
-so on CPU the loop takes over between 128 and 512 rows per expert. A few rows without gradients, as in decoding, are for
-few_rows.py. On CUDA the loop would wait for the row counts and launch three kernels per expert: there it is only for what
-grouped_mm does not take.
+so on CPU the loop takes over between 128 and 512 rows per expert. In fp32 on a CPU neither runs of itself: `in_order`
+(trinity/exact) is as fast or faster with any number of rows, and gives a row the same bits in any company. On CUDA the loop
+would wait for the row counts and launch three kernels per expert: there it is only for what grouped_mm does not take.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trinity import exact
 from trinity.experts.backend import Assignments, LayerWeights, as_stored
 from trinity.experts.rows import SortedOrder, combine, gather, no_rows, weighted_swiglu
 
-Path = Literal["auto", "grouped", "loop"]
+Path = Literal["auto", "in_order", "grouped", "loop"]
 Compute = Callable[[Tensor, Tensor, Tensor, LayerWeights], Tensor]
 LOOP_FROM_ROWS = 512  # rows per expert on CPU
-FEW_ROWS = 16  # rows per expert, without gradients
-FEW_ROWS_MIN_BYTES = 1 << 18  # of one matrix
 
 
 class TorchBackend:
@@ -41,7 +40,7 @@ class TorchBackend:
         self.path = path
 
     def stores_down_transposed(self, device: torch.device) -> bool:
-        return device.type == "cpu"  # for few_rows.py; the others do not care
+        return device.type == "cpu"  # for `in_order`; the others do not care
 
     def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
         if not assigned.row_A.numel():
@@ -55,10 +54,8 @@ class TorchBackend:
         return combine(compute(x_AD, weight_A1, end_E, weights), order, x_RD.dtype)
 
     def _choose(self, x_AD: Tensor, end_E: Tensor, weights: LayerWeights) -> Compute:
-        if self.path == "auto" and fits_few_rows(x_AD, end_E, weights):
-            from trinity.experts.few_rows import few_rows  # a compiler comes with it: only where it is of use
-
-            return few_rows
+        if self.path == "in_order" or (self.path == "auto" and exact.is_for(x_AD) and exact.is_for(weights.gate_EFD)):
+            return in_order
         return grouped if self._use_grouped(x_AD, weights) else looped
 
     def _use_grouped(self, x_AD: Tensor, weights: LayerWeights) -> bool:
@@ -66,20 +63,6 @@ class TorchBackend:
             return self.path == "grouped"
         crowded = len(x_AD) >= LOOP_FROM_ROWS * len(weights.gate_EFD)
         return fits_grouped(weights) and (x_AD.is_cuda or not crowded)
-
-
-def fits_few_rows(x_AD: Tensor, end_E: Tensor, weights: LayerWeights) -> bool:
-    """Whether reading the weights is what takes the time: few rows, and matrices that no core's own cache holds."""
-    stack = weights.gate_EFD
-    if (
-        torch.is_grad_enabled()
-        or x_AD.is_cuda
-        or stack.dtype != torch.float32
-        or not weights.down_EFD.mT.is_contiguous()
-    ):
-        return False
-    small = stack[0].nbytes < FEW_ROWS_MIN_BYTES or len(x_AD) > FEW_ROWS * len(stack)
-    return not small and len(x_AD) <= FEW_ROWS * int((end_E.diff(prepend=end_E.new_zeros(1)) > 0).sum())
 
 
 def fits_grouped(weights: LayerWeights) -> bool:
@@ -94,6 +77,15 @@ def fits_grouped(weights: LayerWeights) -> bool:
     if trained and stack.is_cuda and torch.cuda.get_device_capability(stack.device)[0] >= 10:
         return False
     return all(size * stack.element_size() % 16 == 0 for size in stack.shape[1:])
+
+
+def in_order(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
+    """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD: a row's bits do not depend on the others. fp32 on the CPU."""
+    from trinity.exact import products  # a compiler comes with it: only where it is of use
+
+    gate_AF = products.grouped(x_AD, weights.gate_EFD, end_E)
+    up_AF = products.grouped(x_AD, weights.up_EFD, end_E)
+    return products.grouped(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD.mT, end_E)
 
 
 def grouped(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:

@@ -6,6 +6,7 @@ tokens see each other). Module names make `state_dict()` the Hugging Face checkp
 Checked against transformers 5.23 in tests/parity/test_model.py; facts and sources in arXiv 2602.17004.
 """
 
+import copy
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
         h_TD = self.embed_tokens(ids_T)
         if cfg.mup_enabled:
             h_TD = h_TD * cfg.hidden_size**0.5
-        table = rotary_table(positions_T, cfg.head_dim, cfg.rope_theta, h_TD.dtype)
+        table = rotary_table(positions_T, cfg.head_dim, cfg.rope_theta, h_TD.dtype, cfg.batch_invariant)
         for block in self.layers:
             h_TD, routing = yield from block(h_TD, table, attend, experts)
             routings.append(routing)
@@ -111,6 +112,8 @@ class Afmoe(nn.Module):
         self._experts = (experts,)  # a tuple hides a Module from nn.Module's registration
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        for part in self.modules():
+            part.is_exact = config.batch_invariant  # type: ignore[assignment]
 
     @property
     def experts(self) -> ExpertLayer:
@@ -127,6 +130,12 @@ class Afmoe(nn.Module):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in the model's dtype, from hidden states after the final norm. No scaling, no soft cap."""
         return self.lm_head(hidden_TD)
+
+    def with_experts(self, experts: ExpertLayer) -> "Afmoe":
+        """The same modules, and so the same weights, calling other experts: another caller's dispatcher, say."""
+        twin = copy.copy(self)
+        twin._experts = (experts,)
+        return twin
 
     @property
     def expert_bias(self) -> dict[int, Tensor]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trinity import exact
 from trinity.config import ModelConfig
-from trinity.model.layers import RMSNorm, linear, project, rotate
+from trinity.model.layers import RMSNorm, linear, project, rotate, sigmoid
 
 
 class Attend(Protocol):
@@ -26,6 +27,8 @@ class Attend(Protocol):
 
 class Attention(nn.Module):
     """QK-normed GQA whose output is gated elementwise, sigmoid(gate(x)), before the output projection."""
+
+    is_exact = False
 
     def __init__(self, config: ModelConfig, layer: int, *, device=None, dtype=None):
         super().__init__()
@@ -49,7 +52,7 @@ class Attention(nn.Module):
         if self.rotary:
             q_THd, k_TGd = rotate(q_THd, table), rotate(k_TGd, table)
         o_THd = attend(self.layer, q_THd, k_TGd, v_TGd)
-        return self.o_proj(o_THd.flatten(1) * gate.sigmoid())
+        return self.o_proj(o_THd.flatten(1) * sigmoid(gate, self.is_exact))
 
 
 class PackedAttention:
@@ -58,6 +61,7 @@ class PackedAttention:
     docs_BS: int document number of each token, or None to let documents of a sequence see each other.
     Make one per forward pass: masks (bool [B or 1, 1, S, S]) are built at first use and shared by the layers.
     Where no mask is needed (no documents, and a full layer or S <= window) the kernels' own causal path runs.
+    With `batch_invariant` a token's result depends on the keys that it sees alone; a document must lie in one piece.
     """
 
     def __init__(self, config: ModelConfig, docs_BS: Tensor | None, batch: int, seq: int):
@@ -66,6 +70,23 @@ class PackedAttention:
         self._masks: dict[int | None, Tensor | None] = {}
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        if not self.config.batch_invariant or not exact.is_for(q_THd):
+            return self._library(layer, q_THd, k_TGd, v_TGd)
+        from trinity.exact import attention
+
+        return attention.differentiable(
+            q_THd, k_TGd, v_TGd, *self._visible(layer), lambda q, k, v: self._library(layer, q, k, v)
+        )
+
+    def _visible(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys that each token sees, of the T of this pass: (first_T, end_T)."""
+        at_T = torch.arange(self.batch * self.seq)
+        begin_T = at_T - document_positions(self.docs_BS, self.batch, self.seq).cpu()
+        if self.config.layer_types[layer] == "sliding_attention":
+            begin_T = begin_T.maximum(at_T - self.config.sliding_window + 1)
+        return begin_T, at_T + 1
+
+    def _library(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         mask = self._mask(layer, q_THd.device)
         q, k, v = (x.unflatten(0, (self.batch, self.seq)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
         out_BHSd = F.scaled_dot_product_attention(
@@ -91,6 +112,15 @@ def causal_mask(seq: int, window: int | None, docs_BS: Tensor | None, device: to
         return mask[None, None]
     docs_BS = docs_BS.to(device)
     return (mask & (docs_BS[:, :, None] == docs_BS[:, None, :]))[:, None]
+
+
+def document_positions(docs_BS: Tensor | None, batch: int, seq: int) -> Tensor:
+    """int64 [B*S]: of each token in its document, or in its sequence where docs_BS is None."""
+    if docs_BS is None:
+        return packed_positions(batch, seq)
+    at_S = torch.arange(seq, device=docs_BS.device)
+    begins_BS = F.pad(docs_BS[:, 1:] != docs_BS[:, :-1], (1, 0), value=True)
+    return (at_S - (at_S * begins_BS).cummax(1).values).flatten()
 
 
 def packed_positions(batch: int, seq: int, device: torch.device | str | None = None) -> Tensor:

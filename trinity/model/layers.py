@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trinity import exact
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -31,6 +33,8 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); the dense layers' feed-forward and the shared experts."""
 
+    is_exact = False
+
     def __init__(self, dim: int, hidden: int, *, device=None, dtype=None):
         super().__init__()
         self.gate_proj = linear(dim, hidden, device=device, dtype=dtype)
@@ -39,23 +43,27 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up, self.is_exact))
 
 
 class Linear(nn.Linear):
-    """Without bias: AFMoE has none anywhere.
+    """Without bias: AFMoE has none anywhere. `is_exact`: see `ModelConfig.batch_invariant`; Afmoe sets it.
 
     Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
     changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3). It sees a weight that was
     replaced or written in place (`load_state_dict`, `copy_`), but no write through `.data`, which leaves no trace.
     """
 
+    is_exact = False
+
     def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.packed_with([], x) if is_packed(x, self) else super().forward(x)
+        if is_packed(x, self):
+            return self.packed_with([], x)
+        return product(x, self.weight, self.is_exact)
 
     def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
         """x times this weight and the others', side by side, as one multiplication."""
@@ -69,7 +77,7 @@ class Linear(nn.Linear):
 
 def is_packed(x: Tensor, part: Linear) -> bool:
     """Whether rows like x are multiplied by packed weights. oneDNN has no empty ones, such as those of no shared experts."""
-    if not torch.is_inference_mode_enabled() or not HAS_ONEDNN:
+    if part.is_exact or not torch.is_inference_mode_enabled() or not HAS_ONEDNN:
         return False
     if part.weight.is_inference():  # made in inference mode: it has no version to tell a change by
         return False
@@ -87,12 +95,44 @@ def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> L
     return Linear(in_features, out_features, device=device, dtype=dtype)
 
 
-def rotary_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:
+    """x [..., K] times the transpose of the weight -> [..., N]."""
+    if is_exact and exact.is_for(x) and x.dtype == weight_NK.dtype:
+        from trinity.exact import products
+
+        return products.linear(x, weight_NK)
+    return F.linear(x, weight_NK)
+
+
+def swiglu(gate: Tensor, up: Tensor, is_exact: bool) -> Tensor:
+    if is_exact and exact.is_for(gate):
+        from trinity.exact import pointwise
+
+        return pointwise.swiglu(gate, up)
+    return F.silu(gate) * up
+
+
+def sigmoid(x: Tensor, is_exact: bool) -> Tensor:
+    if is_exact and exact.is_for(x):
+        from trinity.exact import pointwise
+
+        return pointwise.sigmoid(x)
+    return x.sigmoid()
+
+
+def rotary_table(
+    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype, is_exact: bool = False
+) -> tuple[Tensor, Tensor]:
     """(cos_T1d, sin_T1d) for integer positions: angles in fp32, then cast; both halves of d hold the same angles."""
     powers = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     angle = positions_T[:, None, None].float() * (1.0 / theta**powers)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    if is_exact and exact.is_for(angle):
+        from trinity.exact import pointwise
+
+        cos, sin = pointwise.cos_sin(angle)
+    else:
+        cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x_THd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trinity.config import ModelConfig
 from trinity.model.balance import expert_counts
+from trinity.model.layers import product
 from trinity.model.router import Routing
 
 IGNORE = -100
@@ -32,10 +33,10 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, z_coef: float, chunk: in
 
 
 def loss_from_hidden(
-    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int = 512
+    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int = 512, is_exact: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy` of `hidden @ head^T` that holds the logits of `chunk` tokens at a time, in backward too."""
-    return _HeadLoss.apply(head_VD, hidden_TD, targets_T, z_coef, chunk)
+    return _HeadLoss.apply(head_VD, hidden_TD, targets_T, z_coef, chunk, is_exact)
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +62,11 @@ class _HeadLoss(torch.autograd.Function):
     """Head and loss in one: logits are recomputed in backward, the head's gradient accumulates in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int) -> Any:
+    def forward(
+        ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int, is_exact: bool
+    ) -> Any:
         pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-        losses = [_token_losses(h_CD @ head_VD.T, targets_C) for h_CD, targets_C in pairs]
+        losses = [_token_losses(product(h_CD, head_VD, is_exact), targets_C) for h_CD, targets_C in pairs]
         ctx.save_for_backward(head_VD, hidden_TD, targets_T, torch.cat([lse_C for _, lse_C in losses]))
         ctx.z_coef, ctx.chunk = z_coef, chunk
         return _sums(losses, targets_T, z_coef)
@@ -79,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
             grads_TD.append(d_CV @ head_VD)
             if grad_VD is not None:
                 grad_VD += d_CV.T @ h_CD
-        return grad_VD if grad_VD is None else grad_VD.to(head_VD.dtype), torch.cat(grads_TD), None, None, None
+        return grad_VD if grad_VD is None else grad_VD.to(head_VD.dtype), torch.cat(grads_TD), None, None, None, None
 
 
 def _grad_logits(logits_CV: Tensor, targets_C: Tensor, lse_C1: Tensor, g_ce: Tensor, g_z: Tensor) -> Tensor:

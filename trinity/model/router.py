@@ -8,11 +8,10 @@ expert_bias takes part in the selection only; the weights use the scores alone, 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.config import ModelConfig
-from trinity.model.layers import linear
+from trinity.model.layers import linear, product, sigmoid
 
 
 class Routing(NamedTuple):
@@ -27,6 +26,8 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Token-choice top-K over sigmoid scores (arXiv 2602.17004, eq. 16-18)."""
 
+    is_exact = False
+
     def __init__(self, config: ModelConfig, *, device=None, dtype=None):
         super().__init__()
         self.top_k = config.num_experts_per_tok
@@ -35,9 +36,12 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, bias_E: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):  # fp32 even inside a caller's bf16 region
-            logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
-        scores_TE = logits_TE.sigmoid()
+            logits_TE = product(x_TD.float(), self.gate.weight.float(), self.is_exact)
+        scores_TE = sigmoid(logits_TE, self.is_exact)
         ids_TK = (scores_TE.detach() + bias_E).topk(self.top_k, dim=-1).indices
+        return Routing(logits_TE, scores_TE, ids_TK, self.weights(scores_TE, ids_TK))
+
+    def weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """weights_TK of the chosen experts, whoever chose them."""
         weights_TK = scores_TE.gather(-1, ids_TK)
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.route_scale
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK)
+        return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.route_scale

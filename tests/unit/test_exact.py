@@ -1,0 +1,192 @@
+"""A row's bits do not depend on its company: products, activations, attention, norms, router and the whole expert layer.
+
+Legend: T tokens, A assignments, E experts, K and N of a product, D model, F expert hidden.
+Sizes are mostly no multiple of anything, so that every remainder is met; threads 1 to 3.
+"""
+
+import numba
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trinity.config import preset
+from trinity.exact import pointwise, products
+from trinity.exact.attention import attention, differentiable
+from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.torch_backend import TorchBackend
+from trinity.model.attention import PackedAttention, causal_mask, document_positions
+from trinity.model.layers import RMSNorm
+from trinity.model.router import Router
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    inner=st.sampled_from([1, 8, 15, 16, 33, 128, 300]),
+    outputs=st.sampled_from([1, 2, 7, 65, 130]),
+    dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 3),
+)
+def test_a_rows_product_is_the_same_alone_and_in_company(counts, inner, outputs, dtype, threads):
+    torch.set_num_threads(threads)
+    x_AK, w_ENK = random(sum(counts), inner, dtype=dtype), random(len(counts), outputs, inner, seed=1, dtype=dtype)
+    expert_A = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    got_AN = products.grouped(x_AK, w_ENK, torch.tensor(counts).cumsum(0))
+    for row, expert, got_N in zip(x_AK, expert_A, got_AN, strict=True):
+        assert torch.equal(products.linear(row[None], w_ENK[expert])[0], got_N)
+    want_AN = torch.einsum("ak,ank->an", x_AK.double(), w_ENK[expert_A].double())
+    torch.testing.assert_close(got_AN.double(), want_AN, atol=1e-4, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_its_gradients_are_those_of_the_plain_product():
+    x, w = random(11, 20).requires_grad_(), random(3, 6, 20, seed=1).requires_grad_()
+    ends, dy = torch.tensor([4, 4, 11]), random(11, 6, seed=2)
+    got = torch.autograd.grad(products.grouped(x, w, ends), [x, w], dy)
+    want = torch.autograd.grad(torch.cat([x[:4] @ w[0].T, x[4:] @ w[2].T]), [x, w], dy)
+    torch.testing.assert_close(got, want)
+    assert not got[1][1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_element_is_the_same_wherever_it_stands(dtype):
+    """1,000 x 97 elements are shared out unevenly among threads, and the compiler's vectors leave remainders."""
+    gate, up, weight = (random(1000, n, seed=n, dtype=dtype) for n in (97, 97, 1))
+    weight = weight.float()
+    whole = pointwise.sigmoid(gate), pointwise.swiglu(gate, up), pointwise.gated(gate, up, weight)
+    for threads, rows in ((1, 1), (2, 3), (3, 999), (3, 1000)):
+        torch.set_num_threads(threads)
+        part = slice(1000 - rows, 1000)
+        some = gate[part], up[part], weight[part]
+        assert torch.equal(pointwise.sigmoid(some[0]), whole[0][part])
+        assert torch.equal(pointwise.swiglu(*some[:2]), whole[1][part])
+        assert torch.equal(pointwise.gated(*some), whole[2][part])
+
+
+def test_exp_is_within_an_ulp_and_keeps_nan():
+    @numba.njit
+    def each(x, y):
+        for i in range(len(x)):
+            y[i] = pointwise_exp(x[i])
+
+    pointwise_exp = pointwise.exp
+    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    y = np.empty_like(x)
+    each(x, y)
+    want = np.exp(x.astype(np.float64))
+    assert (np.abs(y - want) <= np.spacing(want.astype(np.float32))).all()
+    assert np.isnan(pointwise.sigmoid(torch.tensor([float("nan")])).numpy()).all()
+    assert pointwise.sigmoid(torch.tensor([float("-inf"), float("inf"), 0.0])).tolist() == pytest.approx([0, 1, 0.5])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 60),
+    window=st.integers(1, 70),
+    heads=st.sampled_from([(4, 2), (6, 1), (3, 3)]),
+    dim=st.sampled_from([4, 16, 40]),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_a_query_sees_its_keys_and_nothing_else(length, window, heads, dim, dtype, data):
+    """Alone, with scattered keys among NaN, the bits are those of the whole sequence; and they are what SDPA computes."""
+    (num_q, num_kv), shape = heads, (length, heads[1], dim)
+    q, k, v = (
+        random(length, num_q, dim, dtype=dtype),
+        random(*shape, seed=1, dtype=dtype),
+        random(*shape, seed=2, dtype=dtype),
+    )
+    end_T = torch.arange(length) + 1
+    first_T = (end_T - window).clamp(min=0)
+    whole = attention(q, k, v, torch.arange(length), first_T, end_T)
+    t = data.draw(st.integers(0, length - 1))
+    seen = slice(int(first_T[t]), t + 1)
+    slots = torch.randperm(2 * length, generator=torch.Generator().manual_seed(t))[: seen.stop - seen.start]
+    pools = torch.full((2, 2 * length, num_kv, dim), torch.nan, dtype=dtype)
+    pools[0, slots], pools[1, slots] = k[seen], v[seen]
+    alone = attention(q[t : t + 1], *pools, slots, torch.tensor([0]), torch.tensor([len(slots)]))
+    assert torch.equal(alone[0], whole[t])
+    plain = [x.double().transpose(0, 1)[None] for x in (q, k, v)]
+    mask = causal_mask(length, window, None, torch.device("cpu"))
+    want = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    torch.testing.assert_close(whole.double(), want, atol=1e-2 if dtype is torch.bfloat16 else 2e-6, rtol=1e-2)
+
+
+def test_gradients_of_attention_are_the_librarys():
+    leaves = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+
+    def library(q, k, v):
+        parts = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    got = differentiable(*leaves, torch.zeros(9, dtype=torch.int64), torch.arange(9) + 1, library)
+    dy = random(9, 4, 8, seed=5)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(library(*leaves), leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_documents_of_a_packed_sequence_are_computed_as_if_alone():
+    model = preset("tiny").model_copy(update={"sliding_window": 5})
+    docs_BS = torch.tensor([[0] * 4 + [1] * 9 + [2] * 7])
+    q, k, v = random(20, 4, 8), random(20, 2, 8, seed=1), random(20, 2, 8, seed=2)
+    assert document_positions(docs_BS, 1, 20).tolist() == [*range(4), *range(9), *range(7)]
+    for layer in (0, 3):  # sliding, full
+        whole = PackedAttention(model, docs_BS, 1, 20)(layer, q, k, v)
+        part = slice(4, 13)
+        assert torch.equal(whole[part], PackedAttention(model, None, 1, 9)(layer, q[part], k[part], v[part]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(8, 16, 12), (5, 128, 40)])
+def test_experts_give_a_row_the_same_bits_in_any_company(size, dtype):
+    """1 to 512 rows in random company, with and without gradients, on one to three threads."""
+    num_experts, dim, hidden = size
+    shapes = ((hidden, dim), (hidden, dim), (dim, hidden))
+    stacks = [random(num_experts, *shape, seed=i, dtype=dtype) / 4 for i, shape in enumerate(shapes)]
+    weights = LayerWeights(stacks[0], stacks[1], stacks[2].mT)
+    rng, backend = torch.Generator().manual_seed(7), TorchBackend()
+    x_TD, ids_TK = random(512, dim, dtype=dtype), torch.rand(512, num_experts, generator=rng).topk(3).indices
+    weight_TK = torch.rand(512, 3, generator=rng)
+
+    def layer(rows):
+        row_A = torch.arange(len(rows)).repeat_interleave(3)
+        assigned = Assignments(row_A, ids_TK[rows].flatten(), weight_TK[rows].flatten())
+        return backend(x_TD[rows], assigned, weights)
+
+    whole = layer(torch.arange(512))
+    for i, num in enumerate((1, 2, 3, 4, 5, 9, 11, 12, 17, 33, 64, 200, 511)):
+        torch.set_num_threads(1 + i % 3)
+        rows = torch.randperm(512, generator=rng)[:num]
+        with torch.inference_mode(i % 2 == 0):
+            assert torch.equal(layer(rows), whole[rows]), f"{num} rows"
+
+
+def test_norms_and_router_give_a_row_the_same_bits_in_any_company():
+    config = preset("tiny").model_copy(update={"hidden_size": 100, "num_experts": 13, "num_experts_per_tok": 3})
+    norm, router = RMSNorm(100, 1e-5), Router(config)
+    router.is_exact, bias_E = True, random(13) / 10
+    x_TD = random(300, 100)
+    with torch.no_grad():
+        normed, routing = norm(x_TD), router(x_TD, bias_E)
+        for threads, part in ((1, slice(0, 1)), (2, slice(5, 8)), (3, slice(1, 300)), (2, slice(17, 61))):
+            torch.set_num_threads(threads)
+            assert torch.equal(norm(x_TD[part]), normed[part])
+            for mine, whole in zip(router(x_TD[part], bias_E), routing, strict=True):
+                assert torch.equal(mine, whole[part])

@@ -1,0 +1,88 @@
+"""Attention over the paged cache where a token's bits do not depend on its batch, its chunk or its padding: fp32 on a CPU.
+
+Legend: T tokens of the pass, B decoding sequences, N slot numbers, P slots, n tokens of a chunk, S keys that a chunk sees,
+H query heads, G key-value heads, d head dim.
+Order within a layer as in trinity/engine/attention.py: prefill chunks gather their past, then all new keys and values are
+written, then decodes read. They read keys where they lie, only those that they see.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.engine.attention import Flat, KVPools
+from trinity.engine.kv_cache import KINDS, SLIDING, BlockTable, KVCache
+from trinity.exact.attention import attention
+
+
+class Reads(NamedTuple):
+    """Queries, and the keys that each sees: slot_N[first:end]."""
+
+    rows: slice  # of T
+    slot_N: Tensor
+    first_n: Tensor
+    end_n: Tensor
+
+
+class Plan(NamedTuple):
+    """Where the tokens of one pass read and write, in the layers of one kind."""
+
+    write_rows: Tensor  # of T
+    write_slots: Tensor
+    decodes: Reads
+    prefills: tuple[tuple[Tensor, Reads], ...]  # the slots of the past, and reads of past and chunk together
+
+
+class ExactAttention:
+    """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
+
+    def __init__(self, pools: KVPools, cache: KVCache, flat: Flat, window: int):
+        self._pools = pools
+        self._plans = {kind: make_plan(cache.tables[kind], flat, window if kind == SLIDING else None) for kind in KINDS}
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        kind, index = self._pools.place[layer]
+        plan, k_PGd, v_PGd = self._plans[kind], self._pools.k[kind][index], self._pools.v[kind][index]
+        out_THd = torch.empty_like(q_THd)
+        for past_N, reads in plan.prefills:
+            k_SGd, v_SGd = (
+                torch.cat((pool[past_N], new[reads.rows])) for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd))
+            )
+            out_THd[reads.rows] = attention(q_THd[reads.rows], k_SGd, v_SGd, *reads[1:])
+        for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd)):
+            pool.index_copy_(0, plan.write_slots, new[plan.write_rows])
+        rows = plan.decodes.rows
+        if rows.stop:
+            out_THd[rows] = attention(q_THd[rows], k_PGd, v_PGd, *plan.decodes[1:])
+        return out_THd
+
+
+def make_plan(table: BlockTable, flat: Flat, window: int | None) -> Plan:
+    """`window` None: every earlier token is seen. Only the last `window` tokens of a chunk are written."""
+    reach = int(flat.end_T.max(initial=0)) if window is None else window
+    write_T = np.nonzero(flat.position_T >= flat.end_T - reach)[0]
+    slots = table.slots(flat.row_T[write_T], flat.position_T[write_T])
+    prefills, at = [], flat.num_decodes
+    for row, start, end in flat.prefills:
+        prefills.append(_prefill(table, row, start, end, at, reach))
+        at += end - start
+    return Plan(torch.from_numpy(write_T), torch.from_numpy(slots), _decodes(table, flat, reach), tuple(prefills))
+
+
+def _decodes(table: BlockTable, flat: Flat, reach: int) -> Reads:
+    row_B, length_B = flat.row_T[: flat.num_decodes], flat.end_T[: flat.num_decodes]
+    seen_B = np.minimum(length_B, reach)
+    end_B = seen_B.cumsum()
+    position_N = np.arange(seen_B.sum()) + np.repeat(length_B - end_B, seen_B)
+    slot_N = table.slots(np.repeat(row_B, seen_B), position_N)
+    return Reads(slice(0, flat.num_decodes), *map(torch.from_numpy, (slot_N, end_B - seen_B, end_B)))
+
+
+def _prefill(table: BlockTable, row: int, start: int, end: int, at: int, reach: int) -> tuple[Tensor, Reads]:
+    first = max(0, start - reach + 1)
+    past_N = torch.from_numpy(table.slots(row, np.arange(first, start)))
+    end_n = torch.arange(start, end) - first + 1
+    rows, every = slice(at, at + end - start), torch.arange(end - first)
+    return past_N, Reads(rows, every, (end_n - reach).clamp_(min=0), end_n)

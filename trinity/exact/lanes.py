@@ -1,0 +1,174 @@
+"""Sums in an order that is fixed by their length alone: the vector code under everything in this folder.
+
+Legend: 16 lanes; K length of a dot product, S keys.
+A library chooses how it sums by the number of rows (other kernels for 1, 3 or 11 rows than for 12), and a compiler that may
+reassociate chooses anew at each place where a loop is written. Here the order is written down, in LLVM's vector types:
+
+- `dots`: lane l sums w[i] x[i] over i = l, l + 16, ... in turn; lanes are added as a tree (l with l + 8, + 4, + 2, + 1); what
+  is left of K comes last, one by one. Every product is fused with its sum. Four rows meet two weight rows at a time, so that
+  one loaded number serves several products; with fewer rows some of the code's results are not used.
+- `mixes`: each lane is one output and sums p[j] v[j] over the keys j in turn; terms of p = 0 change nothing.
+
+The same bits, therefore, on any machine and from any number of threads. Addresses are plain integers: arrays stay alive and
+in bounds because the callers, all in this folder, see to it.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+from torch import Tensor
+
+LANES, ROWS, COLUMNS = 16, 4, 2
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VECTOR, SUMS = ir.VectorType(F32, LANES), ir.VectorType(F32, ROWS * COLUMNS)
+intrinsic: Any = numba_intrinsic  # what it makes is called without the first argument, which its type does not say
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Its memory, as compiled code takes it: the bits of bfloat16 as uint16."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@intrinsic
+def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
+    """out[column * ROWS + row] = w . x for the rows at addresses xs (a tuple of ROWS) and ws (COLUMNS), all of length k.
+
+    ws point into the array `weights`: float32, or uint16 that are the bits of bfloat16.
+    """
+    is_half = weights.dtype == types.uint16
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        xs, ws, k, out, _ = arguments
+        rows, columns = _pointers(b, xs), _pointers(b, ws, is_half)
+        out = b.inttoptr(out, F32.as_pointer())
+        pairs = [(column, row) for column in columns for row in rows]
+        whole = b.and_(k, I64(-LANES))
+        sums = [_variable(b, VECTOR) for _ in pairs]
+        with cgutils.for_range_slice(b, I64(0), whole, I64(LANES), intp=I64) as (i, _):
+            loaded = {id(p): _loaded(b, b.gep(p, [i]), LANES) for p in (*rows, *columns)}
+            for (column, row), total in zip(pairs, sums, strict=True):
+                b.store(_fma(b, loaded[id(column)], loaded[id(row)], b.load(total)), total)
+        b.store(_trees(b, [b.load(total) for total in sums]), b.bitcast(out, SUMS.as_pointer()), align=4)
+        with cgutils.for_range_slice(b, whole, k, I64(1), intp=I64) as (i, _):
+            for at, (column, row) in enumerate(pairs):
+                total = b.gep(out, [I64(at)])
+                b.store(_fma(b, _loaded(b, b.gep(column, [i])), b.load(b.gep(row, [i])), b.load(total)), total)
+
+    return types.void(xs, ws, k, out, weights), generate
+
+
+@intrinsic
+def mixes(typing: Any, ps: Any, slots: Any, v: Any, stride: Any, num: Any, outs: Any, values: Any) -> Any:
+    """outs[row][lane] = sum over j < num of ps[row][j] * v[slots[j] * stride + lane]; ps, outs: tuples of ROWS addresses.
+
+    v points into the array `values`: float32, or uint16 that are the bits of bfloat16.
+    """
+    is_half = values.dtype == types.uint16
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        ps, slots, v, stride, num, outs, _ = arguments
+        rows, out = _pointers(b, ps), _pointers(b, outs)
+        slots, v = b.inttoptr(slots, I64.as_pointer()), b.inttoptr(v, (I16 if is_half else F32).as_pointer())
+        sums = [_variable(b, VECTOR) for _ in rows]
+        with cgutils.for_range(b, num, intp=I64) as loop:
+            loaded = _loaded(b, b.gep(v, [b.mul(b.load(b.gep(slots, [loop.index])), stride)]), LANES)
+            for row, total in zip(rows, sums, strict=True):
+                spread = _spread(b, b.load(b.gep(row, [loop.index])))
+                b.store(_fma(b, spread, loaded, b.load(total)), total)
+        for pointer, total in zip(out, sums, strict=True):
+            b.store(b.load(total), b.bitcast(pointer, VECTOR.as_pointer()), align=4)
+
+    return types.void(ps, slots, v, stride, num, outs, values), generate
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+    one = types.float32
+    return one(one, one, one), lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+
+@intrinsic
+def as_float(typing: Any, bits: Any) -> Any:
+    """The float32 whose bits an int32 is."""
+    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], F32)
+
+
+@intrinsic
+def widened(typing: Any, stored: Any) -> Any:
+    """The float32 that a float32, or the bits of a bfloat16 as uint16, stands for."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        number = arguments[0]
+        return number if number.type == F32 else b.bitcast(b.shl(b.zext(number, I32), I32(16)), F32)
+
+    return types.float32(stored), generate
+
+
+def _pointers(b: Any, addresses: Any, is_half: bool = False) -> list[Any]:
+    kind = (I16 if is_half else F32).as_pointer()
+    return [b.inttoptr(address, kind) for address in cgutils.unpack_tuple(b, addresses)]
+
+
+def _loaded(b: Any, pointer: Any, num: int = 1) -> Any:
+    """A float32, or a vector of `num`. A bfloat16 is the upper half of one."""
+    stored = pointer.type.pointee
+    if num > 1:
+        pointer = b.bitcast(pointer, ir.VectorType(stored, num).as_pointer())
+    value = b.load(pointer, align=2 if stored == I16 else 4)
+    if stored == F32:
+        return value
+    wide = I32 if num == 1 else ir.VectorType(I32, num)
+    high = ir.Constant(wide, 16 if num == 1 else [16] * num)
+    return b.bitcast(b.shl(b.zext(value, wide), high), F32 if num == 1 else VECTOR)
+
+
+def _variable(b: Any, kind: Any, value: Any = None) -> Any:
+    """A local variable; the compiler keeps it in a register. Zeros at first."""
+    made = cgutils.alloca_once(b, kind)
+    b.store(ir.Constant(kind, [0.0] * LANES if kind is VECTOR else 0.0) if value is None else value, made)
+    return made
+
+
+def _fma(b: Any, v: Any, w: Any, total: Any) -> Any:
+    name = f"llvm.fma.v{LANES}f32" if v.type == VECTOR else "llvm.fma.f32"
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(v.type, [v.type] * 3), name), [v, w, total])
+
+
+def _spread(b: Any, number: Any) -> Any:
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    first = b.insert_element(undefined, number, I32(0))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+
+
+def _trees(b: Any, vectors: list[Any]) -> Any:
+    """The sum of all lanes of each of ROWS * COLUMNS vectors, halves added to halves; -> a vector of that many sums.
+
+    Two vectors are folded into one that has the halves of both, so that no lane is idle.
+    """
+    width = LANES
+    while len(vectors) > 1:
+        vectors = [
+            _folded(b, first, second, width, 2 * LANES)
+            for first, second in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        width //= 2
+    while width > 1:
+        vectors = [_folded(b, vectors[0], vectors[0], width, vectors[0].type.count)]
+        width //= 2
+    return vectors[0]
+
+
+def _folded(b: Any, first: Any, second: Any, width: int, num: int) -> Any:
+    """Of the first `num` lanes of two vectors, in runs of `width`: the front half of each run plus its back half."""
+    runs = range(0, num, width)
+    front, back = ([run + at + i for run in runs for i in range(width // 2)] for at in (0, width // 2))
+    kind = ir.VectorType(I32, len(front))
+    halves = (b.shuffle_vector(first, second, ir.Constant(kind, lanes)) for lanes in (front, back))
+    return b.fadd(*halves)
