@@ -61,6 +61,7 @@ class PlacementService:
             self._wish_file.unlink(missing_ok=True)
             self.record.forget()
         self._supervisor: Supervisor | None = None
+        self._tried = -1  # the version that the last attempt at a step started from
         if again and self.table is not None:
             self.supervise(self._data_host_file.read_text())
 
@@ -134,6 +135,11 @@ class PlacementService:
             self.record.decide(step, attempt, notes)
             self._changed.notify_all()
 
+    def keep(self) -> tuple[int, ...]:
+        """Versions before the present one that somebody computes with."""
+        with self._changed:
+            return self.record.keep()
+
     def decided(self) -> Decision | None:
         with self._changed:
             return self.record.decision
@@ -187,8 +193,9 @@ class PlacementService:
     def at_boundary(self, version: int, num_updates: int) -> Boundary:
         """For a trainer, before each attempt at a step. Waits while experts move."""
         with self._changed:
-            attempt = self.record.new_attempt()
-        epoch = self._running().at_boundary(version, num_updates)
+            attempt, is_again = self.record.new_attempt(), self._tried == version
+            self._tried = version
+        epoch = self._running().at_boundary(version, num_updates, is_again)
         with self._changed:
             return Boundary(epoch, attempt, self.record.keep())
 

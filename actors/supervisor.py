@@ -23,9 +23,9 @@ from ray.exceptions import RayError
 from actors.names import Handles, ask, name_of
 from actors.shard import DataPlane, start_shard
 from actors.watch import Seen, Watch, draining_nodes
-from trinity.errors import ConfigError, TrinityError
+from trinity.errors import ConfigError, StateLost, StepConflict, TrinityError, VersionGone
 from trinity.experts.shard import ShardSpec
-from trinity.messages import Copy, Retain
+from trinity.messages import Commit, Copy, Retain
 from trinity.placement.autoscaler import Limits, Scale, Window, decide
 from trinity.placement.planner import Aim, balance, moves, plan, with_floor
 from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
@@ -137,22 +137,63 @@ class Supervisor:
 
     def _tick(self) -> None:
         self.watch.look(self._table, self.handles, self.settings.watch_every_s)
-        if self._trains:
-            return  # weights change, and gradients gather: only `at_boundary`
+        if self._trains:  # weights change, and gradients gather: what else is wanted waits for `at_boundary`
+            self._restore()
+            return
         self._repair()
         self._autoscale()
         if time.monotonic() >= self._again_s and (wanted := self._wanted()) is not None:
             self._change(*wanted, self._version(), 0)
 
-    def at_boundary(self, version: int, num_updates: int) -> int:
-        """Between two steps of training nothing is under way: make the change that is wanted, if any; -> the epoch."""
+    def at_boundary(self, version: int, num_updates: int, is_again: bool) -> int:
+        """Between two steps of training nothing is under way: make the change that is wanted, if any; -> the epoch.
+
+        `is_again`: an attempt at this step has failed. Raises StateLost when a shard can never be at that version again."""
         with self._changing:
+            if is_again:
+                self.watch.look(self._table, self.handles, self.settings.watch_every_s)
+                self._check_recoverable()
             try:
                 if time.monotonic() >= self._again_s and (wanted := self._wanted()) is not None:
                     self._change(*wanted, version, num_updates)
             except (TrinityError, RayError) as error:  # training goes on where its experts are
                 log.warning("pool %s stays as it is: %s", self.settings.pool, error)
         return self.service.epoch()
+
+    def _restore(self) -> None:
+        """A shard of a training pool that started again with nothing (its host has gone) gets all of its experts from other
+        replicas: the step under way cannot be prepared without it, so their version does not change meanwhile."""
+        decision = self.service.decided()
+        for shard, seen in self.watch.seen.items():
+            if decision is not None and shard in self._table.shards and seen.is_there and not seen.missed:
+                self._fill(shard, seen, decision.version, decision.notes.get("num_updates", 0))
+
+    def _check_recoverable(self) -> None:
+        decision = self.service.decided()
+        for shard, seen in self.watch.seen.items():
+            if (
+                decision is None
+                or shard not in self._table.shards
+                or not seen.is_there
+                or seen.version >= decision.version
+            ):
+                continue
+            alone = [expert for expert in self._experts_of(shard) if not self._source(expert, shard)]
+            if (alone or seen.version >= 0) and not self._catches_up(shard, decision.version):
+                raise StateLost(
+                    f"shard {shard} is not at version {decision.version} any more, and {len(alone)} of its experts are on no other "
+                    "shard; going back to the last checkpoint (placement.redundancy 1 spares that)"
+                )
+
+    def _catches_up(self, shard: str, version: int) -> bool:
+        """Whether it has that version staged."""
+        try:
+            return self._ask(shard, "commit", Commit(version)) == version
+        except (StepConflict, VersionGone):
+            return False
+
+    def _experts_of(self, shard: str) -> list[Expert]:
+        return [(layer, expert) for layer, experts in self._table.experts_of(shard).items() for expert in experts]
 
     def _repair(self) -> None:
         """A shard that died or hung in the middle of a change may lack what the table says it holds, or hold more."""
@@ -163,12 +204,17 @@ class Supervisor:
             wanted = table.experts_of(shard)
             if any(seen.held.get(layer, frozenset()) - set(experts) for layer, experts in wanted.items()):
                 self._ask(shard, "retain", Retain(wanted))
-            for layer, experts in wanted.items():
-                missing = tuple(sorted(set(experts) - seen.held.get(layer, frozenset())))
-                if missing:
-                    sources = tuple(self._source((layer, expert), shard) for expert in missing)
-                    log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
-                    self._ask(shard, "copy", Copy(layer, missing, sources, self._version(), self._deadline()))
+            if self._version() >= 0:
+                self._fill(shard, seen, self._version(), 0)
+
+    def _fill(self, shard: str, seen: Seen, version: int, num_updates: int) -> None:
+        """Copy to the shard what it lacks of the table."""
+        for layer, experts in self._table.experts_of(shard).items():
+            missing = tuple(sorted(set(experts) - seen.held.get(layer, frozenset())))
+            if missing:
+                sources = tuple(self._source((layer, expert), shard) for expert in missing)
+                log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
+                self._ask(shard, "copy", Copy(layer, missing, sources, version, self._deadline(), num_updates))
 
     # -- deciding
 
@@ -231,9 +277,7 @@ class Supervisor:
     def _replicas_LE(self, wish: Wish, num_shards: int) -> np.ndarray:
         table = self._table
         counts_LE = np.full((len(table.layers), table.num_experts), 1 + self.settings.redundancy)
-        if self._trains:
-            return np.ones_like(counts_LE)
-        if self.settings.autoscale.enabled:
+        if self.settings.autoscale.enabled and not self._trains:
             counts_LE = np.maximum(counts_LE, self._scale.replicas_LE)
         for layer, expert, num in wish.replicas:
             counts_LE[table.layers.index(layer), expert] = max(num, 1 + self.settings.redundancy)
@@ -275,7 +319,7 @@ class Supervisor:
         self._changes.append(view)
         try:
             self._make(fresh)
-            copied = self._copy_all(todo, version, num_updates)
+            copied = sum(self._copy_all(todo, kept, num_updates) for kept in (version, *self.service.keep()))
             self._step(started_s, "drain", copied)
             self.service.publish(table)
             time.sleep(0 if self._trains else self.settings.drain_s)
@@ -406,8 +450,6 @@ class Supervisor:
     def _with_replicas(self, wish: Wish, asked: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
         layer, expert, num = asked
         table = self._table
-        if self._trains:
-            raise ConfigError(f"pool {self.settings.pool!r} trains: one replica of each expert, so far")
         if layer not in table.layers or not 0 <= expert < table.num_experts:
             raise ConfigError(
                 f"there is no expert ({layer}, {expert}); layers {table.layers}, experts 0 to {table.num_experts - 1}"

@@ -188,6 +188,9 @@ class TrainConfig(Frozen):
         default=None,
         description="go on from this step of out_dir, or from a checkpoint folder; later ones are moved aside",
     )
+    runaway_nats: float = Field(
+        default=1.0, gt=0, description="a step whose loss is so far above the usual makes a version that is not served"
+    )
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
 
     @model_validator(mode="after")

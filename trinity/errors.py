@@ -115,6 +115,12 @@ class VersionGone(TrinityError):
     code = Code.UNAVAILABLE
 
 
+class StateLost(TrinityError):
+    """The last committed state of a training pool is nowhere any more: the run goes back to its last checkpoint."""
+
+    code = Code.UNAVAILABLE
+
+
 class InputGone(TrinityError):
     """The forward activations of an op are no longer cached; send the rows again and the shard recomputes."""
 

@@ -51,6 +51,7 @@ from trinity.store import Store, Version
 log = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 20
 HEALABLE = (Unavailable, DeadlineExceeded, StepConflict, WrongEpoch, VersionGone, InputGone)
+USUAL_STEPS = 50  # over which the usual loss is averaged
 PAUSE_S = 0.2  # before a step is tried again
 
 
@@ -94,6 +95,7 @@ class Trainer:
             self.objective.register_comm_hook(None, sum_gradients)
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
+        self._usual_loss: float | None = None
         self.position = self.num_skipped = self.num_replays = self._skipped_in_a_row = 0
 
     @property
@@ -117,7 +119,7 @@ class Trainer:
             self._load_pool(Load(None, self.config.train.seed))
             self.backbone.begin(0)
         if self.comm.rank == 0:
-            self.pool.begin(self.version, {**self._notes(), "is_source": True})
+            self.pool.begin(self.version, {**self._notes(is_step=False), "is_source": True})
         self.comm.sum(torch.zeros(1))
 
     def _go_on(self) -> bool:
@@ -227,7 +229,7 @@ class Trainer:
         elif not is_finite:
             self._skip(boundary, "the new weights are not finite")
         else:
-            self._commit(boundary)
+            self._commit(boundary, self._is_good(totals.ce))
         return self._report(totals, norm, *lrs, time.perf_counter() - started)
 
     def _as_first(self, what: Callable[[], Sequence[float]], num: int, last: bool) -> list[float] | None:
@@ -335,11 +337,20 @@ class Trainer:
             return None
         return bool(said[0])
 
-    def _commit(self, boundary: Boundary) -> None:
+    def _is_good(self, loss: float) -> bool:
+        """Whether the next version may be served: not after a loss far above the recent ones, its weights run away."""
+        usual = loss if self._usual_loss is None else self._usual_loss
+        self._usual_loss = usual + (loss - usual) / USUAL_STEPS
+        if loss <= usual + self.config.train.runaway_nats:
+            return True
+        log.error("version %d is not served: its loss was %.3f, usual is %.3f", self.version + 1, loss, usual)
+        return False
+
+    def _commit(self, boundary: Boundary, is_good: bool) -> None:
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
         self.position += 1
         if self.comm.rank == 0:
-            self.pool.decide(self.version + 1, boundary.attempt, self._notes())
+            self.pool.decide(self.version + 1, boundary.attempt, {**self._notes(is_step=True), "is_good": is_good})
         self.comm.sum(torch.zeros(1))
         self.backbone.commit()
         self._skipped_in_a_row = 0
@@ -428,10 +439,10 @@ class Trainer:
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
         return {**batches, "num_tokens": len(self.data.train.store.tokens)}
 
-    def _notes(self) -> dict[str, Any]:
-        """What a job that takes over needs to know besides the weights."""
+    def _notes(self, is_step: bool) -> dict[str, Any]:
+        """What a job that takes over needs to know besides the weights. `is_step`: of the version that is staged."""
         counts = {"position": self.position, "num_skipped": self.num_skipped}
-        return {"run": self._run, "order": self._order(), **counts}
+        return {"run": self._run, "order": self._order(), **counts, "num_updates": self.backbone.num_updates + is_step}
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude={"serve": {"api_key", "admin_key"}})

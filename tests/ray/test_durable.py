@@ -221,3 +221,76 @@ def test_two_workers_sum_in_one_order(ray_session, config, tmp_path):
         pools.destroy(own.placement.pool, "trinity")
         found.append(weights_of(open_checkpoint(latest_checkpoint(out_dir))))
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
+
+
+def test_replicas_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, pool, tmp_path):
+    """F10 for replicas: 1 -> 3 -> 1. All replicas of an expert have the same bits after every step."""
+    from actors.operate import operator
+    from trinity.messages import Fetch
+
+    config = config.replace(train={"steps": 8})
+    trainer, asked = trainer_of(config, pool), operator(config.placement, "trinity")
+    losses, replicas = [], []
+    for step in range(1, 9):
+        for at, num in ((3, 3), (6, 1)):
+            if step == at:
+                for layer in config.model.moe_layers:
+                    for expert in range(config.model.num_experts):
+                        asked.replicate(layer, expert, num)
+        losses.append(trainer.step().loss)
+        replicas.append(int(pool.table.num_replicas_LE.max()))
+        for layer, experts in pool.table.shared.items():
+            for expert, holders in experts.items():
+                for kind in ("weight", "momentum"):
+                    call = Fetch(layer, expert, step, 4e9, kind)
+                    first, *others = (pool.transport.send(s, "fetch", call).result() for s in holders)
+                    assert all(torch.equal(first, other) for other in others)
+    assert replicas == [1, 1, 3, 3, 3, 1, 1, 1]
+    want, reference = train_here(config, tmp_path / "here")
+    torch.testing.assert_close(losses, list(want.values()), atol=1e-5, rtol=0)
+    mine, theirs = weights_of(open_checkpoint(trainer.save())), weights_of(reference)
+    for key in theirs:
+        torch.testing.assert_close(mine[key], theirs[key], atol=1e-5, rtol=0)
+
+
+def test_a_shard_that_lost_its_memory_gets_it_from_its_replicas(ray_session, config, tmp_path):
+    """What a lost host means to a shard: started again elsewhere, with nothing. No step is lost, no checkpoint is read."""
+    import shutil
+
+    from actors import pool as pools
+
+    config = config.replace(train={"steps": 6}, placement={"redundancy": 1, "memory_dir": str(tmp_path / "memory")})
+    pool = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
+    trainer = trainer_of(config, pool)
+    losses = [trainer.step().loss for _ in range(3)]
+    assert pool.table.num_replicas_LE.min() == 2
+    (folder,) = (tmp_path / "memory").glob("*/shard-1")
+    pid = pid_of(ray_session, pool, "shard-1")
+    os.kill(pid, signal.SIGSTOP)
+    shutil.rmtree(folder)
+    os.kill(pid, signal.SIGKILL)
+    losses += [trainer.step().loss for _ in range(3)]
+    assert set(pool.versions().values()) == {6}
+    pools.destroy(config.placement.pool, "trinity", config.placement.memory_dir)
+    assert not list((tmp_path / "memory").glob("*")), "nothing is left in memory"
+    want, _ = train_here(config, tmp_path / "here")
+    torch.testing.assert_close(losses, list(want.values()), atol=1e-5, rtol=0)
+
+
+def test_without_replicas_a_lost_memory_sends_the_job_back_to_its_checkpoint(ray_session, config, pool, tmp_path):
+    from trinity.errors import StateLost
+
+    config = config.replace(train={"steps": 5})
+    trainer = trainer_of(config, pool)
+    losses = [trainer.step().loss for _ in range(2)]
+    trainer.save()
+    trainer.step()
+    from trinity.messages import Load
+
+    pool.transport.send("shard-0", "load", Load(training=False)).result()  # other weights: none of this run's
+    with pytest.raises(StateLost, match="going back to the last checkpoint"):
+        trainer.step()
+    again = trainer_of(config, pool)
+    assert (again.version, again.position) == (2, 2)
+    losses += [again.step().loss for _ in range(3)]
+    same_as_undisturbed(config, tmp_path, again, losses)

@@ -91,6 +91,8 @@ class ExpertShard(Holdings):
     def infer(self, call: Forward) -> Tensor:
         """-> y_RD, one row per row received. Pure, unless `keep`."""
         with self.lock:
+            if call.keep:
+                self._check_trains(call)
             layer = self._layer(call.layer, call.version, call.deadline_s)
             slots = self._slots(layer, call)
             self._rows[call.layer][layer.held_E] += torch.bincount(slots.expert_A, minlength=len(layer.experts))
@@ -104,6 +106,7 @@ class ExpertShard(Holdings):
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
         """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
         with self.lock:
+            self._check_trains(call)
             layer = self._layer(call.layer, call.version, call.deadline_s)
             self._enter(attempt_of(call.op_id), call.version)
             op = self._ops.get(call.op_id) or self._recompute(layer, call)
@@ -228,6 +231,11 @@ class ExpertShard(Holdings):
             )
         if attempt > self.gathered.attempt:
             self._forget(attempt)
+
+    def _check_trains(self, call: Forward | Backward) -> None:
+        """Another attempt may find what is missing here; to wait for it in the middle of one would be in vain."""
+        if self.version < 0:
+            raise StepConflict(f"shard {self.spec.name} has no weights; the step on {call.version} must wait for them")
 
     def _expect_next(self, step: int) -> None:
         if self.store.staged is not None and step == self.version + 2:
