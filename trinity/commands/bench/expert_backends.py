@@ -12,7 +12,7 @@ Decisions:
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -141,7 +141,8 @@ class Case(NamedTuple):
     dy_RD: Tensor
 
 
-def layer_of(shape: Shape, device: torch.device, seed: int = 0) -> LayerWeights:
+def layer_of(shape: Shape, device: torch.device, seed: int = 0, backends: Iterable[ExpertBackend] = ()) -> LayerWeights:
+    """Laid out as a shard does for torch's backend, where no other is among `backends`."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def stack(width: int) -> Tensor:
@@ -149,7 +150,8 @@ def layer_of(shape: Shape, device: torch.device, seed: int = 0) -> LayerWeights:
         return values_EFD.mul_(width**-0.5).to(shape.dtype).requires_grad_()
 
     gate_EFD, up_EFD, down_EFD = map(stack, (shape.dim, shape.dim, shape.ffn))
-    if TorchBackend().stores_down_transposed(device):  # as a shard keeps it
+    plain = [isinstance(each, TorchBackend | ReferenceBackend) for each in backends]
+    if plain and all(plain) and TorchBackend().stores_down_transposed(device):
         down_EFD = down_EFD.detach().mT.contiguous().mT.requires_grad_()
     return LayerWeights(gate_EFD, up_EFD, down_EFD)
 
