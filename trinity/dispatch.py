@@ -192,7 +192,7 @@ class Dispatcher:
         if self.view.table is not self.table or self.view.away != self._away:
             self.follow()
         started_s = time.perf_counter()
-        routes = [] if self.failure else self._route(layer, ids_TK)
+        routes = [] if self.failure else self._route(layer, x_TD, ids_TK)
         started_s = self.times.add("route", started_s)
         name = op_name(self.attempt, self.caller, next(self._ops))
         exchange = Exchange(self, layer, name, routes, self.deadline())
@@ -207,18 +207,18 @@ class Dispatcher:
         """Rows that a shard did not compute, to whoever holds their experts now; it fails with the first of them that does."""
         if self.view.table is not self.table or self.view.away != self._away:
             self.follow()
-        routes = self._route(call.layer, call.rows.ids_RK)
+        routes = self._route(call.layer, call.rows.x_RD, call.rows.ids_RK)
         exchange = Exchange(self, call.layer, call.op_id, routes, until_s, is_retry=True)
         exchange.send_forward(call.rows.x_RD, call.rows.weights_RK, False)
         return exchange
 
-    def _route(self, layer: int, ids_TK: Tensor) -> list[Route]:
+    def _route(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> list[Route]:
         """Pick a replica per (token, expert) and group the slots by shard."""
         ids_TK, shards = ids_TK.cpu(), self.table.shards
         if len(shards) == 1:
             return [Route(shards[0], None, ids_TK)] if len(ids_TK) else []
         host_TK = ids_TK.numpy()  # many small steps: numpy takes half of torch's time
-        shard_TK = self._shards(self._row_of[layer], host_TK)
+        shard_TK = self._shards(self._row_of[layer], x_TD, host_TK)
         routes = []
         for position, name in enumerate(shards):
             here_TK = shard_TK == position
@@ -230,13 +230,13 @@ class Dispatcher:
                 routes.append(Route(name, torch.from_numpy(token_R), torch.from_numpy(own_TK[token_R])))
         return routes
 
-    def _shards(self, at: int, ids_TK: np.ndarray) -> np.ndarray:
+    def _shards(self, at: int, x_TD: Tensor, ids_TK: np.ndarray) -> np.ndarray:
         """The shard of each slot: the token's turn among the expert's replicas."""
         shard_EN = self._shard_LEN[at]
         if not self.is_replicated:
             shard_TK = shard_EN[:, 0].take(ids_TK)  # ELSEWHERE finds the last expert's
         else:
-            turn_T1 = np.arange(len(ids_TK))[:, None]
+            turn_T1 = turns(x_TD)[:, None]
             shard_TK = shard_EN[ids_TK, turn_T1 % self._num_LE[at][ids_TK]]
         return np.where(ids_TK == ELSEWHERE, ELSEWHERE, shard_TK)
 
@@ -358,6 +358,15 @@ class Exchange:
             self._calls[i] = replace(self._calls[i], rows=rows, deadline_s=deadline_s)
             self._replies[i] = self.dispatcher.transport.send(self.routes[i].shard, "backward", self._calls[i])
             return self._settled("backward", i)
+
+
+def turns(x_TD: Tensor) -> np.ndarray:
+    """A number of each token that is as good as random, but the token's own: in other company it goes to the same replicas,
+
+    and so its experts are added up in the same order.
+    """
+    bits_T = x_TD[:, 0].detach().float().cpu().numpy().view(np.uint32).astype(np.uint64)
+    return ((bits_T * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype(np.int64)
 
 
 def _rows(route: Route, x_TD: Tensor, weights_TK: Tensor) -> Rows:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import Dispatcher, Done, Fixed, LocalTransport
+from trinity.dispatch import Dispatcher, Done, Fixed, LocalTransport, turns
 from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
 from trinity.experts.copying import take_up
 from trinity.experts.held import names_of
@@ -42,6 +42,17 @@ def copy_all(target, experts, peers, layer=LAYER, source=None):
     version = next(iter(peers.values())).version
     names = tuple(next(s for s, shard in peers.items() if e in shard.experts[layer]) for e in experts)
     return take_up(target, Copy(layer, tuple(experts), names, version, FOREVER), LocalTransport(peers), source)
+
+
+def test_a_token_goes_to_the_same_replicas_in_any_company():
+    """Half of the rows to each of two replicas, whatever else is in the batch: so the order of sums is a token's own."""
+    table, transport = replicated(4)
+    dispatcher = Dispatcher(View(table), transport, timeout_s=5)
+    x, ids, weights = rows_of(300)
+    whole = dispatcher(LAYER, x, ids, weights)
+    for part in (slice(0, 1), slice(7, 60), slice(1, 300)):
+        assert torch.equal(dispatcher(LAYER, x[part], ids[part], weights[part]), whole[part])
+    assert 0.4 < (turns(x) % 2).mean() < 0.6
 
 
 # -- one shard

@@ -26,6 +26,11 @@ class Runner:
         self._config, self._settings, self._cache = config, settings, cache
         self._device = parameter.device
         self._pools = KVPools(config, cache.layout, parameter.device, parameter.dtype)
+        self._is_exact = config.batch_invariant and exact.is_for(parameter)
+        if self._is_exact:
+            from trinity.exact.warm import warm_up
+
+            warm_up(parameter.dtype)
 
     @torch.inference_mode()
     def forward(self, model: Afmoe, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
@@ -52,7 +57,7 @@ class Runner:
         return self._to(ids_T), self._to(flat.position_T), attend
 
     def _attention(self) -> Callable[..., Attend]:
-        if not self._config.batch_invariant or not exact.is_for(next(iter(self._pools.k.values()))):
+        if not self._is_exact:
             return PagedAttention
         from trinity.engine.exact_attention import ExactAttention  # a compiler comes with it
 

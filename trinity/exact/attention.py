@@ -125,10 +125,12 @@ def _softmax(weights, begin, end, num):  # type: ignore[no-untyped-def]
     for j in range(begin, end):
         weights[j] = exp(weights[j] - highest)
     total = _total(weights, begin, end)
-    weights[:begin] = 0
+    for j in range(begin):
+        weights[j] = 0
     for j in range(begin, end):
         weights[j] /= total
-    weights[end:num] = 0
+    for j in range(end, num):
+        weights[j] = 0
 
 
 @numba.njit(nogil=True, cache=True)
@@ -157,7 +159,8 @@ def _mix(v, slot, group, line, rows, begin, end, weights, mixed, out):  # type: 
         mixes(ps, slot.ctypes.data + 8 * begin, base + v.itemsize * at, stride, end - begin, outs, v)
         for i in range(rows):
             head = out[(line + i) // share, group * share + (line + i) % share]
-            head[at : at + LANES] = mixed[i]
+            for lane in range(LANES):
+                head[at + lane] = mixed[i, lane]
     for i in range(rows):
         head = out[(line + i) // share, group * share + (line + i) % share]
         for at in range(whole, dim):

@@ -23,7 +23,7 @@ PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pa
 
 def linear(x: Tensor, w_NK: Tensor) -> Tensor:
     """x [..., K] times the transpose of w -> [..., N]. Differentiable in both."""
-    x_TK = x.reshape(-1, x.shape[-1])
+    x_TK = x.flatten(0, -2)
     end_E = torch.tensor([len(x_TK)])
     return grouped(x_TK, w_NK.unsqueeze(0), end_E).unflatten(0, x.shape[:-1])
 

@@ -21,13 +21,13 @@ from trinity.commands.bench import models
 from trinity.commands.bench.models import ACTORS, HERE, NUM_SHARDS, TRANSFORMERS, Split, actor_arm
 from trinity.commands.bench.report import Curve, Report, Table, alternated, ratio
 from trinity.commands.train import say
-from trinity.config import ModelConfig
+from trinity.config import EngineConfig, ModelConfig
 from trinity.errors import TrinityError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trinity.engine.llm import LLM
+    from trinity.engine.engine import Engine
 
 USUAL: dict[str, Any] = {"preset": "bench", "splits": (Split(2, 1), Split(1, 1), Split(2, 2)), "rounds": 3}
 USUAL |= {
@@ -40,6 +40,7 @@ USUAL |= {
 QUICK: dict[str, Any] = {"preset": "tiny", "splits": (Split(1, 1),), "rounds": 1}
 QUICK |= {"prompt_len": 8, "new_tokens": 6, "concurrency": 4, "requests": (1, 4), "shards": (1, 2)}
 CURVE_PROMPT, CURVE_TOKENS = 8, 9
+FREE = f"{HERE}, batch_invariant false"
 TIE = 1e-4  # logits of transformers' two best tokens that are as close as this have no order
 
 
@@ -74,8 +75,8 @@ class Run(NamedTuple):
 class Ours:
     """An engine, driven until all its requests are done."""
 
-    def __init__(self, llm: "LLM"):
-        self.engine = llm.engine
+    def __init__(self, engine: "Engine"):
+        self.engine = engine
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int) -> Run:
         from trinity.engine.request import SamplingParams
@@ -162,20 +163,36 @@ class Bench:
         self.has_actors = "actors" not in given.without
         self.splits: list[tuple[Any, ...]] = []
 
-    def llm(self, experts: Any = None, num_shards: int = 1) -> "LLM":
-        """An engine with room for the largest number of requests; all prompts of a race fit in one pass."""
-        from trinity.config import EngineConfig
+    def ours(self, experts: Any = None, num_shards: int = 1) -> Ours:
         from trinity.engine.llm import LLM
 
+        settings = self.settings()
+        return Ours(LLM(self.path, engine=settings, experts=experts, num_shards=num_shards, device="cpu").engine)
+
+    def free(self) -> Ours:
+        """An engine of the same checkpoint without `batch_invariant`: attention and backbone are the libraries' own."""
+        from trinity.checkpoint import open_checkpoint
+        from trinity.engine.engine import Engine
+        from trinity.messages import Load
+        from trinity.model.afmoe import Afmoe
+        from trinity.pool import local_pool
+
+        config, checkpoint = self.model.model_copy(update={"batch_invariant": False}), open_checkpoint(self.path)
+        pool = local_pool(config, Load(str(self.path), training=False))
+        model = Afmoe(config, pool.dispatcher(checkpoint.version)).eval()
+        checkpoint.load_backbone(model)
+        return Ours(Engine(model, config, self.settings(), checkpoint.tokenizer))
+
+    def settings(self) -> EngineConfig:
+        """Room for the largest number of requests; all prompts of a race fit in one pass."""
         given, most = self.given, max(self.given.concurrency, *self.given.requests)
-        settings = EngineConfig(
+        return EngineConfig(
             num_threads=given.threads,
             max_num_seqs=most,
             max_num_batched_tokens=max(given.concurrency * given.prompt_len, most * CURVE_PROMPT),
             max_model_len=max(given.prompt_len + given.new_tokens, CURVE_PROMPT + CURVE_TOKENS),
             kv_cache_bytes=1 << 30,
         )
-        return LLM(self.path, engine=settings, experts=experts, num_shards=num_shards, device="cpu")
 
     @contextmanager
     def actors(self, shard_threads: int, num_shards: int = NUM_SHARDS) -> Iterator[Ours]:
@@ -184,7 +201,7 @@ class Bench:
 
         with models.shard_actors(self.model, shard_threads, num_shards) as pool:
             version = pool.load(Load(str(self.path.resolve()), training=False))
-            yield Ours(self.llm(pool.dispatcher(version)))
+            yield self.ours(pool.dispatcher(version))
 
     # -- the race
 
@@ -192,20 +209,23 @@ class Bench:
         """The race with the first split, then all splits against one process."""
         given = self.given
         if not self.has_actors:
-            self._race({HERE: (given.threads, here)})
+            self._race({HERE: (given.threads, here), **self._extra()})
             self._over_requests({HERE: (given.threads, here)})
         for shard_threads, splits in models.by_shard_threads(given.splits if self.has_actors else ()).items():
             with self.actors(shard_threads) as actors:
                 arms = {HERE: (given.threads, here), **{actor_arm(split): (split.backbone, actors) for split in splits}}
                 if given.splits[0] in splits:
                     main = {name: arms[name] for name in (HERE, actor_arm(given.splits[0]))}
-                    self._race(main)
+                    self._race({**main, **self._extra()})
                     self._over_requests(main)
                 if len(given.splits) > 1:
                     self._compare_splits(arms)
         if self.splits:
             columns = ("arm", "tokens/s median", "min", "max", f"/ {HERE}")
             self.report.tables.append(Table("Threads of backbone : shard", columns, tuple(self.splits)))
+
+    def _extra(self) -> dict[str, tuple[int, Ours]]:
+        return {} if "free" in self.given.without else {FREE: (self.given.threads, self.free())}
 
     def _race(self, arms: Mapping[str, tuple[int, Ours]]) -> None:
         given, race = self.given, Race()
@@ -290,7 +310,7 @@ class Bench:
         given, found = self.given, []
         for n in given.shards:
             say(f"timing {n} shards")
-            arms = {f"shards in {HERE}": (given.threads, here if n == 1 else Ours(self.llm(num_shards=n)))}
+            arms = {f"shards in {HERE}": (given.threads, here if n == 1 else self.ours(num_shards=n))}
             if not self.has_actors:
                 found.append(self._times(arms, given.concurrency))
                 continue
@@ -317,7 +337,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     given = models.filled(arguments, USUAL, QUICK)
     with models.ray_joined("actors" not in given.without):
         bench = Bench(given)
-        here = Ours(bench.llm())
+        here = bench.ours()
         bench.compare(here)
         bench.over_shards(here)
     return bench.report

@@ -12,7 +12,7 @@ Decisions:
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -141,14 +141,19 @@ class Case(NamedTuple):
     dy_RD: Tensor
 
 
-def layer_of(shape: Shape, device: torch.device, seed: int = 0) -> LayerWeights:
+def layer_of(shape: Shape, device: torch.device, seed: int = 0, backends: Iterable[ExpertBackend] = ()) -> LayerWeights:
+    """Laid out as a shard does for torch's backend, where no other is among `backends`."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def stack(width: int) -> Tensor:
         values_EFD = torch.randn(shape.experts, shape.ffn, shape.dim, generator=generator, device=device)
         return values_EFD.mul_(width**-0.5).to(shape.dtype).requires_grad_()
 
-    return LayerWeights(stack(shape.dim), stack(shape.dim), stack(shape.ffn))
+    gate_EFD, up_EFD, down_EFD = map(stack, (shape.dim, shape.dim, shape.ffn))
+    plain = [isinstance(each, TorchBackend | ReferenceBackend) for each in backends]
+    if plain and all(plain) and TorchBackend().stores_down_transposed(device):
+        down_EFD = down_EFD.detach().mT.contiguous().mT.requires_grad_()
+    return LayerWeights(gate_EFD, up_EFD, down_EFD)
 
 
 def balanced(shape: Shape, rows: int, weights: LayerWeights) -> Case:
@@ -258,7 +263,7 @@ def _errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     """-> relative errors: of the whole tensor, and of the worst slice along its first dimension against a typical one."""
     if got.shape != want.shape:
         return math.inf, math.inf
-    error, size = ((t.view(len(want), -1).norm(dim=1)) for t in (got.to(want.dtype) - want, want))
+    error, size = ((t.reshape(len(want), -1).norm(dim=1)) for t in (got.to(want.dtype) - want, want))
     typical = size.square().mean().sqrt()
     return float(error.square().mean().sqrt() / typical), float(error.max() / typical)
 

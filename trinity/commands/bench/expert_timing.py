@@ -250,7 +250,7 @@ def survey(
     """Check every backend with about `check_rows` rows per expert, then time the right ones with each of `rows`."""
     if obstacle := no_room(shape.check_bytes() + COLD_BYTES, rig.device):
         return Survey(shape, obstacle=obstacle)
-    first = layer_of(shape, rig.device)
+    first = layer_of(shape, rig.device, backends=backends.values())
     verdicts = checked(backends, shape, check_rows, first)
     bound = tolerance(shape.dtype, rig.device)
     right = {name: backends[name] for name in Survey(shape, verdicts).right}
@@ -306,7 +306,7 @@ def growth(backend: ExpertBackend, shapes: Sequence[Shape], assignments: int, ri
     """
     runs: dict[tuple[str, int], Callable[[], Lap]] = {}
     for shape in shapes:
-        layer = layer_of(shape, rig.device)
+        layer = layer_of(shape, rig.device, backends=[backend])
         spread = Passes(
             backend, balanced(shape, assignments // shape.experts, layer), itertools.repeat(layer), rig.clock
         )

@@ -58,7 +58,11 @@ def flags(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
                         f"(default: {','.join(map(str, usual['splits']))}); the first is held to the targets")  # fmt: skip
     parser.add_argument("--rounds", type=int, help=f"turns that each arm takes (default: {usual['rounds']})")
     parser.add_argument(
-        "--without", action="append", default=[], choices=["actors", "transformers"], help="leave these arms out"
+        "--without",
+        action="append",
+        default=[],
+        choices=["actors", "transformers", "free"],
+        help="leave these arms out",
     )
 
 

@@ -1,0 +1,16 @@
+"""Compiled code is compiled at its first use, or read from a folder beside it: here, while nobody waits for a token."""
+
+import torch
+
+from trinity.exact import pointwise, products
+from trinity.exact.attention import attention
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Run each kernel once on next to nothing. A few seconds on a machine's first time, half a second later."""
+    z, one = torch.zeros(1, 1, 2, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    attention(z, z, z, one, one, one + 1)
+    products.linear(z, z[0])
+    pointwise.gated(z, z)
+    pointwise.sigmoid(z)
+    pointwise.cos_sin(torch.zeros(1))
