@@ -20,16 +20,17 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
+from actors.mender import Mender
 from actors.names import Handles, ask, name_of
 from actors.shard import DataPlane, start_shard
 from actors.watch import Seen, Watch, draining_nodes
-from trinity.errors import ConfigError, StateLost, StepConflict, TrinityError, VersionGone
+from trinity.errors import ConfigError, TrinityError, VersionGone
 from trinity.experts.shard import ShardSpec
-from trinity.messages import Commit, Copy, Retain
+from trinity.messages import Copy, Retain
 from trinity.placement.autoscaler import Limits, Scale, Window, decide
 from trinity.placement.planner import Aim, balance, moves, plan, with_floor
 from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
-from trinity.placement.table import Expert, PlacementTable
+from trinity.placement.table import PlacementTable
 from trinity.placement.topology import Shard, Topology
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Supervisor:
         if found is None:
             found = Wish(len(service.table.shards), next_name=len(service.table.shards))
             service.set_wish(found)
+        self.mender = Mender(service, self.watch, self._ask)
         self._wish, self._wake, self._guard = found, threading.Event(), threading.Lock()
         self._changing, self._again_s = threading.Lock(), 0.0
         self._balance_now, self._balanced_s = False, time.monotonic()
@@ -138,12 +140,12 @@ class Supervisor:
     def _tick(self) -> None:
         self.watch.look(self._table, self.handles, self.settings.watch_every_s)
         if self._trains:  # weights change, and gradients gather: what else is wanted waits for `at_boundary`
-            self._restore()
+            self.mender.restore()
             return
-        self._repair()
+        self.mender.repair()
         self._autoscale()
         if time.monotonic() >= self._again_s and (wanted := self._wanted()) is not None:
-            self._change(*wanted, self._version(), 0)
+            self._change(*wanted, self.watch.version, 0)
 
     def at_boundary(self, version: int, num_updates: int, is_again: bool) -> int:
         """Between two steps of training nothing is under way: make the change that is wanted, if any; -> the epoch.
@@ -152,69 +154,13 @@ class Supervisor:
         with self._changing:
             if is_again:
                 self.watch.look(self._table, self.handles, self.settings.watch_every_s)
-                self._check_recoverable()
+                self.mender.check_recoverable()
             try:
                 if time.monotonic() >= self._again_s and (wanted := self._wanted()) is not None:
                     self._change(*wanted, version, num_updates)
             except (TrinityError, RayError) as error:  # training goes on where its experts are
                 log.warning("pool %s stays as it is: %s", self.settings.pool, error)
         return self.service.epoch()
-
-    def _restore(self) -> None:
-        """A shard of a training pool that started again with nothing (its host has gone) gets all of its experts from other
-        replicas: the step under way cannot be prepared without it, so their version does not change meanwhile."""
-        decision = self.service.decided()
-        for shard, seen in self.watch.seen.items():
-            if decision is not None and shard in self._table.shards and seen.is_there and not seen.missed:
-                self._fill(shard, seen, decision.version, decision.notes.get("num_updates", 0))
-
-    def _check_recoverable(self) -> None:
-        decision = self.service.decided()
-        for shard, seen in self.watch.seen.items():
-            if (
-                decision is None
-                or shard not in self._table.shards
-                or not seen.is_there
-                or seen.version >= decision.version
-            ):
-                continue
-            alone = [expert for expert in self._experts_of(shard) if not self._source(expert, shard)]
-            if (alone or seen.version >= 0) and not self._catches_up(shard, decision.version):
-                raise StateLost(
-                    f"shard {shard} is not at version {decision.version} any more, and {len(alone)} of its experts are on no other "
-                    "shard; going back to the last checkpoint (placement.redundancy 1 spares that)"
-                )
-
-    def _catches_up(self, shard: str, version: int) -> bool:
-        """Whether it has that version staged."""
-        try:
-            return self._ask(shard, "commit", Commit(version)) == version
-        except (StepConflict, VersionGone):
-            return False
-
-    def _experts_of(self, shard: str) -> list[Expert]:
-        return [(layer, expert) for layer, experts in self._table.experts_of(shard).items() for expert in experts]
-
-    def _repair(self) -> None:
-        """A shard that died or hung in the middle of a change may lack what the table says it holds, or hold more."""
-        table = self._table
-        for shard, seen in self.watch.seen.items():
-            if shard not in table.shards or not seen.is_there or seen.missed:  # what it held then is old news
-                continue
-            wanted = table.experts_of(shard)
-            if any(seen.held.get(layer, frozenset()) - set(experts) for layer, experts in wanted.items()):
-                self._ask(shard, "retain", Retain(wanted))
-            if self._version() >= 0:
-                self._fill(shard, seen, self._version(), 0)
-
-    def _fill(self, shard: str, seen: Seen, version: int, num_updates: int) -> None:
-        """Copy to the shard what it lacks of the table."""
-        for layer, experts in self._table.experts_of(shard).items():
-            missing = tuple(sorted(set(experts) - seen.held.get(layer, frozenset())))
-            if missing:
-                sources = tuple(self._source((layer, expert), shard) for expert in missing)
-                log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
-                self._ask(shard, "copy", Copy(layer, missing, sources, version, self._deadline(), num_updates))
 
     # -- deciding
 
@@ -319,7 +265,9 @@ class Supervisor:
         self._changes.append(view)
         try:
             self._make(fresh)
-            copied = sum(self._copy_all(todo, kept, num_updates) for kept in (version, *self.service.keep()))
+            self._drop_leftovers(previous, {copy.shard for copy in todo.copies})
+            copied = self._copy_all(todo, version, num_updates, table.epoch)
+            copied += self._copy_older(todo, version, table.epoch)
             self._step(started_s, "drain", copied)
             self.service.publish(table)
             time.sleep(0 if self._trains else self.settings.drain_s)
@@ -348,7 +296,22 @@ class Supervisor:
             if source is not None:
                 self._ask(name, "load", source)
 
-    def _copy_all(self, todo: Any, version: int, num_updates: int) -> int:
+    def _drop_leftovers(self, table: PlacementTable, shards: set[str]) -> None:
+        """What a shard still holds from before the present table is old: it must not pass for a copy."""
+        for shard in shards & set(table.shards):
+            self._ask(shard, "retain", Retain(table.experts_of(shard), table.epoch))
+
+    def _copy_older(self, todo: Any, version: int, epoch: int) -> int:
+        """Weights of the versions that engines may still compute with, where they are kept."""
+        copied = 0
+        for older in {version - 1, *self.service.keep()} if self._trains and version > 0 else ():
+            try:
+                copied += self._copy_all(todo, older, 0, epoch)
+            except VersionGone as error:
+                log.info("version %d is not copied: %s", older, error)
+        return copied
+
+    def _copy_all(self, todo: Any, version: int, num_updates: int, epoch: int) -> int:
         """-> bytes. The targets side by side, each a layer at a time, so that no shard holds more than a layer twice."""
         batches: dict[str, dict[int, list[tuple[int, str]]]] = {}
         for copy in todo.copies:
@@ -361,7 +324,7 @@ class Supervisor:
             try:
                 for layer, pairs in layers.items():
                     experts, sources = zip(*pairs, strict=True)
-                    message = Copy(layer, experts, sources, version, self._deadline(), num_updates)
+                    message = Copy(layer, experts, sources, version, self._deadline(), num_updates, epoch)
                     done[shard] += self._ask(shard, "copy", message)
             except (TrinityError, RayError) as error:  # told to the thread that waits
                 errors.append(error)
@@ -385,7 +348,9 @@ class Supervisor:
                 if name not in table.shards:
                     ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
                     self.handles.pop(name, None)
-        refs = {s: self.handles[s].handle.remote("retain", Retain(table.experts_of(s))) for s in table.shards}
+        refs = {
+            s: self.handles[s].handle.remote("retain", Retain(table.experts_of(s), table.epoch)) for s in table.shards
+        }
         for shard, ref in refs.items():
             try:
                 ask(ref, RETIRE_S, f"shard {shard}")
@@ -403,20 +368,12 @@ class Supervisor:
     def _trains(self) -> bool:
         return self.service.spec().optim is not None
 
-    def _version(self) -> int:
-        return max((seen.version for seen in self.watch.seen.values() if seen.is_there), default=-1)
-
     def _deadline(self) -> float:
         return time.time() + self.settings.call_timeout_s
 
     def _ask(self, shard: str, verb: str, message: Any) -> Any:
         timeout_s = self.settings.checkpoint_timeout_s if verb == "load" else self.settings.call_timeout_s
         return ask(self.handles[shard].handle.remote(verb, message), timeout_s, f"shard {shard}")
-
-    def _source(self, expert: Expert, target: str) -> str:
-        """Another shard that has it now; "" if none."""
-        held = (self._table.shards[at] for at in self._table.holders(expert))
-        return next((s for s in held if s != target and s in self.watch.there), "")
 
     def _expert_bytes(self) -> int:
         model = self.service.spec().model

@@ -6,6 +6,7 @@ host still have, or else from the last checkpoint. Logic lives in trinity/traine
 
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 import ray.train
@@ -53,7 +54,7 @@ def fit(config: Config) -> dict[str, Any]:
         resources["GPU"] = settings.num_gpus_per_worker
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"config": config.model_dump(mode="json")},
+        train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -101,6 +102,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = Trainer(config, pool, data, comm, device, _store(config, pool, context, device))
+    trainer.job = settings["job"]
     trainer.should_stop = (Path(config.train.out_dir) / STOP).exists
     trainer.start()
     if comm.rank == 0:

@@ -53,6 +53,11 @@ class Watch:
     def there(self) -> frozenset[str]:
         return frozenset(name for name, seen in self.seen.items() if seen.is_there)
 
+    @property
+    def version(self) -> int:
+        """The newest that any shard has; -1 without any."""
+        return max((seen.version for seen in self.seen.values() if seen.is_there), default=-1)
+
     def node_of(self, shard: str) -> str:
         return self.seen[shard].node if shard in self.seen else ""
 

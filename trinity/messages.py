@@ -175,6 +175,7 @@ class Adopt:
     version: int
     rows: dict[str, tuple[Tensor, ...]]
     num_updates: int = 0  # of their optimizer
+    epoch: int = 0  # of the table that names this shard for them
 
 
 @dataclass(frozen=True)
@@ -188,13 +189,16 @@ class Copy:
     version: int
     deadline_s: float
     num_updates: int = 0
+    epoch: int = 0  # of the table to come
 
 
 @dataclass(frozen=True)
 class Retain:
-    """Verb `retain` -> the number of experts dropped: all that are not named. Harmless when repeated."""
+    """Verb `retain` -> the number of experts dropped: all that are not named by the table of that `epoch`. Harmless when
+    repeated, and when a newer table has been acted on."""
 
     experts: Experts
+    epoch: int = 0
 
 
 @dataclass(frozen=True)

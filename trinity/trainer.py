@@ -23,34 +23,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trinity.backbone import Backbone
-from trinity.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
+from trinity.checkpoint import latest_checkpoint
 from trinity.comm import Comm, sum_gradients
 from trinity.config import Config
 from trinity.data import Batch, Prepared
 from trinity.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    InputGone,
-    StepConflict,
     TrinityError,
     Unavailable,
-    VersionGone,
-    WrongEpoch,
 )
-from trinity.messages import Load, Stage
+from trinity.messages import Stage
 from trinity.metrics import StepMetrics, TrainLog
 from trinity.model.afmoe import Afmoe
-from trinity.model.init import init_weights
 from trinity.model.losses import max_vio
 from trinity.objective import Losses, Objective
 from trinity.optim import lr_factor, sq_norm
 from trinity.pool import Boundary, ExpertPool
 from trinity.saving import Saver
-from trinity.store import Store, Version
+from trinity.starting import HEALABLE, Starting
+from trinity.store import Store
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 20
-HEALABLE = (Unavailable, DeadlineExceeded, StepConflict, WrongEpoch, VersionGone, InputGone)
 USUAL_STEPS = 50  # over which the usual loss is averaged
 PAUSE_S = 0.2  # before a step is tried again
 
@@ -66,7 +59,7 @@ class Totals(NamedTuple):
     issued: Counter[str]
 
 
-class Trainer:
+class Trainer(Starting):
     """One worker of a training job. Worker 0 also speaks for the job to the shards and writes its part of checkpoints.
 
     `store`: where the backbone's versions lie; one in a folder outlives this process (worker 0's).
@@ -98,89 +91,6 @@ class Trainer:
         self._usual_loss: float | None = None
         self.position = self.num_skipped = self.num_replays = self._skipped_in_a_row = 0
 
-    @property
-    def version(self) -> int:
-        return self.backbone.version
-
-    # -- where the weights come from
-
-    def start(self) -> None:
-        """Go on from what the job decided last, if its shards and this host still have it; else from its last checkpoint; or
-        begin: from `init_from`, or from the seed."""
-        if self._go_on():
-            return
-        found = latest_checkpoint(self.config.train.out_dir)
-        if found is not None:
-            self._load(open_checkpoint(found), training=True)
-        elif self.config.train.init_from:
-            self._load(open_checkpoint(self.config.train.init_from), training=False)
-        else:
-            init_weights(self.model, self.config.model, self.config.train.seed)
-            self._load_pool(Load(None, self.config.train.seed))
-            self.backbone.begin(0)
-        if self.comm.rank == 0:
-            self.pool.begin(self.version, {**self._notes(is_step=False), "is_source": True})
-        self.comm.sum(torch.zeros(1))
-
-    def _go_on(self) -> bool:
-        """Without a checkpoint. Worker 0 finds the backbone where a worker before it left it; the others get it from there."""
-        found = self._recovered() if self.comm.rank == 0 else None
-        counts = [0, 0, 0, 0] if found is None else [found.number, *self._counts_of(found)]
-        there, *said = self.comm.from_first(torch.tensor([found is not None, *counts])).tolist()
-        if not there:
-            return False
-        number, num_updates, self.position, self.num_skipped = said
-        tensors = {} if found is None else found.tensors
-        received = {
-            name: self.comm.from_first(tensors[name] if name in tensors else torch.empty(like.shape, dtype=like.dtype))
-            for name, like in self.backbone.expected().items()
-        }
-        self.backbone.take(found or Version(number, received, {"num_updates": num_updates}))
-        log.info("going on from version %d, position %d", self.version, self.position)
-        return True
-
-    def _counts_of(self, found: Version) -> tuple[int, int, int]:
-        decision = self.pool.decided()
-        assert decision is not None
-        return found.notes["num_updates"], decision.notes["position"], decision.notes["num_skipped"]
-
-    def _recovered(self) -> Version | None:
-        """The backbone of the version that was decided last, once all shards are there. None: a checkpoint must do."""
-        decision = self.pool.decided()
-        if decision is None or decision.notes["run"] != self._run or decision.notes["order"] != self._order():
-            return None
-        try:
-            found = self.backbone.store.versions.get(decision.version) or self.pool.backbone(decision.version)
-            self.pool.commit(decision.version)
-            return found
-        except HEALABLE as error:
-            log.warning("version %d cannot be gone on from: %s", decision.version, error)
-            return None
-
-    def _load(self, source: Checkpoint, training: bool) -> None:
-        if training:
-            self._check_order(source)
-        self._load_pool(Load(str(source.path.resolve()), training=training))
-        if training:
-            self.backbone.restore(source)
-            self.position, self.num_skipped = int(source.state["position"]), int(source.state["num_skipped"])
-        else:
-            source.load_backbone(self.model)
-            self.backbone.begin(0)
-
-    def _check_order(self, source: Checkpoint) -> None:
-        """Raises ConfigError where the order of the data would be another one."""
-        if source.state["order"] != self._order():
-            raise ConfigError(
-                f"{source.path} was trained on other data or batches, {source.state['order']} instead of {self._order()}; "
-                "restore these settings, or start a new run with train.init_from"
-            )
-
-    def _load_pool(self, message: Load) -> None:
-        if self.comm.rank == 0:
-            self.pool.load(message)
-        self.comm.sum(torch.zeros(1))  # nobody sends a row before the shards have their weights
-
     # -- the loop
 
     def run(self) -> dict[str, Any]:
@@ -193,6 +103,9 @@ class Trainer:
                 val_loss = self.evaluate()
             if last or self.stopped or (settings.save_every and self.position % settings.save_every == 0):
                 self.begin_save()
+        if self.position == settings.steps and self._lacks_checkpoint():  # whoever wrote it died
+            val_loss = self.evaluate()
+            self.begin_save()
         self.saver.wait()
         reached = {
             "position": self.position,
@@ -429,20 +342,10 @@ class Trainer:
             return self.saver.begin(self.position, self._state())
         return self.saver.target(self.position)
 
-    @property
-    def _run(self) -> str:
-        return str(Path(self.config.train.out_dir).resolve())
-
-    def _order(self) -> dict[str, int]:
-        """What the sequence of batches depends on, besides the position."""
-        settings = self.config.train
-        batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
-        return {**batches, "num_tokens": len(self.data.train.store.tokens)}
-
-    def _notes(self, is_step: bool) -> dict[str, Any]:
-        """What a job that takes over needs to know besides the weights. `is_step`: of the version that is staged."""
-        counts = {"position": self.position, "num_skipped": self.num_skipped}
-        return {"run": self._run, "order": self._order(), **counts, "num_updates": self.backbone.num_updates + is_step}
+    def _lacks_checkpoint(self) -> bool:
+        """Whether the present position has none, written or on its way. Worker 0's word counts."""
+        is_there = self.saver.target(self.position).is_dir() or bool(self.saver.versions)
+        return not self.comm.from_first(torch.tensor(is_there)).item()
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude={"serve": {"api_key", "admin_key"}})

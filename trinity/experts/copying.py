@@ -29,7 +29,7 @@ def take_up(shard: ExpertShard, message: Copy, peers: Peers, source: Load | None
         for kind in shard.kinds(message.version)
     }
     names = tuple(expert for expert, _ in new)
-    shard.adopt(Adopt(message.layer, names, message.version, rows, message.num_updates))
+    shard.adopt(Adopt(message.layer, names, message.version, rows, message.num_updates, message.epoch))
     return sum(found.nbytes for kind in rows.values() for found in kind)
 
 

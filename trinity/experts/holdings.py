@@ -1,8 +1,8 @@
 """What a shard holds: experts of every layer, in versions, and how they come and go.
 
 Legend: E local experts of a layer, F expert hidden, D model.
-Decisions: `lock` guards everything. Every change makes new stacks and a version with other contents, put in place at once; the
-store's memory may outlive the process (trinity/store.py).
+Decisions: `lock` guards everything, `making` the memory of versions that are not there yet. Every change makes new stacks and a
+version with other contents, put in place at once; the store's memory may outlive the process (trinity/store.py).
 """
 
 import threading
@@ -53,6 +53,8 @@ class Holdings:
 
     def __init__(self, spec: ShardSpec, store: Store | None = None):
         self.spec, self.lock = spec, threading.RLock()
+        self.making = threading.Lock()  # held, before `lock`, by whoever fills memory of a version; it may take long
+        self._epoch = 0  # of the newest table that was acted on
         self.store = Store(device=spec.device) if store is None else store
         self.backend = resolve(spec.backend, torch.device(spec.device))
         self._layers: dict[int, tuple[Version, dict[int, Layer]]] = {}
@@ -100,7 +102,8 @@ class Holdings:
     def adopt(self, message: Adopt) -> int:
         """Raises StepConflict for rows of a version that this shard is not at, unless it holds no experts at all: then it
         takes up theirs. Rows of an older version that is kept elsewhere are of weights alone."""
-        with self.lock:
+        with self.making, self.lock:
+            self._epoch = max(self._epoch, message.epoch)
             version = self._place_for(message.version, message.num_updates)
             held = experts_of(version)[message.layer]
             new = [i for i, expert in enumerate(message.experts) if expert not in held]
@@ -111,8 +114,10 @@ class Holdings:
 
     @torch.no_grad()
     def retain(self, message: Retain) -> int:
-        with self.lock:
-            num = 0
+        with self.making, self.lock:
+            if message.epoch < self._epoch:  # a late message: what it drops may have been given back
+                return 0
+            num, self._epoch = 0, message.epoch
             for version in list(self.store.versions.values()):
                 for layer, held in experts_of(version).items():
                     wanted = set(message.experts.get(layer, ()))
@@ -148,7 +153,7 @@ class Holdings:
     @torch.no_grad()
     def load(self, message: Load) -> int:
         """Take the weights from a checkpoint or from the seed; -> version. Nobody computes with half of a checkpoint."""
-        with self.lock:
+        with self.making, self.lock:
             self._changed()
             experts = self.experts
             self.store.clear()

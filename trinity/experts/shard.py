@@ -8,7 +8,6 @@ present version, so rows of that version are computed meanwhile, and those of th
 never the truth.
 """
 
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,7 +79,6 @@ class ExpertShard(Holdings):
     def __init__(self, spec: ShardSpec, store: Store | None = None):
         super().__init__(spec, store)
         self.peers: object = None
-        self._staging = threading.Lock()
         self._ops: OrderedDict[str, _Op] = OrderedDict()
         self._cached_bytes = self.cache_misses = 0
         staged = self.store.staged
@@ -133,7 +131,7 @@ class ExpertShard(Holdings):
         return StepReport(message.step, gathered.num_ops, gathered.sq_norm())
 
     def stage(self, message: Stage) -> bool:
-        with self._staging:  # the same message may come twice: the second waits for what the first makes
+        with self.making:  # the same message may come twice: the second waits for what the first makes
             return self._stage(message)
 
     @torch.no_grad()

@@ -173,6 +173,7 @@ class Bench:
         """An engine of the same checkpoint without `batch_invariant`: attention and backbone are the libraries' own."""
         from trinity.checkpoint import open_checkpoint
         from trinity.engine.engine import Engine
+        from trinity.engine.weights import FixedWeights
         from trinity.messages import Load
         from trinity.model.afmoe import Afmoe
         from trinity.pool import local_pool
@@ -181,7 +182,8 @@ class Bench:
         pool = local_pool(config, Load(str(self.path), training=False))
         model = Afmoe(config, pool.dispatcher(checkpoint.version)).eval()
         checkpoint.load_backbone(model)
-        return Ours(Engine(model, config, self.settings(), checkpoint.tokenizer))
+        weights = FixedWeights(model, checkpoint.version)
+        return Ours(Engine(weights, config, self.settings(), checkpoint.tokenizer))
 
     def settings(self) -> EngineConfig:
         """Room for the largest number of requests; all prompts of a race fit in one pass."""
