@@ -13,7 +13,7 @@ BENCHES = {
     "train": "training tokens per second: one process, shard actors, transformers",
     "decode": "decode tokens per second: one process, shard actors, transformers",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
-    "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput",
+    "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }
 
 
