@@ -1,8 +1,8 @@
 """The shard's side of the direct transport: sockets that it opens itself, and who may compute when.
 
-Decisions: a blocking thread for each connection; whoever holds the shard's lock computes for all that wait, inference first,
-equal layers in one multiplication; a peer proves that it knows the pool's secret before its first frame is read; anything
-unexpected ends the connection, never the shard.
+Decisions: a blocking thread for each connection; whoever holds a lane's lock computes for all that wait in it, equal layers of
+inference in one multiplication; inference never waits for training, whose threads give way to it (`niceness`); a peer proves
+that it knows the pool's secret before its first frame is read; anything unexpected ends the connection, never the shard.
 """
 
 import hmac
@@ -21,9 +21,10 @@ import torch
 
 from actors.frames import FAILURE, IN_MAILBOX, MAGIC, OFFER, WELCOME, BadFrame, Calls, Limits, answer, call_of
 from actors.mailbox import consider
+from actors.priority import give_way
 from actors.wire import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
 from trinity.errors import TrinityError
-from trinity.messages import Fetch, Forward, merged
+from trinity.messages import Backward, Fetch, Forward, merged
 
 log = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
@@ -31,6 +32,11 @@ PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
 BACKLOG = 128
 ACCEPT_AGAIN_S = 0.1
 TICK_S = 1.0  # an idle connection looks at the clock so often
+
+
+def is_training(call: Calls) -> bool:
+    """Does it belong to a step? Else it is inference, or a copy."""
+    return isinstance(call, Backward) or (isinstance(call, Forward) and call.keep)
 
 
 class _Job:
@@ -41,13 +47,23 @@ class _Job:
 
     @property
     def rank(self) -> int:
-        """Who goes first: inference, then whatever belongs to training, then copies."""
-        if isinstance(self.call, Fetch):
-            return 2
-        return 0 if isinstance(self.call, Forward) and not self.call.keep else 1
+        """Copies go last."""
+        return 1 if isinstance(self.call, Fetch) else 0
 
 
 class Combiner:
+    """Runs calls on a shard in two lanes, beside each other: inference in one, all else in the other."""
+
+    def __init__(self, shard: Any):
+        self.inference, self.others = Lane(shard), Lane(shard)
+
+    def run(self, call: Calls) -> Any:
+        """-> what the verb returned, or the TrinityError it raised."""
+        pure = isinstance(call, Forward) and not call.keep
+        return (self.inference if pure else self.others).run(call)
+
+
+class Lane:
     """Runs calls on a shard one at a time. A thread that gets the lock computes for all that wait, in order of rank;
     inference of the same layer and version becomes one call."""
 
@@ -122,12 +138,20 @@ def unix_listener() -> tuple[socket.socket, str]:
 
 
 class DirectServer:
-    """Listens for a shard's callers. Owns its sockets and threads; `combiner.lock` guards the shard for everybody."""
+    """Listens for a shard's callers. Owns its sockets and threads. `niceness` is that of threads that train."""
 
     def __init__(
-        self, combiner: Combiner, limits: Limits, secret: bytes, host: str, num_threads: int = 1, device: str = "cpu"
+        self,
+        combiner: Combiner,
+        limits: Limits,
+        secret: bytes,
+        host: str,
+        num_threads: int = 1,
+        device: str = "cpu",
+        niceness: int = 0,
     ):
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
+        self.niceness = niceness
         self.device = torch.device(device)
         unix, path = unix_listener()
         tcp = socket.create_server((host, 0), backlog=BACKLOG)
@@ -187,6 +211,8 @@ class DirectServer:
             call = call_of(header, wire.payload(header, max(header.deadline_s, time.time() + PAYLOAD_S)), self.limits)
         except BadFrame as error:
             self._refuse(wire, error)
+        if is_training(call):
+            give_way(self.niceness)  # for good: a trainer's connection is of no other use
         value = self.combiner.run(call)
         reply, tensors = answer(header.request, value)
         if header.flags & IN_MAILBOX and header.kind < FAILURE and not isinstance(value, TrinityError):

@@ -4,6 +4,8 @@ When a worker dies, Ray Train starts the worker group again; it goes on from the
 host still have, or else from the last checkpoint. Logic lives in trinity/trainer.py.
 """
 
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import kept
 from actors import pool as pools
+from actors.priority import give_way
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.comm import Alone, Distributed
 from trinity.config import Config, num_cpus
@@ -27,6 +30,8 @@ from trinity.store import Store
 from trinity.trainer import Trainer
 
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
+PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
+PAUSE_POLL_S = 0.05
 
 
 def _store(config: Config, pool: pools.RayPool, context: Any, device: str) -> Store | None:
@@ -95,6 +100,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs, in its own process."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
+    give_way(config.placement.training_niceness)
     keep_freed_memory()
     torch.set_num_threads(config.train.num_threads_per_worker or max(1, num_cpus() // context.get_local_world_size()))
     device = str(ray.train.torch.get_device())
@@ -103,7 +109,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = Trainer(config, pool, data, comm, device, _store(config, pool, context, device))
     trainer.job = settings["job"]
-    trainer.should_stop = (Path(config.train.out_dir) / STOP).exists
+    trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
     trainer.start()
     if comm.rank == 0:
         trainer.log = TrainLog(config.train.out_dir, config.train.steps)
@@ -112,3 +118,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         trainer.log.close()
     ray.train.report(result)
     return result
+
+
+def _asked_to_stop(out_dir: Path) -> bool:
+    """Waits while the run is to pause."""
+    while (out_dir / PAUSE).exists() and not (out_dir / STOP).exists():
+        time.sleep(PAUSE_POLL_S)
+    return (out_dir / STOP).exists()

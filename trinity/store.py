@@ -141,8 +141,7 @@ class Store:
     def retire(self, keep: Collection[int] = (), needed: Callable[[str], bool] | None = None) -> None:
         """The committed version, those that are held and those to `keep` stay, the last with the `needed` tensors only; the
         memory of all others may be written again. Nobody may be reading it."""
-        wanted = {self.committed, *keep, *(n for n, times in self._held.items() if times > 0)}
-        self._drop([number for number in self.versions if number not in wanted])
+        self._drop(self.unwanted(keep))
         if needed is None:
             return
         for number in set(keep) & self.versions.keys() - {self.committed} - self._held.keys():
@@ -150,6 +149,11 @@ class Store:
             tensors = {name: tensor for name, tensor in version.tensors.items() if needed(name)}
             if len(tensors) < len(version.tensors):
                 self.put(replace(version, tensors=tensors))
+
+    def unwanted(self, keep: Collection[int] = ()) -> list[int]:
+        """The versions that `retire` would drop."""
+        wanted = {self.committed, *keep, *(n for n, times in self._held.items() if times > 0)}
+        return [number for number in self.versions if number not in wanted]
 
     def roll_back(self, number: int) -> None:
         """An older version that is still there is the newest again; later ones are gone. Raises VersionGone."""

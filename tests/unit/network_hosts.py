@@ -90,7 +90,7 @@ class Shard:
 
     def gathered(self):
         """Distinct backward ops and expert gradients since the last time; forgets them."""
-        with self.server.combiner.lock:
+        with self.server.combiner.others.lock:
             report = self.shard.prepare(Prepare(1))
             grads = {name: grad.tolist() for name, grad in self.shard.gathered.sums().items()}
             self.shard.abort(Abort(1))

@@ -17,7 +17,7 @@ from actors.frames import HEADER, MAGIC, BadFrame, Header, Limits, answer, call_
 from actors.listener import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
 from trinity.dispatch import Fixed, LocalTransport
-from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable
+from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone
 from trinity.messages import Backward, Forward, Load, Rows, merged
 from trinity.pool import ExpertPool, local_pool
 
@@ -167,7 +167,7 @@ def test_a_wrong_secret_is_refused_by_name(served):
 
 
 def test_nobody_waits_past_the_deadline(served):
-    with served.servers["shard-0"].combiner.lock:
+    with served.servers["shard-0"].combiner.inference.lock:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="shard-0 did not answer in time"):
             served.transport.send("shard-0", "infer", forward(deadline_s=time.time() + 0.3)).result()
@@ -203,9 +203,9 @@ def served_once():
     made.close()
 
 
-def test_waiting_inference_is_merged_and_goes_before_training(served):
+def test_waiting_inference_is_merged_and_does_not_wait_for_training(served):
     server, shard = served.servers["shard-0"], served.shards["shard-0"]
-    order, infer = [], shard.infer
+    lane, order, infer = server.combiner.inference, [], shard.infer
 
     def seen(call):
         order.append((call.op_id.split(":")[0], len(call.rows.x_RD)))
@@ -214,26 +214,62 @@ def test_waiting_inference_is_merged_and_goes_before_training(served):
     shard.infer = seen
     answers = {}
 
-    def ask(op, keep):
+    def ask(op):
         connection = Connection(server.address, SECRET, time.time() + 5)
-        answers[op] = connection.take(connection.send(forward(op, keep=keep)), time.time() + 10)
+        call = forward(op, keep=op.startswith("train"))
+        answers[op] = connection.take(connection.send(call), time.time() + 10)
 
-    with server.combiner.lock:
-        threads = [
-            threading.Thread(target=ask, args=(op, op.startswith("train"))) for op in ("train:1", "a:1", "b:1", "c:1")
-        ]
-        for number, thread in enumerate(threads, 1):
-            thread.start()
+    threads = [threading.Thread(target=ask, args=(op,)) for op in ("train:1", "a:1", "b:1", "c:1")]
+    with server.combiner.others.lock:
+        with lane.lock:
+            for thread in threads:
+                thread.start()
             give_up_s = time.time() + 10
-            while len(server.combiner._waiting) < number and time.time() < give_up_s:
+            while len(lane._waiting) < 3 and time.time() < give_up_s:
                 time.sleep(0.005)
-        assert len(server.combiner._waiting) == 4
-    for thread in threads:
-        thread.join()
-    assert order == [("a", 15), ("train", 5)]
-    assert server.combiner.num_merged == 3
+            assert len(lane._waiting) == 3
+        for thread in threads[1:]:
+            thread.join()
+        assert [rows for _, rows in order] == [15]
+    threads[0].join()
+    assert order[1:] == [("train", 5)]
+    assert lane.num_merged == 3
     want = infer(forward())
     assert all(torch.allclose(value, want, atol=1e-6) for value in answers.values())
+
+
+def test_inference_goes_on_while_the_shard_computes_for_training(served):
+    """And memory is not written to again while somebody reads it."""
+    shard = served.shards["shard-0"]
+    want = shard.infer(forward())
+    inside, go_on = threading.Event(), threading.Event()
+    backend = shard.backend
+
+    def slow(x_RD, assigned, weights):
+        inside.set()
+        go_on.wait(10)
+        return backend(x_RD, assigned, weights)
+
+    with shard.lock:  # as training has it
+        got = []
+        thread = threading.Thread(target=lambda: got.append(shard.infer(forward())))
+        thread.start()
+        thread.join(10)
+        assert torch.equal(got[0], want)
+    shard.backend = slow
+    reader = threading.Thread(target=lambda: got.append(shard.infer(forward())))
+    reader.start()
+    assert inside.wait(10)
+    leaving = threading.Thread(target=shard._withdraw, args=([0],))
+    leaving.start()
+    leaving.join(0.1)
+    assert leaving.is_alive(), "it waits for the reader"
+    go_on.set()
+    leaving.join(10)
+    reader.join(10)
+    assert torch.equal(got[1], want)
+    with pytest.raises(VersionGone):
+        shard.infer(forward())
 
 
 @given(st.integers(0, 7), st.integers(0, 4), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))

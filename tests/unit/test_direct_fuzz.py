@@ -294,7 +294,7 @@ def test_a_peer_that_never_reads(port, monkeypatch):
 
 
 def test_a_peer_that_leaves_while_its_rows_are_computed(port):
-    with port.server.combiner.lock:
+    with port.server.combiner.inference.lock:
         for _ in range(10):
             with port.member() as sock:
                 sock.sendall(frame_of(call_of(50)))
@@ -355,9 +355,9 @@ def test_calls_that_wait_together_do_not_suffer_from_one_another(port, strange):
         connections = [Connection(port.address, SECRET, time.time() + 5) for _ in calls]
         for connection in connections:
             stack.callback(connection.wire.close)
-        with port.server.combiner.lock:
+        with port.server.combiner.inference.lock:
             numbers = [connection.send(call) for connection, call in zip(connections, calls, strict=True)]
-            assert eventually(lambda: len(port.server.combiner._waiting) == 2)
+            assert eventually(lambda: len(port.server.combiner.inference._waiting) == 2)
         for connection, number, want in zip(connections, numbers, wanted, strict=True):
             torch.testing.assert_close(connection.take(number, time.time() + 5), want)
 

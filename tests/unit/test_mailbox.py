@@ -165,7 +165,7 @@ def test_what_is_kept_for_the_backward_does_not_change_with_the_box(served, post
 def test_more_requests_than_boxes_and_answers_nobody_takes(served, posted):
     connection = served.connect()
     calls = [forward(LARGE, seed=i) for i in range(NUM_BOXES + 3)]
-    with served.server.combiner.lock:  # none is answered while they are sent
+    with served.server.combiner.inference.lock:  # none is answered while they are sent
         numbers = [connection.send(call) for call in calls]
     connection.forget(numbers[0])
     for number, call in reversed(list(zip(numbers, calls, strict=True))[1:]):
@@ -395,7 +395,7 @@ class Child:
 
 def test_a_caller_that_is_killed_leaves_nothing_with_the_shard(served):
     assert num_mapped() == 0
-    with served.server.combiner.lock:
+    with served.server.combiner.inference.lock:
         child = Child("caller", json.dumps(asdict(served.server.address)))
         assert child.hear() == "sent"
         assert num_mapped() == 1

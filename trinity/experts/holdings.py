@@ -2,11 +2,15 @@
 
 Legend: E local experts of a layer, F expert hidden, D model.
 Decisions: `lock` guards everything, `making` the memory of versions that are not there yet. Every change makes new stacks and a
-version with other contents, put in place at once; the store's memory may outlive the process (trinity/store.py).
+version with other contents, put in place at once; the store's memory may outlive the process (trinity/store.py). Who only
+computes with a version needs no lock, because nobody writes to it: memory is used again when its readers have left.
 """
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +32,7 @@ from trinity.experts.held import (
     stacks_of,
 )
 from trinity.experts.loading import loaded, read_expert, with_state
-from trinity.messages import WEIGHT, Adopt, Experts, Fetch, Load, Part, Retain, Save
+from trinity.messages import WEIGHT, Adopt, Experts, Fetch, Forward, Load, Part, Retain, Save
 from trinity.store import Store, Version
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,6 +62,8 @@ class Holdings:
         self.store = Store(device=spec.device) if store is None else store
         self.backend = resolve(spec.backend, torch.device(spec.device))
         self._layers: dict[int, tuple[Version, dict[int, Layer]]] = {}
+        self._reading = threading.Condition()  # guards the two below, for whoever does not hold `lock`
+        self._num_readers = Counter[int]()  # by version
         self._rows = {layer: torch.zeros(spec.model.num_experts, dtype=torch.int64) for layer in spec.model.moe_layers}
         self._publish()
 
@@ -82,7 +88,7 @@ class Holdings:
             if committed in self.store.versions:
                 self.store.roll_back(committed) if committed < self.version else self.store.commit(committed)
             elif committed != self.version:
-                self.store.clear()
+                self._clear()
             self._publish()
 
     # -- which experts are here
@@ -156,8 +162,7 @@ class Holdings:
         with self.making, self.lock:
             self._changed()
             experts = self.experts
-            self.store.clear()
-            self._publish()
+            self._clear()
             version = loaded(self.store, self._empty, self.spec.model, self.spec.optim, experts, message)
             self._put(version)
             self.store.commit(version.number)
@@ -188,16 +193,51 @@ class Holdings:
 
     # -- inside
 
+    @contextmanager
+    def reading(self, call: Forward) -> Iterator[Layer]:
+        """What the call's version has of its layer, unchanged inside the block. Nobody waits for `lock`, which training may
+        hold for as long as it computes, unless the version is not committed yet."""
+        if call.version > self.version:
+            with self.lock:
+                self._layer(call.layer, call.version, call.deadline_s)
+        self._check_time(call.deadline_s)
+        with self._reading:
+            found = self._found(call.layer, call.version)
+            self._num_readers[call.version] += 1
+        try:
+            yield found
+        finally:
+            with self._reading:
+                self._num_readers[call.version] -= 1
+                self._reading.notify_all()
+
+    def _withdraw(self, versions: Collection[int]) -> None:
+        """Nobody computes with these any more, from here on."""
+        with self._reading:
+            self._layers = {number: each for number, each in self._layers.items() if number not in versions}
+            self._reading.wait_for(lambda: not any(self._num_readers[number] for number in versions))
+
+    def _clear(self) -> None:
+        self._withdraw(list(self.store.versions))
+        self.store.clear()
+        self._publish()
+
     def _layer(self, layer: int, version: int, deadline_s: float) -> Layer:
         """What that version has of a layer. A caller that names the staged version knows that it was decided on."""
+        self._check_time(deadline_s)
+        if version == self.version + 1 and self.store.staged is not None and self.version >= 0:
+            self._commit()
+        return self._found(layer, version)
+
+    def _check_time(self, deadline_s: float) -> None:
         if time.time() > deadline_s:
             raise DeadlineExceeded(
                 f"shard {self.spec.name}: the call's deadline passed {time.time() - deadline_s:.2f} s ago"
             )
+
+    def _found(self, layer: int, version: int) -> Layer:
         if self.version < 0:
             raise Unavailable(f"shard {self.spec.name} has no weights yet")
-        if version == self.version + 1 and self.store.staged is not None:
-            self._commit()
         if version > self.version:
             raise StepConflict(f"shard {self.spec.name} holds version {self.version}, the caller wants {version}")
         if version not in self._layers:
@@ -241,7 +281,7 @@ class Holdings:
             raise StepConflict(f"shard {self.spec.name} holds version {self.version}, the copies are of {number}")
         version = self._empty_version(number, num_updates)
         if number > self.version:
-            self.store.clear()
+            self._clear()
         self._put(version)
         if number > self.version:
             self.store.commit(number)

@@ -4,8 +4,8 @@ Legend: R rows, D model, F expert hidden, K slots of a row, E local experts of a
 Decisions: a plain class, no Ray; it owns its tensors and nobody else writes them. A mutation is applied once per name: a
 backward per op_id, a commit per step. Weights are versions of a store (trinity/store.py): a step is staged beside the
 present version, so rows of that version are computed meanwhile, and those of the one before until the next step is staged.
-`lock` guards everything; long work (staging, saving) runs without it. Activations kept for backward are a bounded cache,
-never the truth.
+`lock` guards everything; long work (staging, saving) and inference run without it, beside training. Activations kept for
+backward are a bounded cache, never the truth.
 """
 
 from collections import OrderedDict
@@ -87,19 +87,18 @@ class ExpertShard(Holdings):
     # -- the data path
 
     def infer(self, call: Forward) -> Tensor:
-        """-> y_RD, one row per row received. Pure, unless `keep`."""
-        with self.lock:
-            if call.keep:
-                self._check_trains(call)
-            layer = self._layer(call.layer, call.version, call.deadline_s)
-            slots = self._slots(layer, call)
-            self._rows[call.layer][layer.held_E] += torch.bincount(slots.expert_A, minlength=len(layer.experts))
-            if call.keep:
-                self._enter(attempt_of(call.op_id), call.version)
-                return self._remember(call.op_id, layer, call.rows, slots).y_RD.detach()
-            with torch.inference_mode():
+        """-> y_RD, one row per row received. Pure, unless `keep`: then it runs beside all else."""
+        if not call.keep:
+            with self.reading(call) as layer, torch.inference_mode():
+                slots = self._counted(layer, call)
                 x_RD, assigned = call.rows.x_RD.to(self.spec.device), self._assign(slots, call.rows.weights_RK)
                 return self.backend(x_RD, assigned, layer.weights)
+        with self.lock:
+            self._check_trains(call)
+            layer = self._layer(call.layer, call.version, call.deadline_s)
+            slots = self._counted(layer, call)
+            self._enter(attempt_of(call.op_id), call.version)
+            return self._remember(call.op_id, layer, call.rows, slots).y_RD.detach()
 
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
         """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
@@ -143,6 +142,7 @@ class ExpertShard(Holdings):
             self._expect_next(message.step)
             gradients = self.gathered.take(message.attempt)
             self.store.give_back()
+            self._withdraw(self.store.unwanted(message.keep))
             self.store.retire(message.keep, lambda name: name.endswith(f"::{WEIGHT}"))
             self._publish()
             before = self.store.current
@@ -173,6 +173,7 @@ class ExpertShard(Holdings):
 
     def roll_back(self, message: RollBack) -> int:
         with self.lock:
+            self._withdraw([number for number in self.store.versions if number > message.version])
             self.store.roll_back(message.version)
             self._forget(message.attempt)
             self._publish()
@@ -183,9 +184,9 @@ class ExpertShard(Holdings):
     def status(self, message: Status) -> ShardStatus:
         with self.lock:
             held = self.experts if self.version >= 0 else {}
-            rows = {layer: {e: int(self._rows[layer][e]) for e in experts} for layer, experts in held.items()}
-            if message.reset_counts:
-                for counts in self._rows.values():
+            with self._reading:
+                rows = {layer: {e: int(self._rows[layer][e]) for e in experts} for layer, experts in held.items()}
+                for counts in self._rows.values() if message.reset_counts else ():
                     counts.zero_()
             layers = self._layers.get(self.version, (None, {}))[1]
             return ShardStatus(
@@ -253,6 +254,12 @@ class ExpertShard(Holdings):
         return Optimizer(params, optimizer.matrices, optimizer.config, state)
 
     # -- inside: rows
+
+    def _counted(self, layer: Layer, call: Forward) -> _Slots:
+        slots = self._slots(layer, call)
+        with self._reading:
+            self._rows[call.layer][layer.held_E] += torch.bincount(slots.expert_A, minlength=len(layer.experts))
+        return slots
 
     def _slots(self, layer: Layer, call: Forward | Backward) -> _Slots:
         """The slots that are for this shard, with checkpoint expert numbers as positions in the stacks."""

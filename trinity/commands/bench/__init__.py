@@ -11,9 +11,10 @@ BENCHES = {
     "dispatch": "a row's way to an expert and back: direct transport, raw socket, Ray call",
     "experts": "the expert layer, forward and backward, backends side by side",
     "train": "training tokens per second: one process, shard actors, transformers",
+    "durable": "a training step whose state outlives its processes: what that costs, and what a kill costs then",
     "decode": "decode tokens per second: one process, shard actors, transformers",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
-    "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput",
+    "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }
 
 

@@ -138,13 +138,17 @@ def ray_joined(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def shard_actors(
-    model: ModelConfig, num_threads: int, num_shards: int = NUM_SHARDS, optim: OptimConfig | None = None
+    model: ModelConfig,
+    num_threads: int,
+    num_shards: int = NUM_SHARDS,
+    optim: OptimConfig | None = None,
+    durable: bool = True,
 ) -> Iterator["RayPool"]:
     """A pool of shard actors without weights, ended with the block."""
     from actors import pool as pools
 
     name, namespace = f"bench-{secrets.token_hex(4)}", ClusterConfig().namespace
-    settings = PlacementConfig(pool=name, num_shards=num_shards, num_threads_per_shard=num_threads)
+    settings = PlacementConfig(pool=name, num_shards=num_shards, num_threads_per_shard=num_threads, durable=durable)
     with tempfile.TemporaryDirectory(prefix="trinity-bench-") as state_dir:
         pool = pools.create(settings, namespace, model, optim, state_dir)
         try:

@@ -1,5 +1,7 @@
 """`trinity bench serve URL`: an open-loop Poisson load on a running server, once for each --request-rate.
 
+With --with-training, in place of the URL: with_training.py.
+
 Decisions: --seed fixes arrival times and lengths. The token ids of the prompts are new in every run, or the prefix cache
 of a server that has met them would answer in the model's place. The machine in the report is the one that sends.
 """
@@ -13,6 +15,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trinity.commands.bench import with_training
 from trinity.commands.bench.report import Curve, Report, Table
 from trinity.config import api_key
 from trinity.errors import ConfigError, Unavailable
@@ -44,7 +47,8 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 def flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("url", help="for example http://127.0.0.1:8000; with --endpoint grpc the address of the gRPC port")
+    add("url", nargs="?", help="for example http://127.0.0.1:8000; with --endpoint grpc the address of the gRPC port")
+    with_training.flags(parser)
     add("--endpoint", choices=["completions", "grpc"], default="completions", help="OpenAI over HTTP, or trinity.v1")
     add("--num-prompts", type=_whole, help=f"requests for each rate (default: {USUAL['num_prompts']})")
     rate = "mean requests a second, or inf for all at once; repeat it for a sweep (default: 4)"
@@ -66,6 +70,10 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
+    if arguments.with_training:
+        return with_training.measure(arguments)
+    if arguments.url is None:
+        raise ConfigError("give the URL of a server, or --with-training")
     for name, value in (QUICK if arguments.quick else USUAL).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -89,7 +97,7 @@ async def _sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         await _try_once(client, card, arguments)
         results = []
         for rate in arguments.request_rate:
-            results.append(await _load(client, card, arguments, rate))
+            results.append(await one_load(client, card, arguments, rate))
             _comment(results[-1])
         return results
 
@@ -101,7 +109,7 @@ async def _try_once(client: "Client", card: "Card", arguments: argparse.Namespac
         raise Unavailable(f"the trial request failed: {failure.kind}: {failure.detail}")
 
 
-async def _load(client: "Client", card: "Card", arguments: argparse.Namespace, rate: float) -> dict[str, Any]:
+async def one_load(client: "Client", card: "Card", arguments: argparse.Namespace, rate: float) -> dict[str, Any]:
     """One rate: draw the load, send it, sum it up."""
     import numpy as np
 

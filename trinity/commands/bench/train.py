@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from trinity.data import Prepared
     from trinity.pool import ExpertPool
+    from trinity.store import Store
 
 USUAL: dict[str, Any] = {"preset": "bench", "splits": (Split(2, 1), Split(1, 1), Split(2, 2)), "rounds": 5}
 USUAL |= {"micro_batch": 8, "micros": 1, "seq_len": 256, "curve": (1, 2, 4)}
@@ -95,13 +96,13 @@ class Barrier:
 
 
 class Ours:
-    """A Trainer on `pool`, from the checkpoint's weights."""
+    """A Trainer on `pool`, from the checkpoint's weights; its backbone in `store`."""
 
-    def __init__(self, config: Config, pool: "ExpertPool", data: "Prepared"):
+    def __init__(self, config: Config, pool: "ExpertPool", data: "Prepared", store: "Store | None" = None):
         from trinity.trainer import Trainer
 
         self.comm = Barrier()
-        self.trainer = Trainer(config, pool, data, self.comm)
+        self.trainer = Trainer(config, pool, data, self.comm, store=store)
         self.trainer.start()
         self.trainer.objective.register_forward_pre_hook(lambda *_: self.comm.watch("forward"))
         self.trainer.objective.register_forward_hook(lambda *_: self.comm.watch("backward"))
