@@ -250,7 +250,7 @@ def test_any_walk_of_moves_and_deaths_gives_the_monoliths_answers(seed):
     table = PlacementTable.spread(MODEL.moe_layers, 8, ["a", "b", "c"])
     transport = Killable({name: shard_of(name, table.experts_of(name)[LAYER]) for name in table.shards})
     view = View(table)
-    dispatcher = Dispatcher(view, transport, timeout_s=0.2)
+    dispatcher = Dispatcher(view, transport, timeout_s=30)
     for turn in range(12):
         table = walk(rng, view, transport)
         for layer in MODEL.moe_layers[:2]:
