@@ -1,12 +1,16 @@
 """Where the committed state of a pool's processes lies on a host: folders in shared memory that outlive their process.
 
 Decisions: a folder belongs to the Ray node (its raylet process) whose actors wrote it, for only that node starts them again;
-folders of nodes that have gone are swept away by whoever makes the next one.
+folders of nodes that have gone are swept away by whoever makes the next one. Containers may share this memory and not see one
+another's processes: nobody judges nodes of another PID namespace. Everybody on the host can make names here: a folder that
+is not ours is refused.
 """
 
 import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trinity.config import PlacementConfig, ray_node_pid
+from trinity.errors import ConfigError
 from trinity.store import Version, read
 
 log = logging.getLogger(__name__)
@@ -28,20 +33,26 @@ def base(memory_dir: str | None) -> Path:
 
 
 def folder(settings: PlacementConfig, what: str) -> Path | None:
-    """Of one process of the pool on this node, `what` being its name; None where nothing is to be kept."""
+    """Of one process of the pool on this node, `what` being its name; None where nothing is to be kept. Raises ConfigError
+    where somebody else has put something in its place."""
     if not settings.durable:
         return None
     root = base(settings.memory_dir)
+    root.mkdir(parents=True, exist_ok=True)
     sweep(root)
-    raylet = ray_node_pid()
-    return root / f"{PREFIX}-{os.getuid()}-{raylet}-{_started(raylet)}-{settings.pool}" / what
+    found = root / _name(ray_node_pid(), settings.pool)
+    found.mkdir(mode=0o700, exist_ok=True)
+    status = found.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ConfigError(f"{found} is somebody else's; set placement.memory_dir to a folder of your own")
+    return found / what
 
 
 def sweep(root: Path) -> None:
     """Remove what belongs to nodes that have gone. Harmless beside others who do the same."""
-    for path in root.glob(f"{PREFIX}-{os.getuid()}-*"):
-        raylet, started = path.name.split("-")[3:5]
-        if _started(int(raylet)) != int(started):
+    ours = re.compile(rf"{PREFIX}-{os.getuid()}-{_namespace()}-(\d+)-(\d+)-.+")
+    for path in root.iterdir():
+        if (found := ours.fullmatch(path.name)) and _started(int(found[1])) != int(found[2]):
             log.warning("removing %s: its node has gone", path)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -58,8 +69,7 @@ def remove(pool: str, memory_dir: str | None) -> None:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _remove(pool: str, memory_dir: str | None) -> None:
-    for path in base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-{ray_node_pid()}-*-{pool}"):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool), ignore_errors=True)
 
 
 @ray.remote(num_cpus=0, max_retries=1)
@@ -82,6 +92,16 @@ def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) ->
     ref = read_there.options(scheduling_strategy=there).remote(path, number, suffix)
     tensors, notes = ask(ref, timeout_s, f"node {node[:8]}")
     return Version(number, {name: unpack(each) for name, each in tensors.items()}, notes)
+
+
+def _name(raylet: int, pool: str) -> str:
+    return f"{PREFIX}-{os.getuid()}-{_namespace()}-{raylet}-{_started(raylet)}-{pool}"
+
+
+def _namespace() -> int:
+    """In which process ids mean what they mean here; 0 where the system has but one."""
+    path = Path("/proc/self/ns/pid")
+    return path.stat().st_ino if path.exists() else 0
 
 
 def _started(pid: int) -> int:

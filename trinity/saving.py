@@ -15,7 +15,7 @@ import torch
 from trinity.backbone import Backbone
 from trinity.checkpoint import CheckpointWriter, prune, step_path, write_tensors
 from trinity.config import Config
-from trinity.errors import CheckpointError, TrinityError
+from trinity.errors import CheckpointError
 from trinity.messages import Load, Part
 from trinity.pool import ExpertPool
 
@@ -77,7 +77,7 @@ class Saver:
         try:
             with writer:
                 self._write(writer, parts, state)
-        except TrinityError as error:  # the edge of this thread: `wait` raises it
+        except Exception as error:  # the edge of this thread: `wait` raises it
             self._error = error
 
     def _write(self, writer: CheckpointWriter, parts: Callable[[], list[Part]], state: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ A version is written beside the one before it, never over it, and counts when HE
 last commit or the new one. Memory of versions that nobody needs is used again, so a step writes no more than it would in
 place. Decisions: a folder in shared memory outlives its process, not its host; without a folder the same class keeps
 versions in the process's own memory. Tensors of a GPU are copied to the folder when their version is put. The one writer is
-the process that made the store; others take a copy of a committed version (`read`).
+the process that made the store, until it is dead; others take a copy of a committed version (`read`).
 """
 
+import fcntl
 import json
-import mmap
 import os
 import secrets
 from collections import Counter
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trinity.errors import StepConflict, Unavailable, VersionGone
+from trinity.errors import ConfigError, StepConflict, VersionGone
 from trinity.experts.backend import as_stored
 from trinity.memory import on_huge_pages
 
-HEAD = "HEAD"
+HEAD, LOCK = "HEAD", "LOCK"
 READ_AGAIN = 8  # times, while versions come and go
 
 
@@ -53,7 +53,8 @@ class _Block:
 class Store:
     """Owns the memory of its versions. Not thread-safe: the owner's lock guards it.
 
-    A folder that holds versions already is taken up as it is. Raises Unavailable where a tensor finds no room.
+    A folder that holds versions already is taken up as it is, as soon as the process that wrote them is dead. Raises
+    ConfigError where a tensor finds no room: asking again would not help.
     """
 
     def __init__(self, folder: Path | None = None, device: str = "cpu"):
@@ -67,6 +68,8 @@ class Store:
         self._count = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (folder / LOCK).open("a")
+            fcntl.lockf(self._lock, fcntl.LOCK_EX)
             self._take_up(folder)
 
     # -- reading
@@ -238,7 +241,7 @@ class Store:
             self.versions[number] = Version(number, tensors, tree["notes"])
         if head.is_file():
             self.committed = json.loads(head.read_text())["committed"]
-        named = {block.file for block in self._blocks.values()} | {path.name for path in found} | {HEAD}
+        named = {block.file for block in self._blocks.values()} | {path.name for path in found} | {HEAD, LOCK}
         for path in folder.iterdir():
             if path.name not in named:
                 path.unlink()
@@ -261,9 +264,9 @@ def read(folder: Path, number: int | None = None, wanted: Callable[[str], bool] 
         try:
             found = json.loads((folder / HEAD).read_text())["committed"] if number is None else number
             path = folder / _file_of(found)
-            before, tree = path.stat().st_ino, json.loads(path.read_text())
+            before, tree = _identity(path), json.loads(path.read_text())
             tensors = {name: _copied(folder, entry) for name, entry in tree["tensors"].items() if wanted(name)}
-            if path.stat().st_ino == before:  # it is there still: nobody has written to its memory
+            if _identity(path) == before:  # it is there still: nobody has written to its memory
                 return Version(found, tensors, tree["notes"])
         except FileNotFoundError:
             continue
@@ -276,6 +279,12 @@ def _addresses(version: Version) -> set[int]:
 
 def _file_of(number: int) -> str:
     return f"v-{number:06d}.json"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Of a file; with the time, because on a disk the next file may get the number of the last one."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _numel(entry: Mapping[str, Any]) -> int:
@@ -305,22 +314,31 @@ def _made(path: Path, numel: int, dtype: torch.dtype) -> Tensor:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:
         path.unlink()
-        raise Unavailable(
-            f"no room for {size:,} bytes in {path.parent}: {error.strerror}. Give shared memory more room (containers: "
-            "--shm-size), use more shards, or set placement.memory_dir to another folder or placement.durable false"
-        ) from None
+        raise _cannot_keep(path.parent, size, error) from None
     finally:
         os.close(handle)
     return _mapped(path, numel, dtype)
 
 
+def _cannot_keep(folder: Path, size: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot keep {size:,} bytes in {folder}: {error.strerror}. Give shared memory more room (containers: --shm-size), "
+        "use more shards, or set placement.memory_dir to another folder or placement.durable false"
+    )
+
+
 def _mapped(path: Path, numel: int, dtype: torch.dtype) -> Tensor:
-    """Flat. The mapping ends with the tensor."""
-    with path.open("r+b") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), numel * dtype.itemsize), dtype=dtype)
+    """Flat. The mapping ends with the tensor; unlike Python's it keeps no descriptor, of which a process has few."""
+    with path.open("r+b") as file:  # torch would make a file that is not there
+        return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=numel, dtype=dtype)
 
 
 def _replace(path: Path, tree: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{secrets.token_hex(4)}")
-    partial.write_text(json.dumps(tree, separators=(",", ":")))
-    partial.rename(path)
+    text = json.dumps(tree, separators=(",", ":"))
+    try:
+        partial.write_text(text)
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _cannot_keep(path.parent, len(text), error) from None
