@@ -51,3 +51,20 @@ def test_decode_with_shard_actors(ray_session, tmp_path):
     curve = tables["ms per layer of a decode step over shards"]
     assert set(curve) == {2}
     assert all(row["shard actors, threads 1:1"] > 0 for row in curve.values())
+
+
+def test_serve_with_training(ray_session, tmp_path):
+    """Both arms get whole answers, and training goes on in one and rests in the other."""
+    from actors import pool as pools
+
+    flags = ["--with-training", "--quick", "--set", "model.num_hidden_layers=2", "--set", "train.seq_len=32"]
+    assert main(["bench", "serve", *flags, "--out", str(tmp_path)]) == 0
+    assert "bench" not in pools.names("trinity")
+    assert (tmp_path / "serve-with-training.png").stat().st_size > 10_000
+    report = json.loads((tmp_path / "serve-with-training.json").read_text())
+    arms = {each["arm"]: each["rounds"][0] for each in report["results"]}
+    assert all(arms[arm]["failed"] == 0 and arms[arm]["completed"] == 4 for arm in ("requests alone", "both"))
+    assert all(arms[arm]["training_tokens_per_s"] > 0 for arm in ("training alone", "both"))
+    assert arms["both"]["versions"] >= 1
+    facts = dict(report["tables"][1]["rows"])
+    assert facts["ms to take up a version, median"] > 0
