@@ -6,6 +6,7 @@ another's processes: nobody judges nodes of another PID namespace. Everybody on 
 is not ours is refused.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -32,7 +33,7 @@ def base(memory_dir: str | None) -> Path:
     return Path(memory_dir) if memory_dir else SHM if SHM.is_dir() else Path(tempfile.gettempdir())
 
 
-def folder(settings: PlacementConfig, what: str) -> Path | None:
+def folder(settings: PlacementConfig, namespace: str, what: str) -> Path | None:
     """Of one process of the pool on this node, `what` being its name; None where nothing is to be kept. Raises ConfigError
     where somebody else has put something in its place."""
     if not settings.durable:
@@ -40,7 +41,7 @@ def folder(settings: PlacementConfig, what: str) -> Path | None:
     root = base(settings.memory_dir)
     root.mkdir(parents=True, exist_ok=True)
     sweep(root)
-    found = root / _name(ray_node_pid(), settings.pool)
+    found = root / _name(ray_node_pid(), settings.pool, namespace)
     found.mkdir(mode=0o700, exist_ok=True)
     status = found.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
@@ -57,19 +58,19 @@ def sweep(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove(pool: str, memory_dir: str | None) -> None:
+def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
     """On all nodes that are alive: the pool's processes have ended for good."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{pool}")):
+    if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
         return
     strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    refs = [_remove.options(scheduling_strategy=each).remote(pool, memory_dir) for each in strategies]
+    refs = [_remove.options(scheduling_strategy=each).remote(pool, namespace, memory_dir) for each in strategies]
     ray.wait(refs, num_returns=len(refs), timeout=REMOVE_S) if refs else None
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _remove(pool: str, memory_dir: str | None) -> None:
-    shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool), ignore_errors=True)
+def _remove(pool: str, namespace: str, memory_dir: str | None) -> None:
+    shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool, namespace), ignore_errors=True)
 
 
 @ray.remote(num_cpus=0, max_retries=1)
@@ -94,8 +95,13 @@ def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) ->
     return Version(number, {name: unpack(each) for name, each in tensors.items()}, notes)
 
 
-def _name(raylet: int, pool: str) -> str:
-    return f"{PREFIX}-{os.getuid()}-{_namespace()}-{raylet}-{_started(raylet)}-{pool}"
+def _name(raylet: int, pool: str, namespace: str) -> str:
+    return f"{PREFIX}-{os.getuid()}-{_namespace()}-{raylet}-{_started(raylet)}-{_tag(namespace)}-{pool}"
+
+
+def _tag(namespace: str) -> str:
+    """Of Ray's namespace, which may be any text: pools of one name in two of them are two pools."""
+    return hashlib.blake2b(namespace.encode(), digest_size=4).hexdigest()
 
 
 def _namespace() -> int:

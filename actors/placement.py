@@ -55,11 +55,10 @@ class PlacementService:
         epochs = sorted(self.folder.glob("epoch-*.json"))
         self.table = PlacementTable.from_json(epochs[-1].read_text()) if epochs else None
         again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
-        self.record = Record(self.folder)
+        self.record = Record(self.folder, is_new=not again)
         if not again:
             self._source_file.unlink(missing_ok=True)
             self._wish_file.unlink(missing_ok=True)
-            self.record.forget()
         self._supervisor: Supervisor | None = None
         self._tried = -1  # the version that the last attempt at a step started from
         if again and self.table is not None:
@@ -81,6 +80,7 @@ class PlacementService:
     def current(self) -> PlacementTable | None:
         return self.table
 
+    @ray.method(concurrency_group="news")  # those who wait must not keep out those who decide
     def newer(self, epoch: int, version: int | None, timeout_s: float) -> tuple[PlacementTable | None, int]:
         """The table as soon as it is newer than `epoch`, None if it is not within the time; and the version to serve, as soon
         as it is another than `version` (None: whatever it is)."""
@@ -242,4 +242,6 @@ def _write(path: Path, text: str) -> None:
     partial.rename(path)
 
 
-PlacementActor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64)(PlacementService)
+PlacementActor = ray.remote(
+    max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64, concurrency_groups={"news": 1024}
+)(PlacementService)

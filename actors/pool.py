@@ -190,7 +190,7 @@ def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
     for entry in _actors(namespace):
         if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
-    kept.remove(pool, memory_dir)
+    kept.remove(pool, namespace, memory_dir)
     try:
         remove_placement_group(get_placement_group(prefix))
     except ValueError:

@@ -22,12 +22,14 @@ from actors.names import PLACEMENT, Handles, ask, find, name_of
 from actors.priority import give_way
 from actors.transport import RayTransport, pack, unpack
 from actors.wire import Address
+from trinity.checkpoint import open_checkpoint
 from trinity.config import PlacementConfig
 from trinity.errors import TrinityError
 from trinity.experts.copying import take_up
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
 from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.messages import Copy, Prepare, Stage, StepReport
+from trinity.messages import Copy, Load, Prepare, StepReport
+from trinity.pool import Decision
 from trinity.store import Store
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class ShardServer:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if again:
             spec = replace(spec, experts=self._service("holdings", spec.name))
-        self.shard = ExpertShard(spec, _store(spec, settings, again))
+        self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
         self.combiner = Combiner(self.shard)
         if again:
             self._take_up()
@@ -81,10 +83,11 @@ class ShardServer:
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
         decision, source = self._service("decided"), self._service("source")
         if decision is not None:
-            self.shard.settle(decision.version)
-        if self.shard.version < 0 and source is not None and (decision is None or decision.notes.get("is_source")):
+            self.shard.settle(decision.version, decision.notes.get("attempt"))
+        if self.shard.version < 0 and source is not None:
             try:
-                self.shard.load(source)
+                if _is_of(source, decision):
+                    self.shard.load(source)
             except TrinityError:
                 log.exception("shard %s started again and cannot load %s", self.shard.spec.name, source.checkpoint)
 
@@ -143,10 +146,17 @@ def _ready_to_stage(num_threads: int, settings: PlacementConfig) -> None:
     give_way(settings.training_niceness)
 
 
-def _store(spec: ShardSpec, settings: PlacementConfig, again: bool) -> Store:
+def _is_of(source: Load, decision: Decision | None) -> bool:
+    """Whether the pool's source has the weights that were decided on last."""
+    if decision is None or decision.notes.get("is_source"):
+        return True
+    return source.checkpoint is not None and open_checkpoint(source.checkpoint).version == decision.version
+
+
+def _store(spec: ShardSpec, settings: PlacementConfig, namespace: str, again: bool) -> Store:
     """In memory that outlives this process, for what only training can make again; what a shard of that name left behind
     counts only for its successor."""
-    folder = kept.folder(settings, spec.name) if spec.optim is not None else None
+    folder = kept.folder(settings, namespace, spec.name) if spec.optim is not None else None
     if folder is not None and not again:
         shutil.rmtree(folder, ignore_errors=True)
     return Store(folder, spec.device)

@@ -36,7 +36,9 @@ PAUSE_POLL_S = 0.05
 
 def _store(config: Config, pool: pools.RayPool, context: Any, device: str) -> Store | None:
     """The backbone's, of worker 0, in memory that outlives the process."""
-    folder = kept.folder(config.placement, "backbone") if context.get_world_rank() == 0 else None
+    folder = (
+        kept.folder(config.placement, config.cluster.namespace, "backbone") if context.get_world_rank() == 0 else None
+    )
     if folder is None:
         return None
     pool.backbone_at = [(ray.get_runtime_context().get_node_id(), str(folder))]

@@ -13,6 +13,7 @@ from torch import Tensor
 from trinity.checkpoint import Checkpoint
 from trinity.config import OptimConfig
 from trinity.errors import CheckpointError
+from trinity.messages import Stage
 from trinity.model.afmoe import Afmoe
 from trinity.model.balance import sign_update, smebu
 from trinity.model.params import is_hidden_matrix
@@ -79,19 +80,18 @@ class Backbone:
     # -- a step
 
     @torch.no_grad()
-    def stage(
-        self, gradients: Mapping[str, Tensor], muon_lr: float, adamw_lr: float, grad_scale: float, counts_LE: Tensor
-    ) -> bool:
-        """Make the next version; -> whether it is finite. The model does not see it before `commit`."""
+    def stage(self, gradients: Mapping[str, Tensor], message: Stage, counts_LE: Tensor) -> bool:
+        """Make the next version as the shards do; -> whether it is finite. The model does not see it before `commit`."""
         self.store.give_back()
-        self.store.retire()
+        self.store.retire(message.keep, is_value)
         old = self.store.current
         tensors = {name: self.store.empty_like(tensor) for name, tensor in old.tensors.items()}
         before = self._optimizer(*self._parts(old.tensors), self.num_updates)
         after = self._optimizer(*self._parts(tensors), 0)
-        before.step_into(after, gradients, muon_lr, adamw_lr, grad_scale)
+        before.step_into(after, gradients, message.muon_lr, message.adamw_lr, message.grad_scale)
         self._update_biases(old.tensors, tensors, counts_LE)
-        self.store.put(Version(old.number + 1, tensors, {"num_updates": after.num_updates}))
+        notes = {"num_updates": after.num_updates, "attempt": message.attempt}
+        self.store.put(Version(message.step, tensors, notes))
         return all(bool(torch.isfinite(t.sum())) for n, t in tensors.items() if n.endswith(WEIGHT) and t.numel())
 
     def commit(self) -> None:

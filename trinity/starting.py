@@ -98,6 +98,8 @@ class Starting:
             return None
         try:
             found = self.backbone.store.versions.get(decision.version) or self.pool.backbone(decision.version)
+            if found.notes.get("attempt") not in (None, decision.notes.get("attempt")):
+                raise VersionGone(f"the backbone that is kept is another version {decision.version} than was decided")
             self.pool.commit(decision.version)
             return found
         except HEALABLE as error:

@@ -243,7 +243,7 @@ class Trainer(Starting):
         keep = (*boundary.keep, *self.saver.versions)
         message = Stage(self.version + 1, *lrs, scale, boundary.attempt, keep)
         wait = self.pool.stage(message) if self.comm.rank == 0 else lambda: True
-        mine = self.backbone.stage(self._grads(), *lrs, scale, counts_LE)
+        mine = self.backbone.stage(self._grads(), message, counts_LE)
         said = self._as_first(lambda: [wait() and mine], 1, last)
         if said is None:
             self.backbone.give_up()
@@ -263,15 +263,23 @@ class Trainer(Starting):
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
         self.position += 1
         if self.comm.rank == 0:
-            self.pool.decide(self.version + 1, boundary.attempt, {**self._notes(is_step=True), "is_good": is_good})
+            self.pool.decide(
+                self.version + 1,
+                boundary.attempt,
+                {**self._notes(is_step=True), "attempt": boundary.attempt, "is_good": is_good},
+            )
         self.comm.sum(torch.zeros(1))
         self.backbone.commit()
         self._skipped_in_a_row = 0
         if self.comm.rank == 0:
-            try:
-                self.pool.commit(self.version)
-            except HEALABLE as error:
-                log.warning("version %d is decided, and not everywhere yet: %s", self.version, error)
+            self._tell(lambda: self.pool.commit(self.version))
+
+    def _tell(self, what: Callable[[], int]) -> None:
+        """A courtesy to the shards, who hear it from the next call, too."""
+        try:
+            what()
+        except HEALABLE as error:
+            log.warning("not every shard knows yet how step %d ended: %s", self.version, error)
 
     def _skip(self, boundary: Boundary, why: str) -> None:
         log.warning("step skipped: %s; its batch is consumed, the weights stay at %d", why, self.version)
@@ -280,7 +288,7 @@ class Trainer(Starting):
         self._skipped_in_a_row += 1
         self.backbone.give_up()
         if self.comm.rank == 0:
-            self.pool.abort(self.version + 1, boundary.attempt)
+            self._tell(lambda: self.pool.abort(self.version + 1, boundary.attempt))
         self.comm.sum(torch.zeros(1))
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise TrinityError(

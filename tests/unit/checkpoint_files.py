@@ -41,7 +41,7 @@ def save(target, step, model, pool, tokenizer=None):
     """Everything a trainer saves, in the same way."""
     with CheckpointWriter(target, step) as writer:
         parts = [
-            *pool.save(str(writer.folder)),
+            *pool.save(str(writer.folder), 0)(),
             *write_tensors(writer.folder, "model-backbone", model.state_dict().items()),
             *write_tensors(writer.folder, "training/backbone", [("x::momentum", torch.arange(7.0))]),
         ]

@@ -213,16 +213,16 @@ def test_a_shard_that_forgot_an_expert_or_wrote_one_twice_makes_no_checkpoint(tm
 
     _, pool = model_and_pool()
     writer = CheckpointWriter(tmp_path / "step-000001", 1)
-    parts = pool.save(str(writer.folder))
+    parts = pool.save(str(writer.folder), 0)()
     with pytest.raises(CheckpointError, match="nobody wrote 'model"):
         writer.finish(parts[2:], MODEL, None, {})
     assert list(tmp_path.iterdir()) == []
     writer = CheckpointWriter(tmp_path / "step-000001", 1)
-    parts = pool.save(str(writer.folder))
+    parts = pool.save(str(writer.folder), 0)()
     with pytest.raises(CheckpointError, match="was written twice"):
         writer.finish([*parts, parts[0]], MODEL, None, {})
     writer = CheckpointWriter(tmp_path / "step-000001", 1)
-    parts = pool.save(str(writer.folder))
+    parts = pool.save(str(writer.folder), 0)()
     (writer.folder / parts[0].file).unlink()
     with pytest.raises(CheckpointError, match="do all nodes see the same file system"):
         writer.finish(parts, MODEL, None, {})

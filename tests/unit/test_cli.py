@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
     model = Afmoe(MODEL, pool.dispatcher())
     init_weights(model, MODEL, seed=1)
     writer = CheckpointWriter(folder, 5)
-    parts = [*pool.save(str(writer.folder)), *write_tensors(writer.folder, "model", model.state_dict().items())]
+    parts = [*pool.save(str(writer.folder), 0)(), *write_tensors(writer.folder, "model", model.state_dict().items())]
     return writer.finish(parts, MODEL, Tokenizer.train(iter(["some text to learn from " * 20]), 320), None)
 
 

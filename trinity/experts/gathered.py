@@ -93,13 +93,17 @@ class Gathered:
         ]
         return sq_norm([*own, *(sum_ND for is_primary, sum_ND in self._shared.values() if is_primary)])
 
-    def take(self, attempt: int) -> Gradients:
-        """The step's gradients, the caller's from here on. Raises StepConflict unless that attempt was prepared."""
+    def take(self, attempt: int, weights: dict[int, LayerWeights]) -> Gradients:
+        """The step's gradients of these weights, the caller's from here on. Raises StepConflict unless that attempt was
+        prepared."""
         if attempt != self.attempt or not self._is_closed or self._is_taken:
             raise StepConflict(f"attempt {attempt:x} is not prepared; {self.attempt:x} is gathering")
         total, self._callers, self._is_taken = self._total, {}, True
         for (layer, at), (_, sum_ND) in self._shared.items():
-            for name, part_FD in zip(names_of(layer), sum_ND.chunk(3) if sum_ND.numel() else (), strict=False):
+            parts = sum_ND.chunk(3) if sum_ND.numel() else ()
+            for name, stack, part_FD in zip(names_of(layer), weights[layer], parts, strict=False):
+                if name not in total:  # rows of this layer came to other replicas only
+                    total[name] = torch.zeros_like(stack, dtype=torch.float32)
                 total[name][at].copy_(part_FD)
         return total
 

@@ -82,12 +82,14 @@ class Holdings:
         """Of the present version, by layer."""
         return {layer: held.weights for layer, held in self._layers[self.version][1].items()}
 
-    def settle(self, committed: int) -> None:
-        """After a restart: be at the version that the pool has decided on, if it is here. Otherwise hold nothing."""
+    def settle(self, committed: int, attempt: int | None) -> None:
+        """After a restart: be at the version that the pool has decided on, made by that attempt, if it is here. Otherwise hold
+        nothing."""
         with self.lock:
-            if committed in self.store.versions:
+            found = self.store.versions.get(committed)
+            if found is not None and found.notes.get("attempt") in (None, attempt):  # None: copied from others
                 self.store.roll_back(committed) if committed < self.version else self.store.commit(committed)
-            elif committed != self.version:
+            else:
                 self._clear()
             self._publish()
 
@@ -116,6 +118,7 @@ class Holdings:
             rows = {kind: [found[i] for i in new] for kind, found in message.rows.items()}
             experts = (*held, *(message.experts[i] for i in new))
             self._put(restacked(self.store, version, message.layer, range(len(held)), experts, rows))
+            self._moved()
             return len(new)
 
     @torch.no_grad()
@@ -134,6 +137,7 @@ class Holdings:
                         left = tuple(held[at] for at in keep)
                         version = restacked(self.store, version, layer, keep, left, {})
                         self._put(version)
+                        self._moved()
             return num
 
     def holds(self, version: int, layer: int) -> tuple[int, ...]:
@@ -271,6 +275,9 @@ class Holdings:
 
     def _changed(self) -> None:
         """The present version is another one, or none."""
+
+    def _moved(self) -> None:
+        """Experts have come or gone: positions in stacks are others."""
 
     def _place_for(self, number: int, num_updates: int) -> Version:
         """The version that experts of that number are added to."""

@@ -8,6 +8,7 @@ present version, so rows of that version are computed meanwhile, and those of th
 backward are a bounded cache, never the truth.
 """
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,6 +49,8 @@ from trinity.messages import (
 )
 from trinity.optim import Optimizer
 from trinity.store import Store, Version
+
+FUTURE_US = 24 * 3600 * 1_000_000  # attempts are numbered by the clock: one of the far future would void all others
 
 __all__ = ["DTYPES", "ExpertShard", "ShardSpec"]
 
@@ -140,7 +143,7 @@ class ExpertShard(Holdings):
             if staged is not None and staged.notes.get("attempt") == message.attempt:
                 return staged.notes["is_finite"]
             self._expect_next(message.step)
-            gradients = self.gathered.take(message.attempt)
+            gradients = self.gathered.take(message.attempt, self.weights)
             self.store.give_back()
             self._withdraw(self.store.unwanted(message.keep))
             self.store.retire(message.keep, lambda name: name.endswith(f"::{WEIGHT}"))
@@ -208,6 +211,11 @@ class ExpertShard(Holdings):
     def _changed(self) -> None:
         self._forget(self.gathered.attempt)
 
+    def _moved(self) -> None:
+        self._ops.clear()
+        self._cached_bytes = 0
+        self.gathered = Gathered(self.gathered.attempt, self.spec.ordered_gradients)
+
     def _rows_of(self, message: Fetch, at: int) -> Tensor:
         if message.kind == GRADIENT:
             return self.gathered.rows(message.layer, at, self.weights[message.layer])
@@ -224,6 +232,8 @@ class ExpertShard(Holdings):
         """A training call. Whatever older attempts at the step gathered here is void; their stragglers are refused."""
         if version != self.version:
             raise StepConflict(f"shard {self.spec.name} is at version {self.version}, a step on {version} is void")
+        if attempt > time.time_ns() // 1000 + FUTURE_US:
+            raise StepConflict(f"attempt {attempt:x} is of the future; are the clocks of this cluster apart?")
         if attempt < self.gathered.attempt:
             raise StepConflict(
                 f"shard {self.spec.name}: attempt {attempt:x} was given up for {self.gathered.attempt:x}"
