@@ -25,7 +25,7 @@ from trinity.store import Version, read
 
 log = logging.getLogger(__name__)
 SHM = Path("/dev", "shm")
-PREFIX = "trinity-kept"
+PREFIX = "trinity-memory"
 REMOVE_S = 10.0
 
 
