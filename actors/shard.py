@@ -28,13 +28,13 @@ from trinity.errors import TrinityError
 from trinity.experts.copying import take_up
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
 from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.messages import Copy, Load, Prepare, StepReport
+from trinity.messages import Copy, Load, Prepare, Stage, StepReport
 from trinity.pool import Decision
 from trinity.store import Store
 
 log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
-STEP = frozenset({"prepare", "stage", "commit", "abort", "roll_back"})
+STEP = frozenset({"prepare", "stage", "commit", "abort"})
 VERBS = ROWS | STEP | {"load", "save", "status", "copy", "retain"}
 SERVICE_TIMEOUT_S = 60.0
 

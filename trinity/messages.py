@@ -132,14 +132,6 @@ class Abort:
 
 
 @dataclass(frozen=True)
-class RollBack:
-    """Verb `roll_back` -> version. An older committed version becomes the present one again, if it is kept."""
-
-    version: int
-    attempt: int
-
-
-@dataclass(frozen=True)
 class Load:
     """Verb `load` -> version. Weights (and optimizer state, if it has them and `training`) from a checkpoint folder, or,
     without one, the seeded initial weights at version 0."""

@@ -15,7 +15,7 @@ from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch import Dispatcher, Fixed, LocalTransport, Transport, View, settle
 from trinity.errors import StepConflict, Unavailable, VersionGone
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.messages import Abort, Commit, Load, Part, Prepare, RollBack, Save, ShardStatus, Stage, Status, StepReport
+from trinity.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Stage, Status, StepReport
 from trinity.placement.table import PlacementTable
 from trinity.store import Version
 
@@ -131,10 +131,6 @@ class ExpertPool:
 
     def abort(self, step: int, attempt: int = 0) -> int:
         return self._agree(self._all("abort", Abort(step, attempt)))
-
-    def roll_back(self, version: int, attempt: int) -> int:
-        """Every shard goes back to that version. Raises VersionGone when one has it no more."""
-        return self._agree(self._all("roll_back", RollBack(version, attempt)))
 
     def save(self, folder: str, version: int) -> Callable[[], list[Part]]:
         """Every shard writes the experts it is the primary of, in parallel; call the answer to wait for the files. Steps may go

@@ -23,7 +23,15 @@ from trinity.engine.scheduler import Scheduler
 from trinity.engine.text import TextStream
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
-from trinity.errors import InvalidRequest, Overloaded, PromptTooLong, StepConflict, TrinityError, VersionGone
+from trinity.errors import (
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    StepConflict,
+    TrinityError,
+    VersionGone,
+    WrongEpoch,
+)
 from trinity.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
@@ -147,7 +155,7 @@ class Engine:
         try:
             sequences, logits_BV = self._runner.forward(self._versions.model(version), batch)
             sampled = dict(zip(sequences, sample(logits_BV, sequences), strict=True))
-        except (VersionGone, StepConflict) as error:
+        except (VersionGone, StepConflict, WrongEpoch) as error:
             return self._gone(batch, error)
         except Exception as error:  # the edge between requests and weights: shards die, memory runs out
             return self._fail(batch, error)
@@ -161,7 +169,7 @@ class Engine:
         """The pass's version was not there, or not on every shard, which may pass."""
         if not self._versions.lost():
             time.sleep(PAUSE_S)
-        passes = isinstance(error, StepConflict)
+        passes = not isinstance(error, VersionGone)
         over = [chunk for chunk in batch if not self._again(chunk, passes)]
         return self._fail(over, VersionGone(f"the weights that this request uses have gone: {error}")) if over else []
 

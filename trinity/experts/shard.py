@@ -39,7 +39,6 @@ from trinity.messages import (
     Fetch,
     Forward,
     Prepare,
-    RollBack,
     Rows,
     ShardStatus,
     Stage,
@@ -172,14 +171,6 @@ class ExpertShard(Holdings):
         with self.lock:
             if message.step == self.version + 1 and message.attempt == self.gathered.attempt:
                 self._forget(message.attempt)
-            return self.version
-
-    def roll_back(self, message: RollBack) -> int:
-        with self.lock:
-            self._withdraw([number for number in self.store.versions if number > message.version])
-            self.store.roll_back(message.version)
-            self._forget(message.attempt)
-            self._publish()
             return self.version
 
     # -- control
