@@ -102,6 +102,6 @@ def recovery_s(attempts: Sequence[Attempt], time_s: float) -> float | None:
 
 
 def longest_step_s(attempts: Sequence[Attempt], since_s: float, until_s: float) -> float | None:
-    """Of the steps under way in that time; None without any."""
+    """Of the steps that ended in that time; None without any."""
     spans = pairwise(done_at(attempts).values())
-    return max((end - start for start, end in spans if end > since_s and start < until_s), default=None)
+    return max((end - start for start, end in spans if since_s < end <= until_s), default=None)

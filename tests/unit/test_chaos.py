@@ -62,6 +62,7 @@ def test_a_step_that_was_tried_again_cost_time_and_nothing_else():
     assert recovery_s(KILLED, 6.5) == pytest.approx(0.5)
     assert recovery_s(KILLED, 7.5) is None, "the last step's end is not seen"
     assert longest_step_s(KILLED, 2.2, 6.5) == 4
+    assert longest_step_s(KILLED, 0.5, 5) == 1
     assert longest_step_s(KILLED, 6.5, 99) == 1
     assert longest_step_s(KILLED, 7.5, 99) is None
 

@@ -40,6 +40,7 @@ class Compared(NamedTuple):
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, or a preset: tiny, nano, mini, large")
     parser.add_argument("--steps", type=int, help="short for --train.steps")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of chaos, recoveries apart (default: to the end)")
     what = "then train the same undisturbed, in this process: are the weights bitwise equal? (one worker, no moves)"
     parser.add_argument("--compare", action="store_true", help=what)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
@@ -96,7 +97,7 @@ def chaos(
     from trinity.chaos import plan, recovery_s
 
     out_dir = config.train.out_dir
-    coming = plan(arguments.seed, math.inf, arguments.faults, arguments.every)
+    coming = plan(arguments.seed, arguments.seconds, arguments.faults, arguments.every)
     recovered_s = lambda one: recovery_s(attempts(out_dir), one.time_s)  # noqa: E731
     return raging(Chaos(pool, out_dir), coming, lambda: len(attempts(out_dir)) > 1, recovered_s, struck)
 
@@ -208,7 +209,7 @@ def _records(struck: list[Struck], noted: list[Attempt]) -> list[dict[str, Any]]
             "target": each.target or f"not found: {each.error}",
             "at_s": each.time_s - began_s,
             "step": chaos.step_at(noted, each.time_s),
-            "recovery_s": each.recovered_s,
+            "recovered_s": each.recovered_s,
             "longest_step_s": chaos.longest_step_s(noted, each.time_s, until_s),
         }
         for each, until_s in zip(struck, ends, strict=True)
