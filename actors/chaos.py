@@ -64,13 +64,18 @@ class Chaos:
             case Fault.MOVE_EXPERTS:
                 return self.move_experts()
 
+    def where(self, shard: str) -> tuple[str, int]:
+        """-> (node, process); waits while the shard is starting again."""
+        who = f"shard {shard}"
+        return _until_there(lambda: ask(self.pool.shards[shard].where.remote(), FIND_S, who))
+
     def kill(self, shard: str) -> str:
-        _signal(*self._where(shard), signal.SIGKILL)
+        _signal(*self.where(shard), signal.SIGKILL)
         return shard
 
     def stop(self, shard: str, for_s: float) -> str:
         """As a hanging machine would: it holds what it has, and answers nobody."""
-        where = self._where(shard)
+        where = self.where(shard)
         _signal(*where, signal.SIGSTOP)
         try:
             time.sleep(for_s)
@@ -129,11 +134,6 @@ class Chaos:
 
     def _shard(self, draw: float) -> str:
         return self.pool.table.shards[int(draw * len(self.pool.table.shards))]
-
-    def _where(self, shard: str) -> tuple[str, int]:
-        """-> (node, process); waits while the shard is starting again."""
-        who = f"shard {shard}"
-        return _until_there(lambda: ask(self.pool.shards[shard].where.remote(), FIND_S, who))
 
 
 @contextmanager

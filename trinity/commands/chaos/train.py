@@ -40,7 +40,9 @@ class Compared(NamedTuple):
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, or a preset: tiny, nano, mini, large")
     parser.add_argument("--steps", type=int, help="short for --train.steps")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of chaos, recoveries apart (default: to the end)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of chaos, recoveries apart (default: to the end)"
+    )
     what = "then train the same undisturbed, in this process: are the weights bitwise equal? (one worker, no moves)"
     parser.add_argument("--compare", action="store_true", help=what)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
