@@ -1,7 +1,7 @@
 """Training under every fault of the list, long: whatever is killed, hangs, is lost or moves, no step is lost and the final
 weights are bitwise those of the undisturbed run in one process (where experts moved, close: they add up in another order).
 
-`make chaos`, or `pytest -s -m chaos tests/chaos/test_training.py`. F1 takes TRINITY_CHAOS_STEPS (200), TRINITY_CHAOS_SEEDS (10).
+`make chaos`, or `pytest -s -m chaos tests/chaos/test_training.py`. F1 takes TRINITY_CHAOS_STEPS and TRINITY_CHAOS_SEEDS.
 """
 
 import json
