@@ -5,6 +5,7 @@ host still have, or else from the last checkpoint. Logic lives in trinity/traine
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def _store(config: Config, pool: pools.RayPool, context: Any, device: str) -> St
     return Store(folder, device)
 
 
-def fit(config: Config) -> dict[str, Any]:
+def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
     """Run the job to its end in the cluster this process has joined; -> what rank 0's `Trainer.run` returned.
+
+    `loop`: what each worker runs, `train_loop` unless told otherwise.
 
     The pool must be there, and holds the final weights afterwards. A run that is in `out_dir` already is continued, with
     its own tokenizer. Raises the TrinityError that ended a worker for good.
@@ -60,7 +63,7 @@ def fit(config: Config) -> dict[str, Any]:
     if use_gpu:
         resources["GPU"] = settings.num_gpus_per_worker
     trainer = TorchTrainer(
-        train_loop,
+        loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
@@ -98,8 +101,8 @@ def _reason(error: WorkerGroupError) -> Exception:
     return error
 
 
-def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs, in its own process."""
+def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = lambda trainer: None) -> dict[str, Any]:
+    """What each worker runs, in its own process. `prepared` sees the trainer before it starts."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
     give_way(config.placement.training_niceness)
@@ -112,6 +115,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(config, pool, data, comm, device, _store(config, pool, context, device))
     trainer.job = settings["job"]
     trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
+    prepared(trainer)
     trainer.start()
     if comm.rank == 0:
         trainer.log = TrainLog(config.train.out_dir, config.train.steps)

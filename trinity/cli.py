@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from trinity import __version__
-from trinity.commands import bench
+from trinity.commands import bench, chaos
 from trinity.errors import TrinityError
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "talk to a running server",
     "placement": "see experts, move them, scale their shards",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
+    "chaos": "train or serve while shards, workers and messages are lost on purpose, and report how it came through",
     "bench": "measure dispatch, experts, training, decoding and serving, against what else there is",
     "doctor": "versions, devices, ports, memory: what to paste in a bug report",
 }
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _chat(made["chat"])
     _convert(made["convert"])
     bench.add_flags(made["bench"])
+    chaos.add_flags(made["chaos"])
     _placement(made["placement"])
     return top
 
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trinity.config import setup_threads  # only here: `--help` is quick
 
     setup_threads()
-    if flags and arguments.command not in ("train", "serve"):
+    if flags and arguments.command not in ("train", "serve", "chaos"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return importlib.import_module(f"trinity.commands.{arguments.command}").run(arguments, flags) or 0

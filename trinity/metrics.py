@@ -51,7 +51,7 @@ class TrainLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
-        files = self._opened(metrics.step)
+        files = self._opened(metrics.step, is_validation=False)
         row = asdict(metrics)
         counts_LE = row.pop("counts_LE")
         files.write_row(row)
@@ -61,7 +61,7 @@ class TrainLog:
 
     def validation(self, step: int, loss: float) -> None:
         """Record the validation loss of the weights after `step`."""
-        self._opened(step).write_row({"step": step, "val_loss": loss})
+        self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss})
 
     def close(self) -> None:
         """Finish the files. Harmless when repeated."""
@@ -69,22 +69,22 @@ class TrainLog:
             self._files.close()
         self._files = None
 
-    def _opened(self, step: int) -> "_Files":
+    def _opened(self, step: int, is_validation: bool) -> "_Files":
         if self._files is None:
-            self._files = _Files(self.out_dir, step)
+            self._files = _Files(self.out_dir, step, is_validation)
         return self._files
 
 
 class _Files:
-    """The three files of a run, cut to what lies before `first_step` and open for appending."""
+    """The three files of a run, cut to what lies before `first_step` (or before its validation) and open for appending."""
 
-    def __init__(self, out_dir: Path, first_step: int):
+    def __init__(self, out_dir: Path, first_step: int, is_validation: bool):
         from torch.utils.tensorboard import SummaryWriter  # a second of imports, for training only
 
         out_dir.mkdir(parents=True, exist_ok=True)
-        self._rows = _cut(out_dir / "metrics.jsonl", first_step)
-        self._loads = _cut(out_dir / "expert_load.jsonl", first_step)
-        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step)
+        self._rows = _cut(out_dir / "metrics.jsonl", first_step, is_validation)
+        self._loads = _cut(out_dir / "expert_load.jsonl", first_step, is_validation)
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step + is_validation)
 
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
@@ -117,9 +117,10 @@ def parse_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _cut(path: Path, first_step: int) -> TextIO:
-    """Keep the rows before `first_step`, replacing the file in one move, and open it for appending."""
-    kept = [row for row in read_rows(path) if row["step"] < first_step]
+def _cut(path: Path, first_step: int, is_validation: bool = False) -> TextIO:
+    """Keep the rows before `first_step` (or before its validation), replacing the file in one move; open it for appending."""
+    first = first_step, is_validation
+    kept = [row for row in read_rows(path) if (row["step"], "val_loss" in row) < first]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     os.replace(scratch, path)

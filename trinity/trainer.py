@@ -96,6 +96,10 @@ class Trainer(Starting):
     def run(self) -> dict[str, Any]:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
         settings, loss, val_loss = self.config.train, math.nan, math.nan
+        if self.position == settings.steps:  # the worker before died after its last step
+            val_loss = self.evaluate()
+            if not self.saver.target(self.position).exists():
+                self.begin_save()
         while self.position < settings.steps and not self.stopped:
             loss = self.step().loss
             last = self.position == settings.steps

@@ -8,7 +8,7 @@ import numpy as np
 import prometheus_client
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,6 +66,7 @@ def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
     assert loads[-1] == {"step": 20, "counts_LE": [[20, 2, 3], [4, 5, 6]]}
 
 
+@settings(deadline=None)  # files on a busy machine
 @given(
     st.lists(st.integers(1, 30)), st.integers(0, 31), st.text(max_size=20).filter(lambda text: not text[:1].isdigit())
 )
@@ -74,6 +75,17 @@ def test_what_is_cut_is_what_comes_again(tmp_path_factory, steps, first, torn):
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + '{"step": 1, "lo' + torn, "utf-8")
     _cut(file, first).close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [s for s in steps if s < first]
+
+
+def test_a_validation_that_comes_first_leaves_the_step_before_it(tmp_path):
+    """A worker that died after its last step has only the validation left to do, maybe again."""
+    record(tmp_path, 1, 4, evals=(2, 4))
+    log = TrainLog(tmp_path, 4)
+    log.validation(4, 0.25)
+    log.close()
+    found = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 2, 3, 4, 4]
+    assert [row["val_loss"] for row in found if "val_loss" in row] == [0.5, 0.25]
 
 
 def test_a_new_run_starts_a_new_log(tmp_path):

@@ -327,3 +327,14 @@ def test_schedule_warms_up_stays_and_decays():
     assert [round(lr_factor(s, linear, 100), 3) for s in (1, 10, 50, 75, 100)] == [0.1, 1.0, 1.0, 0.55, 0.1]
     cosine = linear.model_copy(update=dict(decay="cosine"))
     assert [round(lr_factor(s, cosine, 100), 3) for s in (50, 75, 100)] == [1.0, 0.55, 0.1]
+
+
+def test_a_worker_that_takes_over_after_the_last_step_writes_its_checkpoint(texts, tmp_path):
+    """The one before died between the last step's decision and the end of its checkpoint."""
+    trainer = trainer_for(config_for(texts, tmp_path, steps=2))
+    trainer.step()
+    trainer.step()
+    result = trainer.run()
+    assert open_checkpoint(result["checkpoint"]).version == result["position"] == 2
+    assert math.isfinite(result["val_loss"])
+    assert trainer.run()["checkpoint"] == result["checkpoint"], "one that is there is left as it is"

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +140,15 @@ def steps_done(config: Config) -> int:
     return step_of(found) if found else 0
 
 
-def train(config: Config, served: Callable[[str, str], None] | None = None) -> dict:
+def train(
+    config: Config,
+    served: Callable[[str, str], None] | None = None,
+    beside: "Callable[[RayPool], AbstractContextManager]" = nullcontext,
+    loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict:
     """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays.
+
+    The job runs inside `beside(pool)`, and each worker `loop`, where another is wanted than actors/train.py's.
 
     With `served` the pool is served meanwhile, from its first weights to the end of training; it is told the HTTP and gRPC
     addresses, on a thread of its own. SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C
@@ -164,8 +171,8 @@ def train(config: Config, served: Callable[[str, str], None] | None = None) -> d
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
     progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
     meanwhile = serving(config, pool, served) if served else nullcontext()
-    with shown(out_dir / "metrics.jsonl", progress), meanwhile:
-        result = stoppable(lambda: fit(config), out_dir / STOP)
+    with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):
+        result = stoppable(lambda: fit(config, loop), out_dir / STOP)
     print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
     print(f"checkpoint {result['checkpoint']}")
     print("pictures " + ", ".join(map(str, _draw(out_dir))))

@@ -49,7 +49,7 @@ class Client(Protocol):
     async def card(self) -> Card: ...
 
     async def generate(self, model: str, prompt_ids: list[int], num_tokens: int, mark: Mark) -> tuple[int, int]:
-        """Ask and read to the end, `mark` for each chunk; -> input and output tokens by the server's count.
+        """Ask and read to the end, `mark` each chunk's text; -> input and output tokens by the server's count.
 
         Raises RequestFailed.
         """
@@ -121,8 +121,8 @@ async def _read(response: httpx.Response, mark: Mark) -> tuple[int, int]:
             event = _object(line[5:])
             if "error" in event:
                 raise RequestFailed(f"error event: {event['error'].get('code')}", _words(line[5:]))
-            if event.get("choices"):
-                mark()
+            if choices := event.get("choices"):
+                mark(choices[0].get("text", ""))
             usage = event.get("usage") or usage
     raise RequestFailed("broken stream", "it ended without [DONE]")
 
@@ -171,7 +171,7 @@ class GrpcClient:
         try:
             async for response in self.stub.Generate(request, metadata=self.metadata):
                 if response.WhichOneof("event") == "delta":
-                    mark()
+                    mark(response.delta.text)
                 else:
                     usage = response.final.usage
         except grpc.aio.AioRpcError as error:

@@ -19,7 +19,7 @@ import numpy as np
 
 LATE_S = 0.05  # a request that the generator itself let go later than this was not sent on time
 SHARES = (1, 5, 10, 25, 50, 75, 90, 95, 98, 99)  # percent, for a picture of one load
-Mark = Callable[[], None]
+Mark = Callable[[str], None]  # of a chunk, with its text
 Send = Callable[[int, Mark], Awaitable[tuple[int, int]]]
 
 
@@ -100,7 +100,7 @@ async def offer(
 ) -> tuple[list[Timeline], float]:
     """Send request i at plan[i] seconds from now; -> all timelines, and the seconds until the last one ended.
 
-    `send(i, mark)` calls `mark` for each chunk, returns (input tokens, output tokens), or raises RequestFailed.
+    `send(i, mark)` calls `mark(text)` for each chunk, returns (input tokens, output tokens), or raises RequestFailed.
     """
     clock = asyncio.get_running_loop().time
     began = clock()
@@ -111,7 +111,7 @@ async def offer(
         line.due_s = clock() - began
         async with gate:
             line.sent_s = clock() - began
-            await _settle(line, timeout_s, send(i, lambda: line.chunks_s.append(clock() - began)))
+            await _settle(line, timeout_s, send(i, lambda _: line.chunks_s.append(clock() - began)))
 
     async with asyncio.TaskGroup() as tasks:
         for i, line in enumerate(lines):

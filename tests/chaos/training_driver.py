@@ -1,0 +1,63 @@
+"""The driver of a test in test_training.py, in a process of its own: Ray's head (GCS) dies and comes back while a model trains.
+
+python training_driver.py FOLDER
+"""
+
+# ruff: noqa: E402
+import sys
+import threading
+import time
+from pathlib import Path
+
+from trinity.config import setup_environment
+
+setup_environment("disabled", is_local=False)
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from actors import pool as pools
+from tests.ray.runs import config_for, train_here, weights_of
+from trinity.checkpoint import open_checkpoint
+from trinity.comm import Alone
+from trinity.data import prepare
+from trinity.trainer import Trainer
+
+NUM_STEPS, AWAY_S = 40, 5.0
+torch.set_num_threads(1)
+
+
+def main(folder: Path) -> None:
+    node = dict(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20)
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    ray.init(address=cluster.address, namespace="trinity", log_to_driver=False, logging_level="ERROR")
+    config = config_for(folder, NUM_STEPS, num_shards=2)
+    pool = pools.create(config.placement, "trinity", config.model, config.optim, str(folder / "placement"))
+    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, folder / "run"), Alone())
+    trainer.start()
+    losses = [trainer.step().loss for _ in range(5)]
+    cluster.head_node.kill_gcs_server()
+    started = time.monotonic()
+    revival = threading.Timer(AWAY_S, cluster.head_node.start_gcs_server)
+    revival.start()
+    num_away, longest_s = 0, 0.0
+    while len(losses) < NUM_STEPS:
+        step_s = time.monotonic()
+        losses.append(trainer.step().loss)
+        longest_s = max(longest_s, time.monotonic() - step_s)
+        num_away += time.monotonic() - started < AWAY_S
+    revival.join()
+    print(f"{num_away} steps without a head, longest step {longest_s:.1f} s, {trainer.num_replays} replays", flush=True)
+    want, reference = train_here(config, folder / "here")
+    assert losses == list(want.values())
+    mine, theirs = weights_of(open_checkpoint(trainer.save())), weights_of(reference)
+    assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
+    print("bitwise the undisturbed run", flush=True)
+    pools.destroy(config.placement.pool, "trinity")
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
