@@ -21,7 +21,7 @@ from actors import kept
 from actors import pool as pools
 from actors.priority import give_way
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
-from trinity.comm import Alone, Distributed
+from trinity.comm import Alone, Comm, Distributed
 from trinity.config import Config, num_cpus
 from trinity.data import prepare
 from trinity.errors import TrinityError
@@ -30,20 +30,22 @@ from trinity.metrics import TrainLog
 from trinity.store import Store
 from trinity.trainer import Trainer
 
+MAX_PLACE_BYTES = 512
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
 PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
 PAUSE_POLL_S = 0.05
 
 
-def _store(config: Config, pool: pools.RayPool, context: Any, device: str) -> Store | None:
-    """The backbone's, of worker 0, in memory that outlives the process."""
-    folder = (
-        kept.folder(config.placement, config.cluster.namespace, "backbone") if context.get_world_rank() == 0 else None
-    )
-    if folder is None:
-        return None
-    pool.backbone_at = [(ray.get_runtime_context().get_node_id(), str(folder))]
-    return Store(folder, device)
+def _store(config: Config, pool: pools.RayPool, comm: Comm, context: Any, device: str) -> Store | None:
+    """The backbone's, of the first worker on each node, in memory that outlives the process; the pool is told of all."""
+    is_first = context.get_local_rank() == 0
+    folder = kept.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
+    here = f"{ray.get_runtime_context().get_node_id()} {folder}" if folder is not None else ""
+    said = torch.zeros(comm.world, MAX_PLACE_BYTES)
+    said[comm.rank, : len(here.encode())] = torch.tensor(list(here.encode()), dtype=said.dtype)
+    texts = [bytes(map(int, row)).rstrip(b"\0").decode() for row in comm.sum(said).tolist()]
+    pool.backbone_at = [(text.split(" ", 1)[0], text.split(" ", 1)[1]) for text in texts if text]
+    return Store(folder, device) if folder is not None else None
 
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
-    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, context, device))
+    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, context, device))
     trainer.job = settings["job"]
     trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
     prepared(trainer)

@@ -96,10 +96,6 @@ class Trainer(Starting):
     def run(self) -> dict[str, Any]:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
         settings, loss, val_loss = self.config.train, math.nan, math.nan
-        if self.position == settings.steps:  # the worker before died after its last step
-            val_loss = self.evaluate()
-            if not self.saver.target(self.position).exists():
-                self.begin_save()
         while self.position < settings.steps and not self.stopped:
             loss = self.step().loss
             last = self.position == settings.steps
@@ -107,9 +103,10 @@ class Trainer(Starting):
                 val_loss = self.evaluate()
             if last or self.stopped or (settings.save_every and self.position % settings.save_every == 0):
                 self.begin_save()
-        if self.position == settings.steps and self._lacks_checkpoint():  # whoever wrote it died
+        if self.position == settings.steps and math.isnan(loss):  # the worker before died after its last step
             val_loss = self.evaluate()
-            self.begin_save()
+            if self._lacks_checkpoint():
+                self.begin_save()
         self.saver.wait()
         reached = {
             "position": self.position,
