@@ -1,8 +1,8 @@
 """The shard's side of the direct transport: sockets that it opens itself, and who may compute when.
 
 Decisions: a blocking thread for each connection; whoever holds a lane's lock computes for all that wait in it, equal layers of
-inference in one multiplication; inference never waits for training, whose threads give way to it (`niceness`); a peer proves
-that it knows the pool's secret before its first frame is read; anything unexpected ends the connection, never the shard.
+inference in one multiplication; inference never waits for training; a peer proves that it knows the pool's secret before its
+first frame is read; anything unexpected ends the connection, never the shard.
 """
 
 import hmac
@@ -21,10 +21,9 @@ import torch
 
 from actors.frames import FAILURE, IN_MAILBOX, MAGIC, OFFER, WELCOME, BadFrame, Calls, Limits, answer, call_of
 from actors.mailbox import consider
-from actors.priority import give_way
 from actors.wire import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
 from trinity.errors import TrinityError
-from trinity.messages import Backward, Fetch, Forward, merged
+from trinity.messages import Fetch, Forward, merged
 
 log = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
@@ -32,11 +31,6 @@ PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
 BACKLOG = 128
 ACCEPT_AGAIN_S = 0.1
 TICK_S = 1.0  # an idle connection looks at the clock so often
-
-
-def is_training(call: Calls) -> bool:
-    """Does it belong to a step? Else it is inference, or a copy."""
-    return isinstance(call, Backward) or (isinstance(call, Forward) and call.keep)
 
 
 class _Job:
@@ -138,20 +132,12 @@ def unix_listener() -> tuple[socket.socket, str]:
 
 
 class DirectServer:
-    """Listens for a shard's callers. Owns its sockets and threads. `niceness` is that of threads that train."""
+    """Listens for a shard's callers. Owns its sockets and threads."""
 
     def __init__(
-        self,
-        combiner: Combiner,
-        limits: Limits,
-        secret: bytes,
-        host: str,
-        num_threads: int = 1,
-        device: str = "cpu",
-        niceness: int = 0,
+        self, combiner: Combiner, limits: Limits, secret: bytes, host: str, num_threads: int = 1, device: str = "cpu"
     ):
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
-        self.niceness = niceness
         self.device = torch.device(device)
         unix, path = unix_listener()
         tcp = socket.create_server((host, 0), backlog=BACKLOG)
@@ -211,8 +197,6 @@ class DirectServer:
             call = call_of(header, wire.payload(header, max(header.deadline_s, time.time() + PAYLOAD_S)), self.limits)
         except BadFrame as error:
             self._refuse(wire, error)
-        if is_training(call):
-            give_way(self.niceness)  # for good: a trainer's connection is of no other use
         value = self.combiner.run(call)
         reply, tensors = answer(header.request, value)
         if header.flags & IN_MAILBOX and header.kind < FAILURE and not isinstance(value, TrinityError):

@@ -5,10 +5,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +17,6 @@ from actors.direct import DirectTransport
 from actors.frames import Limits
 from actors.listener import Combiner, DirectServer
 from actors.names import PLACEMENT, Handles, ask, find, name_of
-from actors.priority import give_way
 from actors.transport import RayTransport, pack, unpack
 from actors.wire import Address
 from trinity.checkpoint import open_checkpoint
@@ -28,7 +25,7 @@ from trinity.errors import TrinityError
 from trinity.experts.copying import take_up
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
 from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.messages import Copy, Load, Prepare, Stage, StepReport
+from trinity.messages import Copy, Load, Prepare, StepReport
 from trinity.pool import Decision
 from trinity.store import Store
 
@@ -64,17 +61,16 @@ class ShardServer:
         self.combiner = Combiner(self.shard)
         if again:
             self._take_up()
-        self._stages = ThreadPoolExecutor(1, "trinity-stage", partial(_ready_to_stage, plane.num_threads, settings))
-        self.server = self._listen(spec, plane, settings.training_niceness)
+        self.server = self._listen(spec, plane)
 
     def _service(self, method: str, *arguments: Any) -> Any:
         service = find(self.pool, PLACEMENT, self.namespace)
         return ask(getattr(service, method).remote(*arguments), SERVICE_TIMEOUT_S, "the placement service")
 
-    def _listen(self, spec: ShardSpec, plane: DataPlane, niceness: int) -> DirectServer:
+    def _listen(self, spec: ShardSpec, plane: DataPlane) -> DirectServer:
         limits = Limits(spec.model.hidden_size, spec.model.num_experts, DTYPES[spec.model.dtype])
         host = ray.util.get_node_ip_address() if plane.host == "node" else plane.host
-        return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device, niceness)
+        return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device)
 
     def _take_up(self) -> None:
         """After a restart: the state that was decided on last, from the memory that outlived the process, or else from the
@@ -102,8 +98,6 @@ class ShardServer:
                 return self._copy(call)
             if isinstance(call, Prepare) and call.shared:
                 return self._prepare(call)
-            if isinstance(call, Stage):
-                return self._stages.submit(self.shard.stage, call).result()
             return pack(getattr(self.shard, verb)(call))
         except TrinityError as error:
             return error
@@ -138,12 +132,6 @@ class ShardServer:
     def where(self) -> tuple[str, int]:
         """-> (node id, process id)."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
-
-
-def _ready_to_stage(num_threads: int, settings: PlacementConfig) -> None:
-    """In a thread of its own: Ray's answer everybody and must not give way."""
-    torch.set_num_threads(num_threads)
-    give_way(settings.training_niceness)
 
 
 def _is_of(source: Load, decision: Decision | None) -> bool:

@@ -4,6 +4,7 @@ When a worker dies, Ray Train starts the worker group again; it goes on from the
 host still have, or else from the last checkpoint. Logic lives in trinity/trainer.py.
 """
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import kept
 from actors import pool as pools
-from actors.priority import give_way
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.comm import Alone, Comm, Distributed
 from trinity.config import Config, num_cpus
@@ -107,7 +107,7 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     """What each worker runs, in its own process. `prepared` sees the trainer before it starts."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
-    give_way(config.placement.training_niceness)
+    os.nice(config.train.niceness)  # on Linux: this thread, and those that it starts
     keep_freed_memory()
     torch.set_num_threads(config.train.num_threads_per_worker or max(1, num_cpus() // context.get_local_world_size()))
     device = str(ray.train.torch.get_device())

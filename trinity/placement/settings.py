@@ -36,12 +36,6 @@ class PlacementConfig(Frozen):
     num_cpus_per_shard: float = Field(default=0, ge=0)
     num_gpus_per_shard: float = Field(default=0, ge=0)
     num_threads_per_shard: int = Field(default=1, ge=1)
-    training_niceness: int = Field(
-        default=10,
-        ge=0,
-        le=19,
-        description="how far training gives way to requests where both want a core, in workers and shards",
-    )
     resources: dict[str, float] = Field(
         default={}, description="custom resources of each shard, such as expert_shard: 1"
     )

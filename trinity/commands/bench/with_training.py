@@ -7,6 +7,7 @@ compared round by round, and so is the rate of training, counted from the end of
 
 import argparse
 import asyncio
+import os
 import re
 import statistics
 import tempfile
@@ -116,10 +117,11 @@ class Rounds:
 
     async def _arm(self, arm: str, client: Any, card: Any) -> dict[str, Any]:
         await asyncio.to_thread(self._settle, arm)
-        since_s = time.monotonic()
+        since_s, cpu_s = time.monotonic(), tree_cpu_s(os.getpid())
         found: dict[str, Any] = {} if arm == TRAINING else await self._offer(client, card)
         if arm == TRAINING:
             await asyncio.sleep(self._duration_s)
+        found["cores"] = (tree_cpu_s(os.getpid()) - cpu_s) / (time.monotonic() - since_s)
         if arm != REQUESTS:
             await asyncio.to_thread(self.steps.wait_for, 2, since_s)
             found["training_tokens_per_s"] = self._tokens * self.steps.per_second(since_s)
@@ -147,6 +149,21 @@ class Rounds:
         from trinity.commands.bench import serve
 
         return await serve.one_load(client, card, self.arguments, self.arguments.request_rate[0])
+
+
+def tree_cpu_s(root: int) -> float:
+    """CPU seconds so far of a process and all that descend from it and live."""
+    parents, used = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        parents[int(stat.parent.name)], used[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
+    tree = [root]
+    for pid in tree:
+        tree += [child for child, parent in parents.items() if parent == pid]
+    return sum(used.get(pid, 0) for pid in tree) / os.sysconf("SC_CLK_TCK")
 
 
 async def _switch_s(client: Any) -> float:
@@ -217,7 +234,8 @@ def report_of(given: argparse.Namespace, config: Config, found: dict[str, list[d
     report = Report("serve-with-training", results=[{"arm": arm, "rounds": rounds} for arm, rounds in found.items()])
     ratios = {name: _ratios(found[BOTH], found[REQUESTS], name) for name in FIGURES}
     shares = _ratios(found[BOTH], found[TRAINING], "training_tokens_per_s")
-    report.tables.append(_table(given, config, found, {**ratios, "training_tokens_per_s": shares}))
+    cores = _ratios(found[BOTH], found[TRAINING], "cores")
+    report.tables.append(_table(given, config, found, {**ratios, "training_tokens_per_s": shares, "cores": cores}))
     both = found[BOTH]
     facts = [
         (
@@ -269,5 +287,5 @@ def _picture(ratios: dict[str, list[float]], shares: list[float]) -> Curve:
 
 
 def _short(found: dict[str, Any]) -> str:
-    names = (*FIGURES, "training_tokens_per_s", "failed", "versions")
+    names = (*FIGURES, "training_tokens_per_s", "cores", "failed", "versions")
     return ", ".join(f"{name} {found[name]:,.1f}" for name in names if name in found)
