@@ -1,10 +1,11 @@
 """A transport that loses requests and replies on purpose, to show that nothing above it minds."""
 
 import random
+from contextlib import suppress
 from typing import Any
 
 from trinity.dispatch import Done, Reply, Transport
-from trinity.errors import Unavailable
+from trinity.errors import TrinityError, Unavailable
 
 
 class FaultyTransport:
@@ -24,7 +25,8 @@ class FaultyTransport:
             return self._lose(f"request {verb!r} to {shard} was lost")
         reply = self.inner.send(shard, verb, message)
         if self.rng.random() < self.lose_reply:
-            reply.result()
+            with suppress(TrinityError):  # lost, too
+                reply.result()
             return self._lose(f"the reply of {shard} to {verb!r} was lost")
         return reply
 
