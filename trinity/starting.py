@@ -109,7 +109,14 @@ class Starting:
     def _continues(self, notes: Mapping[str, Any]) -> bool:
         """Whether a decision is this job's, or of the run that it resumes: not of one that was begun anew or set back since."""
         settings, found = self.config.train, latest_checkpoint(self.config.train.out_dir)
-        if notes["run"] != self._run or notes["order"] != self._order():
+        if notes["run"] != self._run:
+            return False
+        if notes["job"] == self.job and notes["order"] != self._order():
+            raise ConfigError(
+                f"the data of {self._run} has changed while it trained: {self._order()} instead of {notes['order']}; restore it, "
+                "or start a new run"
+            )
+        if notes["order"] != self._order():
             return False
         if notes["job"] != self.job and not (settings.resume and settings.resume_from is None):
             return False

@@ -46,7 +46,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--preset", help=f"with --with-training: the model (default: {USUAL['preset']})")
     add("--rounds", type=int, help=f"with --with-training: turns of each arm (default: {USUAL['rounds']})")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="with --with-training: a setting of the run, such as "
-        "placement.training_niceness=0")  # fmt: skip
+        "train.niceness=0")  # fmt: skip
 
 
 class Steps:
@@ -195,7 +195,8 @@ def config_of(given: argparse.Namespace, folder: str) -> Config:
     train = {"out_dir": folder, "steps": 1_000_000, "eval_every": 0, "eval_sequences": 0, **SIZES.get(given.preset, {})}
     own = {"train": train, "data": {"max_documents": 100}, "placement": {"pool": "bench"}}
     own["serve"] = {"http_port": 0, "grpc_port": 0, "weights": "live"}
-    return models.config_of(given.preset, **merge(own, parse_flags([f"--{each}" for each in given.set])))
+    own["model"] = {"preset": given.preset, "dtype": "float32"}
+    return Config.from_tree(merge(own, parse_flags([f"--{each}" for each in given.set])))
 
 
 def _served(given: argparse.Namespace, config: Config) -> Rounds:
