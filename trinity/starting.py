@@ -113,8 +113,8 @@ class Starting:
             return False
         if notes["job"] == self.job and notes["order"] != self._order():
             raise ConfigError(
-                f"the data of {self._run} has changed while it trained: {self._order()} instead of {notes['order']}; restore it, "
-                "or start a new run"
+                f"the data of {self._run} has changed while it trained: {self._order()} instead of {notes['order']}; "
+                "restore it, or start a new run"
             )
         if notes["order"] != self._order():
             return False
