@@ -36,19 +36,27 @@ def main(folder: Path) -> None:
     pool = pools.create(config.placement, "trinity", config.model, config.optim, str(folder / "placement"))
     trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, folder / "run"), Alone())
     trainer.start()
-    losses = [trainer.step().loss for _ in range(5)]
-    cluster.head_node.kill_gcs_server()
-    started = time.monotonic()
-    revival = threading.Timer(AWAY_S, cluster.head_node.start_gcs_server)
-    revival.start()
-    num_away, longest_s = 0, 0.0
-    while len(losses) < NUM_STEPS:
-        step_s = time.monotonic()
-        losses.append(trainer.step().loss)
-        longest_s = max(longest_s, time.monotonic() - step_s)
-        num_away += time.monotonic() - started < AWAY_S
-    revival.join()
-    print(f"{num_away} steps without a head, longest step {longest_s:.1f} s, {trainer.num_replays} replays", flush=True)
+    losses, spent_s = [], []
+
+    def train() -> None:
+        while len(losses) < NUM_STEPS:
+            started_s = time.monotonic()
+            losses.append(trainer.step().loss)
+            spent_s.append(time.monotonic() - started_s)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    while len(losses) < 5:
+        time.sleep(0.05)
+    cluster.head_node.kill_gcs_server()  # Ray's own processes are started and ended by the main thread only
+    before = len(losses)
+    time.sleep(AWAY_S)
+    num_away = len(losses) - before
+    cluster.head_node.start_gcs_server()
+    thread.join()
+    print(
+        f"{num_away} steps in {AWAY_S:.0f} s without a head, longest step {max(spent_s):.1f} s, {trainer.num_replays} replays"
+    )
     want, reference = train_here(config, folder / "here")
     assert losses == list(want.values())
     mine, theirs = weights_of(open_checkpoint(trainer.save())), weights_of(reference)
