@@ -14,6 +14,7 @@ from trinity.config import Config, EngineConfig, ModelConfig, OptimConfig, Train
 from trinity.data import Batch
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
+from trinity.engine.weights import FixedWeights
 from trinity.messages import Load
 from trinity.model.afmoe import Afmoe
 from trinity.model.attention import document_positions
@@ -64,7 +65,7 @@ def prompts(num: int) -> list[list[int]]:
 def answers(model: Afmoe, requests: list[list[int]], between=lambda: None, **settings) -> list[list[tuple[int, float]]]:
     """(token, log-probability) of each request's greedy answer; `between` is called after each step."""
     base = {"block_size": 4, "kv_cache_bytes": 16 << 20, "max_model_len": 96}
-    engine = Engine(model, model.config, EngineConfig(**base | settings), tokenizer())
+    engine = Engine(FixedWeights(model, 0), model.config, EngineConfig(**base | settings), tokenizer())
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, logprobs=0)
     for i, request in enumerate(requests):
         engine.add(str(i), request, params)

@@ -47,7 +47,7 @@ def test_decode_with_shard_actors(ray_session, tmp_path):
     arm = models.actor_arm(Split(1, 1))
     said = tables["Greedy tokens against transformers'"][arm]
     assert said["identical"] + said["ties"] == 4
-    assert set(tables["Decoding"]) == {models.HERE, models.TRANSFORMERS, arm}
+    assert {models.HERE, models.TRANSFORMERS, arm} < set(tables["Decoding"])
     curve = tables["ms per layer of a decode step over shards"]
     assert set(curve) == {2}
     assert all(row["shard actors, threads 1:1"] > 0 for row in curve.values())

@@ -75,6 +75,7 @@ class Killer(threading.Thread):
             self.num_kills += 1
 
 
+@pytest.mark.chaos
 def test_shards_are_killed_at_random_and_no_step_is_lost(ray_session, config, pool, tmp_path):
     """F1, a smoke; tests/chaos has the long one."""
     trainer = trainer_of(config, pool)
@@ -123,6 +124,7 @@ def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp
     same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
 
 
+@pytest.mark.chaos
 def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config, pool, tmp_path):
     """F8, shorter: SIGSTOP for longer than a call may take."""
     config = config.replace(train={"steps": 4})
@@ -204,6 +206,7 @@ def writer_of(folder):
     raise AssertionError(f"nobody has {folder}")
 
 
+@pytest.mark.chaos
 def test_two_workers_sum_in_one_order(ray_session, config, tmp_path):
     """Two runs with two workers each have the same bits, whoever was faster."""
     from actors import pool as pools

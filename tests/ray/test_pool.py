@@ -40,7 +40,7 @@ def test_a_pool_of_actors_is_a_pool_of_shards(pool, ray_session, tmp_path):
 
     before, pool.timeout_s = pool.timeout_s, 0.5
     dispatcher = pool.dispatcher()
-    with pytest.raises(Unavailable, match="has no weights yet"):
+    with pytest.raises(StepConflict, match="has no weights"):
         dispatcher(LAYER, *batch())
     pool.timeout_s = before
     local = local_pool(MODEL, Load(seed=3), num_shards=2, optim=OptimConfig(), backend="torch")

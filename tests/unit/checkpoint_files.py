@@ -32,8 +32,9 @@ def model_and_pool(seed=1, num_shards=2):
         for bias in model.expert_bias.values():
             bias.normal_(std=0.1, generator=rng)
     for shard in pool.transport.shards.values():
-        for tensor in shard.optimizer.tensors().values():
-            tensor.normal_(generator=rng)
+        for name, tensor in shard.store.current.tensors.items():
+            if not name.endswith("::weight"):
+                tensor.normal_(generator=rng)
     return model, pool
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tests.unit.checkpoint_files import MODEL, contents, flip, model_and_pool, pool_of, save, write
 from trinity.checkpoint import CheckpointWriter, list_checkpoints, open_checkpoint, prune, step_path, write_tensors
 from trinity.errors import CheckpointError
-from trinity.messages import Load
+from trinity.experts.held import experts_of, kinds_of, named_matrices
+from trinity.messages import WEIGHT, Load
 from trinity.model.afmoe import Afmoe
 from trinity.model.attention import PackedAttention, packed_positions
 from trinity.pool import local_pool
@@ -110,19 +111,20 @@ def test_three_shards_write_and_any_number_go_on_with_the_same_bits(tmp_path, nu
     other = pool_of(num_shards, Load(str(path), training=True))
     assert set(other.versions().values()) == {5}
     mine, theirs = state_of(pool), state_of(other)
-    assert len(mine) > len(state_of(pool, of="_named")) > 0
+    assert len(mine) > len(state_of(pool, kinds=(WEIGHT,))) > 0
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
-    assert {shard.optimizer.num_updates for shard in other.transport.shards.values()} == {5}
+    assert {shard.store.current.notes["num_updates"] for shard in other.transport.shards.values()} == {5}
 
 
-def state_of(pool, of=None):
-    """Weights and optimizer state of all experts, by name."""
-    shards = pool.transport.shards.values()
-    parts = [
-        getattr(shard, name)(shard.experts) for shard in shards for name in ([of] if of else ["_named", "_named_state"])
-    ]
-    return {name: tensor for part in parts for name, tensor in part}
+def state_of(pool, kinds=None):
+    """Weights and optimizer state of all shards, or some kinds of them, by the names of a checkpoint."""
+    found = [shard.store.current for shard in pool.transport.shards.values()]
+    return {
+        name: tensor
+        for version in found
+        for name, tensor in named_matrices(version, experts_of(version), kinds or kinds_of(version))
+    }
 
 
 def test_mixed_types_and_views_are_written_bit_for_bit_as_safetensors_reads_them(tmp_path):

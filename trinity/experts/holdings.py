@@ -179,7 +179,7 @@ class Holdings:
         """Write the named experts, and their optimizer state under training/; -> the files."""
         with self.lock:
             version = self.store.get(message.version)
-            if message.training and self.spec.optim is not None and kinds_of(version) == (WEIGHT,):
+            if message.training and self.spec.optim is not None and version.tensors and kinds_of(version) == (WEIGHT,):
                 raise VersionGone(
                     f"shard {self.spec.name} keeps no optimizer state of version {message.version} any more"
                 )
