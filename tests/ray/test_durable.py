@@ -124,7 +124,6 @@ def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp
     same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
 
 
-@pytest.mark.chaos
 def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config, pool, tmp_path):
     """F8, shorter: SIGSTOP for longer than a call may take."""
     config = config.replace(train={"steps": 4})
