@@ -1,5 +1,6 @@
 """Hints to the kernel change where memory lies, never what is in it."""
 
+import mmap
 import os
 import resource
 import subprocess
@@ -26,13 +27,19 @@ def test_huge_pages_keep_every_value(num_bytes):
 
 
 @pytest.mark.skipif(
-    not HAS_HUGE.is_file() or "[never]" in HAS_HUGE.read_text(), reason="this kernel has no transparent huge pages"
+    not HAS_HUGE.is_file() or "[madvise]" not in HAS_HUGE.read_text(),
+    reason="huge pages are not the program's choice here",
 )
 def test_fresh_memory_takes_few_faults():
-    size = 64 * HUGE_BYTES
-    tensor, before = on_huge_pages(torch.empty(size, dtype=torch.uint8)), faults()
-    tensor.zero_()
-    assert faults() - before < size / 4096 / 4
+    """Fewer than unasked: how many huge pages there are to give is the kernel's affair."""
+
+    def faults_of(make) -> int:
+        fresh = mmap.mmap(-1, 64 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor, before = make(torch.frombuffer(fresh, dtype=torch.uint8)), faults()
+        tensor.zero_()
+        return faults() - before
+
+    assert faults_of(on_huge_pages) < 0.75 * faults_of(lambda tensor: tensor)
 
 
 AGAIN = """

@@ -9,6 +9,7 @@ process to itself, with malloc as a user has it; ours sets it as `trinity train`
 """
 
 import argparse
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class Ours:
 
         self.comm = Barrier()
         self.trainer = Trainer(config, pool, data, self.comm, store=store)
+        self.trainer.job = secrets.token_hex(4)  # the pool saw other races: this one begins
         self.trainer.start()
         self.trainer.objective.register_forward_pre_hook(lambda *_: self.comm.watch("forward"))
         self.trainer.objective.register_forward_hook(lambda *_: self.comm.watch("backward"))
