@@ -111,7 +111,7 @@ def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp
 
 def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path):
     """F2 over actors: 30 % of requests and of replies are lost."""
-    trainer = trainer_of(config.replace(train={"steps": 4}), pool)
+    trainer = trainer_of(config.replace(train={"steps": 4, "global_batch_size": 1}), pool)
     faulty = [
         FaultyTransport(t, random.Random(n), lose_request=0.3, lose_reply=0.3)
         for n, t in enumerate((pool.transport, trainer.dispatcher.transport))

@@ -66,7 +66,7 @@ def weights_of(checkpoint):
     return {key: checkpoint.tensor(key) for key in checkpoint.weight_map}
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.chaos), 2])
 def test_training_through_actors_equals_training_in_one_process(ray_session, config, tmp_path, num_workers):
     from actors import pool as pools
 
