@@ -62,6 +62,7 @@ class PlacementService:
         self._supervisor: Supervisor | None = None
         self._tried = -1  # the version that the last attempt at a step started from
         if again and self.table is not None:
+            self.publish(self.table.renewed())  # shards may have been told of the next epoch before the crash
             self.supervise(self._data_host_file.read_text())
 
     # -- what shards and callers ask

@@ -43,6 +43,7 @@ class RayPool(ExpertPool):
         self.name, self.namespace, self.is_direct = settings.pool, namespace, settings.transport == "direct"
         self.shards = Handles(self.name, namespace)
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
+        self._service: Any = None
         view = Follower(self.name, namespace, table, self.shards)
         timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
         super().__init__(view, RayTransport(self.shards, *timeouts), *timeouts, settings.attempt_timeout_s)
@@ -106,8 +107,14 @@ class RayPool(ExpertPool):
         return self._ask("spec")
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        service = find(self.name, PLACEMENT, self.namespace)
-        return ask(getattr(service, method).remote(*arguments), timeout_s or self.timeout_s, "the placement service")
+        """Through a handle that is kept: steps go on while Ray's head, which knows the names, is away."""
+        self._service = self._service or find(self.name, PLACEMENT, self.namespace)
+        try:
+            asked = getattr(self._service, method).remote(*arguments)
+            return ask(asked, timeout_s or self.timeout_s, "the placement service")
+        except Unavailable:
+            self._service = None  # another pool may have the name now
+            raise
 
 
 def provide(

@@ -279,6 +279,9 @@ class Supervisor:
             if self._table is previous:
                 self._again_s = time.monotonic() + AGAIN_S
                 self._step(started_s, "rolled back")
+                self.service.publish(
+                    previous.renewed()
+                )  # what was copied for the epoch that failed is dropped under this one
                 self._tidy()
             raise
 

@@ -54,6 +54,12 @@ def test_counters_are_shown_as_rates():
                 assert re.search(r"(rate|increase)\(" + name, query), f"{title}: {name} only ever grows"
 
 
+def test_weights_are_shown():
+    shown = {name for _, query in QUERIES for name in NAME.findall(query)}
+    wanted = ("version", "versions_held", "switch_seconds", "quarantined_total")
+    assert {f"trinity_weights_{name}" for name in wanted} <= shown
+
+
 def test_placement_is_shown():
     shown = {name for _, query in QUERIES for name in NAME.findall(query)}
     wanted = ("epoch", "imbalance", "shards", "changes_total", "recoveries_total", "copied_bytes_total")

@@ -94,7 +94,7 @@ class Life(RuleBasedStateMachine):
         here.prepare(self.version + 1, issued, self.attempt)
         if is_given_up:
             if hears_of_it:
-                self.shards["b"].stage(self._stage(()))
+                self.shards["b"].stage(self._stage(tuple(self.pinned)))
             return
         here.stage(self._stage(tuple(self.pinned)))()
         whole.prepare(self.version + 1, self._gradients(whole, self.attempt, seed), self.attempt)
@@ -124,6 +124,16 @@ class Life(RuleBasedStateMachine):
                 message = Copy(layer, (expert,), (origin,), version, time.time() + 60, updates, new.epoch)
                 take_up(self.shards[to], message, LocalTransport(self.shards), SOURCE)
         self.view.table = new
+
+    @rule(layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), to=st.sampled_from(NAMES))
+    def fail_to_copy(self, layer, expert, to):
+        """A change that is taken back after its copies were made: nothing of it may pass for a copy later."""
+        before = self.view.table
+        self.copy(layer, expert, to)
+        if self.view.table is not before:
+            self.view.table = before.renewed()
+            for shard in NAMES:
+                self.shards[shard].retain(Retain(before.experts_of(shard), self.view.table.epoch))
 
     @rule(
         layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), at=st.integers(0, 2), is_late=st.booleans()

@@ -39,7 +39,7 @@ def _rows(
     if origin:
         call = Fetch(message.layer, expert, message.version, min(message.deadline_s, time.time() + 60.0), kind)
         return peers.send(origin, "fetch", call).result()
-    if source is None or kind != WEIGHT:
+    if source is None or kind != WEIGHT or message.version < shard.version:
         raise StepConflict(
             f"expert ({message.layer}, {expert}) is on no shard, and its {kind} in no checkpoint of this version; go back "
             "to the last checkpoint"

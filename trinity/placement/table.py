@@ -67,6 +67,10 @@ class PlacementTable:
         layers = tuple(layers)
         return cls(epoch, names, layers, (row,) * len(layers))
 
+    def renewed(self) -> "PlacementTable":
+        """The next epoch, with everything where it is: an epoch that shards were told of is never used for another table."""
+        return replace(self, epoch=self.epoch + 1)
+
     def with_replica(self, expert: Expert, shard: str) -> "PlacementTable":
         """The next epoch, with one more replica of `expert`, on `shard`."""
         held = self.holders(expert)
