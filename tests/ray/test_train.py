@@ -87,6 +87,7 @@ def test_training_through_actors_equals_training_in_one_process(ray_session, con
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), "one worker sums in one order: same bits"
 
 
+@pytest.mark.chaos
 def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result_is_the_same(
     ray_session, config, tmp_path
 ):
