@@ -26,7 +26,7 @@ from trinity.config import Config, num_cpus
 from trinity.data import prepare
 from trinity.errors import TrinityError
 from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.metrics import TrainLog
+from trinity.metrics import StepMetrics, TrainLog
 from trinity.store import Store
 from trinity.trainer import Trainer
 
@@ -121,6 +121,8 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     trainer.start()
     if comm.rank == 0:
         trainer.log = TrainLog(config.train.out_dir, config.train.steps)
+        if trainer.metrics_before is not None:
+            trainer.log.catch_up(StepMetrics(**trainer.metrics_before))
     result = trainer.run()
     if trainer.log is not None:
         trainer.log.close()

@@ -59,6 +59,12 @@ class TrainLog:
         if counts_LE and (metrics.step % every == 0 or metrics.step == self.total_steps):
             files.write_load({"step": metrics.step, "counts_LE": counts_LE})
 
+    def catch_up(self, metrics: StepMetrics) -> None:
+        """Record the step that a run goes on from, if whoever took it died before it was logged."""
+        rows = read_rows(self.out_dir / "metrics.jsonl")
+        if not any(row["step"] == metrics.step and "loss" in row for row in rows):
+            self.step(metrics)
+
     def validation(self, step: int, loss: float) -> None:
         """Record the validation loss of the weights after `step`."""
         self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss})

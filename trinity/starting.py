@@ -46,6 +46,7 @@ class Starting:
     backbone: Backbone
     job = ""
     position = num_skipped = 0
+    metrics_before: dict[str, Any] | None = None  # of the step that it goes on from, which may be in no log yet
 
     @property
     def version(self) -> int:
@@ -89,6 +90,7 @@ class Starting:
     def _counts_of(self, found: Version) -> tuple[int, int, int]:
         decision = self.pool.decided()
         assert decision is not None
+        self.metrics_before = decision.notes.get("metrics")
         return found.notes["num_updates"], decision.notes["position"], decision.notes["num_skipped"]
 
     def _recovered(self) -> Version | None:

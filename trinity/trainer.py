@@ -14,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +138,7 @@ class Trainer(Starting):
         if norm is None:
             return None
         lrs = self._learning_rates(self.position + 1)
+        measured = partial(self._metrics, totals, norm, lrs, started)
         if not (math.isfinite(norm) and math.isfinite(totals.ce)):
             self._skip(boundary, f"the gradient norm is {norm}")
         elif (is_finite := self._stage(norm, lrs, totals.counts_LE, boundary, last)) is None:
@@ -143,8 +146,11 @@ class Trainer(Starting):
         elif not is_finite:
             self._skip(boundary, "the new weights are not finite")
         else:
-            self._commit(boundary, self._is_good(totals.ce))
-        return self._report(totals, norm, *lrs, time.perf_counter() - started)
+            self._commit(boundary, self._is_good(totals.ce), measured)
+        metrics = measured()
+        if self.log is not None:
+            self.log.step(metrics)
+        return metrics
 
     def _as_first(self, what: Callable[[], Sequence[float]], num: int, last: bool) -> list[float] | None:
         """Worker 0 does it and all learn the `num` numbers that come out; None where it failed and may succeed later."""
@@ -260,15 +266,13 @@ class Trainer(Starting):
         log.error("version %d is not served: its loss was %.3f, usual is %.3f", self.version + 1, loss, usual)
         return False
 
-    def _commit(self, boundary: Boundary, is_good: bool) -> None:
+    def _commit(self, boundary: Boundary, is_good: bool, measured: Callable[[], StepMetrics]) -> None:
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
         self.position += 1
         if self.comm.rank == 0:
-            self.pool.decide(
-                self.version + 1,
-                boundary.attempt,
-                {**self._notes(is_step=True), "attempt": boundary.attempt, "is_good": is_good},
-            )
+            row = asdict(replace(measured(), counts_LE=None))
+            notes = {**self._notes(is_step=True), "attempt": boundary.attempt, "is_good": is_good, "metrics": row}
+            self.pool.decide(self.version + 1, boundary.attempt, notes)
         self.comm.sum(torch.zeros(1))
         self.backbone.commit()
         self._skipped_in_a_row = 0
@@ -301,24 +305,21 @@ class Trainer(Starting):
         factor = lr_factor(step, self.config.optim, self.config.train.steps)
         return self.config.optim.muon_lr * factor, self.config.optim.adamw_lr * factor
 
-    def _report(self, totals: Totals, norm: float, muon_lr: float, adamw_lr: float, seconds: float) -> StepMetrics:
-        metrics = StepMetrics(
+    def _metrics(self, totals: Totals, norm: float, lrs: tuple[float, float], started: float) -> StepMetrics:
+        return StepMetrics(
             step=self.position,
             loss=totals.ce,
             z_loss=totals.z,
             balance_loss=totals.balance,
             grad_norm=norm,
-            muon_lr=muon_lr,
-            adamw_lr=adamw_lr,
+            muon_lr=lrs[0],
+            adamw_lr=lrs[1],
             tokens=self.config.train.global_batch_size * self.config.train.seq_len,
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
             max_vio=float(max_vio(totals.counts_LE).max()) if totals.counts_LE.numel() else 0.0,
             skipped=self.num_skipped,
             counts_LE=totals.counts_LE.tolist(),
         )
-        if self.log is not None:
-            self.log.step(metrics)
-        return metrics
 
     # -- validation and checkpoints
 

@@ -37,6 +37,18 @@ def record(out_dir, first, last, evals=()):
     return log
 
 
+def test_a_step_that_died_before_it_was_logged_is_logged_once(tmp_path):
+    record(tmp_path, 1, 7, evals=(7,))
+    for again in (7, 8, 8):
+        log = TrainLog(tmp_path, 20)
+        log.catch_up(metrics(again))
+        log.close()
+    record(tmp_path, 9, 10)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "val_loss" in row] == [7]
+
+
 class Screen(io.StringIO):
     """A terminal, or not."""
 

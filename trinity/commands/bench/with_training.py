@@ -104,6 +104,7 @@ class Rounds:
         async with http_client(Ask(self.url)) as client:
             card = await client.card()
             await self._offer(client, card)  # warm-up
+            await asyncio.to_thread(self.steps.wait_for, 2, 0.0)
             for number in range(self.arguments.rounds):
                 for arm in self._turns(number):
                     self.found[arm].append(await self._arm(arm, client, card))
