@@ -13,6 +13,7 @@ import torch
 
 from actors.faults import FaultyTransport
 from tests.ray.runs import config_for, decisions, train_here, weights_of
+from trinity import dispatch
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.comm import Alone
 from trinity.data import prepare
@@ -109,8 +110,9 @@ def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp
     same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
 
 
-def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path):
+def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path, monkeypatch):
     """F2 over actors: 30 % of requests and of replies are lost."""
+    monkeypatch.setattr(dispatch, "LAST_PAUSE_S", 0.1)
     trainer = trainer_of(config.replace(train={"steps": 4, "global_batch_size": 1}), pool)
     faulty = [
         FaultyTransport(t, random.Random(n), lose_request=0.3, lose_reply=0.3)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from actors.faults import FaultyTransport
+from trinity import dispatch
 from trinity.config import OptimConfig, preset
 from trinity.dispatch import Fixed, LocalTransport
 from trinity.errors import InputGone, StepConflict, WrongEpoch
@@ -127,7 +128,9 @@ def weights_of(shards):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_lost_requests_and_replies_change_nothing(seed):
+def test_lost_requests_and_replies_change_nothing(seed, monkeypatch):
+    monkeypatch.setattr(dispatch, "FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr(dispatch, "LAST_PAUSE_S", 0.01)
     clean, faulty = pool_of(2), pool_of(2)
     shards = faulty.transport.shards
     train_once(clean)
