@@ -70,6 +70,12 @@ class Follower:
         """Follow the version that is served, too; `version` is what is known now."""
         self.version = version
 
+    def other_version(self, known: int | None, timeout_s: float) -> int | None:
+        """The version to be served, once it is another than that; -> after the timeout the known one."""
+        with self._news:
+            self._news.wait_for(lambda: self.version != known, timeout_s)
+            return self.version
+
     def lost(self, shard: str) -> None:
         with self._news:
             self.away |= {shard}
@@ -99,10 +105,15 @@ class Follower:
             if ray.wait([ref], timeout=AGAIN_S)[0]:
                 table, served = ray.get(ref)
                 if version is not None:
-                    self.version = served
+                    self._serve(served)
                 if table is not None:
                     self._take(table)
                 return
+
+    def _serve(self, version: int) -> None:
+        with self._news:
+            self.version = version
+            self._news.notify_all()
 
     def _take(self, table: PlacementTable) -> None:
         with self._news:

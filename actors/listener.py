@@ -24,6 +24,7 @@ from actors.mailbox import consider
 from actors.wire import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
 from trinity.errors import TrinityError
 from trinity.messages import Fetch, Forward, merged
+from trinity.priority import Patient
 
 log = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
@@ -46,15 +47,16 @@ class _Job:
 
 
 class Combiner:
-    """Runs calls on a shard in two lanes, beside each other: inference in one, all else in the other."""
+    """Runs calls on a shard in two lanes, beside each other: inference in one, all else in the other, patiently."""
 
-    def __init__(self, shard: Any):
+    def __init__(self, shard: Any, patient: Patient | None = None):
         self.inference, self.others = Lane(shard), Lane(shard)
+        self._patient = patient or Patient()
 
     def run(self, call: Calls) -> Any:
         """-> what the verb returned, or the TrinityError it raised."""
         pure = isinstance(call, Forward) and not call.keep
-        return (self.inference if pure else self.others).run(call)
+        return self.inference.run(call) if pure else self._patient.run(self.others.run, call)
 
 
 class Lane:

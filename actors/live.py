@@ -1,8 +1,9 @@
 """The weights of a run while it trains, for an engine: experts stay on the trainer's shards, the backbone is copied from it.
 
 A WeightSource (trinity/engine/weights.py). Decisions: which version is served is the placement service's word, which a thread
-of this process hears; a version's backbone is read from the memory in which the trainer keeps it, or from its node; a
-version that is held gets a model of its own and a lease with the service, so that shards and trainer keep it.
+of this process hears; a version's backbone is read from the memory in which the trainer keeps it, or from its node, by another
+thread, and is the newest when it is there; a version that is held gets a model of its own and a lease with the service, so
+that shards and trainer keep it.
 """
 
 import logging
@@ -12,12 +13,15 @@ from collections import Counter
 from pathlib import Path
 from uuid import uuid4
 
+import torch
+
 from actors import follow, kept
 from actors import pool as pools
 from actors.names import PLACEMENT, find
 from trinity.backbone import WEIGHT, load_values
 from trinity.config import Config, ModelConfig
 from trinity.dispatch import Dispatcher
+from trinity.engine.models import Models
 from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
 from trinity.model.afmoe import Afmoe
 from trinity.pool import Decision
@@ -34,7 +38,7 @@ def live_source(config: Config, run_dir: str) -> "tuple[LiveWeights, ModelConfig
     pool = pools.connect(config.placement, config.cluster.namespace)
     decision = _first_decision(pool, config.placement.ready_timeout_s)
     device = "cuda" if config.engine.num_gpus else "cpu"
-    source = LiveWeights(pool, pool.spec().model, decision, device)
+    source = LiveWeights(pool, pool.spec().model, decision, device, config.engine.preload)
     if config.serve.weights != "live":
         source.pin(config.serve.pinned_step)
     return source, source.config, Tokenizer.load(Path(run_dir) / "tokenizer")
@@ -50,24 +54,32 @@ def _first_decision(pool: pools.RayPool, timeout_s: float) -> Decision:
 
 
 class LiveWeights:
-    """Owned by one engine's thread. Its own thread renews what it holds."""
+    """Owned by one engine's thread. Its own threads renew what it holds, and copy newer versions."""
 
-    def __init__(self, pool: pools.RayPool, config: ModelConfig, decision: Decision, device: str = "cpu"):
+    def __init__(
+        self,
+        pool: pools.RayPool,
+        config: ModelConfig,
+        decision: Decision,
+        device: str = "cpu",
+        preload: bool = True,
+    ):
         self.pool, self.config, self.device = pool, config, device
         self._me, self._places = uuid4().hex[:12], decision.notes["backbone"]
-        self._models: dict[int, Afmoe] = {}  # of versions that are held
-        self._latest: tuple[int, Afmoe] | None = None
+        self._models = Models(self._made, self._load, preload)
         self._experts: list[Dispatcher] = []
         self._held = Counter[int]()
-        self._bad: set[int] = set()
         self._pinned: int | None = None
+        self._guard = threading.Lock()  # of the two below
+        self._bad: set[int] = set()
         self._good = decision.version
         view = pool.view
         assert isinstance(view, follow.Follower)
         view.watch_version(decision.version)
         self._view = view
         self._stopped = threading.Event()
-        threading.Thread(target=self._renew, name="trinity-leases", daemon=True).start()
+        for work, name in ((self._renew, "trinity-leases"), (self._keep_up, "trinity-weights")):
+            threading.Thread(target=work, name=name, daemon=True).start()
         follow.stop_before_leaving(self)
 
     def pin(self, step: int | None) -> None:
@@ -83,46 +95,29 @@ class LiveWeights:
     # -- a WeightSource
 
     def newest(self) -> int:
-        if self._pinned is not None:
-            return self._pinned
-        version = self._view.version
-        if version is not None and version >= 0 and version not in self._bad:
-            self._good = version
-        return self._good
+        return self._good if self._pinned is None else self._pinned
 
     def model(self, version: int) -> Afmoe:
-        if version in self._models:
-            return self._models[version]
-        if self._latest is not None and self._latest[0] == version:
-            return self._latest[1]
-        if self._held[version]:
-            self._models[version] = self._loaded(self._made(), version)
-            return self._models[version]
-        model = self._latest[1] if self._latest is not None else self._made()
-        self._latest = None  # half of it may be new when something fails
-        self._latest = version, self._loaded(model, version)
-        return model
+        return self._models.get(version, hold=self._held[version] > 0)
 
     def hold(self, version: int) -> None:
         self._held[version] += 1
         if self._held[version] == 1:
-            if self._latest is not None and self._latest[0] == version:
-                self._models[version], self._latest = self._latest[1], None
+            self._models.hold(version)
             self._ask("pin", version, self._holder(version), LEASE_S)
 
     def release(self, version: int) -> None:
         self._held[version] -= 1
         if self._held[version] <= 0:
             del self._held[version]
-            model = self._models.pop(version, None)
-            if model is not None and self._latest is None:
-                self._latest = version, model
+            self._models.release(version)
             self._ask("unpin", self._holder(version))
 
     def quarantine(self, version: int) -> None:
         if version not in self._bad:
-            self._bad.add(version)
-            self._good = max((n for n in range(version) if n not in self._bad), default=version)
+            with self._guard:
+                self._bad.add(version)
+                self._good = max((n for n in range(version) if n not in self._bad), default=version)
             self._ask("quarantine", version)
 
     def counts(self) -> tuple[int, dict[str, tuple[list[int], float]]]:
@@ -142,7 +137,7 @@ class LiveWeights:
         self._experts.append(experts)
         return Afmoe(self.config, experts, device=self.device).eval()
 
-    def _loaded(self, model: Afmoe, version: int) -> Afmoe:
+    def _load(self, model: Afmoe, version: int) -> None:
         """Raises VersionGone."""
         for fresh in (False, True):  # the job may have moved since its place was noted
             if fresh and (decision := self.pool.decided()) is not None:
@@ -152,11 +147,36 @@ class LiveWeights:
                     load_values(model, kept.fetched(node, folder, version, WEIGHT, self.pool.timeout_s))
                     experts = model.experts
                     assert isinstance(experts, Dispatcher)
-                    experts.use(version)
-                    return model
+                    return experts.use(version)
                 except (VersionGone, Unavailable, DeadlineExceeded) as error:
                     log.info("version %d: %s", version, error)
         raise VersionGone(f"the backbone of version {version} is kept nowhere any more")
+
+    def _keep_up(self) -> None:
+        """Have each version that is to be served ready before it is the newest."""
+        torch.set_num_threads(1)  # of this thread: passes want the others
+        known: int | None = self._good
+        while not self._stopped.is_set():
+            version = self._view.other_version(known, POLL_S)
+            if version is not None and version != known:
+                if self._is_ready(version):
+                    known = version
+                else:
+                    self._stopped.wait(POLL_S)
+
+    def _is_ready(self, version: int) -> bool:
+        try:
+            if version >= 0 and version not in self._bad and self._pinned is None:
+                self._models.prepare(version)
+        except (
+            Exception
+        ) as error:  # the edge of this thread: passes go on with the version before, and ask for it no more
+            log.warning("version %d cannot be taken up now: %s", version, error)
+            return False
+        with self._guard:
+            if version >= 0 and version not in self._bad:
+                self._good = version
+        return True
 
     def _holder(self, what: object) -> str:
         return f"{self._me}/{what}"

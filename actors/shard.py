@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,12 +28,14 @@ from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
 from trinity.memory import ONE_HEAP, keep_freed_memory
 from trinity.messages import Copy, Load, Prepare, StepReport
 from trinity.pool import Decision
+from trinity.priority import Patient
 from trinity.store import Store
 
 log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
 STEP = frozenset({"prepare", "stage", "commit", "abort"})
-VERBS = ROWS | STEP | {"load", "save", "status", "copy", "retain"}
+LONG = STEP | {"load", "save", "copy"}
+VERBS = ROWS | LONG | {"status", "retain"}
 SERVICE_TIMEOUT_S = 60.0
 
 
@@ -51,6 +54,7 @@ class ShardServer:
 
     def __init__(self, spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str):
         torch.set_num_threads(plane.num_threads)
+        self.patient = Patient(settings.niceness or 0, partial(torch.set_num_threads, plane.num_threads))
         if spec.optim is not None:
             keep_freed_memory()
         self.pool, self.namespace, self.secret = settings.pool, namespace, plane.secret
@@ -58,7 +62,7 @@ class ShardServer:
         if again:
             spec = replace(spec, experts=self._service("holdings", spec.name))
         self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
-        self.combiner = Combiner(self.shard)
+        self.combiner = Combiner(self.shard, self.patient)
         if again:
             self._take_up()
         self.server = self._listen(spec, plane)
@@ -91,9 +95,12 @@ class ShardServer:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""
         assert verb in VERBS, verb
         call = unpack(message)
+        if verb in ROWS:
+            return pack(self.combiner.run(call))
+        return self.patient.run(self._obey, verb, call) if verb in LONG else self._obey(verb, call)
+
+    def _obey(self, verb: str, call: Any) -> Any:
         try:
-            if verb in ROWS:
-                return pack(self.combiner.run(call))
             if isinstance(call, Copy):
                 return self._copy(call)
             if isinstance(call, Prepare) and call.shared:

@@ -4,7 +4,6 @@ When a worker dies, Ray Train starts the worker group again; it goes on from the
 host still have, or else from the last checkpoint. Logic lives in trinity/trainer.py.
 """
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from trinity.data import prepare
 from trinity.errors import TrinityError
 from trinity.memory import ONE_HEAP, keep_freed_memory
 from trinity.metrics import StepMetrics, TrainLog
+from trinity.priority import give_way
 from trinity.store import Store
 from trinity.trainer import Trainer
 
@@ -107,7 +107,7 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     """What each worker runs, in its own process. `prepared` sees the trainer before it starts."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
-    os.nice(config.train.niceness)  # on Linux: this thread, and those that it starts
+    give_way(config.placement.niceness or 0)
     keep_freed_memory()
     torch.set_num_threads(config.train.num_threads_per_worker or max(1, num_cpus() // context.get_local_world_size()))
     device = str(ray.train.torch.get_device())

@@ -176,9 +176,6 @@ class TrainConfig(Frozen):
         ge=0,
         description="0: the node's cores, shared out among its workers; shards compute while these wait",
     )
-    niceness: int = Field(
-        default=10, ge=0, le=19, description="how far workers give way to requests where both want a core"
-    )
     seed: int = 0
     eval_every: int = Field(default=100, ge=0, description="steps; 0: only at the end")
     eval_sequences: int = Field(default=32, ge=0)

@@ -27,6 +27,9 @@ class EngineConfig(Frozen):
     kv_policy: Literal["keep", "recompute"] = Field(
         default="keep", description="what becomes of a live request's cache when the version of the weights changes"
     )
+    preload: bool = Field(
+        default=True, description="copy a newer version's backbone beside the one in use, so that no pass waits for it"
+    )
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from actors.pool import RayPool
     from trinity.messages import ShardStatus
 
+ALONE, BESIDE_REQUESTS = 10, 20  # placement.niceness
 SETTINGS, TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
 
 
@@ -159,6 +160,8 @@ def train(
     from trinity.data import prepare
     from trinity.progress import Progress, shown
 
+    if config.placement.niceness is None:
+        config = config.replace(placement={"niceness": ALONE if served is None else BESIDE_REQUESTS})
     out_dir, done = Path(config.train.out_dir), steps_done(config)
     say("preparing the data")
     prepare(config.data, config.train, config.model, out_dir).tokenizer.save(out_dir / TOKENIZER)

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from trinity.priority import of_this_thread
+
 CHUNKS_PER_THREAD = 4
 ALONE = 1 << 21  # operations that are done before another thread has woken up
 
@@ -23,12 +25,13 @@ def in_threads(num: int, operations: int, run: Callable[[int, int], None]) -> No
         while (first := next(starts)) < num:
             run(first, min(num, first + size))
 
-    helpers = [_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+    helpers = [_pool(num_threads - 1, of_this_thread()).submit(work) for _ in range(num_threads - 1)]
     work()
     for helper in helpers:
         helper.result()
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
+def _pool(num_threads: int, priority: tuple[int, int]) -> ThreadPoolExecutor:
+    """Threads that one of that priority has started."""
     return ThreadPoolExecutor(num_threads, thread_name_prefix="trinity-exact")

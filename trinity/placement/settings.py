@@ -36,6 +36,13 @@ class PlacementConfig(Frozen):
     num_cpus_per_shard: float = Field(default=0, ge=0)
     num_gpus_per_shard: float = Field(default=0, ge=0)
     num_threads_per_shard: int = Field(default=1, ge=1)
+    niceness: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="how far workers, and their calls on shards, give way to whoever else wants a core: 0 not at all, 20 they "
+        "take idle cores only; default: 20 with `train --serve`, else 10",
+    )
     resources: dict[str, float] = Field(
         default={}, description="custom resources of each shard, such as expert_shard: 1"
     )

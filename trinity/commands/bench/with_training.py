@@ -46,7 +46,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--preset", help=f"with --with-training: the model (default: {USUAL['preset']})")
     add("--rounds", type=int, help=f"with --with-training: turns of each arm (default: {USUAL['rounds']})")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="with --with-training: a setting of the run, such as "
-        "train.niceness=0")  # fmt: skip
+        "placement.niceness=0")  # fmt: skip
 
 
 class Steps:
