@@ -13,6 +13,8 @@ import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trinity.config import PlacementConfig, ray_node_pid
 from trinity.errors import ConfigError
-from trinity.store import Version, read
+from trinity.store import Reader, Version, read
 
 log = logging.getLogger(__name__)
 SHM = Path("/dev", "shm")
@@ -93,6 +95,24 @@ def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) ->
     ref = read_there.options(scheduling_strategy=there).remote(path, number, suffix)
     tensors, notes = ask(ref, timeout_s, f"node {node[:8]}")
     return Version(number, {name: unpack(each) for name, each in tensors.items()}, notes)
+
+
+class Lender:
+    """Versions out of folders, for one process that asks again and again. For any threads."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Reader] = {}
+
+    @contextmanager
+    def lent(self, node: str, path: str, number: int, suffix: str, timeout_s: float) -> Iterator[Version]:
+        """As `fetched`, for the block; on this node without a copy. Raises VersionGone also at its end, if the version went
+        meanwhile: what was made of it is void then."""
+        if node != ray.get_runtime_context().get_node_id():
+            yield fetched(node, path, number, suffix, timeout_s)
+            return
+        reader = self._readers.setdefault(path, Reader(Path(path)))
+        with reader.lent(number, lambda name: name.endswith(suffix)) as found:
+            yield found
 
 
 def _name(raylet: int, pool: str, namespace: str) -> str:

@@ -66,6 +66,7 @@ class LiveWeights:
     ):
         self.pool, self.config, self.device = pool, config, device
         self._me, self._places = uuid4().hex[:12], decision.notes["backbone"]
+        self._lender = kept.Lender()
         self._models = Models(self._made, self._load, preload)
         self._experts: list[Dispatcher] = []
         self._held = Counter[int]()
@@ -144,7 +145,8 @@ class LiveWeights:
                 self._places = decision.notes["backbone"]
             for node, folder in self._places:
                 try:
-                    load_values(model, kept.fetched(node, folder, version, WEIGHT, self.pool.timeout_s))
+                    with self._lender.lent(node, folder, version, WEIGHT, self.pool.timeout_s) as found:
+                        load_values(model, found)
                     experts = model.experts
                     assert isinstance(experts, Dispatcher)
                     return experts.use(version)

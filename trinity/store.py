@@ -8,15 +8,17 @@ A version is written beside the one before it, never over it, and counts when HE
 last commit or the new one. Memory of versions that nobody needs is used again, so a step writes no more than it would in
 place. Decisions: a folder in shared memory outlives its process, not its host; without a folder the same class keeps
 versions in the process's own memory. Tensors of a GPU are copied to the folder when their version is put. The one writer is
-the process that made the store, until it is dead; others take a copy of a committed version (`read`).
+the process that made the store, until it is dead; others copy a committed version (`read`, Reader).
 """
 
 import fcntl
 import json
 import os
 import secrets
+import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -257,20 +259,63 @@ class Store:
         return _shaped(None if block is None else block.memory, entry)
 
 
+class Reader:
+    """Another process's store, read where it lies; keeps its memory mapped from one version to the next. For any threads."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._mapped: dict[str, tuple[tuple[int, int], Tensor]] = {}  # file -> which one it was, its memory
+        self._guard = threading.Lock()
+
+    @contextmanager
+    def lent(self, number: int | None, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Version]:
+        """A version (None: the committed one) with the `wanted` tensors, which are the store's own memory, for the block.
+
+        Raises VersionGone, also at the block's end: what was made of it is void then.
+        """
+        what = "HEAD" if number is None else number
+        try:
+            with self._guard:
+                found = json.loads((self.folder / HEAD).read_text())["committed"] if number is None else number
+                path = self.folder / _file_of(found)
+                before, tree = _identity(path), json.loads(path.read_text())
+                yield Version(found, self._tensors(tree["tensors"], wanted), tree["notes"])
+                if _identity(path) == before:  # it is there still: nobody has written to its memory
+                    return
+        except FileNotFoundError:
+            pass
+        raise VersionGone(f"version {what} is not in {self.folder.name} any more")
+
+    def _tensors(self, entries: Mapping[str, Mapping[str, Any]], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        there = {entry.name for entry in os.scandir(self.folder)}
+        self._mapped = {file: each for file, each in self._mapped.items() if file in there}
+        return {name: self._tensor(entry) for name, entry in entries.items() if wanted(name)}
+
+    def _tensor(self, entry: Mapping[str, Any]) -> Tensor:
+        if entry["file"] is None:
+            return _shaped(None, entry)
+        path = self.folder / entry["file"]
+        which, numel, dtype = (path.stat().st_ino, path.stat().st_size), _numel(entry), _dtype(entry)
+        before, memory = self._mapped.get(entry["file"], (None, None))
+        if before != which or memory is None or memory.dtype != dtype:
+            memory = _mapped(path, numel, dtype)
+            self._mapped[entry["file"]] = which, memory
+        return _shaped(memory, entry)
+
+
 def read(folder: Path, number: int | None = None, wanted: Callable[[str], bool] = lambda name: True) -> Version:
     """A copy of a version (None: the committed one) of another process's store, with the `wanted` tensors. Raises
     VersionGone."""
-    for _ in range(READ_AGAIN):
-        try:
-            found = json.loads((folder / HEAD).read_text())["committed"] if number is None else number
-            path = folder / _file_of(found)
-            before, tree = _identity(path), json.loads(path.read_text())
-            tensors = {name: _copied(folder, entry) for name, entry in tree["tensors"].items() if wanted(name)}
-            if _identity(path) == before:  # it is there still: nobody has written to its memory
-                return Version(found, tensors, tree["notes"])
-        except FileNotFoundError:
-            continue
-    raise VersionGone(f"version {'HEAD' if number is None else number} is not in {folder.name} any more")
+    for _ in range(READ_AGAIN - 1):
+        with suppress(VersionGone):
+            return _copied(folder, number, wanted)
+    return _copied(folder, number, wanted)
+
+
+def _copied(folder: Path, number: int | None, wanted: Callable[[str], bool]) -> Version:
+    with Reader(folder).lent(number, wanted) as found:
+        copied = replace(found, tensors={name: tensor.clone() for name, tensor in found.tensors.items()})
+    return copied
 
 
 def _addresses(version: Version) -> set[int]:
@@ -298,12 +343,6 @@ def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
 def _shaped(memory: Tensor | None, entry: Mapping[str, Any]) -> Tensor:
     stored = torch.empty(entry["shape"], dtype=_dtype(entry)) if memory is None else memory.view(entry["shape"])
     return stored.mT if entry["is_transposed"] else stored
-
-
-def _copied(folder: Path, entry: Mapping[str, Any]) -> Tensor:
-    if entry["file"] is None:
-        return _shaped(None, entry)
-    return _shaped(_mapped(folder / entry["file"], _numel(entry), _dtype(entry)).clone(), entry)
 
 
 def _made(path: Path, numel: int, dtype: torch.dtype) -> Tensor:
