@@ -1,8 +1,10 @@
 """The direct transport against the transport in process: same bits, whatever is lost, slow, hostile or waiting."""
 
+import os
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,8 +20,9 @@ from actors.listener import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
 from trinity.dispatch import Fixed, LocalTransport
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone
-from trinity.messages import Backward, Forward, Load, Rows, merged
+from trinity.messages import Backward, Fetch, Forward, Load, Rows, merged
 from trinity.pool import ExpertPool, local_pool
+from trinity.priority import IDLE, Patient, of_this_thread
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
@@ -270,6 +273,18 @@ def test_inference_goes_on_while_the_shard_computes_for_training(served):
     assert torch.equal(got[1], want)
     with pytest.raises(VersionGone):
         shard.infer(forward())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness belongs to processes")
+def test_training_gives_way_and_inference_does_not():
+    class Shard:
+        infer = backward = fetch = lambda self, call: of_this_thread()
+
+    combiner, usual = Combiner(Shard(), Patient(IDLE)), of_this_thread()
+    backward, fetch = Backward("a:1", LAYER, 1, 0, 4e9, torch.zeros(5, 16)), Fetch(LAYER, 0, 1, 4e9)
+    assert combiner.run(forward()) == usual
+    assert [combiner.run(call) for call in (forward(keep=True), backward, fetch)] == [(os.SCHED_IDLE, 19)] * 3
+    assert Combiner(Shard()).run(backward) == usual
 
 
 @given(st.integers(0, 7), st.integers(0, 4), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))

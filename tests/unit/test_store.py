@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.unit.store_writer import LIKE, write_for_ever
 from trinity.errors import ConfigError, StepConflict, VersionGone
-from trinity.store import HEAD, LOCK, Store, Version, read
+from trinity.store import HEAD, LOCK, Reader, Store, Version, read
 
 SHAPES = {"a": (3, 4), "b": (7,), "none": (0, 5)}
 
@@ -54,6 +55,7 @@ class Trace(RuleBasedStateMachine):
         super().__init__()
         self.path = self.folder / str(next(self.numbers))
         self.store, self.value = Store(self.path), 0
+        self.reader = Reader(self.path)
         self.model: dict[int, dict[str, torch.Tensor]] = {}
         self.committed, self.held = -1, []
 
@@ -166,6 +168,8 @@ class Trace(RuleBasedStateMachine):
         for number, wanted in self.model.items():
             if self.committed >= 0:
                 assert_same(read(self.path, number), wanted)
+                with self.reader.lent(number) as found:
+                    assert_same(found, wanted)
 
     @invariant()
     def no_file_is_left_that_nobody_names(self):
@@ -281,6 +285,8 @@ def assert_whole(version):
 
 def test_a_reader_never_sees_half_of_a_version(tmp_path, processes):
     child, newest, until_s = started(processes, tmp_path / "s"), 0, time.monotonic() + 1.0
+    reader, copies = Reader(tmp_path / "s"), {name: torch.empty_like(tensor) for name, tensor in LIKE.items()}
+    num_lent = 0
     for is_by_number in itertools.cycle((False, True)):
         if time.monotonic() > until_s and newest > 5:
             break
@@ -288,7 +294,36 @@ def test_a_reader_never_sees_half_of_a_version(tmp_path, processes):
             found = read(tmp_path / "s", newest if is_by_number else None)
             assert_whole(found)
             newest = max(newest, found.number)
+        with suppress(VersionGone):
+            with reader.lent(newest if is_by_number else None) as found:
+                for name, tensor in found.tensors.items():
+                    copies[name].copy_(tensor)
+            assert_whole(replace(found, tensors={name: copies[name] for name in found.tensors}))
+            num_lent += 1
+    assert num_lent > 5
     ended(child)
+
+
+def test_memory_that_was_given_back_is_not_kept_by_a_reader(tmp_path):
+    store, reader = Store(tmp_path / "s"), Reader(tmp_path / "s")
+    store.put(filled(store, 0, 1.0))
+    store.commit(0)
+    with reader.lent(0) as found:
+        assert len(found.tensors) == len(SHAPES)
+    store.clear()
+    store.trim()
+    store.put(filled(store, 1, 2.0, {"a": (2, 2)}))
+    store.commit(1)
+    del found
+    with reader.lent(None) as found:
+        assert_same(found, {"a": torch.full((2, 2), 2.0)})
+        assert mapped_files(tmp_path) == {block.file for block in store._blocks.values()}
+
+
+def mapped_files(folder):
+    """Of this process; what was unlinked ends in "(deleted)"."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    return {line.partition(str(folder))[2].removeprefix("/s/") for line in lines}
 
 
 def test_a_kill_at_any_moment_leaves_a_version_or_the_next(tmp_path, processes):
