@@ -5,6 +5,7 @@ each pass; zeroing them again and again, as for gradients, costs more than it br
 """
 
 import ctypes
+import gc
 import mmap
 import platform
 from functools import cache
@@ -42,6 +43,14 @@ def keep_freed_memory() -> None:
     if libc is not None:
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """What `keep_freed_memory` has kept, for others on the machine."""
+    gc.collect()
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 @cache

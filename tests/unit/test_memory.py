@@ -72,3 +72,28 @@ def freed(how, env):
     command = [sys.executable, "-c", AGAIN, how]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **env})
     return [int(n) for n in done.stdout.split()]
+
+
+RETURNED = """
+import ctypes
+from pathlib import Path
+from trinity.memory import keep_freed_memory, return_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def mib(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+keep_freed_memory()
+block = libc.malloc(256 << 20)
+ctypes.memset(block, 1, 256 << 20)
+libc.free(block)
+kept = mib()
+return_freed_memory()
+print(kept, mib())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no other system says how much a process holds")
+def test_freed_memory_goes_back_when_asked():
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    kept, after = map(int, done.stdout.split())
+    assert kept > 256
+    assert after < kept - 200

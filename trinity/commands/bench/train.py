@@ -27,7 +27,7 @@ from trinity.commands.bench.report import Curve, Report, Table, alternated, rati
 from trinity.commands.train import say
 from trinity.config import Config
 from trinity.errors import TrinityError
-from trinity.memory import keep_freed_memory
+from trinity.memory import keep_freed_memory, return_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,6 +223,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     path = models.checkpoint(models.config_of(given.preset).model, out / f"{given.preset}-float32")
     with models.ray_joined("actors" not in given.without):
         _adamw(report, given, config_of(given, path, "adamw"))
+        return_freed_memory()
         _muon(report, given, config_of(given, path, "muon"))
     return report
 
