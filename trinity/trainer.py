@@ -98,12 +98,14 @@ class Trainer(Starting):
     def run(self) -> dict[str, Any]:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
         settings, loss, val_loss = self.config.train, math.nan, math.nan
+        if self.position and self._saves_now() and self._lacks_checkpoint():  # the worker before died in between
+            self.begin_save()
         while self.position < settings.steps and not self.stopped:
             loss = self.step().loss
             last = self.position == settings.steps
             if last or (settings.eval_every and self.position % settings.eval_every == 0):
                 val_loss = self.evaluate()
-            if last or self.stopped or (settings.save_every and self.position % settings.save_every == 0):
+            if last or self.stopped or self._saves_now():
                 self.begin_save()
         if self.position == settings.steps and math.isnan(loss):  # the worker before died after its last step
             val_loss = self.evaluate()
@@ -351,6 +353,10 @@ class Trainer(Starting):
         if self.comm.rank == 0:
             return self.saver.begin(self.position, self._state())
         return self.saver.target(self.position)
+
+    def _saves_now(self) -> bool:
+        every = self.config.train.save_every
+        return every > 0 and self.position % every == 0
 
     def _lacks_checkpoint(self) -> bool:
         """Whether the present position has none, written or on its way. Worker 0's word counts."""

@@ -338,3 +338,12 @@ def test_a_worker_that_takes_over_after_the_last_step_writes_its_checkpoint(text
     assert open_checkpoint(result["checkpoint"]).version == result["position"] == 2
     assert math.isfinite(result["val_loss"])
     assert trainer.run()["checkpoint"] == result["checkpoint"], "one that is there is left as it is"
+
+
+def test_a_worker_that_takes_over_in_between_writes_the_checkpoint_that_was_due(texts, tmp_path):
+    """The one before died between a step's decision and the end of its checkpoint."""
+    trainer = trainer_for(config_for(texts, tmp_path, steps=5, save_every=2, keep_checkpoints=9))
+    trainer.step()
+    trainer.step()
+    trainer.run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-00000{n}" for n in (2, 4, 5)]
