@@ -359,12 +359,12 @@ def test_everything_at_once_by_a_plan(three, tmp_path, undisturbed, seed):
     from trinity import chaos
 
     out_dir, struck = tmp_path / "run", []
-    config = three.replace(train={"steps": 60, "out_dir": str(out_dir), "max_failures": -1})
+    config = three.replace(train={"steps": NUM_STEPS, "out_dir": str(out_dir), "max_failures": -1})
     pool = pools.connect(config.placement, "trinity")
     faults = tuple(fault for fault in Fault if fault is not Fault.MOVE_EXPERTS)
     with raging(
         Chaos(pool, out_dir),
-        plan(seed, math.inf, faults, 3.0),
+        plan(seed, math.inf, faults, 1.0),
         lambda: len(attempts(out_dir)) > 1,
         lambda one: chaos.recovery_s(attempts(out_dir), one.time_s),
         struck,

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from trinity.config import preset
 from trinity.exact import pointwise, products
 from trinity.exact.attention import attention, differentiable
+from trinity.exact.feed_forward import feed_forward
 from trinity.experts.backend import Assignments, LayerWeights
 from trinity.experts.torch_backend import TorchBackend
 from trinity.model.attention import PackedAttention, causal_mask, document_positions
-from trinity.model.layers import RMSNorm
+from trinity.model.layers import Linear, RMSNorm, SwiGLU, project
 from trinity.model.router import Router
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,6 +53,53 @@ def test_a_rows_product_is_the_same_alone_and_in_company(counts, inner, outputs,
         assert torch.equal(products.linear(row[None], w_ENK[expert])[0], got_N)
     want_AN = torch.einsum("ak,ank->an", x_AK.double(), w_ENK[expert_A].double())
     torch.testing.assert_close(got_AN.double(), want_AN, atol=1e-4, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    inner=st.sampled_from([1, 15, 16, 130]),
+    outputs=st.lists(st.sampled_from([1, 2, 7, 65, 130]), min_size=1, max_size=4),
+    threads=st.integers(1, 3),
+)
+def test_products_side_by_side_are_those_one_by_one(rows, inner, outputs, threads):
+    torch.set_num_threads(threads)
+    x_TK, weights = random(rows, inner), [random(n, inner, seed=i) for i, n in enumerate(outputs)]
+    got = products.side_by_side(x_TK, weights).split(outputs, -1)
+    for y_TN, w_NK in zip(got, weights, strict=True):
+        assert torch.equal(y_TN, products.linear(x_TK, w_NK))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 150), min_size=1, max_size=5).filter(any),
+    dim=st.sampled_from([1, 16, 33, 100]),
+    hidden=st.sampled_from([1, 17, 64, 70]),
+    outputs=st.sampled_from([1, 2, 31]),
+    threads=st.integers(1, 3),
+)
+def test_a_feed_forward_in_one_pass_is_that_in_four(counts, dim, hidden, outputs, threads):
+    torch.set_num_threads(threads)
+    num, end_E = len(counts), torch.tensor(counts).cumsum(0)
+    x_AD, weight_A1 = random(sum(counts), dim), random(sum(counts), 1, seed=5)
+    gate, up = random(num, hidden, dim, seed=1), random(num, hidden, dim, seed=2)
+    down_ENF = random(num, outputs, hidden, seed=3)
+    middle = pointwise.gated(products.grouped(x_AD, gate, end_E), products.grouped(x_AD, up, end_E), weight_A1)
+    want = products.grouped(middle, down_ENF, end_E)
+    assert torch.equal(feed_forward(x_AD, gate, up, down_ENF, end_E, weight_A1.squeeze(1)), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_give_the_same_bits_with_gradients_and_without(dtype):
+    layer, projections = SwiGLU(33, 40, dtype=dtype), [Linear(33, n, dtype=dtype) for n in (8, 3, 17)]
+    for part in (layer, layer.gate_proj, layer.up_proj, layer.down_proj, *projections):
+        part.is_exact = True
+    x = random(2, 13, 33, dtype=dtype)
+    want = [layer(x), *project(x, *projections)]
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            for mine, theirs in zip([layer(x), *project(x, *projections)], want, strict=True):
+                assert torch.equal(mine, theirs)
 
 
 def test_its_gradients_are_those_of_the_plain_product():

@@ -6,6 +6,7 @@ they are stored, rows of K; gradients are the library's products, since nobody n
 It is no slower than the library: what it costs is in docs/benchmarks.md, "Same bits in any company".
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -70,6 +71,30 @@ def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     return y_AN
 
 
+def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`linear` with each weight [N, K], one result beside the other -> y [T, sum of N] in float32; no gradients.
+
+    Threads are handed work once for all.
+    """
+    num, k = x_TK.shape
+    arrays = [as_array(w.contiguous()) for w in weights]
+    sizes = [len(w) for w in arrays]
+    y = torch.empty(num, sum(sizes))
+    x, out = as_array(x_TK.float().contiguous()), y.numpy()
+    parts = np.split(out, np.cumsum(sizes)[:-1], axis=1)
+    panels = np.cumsum([0, *map(_num_panels, sizes)])
+    end = np.array([num])
+
+    def run(first: int, last: int) -> None:
+        for w, part, begin, stop in zip(arrays, parts, panels, panels[1:], strict=False):
+            if first < stop and last > begin:
+                lo, hi = max(first, begin) - begin, min(last, stop) - begin
+                _units(x, w[None], end, part, lo, hi)  # type: ignore[call-arg]
+
+    in_threads(int(panels[-1]), 2 * num * sum(sizes) * k, run)
+    return y
+
+
 def _num_panels(n: int) -> int:
     pairs = -(-n // COLUMNS)
     return -(-pairs // PANEL)
@@ -91,7 +116,7 @@ def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
         lo, hi = end[e - 1] if e else 0, end[e]
         for r in range(lo, hi, ROWS):
             rows = min(ROWS, hi - r)
-            xs = _addresses(x.ctypes.data + 4 * k * r, 4 * k, rows - 1)
+            xs = addresses(x.ctypes.data + 4 * k * r, 4 * k, rows - 1)
             for c in range(c0, min(c0 + PANEL, pairs)):
                 d = min(c + pairs, n - 1)
                 at, length = w.ctypes.data + w.itemsize * k * n * e, w.itemsize * k
@@ -101,6 +126,6 @@ def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _addresses(first, stride, last):  # type: ignore[no-untyped-def]
+def addresses(first, stride, last):  # type: ignore[no-untyped-def]
     """Of ROWS rows in turn; those past the last repeat it."""
     return first, first + stride * min(1, last), first + stride * min(2, last), first + stride * min(3, last)

@@ -81,8 +81,11 @@ def fits_grouped(weights: LayerWeights) -> bool:
 
 def in_order(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
     """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD: a row's bits do not depend on the others. fp32 on the CPU."""
-    from trinity.exact import products  # a compiler comes with it: only where it is of use
+    from trinity.exact import feed_forward, products  # a compiler comes with it: only where it is of use
 
+    stored = weights.gate_EFD, weights.up_EFD, weights.down_EFD.mT
+    if exact.at_once(x_AD, *stored):
+        return feed_forward.feed_forward(x_AD, *stored, end_E, weight_A1.squeeze(1))
     gate_AF = products.grouped(x_AD, weights.gate_EFD, end_E)
     up_AF = products.grouped(x_AD, weights.up_EFD, end_E)
     return products.grouped(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD.mT, end_E)

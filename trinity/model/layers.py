@@ -42,8 +42,21 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_exact and (y := self._at_once(x)) is not None:
+            return y
         gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(swiglu(gate, up, self.is_exact))
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The same bits, for inference; None where that does not fit."""
+        weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
+        if not exact.at_once(x, *weights):
+            return None
+        from trinity.exact import feed_forward
+
+        x_TD, (gate_1FD, up_1FD, down_1DF) = x.flatten(0, -2), (weight.unsqueeze(0) for weight in weights)
+        y_TD = feed_forward.feed_forward(x_TD, gate_1FD, up_1FD, down_1DF, torch.tensor([len(x_TD)]))
+        return y_TD.unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):
@@ -86,9 +99,15 @@ def is_packed(x: Tensor, part: Linear) -> bool:
 
 def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     """Each part's product with the same rows."""
-    if not is_packed(x, parts[0]):
+    if is_packed(x, parts[0]):
+        y = parts[0].packed_with(parts[1:], x)
+    elif parts[0].is_exact and exact.at_once(x, *(part.weight for part in parts)):
+        from trinity.exact import products
+
+        y = products.side_by_side(x.flatten(0, -2), [part.weight for part in parts]).unflatten(0, x.shape[:-1])
+    else:
         return [part(x) for part in parts]
-    return parts[0].packed_with(parts[1:], x).split([part.out_features for part in parts], dim=-1)
+    return y.split([part.out_features for part in parts], dim=-1)
 
 
 def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> Linear:
