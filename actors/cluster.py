@@ -14,13 +14,13 @@ LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows
 
 
 @contextmanager
-def joined(cluster: ClusterConfig, num_train_slots: int = 0) -> Iterator[None]:
+def joined(cluster: ClusterConfig, num_train_slots: int = 0, fewest: int | None = None) -> Iterator[None]:
     """Be connected inside the block. `train_slot` is what Ray Train counts workers by, so that it leaves alone the
-    CPUs and GPUs that shards hold; a local cluster gets as many as are wanted."""
+    CPUs and GPUs that shards hold; a local cluster gets as many as are wanted, another one must have `fewest` of them."""
     if ray.is_initialized():  # an embedding program or a test has its own
         yield
         return
-    start(cluster, num_train_slots)
+    start(cluster, num_train_slots, num_train_slots if fewest is None else fewest)
     try:
         yield
     finally:
@@ -28,7 +28,7 @@ def joined(cluster: ClusterConfig, num_train_slots: int = 0) -> Iterator[None]:
         ray.shutdown()
 
 
-def start(cluster: ClusterConfig, num_train_slots: int = 0) -> None:
+def start(cluster: ClusterConfig, num_train_slots: int = 0, fewest: int = 0) -> None:
     setup_environment(cluster.auth, is_local=cluster.address == "local")
     if cluster.address == "local":
         ray.init(
@@ -55,8 +55,8 @@ def start(cluster: ClusterConfig, num_train_slots: int = 0) -> None:
             f"no Ray cluster at {cluster.address!r} ({error}); start one or use --cluster.address local"
         ) from None
     have = ray.cluster_resources().get("train_slot", 0)
-    if have < num_train_slots:
+    if have < fewest:
         raise ConfigError(
-            f"train.num_workers is {num_train_slots}, the cluster offers {have:.0f} train_slot; "
+            f"training takes at least {fewest} workers, the cluster offers {have:.0f} train_slot; "
             "start its nodes with --resources '{\"train_slot\": N}'"
         )

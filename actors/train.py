@@ -36,16 +36,21 @@ PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
 PAUSE_POLL_S = 0.05
 
 
-def _store(config: Config, pool: pools.RayPool, comm: Comm, context: Any, device: str) -> Store | None:
+def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Store | None:
     """The backbone's, of the first worker on each node, in memory that outlives the process; the pool is told of all."""
-    is_first = context.get_local_rank() == 0
+    node = ray.get_runtime_context().get_node_id()
+    is_first = node not in _said(comm, node)[: comm.rank]  # Ray's local rank would count by address
     folder = kept.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
-    here = f"{ray.get_runtime_context().get_node_id()} {folder}" if folder is not None else ""
-    said = torch.zeros(comm.world, MAX_PLACE_BYTES)
-    said[comm.rank, : len(here.encode())] = torch.tensor(list(here.encode()), dtype=said.dtype)
-    texts = [bytes(map(int, row)).rstrip(b"\0").decode() for row in comm.sum(said).tolist()]
+    texts = _said(comm, f"{node} {folder}" if folder is not None else "")
     pool.backbone_at = [(text.split(" ", 1)[0], text.split(" ", 1)[1]) for text in texts if text]
     return Store(folder, device) if folder is not None else None
+
+
+def _said(comm: Comm, text: str) -> list[str]:
+    """What each worker says, of up to MAX_PLACE_BYTES."""
+    said = torch.zeros(comm.world, MAX_PLACE_BYTES)
+    said[comm.rank, : len(text.encode())] = torch.tensor(list(text.encode()), dtype=said.dtype)
+    return [bytes(map(int, row)).rstrip(b"\0").decode() for row in comm.sum(said).tolist()]
 
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -62,13 +67,15 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     settings = config.train
     resources = {"CPU": 1.0, "train_slot": 1.0}
     use_gpu = settings.num_gpus_per_worker > 0
+    is_elastic = settings.fewest_workers < settings.num_workers
+    num_workers = (settings.fewest_workers, settings.num_workers) if is_elastic else settings.num_workers
     if use_gpu:
         resources["GPU"] = settings.num_gpus_per_worker
     trainer = TorchTrainer(
         loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="ray",
             storage_path=str(out_dir),
@@ -114,7 +121,7 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
-    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, context, device))
+    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, device))
     trainer.job = settings["job"]
     trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
     prepared(trainer)

@@ -170,6 +170,11 @@ class TrainConfig(Frozen):
         description="micro-batches side by side: one goes on while another's rows are with their experts",
     )
     num_workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="go on with so few when nodes leave, and with up to num_workers when they come; default: num_workers",
+    )
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_threads_per_worker: int = Field(
         default=0,
@@ -195,6 +200,8 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
         per_pass = self.micro_batch_size * self.num_workers
         if self.global_batch_size % per_pass:
             raise ValueError(
@@ -203,8 +210,12 @@ class TrainConfig(Frozen):
         return self
 
     @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
     def num_micro(self) -> int:
-        """Micro-batches that each worker runs in one step."""
+        """Micro-batches that each of `num_workers` runs in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
 

@@ -184,7 +184,8 @@ class Trainer(Starting):
 
     def _losses(self, attempt: int) -> list[Losses]:
         """Forward and backward of all micro-batches of this worker, some side by side."""
-        num = self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.comm.world)
+        num_of_all = self.config.train.global_batch_size // self.config.train.micro_batch_size
+        num = len(range(self.comm.rank, num_of_all, self.comm.world))
         side = self.config.train.num_in_flight
         self.dispatcher.use(self.version, attempt, self.comm.rank)
         self.objective.zero_grad(set_to_none=True)

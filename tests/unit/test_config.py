@@ -55,6 +55,7 @@ def preset_optim(name):
         (["--train", "5"], "train is a section of settings"),
         (["--serve.http_port", "7000", "--serve.grpc_port", "7000"], "http_port and grpc_port are both 7000"),
         (["--train.steps", "many"], "train.steps: Input should be a valid integer"),
+        (["--train.min_workers", "2"], "min_workers 2 is more than num_workers 1"),
         (["--train.steps", "0"], "greater than or equal to 1 (got 0)"),
         (["steps=5"], "'steps=5' is not a flag"),
         (["--model", "huge"], "unknown preset 'huge'; there are bench, large, mini, nano, tiny"),

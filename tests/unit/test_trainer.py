@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -274,6 +276,26 @@ def test_validation_is_the_same_for_any_number_of_workers_and_uses_what_there_is
         trainer.evaluate()
         parts.append(float(trainer.comm.sent[0]))
     assert sum(parts) * trainer.config.train.global_batch_size / 5 == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", range(1, 7))
+def test_any_number_of_workers_shares_out_the_whole_step(texts, tmp_path, world):
+    """Each sequence once, whether the number divides the micro-batches or not, in the order of the data."""
+    trainer, found = trainer_for(config_for(texts, tmp_path, global_batch_size=12, micro_batch_size=2)), {}
+    want = trainer.data.train.sequences(0, 12).tolist()
+    by_text = {tuple(trainer.data.train.take(np.array([n])).ids_BS[0].tolist()): n for n in want}
+
+    def micros(first, end, is_last):
+        for micro in range(first, end):
+            place = micro * world + trainer.comm.rank
+            found[place] = [by_text[tuple(row)] for row in trainer._batch(micro).ids_BS.tolist()]
+        return []
+
+    trainer._micros = micros
+    for rank in range(world):
+        trainer.comm = SimpleNamespace(rank=rank, world=world)
+        trainer._losses(1)
+    assert [n for place in sorted(found) for n in found[place]] == want
 
 
 def test_run_evaluates_saves_and_reports(texts, tmp_path):

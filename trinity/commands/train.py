@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from actors.cluster import joined
 
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    with joined(config.cluster, config.train.num_workers):
+    with joined(config.cluster, config.train.num_workers, config.train.fewest_workers):
         try:
             result = train(config, announced if arguments.serve else None)
         finally:
