@@ -29,7 +29,7 @@ from trinity.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
-POLL_S = 0.1
+POLL_S, AGAIN_S = 0.1, 0.5
 
 
 def live_source(config: Config, run_dir: str) -> "tuple[LiveWeights, ModelConfig, Tokenizer]":
@@ -164,15 +164,13 @@ class LiveWeights:
                 if self._is_ready(version):
                     known = version
                 else:
-                    self._stopped.wait(POLL_S)
+                    self._stopped.wait(AGAIN_S)
 
     def _is_ready(self, version: int) -> bool:
         try:
             if version >= 0 and version not in self._bad and self._pinned is None:
                 self._models.prepare(version)
-        except (
-            Exception
-        ) as error:  # the edge of this thread: passes go on with the version before, and ask for it no more
+        except Exception as error:  # the edge of this thread: passes go on with the version before
             log.warning("version %d cannot be taken up now: %s", version, error)
             return False
         with self._guard:

@@ -54,7 +54,9 @@ class ShardServer:
 
     def __init__(self, spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str):
         torch.set_num_threads(plane.num_threads)
-        self.patient = Patient(settings.niceness or 0, partial(torch.set_num_threads, plane.num_threads))
+        begin = partial(torch.set_num_threads, plane.num_threads)
+        # two: rows of the next step may take up all threads of one while they wait for a commit in the other
+        self.patient, rows = (Patient(settings.niceness or 0, begin) for _ in range(2))
         if spec.optim is not None:
             keep_freed_memory()
         self.pool, self.namespace, self.secret = settings.pool, namespace, plane.secret
@@ -62,7 +64,7 @@ class ShardServer:
         if again:
             spec = replace(spec, experts=self._service("holdings", spec.name))
         self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
-        self.combiner = Combiner(self.shard, self.patient)
+        self.combiner = Combiner(self.shard, rows)
         if again:
             self._take_up()
         self.server = self._listen(spec, plane)

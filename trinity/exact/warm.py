@@ -4,6 +4,7 @@ import torch
 
 from trinity.exact import pointwise, products
 from trinity.exact.attention import attention
+from trinity.exact.feed_forward import feed_forward
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -12,5 +13,8 @@ def warm_up(dtype: torch.dtype) -> None:
     attention(z, z, z, one, one, one + 1)
     products.linear(z, z[0])
     pointwise.gated(z, z)
+    if dtype == torch.float32:
+        products.side_by_side(torch.zeros(2, 2), [torch.zeros(2, 2)] * 2)
+        feed_forward(z[0], z[0, :1, None], z[0, :1, None], z.mT.contiguous(), one + 1)
     pointwise.sigmoid(z)
     pointwise.cos_sin(torch.zeros(1))
