@@ -152,4 +152,3 @@ def test_no_pass_ever_sees_a_model_that_is_being_filled(source):
         assert model.version == version
         assert model.version == version
     thread.join()
-    assert source.num_made <= 4
