@@ -7,20 +7,20 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from actors import follow
-from trinity.config import ClusterConfig, setup_environment
+from trinity.config import ClusterConfig, TrainConfig, setup_environment
 from trinity.errors import ConfigError, Unauthenticated, Unavailable
 
 LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows; /dev/shm is small in containers
 
 
 @contextmanager
-def joined(cluster: ClusterConfig, num_train_slots: int = 0, fewest: int | None = None) -> Iterator[None]:
+def joined(cluster: ClusterConfig, train: TrainConfig | None = None) -> Iterator[None]:
     """Be connected inside the block. `train_slot` is what Ray Train counts workers by, so that it leaves alone the
-    CPUs and GPUs that shards hold; a local cluster gets as many as are wanted, another one must have `fewest` of them."""
+    CPUs and GPUs that shards hold; a local cluster gets as many as `train` wants, another one must have the fewest of them."""
     if ray.is_initialized():  # an embedding program or a test has its own
         yield
         return
-    start(cluster, num_train_slots, num_train_slots if fewest is None else fewest)
+    start(cluster, train)
     try:
         yield
     finally:
@@ -28,15 +28,16 @@ def joined(cluster: ClusterConfig, num_train_slots: int = 0, fewest: int | None 
         ray.shutdown()
 
 
-def start(cluster: ClusterConfig, num_train_slots: int = 0, fewest: int = 0) -> None:
+def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
     setup_environment(cluster.auth, is_local=cluster.address == "local")
+    wanted, fewest = (train.num_workers, train.fewest_workers) if train else (0, 0)
     if cluster.address == "local":
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",  # Ray's own servers then listen on loopback only
             namespace=cluster.namespace,
-            num_cpus=cluster.num_cpus + num_train_slots,
-            resources={"train_slot": num_train_slots} if num_train_slots else None,
+            num_cpus=cluster.num_cpus + wanted,
+            resources={"train_slot": wanted} if wanted else None,
             include_dashboard=False,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             log_to_driver=False,

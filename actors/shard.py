@@ -56,7 +56,7 @@ class ShardServer:
         torch.set_num_threads(plane.num_threads)
         begin = partial(torch.set_num_threads, plane.num_threads)
         # two: rows of the next step may take up all threads of one while they wait for a commit in the other
-        self.patient, rows = (Patient(settings.niceness or 0, begin) for _ in range(2))
+        self.patient, rows = (Patient(settings.niceness, begin) for _ in range(2))
         if spec.optim is not None:
             keep_freed_memory()
         self.pool, self.namespace, self.secret = settings.pool, namespace, plane.secret

@@ -114,7 +114,7 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     """What each worker runs, in its own process. `prepared` sees the trainer before it starts."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
-    give_way(config.placement.niceness or 0)
+    give_way(config.placement.niceness)
     keep_freed_memory()
     torch.set_num_threads(config.train.num_threads_per_worker or max(1, num_cpus() // context.get_local_world_size()))
     device = str(ray.train.torch.get_device())

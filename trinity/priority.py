@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 NICEST = 19
 MOST_THREADS = 32  # most of them wait for a lock
 IDLE = 20  # one more: only what nobody else wants
+USUAL = 10  # of a run that nobody serves
 
 
-def give_way(niceness: int) -> None:
-    """Of this thread for good, and of those that it starts: 0 not at all, 1 to 19 so nice, IDLE."""
+def give_way(niceness: int | None) -> None:
+    """Of this thread for good, and of those that it starts: 0 or None not at all, 1 to 19 so nice, IDLE."""
     if sys.platform != "linux" or not niceness:
         return
     try:
@@ -32,9 +33,9 @@ def give_way(niceness: int) -> None:
 
 
 class Patient:
-    """Runs work on threads of its own, which give way; with a niceness of 0 on the caller's. `begin`: what each does first."""
+    """Runs work on threads of its own, which give way; without niceness on the caller's. `begin`: what each does first."""
 
-    def __init__(self, niceness: int = 0, begin: Callable[[], None] = lambda: None):
+    def __init__(self, niceness: int | None = None, begin: Callable[[], None] = lambda: None):
         def ready() -> None:
             give_way(niceness)
             begin()

@@ -295,7 +295,8 @@ class Reader:
         if entry["file"] is None:
             return _shaped(None, entry)
         path = self.folder / entry["file"]
-        which, numel, dtype = (path.stat().st_ino, path.stat().st_size), _numel(entry), _dtype(entry)
+        status, numel, dtype = path.stat(), _numel(entry), _dtype(entry)
+        which = status.st_ino, status.st_size
         before, memory = self._mapped.get(entry["file"], (None, None))
         if before != which or memory is None or memory.dtype != dtype:
             memory = _mapped(path, numel, dtype)

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     app.check_ports(config.serve)
     started = time.monotonic()
     _say("Training a small Trinity model on Python's own standard library; its experts live in 2 shard actors.")
-    with joined(config.cluster, config.train.num_workers):
+    with joined(config.cluster, config.train):
         result = train(config.replace(serve={"weights": "live"}), ask_on)
         _say(f"Trained in {time.monotonic() - started:.0f} s. Serving it from the same actors.")
         _serve(config, result["checkpoint"], keep=arguments.keep)

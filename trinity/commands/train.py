@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from trinity.config import Config, ModelConfig, merged, setup_environment
 from trinity.errors import ConfigError, TrinityError
+from trinity.priority import IDLE, USUAL
 from trinity.tree import preset_names
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
     from trinity.messages import ShardStatus
 
-ALONE, BESIDE_REQUESTS = 10, 20  # placement.niceness
 SETTINGS, TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
 
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from actors.cluster import joined
 
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    with joined(config.cluster, config.train.num_workers, config.train.fewest_workers):
+    with joined(config.cluster, config.train):
         try:
             result = train(config, announced if arguments.serve else None)
         finally:
@@ -161,7 +161,7 @@ def train(
     from trinity.progress import Progress, shown
 
     if config.placement.niceness is None:
-        config = config.replace(placement={"niceness": ALONE if served is None else BESIDE_REQUESTS})
+        config = config.replace(placement={"niceness": USUAL if served is None else IDLE})
     out_dir, done = Path(config.train.out_dir), steps_done(config)
     say("preparing the data")
     prepare(config.data, config.train, config.model, out_dir).tokenizer.save(out_dir / TOKENIZER)

@@ -17,47 +17,44 @@ if TYPE_CHECKING:
 class Models:
     """Owns them. `make` gives an empty one; `load` fills one with a version, or raises VersionGone.
 
-    For two threads: the engine's, which calls all but `prepare`, and one that prepares.
+    For two threads: the engine's, which calls all but `prepare`, and one that prepares. There are never more of them than two
+    and the most that were held at once: who needs another one waits for the load that is under way, and takes what is left.
     """
 
     def __init__(self, make: "Callable[[], Afmoe]", load: "Callable[[Afmoe, int], None]", beside: bool = True):
         self._make, self._load, self._beside = make, load, beside
-        self._guard = threading.Lock()  # of the four below
+        self._loading, self._guard = threading.Lock(), threading.Lock()  # the second of the four below
         self._held: dict[int, Afmoe] = {}
         self._latest: tuple[int, Afmoe] | None = None
         self._next: tuple[int, Afmoe] | None = None
-        self._spare: Afmoe | None = None
+        self._spare: list[Afmoe] = []
 
     def get(self, version: int, hold: bool = False) -> "Afmoe":
         """Good until the next call; a held version's until it is released. Raises VersionGone."""
-        with self._guard:
-            if self._next is not None and self._next[0] == version:
-                self._use(*self._next)
-                self._next = None
-            if (found := self._found(version)) is not None:
+        if (found := self._taken(version)) is not None:
+            return found
+        with self._loading:
+            if (found := self._taken(version)) is not None:
                 return found
-            if not self._beside and not hold:
-                self._spare, self._latest = self._latest and self._latest[1], None
-        model = self._loaded(version)
-        with self._guard:
-            if hold:
-                self._held[version] = model
-            else:
-                self._use(version, model)
+            model = self._loaded(version, instead_of_latest=not (self._beside or hold))
+            with self._guard:
+                if hold:
+                    self._held[version] = model
+                else:
+                    self._use(version, model)
         return model
 
     def prepare(self, version: int) -> None:
         """Make that version's ready, while passes use another. Raises VersionGone."""
         if not self._beside:
             return
-        with self._guard:
-            if self._found(version) is not None:
-                return
-            if self._next is not None:
-                self._spare, self._next = self._next[1], None
-        model = self._loaded(version)
-        with self._guard:
-            self._next = version, model
+        with self._loading:
+            with self._guard:
+                if self._found(version) is not None:
+                    return
+            model = self._loaded(version)
+            with self._guard:
+                self._next = version, model
 
     def hold(self, version: int) -> None:
         """What there is of that version stays as it is until `release`."""
@@ -69,14 +66,22 @@ class Models:
 
     def release(self, version: int) -> None:
         with self._guard:
-            model = self._held.pop(version, None)
-            if model is not None:
-                if self._latest is None:
-                    self._latest = version, model
-                else:
-                    self._spare = model
+            if (model := self._held.pop(version, None)) is None:
+                return
+            if self._latest is None:
+                self._latest = version, model
+            else:
+                self._spare.append(model)
 
     # -- inside
+
+    def _taken(self, version: int) -> "Afmoe | None":
+        """For a pass, where it is there."""
+        with self._guard:
+            if self._next is not None and self._next[0] == version:
+                self._use(*self._next)
+                self._next = None
+            return self._found(version)
 
     def _found(self, version: int) -> "Afmoe | None":
         pairs = [pair for pair in (self._latest, self._next) if pair is not None]
@@ -84,17 +89,24 @@ class Models:
 
     def _use(self, version: int, model: "Afmoe") -> None:
         if self._latest is not None:
-            self._spare = self._latest[1]
+            self._spare.append(self._latest[1])
         self._latest = version, model
 
-    def _loaded(self, version: int) -> "Afmoe":
-        with self._guard:
-            model, self._spare = self._spare, None
-        model = model or self._make()
+    def _loaded(self, version: int, instead_of_latest: bool = False) -> "Afmoe":
+        model = self._free(instead_of_latest) or self._make()
         try:
             self._load(model, version)
         except TrinityError:
             with self._guard:
-                self._spare = model  # half of it may be new
+                self._spare.append(model)  # half of it may be new
             raise
         return model
+
+    def _free(self, instead_of_latest: bool) -> "Afmoe | None":
+        """One that nobody uses: a version that was ready and that no pass has asked for comes last."""
+        with self._guard:
+            if instead_of_latest and self._latest is not None:
+                self._spare, self._latest = [*self._spare, self._latest[1]], None
+            if not self._spare and self._next is not None:
+                self._spare, self._next = [self._next[1]], None
+            return self._spare.pop() if self._spare else None

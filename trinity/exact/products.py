@@ -6,6 +6,7 @@ they are stored, rows of K; gradients are the library's products, since nobody n
 It is no slower than the library: what it costs is in docs/benchmarks.md, "Same bits in any company".
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:
     end = np.array([num])
 
     def run(first: int, last: int) -> None:
-        for w, part, begin, stop in zip(arrays, parts, panels, panels[1:], strict=False):
+        for w, part, (begin, stop) in zip(arrays, parts, itertools.pairwise(panels), strict=True):
             if first < stop and last > begin:
                 lo, hi = max(first, begin) - begin, min(last, stop) - begin
                 _units(x, w[None], end, part, lo, hi)  # type: ignore[call-arg]

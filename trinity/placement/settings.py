@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from trinity.priority import IDLE
 from trinity.tree import Frozen
 
 
@@ -39,7 +40,7 @@ class PlacementConfig(Frozen):
     niceness: int | None = Field(
         default=None,
         ge=0,
-        le=20,
+        le=IDLE,
         description="how far workers, and their calls on shards, give way to whoever else wants a core: 0 not at all, 20 they "
         "take idle cores only; default: 20 with `train --serve`, else 10",
     )

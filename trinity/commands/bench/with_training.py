@@ -220,7 +220,7 @@ def _served(given: argparse.Namespace, config: Config) -> Rounds:
         finally:
             Path(config.train.out_dir, STOP).touch()
 
-    with joined(config.cluster, config.train.num_workers):
+    with joined(config.cluster, config.train):
         try:
             train(config, rounds)
         finally:

@@ -82,7 +82,7 @@ def disturbed(config: Config, arguments: argparse.Namespace) -> tuple[dict[str, 
 
     struck: list[Struck] = []
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    with joined(config.cluster, config.train.num_workers, config.train.fewest_workers):
+    with joined(config.cluster, config.train):
         try:
             result = train(config, beside=functools.partial(chaos, config, arguments, struck), loop=exposed_loop)
         finally:
