@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import AuthenticationError
 
-from actors import follow
+from actors.sync import placement_watcher
 from trinity.config import ClusterConfig, TrainConfig, setup_environment
 from trinity.errors import ConfigError, Unauthenticated, Unavailable
 
@@ -24,7 +24,7 @@ def joined(cluster: ClusterConfig, train: TrainConfig | None = None) -> Iterator
     try:
         yield
     finally:
-        follow.stop_all()
+        placement_watcher.stop_all()
         ray.shutdown()
 
 

@@ -14,21 +14,22 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import kept
-from actors.direct import DirectTransport
-from actors.follow import Follower
+from actors.control.service import PlacementActor, PoolSpec
+from actors.dataplane.client import DirectTransport
+from actors.dataplane.connection import Address
+from actors.dataplane.ray_transport import RayTransport
 from actors.names import PLACEMENT, Handles, ask, find, name_of
-from actors.placement import PlacementActor, PoolSpec
 from actors.shard import DataPlane, start_shard
-from actors.transport import RayTransport
-from actors.wire import Address
+from actors.sync import shm_state
+from actors.sync.placement_watcher import PlacementWatcher
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
-from trinity.dispatch import Transport
+from trinity.dispatch.transport import Transport
 from trinity.errors import ConfigError, DeadlineExceeded, Unavailable, VersionGone
-from trinity.messages import Load
 from trinity.placement.table import PlacementTable
-from trinity.pool import Boundary, Decision, ExpertPool, shard_names, shard_specs
-from trinity.store import Version
+from trinity.pool.local import shard_names, shard_specs
+from trinity.pool.pool import Decision, ExpertPool, StepTicket
+from trinity.rpc.messages import Load
+from trinity.state.versioned_store import Version
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class RayPool(ExpertPool):
         self.shards = Handles(self.name, namespace)
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
         self._service: Any = None
-        view = Follower(self.name, namespace, table, self.shards)
+        view = PlacementWatcher(self.name, namespace, table, self.shards)
         timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
         super().__init__(view, RayTransport(self.shards, *timeouts), *timeouts, settings.attempt_timeout_s)
 
@@ -63,8 +64,8 @@ class RayPool(ExpertPool):
     def set_source(self, message: Load) -> None:
         self._ask("set_source", message)
 
-    def at_boundary(self, version: int, num_updates: int) -> Boundary:
-        return self._ask("at_boundary", version, num_updates, timeout_s=self.checkpoint_timeout_s)
+    def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
+        return self._ask("begin_attempt", version, num_updates, timeout_s=self.checkpoint_timeout_s)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
         self._ask("begin", version, {**notes, "backbone": self.backbone_at})
@@ -88,7 +89,7 @@ class RayPool(ExpertPool):
         places = decision.notes["backbone"] if decision is not None else []
         for node, folder in places:
             try:
-                return kept.fetched(node, folder, version, suffix, self.timeout_s)
+                return shm_state.fetched(node, folder, version, suffix, self.timeout_s)
             except (VersionGone, Unavailable, DeadlineExceeded) as error:
                 log.warning("the backbone of version %d is not on node %s: %s", version, node[:8], error)
         raise VersionGone(f"the backbone of version {version} is on none of {len(places)} nodes")
@@ -197,7 +198,7 @@ def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
     for entry in _actors(namespace):
         if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
-    kept.remove(pool, namespace, memory_dir)
+    shm_state.remove(pool, namespace, memory_dir)
     try:
         remove_placement_group(get_placement_group(prefix))
     except ValueError:

@@ -13,29 +13,29 @@ from typing import Any
 import ray
 import torch
 
-from actors import kept
-from actors.direct import DirectTransport
-from actors.frames import Limits
-from actors.listener import Combiner, DirectServer
+from actors.dataplane.client import DirectTransport
+from actors.dataplane.connection import Address
+from actors.dataplane.frames import FrameLimits
+from actors.dataplane.ray_transport import RayTransport, pack, unpack
+from actors.dataplane.server import Combiner, DirectServer
 from actors.names import PLACEMENT, Handles, ask, find, name_of
-from actors.transport import RayTransport, pack, unpack
-from actors.wire import Address
+from actors.sync import shm_state
 from trinity.checkpoint import open_checkpoint
 from trinity.config import PlacementConfig
 from trinity.errors import TrinityError
-from trinity.experts.copying import take_up
+from trinity.experts.migration import migrate_in
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
-from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.messages import Copy, Load, Prepare, StepReport
-from trinity.pool import Decision
-from trinity.priority import Patient
-from trinity.store import Store
+from trinity.pool.pool import Decision
+from trinity.rpc.messages import Copy, Load, Prepare, StepReport
+from trinity.state.versioned_store import Store
+from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
+from trinity.utils.niceness import LowPriorityExecutor
 
 log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
 STEP = frozenset({"prepare", "stage", "commit", "abort"})
 LONG = STEP | {"load", "save", "copy"}
-VERBS = ROWS | LONG | {"status", "retain"}
+VERBS = ROWS | LONG | {"status", "prune_to"}
 SERVICE_TIMEOUT_S = 60.0
 
 
@@ -56,7 +56,7 @@ class ShardServer:
         torch.set_num_threads(plane.num_threads)
         begin = partial(torch.set_num_threads, plane.num_threads)
         # two: rows of the next step may take up all threads of one while they wait for a commit in the other
-        self.patient, rows = (Patient(settings.niceness, begin) for _ in range(2))
+        self.patient, rows = (LowPriorityExecutor(settings.niceness, begin) for _ in range(2))
         if spec.optim is not None:
             keep_freed_memory()
         self.pool, self.namespace, self.secret = settings.pool, namespace, plane.secret
@@ -66,7 +66,7 @@ class ShardServer:
         self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
         self.combiner = Combiner(self.shard, rows)
         if again:
-            self._take_up()
+            self._recover()
         self.server = self._listen(spec, plane)
 
     def _service(self, method: str, *arguments: Any) -> Any:
@@ -74,18 +74,18 @@ class ShardServer:
         return ask(getattr(service, method).remote(*arguments), SERVICE_TIMEOUT_S, "the placement service")
 
     def _listen(self, spec: ShardSpec, plane: DataPlane) -> DirectServer:
-        limits = Limits(spec.model.hidden_size, spec.model.num_experts, DTYPES[spec.model.dtype])
+        limits = FrameLimits(spec.model.hidden_size, spec.model.num_experts, DTYPES[spec.model.dtype])
         host = ray.util.get_node_ip_address() if plane.host == "node" else plane.host
         return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device)
 
-    def _take_up(self) -> None:
+    def _recover(self) -> None:
         """After a restart: the state that was decided on last, from the memory that outlived the process, or else from the
         pool's source, where that is of the same version.
 
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
         decision, source = self._service("decided"), self._service("source")
         if decision is not None:
-            self.shard.settle(decision.version, decision.notes.get("attempt"))
+            self.shard.recover_to(decision.version, decision.notes.get("attempt"))
         if self.shard.version < 0 and source is not None:
             try:
                 if _is_of(source, decision):
@@ -128,7 +128,7 @@ class ShardServer:
 
     def _copy(self, call: Copy) -> int:
         with self._peers() as peers:
-            return take_up(self.shard, call, peers, self._service("source") if "" in call.sources else None)
+            return migrate_in(self.shard, call, peers, self._service("source") if "" in call.sources else None)
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         handle = find(self.pool, shard, self.namespace)
@@ -153,7 +153,7 @@ def _is_of(source: Load, decision: Decision | None) -> bool:
 def _store(spec: ShardSpec, settings: PlacementConfig, namespace: str, again: bool) -> Store:
     """In memory that outlives this process, for what only training can make again; what a shard of that name left behind
     counts only for its successor."""
-    folder = kept.folder(settings, namespace, spec.name) if spec.optim is not None else None
+    folder = shm_state.folder(settings, namespace, spec.name) if spec.optim is not None else None
     if folder is not None and not again:
         shutil.rmtree(folder, ignore_errors=True)
     return Store(folder, spec.device)

@@ -1,7 +1,7 @@
 """The training job: Ray Train workers hold the backbone and call the pool's shards; the experts live outside the job.
 
 When a worker dies, Ray Train starts the worker group again; it goes on from the last step that was decided, which shards and
-host still have, or else from the last checkpoint. Logic lives in trinity/trainer.py.
+host still have, or else from the last checkpoint. Logic lives in trinity/train/trainer.py.
 """
 
 import time
@@ -17,18 +17,18 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from actors import kept
 from actors import pool as pools
+from actors.sync import shm_state
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
-from trinity.comm import Alone, Comm, Distributed
 from trinity.config import Config, num_cpus
-from trinity.data import prepare
+from trinity.data.prepare import prepare
 from trinity.errors import TrinityError
-from trinity.memory import ONE_HEAP, keep_freed_memory
-from trinity.metrics import StepMetrics, TrainLog
-from trinity.priority import give_way
-from trinity.store import Store
-from trinity.trainer import Trainer
+from trinity.observability.train_log import StepMetrics, TrainLog
+from trinity.state.versioned_store import Store
+from trinity.train.collectives import Alone, Comm, Distributed
+from trinity.train.trainer import Trainer
+from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
+from trinity.utils.niceness import give_way
 
 MAX_PLACE_BYTES = 512
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
@@ -40,7 +40,7 @@ def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Stor
     """The backbone's, of the first worker on each node, in memory that outlives the process; the pool is told of all."""
     node = ray.get_runtime_context().get_node_id()
     is_first = node not in _said(comm, node)[: comm.rank]  # Ray's local rank would count by address
-    folder = kept.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
+    folder = shm_state.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
     texts = _said(comm, f"{node} {folder}" if folder is not None else "")
     pool.backbone_at = [(text.split(" ", 1)[0], text.split(" ", 1)[1]) for text in texts if text]
     return Store(folder, device) if folder is not None else None
@@ -50,7 +50,7 @@ def _said(comm: Comm, text: str) -> list[str]:
     """What each worker says, of up to MAX_PLACE_BYTES."""
     said = torch.zeros(comm.world, MAX_PLACE_BYTES)
     said[comm.rank, : len(text.encode())] = torch.tensor(list(text.encode()), dtype=said.dtype)
-    return [bytes(map(int, row)).rstrip(b"\0").decode() for row in comm.sum(said).tolist()]
+    return [bytes(map(int, row)).rstrip(b"\0").decode() for row in comm.all_reduce(said).tolist()]
 
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trinity.comm import Alone
 from trinity.config import Config, setup_environment
-from trinity.data import prepare
+from trinity.data.prepare import prepare
 from trinity.engine.request import SamplingParams
-from trinity.messages import Load
-from trinity.policy import PolicyTrainer, group_advantages
-from trinity.pool import ExpertPool, local_pool
-from trinity.report import reward_curves_png
-from trinity.rollout import Rollout
+from trinity.pool.local import local_pool
+from trinity.pool.pool import ExpertPool
+from trinity.rl.policy_trainer import PolicyTrainer, group_advantages
+from trinity.rl.rollout import Rollout
+from trinity.rpc.messages import Load
+from trinity.train.collectives import Alone
+from trinity.train.plots import reward_curves_png
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 NUM_PROMPTS, GROUP = 16, 8

@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from serving.engine import EngineReplica, connect_client, load_factory
 from serving.frontend import Frontend
 from serving.gateway import Gateway
-from serving.placement import Operator
+from serving.pool_operator import Operator
 from trinity.config import Config, PlacementConfig, ServeConfig
 from trinity.errors import ConfigError, Unavailable
 
@@ -60,7 +60,7 @@ class GatewayReplica:
 
 def find_operator(placement_json: str, namespace: str) -> Operator:
     """Who operates the pool that the engines use. Raises Unavailable while there is none."""
-    from actors.operate import operator
+    from actors.control.admin import operator
 
     return operator(PlacementConfig.model_validate_json(placement_json), namespace)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from serving import app
-from trinity.commands.serve import check_source, provide_weights, resolve
+from serving.launch import check_source, provide_weights, resolve
 
 
 class DeployArgs(BaseModel):

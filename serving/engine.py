@@ -22,7 +22,7 @@ from serving.streams import batched
 from trinity.config import Config
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
-from trinity.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -49,7 +49,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from trinity.checkpoint import open_checkpoint
     from trinity.engine.engine import Engine
     from trinity.engine.weights import FixedWeights
-    from trinity.model.afmoe import Afmoe
+    from trinity.models.afmoe.model import Afmoe
 
     found = open_checkpoint(checkpoint)
     pool = connect(config.placement, config.cluster.namespace)
@@ -62,10 +62,11 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     """Over weights that the run commits while it is served."""
-    from actors.live import live_source
+    from actors.pool import connect
+    from actors.sync.live_weights import live_source
     from trinity.engine.engine import Engine
 
-    weights, model, tokenizer = live_source(config, run_dir)
+    weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
     return Engine(weights, model, config.engine, tokenizer, weights.counts)
 
 

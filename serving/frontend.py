@@ -15,11 +15,12 @@ from uuid import uuid4
 
 from serving.limits import Admission
 from serving.metrics import Exporter, TokenClock
-from serving.placement import Operator, Placement
+from serving.pool_operator import Operator, Placement
 from trinity.config import ServeConfig
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
-from trinity.tokenizer import Tokenizer, render_chat
+from trinity.text.chat_template import render_chat
+from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serving")
 Message = dict[str, str]

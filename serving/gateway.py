@@ -8,10 +8,11 @@ serve.drain_timeout_s), then the listeners close.
 import asyncio
 import logging
 
+from serving.addresses import bracketed
 from serving.frontend import Frontend
-from serving.grpc import GrpcServer, bracketed
-from serving.http import build_app
-from serving.listener import HttpServer
+from serving.grpc.server import GrpcServer
+from serving.http.routes import build_app
+from serving.http.server import HttpServer
 from trinity.errors import Unavailable
 
 log = logging.getLogger("trinity.serving")

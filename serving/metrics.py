@@ -1,4 +1,4 @@
-"""What the edges count, exported at /metrics. The declarations are trinity/metrics.py; only observing happens here.
+"""What the edges count, exported at /metrics. The declarations are trinity/observability/; only observing happens here.
 
 A registry of its own for each Frontend: nothing global, so that tests and several servers in a process do not mix.
 Probes reach one engine at a time, so the sums over engines are over those that answered within STALE_S. A server without a
@@ -15,7 +15,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from trinity.engine.request import Delta
-from trinity.metrics import (
+from trinity.observability.prometheus import (
     DISPATCH_METRICS,
     DISPATCH_PHASES,
     DISPATCH_S,
@@ -170,7 +170,7 @@ class Changes:
 
 
 class TokenClock:
-    """Times and counts the Deltas of one sequence, from now on."""
+    """PhaseTimer and counts the Deltas of one sequence, from now on."""
 
     def __init__(self, exporter: Exporter):
         self._exporter = exporter

@@ -33,7 +33,7 @@ def ray_session(tmp_path_factory):
         logging_level="ERROR",
     )
     yield ray
-    from actors.follow import stop_all
+    from actors.sync.placement_watcher import stop_all
 
     stop_all()
     ray.shutdown()

@@ -10,10 +10,10 @@ __all__ = ["LLM", "Config", "Rollout", "__version__"]
 
 if TYPE_CHECKING:
     from trinity.config import Config
-    from trinity.engine.llm import LLM
-    from trinity.rollout import Rollout
+    from trinity.llm import LLM
+    from trinity.rl.rollout import Rollout
 
-_HOMES = {"LLM": "trinity.engine.llm", "Config": "trinity.config", "Rollout": "trinity.rollout"}
+_HOMES = {"LLM": "trinity.llm", "Config": "trinity.config", "Rollout": "trinity.rl.rollout"}
 
 
 def __getattr__(name: str) -> Any:

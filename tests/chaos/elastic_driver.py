@@ -22,11 +22,11 @@ from actors import pool as pools
 from actors.train import STOP, fit
 from tests.ray.runs import config_for, losses_of
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
-from trinity.comm import Alone
-from trinity.data import prepare
-from trinity.messages import Load
-from trinity.pool import local_pool
-from trinity.trainer import Trainer
+from trinity.data.prepare import prepare
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 
 torch.set_num_threads(1)
 NODE = dict(include_dashboard=False, object_store_memory=200 << 20, resources={"train_slot": 1})

@@ -20,7 +20,7 @@ import ray
 from test_moves import MODEL, SOURCE, Caller, by_table, held, settled, until
 
 from actors import pool as pools
-from actors.operate import operator
+from actors.control.admin import operator
 from trinity.config import PlacementConfig
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ray"))
 from test_moves import MODEL, SOURCE, Caller, until
 
 from actors import pool as pools
-from actors.operate import operator
+from actors.control.admin import operator
 from trinity.config import PlacementConfig
 
 torch.set_num_threads(1)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trinity.commands.bench.models import checkpoint
+from trinity.bench.models import checkpoint
 from trinity.config import EngineConfig, PlacementConfig, preset
-from trinity.engine.llm import LLM
 from trinity.engine.request import SamplingParams
-from trinity.messages import Load
+from trinity.llm import LLM
+from trinity.rpc.messages import Load
 
 MODEL = preset("tiny")
 ENGINE = EngineConfig(max_num_seqs=200, max_num_batched_tokens=1024, max_model_len=256)
@@ -35,7 +35,7 @@ class Pool:
 
     def __init__(self, ray, settings, path, state_dir):
         from actors import pool as pools
-        from actors.operate import operator
+        from actors.control.admin import operator
 
         self.ray, self.settings = ray, settings
         self.pool = pools.create(settings, "trinity", MODEL, None, str(state_dir))

@@ -20,9 +20,9 @@ from ray.cluster_utils import Cluster
 from actors import pool as pools
 from tests.ray.runs import config_for, train_here, weights_of
 from trinity.checkpoint import open_checkpoint
-from trinity.comm import Alone
-from trinity.data import prepare
-from trinity.trainer import Trainer
+from trinity.data.prepare import prepare
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 
 NUM_STEPS, AWAY_S = 40, 5.0
 torch.set_num_threads(1)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from trinity.bench.expert_timing import CudaClock, bandwidth
 from trinity.cli import main
-from trinity.commands.bench.expert_timing import CudaClock, bandwidth
 
 pytestmark = [
     pytest.mark.gpu,

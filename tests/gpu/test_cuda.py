@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from trinity.errors import ConfigError
-from trinity.experts.backend import Assignments, LayerWeights
-from trinity.experts.backends import resolve
+from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.reference import ReferenceBackend
+from trinity.experts.registry import resolve
 from trinity.experts.torch_backend import TorchBackend
 
 pytestmark = [

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors import mailbox
-from actors.direct import DirectTransport
-from actors.frames import Limits
-from actors.listener import Combiner, DirectServer
-from actors.mailbox import BOX_BYTES, NUM_BOXES, SIZE
-from actors.wire import Address
+from actors.dataplane import shm
+from actors.dataplane.client import DirectTransport
+from actors.dataplane.connection import Address
+from actors.dataplane.frames import FrameLimits
+from actors.dataplane.server import Combiner, DirectServer
+from actors.dataplane.shm import BOX_BYTES, NUM_BOXES, SIZE
 from trinity.errors import Unavailable
-from trinity.messages import Backward, Forward, Rows
+from trinity.rpc.messages import Backward, Forward, Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,7 +118,7 @@ def test_without_cuda_memory_gpus_share_the_host_s(children, monkeypatch):
     def refuse(name, *arguments):
         raise OSError(f"{name} is not supported here")
 
-    monkeypatch.setattr(mailbox, "driver", refuse)
+    monkeypatch.setattr(shm, "driver", refuse)
     transport, x_RD = children["cuda"].connect(), torch.randn(8192, DIM, device="cuda").bfloat16()
     assert torch.equal(transport.send("s", "infer", forward(x_RD)).result(), 2 * x_RD)
     assert [large for _, large in ways(transport)] == ["shared memory"]
@@ -173,7 +173,7 @@ def test_memory_comes_back_when_connections_are_dropped_and_when_the_shard_is_ki
 
 if __name__ == "__main__":
     server = DirectServer(
-        Combiner(Sums(sys.argv[1])), Limits(DIM, 8, torch.bfloat16), SECRET, "127.0.0.1", device=sys.argv[1]
+        Combiner(Sums(sys.argv[1])), FrameLimits(DIM, 8, torch.bfloat16), SECRET, "127.0.0.1", device=sys.argv[1]
     )
     print(json.dumps(asdict(server.address)), flush=True)
     sys.stdin.read()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity.dispatch import Done
+from trinity.dispatch.transport import Done
 
 
 class DenseExperts:

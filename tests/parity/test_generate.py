@@ -16,7 +16,7 @@ from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
 from trinity.engine.weights import FixedWeights
 from trinity.errors import StepConflict
-from trinity.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 NUM_NEW = 16
 WINDOW = 8
@@ -124,7 +124,7 @@ def test_sixteen_at_random_times(seed, budget, block_size):
 @pytest.mark.parametrize(("parts", "least"), [(2, 1), (3, 4), (16, 1)])
 def test_parts_side_by_side_change_nothing(parts, least):
     requests, rng = prompts(0, 16), random.Random(parts)
-    engine = engine_of(0, max_num_batched_tokens=64, num_in_flight=parts, min_part_tokens=least)
+    engine = engine_of(0, max_num_batched_tokens=64, num_overlapped_microbatches=parts, min_part_tokens=least)
     assert drive(engine, requests, [rng.randrange(60) for _ in requests]) == expected(0, 16)
 
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from trinity.config import Config, EngineConfig, ModelConfig, OptimConfig, TrainConfig, preset
-from trinity.data import Batch
+from trinity.data.dataset import Batch
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
 from trinity.engine.weights import FixedWeights
-from trinity.messages import Load
-from trinity.model.afmoe import Afmoe
-from trinity.model.attention import document_positions
-from trinity.model.router import Router
-from trinity.objective import Objective, packed_inputs, token_logprobs
-from trinity.pool import local_pool
-from trinity.tokenizer import Tokenizer
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.attention import document_positions
+from trinity.models.common.router import Router
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
+from trinity.text.tokenizer import Tokenizer
+from trinity.train.loss import Objective, packed_inputs, token_logprobs
 
 NUM_NEW = 12
 SIZES = {
@@ -106,7 +106,14 @@ def test_the_same_text_and_logprobs_at_batch_1_and_64_and_in_pieces(size, dtype)
     for i in (0, 7, 33, 63):
         assert answers(model, [requests[i]], max_num_seqs=1) == [together[i]]
     assert (
-        answers(model, requests[:12], max_num_batched_tokens=17, max_num_seqs=5, num_in_flight=2, min_part_tokens=2)
+        answers(
+            model,
+            requests[:12],
+            max_num_batched_tokens=17,
+            max_num_seqs=5,
+            num_overlapped_microbatches=2,
+            min_part_tokens=2,
+        )
         == (together[:12])
     )
 

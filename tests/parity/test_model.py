@@ -14,8 +14,8 @@ from transformers import AfmoeConfig, AfmoeForCausalLM
 
 from tests.parity.dense import DenseExperts
 from trinity.config import ModelConfig
-from trinity.model.afmoe import Afmoe
-from trinity.model.attention import PackedAttention, packed_positions
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.attention import PackedAttention, packed_positions
 
 SEEDS = range(24)
 # Of logits in fp32, by `batch_invariant`: with it sums are in an order of our own, and both round in their own way.
@@ -237,7 +237,7 @@ def test_state_dict_is_the_checkpoint_without_experts(tmp_path):
 
 def test_loss_equals_transformers():
     """Shifted cross entropy through the fused head loss equals the mean that transformers reports, gradients too."""
-    from trinity.model.losses import loss_from_hidden
+    from trinity.models.common.losses import loss_from_hidden
 
     config = random_config(3)
     hf, ours, _ = twin(config, 3)

@@ -4,12 +4,12 @@ import json
 import uuid
 
 from trinity.checkpoint import open_checkpoint
-from trinity.comm import Alone
 from trinity.config import Config
-from trinity.data import prepare
-from trinity.messages import Load
-from trinity.pool import local_pool
-from trinity.trainer import Trainer
+from trinity.data.prepare import prepare
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from trinity.bench import models
+from trinity.bench.models import Split
 from trinity.cli import main
-from trinity.commands.bench import models
-from trinity.commands.bench.models import Split
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.faults import FaultyTransport
+from actors.chaos.faulty_transport import FaultyTransport
 from tests.ray.runs import config_for, decisions, train_here, weights_of
-from trinity import dispatch
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
-from trinity.comm import Alone
-from trinity.data import prepare
-from trinity.trainer import Trainer
+from trinity.data.prepare import prepare
+from trinity.dispatch import exchange, transport
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 
 NUM_STEPS = 16
 
@@ -112,7 +112,8 @@ def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp
 
 def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path, monkeypatch):
     """F2 over actors: 30 % of requests and of replies are lost."""
-    monkeypatch.setattr(dispatch, "LAST_PAUSE_S", 0.1)
+    for module in (exchange, transport):
+        monkeypatch.setattr(module, "LAST_PAUSE_S", 0.1)
     trainer = trainer_of(config.replace(train={"steps": 4, "global_batch_size": 1}), pool)
     faulty = [
         FaultyTransport(t, random.Random(n), lose_request=0.3, lose_reply=0.3)
@@ -229,8 +230,8 @@ def test_two_workers_sum_in_one_order(ray_session, config, tmp_path):
 
 def test_replicas_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, pool, tmp_path):
     """F10 for replicas: 1 -> 3 -> 1. All replicas of an expert have the same bits after every step."""
-    from actors.operate import operator
-    from trinity.messages import Fetch
+    from actors.control.admin import operator
+    from trinity.rpc.messages import Fetch
 
     config = config.replace(train={"steps": 8})
     trainer, asked = trainer_of(config, pool), operator(config.placement, "trinity")
@@ -294,7 +295,7 @@ def test_without_replicas_a_lost_memory_sends_the_job_back_to_its_checkpoint(ray
     losses = [trainer.step().loss for _ in range(2)]
     trainer.save()
     trainer.step()
-    from trinity.messages import Load
+    from trinity.rpc.messages import Load
 
     pool.transport.send("shard-0", "load", Load(training=False)).result()  # other weights: none of this run's
     with pytest.raises(StateLost, match="going back to the last checkpoint"):

@@ -11,8 +11,8 @@ import torch
 
 from trinity.config import PlacementConfig, preset
 from trinity.errors import ConfigError
-from trinity.messages import Load
-from trinity.pool import local_pool
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
 
 MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
 SOURCE = Load(seed=3, training=False)
@@ -44,7 +44,7 @@ def pool(ray_session, settings, tmp_path):
 
 @pytest.fixture
 def operator(pool, settings):
-    from actors.operate import operator
+    from actors.control.admin import operator
 
     made = operator(settings, "trinity")
     until(lambda: {shard.state for shard in made.snapshot().shards} == {"ready"})
@@ -162,7 +162,7 @@ def test_a_replica_takes_over_at_once(pool, operator, load, ray_session):
     until(lambda: operator.snapshot().num_recoveries == 1)
     until(lambda: held(pool) == by_table(operator.snapshot().table))
     assert not load.errors
-    until(lambda: not pool.view.away)
+    until(lambda: not pool.view.unreachable)
     print(f"longest call {load.longest_s:.3f} s")
     shrunk = settled(operator, operator.replicate(layer, 0, 1))
     assert len(shrunk.table.holders((layer, 0))) == 1
@@ -192,7 +192,7 @@ def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, l
         until(lambda: {s.name: s.state for s in operator.snapshot().shards}["shard-0"] == "away")
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: not pool.view.away)
+    until(lambda: not pool.view.unreachable)
     until(lambda: operator.snapshot().num_recoveries == 1)
     assert held(pool) == by_table(operator.snapshot().table)
     assert load.longest_s < 2 * pool.attempt_s + 2
@@ -200,7 +200,7 @@ def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, l
 
 def test_a_shard_that_does_not_come_back_is_replaced(ray_session, settings, tmp_path):
     from actors import pool as pools
-    from actors.operate import operator
+    from actors.control.admin import operator
 
     settings = PlacementConfig(**settings.model_dump() | {"num_shards": 3, "redundancy": 1, "lost_after_s": 1.5})
     pool = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
@@ -264,7 +264,7 @@ def test_moves_follow_the_load(pool, operator, settings, ray_session):
 def test_shards_follow_the_load(ray_session, settings, tmp_path):
     """Load up: shards and replicas come. Load down: they go."""
     from actors import pool as pools
-    from actors.operate import operator
+    from actors.control.admin import operator
 
     scale = dict(
         enabled=True, min_shards=1, max_shards=3, rows_per_s=200, every_s=0.5, cooldown_s=1, settle_s=2, max_spare=2

@@ -10,8 +10,8 @@ import torch
 
 from trinity.config import Config, OptimConfig, PlacementConfig, preset
 from trinity.errors import ConfigError, DeadlineExceeded, StepConflict, Unavailable
-from trinity.messages import Load
-from trinity.pool import local_pool
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
 
 MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
 LAYER = MODEL.moe_layers[0]
@@ -92,7 +92,7 @@ def test_nobody_waits_past_the_deadline_for_a_stopped_shard(pool, ray_session):
 
 def test_a_pool_is_used_as_it_is_or_refused(pool, ray_session, tmp_path):
     from actors import pool as pools
-    from trinity.commands.serve import provide_pool
+    from serving.launch import provide_pool
 
     settings = PlacementConfig(pool=pool.name, num_shards=2)
     again = pools.provide(settings, "trinity", MODEL, OptimConfig(), str(tmp_path / "other"))

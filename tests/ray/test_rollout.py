@@ -4,14 +4,14 @@ import uuid
 
 import torch
 
-from trinity.comm import Alone
 from trinity.config import Config
-from trinity.data import prepare
+from trinity.data.prepare import prepare
 from trinity.engine.request import SamplingParams
-from trinity.messages import Load
-from trinity.policy import PolicyTrainer
-from trinity.pool import local_pool
-from trinity.rollout import Rollout
+from trinity.pool.local import local_pool
+from trinity.rl.policy_trainer import PolicyTrainer
+from trinity.rl.rollout import Rollout
+from trinity.rpc.messages import Load
+from trinity.train.collectives import Alone
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=6)
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, seed=5)

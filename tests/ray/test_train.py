@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
-from trinity.comm import Alone
 from trinity.config import Config
-from trinity.data import prepare
-from trinity.messages import Load
-from trinity.pool import local_pool
-from trinity.trainer import Trainer
+from trinity.data.prepare import prepare
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
 
@@ -118,7 +118,7 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
 def test_shards_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, tmp_path):
     """F10 for shards: 2 -> 4 -> 1, each change between two steps, weights and optimizer state with their experts."""
     from actors import pool as pools
-    from actors.operate import operator
+    from actors.control.admin import operator
 
     config = config.replace(train={"num_workers": 1})
     state_dir = config.train.out_dir + "-placement"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import Overloaded, Unavailable
-from trinity.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog; 0123456789 def function(argument): return None\n" * 40
 

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.access import key_matches
-from serving.http import ROUTES
+from serving.http.routes import ROUTES
 from trinity.config import ServeConfig
 
 KEY = "correct-horse-battery"

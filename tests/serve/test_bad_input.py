@@ -228,9 +228,9 @@ async def test_malformed_http(server, http):
 
 
 async def test_slow_clients_are_cut(start, monkeypatch):
-    monkeypatch.setattr("serving.listener.HEAD_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("serving.listener.KEEP_ALIVE_S", 0.2)
-    monkeypatch.setattr("serving.edge.BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("serving.http.server.HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("serving.http.server.KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr("serving.http.edge.BODY_TIMEOUT_S", 0.2)
     async with start() as server:
         assert await raw(server, b"POST /v1/comp") == b""
         head = (

@@ -6,8 +6,8 @@ import json
 import pytest
 from fake import FakeEngine, fake_tokenizer
 
+from trinity.bench.clients import CLIENTS, Ask
 from trinity.cli import main
-from trinity.commands.bench.clients import CLIENTS, Ask
 from trinity.errors import Unavailable
 
 STATISTICS = [

@@ -16,7 +16,7 @@ import pytest
 from browser import Browser, find_chromium
 from operated import FakeOperator, moved, snapshot_of
 
-from serving import dashboard
+from serving.page import dashboard
 
 ADMIN = "operators-key"
 HOSTILE = "<img src=x onerror=alert(1)>"

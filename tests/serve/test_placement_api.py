@@ -15,12 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.trinity.v1 import placement_pb2 as pb
 from protos.trinity.v1 import placement_pb2_grpc as rpc
 from serving.access import check_access
+from serving.grpc.operator_client import connect, to_snapshot
 from serving.metrics import Exporter
-from serving.operator import connect, to_snapshot
-from serving.placement import Placement
+from serving.pool_operator import Placement
 from trinity.config import Config, ServeConfig
 from trinity.errors import ConfigError, Unauthenticated
-from trinity.metrics import DISPATCH_S
+from trinity.observability.prometheus import DISPATCH_S
 
 API, ADMIN = "clients-key", "operators-key"
 CALLS = {
@@ -39,7 +39,7 @@ def bearer(key):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("serving.placement.PERIOD_S", 0.1)
+    monkeypatch.setattr("serving.pool_operator.PERIOD_S", 0.1)
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.config import Config, preset
-from trinity.experts.held import named_matrices
-from trinity.init import named_generator
-from trinity.messages import WEIGHT, Load
-from trinity.model.afmoe import Afmoe
-from trinity.pool import local_pool
-from trinity.tokenizer import Tokenizer
+from trinity.experts.stacked import named_matrices
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.rules.init import named_generator
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import WEIGHT, Load
+from trinity.text.tokenizer import Tokenizer
 
 MODEL = preset("tiny").model_copy(
     update=dict(
@@ -67,7 +67,7 @@ def wanted(checkpoint):
 @pytest.fixture(scope="module")
 def served(ray_session, tmp_path_factory):
     from serving import app
-    from trinity.commands.serve import provide_pool
+    from serving.launch import provide_pool
 
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("served") / "model")
     config = Config.from_tree(

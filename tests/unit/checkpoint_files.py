@@ -7,10 +7,10 @@ import torch
 
 from trinity.checkpoint import CheckpointWriter, all_experts, open_checkpoint, step_path, write_tensors
 from trinity.config import OptimConfig, preset
-from trinity.messages import Load
-from trinity.model.afmoe import Afmoe
-from trinity.model.init import init_weights
-from trinity.pool import local_pool
+from trinity.models.afmoe.init import init_weights
+from trinity.models.afmoe.model import Afmoe
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
 
 MODEL = preset("tiny").model_copy(
     update=dict(vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4,

@@ -17,10 +17,10 @@ from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.sampler import sample
-from trinity.engine.text import TextStream
 from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import StepConflict, VersionGone
-from trinity.model.afmoe import Output
+from trinity.models.afmoe.model import Output
+from trinity.text.detokenizer import TextStream
 
 VOCAB = 40
 

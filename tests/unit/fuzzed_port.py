@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from actors.direct import Connection
-from actors.frames import HEADER, Header, Limits, request
-from actors.listener import Combiner, DirectServer
+from actors.dataplane.client import Connection
+from actors.dataplane.frames import HEADER, FrameLimits, Header, request
+from actors.dataplane.server import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import LocalTransport
+from trinity.dispatch.transport import LocalTransport
 from trinity.errors import DeadlineExceeded
-from trinity.messages import Backward, Fetch, Forward, Load, Rows
-from trinity.pool import local_pool
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Backward, Fetch, Forward, Load, Rows
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
 )
 LAYER = MODEL.moe_layers[0]
-LIMITS = Limits(16, 8, torch.float32)
+LIMITS = FrameLimits(16, 8, torch.float32)
 SECRET = b"f" * 32
 AT_ONCE_S = 1.0
 COUNTS = ("num_rows", "dim", "num_slots")

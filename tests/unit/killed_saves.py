@@ -18,7 +18,7 @@ import torch
 
 from tests.unit.checkpoint_files import contents, model_and_pool, save
 from trinity.checkpoint import list_checkpoints, open_checkpoint, prune, step_of, step_path
-from trinity.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR

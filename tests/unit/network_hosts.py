@@ -20,15 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.direct import DirectTransport
-from actors.frames import Limits
-from actors.listener import Combiner, DirectServer
-from actors.wire import Address, machine_id
+from actors.dataplane.client import DirectTransport
+from actors.dataplane.connection import Address, machine_id
+from actors.dataplane.frames import FrameLimits
+from actors.dataplane.server import Combiner, DirectServer
 from trinity.config import OptimConfig, PlacementConfig, preset
-from trinity.dispatch import Fixed, LocalTransport
+from trinity.dispatch.transport import LocalTransport
+from trinity.dispatch.view import StaticView
 from trinity.errors import TrinityError
-from trinity.messages import Abort, Load, Prepare
-from trinity.pool import ExpertPool, local_pool
+from trinity.pool.local import local_pool
+from trinity.pool.pool import ExpertPool
+from trinity.rpc.messages import Abort, Load, Prepare
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
@@ -59,7 +61,7 @@ class Shard:
 
     def __init__(self, host):
         self.shard = own_pool().transport.shards["shard-0"]
-        self.server = DirectServer(Combiner(self.shard), Limits(16, 8, torch.float32), SECRET, host)
+        self.server = DirectServer(Combiner(self.shard), FrameLimits(16, 8, torch.float32), SECRET, host)
         self.gate = threading.Event()
         self.gate.set()
         backward, self.num_seen = self.shard.backward, 0
@@ -76,7 +78,9 @@ class Shard:
 
     def loopback(self):
         """Where another server of this shard listens that was not told where to."""
-        other = DirectServer(Combiner(self.shard), Limits(16, 8, torch.float32), SECRET, PlacementConfig().data_host)
+        other = DirectServer(
+            Combiner(self.shard), FrameLimits(16, 8, torch.float32), SECRET, PlacementConfig().data_host
+        )
         return asdict(other.address)
 
     def hold(self):
@@ -106,7 +110,7 @@ class Caller:
     def __init__(self, **address):
         self.address, self.last = Address(**address), None
         self.direct = DirectTransport(LocalTransport({}), lambda shard, deadline_s: self.address, SECRET)
-        self.pool = ExpertPool(Fixed(own_pool().table), self, timeout_s=20)
+        self.pool = ExpertPool(StaticView(own_pool().table), self, timeout_s=20)
         self.made = None
 
     def send(self, shard, verb, message):

@@ -2,7 +2,7 @@
 
 import torch
 
-from trinity.store import Store, Version
+from trinity.state.versioned_store import Store, Version
 
 LIKE = {"a": torch.empty(1 << 14), "b": torch.empty(6, 500), "c": torch.empty(1 << 14)}
 
@@ -18,7 +18,7 @@ def write_for_ever(folder, ready):
         number = store.committed + 1
         if number % 3 == 0:  # a step that is given up
             made(store, number)
-            store.give_back()
+            store.discard_staged()
         store.retire([number - 2], lambda name: name != "c")
         store.put(made(store, number))
         store.commit(number)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from trinity.errors import ConfigError
-from trinity.placement.autoscaler import Limits, Scale, Window, decide
-from trinity.placement.planner import Aim, plan, rows_LS
+from trinity.placement.autoscaler import Scale, ScaleLimits, Window, decide
+from trinity.placement.planner import PlanGoal, plan, rows_LS
 from trinity.placement.topology import Shard, Topology
 
 LAYERS, EXPERTS, SECONDS, ONE = 3, 32, 10.0, 1000.0  # ONE: rows per second of one shard
-LIMITS = Limits(ONE, min_shards=2, max_shards=12, max_spare=16, cooldown_s=2 * SECONDS, settle_s=6 * SECONDS)
+LIMITS = ScaleLimits(ONE, min_shards=2, max_shards=12, max_spare=16, cooldown_s=2 * SECONDS, settle_s=6 * SECONDS)
 
 
 @dataclass
@@ -46,7 +46,7 @@ def simulate(rates, shares, limits=LIMITS, seed=0):
         window = Window(rng.poisson(rate * ONE * SECONDS / LAYERS * share_LE), SECONDS)
         shards = tuple(Shard(f"s{j}", f"h{j // 2}", slots=EXPERTS) for j in range(scale.num_shards))
         if table is None:
-            table = plan(np.ones((LAYERS, EXPERTS)), Topology(shards), None, Aim(num_spare=0))
+            table = plan(np.ones((LAYERS, EXPERTS)), Topology(shards), None, PlanGoal(num_spare=0))
         rows = rows_LS(window.rows_LE, table)
         after = decide(window, scale, limits, i * SECONDS)
         changed = after.changed_s == i * SECONDS

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from trinity.errors import ConfigError
 from trinity.experts import megablocks_cpu, torch_backend
-from trinity.experts.backend import Assignments, LayerWeights
-from trinity.experts.backends import resolve
+from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.reference import ReferenceBackend
+from trinity.experts.registry import resolve
 from trinity.experts.rows import SortedOrder, combine, gather, weighted_swiglu
 from trinity.experts.torch_backend import TorchBackend
 
@@ -178,7 +178,7 @@ def test_gradients_of_the_activation_are_exact():
 
 def test_crowded_experts_take_the_loop_on_cpu(monkeypatch):
     """Where there is no arithmetic in an order of our own (trinity/exact)."""
-    monkeypatch.setattr(torch_backend.exact, "is_for", lambda tensor: False)
+    monkeypatch.setattr(torch_backend.batch_invariant, "is_for", lambda tensor: False)
     calls = []
     for name in ("grouped", "looped"):
         real = getattr(torch_backend, name)

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from trinity.bench import dispatch, echo, process
 from trinity.cli import main
-from trinity.commands.bench import dispatch, echo, process
 from trinity.errors import Unavailable
 
 
@@ -65,7 +65,7 @@ def test_the_raw_echo_returns_the_same_bytes():
 
 def test_the_ray_path_speaks_as_shard_actors_do():
     """Without Ray: what the actor's `handle` is given and gives back, packed as the transport packs it."""
-    from actors.transport import pack, unpack
+    from actors.dataplane.ray_transport import pack, unpack
 
     class Near:
         def send(self, shard, verb, message):
@@ -99,7 +99,7 @@ def test_experts_in_a_child_are_those_of_a_shard_here():
 def test_children_end_when_the_bench_is_killed():
     """Nothing closes them then but the end of their stdin."""
     script = (
-        "from trinity.commands.bench import process\n"
+        "from trinity.bench import process\n"
         "child = process.Child(role='raw')\n"
         "child.hear()\n"
         "print(child.process.pid, flush=True)\n"

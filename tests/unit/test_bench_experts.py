@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from trinity.bench import expert_backends, expert_timing, experts
+from trinity.bench.expert_backends import Shape, Skipped, Verdict, balanced, check, checked, layer_of, uneven
+from trinity.bench.expert_timing import CudaClock, HostClock, Point, Rig, Survey, at_rows, survey
+from trinity.bench.report import Report
 from trinity.cli import main
-from trinity.commands.bench import expert_backends, expert_timing, experts
-from trinity.commands.bench.expert_backends import Shape, Skipped, Verdict, balanced, check, checked, layer_of, uneven
-from trinity.commands.bench.expert_timing import CudaClock, HostClock, Point, Rig, Survey, at_rows, survey
-from trinity.commands.bench.report import Report
 from trinity.errors import ConfigError
 from trinity.experts.reference import ReferenceBackend
 from trinity.experts.torch_backend import TorchBackend

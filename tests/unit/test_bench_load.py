@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trinity.commands.bench import load, serve
-from trinity.commands.bench.clients import Ask, http_client
-from trinity.commands.bench.load import RequestFailed, Timeline
-from trinity.commands.bench.report import Report
+from trinity.bench import load, serve
+from trinity.bench.clients import Ask, http_client
+from trinity.bench.load import RequestFailed, Timeline
+from trinity.bench.report import Report
 
 
 def gaps(burstiness, num=20_000, rate=50.0, seed=0):

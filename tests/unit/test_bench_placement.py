@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from trinity.bench import eplb, placement
+from trinity.bench.expert_loads import HOTTEST, drifting
 from trinity.cli import main
-from trinity.commands.bench import eplb, placement
-from trinity.commands.bench.expert_loads import HOTTEST, drifting
-from trinity.placement.planner import Aim
+from trinity.placement.planner import PlanGoal
 
 
 def bench(out, *flags):
@@ -119,5 +119,7 @@ def test_what_both_planners_report_is_measured_alike():
     single = placement.Planned(np.array([[[1, 0], [0, 1]]]), None, 0.0)
     assert placement._moved(single, double) == 0
     assert placement._moved(double, placement.Planned(np.array([[[0, 1], [1, 0]]]), None, 0.0)) == 1
-    steps = placement.follow(drifting(2, 2, 24, 0.9), placement.planners(placement.Cluster(8, 4, 8, 32), Aim(), 24))
+    steps = placement.follow(
+        drifting(2, 2, 24, 0.9), placement.planners(placement.Cluster(8, 4, 8, 32), PlanGoal(), 24)
+    )
     assert all(step.moved is None for step, _ in steps.values())

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from trinity.bench import decode, models, train
 from trinity.cli import main
-from trinity.commands.bench import decode, models, train
 from trinity.config import preset
 from trinity.errors import TrinityError
 from trinity.placement.table import PlacementTable

@@ -5,20 +5,10 @@ import math
 
 import pytest
 
-from trinity.chaos import (
-    Attempt,
-    Fault,
-    goodput,
-    longest_step_s,
-    num_lost,
-    num_replays,
-    plan,
-    recovery_s,
-    step_at,
-)
+from actors.chaos.plan import Attempt, Fault, goodput, longest_step_s, num_lost, num_replays, plan, recovery_s, step_at
+from trinity.bench.load import RequestFailed, Timeline
+from trinity.chaos.serve import Answers, longest_stall_s, num_wrong
 from trinity.cli import main
-from trinity.commands.bench.load import RequestFailed, Timeline
-from trinity.commands.chaos.serve import Answers, longest_stall_s, num_wrong
 
 ALL = tuple(Fault)
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tests.unit.checkpoint_files import MODEL, contents, flip, model_and_pool, pool_of, save, write
 from trinity.checkpoint import CheckpointWriter, list_checkpoints, open_checkpoint, prune, step_path, write_tensors
 from trinity.errors import CheckpointError
-from trinity.experts.held import experts_of, kinds_of, named_matrices
-from trinity.messages import WEIGHT, Load
-from trinity.model.afmoe import Afmoe
-from trinity.model.attention import PackedAttention, packed_positions
-from trinity.pool import local_pool
+from trinity.experts.stacked import experts_of, kinds_of, named_matrices
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.attention import PackedAttention, packed_positions
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import WEIGHT, Load
 
 
 def logits_of(model, ids):

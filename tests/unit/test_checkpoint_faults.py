@@ -14,7 +14,7 @@ import pytest
 from tests.unit.checkpoint_files import contents, flip, model_and_pool, same, save, write
 from trinity.checkpoint import list_checkpoints, open_checkpoint, step_path
 from trinity.errors import CheckpointError
-from trinity.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ from trinity.checkpoint import CheckpointWriter, open_checkpoint
 from trinity.checkpoint.layout import own_hash
 from trinity.cli import main
 from trinity.errors import CheckpointError
-from trinity.model.afmoe import Afmoe
-from trinity.tokenizer import Tokenizer
+from trinity.models.afmoe.model import Afmoe
+from trinity.text.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 

@@ -17,9 +17,10 @@ from trinity.checkpoint import (
     step_of,
     step_path,
 )
-from trinity.commands.train import check_out_dir, run, steps_done
+from trinity.commands.train import run
 from trinity.config import Config
 from trinity.errors import CheckpointError, ConfigError
+from trinity.launch import check_out_dir, steps_done
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import torch
 
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.cli import COMMANDS, main
-from trinity.commands.train import save_settings
 from trinity.config import Config, preset
-from trinity.messages import Load
-from trinity.model.afmoe import Afmoe
-from trinity.model.init import init_weights
-from trinity.pool import local_pool
-from trinity.tokenizer import Tokenizer
+from trinity.launch import save_settings
+from trinity.models.afmoe.init import init_weights
+from trinity.models.afmoe.model import Afmoe
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
+from trinity.text.tokenizer import Tokenizer
 
 MODEL = preset("tiny").model_copy(
     update=dict(

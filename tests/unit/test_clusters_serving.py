@@ -172,8 +172,8 @@ def offline(monkeypatch):
     """A checkpoint that is only a name, and a pool that only counts; -> what `provide_pool` was called with."""
     calls = []
     fake_checkpoint = SimpleNamespace(config=preset("tiny"), verify=lambda: None)
-    monkeypatch.setattr("trinity.checkpoint.open_checkpoint", lambda path: fake_checkpoint)
-    monkeypatch.setattr("trinity.commands.serve.provide_pool", lambda config, path: calls.append((config, path)))
+    monkeypatch.setattr("serving.launch.open_checkpoint", lambda path: fake_checkpoint)
+    monkeypatch.setattr("serving.launch.provide_pool", lambda config, path: calls.append((config, path)))
     monkeypatch.setenv("TRINITY_API_KEY", "k" * 20)
     return calls
 

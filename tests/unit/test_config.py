@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from trinity.config import Config, preset
+from trinity.config import Config, parse_flags, preset, preset_names
 from trinity.errors import ConfigError
-from trinity.tree import parse_flags, preset_names
 
 ROOT = Path(__file__).parents[2]
 

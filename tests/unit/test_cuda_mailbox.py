@@ -8,17 +8,17 @@ import sys
 import pytest
 import torch
 
-from actors import frames, mailbox
-from actors.frames import BadFrame, Header, in_mailbox
-from actors.mailbox import BOX_BYTES, NUM_BOXES, SIZE, CudaMailbox
-from actors.wire import CPU
+from actors.dataplane import frames, shm
+from actors.dataplane.connection import CPU
+from actors.dataplane.frames import BadFrame, Header, in_shared_buffer
+from actors.dataplane.shm import BOX_BYTES, NUM_BOXES, SIZE, CudaSharedBuffer
 from tests.unit.test_mailbox import DIM, num_descriptors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd")
 
 
 class Driver:
-    """What CudaMailbox asks of the CUDA driver. Counts what is made and let go; fails at call number `fails_at`."""
+    """What CudaSharedBuffer asks of the CUDA driver. Counts what is made and let go; fails at call number `fails_at`."""
 
     def __init__(self, fails_at=None):
         self.fails_at, self.calls, self.held, self.memory = fails_at, [], [], ctypes.create_string_buffer(SIZE)
@@ -77,7 +77,7 @@ class Stream:
 @pytest.fixture
 def driver(monkeypatch):
     made = Driver()
-    monkeypatch.setattr(mailbox, "driver", made)
+    monkeypatch.setattr(shm, "driver", made)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -86,14 +86,14 @@ def driver(monkeypatch):
 
 
 def test_cuda_rows_lie_where_the_header_says(driver):
-    fd = CudaMailbox.make(CPU)
-    box = CudaMailbox.attach(fd, CPU)
+    fd = CudaSharedBuffer.make(CPU)
+    box = CudaSharedBuffer.attach(fd, CPU)
     os.close(fd)
     x_RD = torch.randn(3, DIM).to(torch.bfloat16)
     before = Stream.num_synchronized
     box.put(2, x_RD)
     assert bytes(driver.memory[2 * BOX_BYTES : 2 * BOX_BYTES + x_RD.nbytes]) == x_RD.view(torch.uint8).numpy().tobytes()
-    head = Header.unpack(in_mailbox(frames.answer(1, x_RD)[0], 2))
+    head = Header.unpack(in_shared_buffer(frames.answer(1, x_RD)[0], 2))
     assert torch.equal(box.take(head), x_RD)
     assert Stream.num_synchronized == before + 2
     for wrong in (head._replace(box=NUM_BOXES), head._replace(num_rows=2**31)):
@@ -118,9 +118,9 @@ def test_a_cuda_mailbox_is_let_go_of_once(driver):
 
 
 def attached_and_closed():
-    fd = CudaMailbox.make(CPU)
+    fd = CudaSharedBuffer.make(CPU)
     try:
-        box = CudaMailbox.attach(fd, CPU)
+        box = CudaSharedBuffer.attach(fd, CPU)
     finally:
         os.close(fd)
     box.close()
@@ -128,10 +128,10 @@ def attached_and_closed():
 
 
 def test_the_driver_s_structures_have_the_driver_s_sizes():
-    assert [ctypes.sizeof(s) for s in (mailbox._Location, mailbox._Properties, mailbox._Access)] == [8, 32, 12]
+    assert [ctypes.sizeof(s) for s in (shm._Location, shm._Properties, shm._Access)] == [8, 32, 12]
 
 
 def test_where_there_is_no_driver_that_is_an_os_error():
     if not torch.cuda.is_available():
         with pytest.raises(OSError, match="libcuda"):
-            mailbox.driver("cuInit", 0)
+            shm.driver("cuInit", 0)

@@ -16,11 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trinity import data, tokenizer
 from trinity.config import DataConfig, TrainConfig, preset
-from trinity.data import PackedDataset, documents, prepare, split
+from trinity.data import token_store
+from trinity.data.dataset import PackedDataset
+from trinity.data.documents import documents
+from trinity.data.prepare import prepare
+from trinity.data.token_store import split
 from trinity.errors import ConfigError, DataError
-from trinity.tokenizer import Tokenizer
+from trinity.text import tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 MODEL = preset("tiny")
 TEXTS = [f"document {n} " + "héllo 🦜 wörld\n" * (n % 7 + 1) for n in range(60)]
@@ -257,7 +261,7 @@ def test_growing_data_moves_no_document_between_training_and_validation(corpus, 
 
 def test_long_documents_are_tokenised_in_pieces(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 10)
-    monkeypatch.setattr(data, "BATCH_CHARS", 25)
+    monkeypatch.setattr(token_store, "BATCH_CHARS", 25)
     made = prepared(corpus, tmp_path / "out")
     assert Counter(stored(made.train) + stored(made.val)) == Counter(TEXTS)
 
@@ -334,7 +338,7 @@ def test_an_interrupted_preparation_leaves_nothing(corpus, tmp_path, monkeypatch
         raise failure
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "_write_part", fail)
+        patched.setattr(token_store, "_write_part", fail)
         with pytest.raises((DataError, KeyboardInterrupt)):
             prepared(corpus, tmp_path / "out")
     assert [entry.name for entry in (tmp_path / "out" / "data").iterdir()] == [".lock"]
@@ -343,7 +347,7 @@ def test_an_interrupted_preparation_leaves_nothing(corpus, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("locks_work", [True, False])
 def test_many_may_prepare_at_once(corpus, tmp_path, monkeypatch, locks_work):
-    built, together, build = [], threading.Barrier(4), data._build
+    built, together, build = [], threading.Barrier(4), token_store._build
 
     def counted(folder, *rest):
         build(folder, *rest)
@@ -351,9 +355,9 @@ def test_many_may_prepare_at_once(corpus, tmp_path, monkeypatch, locks_work):
         if not locks_work:
             together.wait(timeout=30)  # all four have built when the first renames
 
-    monkeypatch.setattr(data, "_build", counted)
+    monkeypatch.setattr(token_store, "_build", counted)
     if not locks_work:
-        monkeypatch.setattr(data.fcntl, "flock", lambda *_: None)
+        monkeypatch.setattr(token_store.fcntl, "flock", lambda *_: None)
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: prepared(corpus, tmp_path / "out"), range(4)))
     assert len(built) == (1 if locks_work else 4)

@@ -14,21 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.direct import Connection, DirectTransport
-from actors.frames import HEADER, MAGIC, BadFrame, Header, Limits, answer, call_of, request, value_of
-from actors.listener import Combiner, DirectServer
+from actors.dataplane.client import Connection, DirectTransport
+from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
+from actors.dataplane.server import Combiner, DirectServer
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import Fixed, LocalTransport
+from trinity.dispatch.transport import LocalTransport
+from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone
-from trinity.messages import Backward, Fetch, Forward, Load, Rows, merged
-from trinity.pool import ExpertPool, local_pool
-from trinity.priority import IDLE, Patient, of_this_thread
+from trinity.pool.local import local_pool
+from trinity.pool.pool import ExpertPool
+from trinity.rpc.messages import Backward, Fetch, Forward, Load, Rows, merged
+from trinity.utils.niceness import IDLE, LowPriorityExecutor, of_this_thread
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
 )
 LAYER = MODEL.moe_layers[0]
-LIMITS = Limits(16, 8, torch.float32)
+LIMITS = FrameLimits(16, 8, torch.float32)
 SECRET = b"s" * 32
 
 
@@ -52,7 +54,7 @@ class Served:
         for name in self.shards:
             self.start(name)
         self.transport = DirectTransport(LocalTransport(self.shards), lambda s, _: self.servers[s].address, SECRET)
-        self.pool = ExpertPool(Fixed(self.local.table), self.transport, timeout_s=20)
+        self.pool = ExpertPool(StaticView(self.local.table), self.transport, timeout_s=20)
 
     def start(self, name):
         self.servers[name] = DirectServer(Combiner(self.shards[name]), LIMITS, SECRET, "127.0.0.1")
@@ -95,7 +97,7 @@ def test_forward_and_backward_equal_the_transport_in_process(served):
 
 def test_tcp_carries_the_same(served, monkeypatch):
     want = layer_of(local_pool(MODEL, Load(seed=5), num_shards=2, optim=OptimConfig(), backend="torch"))
-    monkeypatch.setattr("actors.direct.machine_id", lambda: "elsewhere")
+    monkeypatch.setattr("actors.dataplane.client.machine_id", lambda: "elsewhere")
     assert all(torch.equal(a, b) for a, b in zip(layer_of(served.pool), want, strict=True))
     families = {c.wire.sock.family for c in served.transport._connections.values()}
     assert families == {socket.AF_INET}
@@ -280,7 +282,7 @@ def test_training_gives_way_and_inference_does_not():
     class Shard:
         infer = backward = fetch = lambda self, call: of_this_thread()
 
-    combiner, usual = Combiner(Shard(), Patient(IDLE)), of_this_thread()
+    combiner, usual = Combiner(Shard(), LowPriorityExecutor(IDLE)), of_this_thread()
     backward, fetch = Backward("a:1", LAYER, 1, 0, 4e9, torch.zeros(5, 16)), Fetch(LAYER, 0, 1, 4e9)
     assert combiner.run(forward()) == usual
     assert [combiner.run(call) for call in (forward(keep=True), backward, fetch)] == [(os.SCHED_IDLE, 19)] * 3

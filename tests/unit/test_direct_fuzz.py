@@ -1,7 +1,7 @@
 """Whatever is said to a shard's port: the shard lives, its next caller is answered at once, and nothing of it is left.
 
 A stranger does not know the pool's secret, a member does. Frames are made and broken with the public names of
-actors/frames.py. After every test a proper caller must get the right answer, and no thread and no descriptor may be left.
+frames.py. After every test a proper caller must get the right answer, and no thread and no descriptor may be left.
 """
 
 import random
@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors import listener
-from actors.direct import Connection, DirectTransport
-from actors.frames import ANSWER, FAILURE, HEADER, WELCOME, BadFrame, Header, answer
-from actors.wire import Address
+from actors.dataplane import server
+from actors.dataplane.client import Connection, DirectTransport
+from actors.dataplane.connection import Address
+from actors.dataplane.frames import ANSWER, FAILURE, HEADER, WELCOME, BadFrame, Header, answer
 from tests.unit.fuzzed_port import (
     COUNTS,
     LIMITS,
@@ -156,17 +156,17 @@ def test_frames_before_the_handshake(port):
 def tell_stranger(port, data):
     """As `tell`, after the shard's greeting."""
     sock = port.stranger()
-    greeting = len(listener.MAGIC) + listener.NONCE_BYTES
-    assert sock.recv(greeting, socket.MSG_WAITALL)[:4] == listener.MAGIC
+    greeting = len(server.MAGIC) + server.NONCE_BYTES
+    assert sock.recv(greeting, socket.MSG_WAITALL)[:4] == server.MAGIC
     return tell(sock, data)
 
 
 def test_a_proof_is_good_for_one_connection(port):
     with port.stranger() as one, port.stranger() as other:
-        size = len(listener.MAGIC) + listener.NONCE_BYTES
-        nonces = [sock.recv(size, socket.MSG_WAITALL)[-listener.NONCE_BYTES :] for sock in (one, other)]
+        size = len(server.MAGIC) + server.NONCE_BYTES
+        nonces = [sock.recv(size, socket.MSG_WAITALL)[-server.NONCE_BYTES :] for sock in (one, other)]
         assert nonces[0] != nonces[1]
-        other.sendall(listener.proof_of(SECRET, nonces[0]))
+        other.sendall(server.proof_of(SECRET, nonces[0]))
         assert [head.kind for head in said(other)] == [FAILURE]
 
 
@@ -205,7 +205,7 @@ def test_hundreds_of_idle_connections(port):
 
 
 def test_strangers_are_shown_out(port, monkeypatch):
-    monkeypatch.setattr(listener, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.1)
     with ExitStack() as stack:
         silent = [stack.enter_context(port.stranger()) for _ in range(20)]
         assert eventually(lambda: num_serving() == 0)
@@ -213,7 +213,7 @@ def test_strangers_are_shown_out(port, monkeypatch):
 
 
 def said_nothing_more(sock):
-    greeting = len(listener.MAGIC) + listener.NONCE_BYTES
+    greeting = len(server.MAGIC) + server.NONCE_BYTES
     return len(sock.recv(greeting, socket.MSG_WAITALL)) == greeting and sock.recv(1) == b""
 
 
@@ -257,7 +257,7 @@ def test_a_byte_at_a_time(port):
 
 
 def test_a_stranger_who_drips_is_shown_out_as_well(port, monkeypatch):
-    monkeypatch.setattr(listener, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
     with port.stranger() as sock, dripping([sock], b"\0" * 31, 0.1):
         assert eventually(lambda: num_serving() == 1)
         assert eventually(lambda: num_serving() == 0, within_s=2.0)
@@ -276,14 +276,14 @@ def test_nobody_waits_past_the_deadline_for_an_answer_that_drips():
 
 
 def port_wire(sock):
-    from actors.wire import Wire
+    from actors.dataplane.connection import Wire
 
     return Wire(sock)
 
 
 def test_a_peer_that_never_reads(port, monkeypatch):
     """Its answers fill its own socket; then its thread waits alone, and not for ever."""
-    monkeypatch.setattr(listener, "PAYLOAD_S", 0.5)
+    monkeypatch.setattr(server, "PAYLOAD_S", 0.5)
     frame = frame_of(replace(call_of(20_000), deadline_s=time.time() + 0.5))
     with port.member() as sock:
         sock.settimeout(0.3)

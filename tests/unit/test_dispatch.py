@@ -6,16 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actors.faults import FaultyTransport
-from trinity import dispatch
+from actors.chaos.faulty_transport import FaultyTransport
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import Fixed, LocalTransport
+from trinity.dispatch import exchange
+from trinity.dispatch import transport as transport_module
+from trinity.dispatch.transport import LocalTransport
+from trinity.dispatch.view import StaticView
 from trinity.errors import InputGone, StepConflict, WrongEpoch
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.init import init_expert
-from trinity.messages import Abort, Commit, Load, Prepare, Stage
+from trinity.models.rules.init import init_expert
 from trinity.placement.table import PlacementTable
-from trinity.pool import ExpertPool, local_pool
+from trinity.pool.local import local_pool
+from trinity.pool.pool import ExpertPool
+from trinity.rpc.messages import Abort, Commit, Load, Prepare, Stage
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
@@ -95,7 +98,7 @@ def test_replicas_share_the_rows_and_the_answer_is_the_same():
             if table.shards.index(shard) not in table.holders((LAYER, e)):
                 table = table.with_replica((LAYER, e), shard)
     shards = {s: ExpertShard(ShardSpec(s, MODEL, table.experts_of(s), backend="torch")) for s in table.shards}
-    pool = ExpertPool(Fixed(table), LocalTransport(shards), timeout_s=10)
+    pool = ExpertPool(StaticView(table), LocalTransport(shards), timeout_s=10)
     pool.load(Load(seed=5))
     torch.testing.assert_close(pool.dispatcher()(LAYER, x, ids, weights), want, atol=1e-6, rtol=1e-5)
     rows = [sum(status.rows[LAYER].values()) for status in pool.status()]
@@ -113,7 +116,7 @@ def train_once(pool, transport=None):
         x, ids, weights = batch(seed=seed)
         for layer in MODEL.moe_layers:
             dispatcher(layer, x, ids, weights).square().sum().backward()
-    pool.prepare(1, dispatcher.issued)
+    pool.prepare(1, dispatcher.num_sent_ops)
     assert pool.stage(Stage(1, 1e-2, 1e-3, 0.5))()
     assert pool.commit(1) == 1
     return pool
@@ -129,8 +132,9 @@ def weights_of(shards):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_lost_requests_and_replies_change_nothing(seed, monkeypatch):
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr(dispatch, "LAST_PAUSE_S", 0.01)
+    for module in (exchange, transport_module):
+        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.002)
+        monkeypatch.setattr(module, "LAST_PAUSE_S", 0.01)
     clean, faulty = pool_of(2), pool_of(2)
     shards = faulty.transport.shards
     train_once(clean)
@@ -176,10 +180,10 @@ def test_a_step_with_missing_ops_is_not_prepared_and_an_aborted_one_leaves_no_tr
     dispatcher = pool.dispatcher()
     x, ids, weights = batch()
     dispatcher(LAYER, x, ids, weights).sum().backward()
-    issued = dispatcher.issued.copy()
-    issued["shard-1"] += 1
+    num_sent_ops = dispatcher.num_sent_ops.copy()
+    num_sent_ops["shard-1"] += 1
     with pytest.raises(StepConflict, match="shard-1 applied 1 backward ops of 2 sent"):
-        pool.prepare(1, issued)
+        pool.prepare(1, num_sent_ops)
     assert pool.abort(1) == 0
     assert pool.abort(1) == 0
     assert all(not s.gathered.num_ops and not s._ops for s in pool.transport.shards.values())
@@ -198,7 +202,7 @@ def test_strangers_are_refused_by_name():
 
 def test_backward_without_its_forward_asks_for_the_rows():
     shard = pool_of(1).transport.shards["shard-0"]
-    from trinity.messages import Backward
+    from trinity.rpc.messages import Backward
 
     with pytest.raises(InputGone, match="send the rows again"):
         shard.backward(Backward("nobody:0", LAYER, 1, 0, 4e9, torch.zeros(1, MODEL.hidden_size)))

@@ -18,7 +18,7 @@ from trinity.engine.attention import KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.runner import flatten, in_order
-from trinity.engine.text import TextStream
+from trinity.text.detokenizer import TextStream
 
 LAYERS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
 MAX_LEN = 400

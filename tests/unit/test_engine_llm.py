@@ -5,13 +5,13 @@ import torch
 
 from trinity.checkpoint import CheckpointWriter, write_tensors
 from trinity.config import EngineConfig, preset
-from trinity.dispatch import Done
-from trinity.engine.llm import LLM
+from trinity.dispatch.transport import Done
 from trinity.engine.request import SamplingParams
 from trinity.errors import CheckpointError, ConfigError, InvalidRequest, PromptTooLong, Unavailable
-from trinity.init import init_expert
-from trinity.model.afmoe import Afmoe
-from trinity.tokenizer import Tokenizer
+from trinity.llm import LLM
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.rules.init import init_expert
+from trinity.text.tokenizer import Tokenizer
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SETTINGS = EngineConfig(max_model_len=256, kv_cache_bytes=8 << 20, max_num_seqs=4, max_num_waiting=2)

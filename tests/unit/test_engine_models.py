@@ -1,10 +1,10 @@
-"""Models of versions: which are made, which are used again, and what happens beside a pass."""
+"""ModelDoubleBuffer of versions: which are made, which are used again, and what happens beside a pass."""
 
 import threading
 
 import pytest
 
-from trinity.engine.models import Models
+from trinity.engine.double_buffer import ModelDoubleBuffer
 from trinity.errors import VersionGone
 
 
@@ -40,7 +40,7 @@ def source():
 
 
 def test_passes_go_on_with_one_version_while_the_next_is_copied(source):
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     first = models.get(1)
     source.may_load.clear()
     thread = threading.Thread(target=models.prepare, args=(2,))
@@ -55,7 +55,7 @@ def test_passes_go_on_with_one_version_while_the_next_is_copied(source):
 
 
 def test_two_models_take_turns(source):
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     models.get(0)
     for version in range(1, 20):
         models.prepare(version)
@@ -64,7 +64,7 @@ def test_two_models_take_turns(source):
 
 
 def test_a_version_that_no_pass_asked_for_makes_room_for_the_next(source):
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     used = models.get(0)
     for version in range(1, 20):
         models.prepare(version)
@@ -75,7 +75,7 @@ def test_a_version_that_no_pass_asked_for_makes_room_for_the_next(source):
 
 
 def test_what_is_ready_is_not_loaded_again(source):
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     models.get(1)
     models.prepare(1)
     models.prepare(2)
@@ -84,7 +84,7 @@ def test_what_is_ready_is_not_loaded_again(source):
 
 
 def test_without_room_for_two_the_one_is_written_over(source):
-    models = Models(source.make, source.load, beside=False)
+    models = ModelDoubleBuffer(source.make, source.load, beside=False)
     first = models.get(1)
     models.prepare(2)
     assert first.version == 1
@@ -94,7 +94,7 @@ def test_without_room_for_two_the_one_is_written_over(source):
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_held_version_stays_until_it_is_released(source, beside):
-    models = Models(source.make, source.load, beside)
+    models = ModelDoubleBuffer(source.make, source.load, beside)
     held = models.get(1)
     models.hold(1)
     for version in range(2, 6):
@@ -109,7 +109,7 @@ def test_a_held_version_stays_until_it_is_released(source, beside):
 
 
 def test_one_that_is_ready_can_be_held_before_a_pass_used_it(source):
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     models.get(1)
     models.prepare(2)
     models.hold(2)
@@ -120,7 +120,7 @@ def test_one_that_is_ready_can_be_held_before_a_pass_used_it(source):
 
 
 def test_a_version_that_has_gone_leaves_the_one_in_use(source):
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     used = models.get(1)
     source.gone.add(2)
     for ask in (models.prepare, models.get):
@@ -134,7 +134,7 @@ def test_a_version_that_has_gone_leaves_the_one_in_use(source):
 
 
 def test_no_pass_ever_sees_a_model_that_is_being_filled(source):
-    models, stop = Models(source.make, source.load), threading.Event()
+    models, stop = ModelDoubleBuffer(source.make, source.load), threading.Event()
     ready = [0]
 
     def prepare():
@@ -157,7 +157,7 @@ def test_no_pass_ever_sees_a_model_that_is_being_filled(source):
 
 def test_no_more_are_made_than_are_needed_at_once(source):
     """Requests that pin versions come and go: what they leave is used again."""
-    models = Models(source.make, source.load)
+    models = ModelDoubleBuffer(source.make, source.load)
     models.get(0)
     for version in range(1, 50):
         models.prepare(version)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trinity.engine.request import SamplingParams
-from trinity.engine.text import TextStream
 from trinity.errors import InvalidRequest
+from trinity.text.detokenizer import TextStream
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = {  # parameter: (values taken, values refused)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.sampler import filtered_probs, sample, steer, uniform
-from trinity.engine.text import TextStream
+from trinity.text.detokenizer import TextStream
 
 
 def sequence(params: SamplingParams, prompt=(1, 2), generated=()) -> Sequence:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.unit.engine_fakes import VOCAB, FakeSource, fake_config, fake_engine, next_token
 from trinity.engine import engine as engine_module
 from trinity.engine.request import SamplingParams, Sequence
-from trinity.engine.text import TextStream
 from trinity.engine.versions import Versions
 from trinity.errors import Code, VersionGone
+from trinity.text.detokenizer import TextStream
 
 WINDOW = 5
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

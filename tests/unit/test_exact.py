@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.config import preset
-from trinity.exact import pointwise, products
-from trinity.exact.attention import attention, differentiable
-from trinity.exact.feed_forward import feed_forward
-from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.torch_backend import TorchBackend
-from trinity.model.attention import PackedAttention, causal_mask, document_positions
-from trinity.model.layers import Linear, RMSNorm, SwiGLU, project
-from trinity.model.router import Router
+from trinity.models.common.attention import PackedAttention, causal_mask, document_positions
+from trinity.models.common.layers import Linear, RMSNorm, SwiGLU, project
+from trinity.models.common.router import Router
+from trinity.ops.batch_invariant import elementwise, gemm
+from trinity.ops.batch_invariant.attention import attention, differentiable
+from trinity.ops.batch_invariant.fused_mlp import feed_forward
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -48,9 +48,9 @@ def test_a_rows_product_is_the_same_alone_and_in_company(counts, inner, outputs,
     torch.set_num_threads(threads)
     x_AK, w_ENK = random(sum(counts), inner, dtype=dtype), random(len(counts), outputs, inner, seed=1, dtype=dtype)
     expert_A = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    got_AN = products.grouped(x_AK, w_ENK, torch.tensor(counts).cumsum(0))
+    got_AN = gemm.grouped(x_AK, w_ENK, torch.tensor(counts).cumsum(0))
     for row, expert, got_N in zip(x_AK, expert_A, got_AN, strict=True):
-        assert torch.equal(products.linear(row[None], w_ENK[expert])[0], got_N)
+        assert torch.equal(gemm.linear(row[None], w_ENK[expert])[0], got_N)
     want_AN = torch.einsum("ak,ank->an", x_AK.double(), w_ENK[expert_A].double())
     torch.testing.assert_close(got_AN.double(), want_AN, atol=1e-4, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5)
 
@@ -65,9 +65,9 @@ def test_a_rows_product_is_the_same_alone_and_in_company(counts, inner, outputs,
 def test_products_side_by_side_are_those_one_by_one(rows, inner, outputs, threads):
     torch.set_num_threads(threads)
     x_TK, weights = random(rows, inner), [random(n, inner, seed=i) for i, n in enumerate(outputs)]
-    got = products.side_by_side(x_TK, weights).split(outputs, -1)
+    got = gemm.side_by_side(x_TK, weights).split(outputs, -1)
     for y_TN, w_NK in zip(got, weights, strict=True):
-        assert torch.equal(y_TN, products.linear(x_TK, w_NK))
+        assert torch.equal(y_TN, gemm.linear(x_TK, w_NK))
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,8 +84,8 @@ def test_a_feed_forward_in_one_pass_is_that_in_four(counts, dim, hidden, outputs
     x_AD, weight_A1 = random(sum(counts), dim), random(sum(counts), 1, seed=5)
     gate, up = random(num, hidden, dim, seed=1), random(num, hidden, dim, seed=2)
     down_ENF = random(num, outputs, hidden, seed=3)
-    middle = pointwise.gated(products.grouped(x_AD, gate, end_E), products.grouped(x_AD, up, end_E), weight_A1)
-    want = products.grouped(middle, down_ENF, end_E)
+    middle = elementwise.gated(gemm.grouped(x_AD, gate, end_E), gemm.grouped(x_AD, up, end_E), weight_A1)
+    want = gemm.grouped(middle, down_ENF, end_E)
     assert torch.equal(feed_forward(x_AD, gate, up, down_ENF, end_E, weight_A1.squeeze(1)), want)
 
 
@@ -105,7 +105,7 @@ def test_layers_give_the_same_bits_with_gradients_and_without(dtype):
 def test_its_gradients_are_those_of_the_plain_product():
     x, w = random(11, 20).requires_grad_(), random(3, 6, 20, seed=1).requires_grad_()
     ends, dy = torch.tensor([4, 4, 11]), random(11, 6, seed=2)
-    got = torch.autograd.grad(products.grouped(x, w, ends), [x, w], dy)
+    got = torch.autograd.grad(gemm.grouped(x, w, ends), [x, w], dy)
     want = torch.autograd.grad(torch.cat([x[:4] @ w[0].T, x[4:] @ w[2].T]), [x, w], dy)
     torch.testing.assert_close(got, want)
     assert not got[1][1].any()
@@ -116,14 +116,14 @@ def test_an_element_is_the_same_wherever_it_stands(dtype):
     """1,000 x 97 elements are shared out unevenly among threads, and the compiler's vectors leave remainders."""
     gate, up, weight = (random(1000, n, seed=n, dtype=dtype) for n in (97, 97, 1))
     weight = weight.float()
-    whole = pointwise.sigmoid(gate), pointwise.swiglu(gate, up), pointwise.gated(gate, up, weight)
+    whole = elementwise.sigmoid(gate), elementwise.swiglu(gate, up), elementwise.gated(gate, up, weight)
     for threads, rows in ((1, 1), (2, 3), (3, 999), (3, 1000)):
         torch.set_num_threads(threads)
         part = slice(1000 - rows, 1000)
         some = gate[part], up[part], weight[part]
-        assert torch.equal(pointwise.sigmoid(some[0]), whole[0][part])
-        assert torch.equal(pointwise.swiglu(*some[:2]), whole[1][part])
-        assert torch.equal(pointwise.gated(*some), whole[2][part])
+        assert torch.equal(elementwise.sigmoid(some[0]), whole[0][part])
+        assert torch.equal(elementwise.swiglu(*some[:2]), whole[1][part])
+        assert torch.equal(elementwise.gated(*some), whole[2][part])
 
 
 def test_exp_is_within_an_ulp_and_keeps_nan():
@@ -132,14 +132,14 @@ def test_exp_is_within_an_ulp_and_keeps_nan():
         for i in range(len(x)):
             y[i] = pointwise_exp(x[i])
 
-    pointwise_exp = pointwise.exp
+    pointwise_exp = elementwise.exp
     x = np.linspace(-87, 88, 100_001, dtype=np.float32)
     y = np.empty_like(x)
     each(x, y)
     want = np.exp(x.astype(np.float64))
     assert (np.abs(y - want) <= np.spacing(want.astype(np.float32))).all()
-    assert np.isnan(pointwise.sigmoid(torch.tensor([float("nan")])).numpy()).all()
-    assert pointwise.sigmoid(torch.tensor([float("-inf"), float("inf"), 0.0])).tolist() == pytest.approx([0, 1, 0.5])
+    assert np.isnan(elementwise.sigmoid(torch.tensor([float("nan")])).numpy()).all()
+    assert elementwise.sigmoid(torch.tensor([float("-inf"), float("inf"), 0.0])).tolist() == pytest.approx([0, 1, 0.5])
 
 
 @settings(max_examples=25, deadline=None)

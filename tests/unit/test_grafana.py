@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trinity.metrics import ALL_METRICS
+from trinity.observability.prometheus import ALL_METRICS
 
 FOLDER = Path(__file__).parents[2] / "clusters"
 NAME = re.compile(r"\btrinity_[a-z0-9_]+")

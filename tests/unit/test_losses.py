@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinity.config import preset
-from trinity.model.balance import expert_counts, sign_update, smebu
-from trinity.model.losses import IGNORE, cross_entropy, loss_from_hidden, max_vio, sequence_balance_loss
-from trinity.model.router import Routing
+from trinity.models.common.balance import expert_counts, sign_update, smebu
+from trinity.models.common.losses import IGNORE, cross_entropy, loss_from_hidden, max_vio, sequence_balance_loss
+from trinity.models.common.router import Routing
 
 quick = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**31 - 1)

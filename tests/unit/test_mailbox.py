@@ -18,17 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors import frames, mailbox
-from actors.direct import Connection, DirectTransport
-from actors.frames import BadFrame, Header, Limits, in_mailbox, offer, request
-from actors.listener import Combiner, DirectServer
-from actors.mailbox import BOX_BYTES, NUM_BOXES, SIZE, CudaMailbox, SharedMailbox
-from actors.wire import CPU, Address
+from actors.dataplane import frames, shm
+from actors.dataplane.client import Connection, DirectTransport
+from actors.dataplane.connection import CPU, Address
+from actors.dataplane.frames import BadFrame, FrameLimits, Header, in_shared_buffer, offer, request
+from actors.dataplane.server import Combiner, DirectServer
+from actors.dataplane.shm import BOX_BYTES, NUM_BOXES, SIZE, CudaSharedBuffer, HostSharedBuffer
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import LocalTransport
+from trinity.dispatch.transport import LocalTransport
 from trinity.errors import InputGone, Unavailable
-from trinity.messages import Backward, Forward, Load, Rows
-from trinity.pool import local_pool
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Backward, Forward, Load, Rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd")
 DIM, SECRET, ROOT = 16, b"m" * 32, Path(__file__).parents[2]
@@ -37,7 +37,7 @@ MODEL = preset("tiny").model_copy(
 )
 LAYER = MODEL.moe_layers[0]
 LARGE = 64  # rows of fp32 that go into the mailbox in these tests
-THRESHOLD = SharedMailbox.min_bytes
+THRESHOLD = HostSharedBuffer.min_bytes
 
 
 def shard_of(dtype="float32"):
@@ -46,7 +46,7 @@ def shard_of(dtype="float32"):
 
 
 def serve(shard, dtype=torch.float32):
-    return DirectServer(Combiner(shard), Limits(DIM, 8, dtype), SECRET, "127.0.0.1")
+    return DirectServer(Combiner(shard), FrameLimits(DIM, 8, dtype), SECRET, "127.0.0.1")
 
 
 def forward(num_rows, seed=0, dtype=torch.float32, keep=False, op="m:1"):
@@ -82,7 +82,7 @@ class Served:
 
 @pytest.fixture(autouse=True)
 def lower_threshold(monkeypatch):
-    monkeypatch.setattr(SharedMailbox, "min_bytes", LARGE * DIM * 4)
+    monkeypatch.setattr(HostSharedBuffer, "min_bytes", LARGE * DIM * 4)
 
 
 @pytest.fixture
@@ -95,13 +95,13 @@ def served():
 @pytest.fixture
 def posted(monkeypatch):
     """The boxes that something was put into, on both sides."""
-    seen, put = [], SharedMailbox.put
+    seen, put = [], HostSharedBuffer.put
 
     def spy(self, box, tensor):
         seen.append(box)
         put(self, box, tensor)
 
-    monkeypatch.setattr(SharedMailbox, "put", spy)
+    monkeypatch.setattr(HostSharedBuffer, "put", spy)
     return seen
 
 
@@ -126,7 +126,7 @@ def eventually(holds, within_s=5.0):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forward_and_backward_are_the_same_bits_on_both_sides_of_the_threshold(dtype, posted, monkeypatch):
-    monkeypatch.setattr(SharedMailbox, "min_bytes", THRESHOLD)
+    monkeypatch.setattr(HostSharedBuffer, "min_bytes", THRESHOLD)
     served = Served(dtype)
     threshold = THRESHOLD // (served.dtype.itemsize * DIM)
     for i, num_rows in enumerate((threshold - 1, threshold, threshold + 1, 3 * threshold)):
@@ -176,7 +176,7 @@ def test_more_requests_than_boxes_and_answers_nobody_takes(served, posted):
 
 
 def test_rows_that_fit_in_no_box_go_over_the_socket(served, posted, monkeypatch):
-    monkeypatch.setattr(mailbox, "BOX_BYTES", LARGE * DIM * 4)
+    monkeypatch.setattr(shm, "BOX_BYTES", LARGE * DIM * 4)
     for num_rows, times in ((LARGE, 2), (LARGE + 1, 0)):
         posted.clear()
         got, want = served.both("infer", forward(num_rows))
@@ -206,7 +206,7 @@ def test_a_connection_made_while_inferring_is_good_for_training(served, posted):
 
 
 def test_over_tcp_there_is_none(served, posted, monkeypatch):
-    monkeypatch.setattr("actors.direct.machine_id", lambda: "elsewhere")
+    monkeypatch.setattr("actors.dataplane.client.machine_id", lambda: "elsewhere")
     got, want = served.both("infer", forward(LARGE))
     assert torch.equal(got, want)
     (connection,) = served.transport._connections.values()
@@ -215,7 +215,7 @@ def test_over_tcp_there_is_none(served, posted, monkeypatch):
 
 @pytest.mark.parametrize("side", [1, 2], ids=["caller", "shard"])
 def test_without_the_means_rows_go_over_the_socket(served, posted, monkeypatch, side):
-    attach, calls = SharedMailbox.attach, []
+    attach, calls = HostSharedBuffer.attach, []
 
     def refuse(fd, device):
         calls.append(fd)
@@ -223,7 +223,7 @@ def test_without_the_means_rows_go_over_the_socket(served, posted, monkeypatch, 
             raise OSError("no memory left for maps")
         return attach(fd, device)
 
-    monkeypatch.setattr(SharedMailbox, "attach", refuse)
+    monkeypatch.setattr(HostSharedBuffer, "attach", refuse)
     got, want = served.both("infer", forward(LARGE))
     assert torch.equal(got, want)
     (connection,) = served.transport._connections.values()
@@ -232,16 +232,16 @@ def test_without_the_means_rows_go_over_the_socket(served, posted, monkeypatch, 
 
 def test_who_offers_what():
     gpu = torch.device("cuda", 1)
-    assert mailbox.possible(False, gpu, "cuda") == []
-    assert mailbox.possible(True, gpu, "cuda") == [CudaMailbox, SharedMailbox]
+    assert shm.possible(False, gpu, "cuda") == []
+    assert shm.possible(True, gpu, "cuda") == [CudaSharedBuffer, HostSharedBuffer]
     for mine, theirs in ((CPU, "cpu"), (CPU, "cuda"), (gpu, "cpu")):
-        assert mailbox.possible(True, mine, theirs) == [SharedMailbox]
+        assert shm.possible(True, mine, theirs) == [HostSharedBuffer]
 
 
 def test_both_sides_close_what_they_have(served, monkeypatch):
     """A GPU's memory is let go of by nobody else."""
-    closed, close = [], SharedMailbox.close
-    monkeypatch.setattr(SharedMailbox, "close", lambda self: (closed.append(self), close(self)))
+    closed, close = [], HostSharedBuffer.close
+    monkeypatch.setattr(HostSharedBuffer, "close", lambda self: (closed.append(self), close(self)))
     served.both("infer", forward(LARGE))
     served.transport.close()
     assert eventually(lambda: len(set(closed)) == 2)
@@ -280,16 +280,16 @@ def refusal(connection):
 def test_a_place_that_is_not_in_the_mailbox(served, box, num_rows, message):
     connection = served.connect()
     head = Header.unpack(request(1, forward(1))[0])._replace(num_rows=num_rows)
-    connection.wire.sock.sendall(in_mailbox(frames.HEADER.pack(*head), box))
+    connection.wire.sock.sendall(in_shared_buffer(frames.HEADER.pack(*head), box))
     with pytest.raises(BadFrame, match=message):
         raise BadFrame(refusal(connection))
     served.is_well()
 
 
 def test_a_box_where_there_is_no_mailbox(served, monkeypatch):
-    monkeypatch.setattr("actors.direct.possible", lambda *_: [])
+    monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     connection = served.connect()
-    connection.wire.sock.sendall(in_mailbox(request(1, forward(1))[0], 0))
+    connection.wire.sock.sendall(in_shared_buffer(request(1, forward(1))[0], 0))
     assert "a mailbox that it does not have" in refusal(connection)
 
 
@@ -297,14 +297,14 @@ def test_an_answer_that_names_no_box(served):
     connection, (here, there) = served.connect(), socket.socketpair()
     connection.wire.sock = here
     for head in (frames.answer(1, torch.zeros(1, DIM))[0], frames.answer(1, InputGone("x"))[0]):
-        there.sendall(in_mailbox(head, 9))
+        there.sendall(in_shared_buffer(head, 9))
         with pytest.raises(BadFrame, match="box 9"):
             connection._read(time.time() + 5)
     there.close()
 
 
 def memory(size=SIZE, seals=True):
-    fd = SharedMailbox.make(CPU) if seals and size == SIZE else os.memfd_create("other", os.MFD_ALLOW_SEALING)
+    fd = HostSharedBuffer.make(CPU) if seals and size == SIZE else os.memfd_create("other", os.MFD_ALLOW_SEALING)
     if os.fstat(fd).st_size != size:
         os.ftruncate(fd, size)
     return fd
@@ -327,9 +327,9 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_descriptor_of_something_else(served, monkeypatch, what):
-    monkeypatch.setattr("actors.direct.possible", lambda *_: [])
+    monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     connection, fd = served.connect(), WRONG[what]()
-    connection.wire.send(offer(SharedMailbox.kind), [], time.time() + 5)
+    connection.wire.send(offer(HostSharedBuffer.kind), [], time.time() + 5)
     socket.send_fds(connection.wire.sock, [b"\0"], [fd])
     os.close(fd)
     assert "bytes of sealed memory" in refusal(connection)
@@ -338,22 +338,22 @@ def test_a_descriptor_of_something_else(served, monkeypatch, what):
 
 def test_no_descriptor_and_many(served, monkeypatch):
     """Of many, the kernel hands over the first."""
-    monkeypatch.setattr("actors.direct.possible", lambda *_: [])
+    monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     before = num_descriptors()
     connection = served.connect()
-    connection.wire.sock.sendall(offer(SharedMailbox.kind) + b"\0")
+    connection.wire.sock.sendall(offer(HostSharedBuffer.kind) + b"\0")
     assert "without its descriptor" in refusal(connection)
     connection, fds = served.connect(), [memory() for _ in range(20)]
-    connection.wire.send(offer(SharedMailbox.kind), [], time.time() + 5)
+    connection.wire.send(offer(HostSharedBuffer.kind), [], time.time() + 5)
     socket.send_fds(connection.wire.sock, [b"\0"], fds)
-    assert connection.wire.header(time.time() + 5) == Header.unpack(offer(SharedMailbox.kind))
+    assert connection.wire.header(time.time() + 5) == Header.unpack(offer(HostSharedBuffer.kind))
     for fd in fds:
         os.close(fd)
     connection.wire.close()
     assert eventually(lambda: num_descriptors() <= before)
 
 
-@pytest.mark.parametrize("kind", [0, SharedMailbox.kind, CudaMailbox.kind, 2**63])
+@pytest.mark.parametrize("kind", [0, HostSharedBuffer.kind, CudaSharedBuffer.kind, 2**63])
 def test_an_offer_that_nobody_wants(served, kind):
     connection = served.connect()  # which has one already
     connection.wire.sock.sendall(offer(kind) + b"\0")
@@ -411,6 +411,7 @@ def test_a_shard_that_is_killed_leaves_nothing_with_the_caller():
     got = transport.send("shard-0", "infer", call).result()
     assert torch.equal(got, shard_of().infer(call))
     child.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.process.pid, os.WSTOPPED | os.WNOWAIT)  # until every thread of it stands
     replies = [transport.send("shard-0", "infer", call) for _ in range(NUM_BOXES)]
     child.kill()
     for reply in replies:
@@ -435,5 +436,5 @@ def child_caller(address):
 
 
 if __name__ == "__main__":
-    SharedMailbox.min_bytes = LARGE * DIM * 4
+    HostSharedBuffer.min_bytes = LARGE * DIM * 4
     {"shard": child_shard, "caller": child_caller}[sys.argv[1]](*sys.argv[2:])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trinity.memory import HUGE_BYTES, ONE_HEAP, keep_freed_memory, on_huge_pages
+from trinity.utils.hugepages import HUGE_BYTES, ONE_HEAP, keep_freed_memory, on_huge_pages
 
 HAS_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -44,7 +44,7 @@ def test_fresh_memory_takes_few_faults():
 
 AGAIN = """
 import ctypes, resource, sys, threading
-from trinity.memory import keep_freed_memory
+from trinity.utils.hugepages import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 if sys.argv[1] == "keep": keep_freed_memory()
@@ -77,7 +77,7 @@ def freed(how, env):
 RETURNED = """
 import ctypes
 from pathlib import Path
-from trinity.memory import keep_freed_memory, return_freed_memory
+from trinity.utils.hugepages import keep_freed_memory, return_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def mib(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20

@@ -14,10 +14,11 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trinity.errors import DataError
-from trinity.metrics import SERVING_METRICS, StepMetrics, TrainLog, _cut, read_rows
-from trinity.model.losses import max_vio
-from trinity.progress import Follower, Progress
-from trinity.report import _relative, expert_load_png, loss_curve_png, reward_curves_png
+from trinity.models.common.losses import max_vio
+from trinity.observability.prometheus import SERVING_METRICS
+from trinity.observability.train_log import StepMetrics, TrainLog, _cut, read_rows
+from trinity.train.plots import _relative, expert_load_png, loss_curve_png, reward_curves_png
+from trinity.train.progress import Follower, Progress
 
 
 def metrics(step, loss=None, **changed):

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from trinity.config import ModelConfig, preset
-from trinity.dispatch import Done
-from trinity.init import init_expert, init_std, named_generator, truncated_normal
-from trinity.model.afmoe import Afmoe
-from trinity.model.attention import PackedAttention, packed_positions
-from trinity.model.init import init_weights
-from trinity.model.layers import rotary_table, rotate
-from trinity.model.params import count_backbone, count_params, is_hidden_matrix
+from trinity.dispatch.transport import Done
+from trinity.models.afmoe.init import init_weights
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.afmoe.params import count_backbone, count_params, is_hidden_matrix
+from trinity.models.common.attention import PackedAttention, packed_positions
+from trinity.models.common.layers import rotary_table, rotate
+from trinity.models.rules.init import init_expert, init_std, named_generator, truncated_normal
 
 TINY = preset("tiny")
 
@@ -182,11 +182,11 @@ def test_packed_attention_is_the_definition(window, with_docs):
 
 
 def test_masks_are_built_once_and_only_where_needed(monkeypatch):
-    import trinity.model.attention as attention
+    import trinity.models.common.attention as attention
 
     built, original = [], attention.causal_mask
     monkeypatch.setattr(attention, "causal_mask", lambda *args: built.append(args[1]) or original(*args))
-    monkeypatch.setattr("trinity.exact.is_for", lambda x: False)
+    monkeypatch.setattr("trinity.ops.batch_invariant.is_for", lambda x: False)
     model = tiny_model()
     run(model, batch=1, seq=64)
     assert built == []  # the window reaches over the whole sequence

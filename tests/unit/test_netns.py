@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from actors.wire import machine_id
+from actors.dataplane.connection import machine_id
 from tests.unit.network_hosts import (
     LAYER,
     SHARD_HOST,

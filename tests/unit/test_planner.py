@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.commands.bench.expert_loads import drifting
+from trinity.bench.expert_loads import drifting
 from trinity.errors import ConfigError
 from trinity.placement.layout import Bounds, Layout
-from trinity.placement.planner import Aim, Copy, balance, moves, plan, rows_LS, with_floor
-from trinity.placement.refine import refine
+from trinity.placement.local_search import local_search
+from trinity.placement.planner import Copy, PlanGoal, balance, moves, plan, rows_LS, with_floor
 from trinity.placement.table import PlacementTable
 from trinity.placement.topology import Shard, Topology
 
@@ -54,7 +54,7 @@ def cases(draw):
     gone = draw(st.sets(st.sampled_from([shard.name for shard in before]), max_size=2))
     later = {shard.name: shard for shard in [*kept, *after] if shard.name not in gone}
     spare = draw(st.none() | st.integers(0, num_experts))
-    aim = Aim(
+    aim = PlanGoal(
         draw(st.sampled_from([0.9, 0.985, 1.0])), draw(st.sampled_from([0.0, 0.01])), draw(st.integers(0, 3)), spare
     )
     two = draw(loads(num_layers, num_experts)), draw(loads(num_layers, num_experts))
@@ -162,7 +162,7 @@ def test_replicas_spread_over_hosts_where_there_is_room(data, num_hosts, redunda
     hosts = [shard.host for shard in cluster]
     table = PlacementTable.spread(range(2), num_experts, ["s0"])
     for _ in range(2):
-        table = plan(data.draw(loads(2, num_experts)), Topology(tuple(cluster)), table, Aim(redundancy=redundancy))
+        table = plan(data.draw(loads(2, num_experts)), Topology(tuple(cluster)), table, PlanGoal(redundancy=redundancy))
         for layer in table.layers:
             for expert in range(num_experts):
                 names = [hosts[int(table.shards[s][1:])] for s in table.holders((layer, expert))]
@@ -177,7 +177,7 @@ def test_two_hosts_are_enough_for_any_one_of_them_even_without_a_slot_to_spare()
     rng = np.random.default_rng(0)
     table = None
     for _ in range(4):
-        table = plan(rng.exponential(size=(6, 16)), equal(8, 4, 2), table, Aim(redundancy=1))
+        table = plan(rng.exponential(size=(6, 16)), equal(8, 4, 2), table, PlanGoal(redundancy=1))
         assert (table.num_replicas_LE == 2).all()
         on_host_LEN = table.shard_LEN % 2
         assert (on_host_LEN.sum(2) == 1).all()
@@ -186,21 +186,21 @@ def test_two_hosts_are_enough_for_any_one_of_them_even_without_a_slot_to_spare()
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_any_k_shards_may_go(k):
     load_LE = np.random.default_rng(k).lognormal(size=(3, 20))
-    table = plan(load_LE, equal(6, 14), None, Aim(redundancy=k))
+    table = plan(load_LE, equal(6, 14), None, PlanGoal(redundancy=k))
     for lost in combinations(range(6), k):
         assert all(set(held) - set(lost) for row in table.replicas for held in row)
 
 
 def test_scarce_redundancy_goes_to_the_hottest_and_stays_with_them():
     load_LE = np.arange(1.0, 21.0)[None] + 100  # a second replica halves nobody out of balance
-    table = plan(load_LE, equal(5, 5), None, Aim(redundancy=1))
+    table = plan(load_LE, equal(5, 5), None, PlanGoal(redundancy=1))
     assert table.num_replicas_LE[0].tolist() == [1] * 15 + [2] * 5
-    assert plan(load_LE[:, ::-1], equal(5, 5), table, Aim(redundancy=1, goal=0.5)) is table
+    assert plan(load_LE[:, ::-1], equal(5, 5), table, PlanGoal(redundancy=1, goal=0.5)) is table
 
 
 def test_replicas_of_a_lost_shard_take_over_and_only_orphans_are_copied():
     load_LE = np.random.default_rng(1).lognormal(size=(4, 32))
-    aim = Aim(goal=0.5)
+    aim = PlanGoal(goal=0.5)
     table = plan(load_LE, equal(6, 8), None, aim)
     orphans = sum(held == (2,) for row in table.replicas for held in row)
     left = Topology(tuple(shard for shard in equal(6, 8).shards if shard.name != "s2"))
@@ -213,9 +213,9 @@ def test_replicas_of_a_lost_shard_take_over_and_only_orphans_are_copied():
 
 def test_a_draining_shard_is_emptied_and_the_others_stay_as_they_are():
     load_LE = np.ones((2, 12))
-    table = plan(load_LE, equal(4, 6), None, Aim(num_spare=0))
+    table = plan(load_LE, equal(4, 6), None, PlanGoal(num_spare=0))
     draining = Topology(tuple(replace(s, draining=s.name == "s1") for s in equal(4, 6).shards))
-    after = plan(load_LE, draining, table, Aim(num_spare=0))
+    after = plan(load_LE, draining, table, PlanGoal(num_spare=0))
     assert after.shards == ("s0", "s2", "s3")
     assert {copy.sources for copy in moves(table, after).copies} == {("s1",)}
     assert balance(load_LE, after).worst == 1.0
@@ -226,7 +226,7 @@ def test_shards_come_and_go(before, after):
     load_LE = np.random.default_rng(before).lognormal(size=(3, 24))
     names = [f"s{i}" for i in range(before)]
     table = PlacementTable.spread(range(3), 24, names)
-    later = plan(load_LE, equal(after, 24), table, Aim(num_spare=8))
+    later = plan(load_LE, equal(after, 24), table, PlanGoal(num_spare=8))
     assert balance(load_LE, later).overall >= 0.97
     assert later.num_replicas_LE.sum(1).max() <= 32
 
@@ -250,7 +250,7 @@ def test_dearer_moves_are_fewer():
     one, two = drifting(2, 6, 128, rho=0.9, seed=3)
     topology = equal(16, 9)
     table = plan(one, topology)
-    found = [plan(two, topology, table, Aim(goal=0.99, move_cost=cost)) for cost in (0.0, 0.005, 0.02, 0.1, 1.0)]
+    found = [plan(two, topology, table, PlanGoal(goal=0.99, move_cost=cost)) for cost in (0.0, 0.005, 0.02, 0.1, 1.0)]
     shares = [moves(table, after).share for after in found]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 1.5 * shares[2] > 1.5 * shares[3]
@@ -270,7 +270,7 @@ def test_an_expert_larger_than_a_shard_is_split_without_being_asked():
 def test_faster_shards_get_more_rows():
     load_LE = np.random.default_rng(2).lognormal(size=(5, 64))
     topology = Topology((Shard("slow", "a", 64), Shard("fast", "b", 64, capacity=3.0)))
-    table = plan(load_LE, topology, None, Aim(num_spare=4))
+    table = plan(load_LE, topology, None, PlanGoal(num_spare=4))
     rows = rows_LS(load_LE, table).sum(0)
     assert rows[1] / rows[0] == pytest.approx(3.0, rel=0.05)
     assert balance(load_LE, table, topology).worst >= 0.98
@@ -299,8 +299,8 @@ def test_counts_that_are_asked_for_are_kept():
 def test_a_smaller_budget_takes_away_what_is_missed_least():
     load_LE = np.array([[8.0, 4.0, 1.0, 1.0]])
     topology = Topology(tuple(Shard(name, name, 3) for name in "abc"))
-    table = plan(load_LE, topology, None, Aim(num_spare=4, goal=0.5))
-    after = plan(load_LE, topology, table, Aim(num_spare=1, goal=0.5))
+    table = plan(load_LE, topology, None, PlanGoal(num_spare=4, goal=0.5))
+    after = plan(load_LE, topology, table, PlanGoal(num_spare=1, goal=0.5))
     assert after.num_replicas_LE.tolist() == [[2, 1, 1, 1]]
     assert moves(table, after).copies == ()
 
@@ -329,7 +329,7 @@ def test_no_step_of_refinement_brings_replicas_together(seed):
 
     before_L, held_LSE = together(), layout.held_LSE.copy()
     ones_LE = np.ones((6, 20), dtype=np.int64)
-    refine(layout, Bounds.of(ones_LE, 6 * ones_LE, np.full(6, 36)), goal=0.995, move_cost=0.0)
+    local_search(layout, Bounds.of(ones_LE, 6 * ones_LE, np.full(6, 36)), goal=0.995, move_cost=0.0)
     assert (layout.held_LSE != held_LSE).any()
     assert (together() <= before_L).all()
 
@@ -380,11 +380,11 @@ def test_arrays_of_a_table_are_its_lists(case):
         (lambda: Topology((Shard("a", slots=1),) * 2), "shard names repeat: a"),
         (lambda: Topology((Shard("a", slots=1, draining=True),)), "none of 1 shards may hold experts"),
         (lambda: Topology((Shard("a", slots=1),), 0), "an expert has 0 bytes"),
-        (lambda: Aim(goal=0.0), "goal 0.0 is no balance"),
-        (lambda: Aim(goal=1.1), "goal 1.1 is no balance"),
-        (lambda: Aim(move_cost=-1.0), "move_cost -1.0"),
-        (lambda: Aim(redundancy=-1), "redundancy -1 is below 0"),
-        (lambda: Aim(num_spare=-1), "num_spare -1 is below 0"),
+        (lambda: PlanGoal(goal=0.0), "goal 0.0 is no balance"),
+        (lambda: PlanGoal(goal=1.1), "goal 1.1 is no balance"),
+        (lambda: PlanGoal(move_cost=-1.0), "move_cost -1.0"),
+        (lambda: PlanGoal(redundancy=-1), "redundancy -1 is below 0"),
+        (lambda: PlanGoal(num_spare=-1), "num_spare -1 is below 0"),
         (lambda: plan(np.ones(3), equal(2, 4)), r"load has shape \(3,\)"),
         (lambda: plan(np.array([[1.0, np.nan]]), equal(2, 4)), "load of expert 1 in row 0 is nan"),
         (lambda: plan(np.array([[1.0, -1.0]]), equal(2, 4)), r"load of expert 1 in row 0 is -1\.0"),

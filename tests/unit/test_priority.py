@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from trinity.exact.threads import in_threads
-from trinity.priority import IDLE, Patient, give_way, of_this_thread
+from trinity.ops.batch_invariant.threads import in_threads
+from trinity.utils.niceness import IDLE, LowPriorityExecutor, give_way, of_this_thread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness belongs to processes")
 
@@ -51,7 +51,7 @@ def test_where_no_thread_may_be_idle_it_is_as_nice_as_can_be(monkeypatch):
 
 def test_patient_work_is_done_on_threads_that_give_way():
     begun = []
-    patient = Patient(IDLE, lambda: begun.append(threading.get_ident()))
+    patient = LowPriorityExecutor(IDLE, lambda: begun.append(threading.get_ident()))
     found = patient.run(lambda a, b: (a + b, threading.get_ident(), of_this_thread()), 1, 2)
     assert found == (3, begun[0], (os.SCHED_IDLE, 19))
     assert begun[0] != threading.get_ident()
@@ -60,7 +60,7 @@ def test_patient_work_is_done_on_threads_that_give_way():
 
 
 def test_without_niceness_the_caller_works_itself():
-    assert Patient().run(threading.get_ident) == threading.get_ident()
+    assert LowPriorityExecutor().run(threading.get_ident) == threading.get_ident()
 
 
 def test_helpers_of_a_thread_are_as_patient_as_it_is():

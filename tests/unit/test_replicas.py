@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import Dispatcher, Done, Fixed, LocalTransport, turns
+from trinity.dispatch.dispatcher import Dispatcher
+from trinity.dispatch.exchange import replica_hash
+from trinity.dispatch.transport import Done, LocalTransport
+from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
-from trinity.experts.copying import take_up
-from trinity.experts.held import names_of
+from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.messages import WEIGHT, Adopt, Commit, Copy, Fetch, Load, Prepare, Retain, Stage, Status
+from trinity.experts.stacked import names_of
 from trinity.placement.table import PlacementTable
-from trinity.pool import ExpertPool, local_pool
+from trinity.pool.local import local_pool
+from trinity.pool.pool import ExpertPool
+from trinity.rpc.messages import WEIGHT, Commit, Copy, Fetch, Install, Load, Prepare, PruneTo, Stage, Status
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
@@ -41,18 +45,18 @@ def rows_of(num_tokens=30, seed=0):
 def copy_all(target, experts, peers, layer=LAYER, source=None):
     version = next(iter(peers.values())).version
     names = tuple(next(s for s, shard in peers.items() if e in shard.experts[layer]) for e in experts)
-    return take_up(target, Copy(layer, tuple(experts), names, version, FOREVER), LocalTransport(peers), source)
+    return migrate_in(target, Copy(layer, tuple(experts), names, version, FOREVER), LocalTransport(peers), source)
 
 
 def test_a_token_goes_to_the_same_replicas_in_any_company():
     """Half of the rows to each of two replicas, whatever else is in the batch: so the order of sums is a token's own."""
     table, transport = replicated(4)
-    dispatcher = Dispatcher(View(table), transport, timeout_s=60)
+    dispatcher = Dispatcher(MovingView(table), transport, timeout_s=60)
     x, ids, weights = rows_of(300)
     whole = dispatcher(LAYER, x, ids, weights)
     for part in (slice(0, 1), slice(7, 60), slice(1, 300)):
         assert torch.equal(dispatcher(LAYER, x[part], ids[part], weights[part]), whole[part])
-    assert 0.4 < (turns(x) % 2).mean() < 0.6
+    assert 0.4 < (replica_hash(x) % 2).mean() < 0.6
 
 
 # -- one shard
@@ -92,10 +96,10 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
 def test_what_is_adopted_computes_and_what_is_dropped_does_not():
     a, b = shard_of("a", range(8)), shard_of("b", range(2))
     copy_all(b, range(2, 8), {"a": a})
-    assert b.retain(Retain({LAYER: (3, 6)})) == 6 + 2 * (len(MODEL.moe_layers) - 1)
+    assert b.prune_to(PruneTo({LAYER: (3, 6)})) == 6 + 2 * (len(MODEL.moe_layers) - 1)
     assert b.experts[LAYER] == (3, 6)
     assert b.experts[SECOND] == ()
-    assert b.retain(Retain({LAYER: (3, 6)})) == 0, "harmless when repeated"
+    assert b.prune_to(PruneTo({LAYER: (3, 6)})) == 0, "harmless when repeated"
     assert b.status(Status()).num_experts == 2
     with pytest.raises(WrongEpoch, match=r"does not hold expert \(1, 0\)|does not hold expert"):
         b.fetch(Fetch(LAYER, 0, 0, FOREVER))
@@ -105,9 +109,9 @@ def test_counters_of_rows_stay_with_their_experts():
     a, b = shard_of("a", range(8)), shard_of("b", range(4))
     x, ids, weights = rows_of()
     table = PlacementTable.spread(MODEL.moe_layers, 8, ["a"])
-    Dispatcher(Fixed(table), LocalTransport({"a": a}), timeout_s=60)(LAYER, x, ids, weights)
+    Dispatcher(StaticView(table), LocalTransport({"a": a}), timeout_s=60)(LAYER, x, ids, weights)
     before = a.status(Status()).rows[LAYER]
-    a.retain(Retain(dict.fromkeys(MODEL.moe_layers, (2, 5))))
+    a.prune_to(PruneTo(dict.fromkeys(MODEL.moe_layers, (2, 5))))
     copy_all(a, [3], {"b": b})
     assert a.status(Status()).rows[LAYER] == {2: before[2], 5: before[5], 3: 0}
 
@@ -116,32 +120,32 @@ def test_copies_of_another_version_are_refused():
     a, b = shard_of("a", range(8)), shard_of("b", range(2))
     rows = {WEIGHT: (a.fetch(Fetch(LAYER, 4, 0, FOREVER)),)}
     with pytest.raises(StepConflict, match="holds version 0, the copies are of 3"):
-        b.adopt(Adopt(LAYER, (4,), 3, rows))
+        b.install(Install(LAYER, (4,), 3, rows))
     assert b.experts[LAYER] == (0, 1)
     empty = shard_of("c", ())
-    assert empty.adopt(Adopt(LAYER, (4,), 3, rows)) == 1
+    assert empty.install(Install(LAYER, (4,), 3, rows)) == 1
     assert empty.version == 3
 
 
 def test_an_expert_that_nobody_has_comes_from_the_checkpoint():
     a, b = shard_of("a", range(8)), shard_of("b", range(2))
-    take_up(b, Copy(LAYER, (4,), ("",), 0, FOREVER), LocalTransport({}), SOURCE)
+    migrate_in(b, Copy(LAYER, (4,), ("",), 0, FOREVER), LocalTransport({}), SOURCE)
     assert torch.equal(b.fetch(Fetch(LAYER, 4, 0, FOREVER)), a.fetch(Fetch(LAYER, 4, 0, FOREVER)))
     with pytest.raises(StepConflict, match="is on no shard"):
-        take_up(b, Copy(LAYER, (5,), ("",), 0, FOREVER), LocalTransport({}), None)
+        migrate_in(b, Copy(LAYER, (5,), ("",), 0, FOREVER), LocalTransport({}), None)
 
 
 # -- callers
 
 
-class View:
-    """A View that a test moves."""
+class MovingView:
+    """A MovingView that a test moves."""
 
     def __init__(self, table):
-        self.table, self.away, self.later = table, frozenset(), None
+        self.table, self.unreachable, self.later = table, frozenset(), None
 
     def lost(self, shard):
-        self.away |= {shard}
+        self.unreachable |= {shard}
 
     def refresh(self):
         if self.later is not None:
@@ -190,16 +194,16 @@ def want():
 @pytest.mark.parametrize("victims", [{"s0"}, {"s1"}, {"s2", "s0"}])
 def test_rows_of_a_dead_shard_go_to_the_replicas(victims, want):
     table, transport = replicated(4)
-    view = View(table)
+    view = MovingView(table)
     dispatcher = Dispatcher(view, transport, timeout_s=60)
     transport.dead = victims
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
-    assert view.away == victims
+    assert view.unreachable == victims
     assert dispatcher.num_retries == len(victims)
     transport.asked.clear()
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert not victims & set(transport.asked), "who is away is not asked again"
-    view.away, transport.dead = frozenset(), set()
+    view.unreachable, transport.dead = frozenset(), set()
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert victims <= set(transport.asked)
 
@@ -207,7 +211,7 @@ def test_rows_of_a_dead_shard_go_to_the_replicas(victims, want):
 def test_a_hung_shard_costs_one_attempt(want):
     table, transport = replicated(3)
     transport.hung = {"s1"}
-    dispatcher = Dispatcher(View(table), transport, timeout_s=20, attempt_s=0.2)
+    dispatcher = Dispatcher(MovingView(table), transport, timeout_s=20, attempt_s=0.2)
     started = time.monotonic()
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert 0.15 < time.monotonic() - started < 3
@@ -217,9 +221,9 @@ def test_a_shard_that_no_longer_holds_the_expert_sends_the_caller_to_the_new_tab
     a, b = shard_of("a", range(8)), shard_of("b", range(4, 8))
     old = PlacementTable.spread(MODEL.moe_layers, 8, ["a", "b"])
     new = PlacementTable(2, ("a", "b"), old.layers, (((0,),) * 8,) * len(old.layers))
-    view = View(old)
+    view = MovingView(old)
     view.later = new
-    b.retain(Retain({}))
+    b.prune_to(PruneTo({}))
     dispatcher = Dispatcher(view, LocalTransport({"a": a, "b": b}), timeout_s=60)
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert dispatcher.table.epoch == 2
@@ -230,7 +234,7 @@ def test_with_nobody_left_the_error_comes_within_the_deadline():
     transport.dead = {"s0", "s1"}
     started = time.monotonic()
     with pytest.raises(Unavailable, match="dead"):
-        Dispatcher(View(table), transport, timeout_s=0.5)(LAYER, *rows_of())
+        Dispatcher(MovingView(table), transport, timeout_s=0.5)(LAYER, *rows_of())
     assert time.monotonic() - started < 2
 
 
@@ -240,7 +244,7 @@ def test_rows_kept_for_a_backward_stay_with_their_shard():
     transport.dead = {"s1"}
     x, ids, weights = rows_of()
     with pytest.raises(Unavailable):
-        Dispatcher(View(table), transport, timeout_s=0.3)(LAYER, x.requires_grad_(), ids, weights)
+        Dispatcher(MovingView(table), transport, timeout_s=0.3)(LAYER, x.requires_grad_(), ids, weights)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -249,7 +253,7 @@ def test_any_walk_of_moves_and_deaths_gives_the_monoliths_answers(seed):
     oracle = local_pool(MODEL, SOURCE, backend="torch").dispatcher()
     table = PlacementTable.spread(MODEL.moe_layers, 8, ["a", "b", "c"])
     transport = Killable({name: shard_of(name, table.experts_of(name)[LAYER]) for name in table.shards})
-    view = View(table)
+    view = MovingView(table)
     dispatcher = Dispatcher(view, transport, timeout_s=30)
     for turn in range(12):
         table = walk(rng, view, transport)
@@ -273,10 +277,10 @@ def walk(rng, view, transport):
         gone = rng.choice(held)
         view.table = table.without_replica(expert, gone)
         view.later = None
-        transport.shards[gone].retain(Retain(view.table.experts_of(gone)))
+        transport.shards[gone].prune_to(PruneTo(view.table.experts_of(gone)))
     victim = rng.choice(table.shards)
     alone = any(held == (view.table.shards.index(victim),) for row in view.table.replicas for held in row)
-    transport.dead, view.away = set() if alone else {victim}, frozenset()
+    transport.dead, view.unreachable = set() if alone else {victim}, frozenset()
     return view.table
 
 
@@ -294,6 +298,6 @@ def test_present_leaves_out_who_is_away_but_nobody_alone():
 
 def test_a_pool_of_replicas_still_loads_and_reports():
     table, transport = replicated(2)
-    pool = ExpertPool(Fixed(table), transport, timeout_s=60)
+    pool = ExpertPool(StaticView(table), transport, timeout_s=60)
     assert pool.load(SOURCE) == 0
     assert {status.num_experts for status in pool.status()} == {8 * len(MODEL.moe_layers)}

@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trinity.comm import Alone
-from trinity.config import Config, EngineConfig
-from trinity.data import prepare
-from trinity.engine.llm import LLM
+from trinity.config import Config, EngineConfig, merge
+from trinity.data.prepare import prepare
 from trinity.engine.request import SamplingParams
 from trinity.errors import InvalidRequest, PromptTooLong
-from trinity.messages import Load
-from trinity.model.attention import PackedAttention, packed_positions
-from trinity.objective import packed_inputs
-from trinity.policy import (
+from trinity.llm import LLM
+from trinity.models.common.attention import PackedAttention, packed_positions
+from trinity.pool.local import local_pool
+from trinity.rl.policy_trainer import (
     PolicyObjective,
     PolicyTrainer,
     group_advantages,
@@ -27,9 +25,10 @@ from trinity.policy import (
     surrogate,
     target_logprobs,
 )
-from trinity.pool import local_pool
-from trinity.rollout import Rollout
-from trinity.tree import merge
+from trinity.rl.rollout import Rollout
+from trinity.rpc.messages import Load
+from trinity.train.collectives import Alone
+from trinity.train.loss import packed_inputs
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=6)
 ENGINE = EngineConfig(max_model_len=128, block_size=4, kv_cache_bytes=8 << 20, max_num_seqs=8)
@@ -101,7 +100,7 @@ def test_samples_carry_what_a_direct_forward_gives(trainer):
 def test_chunked_prefill_parts_and_preemption_leave_the_experts_in_place(trainer):
     want = Rollout.following(trainer, ENGINE).generate(PROMPTS * 2, PARAMS)
     scarce = dict(max_model_len=40, kv_cache_bytes=1 << 15, max_num_batched_tokens=7)  # room for one of the longest
-    tight = ENGINE.model_copy(update=dict(**scarce, num_in_flight=2, min_part_tokens=2))
+    tight = ENGINE.model_copy(update=dict(**scarce, num_overlapped_microbatches=2, min_part_tokens=2))
     rollout = Rollout.following(trainer, tight)
     got = rollout.generate(PROMPTS * 2, PARAMS)
     assert rollout.llm.engine.stats().num_preemptions > 0

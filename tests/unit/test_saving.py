@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trinity.config import Config
-from trinity.saving import Saver
-from trinity.store import Store, Version
+from trinity.state.versioned_store import Store, Version
+from trinity.train.checkpointer import AsyncCheckpointer
 
 
 def saver_for(out_dir, parts):
@@ -17,7 +17,7 @@ def saver_for(out_dir, parts):
     backbone = SimpleNamespace(version=0, store=store, values=lambda *_: iter(()), training_state=lambda _: {})
     pool = SimpleNamespace(save=lambda folder, version: parts)
     config = Config.from_tree({"model": "tiny", "train": {"out_dir": str(out_dir)}})
-    return Saver(config, pool, backbone, tokenizer=None)
+    return AsyncCheckpointer(config, pool, backbone, tokenizer=None)
 
 
 def test_a_save_that_fails_in_an_unexpected_way_is_not_taken_for_one_that_succeeded(tmp_path):

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.unit.store_writer import LIKE, write_for_ever
 from trinity.errors import ConfigError, StepConflict, VersionGone
-from trinity.store import HEAD, LOCK, Reader, Store, Version, read
+from trinity.state.reader import Reader, read
+from trinity.state.versioned_store import HEAD, LOCK, Store, Version
 
 SHAPES = {"a": (3, 4), "b": (7,), "none": (0, 5)}
 
@@ -92,11 +93,11 @@ class Trace(RuleBasedStateMachine):
     def abandon(self):
         """A version that was begun and given up."""
         filled(self.store, self.committed + 1, self._value())
-        self.give_back()
+        self.discard_staged()
 
     @rule()
-    def give_back(self):
-        self.store.give_back()
+    def discard_staged(self):
+        self.store.discard_staged()
         self.model = {n: kept for n, kept in self.model.items() if n <= self.committed}
 
     @precondition(lambda self: self.committed + 1 in self.model)
@@ -230,7 +231,7 @@ def test_no_room_is_a_setting_to_change_and_not_a_shard_that_is_away(tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trinity.store.os.posix_fallocate", full)
+    monkeypatch.setattr("trinity.state.files.os.posix_fallocate", full)
     with pytest.raises(ConfigError, match=r"28 bytes.*--shm-size"):
         store.empty_like(torch.empty(7))
     assert not list((tmp_path / "s").glob("t-*"))

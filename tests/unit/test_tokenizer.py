@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AfmoeConfig, AutoTokenizer
 
-from trinity import tokenizer
 from trinity.errors import CheckpointError, ConfigError, InvalidRequest
-from trinity.tokenizer import MARKERS, SPECIALS, IncrementalDecoder, Tokenizer, render_chat, train_tokenizer
+from trinity.text import tokenizer
+from trinity.text.chat_template import render_chat
+from trinity.text.detokenizer import IncrementalDecoder
+from trinity.text.tokenizer import MARKERS, SPECIALS, Tokenizer, train_tokenizer
 
 CORPUS = [Path(module.__file__).read_text() for module in (json, subprocess)] + [
     "家族写真を見る 👩‍👩‍👧 naïve 12345678 ½ x²"
@@ -107,7 +109,7 @@ def test_pieces_of_mixed_text():
 
 
 def test_training_is_deterministic_whatever_the_number_of_threads():
-    code = "import sys, trinity.tokenizer as t; print(t.train_tokenizer(iter([sys.stdin.read()]), 900).to_str())"
+    code = "import sys, trinity.text.tokenizer as t; print(t.train_tokenizer(iter([sys.stdin.read()]), 900).to_str())"
     runs = [
         subprocess.run([sys.executable, "-c", code], input="\n".join(CORPUS), text=True, env=env, capture_output=True)
         for env in ({"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "3"})

@@ -10,21 +10,23 @@ import pytest
 import torch
 
 from trinity.checkpoint import list_checkpoints, open_checkpoint
-from trinity.comm import Alone
 from trinity.config import Config
-from trinity.data import prepare
-from trinity.dispatch import Done, LocalTransport
+from trinity.data.prepare import prepare
+from trinity.dispatch.transport import Done, LocalTransport
 from trinity.errors import ConfigError, TrinityError
-from trinity.experts.held import named_matrices
-from trinity.messages import WEIGHT, Load
-from trinity.model.afmoe import Afmoe
-from trinity.model.attention import PackedAttention, packed_positions
-from trinity.model.init import init_weights
-from trinity.model.losses import sequence_balance_loss
-from trinity.model.params import is_hidden_matrix
-from trinity.optim import Matrix, Optimizer, lr_factor, orthogonalize
-from trinity.pool import local_pool
-from trinity.trainer import Trainer
+from trinity.experts.stacked import named_matrices
+from trinity.models.afmoe.init import init_weights
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.afmoe.params import is_hidden_matrix
+from trinity.models.common.attention import PackedAttention, packed_positions
+from trinity.models.common.losses import sequence_balance_loss
+from trinity.optim.muon import Matrix, orthogonalize
+from trinity.optim.optimizer import Optimizer
+from trinity.optim.schedule import lr_factor
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import WEIGHT, Load
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
 
@@ -165,7 +167,7 @@ class LateReply:
 def test_micro_batches_side_by_side_train_alike_and_are_under_way_together(texts, tmp_path):
     runs = {}
     for num in (1, 2):
-        trainer = trainer_for(config_for(texts, tmp_path / str(num), num_in_flight=num))
+        trainer = trainer_for(config_for(texts, tmp_path / str(num), num_overlapped_microbatches=num))
         late = trainer.dispatcher.transport = Late(trainer.dispatcher.transport.shards)
         runs[num] = [trainer.step().loss for _ in range(6)], all_weights(trainer), late.log
     torch.testing.assert_close(runs[2][0], runs[1][0], atol=1e-6, rtol=0)
@@ -266,7 +268,7 @@ def test_validation_is_the_same_for_any_number_of_workers_and_uses_what_there_is
         def __init__(self, rank):
             self.rank, self.sent = rank, []
 
-        def sum(self, tensor):
+        def all_reduce(self, tensor):
             self.sent.append(tensor.clone())
             return tensor
 

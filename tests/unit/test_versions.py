@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import Dispatcher, LocalTransport
+from trinity.dispatch.dispatcher import Dispatcher
+from trinity.dispatch.transport import LocalTransport
 from trinity.errors import StepConflict, VersionGone, WrongEpoch
-from trinity.experts.copying import take_up
+from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.messages import Commit, Copy, Load, Retain, Stage
 from trinity.placement.table import PlacementTable
-from trinity.pool import ExpertPool
+from trinity.pool.pool import ExpertPool
+from trinity.rpc.messages import Commit, Copy, Load, PruneTo, Stage
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
@@ -31,7 +32,7 @@ SOURCE = Load(seed=3)
 class Current:
     """A View that the test moves."""
 
-    away = frozenset()
+    unreachable = frozenset()
 
     def __init__(self, table):
         self.table = table
@@ -81,7 +82,7 @@ class Life(RuleBasedStateMachine):
             x, ids, weights = rows_of(seed)
             dispatcher(layer, x.requires_grad_(), ids, weights.requires_grad_()).square().sum().backward()
         assert dispatcher.failure is None
-        return dispatcher.issued
+        return dispatcher.num_sent_ops
 
     # -- what may happen
 
@@ -90,8 +91,8 @@ class Life(RuleBasedStateMachine):
         """An attempt that is given up somewhere on the way leaves nothing behind."""
         self.attempt += 1
         here, whole = self.pools
-        issued = self._gradients(here, self.attempt, seed)
-        here.prepare(self.version + 1, issued, self.attempt)
+        num_sent_ops = self._gradients(here, self.attempt, seed)
+        here.prepare(self.version + 1, num_sent_ops, self.attempt)
         if is_given_up:
             if hears_of_it:
                 self.shards["b"].stage(self._stage(tuple(self.pinned)))
@@ -122,7 +123,7 @@ class Life(RuleBasedStateMachine):
         for version in (self.version, *self.pinned, self.version - 1):
             if version in self.shards[origin].store.versions:
                 message = Copy(layer, (expert,), (origin,), version, time.time() + 60, updates, new.epoch)
-                take_up(self.shards[to], message, LocalTransport(self.shards), SOURCE)
+                migrate_in(self.shards[to], message, LocalTransport(self.shards), SOURCE)
         self.view.table = new
 
     @rule(layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), to=st.sampled_from(NAMES))
@@ -133,7 +134,7 @@ class Life(RuleBasedStateMachine):
         if self.view.table is not before:
             self.view.table = before.renewed()
             for shard in NAMES:
-                self.shards[shard].retain(Retain(before.experts_of(shard), self.view.table.epoch))
+                self.shards[shard].prune_to(PruneTo(before.experts_of(shard), self.view.table.epoch))
 
     @rule(
         layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), at=st.integers(0, 2), is_late=st.booleans()
@@ -147,7 +148,7 @@ class Life(RuleBasedStateMachine):
         self.view.table = table.without_replica((layer, expert), name)
         if not is_late:  # else it keeps what is no longer its own, until a later table is tidied
             for shard in NAMES:
-                self.shards[shard].retain(Retain(self.view.table.experts_of(shard), self.view.table.epoch))
+                self.shards[shard].prune_to(PruneTo(self.view.table.experts_of(shard), self.view.table.epoch))
 
     @rule()
     def pin(self):

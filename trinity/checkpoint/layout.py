@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trinity.config import ModelConfig
-from trinity.messages import Experts
+from trinity.rpc.messages import Experts
 
 INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
 STATE = "training/state.json"

@@ -31,10 +31,10 @@ from trinity.checkpoint.layout import (
 )
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
-from trinity.hf_config import from_hf
+from trinity.models.afmoe.hf import from_hf
 
 if TYPE_CHECKING:
-    from trinity.tokenizer import Tokenizer
+    from trinity.text.tokenizer import Tokenizer
 
 MAX_JSON_BYTES = 256 << 20
 MAX_HEADER_BYTES = 32 << 20
@@ -74,7 +74,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
-        from trinity.tokenizer import Tokenizer
+        from trinity.text.tokenizer import Tokenizer
 
         return Tokenizer.load(self.path)
 

@@ -40,11 +40,11 @@ from trinity.checkpoint.layout import (
 )
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
-from trinity.hf_config import to_hf
-from trinity.messages import Part
+from trinity.models.afmoe.hf import to_hf
+from trinity.rpc.messages import Part
 
 if TYPE_CHECKING:
-    from trinity.tokenizer import Tokenizer
+    from trinity.text.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 4 << 30
 

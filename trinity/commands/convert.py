@@ -41,7 +41,7 @@ class _Absent:
 def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor the architecture has, checked; expert_bias stays fp32."""
     from trinity.checkpoint import PROJECTIONS, all_experts, expert_key
-    from trinity.model.afmoe import Afmoe
+    from trinity.models.afmoe.model import Afmoe
 
     backbone = Afmoe(source.config, _Absent(), device="meta")
     for name, like in backbone.state_dict().items():

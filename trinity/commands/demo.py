@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from actors import pool as pools
     from actors.cluster import joined
     from serving import app
-    from trinity.commands.train import train
+    from trinity.launch import train
 
     app.check_ports(config.serve)
     started = time.monotonic()
@@ -78,7 +78,8 @@ def _empty(out: Path) -> None:
 
 def _serve(config: Config, checkpoint: str, keep: bool) -> None:
     from serving import app
-    from trinity.commands.serve import provide_pool, wait_for_signal
+    from serving.launch import provide_pool
+    from trinity.commands.serve import wait_for_signal
 
     provide_pool(config, checkpoint)
     server = app.start(config, checkpoint)

@@ -1,12 +1,12 @@
 """`trinity doctor`: what to paste in a bug report. Finds problems before they are met at 3 a.m."""
 
 import argparse
-import importlib.metadata
 import platform
 import shutil
 import socket
-from collections.abc import Iterable
 from pathlib import Path
+
+from trinity.utils.machine import meminfo, versions
 
 PACKAGES = ["trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers"]
 PACKAGES += ["transformers", "grpcio", "protobuf", "pydantic", "numpy", "fastapi", "uvicorn"]
@@ -40,29 +40,11 @@ def _system() -> dict[str, str]:
     }
 
 
-def meminfo() -> dict[str, int]:
-    """Bytes by name; empty where there is no /proc."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-
-
-def versions(names: Iterable[str]) -> dict[str, str]:
-    """Of installed packages."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def _devices() -> dict[str, str]:
     import torch
 
     from trinity.errors import ConfigError
-    from trinity.experts.backends import resolve
+    from trinity.experts.registry import resolve
 
     gpus = {}
     for i in range(torch.cuda.device_count()):

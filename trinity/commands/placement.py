@@ -42,14 +42,14 @@ def cluster_of(arguments: argparse.Namespace) -> Iterator[ClusterConfig]:
 def operators(arguments: argparse.Namespace) -> Iterator[list[Any]]:
     """Of the pool that is named, or of all. Raises ConfigError where there is none of that name."""
     if arguments.server:
-        from serving.operator import connect
+        from serving.grpc.operator_client import connect
 
         with connect(arguments.server) as found:
             yield [found]
         return
     with cluster_of(arguments) as cluster:
         from actors import pool as pools
-        from actors.operate import operator
+        from actors.control.admin import operator
 
         names = _named(arguments.pool, pools.names(cluster.namespace))
         yield [operator(PlacementConfig(pool=name), cluster.namespace) for name in names]

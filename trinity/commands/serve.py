@@ -5,20 +5,15 @@ SOURCE is a checkpoint, whose experts get a pool of their own here, or the folde
 
 import argparse
 import signal
-import sys
-import tempfile
 import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trinity.commands.train import SETTINGS, describe, to_yaml
-from trinity.config import Config, merged, setup_environment
-from trinity.errors import ConfigError, TrinityError
-from trinity.tree import merge, read_yaml
+from serving.launch import check_source, provide_weights, resolve
+from trinity.config import merged, setup_environment
 
 if TYPE_CHECKING:
-    from actors.pool import RayPool
+    pass
 
 SHORT = ("host", "http_port", "grpc_port", "weights")
 
@@ -27,7 +22,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     short = [f"--serve.{name}={getattr(arguments, name)}" for name in SHORT if getattr(arguments, name) is not None]
     config = resolve(arguments.source, merged(arguments.config, [*flags, *short]))
     if arguments.dry_run:
-        print(to_yaml(config), end="")
+        print(config.to_yaml(), end="")
         return 0
     check_source(arguments.source, config)
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
@@ -51,62 +46,6 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-def resolve(source: str, tree: Mapping[str, Any]) -> Config:
-    """Settings over what the source itself says: a checkpoint its model; a run its model, pool and namespace, too."""
-    serve = tree.get("serve")
-    weights = serve.get("weights") if isinstance(serve, Mapping) else None
-    if str(weights).startswith(("live", "pinned")):
-        own = _settings_of_run(Path(source))
-    elif (Path(source) / SETTINGS).is_file():
-        raise ConfigError(f"{source} is a run, not a checkpoint: name one of its step folders, or add --weights live")
-    else:
-        from trinity.checkpoint import open_checkpoint
-
-        own = {"model": open_checkpoint(source).config.model_dump(mode="json")}
-    return Config.from_tree({**merge(own, tree), "model": own["model"]})
-
-
-def _settings_of_run(folder: Path) -> dict[str, Any]:
-    if not (folder / SETTINGS).is_file():
-        raise ConfigError(
-            f"{folder} holds no {SETTINGS}, so it is no run of `trinity train`; name the train.out_dir of one, or serve a "
-            "checkpoint with --weights checkpoint"
-        )
-    tree = read_yaml(folder / SETTINGS)
-    return {
-        "model": tree["model"],
-        "placement": tree["placement"],
-        "cluster": {"namespace": tree["cluster"]["namespace"]},
-    }
-
-
-def check_source(source: str, config: Config) -> None:
-    """Before anything is started: a checkpoint is whole, a run is somewhere to be joined."""
-    if not config.serve.is_of_run:
-        from trinity.checkpoint import open_checkpoint
-
-        open_checkpoint(source).verify()
-    elif config.cluster.address == "local":
-        raise ConfigError(
-            f"--weights {config.serve.weights} joins the cluster that trains {source}: give --cluster.address auto, or its "
-            "host:port"
-        )
-
-
-def provide_weights(config: Config, source: str) -> bool:
-    """See that the pool is there with what engines will ask it for; -> whether it was made for that."""
-    from actors import pool as pools
-
-    if not config.serve.is_of_run:
-        return provide_pool(config, source)
-    if not pools.exists(config.placement.pool, config.cluster.namespace):
-        raise ConfigError(
-            f"there is no pool {config.placement.pool!r} in this cluster: nobody trains {source} in it. Start the training "
-            "first, or serve its last checkpoint"
-        )
-    return False
-
-
 def wait_for_signal() -> None:
     """Until SIGTERM or Ctrl-C; after that a second Ctrl-C interrupts. Main thread only."""
     stop = threading.Event()
@@ -114,38 +53,3 @@ def wait_for_signal() -> None:
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def provide_pool(config: Config, checkpoint: str) -> bool:
-    """See that the pool of the configured name holds this checkpoint's experts; -> whether it was made for that.
-
-    A pool that is there is used as it is or refused, never loaded: somebody may be training in it.
-    """
-    from actors import pool as pools
-    from trinity.messages import Load
-
-    name, namespace = config.placement.pool, config.cluster.namespace
-    if pools.exists(name, namespace):
-        _check_holds(pools.connect(config.placement, namespace), config, checkpoint)
-        return False
-    state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
-    pool = pools.create(config.placement, namespace, config.model, None, state_dir)
-    try:
-        pool.load(Load(checkpoint, training=False))
-    except TrinityError:
-        pools.destroy(name, namespace)
-        raise
-    print(describe(pool.status(), config.model), file=sys.stderr)
-    return True
-
-
-def _check_holds(pool: "RayPool", config: Config, checkpoint: str) -> None:
-    from trinity.checkpoint import open_checkpoint
-
-    source, versions = pool.source(), set(pool.versions().values())
-    same = source is not None and source.checkpoint == checkpoint and pool.spec().model == config.model
-    if not same or versions != {open_checkpoint(checkpoint).version}:
-        raise ConfigError(
-            f"pool {pool.name!r} holds {source.checkpoint if source else 'other weights'} at version {versions}, not "
-            f"{checkpoint}; serve from another --placement.pool, or end this one with `trinity placement rm {pool.name}`"
-        )

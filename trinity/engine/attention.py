@@ -71,7 +71,7 @@ class Prefill(NamedTuple):
     tiles: tuple[Tile, ...]
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """Where the tokens of one pass read and write, in the layers of one kind."""
 
     write_rows: Tensor | None  # of T; None: all
@@ -131,13 +131,13 @@ def _prefill(
         out_nHd[tile.queries] = o_GRnd.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def make_plan(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> Plan:
+def make_plan(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> AttentionPlan:
     """`window` None: every earlier token is seen. Only the last `window` tokens of a chunk are written."""
     keep_T = np.ones(len(flat.position_T), bool) if window is None else flat.position_T >= flat.end_T - window
     slots = table.slots(flat.row_T[keep_T], flat.position_T[keep_T])
     write_rows = None if keep_T.all() else _to(np.nonzero(keep_T)[0], device)
     decodes = tuple(_plan_decodes(table, flat, window, device))
-    return Plan(write_rows, _to(slots, device), decodes, tuple(_plan_prefills(table, flat, window, device)))
+    return AttentionPlan(write_rows, _to(slots, device), decodes, tuple(_plan_prefills(table, flat, window, device)))
 
 
 def _plan_decodes(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> list[Decodes]:

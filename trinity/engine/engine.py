@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.request import Chunk, Delta, FinishReason, SamplingParams, Sequence
-from trinity.engine.runner import Runner
+from trinity.engine.runner import ModelRunner
 from trinity.engine.sampler import Sampled, sample
 from trinity.engine.scheduler import Scheduler
-from trinity.engine.text import TextStream
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
@@ -32,10 +31,10 @@ from trinity.errors import (
     VersionGone,
     WrongEpoch,
 )
-from trinity.tokenizer import IncrementalDecoder
+from trinity.text.detokenizer import IncrementalDecoder, TextStream
 
 if TYPE_CHECKING:
-    from trinity.tokenizer import Tokenizer
+    from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
@@ -59,7 +58,9 @@ class EngineStats:
     num_repeats: int = 0
     switch_seconds: float = 0.0
     num_dispatch_retries: int = 0
-    dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(default_factory=dict)  # as in trinity/metrics.py
+    dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(
+        default_factory=dict
+    )  # as in trinity/observability/
 
 
 class Engine:
@@ -85,7 +86,7 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._scheduler = Scheduler(self._cache, settings.max_num_seqs, settings.max_num_batched_tokens)
-        self._runner = Runner(model, config, settings, self._cache)
+        self._runner = ModelRunner(model, config, settings, self._cache)
         self._sequences: dict[str, Sequence] = {}
         self._num_prompt_tokens = self._num_generated_tokens = self._num_repeats = 0
 
@@ -148,7 +149,7 @@ class Engine:
         Without work it only looks which version is the newest.
         """
         self._versions.follow(self._scheduler.running)
-        passes = self._versions.passes(self._scheduler.next_batch())
+        passes = self._versions.passes(self._scheduler.schedule())
         return [delta for version, batch in passes for delta in self._pass(version, batch)]
 
     def _pass(self, version: int, batch: list[Chunk]) -> list[Delta]:

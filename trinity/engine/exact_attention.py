@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trinity.engine.attention import Flat, KVPools
 from trinity.engine.kv_cache import KINDS, SLIDING, BlockTable, KVCache
-from trinity.exact.attention import attention
+from trinity.ops.batch_invariant.attention import attention
 
 
 class Reads(NamedTuple):
@@ -26,7 +26,7 @@ class Reads(NamedTuple):
     end_n: Tensor
 
 
-class Plan(NamedTuple):
+class ExactPlan(NamedTuple):
     """Where the tokens of one pass read and write, in the layers of one kind."""
 
     write_rows: Tensor  # of T
@@ -59,7 +59,7 @@ class ExactAttention:
         return out_THd
 
 
-def make_plan(table: BlockTable, flat: Flat, window: int | None) -> Plan:
+def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:
     """`window` None: every earlier token is seen. Only the last `window` tokens of a chunk are written."""
     reach = int(flat.end_T.max(initial=0)) if window is None else window
     write_T = np.nonzero(flat.position_T >= flat.end_T - reach)[0]
@@ -68,7 +68,7 @@ def make_plan(table: BlockTable, flat: Flat, window: int | None) -> Plan:
     for row, start, end in flat.prefills:
         prefills.append(_prefill(table, row, start, end, at, reach))
         at += end - start
-    return Plan(torch.from_numpy(write_T), torch.from_numpy(slots), _decodes(table, flat, reach), tuple(prefills))
+    return ExactPlan(torch.from_numpy(write_T), torch.from_numpy(slots), _decodes(table, flat, reach), tuple(prefills))
 
 
 def _decodes(table: BlockTable, flat: Flat, reach: int) -> Reads:

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from trinity.config import Frozen
-from trinity.engine.text import TextStream
 from trinity.errors import InvalidRequest, TrinityError
+from trinity.text.detokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VersionPolicy = Literal["live", "pinned"]
@@ -33,7 +33,7 @@ class SamplingParams(Frozen, strict=True):
     bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
     log-probability of each token and of that many most likely ones, before any of the above. `version_policy`: weights that
     change while the request runs are taken up at once ("live") or not at all ("pinned": those of its first pass, to its end).
-    `trace` records what a trainer replays (trinity/rollout.py): the experts of each token, and with `logprobs` how likely the
+    `trace` records what a trainer replays (trinity/rl/): the experts of each token, and with `logprobs` how likely the
     draw was after all of the above.
     """
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity import exact
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
-from trinity.model.afmoe import Afmoe, Attend, Inputs, Output
+from trinity.models.afmoe.model import Afmoe, Attend, Inputs, Output
+from trinity.ops import batch_invariant
 
 
-class Runner:
+class ModelRunner:
     """Owns the key and value tensors, of this model's device and dtype; nothing else outlives a pass."""
 
     def __init__(self, model: Afmoe, config: ModelConfig, settings: EngineConfig, cache: KVCache):
@@ -26,9 +26,9 @@ class Runner:
         self._config, self._settings, self._cache = config, settings, cache
         self._device = parameter.device
         self._pools = KVPools(config, cache.layout, parameter.device, parameter.dtype)
-        self._is_exact = config.batch_invariant and exact.is_for(parameter)
+        self._is_exact = config.batch_invariant and batch_invariant.is_for(parameter)
         if self._is_exact:
-            from trinity.exact.warm import warm_up
+            from trinity.ops.batch_invariant.warm import warm_up
 
             warm_up(parameter.dtype)
 
@@ -39,7 +39,7 @@ class Runner:
         Calling again after a failure is harmless for single tokens. A longer chunk may have gone round the ring of a sliding
         layer by then: it needs its sequence computed from the start.
         """
-        parts = in_parts(in_order(batch), self._settings.num_in_flight, self._settings.min_part_tokens)
+        parts = in_parts(in_order(batch), self._settings.num_overlapped_microbatches, self._settings.min_part_tokens)
         chunks = [chunk for part in parts for chunk in part]
         outputs = model.forward_all([self._inputs(part) for part in parts])
         hidden_TD = torch.cat([output.hidden_TD for output in outputs])

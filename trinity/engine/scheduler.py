@@ -35,7 +35,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
 
-    def next_batch(self) -> list[Chunk]:
+    def schedule(self) -> list[Chunk]:
         """The chunks of the next pass, their cache blocks already theirs; empty only when nothing is left to do."""
         batch: list[Chunk] = []
         budget, at = self.max_tokens, 0

@@ -17,7 +17,7 @@ from trinity.engine.request import Chunk, Sequence
 from trinity.engine.weights import WeightSource
 
 if TYPE_CHECKING:
-    from trinity.model.afmoe import Afmoe
+    from trinity.models.afmoe.model import Afmoe
 
 log = logging.getLogger(__name__)
 KVPolicy = Literal["keep", "recompute"]

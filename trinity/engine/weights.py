@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from trinity.errors import VersionGone
 
 if TYPE_CHECKING:
-    from trinity.model.afmoe import Afmoe
+    from trinity.models.afmoe.model import Afmoe
 
 
 class WeightSource(Protocol):

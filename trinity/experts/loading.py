@@ -5,11 +5,11 @@ from torch import Tensor
 
 from trinity.checkpoint import Checkpoint, open_checkpoint
 from trinity.config import ModelConfig, OptimConfig
-from trinity.experts.backend import LayerWeights
-from trinity.experts.held import empty_version, kinds_of, made, named_matrices, optimizer_of, restacked
-from trinity.init import init_expert
-from trinity.messages import WEIGHT, Experts, Load
-from trinity.store import Store, Version
+from trinity.experts.base import LayerWeights
+from trinity.experts.stacked import empty_version, kinds_of, made, named_matrices, optimizer_of, restacked
+from trinity.models.rules.init import init_expert
+from trinity.rpc.messages import WEIGHT, Experts, Load
+from trinity.state.versioned_store import Store, Version
 
 
 def loaded(

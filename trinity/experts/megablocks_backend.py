@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     from megablocks.backend import kernels
 
 from trinity.errors import ConfigError
-from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.rows import combine, gather, no_rows, sum_rows, weighted_swiglu
 from trinity.experts.torch_backend import fits_grouped, grouped, looped
 

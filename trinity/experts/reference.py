@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.rows import accumulator
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from trinity import exact
-from trinity.experts.backend import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerWeights
+from trinity.ops import batch_invariant
 
 
 class Order(Protocol):
@@ -97,8 +97,8 @@ class _WeightedSwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        if exact.is_for(gate):
-            from trinity.exact.pointwise import gated
+        if batch_invariant.is_for(gate):
+            from trinity.ops.batch_invariant.elementwise import gated
 
             return gated(gate, up, weight)
         kind = accumulator(gate.dtype)

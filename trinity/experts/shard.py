@@ -2,7 +2,7 @@
 
 Legend: R rows, D model, F expert hidden, K slots of a row, E local experts of a layer, A assignments (row, expert).
 Decisions: a plain class, no Ray; it owns its tensors and nobody else writes them. A mutation is applied once per name: a
-backward per op_id, a commit per step. Weights are versions of a store (trinity/store.py): a step is staged beside the
+backward per op_id, a commit per step. Weights are versions of a store (trinity/state/): a step is staged beside the
 present version, so rows of that version are computed meanwhile, and those of the one before until the next step is staged.
 `lock` guards everything; long work (staging, saving) and inference run without it, beside training. Activations kept for
 backward are a bounded cache, never the truth.
@@ -17,21 +17,14 @@ import torch
 from torch import Tensor
 
 from trinity.errors import InputGone, StepConflict, WrongEpoch
-from trinity.experts.backend import Assignments
-from trinity.experts.gathered import Gathered
-from trinity.experts.held import (
-    STRANGER,
-    Layer,
-    experts_of,
-    names_of,
-    noted,
-    optimizer_of,
-    version_of,
-)
-from trinity.experts.holdings import DTYPES, Holdings, ShardSpec
-from trinity.messages import (
-    ELSEWHERE,
+from trinity.experts.base import Assignments
+from trinity.experts.grad_accumulator import GradAccumulator
+from trinity.experts.stacked import STRANGER, Layer, experts_of, names_of, noted, optimizer_of, version_of
+from trinity.experts.weights import DTYPES, ExpertWeights, ShardSpec
+from trinity.optim.optimizer import Optimizer
+from trinity.rpc.messages import (
     GRADIENT,
+    REMOTE,
     WEIGHT,
     Abort,
     Backward,
@@ -46,8 +39,7 @@ from trinity.messages import (
     StepReport,
     attempt_of,
 )
-from trinity.optim import Optimizer
-from trinity.store import Store, Version
+from trinity.state.versioned_store import Store, Version
 
 FUTURE_US = 24 * 3600 * 1_000_000  # attempts are numbered by the clock: one of the far future would void all others
 
@@ -72,10 +64,10 @@ class _Op:
     num_bytes: int
 
 
-class ExpertShard(Holdings):
-    """Holds `spec.experts`, or what the store holds already; its methods are the verbs of trinity/messages.py.
+class ExpertShard(ExpertWeights):
+    """Holds `spec.experts`, or what the store holds already; its methods are the verbs of trinity/rpc/messages.py.
 
-    `peers` is how it reaches other replicas' gradients: a Transport (trinity/dispatch.py), set by the owner.
+    `peers` is how it reaches other replicas' gradients: a Transport (trinity/dispatch/), set by the owner.
     """
 
     def __init__(self, spec: ShardSpec, store: Store | None = None):
@@ -84,7 +76,7 @@ class ExpertShard(Holdings):
         self._ops: OrderedDict[str, _Op] = OrderedDict()
         self._cached_bytes = self.cache_misses = 0
         staged = self.store.staged
-        self.gathered = Gathered(staged.notes["attempt"] if staged else 0, spec.ordered_gradients)
+        self.gathered = GradAccumulator(staged.notes["attempt"] if staged else 0, spec.ordered_gradients)
 
     # -- the data path
 
@@ -143,7 +135,7 @@ class ExpertShard(Holdings):
                 return staged.notes["is_finite"]
             self._expect_next(message.step)
             gradients = self.gathered.take(message.attempt, self.weights)
-            self.store.give_back()
+            self.store.discard_staged()
             self._withdraw(self.store.unwanted(message.keep))
             self.store.retire(message.keep, lambda name: name.endswith(f"::{WEIGHT}"))
             self._publish()
@@ -205,7 +197,7 @@ class ExpertShard(Holdings):
     def _moved(self) -> None:
         self._ops.clear()
         self._cached_bytes = 0
-        self.gathered = Gathered(self.gathered.attempt, self.spec.ordered_gradients)
+        self.gathered = GradAccumulator(self.gathered.attempt, self.spec.ordered_gradients)
 
     def _rows_of(self, message: Fetch, at: int) -> Tensor:
         if message.kind == GRADIENT:
@@ -216,8 +208,8 @@ class ExpertShard(Holdings):
         """Nothing is gathered or staged; what comes next is that attempt's."""
         self._ops.clear()
         self._cached_bytes = 0
-        self.gathered = Gathered(attempt, self.spec.ordered_gradients)
-        self.store.give_back()
+        self.gathered = GradAccumulator(attempt, self.spec.ordered_gradients)
+        self.store.discard_staged()
 
     def _enter(self, attempt: int, version: int) -> None:
         """A training call. Whatever older attempts at the step gathered here is void; their stragglers are refused."""
@@ -266,8 +258,8 @@ class ExpertShard(Holdings):
         """The slots that are for this shard, with checkpoint expert numbers as positions in the stacks."""
         assert call.rows is not None
         ids_RK = call.rows.ids_RK
-        local_X = layer.local_X[ids_RK.cpu().flatten()]  # ELSEWHERE finds the last
-        slot_A = (local_X != ELSEWHERE).nonzero().squeeze(1)
+        local_X = layer.local_X[ids_RK.cpu().flatten()]  # REMOTE finds the last
+        slot_A = (local_X != REMOTE).nonzero().squeeze(1)
         expert_A = local_X[slot_A]
         if len(expert_A) and int(expert_A.min()) == STRANGER:
             stranger = int(ids_RK.flatten()[slot_A[expert_A == STRANGER][0]])

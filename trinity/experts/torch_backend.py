@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity import exact
-from trinity.experts.backend import Assignments, LayerWeights, as_stored
+from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.rows import SortedOrder, combine, gather, no_rows, weighted_swiglu
+from trinity.ops import batch_invariant
+from trinity.state.strides import as_stored
 
 Path = Literal["auto", "in_order", "grouped", "loop"]
 Compute = Callable[[Tensor, Tensor, Tensor, LayerWeights], Tensor]
@@ -54,7 +55,9 @@ class TorchBackend:
         return combine(compute(x_AD, weight_A1, end_E, weights), order, x_RD.dtype)
 
     def _choose(self, x_AD: Tensor, end_E: Tensor, weights: LayerWeights) -> Compute:
-        if self.path == "in_order" or (self.path == "auto" and exact.is_for(x_AD) and exact.is_for(weights.gate_EFD)):
+        if self.path == "in_order" or (
+            self.path == "auto" and batch_invariant.is_for(x_AD) and batch_invariant.is_for(weights.gate_EFD)
+        ):
             return in_order
         return grouped if self._use_grouped(x_AD, weights) else looped
 
@@ -81,14 +84,14 @@ def fits_grouped(weights: LayerWeights) -> bool:
 
 def in_order(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
     """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD: a row's bits do not depend on the others. fp32 on the CPU."""
-    from trinity.exact import feed_forward, products  # a compiler comes with it: only where it is of use
+    from trinity.ops.batch_invariant import fused_mlp, gemm  # a compiler comes with it: only where it is of use
 
     stored = weights.gate_EFD, weights.up_EFD, weights.down_EFD.mT
-    if exact.at_once(x_AD, *stored):
-        return feed_forward.feed_forward(x_AD, *stored, end_E, weight_A1.squeeze(1))
-    gate_AF = products.grouped(x_AD, weights.gate_EFD, end_E)
-    up_AF = products.grouped(x_AD, weights.up_EFD, end_E)
-    return products.grouped(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD.mT, end_E)
+    if batch_invariant.at_once(x_AD, *stored):
+        return fused_mlp.feed_forward(x_AD, *stored, end_E, weight_A1.squeeze(1))
+    gate_AF = gemm.grouped(x_AD, weights.gate_EFD, end_E)
+    up_AF = gemm.grouped(x_AD, weights.up_EFD, end_E)
+    return gemm.grouped(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD.mT, end_E)
 
 
 def grouped(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:

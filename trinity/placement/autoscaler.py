@@ -44,7 +44,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ScaleLimits:
     """Floor, ceiling, budget and thresholds. `rows_per_s` is what one shard computes at full speed, all layers together.
 
     high, target, low: utilisation of shards above which some are added, that a change aims at, below which some go.
@@ -111,7 +111,7 @@ class Scale:
     recent: tuple[tuple[float, Window], ...] = ()
 
 
-def decide(window: Window, scale: Scale, limits: Limits, now_s: float) -> Scale:
+def decide(window: Window, scale: Scale, limits: ScaleLimits, now_s: float) -> Scale:
     """The scale from now on; `changed_s` is `now_s` where it differs from the one before. Raises ConfigError."""
     if window.rows_LE.shape != scale.replicas_LE.shape:
         raise ConfigError(
@@ -128,7 +128,7 @@ def decide(window: Window, scale: Scale, limits: Limits, now_s: float) -> Scale:
     return replace(seen, num_shards=num_shards, replicas_LE=replicas_LE, changed_s=now_s)
 
 
-def _num_shards(scale: Scale, limits: Limits) -> int:
+def _num_shards(scale: Scale, limits: ScaleLimits) -> int:
     now, peak = scale.recent[-1][1].rows_per_s, max(window.rows_per_s for _, window in scale.recent)
     have, wanted = scale.num_shards * limits.rows_per_s, scale.num_shards
     if now > limits.high * have:
@@ -138,7 +138,7 @@ def _num_shards(scale: Scale, limits: Limits) -> int:
     return min(max(wanted, limits.fewest(scale.replicas_LE.shape[1])), limits.max_shards)
 
 
-def _replicas_LE(scale: Scale, limits: Limits, num_shards: int) -> np.ndarray:
+def _replicas_LE(scale: Scale, limits: ScaleLimits, num_shards: int) -> np.ndarray:
     """As many as the share of each replica asks for, within the budget; the hottest first, but those that have, before."""
     held_LE, num_experts = scale.replicas_LE, scale.replicas_LE.shape[1]
     now_LE = scale.recent[-1][1].share_LE(num_shards)

@@ -5,7 +5,7 @@ Legend: L layers, S shards, E experts of a layer, X = L * E, R replicas of all e
   1. copies on shards that are gone or draining are lost; what exceeds slots, ceilings or the budget is taken away;
   2. experts below their floor (one replica, more with redundancy) are placed, the largest first, where time is shortest;
   3. replicas of one expert that share a host are separated where another host can take one;
-  4. layers below the goal are refined step by step (refine.py).
+  4. layers below the goal are refined step by step (local_search.py).
 Without `previous` the hottest experts get the spare slots, and all is placed by step 2.
 Balance is mean over max of the rows that shards get, rows / capacity where capacities differ; over several layers it is the
 sum of the means over the sum of the maxima, as in vLLM. All here is pure and deterministic.
@@ -18,9 +18,9 @@ from math import isfinite
 import numpy as np
 
 from trinity.errors import ConfigError
+from trinity.placement.anti_affinity import anti_affinity
 from trinity.placement.layout import Bounds, Layout
-from trinity.placement.refine import refine
-from trinity.placement.separate import separate
+from trinity.placement.local_search import local_search
 from trinity.placement.table import Expert, PlacementTable
 from trinity.placement.topology import Shard, Topology
 
@@ -31,7 +31,7 @@ KEEP = 1.5  # where redundancy is scarce, an expert keeps its own unless another
 
 
 @dataclass(frozen=True)
-class Aim:
+class PlanGoal:
     """What a plan is to reach, and what a move may cost.
 
     goal: a layer is left alone once its balance is so high.
@@ -60,7 +60,7 @@ def plan(
     load_LE: np.ndarray,
     topology: Topology,
     previous: PlacementTable | None = None,
-    aim: Aim = Aim(),
+    aim: PlanGoal = PlanGoal(),
     *,
     layers: Iterable[int] | None = None,
     replicas_LE: np.ndarray | None = None,
@@ -84,12 +84,12 @@ def plan(
     fresh = not held[0].size
     layout.evict(_excess_L(layout, bounds), bounds)
     layout.place(_wanted_LE(layout, bounds, fresh))
-    separate(layout)
+    anti_affinity(layout)
     if fresh:
-        refine(layout, bounds, max(aim.goal, FRESH_GOAL), move_cost=0.0)
-    refine(layout, bounds, aim.goal, aim.move_cost)
-    while separate(layout):  # no step of `refine` brings replicas together, so this ends
-        refine(layout, bounds, aim.goal, aim.move_cost)
+        local_search(layout, bounds, max(aim.goal, FRESH_GOAL), move_cost=0.0)
+    local_search(layout, bounds, aim.goal, aim.move_cost)
+    while anti_affinity(layout):  # no step of `local_search` brings replicas together, so this ends
+        local_search(layout, bounds, aim.goal, aim.move_cost)
     return _table(layout, tuple(shard.name for shard in shards), names, previous, held)
 
 
@@ -250,7 +250,7 @@ def _kept(previous: PlacementTable | None, shards: tuple[Shard, ...], num_expert
     return layer_R, expert_R, now_R[here_R], turn_R[here_R]
 
 
-def _bounds(layout: Layout, aim: Aim, replicas_LE: np.ndarray | None) -> Bounds:
+def _bounds(layout: Layout, aim: PlanGoal, replicas_LE: np.ndarray | None) -> Bounds:
     """Floors level by level: nobody gets a third replica before everybody has two."""
     num_experts, load_LE = layout.empty, layout.load_LE[:, : layout.empty]
     room_L, is_given = layout.slots_LS.sum(1), replicas_LE is not None

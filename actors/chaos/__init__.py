@@ -1,0 +1,1 @@
+"""Faults on purpose, where Ray runs things."""

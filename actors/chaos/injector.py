@@ -1,0 +1,277 @@
+"""Hurting a pool on purpose: its shards, its placement service, the training worker that uses it, the messages between them.
+
+Decisions: a process is found through the pool only (its actors say where they are; the worker is who keeps the backbone of the
+last decision), and signalled on its own node if it is still one of Ray's. What a training worker must do itself, lose messages
+and note its attempts, is in `exposed_loop`, which takes the place of actors/train.py's `train_loop`; the two sides meet in a
+folder of train.out_dir.
+"""
+
+import json
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.chaos.faulty_transport import FaultyTransport
+from actors.chaos.plan import SHARE_LOST, Attempt, Fault, Planned, Struck
+from actors.control.admin import PlacementOperator
+from actors.names import PLACEMENT, ask, find
+from actors.pool import RayPool
+from actors.train import train_loop
+from trinity.errors import TrinityError, Unavailable
+from trinity.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+FOLDER, ATTEMPTS, LOSE = ".chaos", "attempts.jsonl", "lose.json"
+LOOK_S = 0.05  # how often a worker looks whether it is to lose messages
+FIND_S, PAUSE_S = 60.0, 0.1  # so long a victim may be away already
+WORKER = b"RayTrainWorker"
+
+
+class Chaos:
+    """What can be done to one pool, and to the job in `out_dir` that trains in it. Raises Unavailable where the victim is not
+    to be found within a minute."""
+
+    def __init__(self, pool: RayPool, out_dir: str | Path | None = None):
+        self.pool, self.out_dir = pool, Path(out_dir) if out_dir is not None else None
+        self._num_shards = self._wanted = len(pool.table.shards)
+        self._operator = PlacementOperator(pool.name, pool.namespace, pool.timeout_s)
+
+    def strike(self, planned: Planned) -> str:
+        """-> what was hit. Waits while it lasts."""
+        shard = self._shard(planned.draw)
+        match planned.fault:
+            case Fault.KILL_SHARD:
+                return self.kill(shard)
+            case Fault.STOP_SHARD:
+                return self.stop(shard, planned.for_s)
+            case Fault.KILL_WORKER:
+                return self.kill_worker()
+            case Fault.KILL_SERVICE:
+                return self.kill_service()
+            case Fault.LOSE_MESSAGES:
+                return self.lose_messages(SHARE_LOST, planned.for_s, seed=int(planned.draw * 2**32))
+            case Fault.MOVE_EXPERTS:
+                return self.move_experts()
+
+    def where(self, shard: str) -> tuple[str, int]:
+        """-> (node, process); waits while the shard is starting again."""
+        who = f"shard {shard}"
+        return _until_there(lambda: ask(self.pool.shards[shard].where.remote(), FIND_S, who))
+
+    def kill(self, shard: str) -> str:
+        _signal(*self.where(shard), signal.SIGKILL)
+        return shard
+
+    def stop(self, shard: str, for_s: float) -> str:
+        """As a hanging machine would: it holds what it has, and answers nobody."""
+        where = self.where(shard)
+        _signal(*where, signal.SIGSTOP)
+        try:
+            time.sleep(for_s)
+        finally:
+            _signal(*where, signal.SIGCONT)
+        return f"{shard} for {for_s:.1f} s"
+
+    def kill_worker(self) -> str:
+        """Worker 0 of the job: the one who decides."""
+        decision = _until_there(self.pool.decided)
+        if decision is None or not decision.notes["backbone"]:
+            raise Unavailable("no worker keeps a backbone: nothing is decided yet, or placement.durable is false")
+        node, folder = decision.notes["backbone"][0]
+        pid = _on(node, _keeper, folder)
+        _signal(node, pid, signal.SIGKILL)
+        return f"worker 0, process {pid}"
+
+    def kill_service(self) -> str:
+        """It starts again, as after a crash."""
+        ray.kill(find(self.pool.name, PLACEMENT, self.pool.namespace), no_restart=False)
+        return "the placement service"
+
+    def lose_messages(self, share: float, for_s: float, seed: int) -> str:
+        """That share of the workers' requests, and of the replies to them. Their job must run `exposed_loop`."""
+        assert self.out_dir is not None, "only a training job can be told to lose messages"
+        order = {"share": share, "until_s": time.time() + for_s, "seed": seed}
+        partial = self.out_dir / FOLDER / ".lose"
+        partial.write_text(json.dumps(order))
+        partial.rename(partial.with_name(LOSE))
+        time.sleep(for_s)
+        return f"{share:.0%} for {for_s:.1f} s"
+
+    def move_experts(self) -> str:
+        """One shard fewer than there were, or, the next time, as many again: experts move off it and on to a new one."""
+        self._wanted = self._num_shards if self._wanted != self._num_shards else self._num_shards - 1 or 2
+        _until_there(lambda: self._operator.scale(self._wanted, "chaos"))
+        return f"to {self._wanted} shards"
+
+    def is_whole(self) -> bool:
+        """As many shards as there should be, nothing under way, and each says itself that it holds what the table says."""
+        try:
+            seen, held = self._operator.snapshot(), {status.shard: status.rows for status in self.pool.status()}
+        except TrinityError:  # somebody is away
+            return False
+        table, is_idle = seen.table, all(change.phase in ("done", "rolled back") for change in seen.changes)
+        wanted = {shard: table.experts_of(shard) for shard in table.shards}
+        return (
+            is_idle
+            and len(wanted) == self._wanted
+            and all(
+                shard in held and set(experts) <= held[shard].get(layer, {}).keys()
+                for shard, layers in wanted.items()
+                for layer, experts in layers.items()
+            )
+        )
+
+    def _shard(self, draw: float) -> str:
+        return self.pool.table.shards[int(draw * len(self.pool.table.shards))]
+
+
+@contextmanager
+def raging(
+    chaos: Chaos,
+    plan: Iterable[Planned],
+    has_begun: Callable[[], bool],
+    recovered_s: Callable[[Struck], float | None],
+    struck: list[Struck],
+) -> Iterator[None]:
+    """Strike as planned while the block runs, from `has_begun` on, one fault at a time, and note it in `struck`. `recovered_s`
+    says how long it took to get over one, None before."""
+    ended = threading.Event()
+
+    def rage() -> None:
+        _until(has_begun, ended)
+        for planned in plan:
+            if ended.wait(planned.after_s):
+                return
+            struck.append(_struck(chaos, planned))
+            _until(lambda: recovered_s(struck[-1]) is not None, ended)
+            struck[-1] = struck[-1]._replace(recovered_s=recovered_s(struck[-1]))
+
+    thread = threading.Thread(target=rage, name="trinity-chaos", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(FIND_S)
+
+
+def _until(what: Callable[[], bool], ended: threading.Event) -> None:
+    while not ended.is_set() and not what():
+        ended.wait(PAUSE_S)
+
+
+def _struck(chaos: Chaos, planned: Planned) -> Struck:
+    time_s = time.time()
+    try:
+        return Struck(planned.fault, chaos.strike(planned), time_s)
+    except TrinityError as error:  # the edge of this thread: the next one may be found
+        return Struck(planned.fault, "", time_s, error.message)
+
+
+# -- on a node
+
+
+def _on(node: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Its result, there."""
+    if node == ray.get_runtime_context().get_node_id():
+        return function(*arguments)
+    there = ray.remote(num_cpus=0, max_retries=0)(function)
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ask(there.options(scheduling_strategy=strategy).remote(*arguments), FIND_S, f"node {node[:8]}")
+
+
+def _signal(node: str, pid: int, number: int) -> None:
+    _on(node, _send_signal, pid, int(number))
+
+
+def _send_signal(pid: int, number: int) -> None:
+    """Raises Unavailable for what is no process of Ray's (any more)."""
+    try:
+        if not _title(pid).startswith(b"ray::"):
+            raise Unavailable(f"process {pid} is no actor of Ray's any more; it is left alone")
+        os.kill(pid, number)
+    except (FileNotFoundError, ProcessLookupError):
+        raise Unavailable(f"process {pid} has ended by itself") from None
+
+
+def _keeper(folder: str) -> int:
+    """The training worker that has a tensor of that store mapped."""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        pid = int(path.parent.name)
+        try:
+            if WORKER in _title(pid) and folder in path.read_text():
+                return pid
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    raise Unavailable(f"no training worker keeps {folder}; is it starting again?")
+
+
+def _title(pid: int) -> bytes:
+    return Path("/proc", str(pid), "cmdline").read_bytes()
+
+
+def _until_there(find: Callable[[], T]) -> T:
+    until_s = time.monotonic() + FIND_S
+    while True:
+        try:
+            return find()
+        except Unavailable:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(PAUSE_S)
+
+
+# -- in a training worker
+
+
+def exposed_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs instead of `train_loop`: the same, open to chaos."""
+    return train_loop(settings, expose)
+
+
+def expose(trainer: Trainer) -> None:
+    """Note the trainer's attempts, and lose its messages when told to."""
+    folder = Path(trainer.config.train.out_dir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    control, rows = (
+        FaultyTransport(each, random.Random()) for each in (trainer.pool.transport, trainer.dispatcher.transport)
+    )
+    trainer.pool.transport, trainer.dispatcher.transport = control, rows
+    note, begin_attempt = (folder / ATTEMPTS).open("a", buffering=1), trainer.pool.begin_attempt
+
+    def noted(version: int, num_updates: int) -> Any:
+        note.write(json.dumps([time.time(), trainer.position]) + "\n")
+        return begin_attempt(version, num_updates)
+
+    trainer.pool.begin_attempt = noted  # type: ignore[method-assign]
+    order = (folder / LOSE, (control, rows), trainer.comm.rank)
+    threading.Thread(target=_obey, args=order, name="trinity-chaos", daemon=True).start()
+
+
+def _obey(file: Path, transports: tuple[FaultyTransport, ...], rank: int) -> None:
+    while True:
+        order = json.loads(file.read_text()) if file.is_file() else {"until_s": 0.0}
+        is_on = time.time() < order["until_s"]
+        for n, each in enumerate(transports):
+            if is_on and not each.lose_request:
+                each.rng = random.Random(f"{order['seed']} {rank} {n}")
+            each.lose_request = each.lose_reply = order["share"] if is_on else 0.0
+        time.sleep(LOOK_S)
+
+
+def attempts(out_dir: str | Path) -> list[Attempt]:
+    """Of a job that runs, or ran, `exposed_loop`."""
+    file = Path(out_dir) / FOLDER / ATTEMPTS
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [Attempt(*json.loads(line)) for line in lines if line.endswith("]")]

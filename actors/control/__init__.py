@@ -1,0 +1,1 @@
+"""The placement service: what should be, what is, and the changes between them."""

@@ -1,0 +1,162 @@
+"""What the supervisor sees: which shards answer, what they hold, how many rows each expert gets.
+
+Legend: L layers, E experts of a layer.
+Counters of rows only grow and start again with their process; the load is their rate, in an exponential window.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from actors.dataplane.ray_transport import unpack
+from actors.names import Handles
+from trinity.errors import TrinityError
+from trinity.placement.table import PlacementTable
+from trinity.rpc.messages import ShardStatus, Status
+
+MIN_WAIT_S = 1.0
+LATE = object()
+MISSES = 3  # a shard may be busy for a while; one that is dead says so at once
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A shard when it was last asked."""
+
+    is_there: bool
+    missed: int = 0
+    since_s: float = 0.0  # time.monotonic() when it came or went
+    node: str = ""
+    pid: int = 0
+    version: int = -1
+    num_experts: int = 0
+    weight_bytes: int = 0
+    rows_per_s: float = 0.0
+    held: dict[int, frozenset[int]] = field(default_factory=dict)
+
+
+class Watch:
+    def __init__(self, table: PlacementTable, window_s: float):
+        self.window_s = window_s
+        self.load_LE = np.zeros((len(table.layers), table.num_experts))  # rows per second
+        self.seen: dict[str, Seen] = {}
+        self.num_recoveries = 0
+        self._counts: dict[str, np.ndarray] = {}
+        self._looked_s = time.monotonic()
+
+    @property
+    def there(self) -> frozenset[str]:
+        return frozenset(name for name, seen in self.seen.items() if seen.is_there)
+
+    @property
+    def version(self) -> int:
+        """The newest that any shard has; -1 without any."""
+        return max((seen.version for seen in self.seen.values() if seen.is_there), default=-1)
+
+    def node_of(self, shard: str) -> str:
+        return self.seen[shard].node if shard in self.seen else ""
+
+    def lost(self, after_s: float) -> frozenset[str]:
+        """Shards that have been away for so long."""
+        now_s = time.monotonic()
+        return frozenset(n for n, seen in self.seen.items() if not seen.is_there and now_s - seen.since_s > after_s)
+
+    def rows_in_window(self) -> float:
+        return float(self.load_LE.sum()) * self.window_s
+
+    def look(self, table: PlacementTable, handles: Handles, timeout_s: float) -> None:
+        """Ask every shard of the table, and wait a moment for those that are slow; who does not answer is away."""
+        refs = {name: ref for name in table.shards if (ref := _asked(handles, name)) is not None}
+        ray.wait(
+            [pair[0] for pair in refs.values()], num_returns=len(refs), timeout=max(MIN_WAIT_S, timeout_s)
+        ) if refs else None
+        now_s = time.monotonic()
+        elapsed_s, self._looked_s = max(1e-3, now_s - self._looked_s), now_s
+        fresh_LE = np.zeros_like(self.load_LE)
+        seen = {}
+        for name in table.shards:
+            found = _answer(refs.get(name))
+            seen[name] = self._note(table, name, found, elapsed_s, fresh_LE)
+        keep = math.exp(-elapsed_s / self.window_s)
+        self.load_LE = keep * self.load_LE + (1 - keep) * fresh_LE
+        self.seen = seen
+
+    def _note(
+        self,
+        table: PlacementTable,
+        name: str,
+        found: Any,
+        elapsed_s: float,
+        fresh_LE: np.ndarray,
+    ) -> Seen:
+        before = self.seen.get(name)
+        if found is None or found is LATE:
+            missed = before.missed + 1 if before and found is LATE else MISSES
+            if missed >= MISSES:
+                self._counts.pop(name, None)
+            there = missed < MISSES and before is not None and before.is_there
+            since_s = before.since_s if before and before.is_there == there else time.monotonic()
+            return replace(before or Seen(False), is_there=there, missed=missed, since_s=since_s, rows_per_s=0.0)
+        status, (node, pid) = found
+        if before is not None and before.pid and (not before.is_there or before.pid != pid):
+            self.num_recoveries += 1
+        since_s = before.since_s if before and before.is_there else time.monotonic()
+        counts_LE = _counts(table, status)
+        old_LE = self._counts.get(name)
+        rows_LE = np.zeros_like(fresh_LE)
+        if old_LE is not None:
+            rows_LE = np.where(counts_LE >= old_LE, counts_LE - old_LE, counts_LE) / elapsed_s
+        self._counts[name] = counts_LE
+        fresh_LE += rows_LE
+        held = {layer: frozenset(rows) for layer, rows in status.rows.items()}
+        return Seen(
+            is_there=True,
+            since_s=since_s,
+            node=node,
+            pid=pid,
+            version=status.version,
+            num_experts=status.num_experts,
+            weight_bytes=status.weight_bytes,
+            rows_per_s=float(rows_LE.sum()),
+            held=held,
+        )
+
+
+def _asked(handles: Handles, name: str) -> Any:
+    try:
+        actor = handles[name]
+        return actor.handle.remote("status", Status()), actor.where.remote()
+    except TrinityError:
+        return None
+
+
+def _answer(refs: Any) -> Any:
+    """What it said, LATE, or None where it is dead."""
+    if refs is None:
+        return None
+    try:
+        status, where = ray.get(list(refs), timeout=0.2)
+    except GetTimeoutError:
+        return LATE
+    except RayError:
+        return None
+    return None if isinstance(status, TrinityError) else (unpack(status), where)
+
+
+def _counts(table: PlacementTable, status: ShardStatus) -> np.ndarray:
+    counts_LE = np.zeros((len(table.layers), table.num_experts))
+    for at, layer in enumerate(table.layers):
+        rows = status.rows.get(layer, {})
+        counts_LE[at, list(rows)] = list(rows.values())
+    return counts_LE
+
+
+def draining_nodes() -> frozenset[str]:
+    """Nodes that will be gone by a deadline that Ray was told: their experts must move before."""
+    state = ray._private.state.state  # Ray has no public call for it (2.60)
+    return frozenset(node.hex() if isinstance(node, bytes) else str(node) for node in state.get_draining_nodes())

@@ -1,0 +1,140 @@
+"""What a pool has decided: which version counts, who is at work on the next one, which older ones are still needed.
+
+Decisions: files replaced by rename, before anybody hears of it, so that a restart finds the last word; without waiting for
+the disk, because what they speak of lies in memory and is gone with the machine anyway. An attempt's number is the time in
+microseconds, and grows: whoever holds an older one has been replaced. Pins are leases.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trinity.errors import Overloaded, StepConflict, Unavailable, VersionGone
+from trinity.pool.pool import Decision
+
+MAX_PINNED = 4
+
+
+@dataclass(frozen=True)
+class State:
+    """The file's content."""
+
+    decision: dict[str, Any] | None = None
+    attempt: int = 0
+    bad: list[int] = field(default_factory=list)
+    good: int = -1  # the newest version that may be served
+    pins: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pin:
+    version: int
+    until_s: float  # time.time()
+
+
+class Record:
+    """Owned by the placement service, whose lock guards it. `folder` must be the same after a restart; `is_new`: what is there
+    is of another pool of that name."""
+
+    def __init__(self, folder: Path, is_new: bool = False):
+        self._file = folder / "record.json"
+        if is_new:
+            self._file.unlink(missing_ok=True)
+        tree = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self._state = State(**tree)
+
+    @property
+    def decision(self) -> Decision | None:
+        return Decision(**self._state.decision) if self._state.decision else None
+
+    @property
+    def version(self) -> int:
+        """That was decided last; -1 before the first."""
+        return self._state.decision["version"] if self._state.decision else -1
+
+    # -- the job
+
+    def new_attempt(self) -> int:
+        """Whatever older attempts still have under way is void from here on."""
+        attempt = max(self._state.attempt + 1, time.time_ns() // 1000)
+        self._become(attempt=attempt)
+        return attempt
+
+    def begin(self, version: int, notes: Mapping[str, Any]) -> None:
+        """A job starts from that version, whatever there was before."""
+        self._become(decision={"version": version, "notes": dict(notes)}, bad=[], good=version, pins={})
+
+    def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
+        """Harmless when repeated. Raises StepConflict for an attempt that was given up, or a step that does not follow."""
+        if attempt != self._state.attempt:
+            raise StepConflict(f"attempt {attempt:x} at step {step} was given up for {self._state.attempt:x}")
+        if step == self.version:
+            return
+        if step != self.version + 1:
+            raise StepConflict(f"version {self.version} is the last that was decided; step {step} does not follow")
+        good = step if notes.get("is_good", True) else self._state.good
+        self._become(decision={"version": step, "notes": dict(notes)}, good=good)
+
+    # -- those who compute with its versions
+
+    @property
+    def serving(self) -> int:
+        """The version that live engines use; -1 before the first."""
+        return self._state.good
+
+    def quarantine(self, version: int) -> int:
+        """A version gave numbers that are none: nobody is to be served from it; -> the version to use."""
+        bad, good = {*self._state.bad, version}, self._state.good
+        older = [n for n in (version - 1, *self.keep()) if 0 <= n < version and n not in bad]
+        self._become(bad=sorted(bad), good=max(older) if version == good and older else good)
+        return self._state.good
+
+    def pin(self, version: int, holder: str, lease_s: float) -> None:
+        """Keep a version for `holder` until the lease ends; renew by asking again. Raises VersionGone for one that is gone,
+        Overloaded beyond MAX_PINNED. The version before the present one is there until the next step is staged, whose
+        attempt will know of the pin."""
+        pins = self.pins()
+        pinned = {pin.version for pin in pins.values()}
+        if version not in pinned | {self.version, self.version - 1, self._state.good}:
+            raise VersionGone(
+                f"version {version} is not kept; the present one is {self.version}, pinned: {sorted(pinned)}"
+            )
+        if version not in pinned and len(pinned) >= MAX_PINNED:
+            raise Overloaded(f"{len(pinned)} versions are pinned, {MAX_PINNED} may be; use one of {sorted(pinned)}")
+        self._hold({**pins, holder: Pin(version, time.time() + lease_s)})
+
+    def unpin(self, holder: str) -> None:
+        self._hold({name: pin for name, pin in self.pins().items() if name != holder})
+
+    def pins(self) -> dict[str, Pin]:
+        """Whose lease has not ended."""
+        found = {holder: Pin(**pin) for holder, pin in self._state.pins.items()}
+        return {holder: pin for holder, pin in found.items() if pin.until_s > time.time()}
+
+    def keep(self) -> tuple[int, ...]:
+        """Versions before the present one that shards must keep."""
+        wanted = {self._state.good, *(pin.version for pin in self.pins().values())}
+        return tuple(sorted(n for n in wanted if 0 <= n < self.version))
+
+    # -- inside
+
+    def _hold(self, pins: Mapping[str, Pin]) -> None:
+        self._become(pins={holder: asdict(pin) for holder, pin in pins.items()})
+
+    def _become(self, **changes: Any) -> None:
+        """On the disk first: what could not be written is not so."""
+        state = replace(self._state, **changes)
+        partial = self._file.with_name(f".record-{secrets.token_hex(4)}")
+        try:
+            partial.write_text(json.dumps(asdict(state)))
+            partial.rename(self._file)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise Unavailable(
+                f"cannot write {self._file}: {error.strerror}; the placement service needs room there"
+            ) from None
+        self._state = state

@@ -1,0 +1,101 @@
+"""Gives shards what the table says they hold and they lack, because they died or hung in the middle of something."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from actors.control.health import Seen, Watch
+from trinity.errors import StateLost, StepConflict, VersionGone
+from trinity.placement.table import Expert, PlacementTable
+from trinity.rpc.messages import Commit, Copy, PruneTo
+
+if TYPE_CHECKING:
+    from actors.control.service import PlacementService
+
+log = logging.getLogger(__name__)
+
+
+class RepairController:
+    """Part of the supervisor. `ask(shard, verb, message)` waits for the answer and raises what the shard does."""
+
+    def __init__(self, service: "PlacementService", watch: Watch, ask: Callable[[str, str, Any], Any]):
+        self.service, self.watch, self._ask = service, watch, ask
+
+    def repair(self) -> None:
+        """Of a pool that serves: drop what the table gives to others, copy what is missing."""
+        for shard, seen in self._there():
+            wanted = self._table.experts_of(shard)
+            if any(seen.held.get(layer, frozenset()) - set(experts) for layer, experts in wanted.items()):
+                self._ask(shard, "prune_to", PruneTo(wanted, self._table.epoch))
+            if self.watch.version >= 0:
+                self._fill(shard, seen, self.watch.version, 0)
+
+    def restore(self) -> None:
+        """Of a pool that trains: a shard that started again with nothing (its host has gone) gets all of its experts from other
+        replicas. The step under way cannot be prepared without it, so their version does not change meanwhile."""
+        decision = self.service.decided()
+        if decision is None:
+            return
+        for shard, seen in self._there():
+            if seen.version < 0 or seen.version == decision.version:
+                self._fill(shard, seen, decision.version, decision.notes.get("num_updates", 0))
+
+    def check_recoverable(self) -> None:
+        """Raises StateLost when a shard of a pool that trains can never again be at the version that was decided on."""
+        decision = self.service.decided()
+        if decision is None:
+            return
+        for shard, seen in self._there():
+            if seen.version >= decision.version:
+                continue
+            alone = [expert for expert in self._experts_of(shard) if not self.source(expert, shard)]
+            if (alone or seen.version >= 0) and not self._catches_up(shard, decision.version):
+                raise StateLost(
+                    f"shard {shard} is not at version {decision.version} any more, and {len(alone)} of its experts are on no "
+                    "other shard; going back to the last checkpoint (placement.redundancy 1 spares that)"
+                )
+
+    def source(self, expert: Expert, target: str) -> str:
+        """Another shard that has it now; "" if none."""
+        held = (self._table.shards[at] for at in self._table.holders(expert))
+        return next((s for s in held if s != target and s in self.watch.there and self.watch.seen[s].version >= 0), "")
+
+    # -- inside
+
+    @property
+    def _table(self) -> PlacementTable:
+        assert self.service.table is not None
+        return self.service.table
+
+    def _there(self) -> Iterator[tuple[str, Seen]]:
+        """Shards of the table that answered the last time; what others held then is old news."""
+        for shard, seen in self.watch.seen.items():
+            if shard in self._table.shards and seen.is_there and not seen.missed:
+                yield shard, seen
+
+    def _fill(self, shard: str, seen: Seen, version: int, num_updates: int) -> None:
+        """Copy to the shard what it lacks of the table."""
+        for layer, experts in self._table.experts_of(shard).items():
+            missing = tuple(sorted(set(experts) - seen.held.get(layer, frozenset())))
+            sources = tuple(self.source((layer, expert), shard) for expert in missing)
+            if missing and (all(sources) or not self._trains):
+                log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
+                until_s = time.time() + self.service.settings.call_timeout_s
+                self._ask(
+                    shard, "copy", Copy(layer, missing, sources, version, until_s, num_updates, self._table.epoch)
+                )
+
+    @property
+    def _trains(self) -> bool:
+        return self.service.spec().optim is not None
+
+    def _catches_up(self, shard: str, version: int) -> bool:
+        """Whether it has that version staged."""
+        try:
+            return self._ask(shard, "commit", Commit(version)) == version
+        except (StepConflict, VersionGone):
+            return False
+
+    def _experts_of(self, shard: str) -> list[Expert]:
+        return [(layer, expert) for layer, experts in self._table.experts_of(shard).items() for expert in experts]

@@ -1,0 +1,1 @@
+"""Tensors between callers and shards: shared memory, sockets, Ray calls."""

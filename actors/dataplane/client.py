@@ -1,0 +1,191 @@
+"""The direct transport, on the caller's side: rows over sockets that shards open, everything else through Ray.
+
+One frame there, one frame back; on a Unix socket within a host, on TCP between hosts; large rows through memory that both
+sides reach, where there is any (actors/dataplane/shm.py). Decisions: the caller's thread reads its own answers, with nobody in
+between; a connection in doubt is dropped and the same op sent over a new one.
+"""
+
+import itertools
+import logging
+import math
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.dataplane.connection import CPU, NONCE_BYTES, Address, Wire, machine_id, proof_of
+from actors.dataplane.frames import MAGIC, WELCOME, BadFrame, Calls, Header, request, value_of
+from actors.dataplane.shm import agree, possible
+from trinity.dispatch.transport import Done, Reply, Transport
+from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
+from trinity.rpc.messages import Backward, Forward
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """One caller's connection to one shard. Requests may be sent ahead; answers are matched by number, in any order, and
+    their rows arrive on `device`."""
+
+    def __init__(self, address: Address, secret: bytes, deadline_s: float, device: torch.device = CPU):
+        near = address.machine == machine_id()
+        sock = socket.socket(socket.AF_UNIX if near else socket.AF_INET)
+        sock.settimeout(max(0.001, deadline_s - time.time()))
+        sock.connect(address.path if near else (address.host, address.port))
+        self.wire = Wire(sock, device=device)
+        self._numbers = itertools.count(1)
+        self._expected: set[int] = set()
+        self._arrived: dict[int, Any] = {}
+        hello = bytearray(len(MAGIC) + NONCE_BYTES)
+        self.wire.receive([hello], deadline_s)
+        if hello[: len(MAGIC)] != MAGIC:
+            raise BadFrame(f"the shard speaks {bytes(hello[:4])!r}, this side {MAGIC!r}; update one of them")
+        self.wire.send(proof_of(secret, bytes(hello[len(MAGIC) :])), [], deadline_s)
+        self._welcome(deadline_s)
+        mailbox = self.wire.mailbox = agree(self.wire, possible(near, device, address.device), deadline_s)
+        self._min_bytes = math.inf if mailbox is None else mailbox.min_bytes
+        log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """How rows travel: small ones, large ones."""
+        small = "a Unix socket" if self.wire.sock.family == socket.AF_UNIX else "TCP"
+        return small, small if self.wire.mailbox is None else self.wire.mailbox.name
+
+    def _welcome(self, deadline_s: float) -> None:
+        header = self.wire.header(deadline_s)
+        if header != Header.unpack(WELCOME):
+            raise value_of(header, self.wire.payload(header, deadline_s))
+
+    def send(self, call: Calls) -> int:
+        number = next(self._numbers)
+        header, tensors = request(number, call)
+        self._expected.add(number)
+        if tensors and tensors[0].nbytes >= self._min_bytes:
+            header, tensors = self._posted(number, header, tensors)
+        self.wire.send(header, tensors, call.deadline_s, on_readable=lambda: self._read(call.deadline_s))
+        return number
+
+    def _posted(self, number: int, header: bytes, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
+        """The frame with its rows in the mailbox, if there is a box for them."""
+        assert self.wire.mailbox is not None
+        box = self.wire.mailbox.lend(number, tensors[0].nbytes)
+        return (header, tensors) if box is None else self.wire.post(box, header, tensors)
+
+    def take(self, number: int, deadline_s: float) -> Any:
+        """The answer to request `number`: a value, or a TrinityError as a value."""
+        while number not in self._arrived:
+            self._read(deadline_s)
+        self._expected.discard(number)
+        return self._arrived.pop(number)
+
+    def forget(self, number: int) -> None:
+        """Nobody will take this answer."""
+        self._expected.discard(number)
+        self._arrived.pop(number, None)
+
+    @property
+    def is_dead(self) -> bool:
+        """The shard has closed it, and nobody waits for an answer who would notice."""
+        if self._expected:
+            return False
+        try:
+            return self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _read(self, deadline_s: float) -> None:
+        header = self.wire.header(deadline_s)
+        value = value_of(header, self.wire.payload(header, deadline_s))
+        if (mailbox := self.wire.mailbox) is not None and mailbox.lent:
+            mailbox.release_slot(header.request)
+        if header.request == 0:  # the shard refuses the connection
+            raise value if isinstance(value, TrinityError) else BadFrame("an answer without a request")
+        if header.request in self._expected:
+            self._arrived[header.request] = value
+
+
+class DirectReply:
+    def __init__(
+        self, transport: "DirectTransport", shard: str, connection: Connection, number: int, deadline_s: float
+    ):
+        self.transport, self.shard, self.connection = transport, shard, connection
+        self.number, self.deadline_s = number, deadline_s
+
+    def __del__(self) -> None:
+        self.connection.forget(self.number)
+
+    def result(self) -> Any:
+        """Raises DeadlineExceeded when the time is up, Unavailable when the shard's process is away."""
+        try:
+            value = self.connection.take(self.number, self.deadline_s)
+        except DeadlineExceeded:
+            self.transport.drop(self.shard, self.connection)  # maybe in the middle of a frame
+            raise DeadlineExceeded(f"shard {self.shard} did not answer in time; is it overloaded or stopped?") from None
+        except (EOFError, OSError) as error:
+            self.transport.drop(self.shard, self.connection)
+            raise Unavailable(f"shard {self.shard} went away: {error}") from None
+        except BadFrame:
+            self.transport.drop(self.shard, self.connection)
+            raise
+        if isinstance(value, TrinityError):
+            raise value
+        return value
+
+
+class DirectTransport:
+    """Rows over connections of its own, everything else through `control`. For one caller thread.
+
+    `locate(shard, deadline_s)` asks where the shard listens now; it may wait for a shard that is starting again, and raises
+    Unavailable.
+    """
+
+    def __init__(self, control: Transport, locate: Callable[[str, float], Address], secret: bytes):
+        self.control, self.locate, self.secret = control, locate, secret
+        self._connections: dict[str, Connection] = {}
+
+    def send(self, shard: str, verb: str, message: Any) -> Reply:
+        if verb not in ("infer", "backward", "fetch"):
+            return self.control.send(shard, verb, message)
+        try:
+            connection = self._connection(shard, message)
+            return DirectReply(self, shard, connection, connection.send(message), message.deadline_s)
+        except (EOFError, OSError) as error:
+            self.drop(shard, self._connections.get(shard))
+            return Done(error=Unavailable(f"shard {shard} cannot be reached: {error}"))
+        except TrinityError as error:
+            self.drop(shard, self._connections.get(shard))
+            return Done(error=error)
+
+    def drop(self, shard: str, connection: Connection | None) -> None:
+        """Forget a connection that is of no more use; the next call makes another."""
+        if connection is not None:
+            connection.wire.close()
+            if self._connections.get(shard) is connection:
+                del self._connections[shard]
+
+    def close(self) -> None:
+        for shard, connection in list(self._connections.items()):
+            self.drop(shard, connection)
+
+    def _connection(self, shard: str, call: Calls) -> Connection:
+        if shard not in self._connections:
+            for other, connection in list(self._connections.items()):
+                if connection.is_dead:  # shards leave for good; their sockets would stay
+                    self.drop(other, connection)
+            device = _device(call)
+            address = self.locate(shard, call.deadline_s)
+            self._connections[shard] = Connection(address, self.secret, call.deadline_s, device)
+        return self._connections[shard]
+
+
+def _device(call: Calls) -> torch.device:
+    """Where the caller's rows are."""
+    if isinstance(call, Forward):
+        return call.rows.x_RD.device
+    return call.dy_RD.device if isinstance(call, Backward) else CPU

@@ -1,0 +1,164 @@
+"""Whole buffers over a socket until a deadline: what both sides of the direct transport stand on."""
+
+import hmac
+import math
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.dataplane.frames import FAILURE, HEADER, IN_SHARED_BUFFER, MAGIC, BadFrame, Header, in_shared_buffer
+from actors.dataplane.shm import SharedBuffer
+from trinity.errors import DeadlineExceeded
+
+NONCE_BYTES, PROOF_BYTES = 32, 32
+CPU = torch.device("cpu")
+LONGEST_WAIT_S = 86400.0
+SOCKET_BUFFER_BYTES = 1 << 20
+TIMEVAL = struct.Struct("ll")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a shard listens. The Unix path counts only on the host of that `machine`."""
+
+    machine: str
+    path: str
+    host: str
+    port: int
+    device: str = "cpu"  # what kind its experts are on
+
+
+def machine_id() -> str:
+    """The same for all processes that can share a Unix socket, and for no others."""
+    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    known = (boot.read_text().strip(), str(network.readlink())) if boot.is_file() and network.is_symlink() else ()
+    return "/".join((socket.gethostname(), *known))
+
+
+class Wire:
+    """A connected socket that sends and receives whole buffers until a deadline (time.time(), or inf).
+
+    Receiving blocks in the kernel, which returns every `tick_s` for a look at the clock: one system call for each piece,
+    where a poll before each would make three. Deadlines are kept to within a tick. What is received goes to `device`.
+    """
+
+    mailbox: SharedBuffer | None = None
+
+    def __init__(self, sock: socket.socket, tick_s: float = 0.05, device: torch.device = CPU):
+        sock.setblocking(True)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        seconds, part = divmod(tick_s, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEVAL.pack(int(seconds), int(1e6 * part)))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanished says no goodbye
+        self.sock, self.device, self._staged = sock, device, device.type == "cuda"
+        self._head = bytearray(HEADER.size)
+
+    def send(
+        self, header: bytes, tensors: Iterable[Tensor], deadline_s: float, on_readable: Callable[[], None] | None = None
+    ) -> None:
+        """Send all. With `on_readable`, what arrives is taken in meanwhile, so that two peers that send never wait for each
+        other's full buffers; one side of a connection must do so."""
+        views = [header, *map(_memory, tensors)]
+        while True:
+            try:
+                views = _after(views, self.sock.sendmsg(views, (), socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                views = _after(views, 0)
+            if not views:
+                return
+            events = self._wait(select.POLLOUT | (select.POLLIN if on_readable else 0), deadline_s)
+            if on_readable and events & select.POLLIN:
+                on_readable()
+
+    def receive(self, views: list[Any], deadline_s: float) -> None:
+        """Fill all `views`. Raises EOFError when the peer is gone, DeadlineExceeded when the time is up."""
+        while views:
+            try:
+                got = self.sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
+                if time.time() >= deadline_s:
+                    raise DeadlineExceeded("the peer did not answer in time") from None
+                continue
+            if not got:
+                raise EOFError("the peer closed the connection")
+            views = _after(views, got)
+            if views and time.time() >= deadline_s:  # a peer that drips is as late as one that is silent
+                raise DeadlineExceeded("the peer did not answer in time")
+
+    def header(self, deadline_s: float) -> Header:
+        """The head of the next frame. Raises BadFrame."""
+        self.receive([self._head], deadline_s)
+        return Header.unpack(self._head)
+
+    def payload(self, header: Header, deadline_s: float) -> list[Tensor]:
+        """The rest of that frame, received into its own memory. Raises BadFrame for what is not in the mailbox."""
+        if header.flags & IN_SHARED_BUFFER:
+            buffers = header.buffers(self._posted(header))
+            arriving = buffers[1:]
+        else:
+            arriving = buffers = header.buffers(None, self._staged)
+        if header.payload_bytes:
+            self.receive([_memory(buffer) for buffer in arriving], deadline_s)
+        if self._staged and header.kind < FAILURE:
+            buffers[0] = buffers[0].to(self.device, non_blocking=True)
+        return buffers
+
+    def post(self, box: int, header: bytes, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
+        """Put a frame's first tensor into the mailbox; -> the frame to send instead."""
+        assert self.mailbox is not None
+        self.mailbox.put(box, tensors[0])
+        return in_shared_buffer(header, box), tensors[1:]
+
+    def close(self) -> None:
+        self.sock.close()
+        if self.mailbox is not None:
+            self.mailbox.close()
+            self.mailbox = None
+
+    def _posted(self, header: Header) -> Tensor:
+        if self.mailbox is None or header.kind >= FAILURE:
+            raise BadFrame(f"a frame of kind {header.kind} names box {header.box} of a mailbox that it does not have")
+        return self.mailbox.take(header)
+
+    def _wait(self, events: int, deadline_s: float) -> int:
+        poll = select.poll()
+        poll.register(self.sock, events)
+        left_ms = None if deadline_s == math.inf else 1000 * min(max(0.0, deadline_s - time.time()), LONGEST_WAIT_S)
+        ready = poll.poll(left_ms)
+        if not ready:
+            raise DeadlineExceeded("the peer did not answer in time")
+        return ready[0][1]
+
+
+def _after(views: list[Any], done: int) -> list[Any]:
+    """What is left of the buffers when the first `done` bytes are dealt with."""
+    for i, view in enumerate(views):
+        size = len(view) if isinstance(view, bytes | bytearray) else view.nbytes
+        if done < size:
+            rest = memoryview(view).cast("B")[done:] if done else view
+            return [rest, *views[i + 1 :]]
+        done -= size
+    return []
+
+
+def _memory(tensor: Tensor) -> Any:
+    """The memory of a tensor as a contiguous array; a copy of it where it is on a GPU (pinned) or has gaps."""
+    if tensor.requires_grad or not (tensor.is_cpu and tensor.is_contiguous()):
+        source = tensor.detach()
+        tensor = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda).copy_(source)
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def proof_of(secret: bytes, nonce: bytes) -> bytes:
+    return hmac.digest(secret, MAGIC + nonce, "sha256")

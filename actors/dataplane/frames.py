@@ -1,0 +1,208 @@
+"""Frames of the direct transport: a fixed header, then raw tensor buffers in a fixed order. Nothing in them can run code.
+
+Legend: R rows, D model, K slots of a row.
+Decisions: everything a receiver must know to allocate is in the header, and is checked against what the shard is before
+a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. The first
+tensor (x, dy, y, dx) may lie in a box of the connection's mailbox instead of in the stream (shm.py). This is the
+path of every row: what can be done once per connection or by one call into C is.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity import errors
+from trinity.errors import TrinityError
+from trinity.rpc.messages import REMOTE, Backward, Fetch, Forward, Rows
+
+MAGIC = b"TRN4"  # the last byte is the format's version
+INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
+Calls = Forward | Backward | Fetch
+KEEP, HAS_ROWS, IN_SHARED_BUFFER = 1, 2, 4  # flags
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
+MAX_PAYLOAD_BYTES = 1 << 31
+MAX_FAILURE_BYTES = 1 << 16
+MAX_OP_ID_BYTES = 40
+SLOT_BYTES = 8 + 4  # id and weight
+# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, deadline_s, R, D, K
+HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIII")
+
+
+class BadFrame(TrinityError):
+    """What arrived is no frame for this receiver; the connection ends."""
+
+    code = errors.Code.INVALID
+
+
+@dataclass(frozen=True)
+class FrameLimits:
+    """What a receiver accepts."""
+
+    hidden_size: int
+    num_experts: int
+    dtype: torch.dtype
+
+
+class Header(NamedTuple):
+    magic: bytes
+    kind: int
+    dtype: int
+    flags: int
+    box: int  # of the mailbox
+    request: int
+    op_id: bytes
+    layer: int
+    epoch: int
+    version: int
+    deadline_s: float
+    num_rows: int
+    dim: int
+    num_slots: int
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
+        """Raises BadFrame for another protocol, version or type."""
+        header = cls._make(HEADER.unpack(data))
+        if header.magic != MAGIC:
+            raise BadFrame(f"frame starts with {header.magic!r}, this side speaks {MAGIC!r}")
+        if not INFER <= header.kind <= FETCH or header.dtype >= len(DTYPES):
+            raise BadFrame(f"frame of kind {header.kind} and type {header.dtype} is unknown")
+        if not math.isfinite(header.deadline_s):
+            raise BadFrame(f"deadline {header.deadline_s} is not a time")
+        if header.payload_bytes > (MAX_FAILURE_BYTES if header.kind == FAILURE else MAX_PAYLOAD_BYTES):
+            raise BadFrame(f"frame of {header.payload_bytes} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
+        return header
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the first tensor."""
+        return self.num_rows, self.dim
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of all tensors, wherever they lie."""
+        if self.kind >= FAILURE:
+            return self.num_rows if self.kind == FAILURE else 0
+        rows = self.num_rows * self.dim * DTYPES[self.dtype].itemsize
+        if self.kind == ANSWER:
+            return rows + 4 * self.num_rows * self.num_slots
+        both = 2 if self.kind == BACKWARD and self.flags & HAS_ROWS else 1
+        return both * rows + SLOT_BYTES * self.num_rows * self.num_slots
+
+    def check(self, limits: FrameLimits) -> None:
+        """Raise BadFrame unless a shard of these limits can compute it."""
+        if self.kind not in (INFER, BACKWARD, FETCH):
+            raise BadFrame(f"a shard takes requests, not frames of kind {self.kind}")
+        if self.kind == FETCH:
+            if self.num_rows >= limits.num_experts:
+                raise BadFrame(f"expert {self.num_rows} is outside 0 to {limits.num_experts - 1}")
+            return
+        if self.dim != limits.hidden_size:
+            raise BadFrame(f"rows have {self.dim} columns, this shard's model has {limits.hidden_size}")
+        if DTYPES[self.dtype] != limits.dtype:
+            raise BadFrame(f"rows are {DTYPES[self.dtype]}, this shard's are {limits.dtype}")
+        if self.num_slots > limits.num_experts:
+            raise BadFrame(f"rows have {self.num_slots} slots, this shard's model has {limits.num_experts} experts")
+
+    def buffers(self, first: Tensor | None = None, pinned: bool = False) -> list[Tensor]:
+        """Memory for the payload, in order; `first` where it has arrived already. Rows lie where torch puts its own tensors:
+        products may round otherwise."""
+        if self.kind >= FAILURE:
+            return [torch.empty(self.payload_bytes, dtype=torch.uint8)]
+        slots = (self.num_rows, self.num_slots)
+        if first is None:
+            first = torch.empty((self.num_rows, self.dim), dtype=DTYPES[self.dtype], pin_memory=pinned)
+        if self.kind == ANSWER:
+            return [first, torch.empty(slots)] if self.num_slots else [first]
+        if self.kind == BACKWARD and not self.flags & HAS_ROWS:
+            return [first]
+        ids, weights = torch.from_numpy(np.empty(slots, np.int64)), torch.from_numpy(np.empty(slots, np.float32))
+        if self.kind == INFER:
+            return [first, ids, weights]
+        return [first, torch.empty(self.shape, dtype=first.dtype), ids, weights]
+
+
+def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
+    """A call as a frame: its header, and the tensors whose memory follows. A Fetch has none; its expert and kind stand where
+    others have their number of rows and op_id."""
+    if isinstance(call, Fetch):
+        names = (call.kind.encode(), call.layer, 0, call.version, call.deadline_s)
+        return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0), []
+    rows = call.rows
+    sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
+    if isinstance(call, Forward):
+        kind, flags = INFER, KEEP if call.keep else 0
+    else:
+        kind, flags, sent = BACKWARD, HAS_ROWS if sent else 0, [call.dy_RD, *sent]
+    num_rows, dim = sent[0].shape
+    op_id = call.op_id.encode()
+    assert len(op_id) <= MAX_OP_ID_BYTES, call.op_id
+    names = (op_id, call.layer, call.epoch, call.version, call.deadline_s)
+    num_slots = 0 if rows is None else rows.ids_RK.shape[1]
+    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
+
+
+def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits) -> Calls:
+    """The inverse of `request`. Raises BadFrame for ids that are no experts."""
+    op_id = header.op_id.rstrip(b"\0").decode("ascii", "replace")
+    names = (op_id, header.layer, header.epoch, header.version, header.deadline_s)
+    if header.kind == FETCH:
+        return Fetch(header.layer, header.num_rows, header.version, header.deadline_s, op_id)
+    if header.kind == INFER:
+        return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP))
+    return Backward(*names, buffers[0], _rows(buffers[1:], limits) if header.flags & HAS_ROWS else None)
+
+
+def _rows(buffers: Sequence[Tensor], limits: FrameLimits) -> Rows:
+    rows = Rows(*buffers)
+    if rows.ids_RK.numel():
+        low, high = map(int, torch.aminmax(rows.ids_RK))
+        if low < REMOTE or high >= limits.num_experts:
+            raise BadFrame(f"expert {low if low < REMOTE else high} is outside 0 to {limits.num_experts - 1}")
+    return rows
+
+
+def answer(number: int, value: Any) -> tuple[bytes, list[Tensor]]:
+    """What a shard returned: y_RD, or (dx_RD, dweights_RK), or the TrinityError it raised."""
+    if isinstance(value, TrinityError):
+        text = json.dumps({"kind": type(value).__name__, "message": value.message}).encode()[:MAX_FAILURE_BYTES]
+        return _head(FAILURE, 0, number, len(text)), [torch.frombuffer(bytearray(text), dtype=torch.uint8)]
+    sent = list(value) if isinstance(value, tuple) else [value]
+    num_slots = sent[1].shape[1] if len(sent) == 2 else 0
+    num_rows, dim = sent[0].shape
+    return _head(ANSWER, CODE_OF[sent[0].dtype], number, num_rows, dim, num_slots), sent
+
+
+def _head(kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0) -> bytes:
+    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, 0.0, num_rows, dim, num_slots)
+
+
+def offer(kind: int) -> bytes:
+    """A mailbox of that kind, from a caller; from a shard: the kind it took, or 0."""
+    return _head(OFFER, 0, kind)
+
+
+def in_shared_buffer(header: bytes, box: int) -> bytes:
+    """The header of the same frame with its first tensor in a box of the mailbox."""
+    return header[:6] + bytes((header[6] | IN_SHARED_BUFFER, box)) + header[8:]
+
+
+WELCOME = _head(ANSWER, 0, 0)  # what a shard says to a caller that knows the secret
+
+
+def value_of(header: Header, buffers: Sequence[Tensor]) -> Any:
+    """The inverse of `answer`: a tensor, a pair of them, or a TrinityError (not raised)."""
+    if header.kind == ANSWER:
+        return buffers[0] if len(buffers) == 1 else tuple(buffers)
+    if header.kind != FAILURE:
+        raise BadFrame(f"a shard answered with a frame of kind {header.kind}")
+    tree = json.loads(bytes(buffers[0].numpy()))
+    return getattr(errors, tree["kind"], BadFrame)(tree["message"])

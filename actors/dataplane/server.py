@@ -1,0 +1,229 @@
+"""The shard's side of the direct transport: sockets that it opens itself, and who may compute when.
+
+Decisions: a blocking thread for each connection; whoever holds a lane's lock computes for all that wait in it, equal layers of
+inference in one multiplication; inference never waits for training; a peer proves that it knows the pool's secret before its
+first frame is read; anything unexpected ends the connection, never the shard.
+"""
+
+import hmac
+import logging
+import math
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from actors.dataplane.connection import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
+from actors.dataplane.frames import (
+    FAILURE,
+    IN_SHARED_BUFFER,
+    MAGIC,
+    OFFER,
+    WELCOME,
+    BadFrame,
+    Calls,
+    FrameLimits,
+    answer,
+    call_of,
+)
+from actors.dataplane.shm import consider
+from trinity.errors import TrinityError
+from trinity.rpc.messages import Fetch, Forward, merged
+from trinity.utils.niceness import LowPriorityExecutor
+
+log = logging.getLogger(__name__)
+HANDSHAKE_S = 5.0
+PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
+BACKLOG = 128
+ACCEPT_AGAIN_S = 0.1
+TICK_S = 1.0  # an idle connection looks at the clock so often
+
+
+class _Job:
+    """A call that waits for the shard, and its answer afterwards."""
+
+    def __init__(self, call: Calls):
+        self.call, self.value, self.done = call, None, False
+
+    @property
+    def rank(self) -> int:
+        """Copies go last."""
+        return 1 if isinstance(self.call, Fetch) else 0
+
+
+class Combiner:
+    """Runs calls on a shard in two lanes, beside each other: inference in one, all else in the other, patiently."""
+
+    def __init__(self, shard: Any, patient: LowPriorityExecutor | None = None):
+        self.inference, self.others = RequestQueue(shard), RequestQueue(shard)
+        self._patient = patient or LowPriorityExecutor()
+
+    def run(self, call: Calls) -> Any:
+        """-> what the verb returned, or the TrinityError it raised."""
+        pure = isinstance(call, Forward) and not call.keep
+        return self.inference.run(call) if pure else self._patient.run(self.others.run, call)
+
+
+class RequestQueue:
+    """Runs calls on a shard one at a time. A thread that gets the lock computes for all that wait, in order of rank;
+    inference of the same layer and version becomes one call."""
+
+    def __init__(self, shard: Any):
+        self.shard = shard
+        self.lock = threading.Lock()
+        self._waiting: list[_Job] = []
+        self._guard = threading.Lock()
+        self.num_merged = 0
+
+    def run(self, call: Calls) -> Any:
+        """-> what the verb returned, or the TrinityError it raised."""
+        job = _Job(call)
+        with self._guard:
+            self._waiting.append(job)
+        with self.lock:
+            while not job.done:
+                self._compute(self._next())
+        return job.value
+
+    def _next(self) -> list[_Job]:
+        """The first job in order of rank, with those that can share its multiplication."""
+        with self._guard:
+            first = min(self._waiting, key=lambda job: job.rank)
+            group = [job for job in self._waiting if job is first or _mergeable(first.call, job.call)]
+            self._waiting = [job for job in self._waiting if job not in group]
+        return group
+
+    def _compute(self, group: list[_Job]) -> None:
+        if len(group) == 1:
+            group[0].value = self._one(group[0].call)
+        else:
+            self.num_merged += len(group)
+            for job, value in zip(group, self._together([job.call for job in group]), strict=True):
+                job.value = value
+        for job in group:
+            job.done = True
+
+    def _one(self, call: Calls) -> Any:
+        try:
+            if isinstance(call, Fetch):
+                return self.shard.fetch(call)
+            return self.shard.infer(call) if isinstance(call, Forward) else self.shard.backward(call)
+        except TrinityError as error:
+            return error
+        except Exception as error:  # the edge of this process: no caller may wait for an answer that never comes
+            log.exception("computing layer %d of %s failed", call.layer, type(call).__name__)
+            return TrinityError(f"the shard failed with {type(error).__name__}; its log says where")
+
+    def _together(self, calls: list[Any]) -> list[Any]:
+        """One inference for all; each alone where that fails, so that one caller's mistake is its own."""
+        answer = self._one(merged(calls))
+        if isinstance(answer, TrinityError):
+            return [self._one(call) for call in calls]
+        return list(answer.split([len(call.rows.x_RD) for call in calls]))
+
+
+def _mergeable(a: Calls, b: Calls) -> bool:
+    if not (isinstance(a, Forward) and isinstance(b, Forward)) or a.keep or b.keep:
+        return False
+    return (a.layer, a.version, a.rows.ids_RK.shape[1]) == (b.layer, b.version, b.rows.ids_RK.shape[1])
+
+
+def unix_listener() -> tuple[socket.socket, str]:
+    """-> a listening Unix socket and its name: an abstract one on Linux, which leaves no file when its process is killed."""
+    name = f"trinity-{secrets.token_hex(16)}"
+    path = f"\0{name}" if sys.platform == "linux" else str(Path(tempfile.mkdtemp(prefix="trinity-")) / "rows.sock")
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(path)
+    unix.listen(BACKLOG)
+    return unix, path
+
+
+class DirectServer:
+    """Listens for a shard's callers. Owns its sockets and threads."""
+
+    def __init__(
+        self,
+        combiner: Combiner,
+        limits: FrameLimits,
+        secret: bytes,
+        host: str,
+        num_threads: int = 1,
+        device: str = "cpu",
+    ):
+        self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
+        self.device = torch.device(device)
+        unix, path = unix_listener()
+        tcp = socket.create_server((host, 0), backlog=BACKLOG)
+        self.address = Address(machine_id(), path, host, tcp.getsockname()[1], self.device.type)
+        self._listeners = [unix, tcp]
+        for listener in self._listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="trinity-accept", daemon=True).start()
+
+    def close(self) -> None:
+        """No new connections; those that are open end with their peers. Harmless when repeated."""
+        while self._listeners:
+            listener = self._listeners.pop()
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+                threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                if listener not in self._listeners:  # closed
+                    return
+                log.error("cannot take a caller now: %s", error)  # out of descriptors or threads: others will leave
+                time.sleep(ACCEPT_AGAIN_S)
+
+    def _serve(self, sock: socket.socket) -> None:
+        """One connection, until its peer leaves or breaks the protocol."""
+        torch.set_num_threads(self.num_threads)  # OpenMP counts its threads by caller
+        wire = Wire(sock, TICK_S, self.device)
+        try:
+            self._greet(wire)
+            while True:
+                self._answer_one(wire)
+        except EOFError:
+            log.debug("a caller left")
+        except (TrinityError, OSError) as error:
+            log.warning("a connection ended: %s", str(error))  # who keeps the record must not keep its rows
+        finally:
+            wire.close()
+
+    def _greet(self, wire: Wire) -> None:
+        deadline_s, nonce = time.time() + HANDSHAKE_S, secrets.token_bytes(NONCE_BYTES)
+        wire.send(MAGIC + nonce, [], deadline_s)
+        proof = bytearray(PROOF_BYTES)
+        wire.receive([proof], deadline_s)
+        if not hmac.compare_digest(bytes(proof), proof_of(self.secret, nonce)):
+            self._refuse(wire, BadFrame("the secret is wrong: this is another pool's shard"))
+        wire.send(WELCOME, [], deadline_s)
+
+    def _answer_one(self, wire: Wire) -> None:
+        try:
+            header = wire.header(math.inf)
+            if header.kind == OFFER:
+                return consider(wire, header, time.time() + HANDSHAKE_S)
+            header.check(self.limits)
+            call = call_of(header, wire.payload(header, max(header.deadline_s, time.time() + PAYLOAD_S)), self.limits)
+        except BadFrame as error:
+            self._refuse(wire, error)
+        value = self.combiner.run(call)
+        reply, tensors = answer(header.request, value)
+        if header.flags & IN_SHARED_BUFFER and header.kind < FAILURE and not isinstance(value, TrinityError):
+            reply, tensors = wire.post(header.box, reply, tensors)
+        wire.send(reply, tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
+
+    def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:
+        """Say why, then end: after a broken frame nobody knows where the next one starts."""
+        reply, tensors = answer(0, error)
+        wire.send(reply, tensors, time.time() + HANDSHAKE_S)
+        raise error

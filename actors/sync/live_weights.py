@@ -1,0 +1,213 @@
+"""The weights of a run while it trains, for an engine: experts stay on the trainer's shards, the backbone is copied from it.
+
+A WeightSource (trinity/engine/weights.py). Decisions: which version is served is the placement service's word, which a thread
+of this process hears; a version's backbone is read from the memory in which the trainer keeps it, or from its node, by another
+thread, and is the newest when it is there; a version that is held gets a model of its own and a lease with the service, so
+that shards and trainer keep it.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+import torch
+
+from actors.names import PLACEMENT, find
+from actors.sync import placement_watcher, shm_state
+from trinity.config import RUN_TOKENIZER, Config, ModelConfig
+from trinity.dispatch.dispatcher import Dispatcher
+from trinity.dispatch.view import PlacementView
+from trinity.engine.double_buffer import ModelDoubleBuffer
+from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
+from trinity.models.afmoe.model import Afmoe
+from trinity.pool.pool import Decision
+from trinity.text.tokenizer import Tokenizer
+from trinity.train.backbone import WEIGHT, load_values
+
+log = logging.getLogger(__name__)
+LEASE_S = 30.0
+POLL_S, AGAIN_S = 0.1, 0.5
+
+
+class LivePool(Protocol):
+    """What a pool that trains can be asked (actors/pool.py)."""
+
+    name: str
+    namespace: str
+    view: PlacementView
+    timeout_s: float
+
+    def spec(self) -> Any: ...
+
+    def decided(self) -> Decision | None: ...
+
+    def pin(self, step: int | None, holder: str, lease_s: float) -> int: ...
+
+    def dispatcher(self, version: int = 0) -> Dispatcher: ...
+
+
+def live_source(pool: LivePool, config: Config, run_dir: str) -> "tuple[LiveWeights, ModelConfig, Tokenizer]":
+    """The source that `serve.weights` names, of the run in that folder. Waits for the run's first version. Raises Unavailable
+    when there is none, and ConfigError for a version that is not kept."""
+    decision = _first_decision(pool, config.placement.ready_timeout_s)
+    device = "cuda" if config.engine.num_gpus else "cpu"
+    source = LiveWeights(pool, pool.spec().model, decision, device, config.engine.preload)
+    if config.serve.weights != "live":
+        source.pin(config.serve.pinned_step)
+    return source, source.config, Tokenizer.load(Path(run_dir) / RUN_TOKENIZER)
+
+
+def _first_decision(pool: LivePool, timeout_s: float) -> Decision:
+    until_s = time.monotonic() + timeout_s
+    while (decision := pool.decided()) is None:
+        if time.monotonic() > until_s:
+            raise Unavailable(f"pool {pool.name!r} has no weights after {timeout_s:.0f} s; is anybody training in it?")
+        time.sleep(POLL_S)
+    return decision
+
+
+class LiveWeights:
+    """Owned by one engine's thread. Its own threads renew what it holds, and copy newer versions."""
+
+    def __init__(
+        self,
+        pool: LivePool,
+        config: ModelConfig,
+        decision: Decision,
+        device: str = "cpu",
+        preload: bool = True,
+    ):
+        self.pool, self.config, self.device = pool, config, device
+        self._me, self._places = uuid4().hex[:12], decision.notes["backbone"]
+        self._lender = shm_state.Lender()
+        self._models = ModelDoubleBuffer(self._made, self._load, preload)
+        self._experts: list[Dispatcher] = []
+        self._held = Counter[int]()
+        self._pinned: int | None = None
+        self._guard = threading.Lock()  # of the two below
+        self._bad: set[int] = set()
+        self._good = decision.version
+        view = pool.view
+        assert isinstance(view, placement_watcher.PlacementWatcher)
+        view.watch_version(decision.version)
+        self._view = view
+        self._stopped = threading.Event()
+        for work, name in ((self._renew, "trinity-leases"), (self._keep_up, "trinity-weights")):
+            threading.Thread(target=work, name=name, daemon=True).start()
+        placement_watcher.stop_before_leaving(self)
+
+    def pin(self, step: int | None) -> None:
+        """Serve that version for good; None: the one that is served now."""
+        try:
+            self._pinned = self.pool.pin(step, self._holder("pinned"), LEASE_S)
+        except TrinityError as error:
+            raise ConfigError(f"--weights pinned:{step}: {error.message}; or serve that step's checkpoint") from None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    # -- a WeightSource
+
+    def newest(self) -> int:
+        return self._good if self._pinned is None else self._pinned
+
+    def model(self, version: int) -> Afmoe:
+        return self._models.get(version, hold=self._held[version] > 0)
+
+    def hold(self, version: int) -> None:
+        self._held[version] += 1
+        if self._held[version] == 1:
+            self._models.hold(version)
+            self._ask("pin", version, self._holder(version), LEASE_S)
+
+    def release(self, version: int) -> None:
+        self._held[version] -= 1
+        if self._held[version] <= 0:
+            del self._held[version]
+            self._models.release(version)
+            self._ask("unpin", self._holder(version))
+
+    def quarantine(self, version: int) -> None:
+        if version not in self._bad:
+            with self._guard:
+                self._bad.add(version)
+                self._good = max((n for n in range(version) if n not in self._bad), default=version)
+            self._ask("quarantine", version)
+
+    def counts(self) -> tuple[int, dict[str, tuple[list[int], float]]]:
+        """Retries, and seconds by phase, of all its dispatchers."""
+        retries = sum(each.num_retries for each in self._experts)
+        phases: dict[str, tuple[list[int], float]] = {}
+        for each in self._experts:
+            for phase, (buckets, seconds) in each.times.phases.items():
+                before, sum_s = phases.get(phase, ([0] * len(buckets), 0.0))
+                phases[phase] = [a + b for a, b in zip(before, buckets, strict=True)], sum_s + seconds
+        return retries, phases
+
+    # -- inside
+
+    def _made(self) -> Afmoe:
+        experts = self.pool.dispatcher()
+        self._experts.append(experts)
+        return Afmoe(self.config, experts, device=self.device).eval()
+
+    def _load(self, model: Afmoe, version: int) -> None:
+        """Raises VersionGone."""
+        for fresh in (False, True):  # the job may have moved since its place was noted
+            if fresh and (decision := self.pool.decided()) is not None:
+                self._places = decision.notes["backbone"]
+            for node, folder in self._places:
+                try:
+                    with self._lender.lent(node, folder, version, WEIGHT, self.pool.timeout_s) as found:
+                        load_values(model, found)
+                    experts = model.experts
+                    assert isinstance(experts, Dispatcher)
+                    return experts.use(version)
+                except (VersionGone, Unavailable, DeadlineExceeded) as error:
+                    log.info("version %d: %s", version, error)
+        raise VersionGone(f"the backbone of version {version} is kept nowhere any more")
+
+    def _keep_up(self) -> None:
+        """Have each version that is to be served ready before it is the newest."""
+        torch.set_num_threads(1)  # of this thread: passes want the others
+        known: int | None = self._good
+        while not self._stopped.is_set():
+            version = self._view.other_version(known, POLL_S)
+            if version is not None and version != known:
+                if self._is_ready(version):
+                    known = version
+                else:
+                    self._stopped.wait(AGAIN_S)
+
+    def _is_ready(self, version: int) -> bool:
+        try:
+            if version >= 0 and version not in self._bad and self._pinned is None:
+                self._models.prepare(version)
+        except Exception as error:  # the edge of this thread: passes go on with the version before
+            log.warning("version %d cannot be taken up now: %s", version, error)
+            return False
+        with self._guard:
+            if version >= 0 and version not in self._bad:
+                self._good = version
+        return True
+
+    def _holder(self, what: object) -> str:
+        return f"{self._me}/{what}"
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(LEASE_S / 3):
+            if self._pinned is not None:
+                self._ask("pin", self._pinned, self._holder("pinned"), LEASE_S)
+            for version in list(self._held):
+                self._ask("pin", version, self._holder(version), LEASE_S)
+
+    def _ask(self, method: str, *arguments: object) -> None:
+        """Without waiting for an answer: whether a version is there is said by whoever is asked to compute with it."""
+        try:
+            getattr(find(self.pool.name, PLACEMENT, self.pool.namespace), method).remote(*arguments)
+        except Unavailable as error:
+            log.warning("%s: %s", method, error)

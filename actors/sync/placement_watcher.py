@@ -1,0 +1,142 @@
+"""What a caller's process knows of the placement, kept fresh by a thread: the newest table, and who does not answer.
+
+Decisions: a caller reads two attributes and never waits, except when a shard told it that its table is old. Shards that were
+lost are asked for their address until they answer; meanwhile rows go to other replicas.
+"""
+
+import logging
+import threading
+import time
+import weakref
+from typing import Protocol
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from actors.names import PLACEMENT, Handles, find
+from trinity.errors import TrinityError
+from trinity.placement.table import PlacementTable
+
+log = logging.getLogger(__name__)
+POLL_S = 10.0
+AGAIN_S = 0.2
+REFRESH_S = 1.0
+STOP_S = 2.0
+
+
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
+_asking: "weakref.WeakSet[Stoppable]" = weakref.WeakSet()
+
+
+def stop_before_leaving(what: Stoppable) -> None:
+    """Something whose threads call Ray."""
+    _asking.add(what)
+
+
+def stop_all() -> None:
+    """Before this process leaves Ray: a thread in the middle of one of its calls would take the process with it."""
+    for each in list(_asking):
+        each.stop()
+
+
+class PlacementWatcher:
+    """A PlacementView (trinity/dispatch/) of one pool. Its threads end with `stop`, or with the process.
+
+    `version`: to be served, where `watch_version` has been called; None before.
+    """
+
+    def __init__(self, pool: str, namespace: str, table: PlacementTable, handles: Handles):
+        self.table, self.unreachable = table, frozenset[str]()
+        self.version: int | None = None
+        self._pool, self._namespace, self._handles = pool, namespace, handles
+        self._news, self._wake, self._stopped = threading.Condition(), threading.Event(), threading.Event()
+        tasks = (self._follow, self._probe)
+        self._threads = [threading.Thread(target=t, name=f"trinity-{t.__name__[1:]}", daemon=True) for t in tasks]
+        for thread in self._threads:
+            thread.start()
+        stop_before_leaving(self)
+
+    def stop(self) -> None:
+        """Harmless when repeated."""
+        self._stopped.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(STOP_S)
+
+    def watch_version(self, version: int) -> None:
+        """Follow the version that is served, too; `version` is what is known now."""
+        self.version = version
+
+    def other_version(self, known: int | None, timeout_s: float) -> int | None:
+        """The version to be served, once it is another than that; -> after the timeout the known one."""
+        with self._news:
+            self._news.wait_for(lambda: self.version != known, timeout_s)
+            return self.version
+
+    def lost(self, shard: str) -> None:
+        with self._news:
+            self.unreachable |= {shard}
+            self._wake.set()
+
+    def refresh(self) -> None:
+        """The thread hears of a new table as soon as there is one; wait for it a moment."""
+        epoch = self.table.epoch
+        with self._news:
+            self._news.wait_for(lambda: self.table.epoch > epoch, REFRESH_S)
+
+    def _follow(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._hear()
+            except SystemExit:  # what Ray raises in a process that leaves it
+                return
+            except (TrinityError, RayError, GetTimeoutError):  # it starts again
+                self._stopped.wait(AGAIN_S)
+
+    def _hear(self) -> None:
+        """Wait for the next table, with an eye on being stopped."""
+        service = find(self._pool, PLACEMENT, self._namespace)
+        version, until_s = self.version, time.monotonic() + 2 * POLL_S
+        ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, version, POLL_S)
+        while not self._stopped.is_set() and time.monotonic() < until_s and version == self.version:
+            if ray.wait([ref], timeout=AGAIN_S)[0]:
+                table, served = ray.get(ref)
+                if version is not None:
+                    self._serve(served)
+                if table is not None:
+                    self._take(table)
+                return
+
+    def _serve(self, version: int) -> None:
+        with self._news:
+            self.version = version
+            self._news.notify_all()
+
+    def _take(self, table: PlacementTable) -> None:
+        with self._news:
+            self.table, self.unreachable = table, self.unreachable & frozenset(table.shards)
+            self._news.notify_all()
+        log.info("placement epoch %d: %d shards", table.epoch, len(table.shards))
+
+    def _probe(self) -> None:
+        while not self._stopped.is_set():
+            self._wake.wait()
+            for shard in sorted(self.unreachable):
+                if not self._stopped.is_set() and self._answers(shard):
+                    with self._news:
+                        self.unreachable -= {shard}
+            with self._news:
+                if not self.unreachable and not self._stopped.is_set():
+                    self._wake.clear()
+            if self.unreachable:
+                self._stopped.wait(AGAIN_S)
+
+    def _answers(self, shard: str) -> bool:
+        try:
+            ray.get(self._handles[shard].address.remote(), timeout=1.0)
+        except (TrinityError, RayError, GetTimeoutError):
+            return False
+        return True

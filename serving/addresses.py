@@ -1,0 +1,6 @@
+"""How addresses are written."""
+
+
+def bracketed(host: str) -> str:
+    """IPv6 addresses take brackets in front of a port."""
+    return f"[{host}]" if ":" in host else host

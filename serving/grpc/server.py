@@ -1,0 +1,60 @@
+"""The gRPC server: services, limits, keys, TLS and draining."""
+
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos.trinity.v1 import inference_pb2_grpc as rpc
+from protos.trinity.v1 import placement_pb2_grpc as placement_rpc
+from serving.addresses import bracketed
+from serving.frontend import Frontend
+from serving.grpc.guard import PLACEMENT, KeyInterceptor
+from serving.grpc.inference import SERVICE, InferenceServicer
+from serving.grpc.placement import PlacementServicer
+from trinity.config import ServeConfig
+from trinity.errors import ConfigError
+
+
+class GrpcServer:
+    """The listening server. `start` binds, `set_ready` tells health, `stop` lets running calls end within `grace_s`."""
+
+    def __init__(self, front: Frontend):
+        config = front.config
+        options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 0)]
+        self.server = grpc.aio.server(interceptors=[KeyInterceptor(config)], options=options)
+        self.health = health.aio.HealthServicer()
+        self.port = 0
+        self._config = config
+        rpc.add_InferenceServicer_to_server(InferenceServicer(front), self.server)
+        placement_rpc.add_PlacementServicer_to_server(PlacementServicer(front), self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        names = (SERVICE, PLACEMENT, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+
+    async def start(self) -> None:
+        """Raises ConfigError where the port is taken or the certificate cannot be read."""
+        address = f"{bracketed(self._config.host)}:{self._config.grpc_port}"
+        try:
+            if self._config.tls_cert:
+                self.port = self.server.add_secure_port(address, credentials(self._config))
+            else:
+                self.port = self.server.add_insecure_port(address)
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(f"gRPC cannot listen on {address}: {error}; choose another serve.grpc_port") from None
+        await self.server.start()
+
+    async def set_ready(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self.health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        await self.server.stop(grace_s)
+
+
+def credentials(config: ServeConfig) -> grpc.ServerCredentials:
+    assert config.tls_key
+    assert config.tls_cert
+    return grpc.ssl_server_credentials([(Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())])

@@ -1,0 +1,148 @@
+"""Answers in OpenAI's shapes: whole ones and server-sent chunks, for completions and chat completions.
+
+Pure functions over collected Deltas; no I/O. Token texts come from the tokenizer's byte table, because a token may hold
+part of a character. `system_fingerprint` tells the version of the weights, which may change between two requests. Where it
+changed within one, its choice says so: a chunk has `weights_version`, a whole choice `weights_versions`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trinity.engine.request import Delta, TokenLogprobs
+from trinity.text.detokenizer import token_bytes, token_text
+from trinity.text.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+
+
+def sse(event: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+@dataclass
+class Choice:
+    """What has arrived of one continuation."""
+
+    index: int
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    last: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.logprobs += delta.logprobs or ()
+        self.last = delta
+
+    @property
+    def finish(self) -> dict[str, Any]:
+        assert self.last is not None, "a stream ends with its finish reason or raises"
+        versions = {"first": self.last.first_version, "last": self.last.version}
+        return {**_finish(self.last), "weights_versions": versions}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all parts of one answer repeat."""
+
+    id: str
+    created: int
+    model: str
+
+    def wrap(self, kind: str, choices: list[dict[str, Any]], version: int, **more: Any) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "system_fingerprint": f"weights-{version}", "choices": choices, **more}
+
+
+class CompletionFormat:
+    """`text_completion`. `echoes` has, for each choice, the text to put before it. Choices keep an offset into the text."""
+
+    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool, echoes: Sequence[str]):
+        self.tokenizer, self.with_logprobs, self.echoes = tokenizer, with_logprobs, echoes
+        self._offsets = [0] * len(echoes)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        echo = self.echoes[index]
+        return {"index": index, "text": echo, "logprobs": None, **_finish(None)} if echo else None
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs(index, delta.logprobs or ())
+        return {"index": index, "text": delta.text, "logprobs": logprobs, **_end(delta)}
+
+    def full(self, choice: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(choice.index, choice.logprobs)
+        return {
+            "index": choice.index,
+            "text": self.echoes[choice.index] + choice.text,
+            "logprobs": logprobs,
+        } | choice.finish
+
+    def _logprobs(self, index: int, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        tokens = [token_text(self.tokenizer, position.token_id) for position in positions]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        top = [{token_text(self.tokenizer, i): value for i, value in position.top} for position in positions]
+        values = [position.logprob for position in positions]
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+class ChatFormat:
+    """`chat.completion` and its chunks; the first chunk of a choice has its role."""
+
+    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool):
+        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, **_finish(None)}
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text} if delta.text else {}
+        return {"index": index, "delta": content, "logprobs": self._logprobs(delta.logprobs or ()), **_end(delta)}
+
+    def full(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        logprobs = self._logprobs(choice.logprobs)
+        return {"index": choice.index, "message": message, "logprobs": logprobs} | choice.finish
+
+    def _logprobs(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        return {"content": [self._position(position) for position in positions], "refusal": None}
+
+    def _position(self, position: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token(i, value) for i, value in position.top]
+        return self._token(position.token_id, position.logprob) | {"top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = token_text(self.tokenizer, token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(token_bytes(self.tokenizer, token_id))}
+
+
+Format = CompletionFormat | ChatFormat
+
+
+def usage(last: Sequence[Delta], n: int) -> dict[str, int]:
+    """Token counts from the last Delta of each choice; a prompt with n continuations counts once."""
+    prompt = sum(delta.num_prompt_tokens for delta in last[::n])
+    generated = sum(delta.num_generated_tokens for delta in last)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def _end(delta: Delta) -> dict[str, Any]:
+    """How a chunk ends."""
+    return {**_finish(delta), "weights_version": delta.version}
+
+
+def _finish(last: Delta | None) -> dict[str, Any]:
+    reason = last.finish_reason if last else None
+    return {"finish_reason": reason, "stop_reason": last.stop_reason if last else None}

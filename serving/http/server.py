@@ -1,0 +1,127 @@
+"""The HTTP listener: uvicorn inside somebody else's event loop, with bounds that uvicorn leaves open.
+
+Decisions: a connection that has not sent a complete request head within HEAD_TIMEOUT_S is closed (slowloris); heads
+beyond MAX_HEAD_BYTES and malformed ones are answered 400 in OpenAI's shape. The pure-Python h11 parser, because it bounds
+the head; the time per request is spent elsewhere. No signal handlers: the process belongs to Ray.
+"""
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.addresses import bracketed
+from serving.errors import openai_body
+from serving.http.edge import MAX_HEAD_BYTES
+from trinity.config import ServeConfig
+from trinity.errors import ConfigError, InvalidRequest
+
+HEAD_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 15
+
+
+class BoundedProtocol(H11Protocol):
+    """One connection. A timer runs whenever no request is being answered."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.access_log = False  # uvicorn turns it on where the root logger has handlers, and logs query strings
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Malformed or oversized head: answer in the API's own shape and close."""
+        body = json.dumps(
+            openai_body(InvalidRequest(f"malformed HTTP, or a head over {MAX_HEAD_BYTES} bytes"))
+        ).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _arm(self) -> None:
+        self._disarm()
+        wait_s = max(HEAD_TIMEOUT_S, self.config.timeout_keep_alive)
+        self._head_timer = self.loop.call_later(wait_s, self._close_if_idle)
+
+    def _disarm(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def _close_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+class HttpServer:
+    """`start` binds and serves in the background; `stop` closes the listener and lets running requests end."""
+
+    def __init__(self, app: object, config: ServeConfig):
+        self._config = config
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                http=BoundedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                ssl_certfile=config.tls_cert,
+                ssl_keyfile=config.tls_key,
+            )
+        )
+        self.port = 0
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises ConfigError where the port is taken."""
+        listening = self._bind()
+        self.port = listening.getsockname()[1]
+        self._task = asyncio.create_task(self.server._serve([listening]))  # `serve` would take over the signals
+        while not self.server.started:
+            if self._task.done():
+                self._task.result()
+            await asyncio.sleep(0.01)
+
+    def _bind(self) -> socket.socket:
+        host, port = self._config.host, self._config.http_port
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            made = socket.create_server(address[:2], family=family, backlog=2048)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # plain asyncio leaves it to us: 40 ms an answer
+            return made
+        except OSError as error:
+            where = f"{bracketed(host)}:{port}"
+            raise ConfigError(
+                f"HTTP cannot listen on {where}: {error.strerror}; choose another serve.http_port"
+            ) from None
+
+    async def stop(self, grace_s: float) -> None:
+        """Idle connections close at once; requests still running after `grace_s` are cut."""
+        if self._task is None:
+            return
+        self.server.should_exit = True
+        done, _ = await asyncio.wait((self._task,), timeout=grace_s)
+        if not done:
+            self.server.force_exit = True
+            await asyncio.wait((self._task,), timeout=1)

@@ -1,0 +1,1 @@
+"""Benchmarks: every path against what a user would pick instead."""

@@ -1,0 +1,133 @@
+"""The processes that `trinity bench dispatch` and `train` measure against. Each does one thing until its stdin closes.
+
+    python -m trinity.bench.process     a JSON object of orders a line on stdin, a JSON object a line on stdout
+
+The role `raw` is here, without torch: what a plain Unix socket does. The others are in echo.py and train.py.
+Decisions: a secret comes through stdin, where no process table shows it; orders end, and so does the process, with its parent.
+"""
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from trinity.errors import Unavailable
+
+# -- the comparison: a raw echo, and its caller
+
+
+def echo_raw(listener: socket.socket) -> None:
+    while True:
+        sock, _ = listener.accept()
+        threading.Thread(target=echo_one, args=(sock,), daemon=True).start()
+
+
+def echo_one(sock: socket.socket) -> None:
+    size = int.from_bytes(sock.recv(8, socket.MSG_WAITALL), "little")  # said once, for all of a connection
+    buffer = memoryview(bytearray(size))
+    while sock.recv_into(buffer, size, socket.MSG_WAITALL) == size:
+        sock.sendall(buffer)
+    sock.close()
+
+
+def raw_caller(path: str, payload: memoryview) -> tuple[socket.socket, Callable[[], memoryview]]:
+    """-> its socket, and a function that sends the payload and returns what came back, in a buffer that is used again."""
+    sock, size = socket.socket(socket.AF_UNIX), len(payload)
+    sock.connect(path)
+    sock.sendall(size.to_bytes(8, "little"))
+    back = memoryview(bytearray(size))
+
+    def call() -> memoryview:
+        sock.sendall(payload)
+        got = sock.recv_into(back, size, socket.MSG_WAITALL)
+        assert got == size, f"{got} of {size} bytes came back"
+        return back
+
+    return sock, call
+
+
+def timed(call: Callable[[], Any], num_calls: int) -> list[float]:
+    """Microseconds of each call."""
+    found = []
+    for _ in range(num_calls):
+        started_ns = time.perf_counter_ns()
+        call()
+        found.append((time.perf_counter_ns() - started_ns) / 1000)
+    return found
+
+
+# -- a process and its parent
+
+
+class Child:
+    """A process of this module. It ends when it is closed, or when this process dies: its stdin closes with either."""
+
+    def __init__(self, **orders: Any):
+        command = [sys.executable, "-m", "trinity.bench.process"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.tell(**orders)
+
+    def tell(self, **orders: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(orders) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """The next answer; waits for it."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise Unavailable(f"the bench's process {self.process.pid} ended early; what it said is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+@contextmanager
+def children(orders: Sequence[dict[str, Any]]) -> Iterator[list[Child]]:
+    """Processes started side by side, ended together."""
+    started = [Child(**order) for order in orders]
+    try:
+        yield started
+    finally:
+        for child in started:
+            child.close()
+
+
+def say(**answer: Any) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+def raw() -> None:
+    with tempfile.TemporaryDirectory(prefix="trinity-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/raw.sock")
+        listener.listen()
+        threading.Thread(target=echo_raw, args=(listener,), daemon=True).start()
+        say(path=listener.getsockname())
+        sys.stdin.read()
+
+
+def main() -> None:
+    orders = json.loads(sys.stdin.readline())
+    role = orders.pop("role")
+    home = "train" if role == "transformers" else "echo"
+    run = raw if role == "raw" else importlib.import_module(f"trinity.bench.{home}").ROLES[role]
+    run(**orders)
+    os._exit(0)  # a thread that waits inside torch or a socket would abort the usual way out
+
+
+if __name__ == "__main__":
+    main()

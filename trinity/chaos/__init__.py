@@ -1,0 +1,1 @@
+"""Training and serving under faults on purpose, with a report of how they came through."""

@@ -1,0 +1,51 @@
+"""One frozen tree of settings: defaults < YAML file < `--dotted.flags`.
+
+Every value has its unit in its name. Unknown keys are refused with the nearest match. The environment is read in env.py
+and nowhere else. Importable without torch and without Ray, so that a configuration can be checked anywhere.
+"""
+
+from trinity.config.env import (
+    THREADS,
+    admin_key,
+    api_key,
+    num_cpus,
+    ray_node_pid,
+    setup_environment,
+    setup_threads,
+)
+from trinity.config.model import LayerType, ModelConfig
+from trinity.config.placement import PlacementConfig
+from trinity.config.serve import ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
+from trinity.config.tree import Config, merged, preset
+from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
+
+__all__ = [
+    "PRESETS",
+    "RUN_SETTINGS",
+    "RUN_TOKENIZER",
+    "THREADS",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "Frozen",
+    "LayerType",
+    "ModelConfig",
+    "OptimConfig",
+    "PlacementConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "admin_key",
+    "api_key",
+    "merge",
+    "merged",
+    "num_cpus",
+    "parse_flags",
+    "preset",
+    "preset_names",
+    "ray_node_pid",
+    "read_yaml",
+    "setup_environment",
+    "setup_threads",
+]

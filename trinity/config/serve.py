@@ -1,0 +1,107 @@
+"""The settings of an engine, its edges and the cluster."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trinity.config.yaml import Frozen
+
+
+class EngineConfig(Frozen):
+    """Continuous batching and the paged KV cache."""
+
+    max_model_len: int | None = Field(default=None, ge=2, description="prompt + generated tokens; default: the model's")
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
+    max_num_waiting: int = Field(default=1024, ge=1)
+    num_overlapped_microbatches: int = Field(
+        default=1, ge=1, description="parts of a large batch side by side: one goes on while another's rows are away"
+    )
+    min_part_tokens: int = Field(
+        default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
+    )
+    block_size: int = Field(default=16, ge=1)
+    kv_cache_bytes: int = Field(default=256 << 20, ge=1)
+    num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
+    resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
+    num_threads: int = Field(default=1, ge=1)
+    kv_policy: Literal["keep", "recompute"] = Field(
+        default="keep", description="what becomes of a live request's cache when the version of the weights changes"
+    )
+    preload: bool = Field(
+        default=True, description="copy a newer version's backbone beside the one in use, so that no pass waits for it"
+    )
+    max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
+
+
+class ServeConfig(Frozen):
+    """The HTTP and gRPC edges. Loopback unless `allow_remote` is set and an API key is configured."""
+
+    host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    grpc_port: int = Field(default=9000, ge=0, le=65535)
+    allow_remote: bool = False
+    api_key: str | None = Field(default=None, min_length=1, repr=False, description="also from TRINITY_API_KEY")
+    admin_key: str | None = Field(
+        default=None, min_length=1, repr=False, description="who may move experts; also from TRINITY_ADMIN_KEY"
+    )
+    served_model_name: str | None = None
+    weights: str = Field(
+        default="checkpoint",
+        description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
+    )
+    num_engines: int = Field(default=1, ge=1)
+    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    max_requests_per_engine: int = Field(
+        default=48, ge=1, description="running requests at which another engine starts"
+    )
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_body_bytes: int = Field(default=2 << 20, ge=1024)
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    drain_timeout_s: float = Field(default=20.0, ge=0)
+
+    @property
+    def is_of_run(self) -> bool:
+        """Are the weights those of a run that trains, instead of a checkpoint's?"""
+        return self.weights != "checkpoint"
+
+    @property
+    def pinned_step(self) -> int | None:
+        """The STEP of `pinned:STEP`."""
+        step = self.weights.partition(":")[2]
+        return int(step) if step else None
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, value: str) -> str:
+        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
+            raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
+        return value
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServeConfig":
+        if not self.is_loopback and not (self.allow_remote and self.api_key):
+            raise ValueError(
+                f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
+            )
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ValueError("admin_key is the api_key, so that every client could move experts; choose two")
+        if self.http_port == self.grpc_port != 0:
+            raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together; one of them is missing")
+        return self
+
+
+class ClusterConfig(Frozen):
+    address: str = Field(default="local", description="`local` starts Ray here; `auto` or host:port joins a cluster")
+    namespace: str = "trinity"
+    num_cpus: int = Field(default=2, ge=1, description="for `local`")
+    auth: Literal["disabled", "token"] = Field(default="token", description="RAY_AUTH_MODE, unless it is already set")

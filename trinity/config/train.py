@@ -1,0 +1,122 @@
+"""The settings of training: optimizer, data, and the loop."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trinity.config.yaml import Frozen
+
+RUN_SETTINGS, RUN_TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(Frozen):
+    """Muon for hidden matrices, AdamW for embeddings, head, norms and router gates; per-stage learning-rate schedule.
+
+    Momentum, weight decay, betas and clip are not published for Trinity: these are the usual ones (docs/training.md).
+    """
+
+    matrices: Literal["muon", "adamw"] = Field(
+        default="muon", description="who updates hidden matrices, experts included"
+    )
+    muon_lr: float = Field(default=1e-3, gt=0)
+    adamw_lr: float = Field(default=3e-4, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_nesterov: bool = False
+    muon_steps: int = Field(default=5, ge=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    adamw_betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    adamw_eps: float = 1e-8
+    grad_clip: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    decay: Literal["linear", "cosine", "none"] = "linear"
+    decay_start: int | None = Field(default=None, description="first step of the decay; default: right after warmup")
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    bias_update: Literal["smebu", "sign", "none"] = "smebu"
+    smebu_lambda: float = 5e-4
+    smebu_beta: float = 0.5
+    smebu_kappa: float = 2.0
+    sign_gamma: float = 1e-3
+    z_loss: float = Field(default=1e-6, ge=0)
+    balance_loss: float = Field(default=1e-4, ge=0)
+
+
+class DataConfig(Frozen):
+    """Where text comes from. `train` and `val` take files, folders and globs of .txt/.py/.md…, .jsonl and .parquet;
+    the word `stdlib` stands for the source files of Python's standard library."""
+
+    train: tuple[str, ...] = ("stdlib",)
+    val: tuple[str, ...] = ()
+    val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
+    text_field: str = "text"
+    tokenizer: str | None = Field(
+        default=None, description="a tokenizer.json or a checkpoint folder; default: train one"
+    )
+    intra_document_mask: bool = True
+    max_documents: int | None = Field(default=None, ge=1)
+
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class TrainConfig(Frozen):
+    out_dir: str = "runs/train"
+    steps: int = Field(default=1000, ge=1)
+    seq_len: int = Field(default=256, ge=2)
+    global_batch_size: int = Field(default=16, ge=1, description="sequences in one optimizer step, over all workers")
+    micro_batch_size: int = Field(default=8, ge=1, description="sequences in one forward pass of one worker")
+    num_overlapped_microbatches: int = Field(
+        default=1,
+        ge=1,
+        description="micro-batches side by side: one goes on while another's rows are with their experts",
+    )
+    num_workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="go on with so few when nodes leave, and with up to num_workers when they come; default: num_workers",
+    )
+    num_gpus_per_worker: float = Field(default=0, ge=0)
+    num_threads_per_worker: int = Field(
+        default=0,
+        ge=0,
+        description="0: the node's cores, shared out among its workers; shards compute while these wait",
+    )
+    seed: int = 0
+    eval_every: int = Field(default=100, ge=0, description="steps; 0: only at the end")
+    eval_sequences: int = Field(default=32, ge=0)
+    save_every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
+    keep_checkpoints: int = Field(default=2, ge=1, description="so many of the newest; older ones are deleted")
+    keep_every: int = Field(default=0, ge=0, description="steps; checkpoints at multiples of it are kept for good")
+    init_from: str | None = Field(default=None, description="checkpoint whose weights start this run (fine-tuning)")
+    resume: bool = Field(default=False, description="go on from the newest checkpoint in out_dir")
+    resume_from: int | str | None = Field(
+        default=None,
+        description="go on from this step of out_dir, or from a checkpoint folder; later ones are moved aside",
+    )
+    loss_spike_threshold: float = Field(
+        default=1.0, gt=0, description="a step whose loss is so far above the usual makes a version that is not served"
+    )
+    max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
+        per_pass = self.micro_batch_size * self.num_workers
+        if self.global_batch_size % per_pass:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x num_workers = {per_pass}"
+            )
+        return self
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches that each of `num_workers` runs in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)

@@ -1,0 +1,126 @@
+"""The whole tree of settings: presets expanded, unknown keys refused, every value checked."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trinity.config.env import admin_key, api_key
+from trinity.config.model import ModelConfig
+from trinity.config.placement import PlacementConfig
+from trinity.config.serve import ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.train import DataConfig, OptimConfig, TrainConfig
+from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
+from trinity.errors import ConfigError
+
+
+class Config(Frozen):
+    """Everything. `Config.load("run.yaml", ["--train.steps", "20"])`."""
+
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    placement: PlacementConfig = PlacementConfig()
+    engine: EngineConfig = EngineConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> "Config":
+        """Merge `base` < the YAML file < flags like `--train.steps 20`. Raises ConfigError that names key and remedy."""
+        return cls.from_tree(merged(path, flags, **base))
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Config":
+        """Validate a plain nested mapping; `model` may be a preset's name or a mapping with `preset`."""
+        _refuse_unknown(cls, tree)
+        tree = _expand_preset(dict(tree))
+        if found := {name: key for name, key in (("api_key", api_key()), ("admin_key", admin_key())) if key}:
+            tree["serve"] = {**found, **tree.get("serve", {})}
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentence(e) for e in error.errors())) from None
+
+    def replace(self, **sections: Mapping[str, Any]) -> "Config":
+        """A copy with some fields of some sections changed, validated again: `cfg.replace(train={"steps": 5})`."""
+        tree = self.model_dump()
+        return type(self).from_tree(merge(tree, sections))
+
+    def to_yaml(self) -> str:
+        """All settings as YAML; keys are not shown."""
+        tree = self.model_dump(mode="json")
+        tree["serve"] |= {name: "(set)" for name in ("api_key", "admin_key") if tree["serve"][name]}
+        return yaml.safe_dump(tree, sort_keys=False)
+
+
+def preset(name: str) -> ModelConfig:
+    """The architecture of a preset: tiny, nano, mini or large."""
+    return Config.from_tree({"model": name}).model
+
+
+def merged(path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> dict[str, Any]:
+    """The plain tree `base` < the YAML file < flags, not yet checked."""
+    return merge(merge(base, read_yaml(path) if path else {}), parse_flags(flags))
+
+
+def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Replace `model: name` (or a mapping with `preset`) by the preset's values; its other sections become defaults."""
+    model = tree.get("model")
+    if isinstance(model, str):
+        model = {"preset": model}
+    if not isinstance(model, Mapping) or "preset" not in model:
+        return tree
+    name = model["preset"]
+    if name not in preset_names():
+        raise ConfigError(f"unknown preset {name!r}; there are {', '.join(preset_names())}")
+    own = {key: value for key, value in model.items() if key != "preset"}
+    return merge(read_yaml(PRESETS / f"{name}.yaml"), {**tree, "model": own})
+
+
+def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> None:
+    """Name the nearest known key for each unknown one (pydantic alone would only say that it is extra)."""
+    for key, value in tree.items():
+        if prefix == "model." and key == "preset":
+            continue
+        if key not in kind.model_fields:
+            near = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.6)
+            near = ([] if prefix else _elsewhere(str(key))) or [prefix + name for name in near]
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
+            raise ConfigError(f"unknown setting {prefix + str(key)!r}; {hint}")
+        annotation = kind.model_fields[key].annotation
+        inner = _section(annotation)
+        if inner is not None and not isinstance(value, Mapping | str | None):
+            raise ConfigError(f"{prefix}{key} is a section of settings, not {value!r}")
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown(inner, value, f"{prefix}{key}.")
+        if isinstance(value, bool) and inner is None and bool not in (annotation, *typing.get_args(annotation)):
+            raise ConfigError(f"{prefix}{key} needs a value, such as {kind.model_fields[key].default!r}")
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The dotted name of a setting that lives in some section, for keys given at the top level."""
+    sections = {name: _section(field.annotation) for name, field in Config.model_fields.items()}
+    return [f"{name}.{key}" for name, kind in sections.items() if kind and key in kind.model_fields][:1]
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "config"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    got = (
+        f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and not where.endswith("_key") else ""
+    )
+    return f"{where}: {message}{got}"

@@ -1,0 +1,99 @@
+"""Plain nested settings from YAML files and `--dotted.flags`, merged and not yet checked; and the base of what checks them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from trinity.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Frozen(BaseModel):
+    """Base of every setting: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+class _Unique(yaml.SafeLoader):
+    """Plain values only, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a YAML file in it")
+    if not file.is_file():
+        raise ConfigError(f"configuration file {file} does not exist; presets are {', '.join(preset_names())}")
+    try:
+        tree = _Unique(file.read_text()).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections such as `train:`, found {type(tree).__name__}")
+    return {key: {} if value is None else value for key, value in tree.items()}
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """`["--train.steps", "20", "--train.resume"]` -> {"train": {"steps": 20, "resume": True}}; values are YAML scalars."""
+    tree: dict[str, Any] = {}
+    for key, value in _flag_pairs(flags):
+        node = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            old = node.get(part, {})
+            node[part] = old if isinstance(old, dict) else {"preset": old}  # --model tiny --model.num_experts 16
+            node = node[part]
+        node[leaf] = _scalar(key, value)
+    return tree
+
+
+def _scalar(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key}: {value!r} is not a value; quote lists and mappings as YAML does") from None
+
+
+def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    queue = list(flags)
+    while queue:
+        flag = queue.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r} is not a flag; settings are given as --section.key value")
+        key, separator, value = flag[2:].replace("-", "_").partition("=")
+        if separator:
+            value = flag.split("=", 1)[1]
+        elif queue and not queue[0].startswith("--"):
+            value = queue.pop(0)
+        else:
+            value = "true"
+        yield key, value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge; a preset's name as `model` becomes {"preset": name} so that flags can refine it."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if key == "model" and isinstance(old, str):
+            old = {"preset": old}
+        if key == "model" and isinstance(value, str) and isinstance(old, Mapping):
+            value = {"preset": value}
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out

@@ -1,0 +1,1 @@
+"""From a layer's tokens to the shards that hold their experts, and back."""

@@ -1,0 +1,159 @@
+"""Dispatch: send each token's row to the shards that hold its experts, and add up what comes back.
+
+Legend: T tokens, D model, K top-k, E experts, N replicas, L layers.
+Decisions: one message per shard and layer; a row travels once, whatever the number of local experts; a data call carries
+all it needs (epoch, version, op_id, deadline) and never asks the control plane.
+"""
+
+import itertools
+import math
+import time
+import uuid
+from bisect import bisect_left
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.dispatch.exchange import Exchange, Route, SendRows, replica_hash
+from trinity.dispatch.transport import Transport
+from trinity.dispatch.view import PlacementView, StaticView
+from trinity.errors import TrinityError, WrongEpoch
+from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
+from trinity.placement.table import PlacementTable
+from trinity.rpc.messages import REMOTE, Forward, op_name
+
+
+class PhaseTimer:
+    """How long the phases of dispatch took: counts by bucket, and sums, since the start (trinity/observability/)."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, tuple[list[int], float]] = {
+            p: ([0] * (len(DISPATCH_S) + 1), 0.0) for p in DISPATCH_PHASES
+        }
+
+    def add(self, phase: str, since_s: float) -> float:
+        """`since_s`: time.perf_counter() at its beginning; -> now."""
+        now_s = time.perf_counter()
+        counts, sum_s = self.phases[phase]
+        counts[bisect_left(DISPATCH_S, now_s - since_s)] += 1
+        self.phases[phase] = counts, sum_s + now_s - since_s
+        return now_s
+
+
+class Dispatcher:
+    """The routed experts of every layer, as the backbone sees them: `dispatcher(layer, x_TD, ids_TK, weights_TK)`.
+
+    Differentiable in x and weights; expert gradients stay on their shards. `version` is the version of the weights that
+    every shard must hold. `num_sent_ops` counts the backward ops sent to each shard since `begin`, for the two-phase step.
+    Not thread-safe: one dispatcher per caller thread.
+    """
+
+    def __init__(
+        self,
+        view: PlacementView | PlacementTable,
+        transport: Transport,
+        *,
+        timeout_s: float,
+        attempt_s: float = math.inf,
+        version: int = 0,
+    ):
+        self.caller, self.attempt = uuid.uuid4().hex[:12], 0
+        self.failure: TrinityError | None = None
+        self.view: PlacementView = StaticView(view) if isinstance(view, PlacementTable) else view
+        self.transport, self.timeout_s, self.attempt_s = transport, timeout_s, attempt_s
+        self._ops = itertools.count()
+        self.num_sent_ops: Counter[str] = Counter()
+        self.num_retries, self.times = 0, PhaseTimer()
+        self.version = version
+        self.follow()
+
+    def follow(self) -> None:
+        """Use the newest table, without the shards that are away, from the next call on."""
+        self.table, self._unreachable = self.view.table, self.view.unreachable
+        self._row_of = {layer: i for i, layer in enumerate(self.table.layers)}
+        self._shard_LEN, self._num_LE = self.table.present(self._unreachable)
+        self.is_replicated = bool((self._num_LE > 1).any())
+
+    def use(self, version: int, attempt: int = 0, rank: int = 0) -> None:
+        """Start work on weights of `version`. In a numbered `attempt` at a step, the worker's of that rank, an exchange that
+        fails raises nothing: it is noted in `failure`, from then on all answers are zeros, and the attempt is void."""
+        self.version, self.attempt, self.failure = version, attempt, None
+        self.caller = str(rank) if attempt else self.caller
+        self.num_sent_ops.clear()
+
+    def fail(self, error: TrinityError) -> None:
+        if not self.attempt:
+            raise error
+        self.failure = self.failure or error
+
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return self.begin(layer, x_TD, ids_TK, weights_TK).result()
+
+    def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> "Exchange":
+        """Send the rows; the answer's `result()` waits for what comes back. The backward, too, is sent and awaited apart.
+
+        Slots that are REMOTE are nobody's.
+        """
+        if self.view.table is not self.table or self.view.unreachable != self._unreachable:
+            self.follow()
+        started_s = time.perf_counter()
+        routes = [] if self.failure else self._route(layer, x_TD, ids_TK)
+        started_s = self.times.add("route", started_s)
+        name = op_name(self.attempt, self.caller, next(self._ops))
+        exchange = Exchange(self, layer, name, routes, self.deadline())
+        keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
+        if keep:
+            exchange.sent = SendRows.apply(x_TD, weights_TK, exchange)
+        exchange.send_forward(x_TD.detach(), weights_TK.detach(), keep)
+        self.times.add("send", started_s)
+        return exchange
+
+    def again(self, call: Forward, until_s: float) -> "Exchange":
+        """Rows that a shard did not compute, to whoever holds their experts now; it fails with the first of them that does."""
+        if self.view.table is not self.table or self.view.unreachable != self._unreachable:
+            self.follow()
+        routes = self._route(call.layer, call.rows.x_RD, call.rows.ids_RK)
+        exchange = Exchange(self, call.layer, call.op_id, routes, until_s, is_retry=True)
+        exchange.send_forward(call.rows.x_RD, call.rows.weights_RK, False)
+        return exchange
+
+    def _route(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> list[Route]:
+        """Pick a replica per (token, expert) and group the slots by shard."""
+        ids_TK, shards = ids_TK.cpu(), self.table.shards
+        if len(shards) == 1:
+            return [Route(shards[0], None, ids_TK)] if len(ids_TK) else []
+        host_TK = ids_TK.numpy()  # many small steps: numpy takes half of torch's time
+        shard_TK = self._shards(self._row_of[layer], x_TD, host_TK)
+        routes = []
+        for position, name in enumerate(shards):
+            here_TK = shard_TK == position
+            token_R = here_TK.any(1).nonzero()[0]
+            own_TK = np.where(here_TK, host_TK, REMOTE)
+            if len(token_R) == len(host_TK) > 0:
+                routes.append(Route(name, None, torch.from_numpy(own_TK)))
+            elif len(token_R):
+                routes.append(Route(name, torch.from_numpy(token_R), torch.from_numpy(own_TK[token_R])))
+        return routes
+
+    def _shards(self, at: int, x_TD: Tensor, ids_TK: np.ndarray) -> np.ndarray:
+        """The shard of each slot: the token's turn among the expert's replicas."""
+        shard_EN = self._shard_LEN[at]
+        if not self.is_replicated:
+            shard_TK = shard_EN[:, 0].take(ids_TK)  # REMOTE finds the last expert's
+        else:
+            turn_T1 = replica_hash(x_TD)[:, None]
+            shard_TK = shard_EN[ids_TK, turn_T1 % self._num_LE[at][ids_TK]]
+        return np.where(ids_TK == REMOTE, REMOTE, shard_TK)
+
+    def learn(self, shard: str, error: TrinityError) -> None:
+        """What a failed call says about the placement."""
+        self.num_retries += 1
+        if isinstance(error, WrongEpoch):
+            self.view.refresh()
+        else:
+            self.view.lost(shard)
+
+    def deadline(self) -> float:
+        return time.time() + self.timeout_s

@@ -1,0 +1,200 @@
+"""One layer's rows on their way to their shards and back, forward and backward.
+
+Legend: T tokens, D model, K top-k, R rows of one shard.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.dispatch.transport import FIRST_PAUSE_S, LAST_PAUSE_S, Reply, result_with_retry
+from trinity.errors import DeadlineExceeded, InputGone, TrinityError, Unavailable, WrongEpoch
+from trinity.rpc.messages import Backward, Forward, Rows
+
+if TYPE_CHECKING:
+    from trinity.dispatch.dispatcher import Dispatcher
+
+
+class Route(NamedTuple):
+    """Which tokens' rows go to one shard, and which of their slots are meant for it."""
+
+    shard: str
+    token_R: Tensor | None  # the token of each row, ascending; None: every token
+    ids_RK: Tensor  # REMOTE in the other shards' slots
+
+    def rows(self, x_TD: Tensor) -> Tensor:
+        """The rows of x (or of anything else [T, ...]) that go to this shard."""
+        return x_TD if self.token_R is None else x_TD.index_select(0, self.token_R.to(x_TD.device))
+
+    def add(self, out_TD: Tensor, part_RD: Tensor) -> None:
+        """out_TD[token] += part_RD, the transpose of `rows`."""
+        part_RD = part_RD.to(out_TD)
+        if self.token_R is None:
+            out_TD.add_(part_RD)
+        else:
+            out_TD.index_add_(0, self.token_R.to(out_TD.device), part_RD)
+
+
+class Exchange:
+    """One layer's rows on their way: forward, and in training backward too. Made by `Dispatcher.begin`.
+
+    For autograd it is two functions with one edge between them: `SendRows` before whatever overlaps, `ReceiveRows` after it.
+    Backward runs the other way round, so that there, too, the rows are away while the rest of the layer is computed.
+    """
+
+    def __init__(
+        self,
+        dispatcher: "Dispatcher",
+        layer: int,
+        op_id: str,
+        routes: list[Route],
+        until_s: float,
+        is_retry: bool = False,
+    ):
+        self.dispatcher, self.routes = dispatcher, routes
+        self._until_s, self._is_retry = until_s, is_retry
+        self._names = (op_id, layer, dispatcher.table.epoch, dispatcher.version)
+        self._calls: list[Any] = []
+        self._replies: list[Reply] = []
+        self._like_TD: Tensor | None = None
+        self.sent: Tensor | None = None
+
+    def result(self) -> Tensor:
+        """Wait; -> y_TD in x's dtype. Raises what the transport raises."""
+        return self.receive_forward() if self.sent is None else ReceiveRows.apply(self.sent, self)
+
+    def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
+        """Where there are replicas, inference gives each shard `attempt_s` and then replica_hash to another."""
+        deadline_s, self._like_TD = self._until_s, x_TD
+        if not keep and self.dispatcher.is_replicated:
+            deadline_s = min(deadline_s, time.time() + self.dispatcher.attempt_s)
+        self._send("infer", [Forward(*self._names, deadline_s, _rows(r, x_TD, weights_TK), keep) for r in self.routes])
+
+    def receive_forward(self) -> Tensor:
+        assert self._like_TD is not None
+        like_TD, self._like_TD = self._like_TD, None
+        times, started_s = self.dispatcher.times, time.perf_counter()
+        partials = self._settled_all(self._forwarded)
+        started_s = times.add("wait", started_s)
+        self._calls, self._replies = [], []  # in training this object lives until the backward; its rows need not
+        y_TD = combine(like_TD, self.routes, partials)
+        times.add("combine", started_s)
+        return y_TD
+
+    def send_backward(self, dy_TD: Tensor) -> None:
+        deadline_s = self.dispatcher.deadline()
+        self.dispatcher.num_sent_ops.update(route.shard for route in self.routes)
+        self._send("backward", [Backward(*self._names, deadline_s, route.rows(dy_TD)) for route in self.routes])
+
+    def receive_backward(self, x_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """-> dx_TD, dweights_TK."""
+        pairs = self._settled_all(lambda i: self._gradient(i, x_TD, weights_TK))
+        self._calls, self._replies = [], []
+        dx_TD = combine(x_TD, self.routes, [dx_RD for dx_RD, _ in pairs])
+        return dx_TD, combine(weights_TK, self.routes, [dweights_RK for _, dweights_RK in pairs])
+
+    def _settled_all(self, settled: Callable[[int], Any]) -> list[Any]:
+        """What all shards answered. In an attempt at a step that has failed: nothing, as if no rows had been sent."""
+        try:
+            return [settled(i) for i in range(len(self.routes))]
+        except TrinityError as error:
+            if self.sent is None:  # inference
+                raise
+            self.dispatcher.fail(error)
+            self.routes = []
+            return []
+
+    def _send(self, verb: str, calls: list[Any]) -> None:
+        """All before waiting for any: the shards work side by side."""
+        transport, self._calls = self.dispatcher.transport, calls
+        self._replies = [transport.send(r.shard, verb, call) for r, call in zip(self.routes, calls, strict=True)]
+
+    def _forwarded(self, i: int) -> Tensor:
+        """A shard's rows; from whoever holds their experts now, where it has gone or no longer holds them.
+
+        Rows whose activations are kept for a backward stay with their shard.
+        """
+        call, reply, pause_s = self._calls[i], self._replies[i], 0.0
+        if call.keep:
+            return self._settled("infer", i)
+        while True:
+            try:
+                return reply.result()
+            except (Unavailable, WrongEpoch, DeadlineExceeded) as error:
+                if not isinstance(reply, Exchange):  # which has said so itself
+                    self.dispatcher.learn(self.routes[i].shard, error)
+                if self._is_retry or time.time() + pause_s >= self._until_s:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LAST_PAUSE_S)
+            reply = self.dispatcher.again(call, self._until_s)
+
+    def _settled(self, verb: str, i: int) -> Any:
+        call, reply = self._calls[i], self._replies[i]
+        return result_with_retry(self.dispatcher.transport, self.routes[i].shard, verb, call, reply, call.deadline_s)
+
+    def _gradient(self, i: int, x_TD: Tensor, weights_TK: Tensor) -> Any:
+        try:
+            return self._settled("backward", i)
+        except InputGone:
+            rows, deadline_s = _rows(self.routes[i], x_TD, weights_TK), self.dispatcher.deadline()
+            self._calls[i] = replace(self._calls[i], rows=rows, deadline_s=deadline_s)
+            self._replies[i] = self.dispatcher.transport.send(self.routes[i].shard, "backward", self._calls[i])
+            return self._settled("backward", i)
+
+
+def replica_hash(x_TD: Tensor) -> np.ndarray:
+    """A number of each token that is as good as random, but the token's own: in other company it goes to the same replicas,
+
+    and so its experts are added up in the same order.
+    """
+    bits_T = x_TD[:, 0].detach().float().cpu().numpy().view(np.uint32).astype(np.uint64)
+    return ((bits_T * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype(np.int64)
+
+
+def _rows(route: Route, x_TD: Tensor, weights_TK: Tensor) -> Rows:
+    return Rows(route.rows(x_TD), route.ids_RK, route.rows(weights_TK))
+
+
+def combine(like_TD: Tensor, routes: list[Route], partials: list[Tensor]) -> Tensor:
+    """Sum the shards' rows back into tokens, in fp32 and in the table's order of shards, rounded once."""
+    if len(routes) == 1 and routes[0].token_R is None:
+        return partials[0].to(like_TD)
+    out_TD = torch.zeros(like_TD.shape, dtype=torch.float32, device=like_TD.device)
+    for route, part_RD in zip(routes, partials, strict=True):
+        route.add(out_TD, part_RD)
+    return out_TD.to(like_TD.dtype)
+
+
+class SendRows(torch.autograd.Function):
+    """x, weights -> an empty token that stands for the rows that were sent; its backward waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        ctx.save_for_backward(x_TD, weights_TK)
+        return x_TD.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_TK = ctx.saved_tensors
+        return (*ctx.exchange.receive_backward(x_TD.detach(), weights_TK.detach()), None)
+
+
+class ReceiveRows(torch.autograd.Function):
+    """That token -> y; its backward sends dy. Experts' gradients stay on their shards."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.receive_forward()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.send_backward(grads[0])
+        return grads[0].new_zeros(()), None

@@ -1,0 +1,73 @@
+"""The one seam for distance: how a verb reaches a shard and its answer comes back.
+
+Decision: whatever a caller sends again carries the same op_id, and a shard applies it once.
+"""
+
+import time
+from typing import Any, Protocol
+
+from trinity.errors import TrinityError, Unavailable
+
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0  # before the same rows are sent again
+
+
+class Reply(Protocol):
+    """An answer on its way."""
+
+    def result(self) -> Any:
+        """Wait, return the answer or raise a TrinityError. Tensors are the receiver's own."""
+        ...
+
+
+class Transport(Protocol):
+    """The one seam for distance. Verbs: infer, backward, prepare, commit, abort, and the shard's control verbs.
+
+    `send` returns at once. A verb's message and answer are frozen values of tensors and numbers. Unavailable means
+    that the verb may or may not have been applied: send it again, with the same op_id.
+    """
+
+    def send(self, shard: str, verb: str, message: Any) -> Reply: ...
+
+
+def result_with_retry(
+    transport: Transport, shard: str, verb: str, message: Any, reply: Reply, deadline_s: float
+) -> Any:
+    """The answer, sending the same message again while its shard is away and there is time.
+
+    Safe for every verb: they are pure, or applied once per op_id or step.
+    """
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return reply.result()
+        except Unavailable:
+            if time.time() + pause_s >= deadline_s:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LAST_PAUSE_S)
+        reply = transport.send(shard, verb, message)
+
+
+class Done:
+    """A reply that is already there."""
+
+    def __init__(self, value: Any = None, error: Exception | None = None):
+        self.value, self.error = value, error
+
+    def result(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class LocalTransport:
+    """Shards in this process: the oracle of every other transport, and what offline inference uses."""
+
+    def __init__(self, shards: dict[str, Any]):
+        self.shards = shards
+
+    def send(self, shard: str, verb: str, message: Any) -> Reply:
+        try:
+            return Done(getattr(self.shards[shard], verb)(message))
+        except TrinityError as error:
+            return Done(error=error)

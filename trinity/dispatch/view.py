@@ -1,0 +1,40 @@
+"""What a caller knows of the placement."""
+
+from typing import NamedTuple, Protocol
+
+from trinity.placement.table import PlacementTable
+
+
+class PlacementView(Protocol):
+    """What a caller knows of the placement. Somebody else keeps it fresh; reading it costs nothing."""
+
+    @property
+    def table(self) -> PlacementTable:
+        """The newest known."""
+        ...
+
+    @property
+    def unreachable(self) -> frozenset[str]:
+        """Shards that did not answer and have not been seen since."""
+        ...
+
+    def lost(self, shard: str) -> None:
+        """It did not answer."""
+        ...
+
+    def refresh(self) -> None:
+        """Ask for the newest table, and wait for it for a moment."""
+        ...
+
+
+class StaticView(NamedTuple):
+    """A PlacementView of shards that never move and never die."""
+
+    table: PlacementTable
+    unreachable: frozenset[str] = frozenset()
+
+    def lost(self, shard: str) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass

@@ -1,0 +1,220 @@
+"""What commands, benches and chaos start: a training job under Ray Train, its progress on this terminal, pictures at its end.
+
+The composition root of training: the one place beside the commands that knows trinity, actors and serving together.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trinity.config import RUN_SETTINGS, RUN_TOKENIZER, Config, merged, preset_names
+from trinity.errors import ConfigError, TrinityError
+from trinity.utils.niceness import IDLE, USUAL
+from trinity.utils.terminal import say
+
+if TYPE_CHECKING:
+    from actors.pool import RayPool
+
+
+def save_settings(config: Config) -> None:
+    """Note in the run's folder how it runs, for `trinity serve` to find its pool. Without what concerns serving: keys."""
+    import yaml
+
+    tree = config.model_dump(mode="json", exclude={"serve"})
+    Path(config.train.out_dir, RUN_SETTINGS).write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def load(source: str, flags: list[str]) -> Config:
+    """A YAML file or a preset's name, with flags over it. Without a `model` it is that of `train.init_from`."""
+    if source in preset_names() and not Path(source).exists():
+        return Config.load(None, flags, model=source)
+    tree = merged(source, flags)
+    weights = tree["train"].get("init_from") if isinstance(tree.get("train"), dict) else None
+    if weights and "model" not in tree:
+        from trinity.checkpoint import open_checkpoint
+
+        tree["model"] = open_checkpoint(weights).config.model_dump()
+    return Config.from_tree(tree)
+
+
+def check_out_dir(config: Config) -> Path | None:
+    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint; -> the checkpoint
+    that the run goes on from, None for a new run."""
+    from trinity.checkpoint import open_checkpoint, resume_point
+
+    settings = config.train
+    found = resume_point(settings.out_dir, settings.resume_from)
+    if found is None and settings.resume:
+        raise ConfigError(f"{settings.out_dir} holds no checkpoint to resume from; leave --resume out to begin")
+    if found is not None and not settings.resume and settings.resume_from is None:
+        raise ConfigError(
+            f"{settings.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
+        )
+    _check_writable(Path(settings.out_dir))
+    _check_same(settings.init_from if found is None else str(found), config)
+    if found is not None:
+        open_checkpoint(found).verify()
+    return found
+
+
+def rewound(config: Config, point: Path) -> bool:
+    """Make `point` the newest checkpoint of the run, unless it has taken all its steps; -> whether there are steps to take."""
+    from trinity.checkpoint import rewind, step_of
+
+    if (done := step_of(point)) >= config.train.steps:
+        say(f"{config.train.out_dir} is at step {done} already; raise --train.steps to go on")
+        return False
+    if aside := rewind(config.train.out_dir, point):
+        say(f"checkpoints after step {done} are in {aside} now; delete them if nobody wants them")
+    return True
+
+
+def _check_same(checkpoint: str | None, config: Config) -> None:
+    from trinity.checkpoint import open_checkpoint
+
+    if checkpoint is None:
+        return
+    theirs, mine = open_checkpoint(checkpoint).config.model_dump(), config.model.model_dump()
+    differs = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if theirs[k] != mine[k] and k != "dtype"]
+    if differs:
+        raise ConfigError(f"{checkpoint} is of another architecture than this configuration: {', '.join(differs)}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to train.out_dir {folder}: {error.strerror}; choose another") from None
+
+
+def steps_done(config: Config) -> int:
+    """The step of the run's last checkpoint; 0 without one."""
+    from trinity.checkpoint import latest_checkpoint, step_of
+
+    found = latest_checkpoint(config.train.out_dir)
+    return step_of(found) if found else 0
+
+
+def train(
+    config: Config,
+    served: Callable[[str, str], None] | None = None,
+    beside: "Callable[[RayPool], AbstractContextManager]" = nullcontext,
+    loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict:
+    """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays.
+
+    The job runs inside `beside(pool)`, and each worker `loop`, where another is wanted than actors/train.py's.
+
+    With `served` the pool is served meanwhile, from its first weights to the end of training; it is told the HTTP and gRPC
+    addresses, on a thread of its own. SIGTERM or Ctrl-C ends it after the running step, with a checkpoint; a second Ctrl-C
+    at once.
+    """
+    from actors import pool as pools
+    from actors.train import STOP, fit
+    from trinity.data.prepare import prepare
+    from trinity.pool.pool import describe
+    from trinity.train.progress import Progress, shown
+
+    if config.placement.niceness is None:
+        config = config.replace(placement={"niceness": USUAL if served is None else IDLE})
+    out_dir, done = Path(config.train.out_dir), steps_done(config)
+    say("preparing the data")
+    prepare(config.data, config.train, config.model, out_dir).tokenizer.save(out_dir / RUN_TOKENIZER)
+    save_settings(config)
+    say(f"starting {config.placement.num_shards} shards")
+    state_dir = config.placement.state_dir or str(out_dir.resolve() / "placement")
+    pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
+    say(describe(pool.status(), config.model))
+    say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
+    tokens_per_step = config.train.global_batch_size * config.train.seq_len
+    progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
+    meanwhile = serving(config, pool, served) if served else nullcontext()
+    with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):
+        result = stoppable(lambda: fit(config, loop), out_dir / STOP)
+    print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
+    print(f"checkpoint {result['checkpoint']}")
+    print("pictures " + ", ".join(map(str, _draw(out_dir))))
+    if result["stopped"]:
+        say(f"stopped at step {result['position']} of {config.train.steps}; continue with --resume")
+    return result
+
+
+@contextmanager
+def serving(config: Config, pool: "RayPool", served: Callable[[str, str], None]) -> Iterator[None]:
+    """Serve the pool's live weights inside the block, as soon as it has any."""
+    from serving import app
+
+    app.check_ports(config.serve)
+    source, servers, ended = str(Path(config.train.out_dir).resolve()), [], threading.Event()
+
+    def serve() -> None:
+        while pool.decided() is None:
+            if ended.wait(0.2):
+                return
+        try:
+            servers.append(app.start(config, source))
+        except TrinityError as error:  # the edge of this thread; training goes on
+            say(f"not served: {error.message}")
+            return
+        addresses = servers[0].http_url, servers[0].grpc_address
+        threading.Thread(target=served, args=addresses, name="trinity-served", daemon=True).start()
+
+    thread = threading.Thread(target=serve, name="trinity-serve", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(config.placement.ready_timeout_s)
+        for server in servers:
+            server.stop()
+
+
+def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:
+    """Run `work` on a thread while this one minds signals: the first makes `stop_file`, a second Ctrl-C interrupts.
+
+    (On the main thread Ray Train would put its own handler in place, which ends the run without a checkpoint.)
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            outcome.append(error)
+
+    def stop(number: int, frame: object) -> None:
+        say("stopping after this step, with a checkpoint; Ctrl-C again to leave at once")
+        stop_file.touch()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    stop_file.unlink(missing_ok=True)
+    thread = threading.Thread(target=run, name="trinity-fit", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        stop_file.unlink(missing_ok=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _draw(out_dir: Path) -> list[Path]:
+    from trinity.observability.train_log import read_rows
+    from trinity.train.plots import expert_load_png, loss_curve_png
+
+    pictures = [loss_curve_png(out_dir / "metrics.jsonl", out_dir / "loss.png")]
+    if any(row["counts_LE"] for row in read_rows(out_dir / "expert_load.jsonl")):
+        pictures.append(expert_load_png(out_dir / "expert_load.jsonl", out_dir / "expert_load.png"))
+    return pictures

@@ -1,0 +1,158 @@
+"""LLM: a checkpoint as a Python object, offline. The same engine as the server's, driven until all prompts are done."""
+
+from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trinity.checkpoint import open_checkpoint
+from trinity.config import EngineConfig
+from trinity.engine.engine import Engine
+from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs
+from trinity.engine.weights import FixedWeights, WeightSource
+from trinity.errors import InvalidRequest, TrinityError
+from trinity.models.afmoe.model import Afmoe
+from trinity.rpc.messages import Load
+from trinity.text.chat_template import render_chat
+
+if TYPE_CHECKING:
+    from trinity.models.afmoe.model import ExpertLayer
+
+Params = SamplingParams | Seq[SamplingParams] | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
+
+    `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
+    `versions`: of the weights behind the first token, and of those behind the last.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...]
+    versions: tuple[int, int]
+    token_versions: tuple[int, ...]
+    experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass
+class _Draft:
+    prompt_ids: list[int]
+    params: SamplingParams
+    deltas: list[Delta] = field(default_factory=list)
+
+    def completion(self) -> Completion:
+        last = self.deltas[-1]
+        assert last.finish_reason is not None
+        logprobs = tuple(lp for d in self.deltas for lp in d.logprobs or ())
+        return Completion(
+            text="".join(d.text for d in self.deltas),
+            token_ids=tuple(t for d in self.deltas for t in d.token_ids),
+            logprobs=logprobs if self.params.logprobs is not None else None,
+            finish_reason=last.finish_reason,
+            prompt_token_ids=tuple(self.prompt_ids),
+            token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
+            experts_TLK=last.experts_TLK,
+            versions=(last.first_version, last.version),
+        )
+
+
+class LLM:
+    """`LLM("runs/train/step-000300").generate("def add(", SamplingParams(temperature=0))`.
+
+    `experts` are the routed experts to call (a dispatcher); without them, shards are made in this process on `device`
+    ("auto": the GPU if there is one) with expert `backend`. Raises CheckpointError or ConfigError.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | Path,
+        *,
+        engine: EngineConfig | None = None,
+        experts: "ExpertLayer | None" = None,
+        backend: str = "auto",
+        num_shards: int = 1,
+        device: str = "auto",
+    ):
+        settings = engine or EngineConfig()
+        torch.set_num_threads(settings.num_threads)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        checkpoint = open_checkpoint(checkpoint_path)
+        if experts is None:
+            from trinity.pool.local import local_pool  # only here: the composition of an offline program
+
+            load = Load(str(checkpoint_path), training=False)
+            pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
+            experts = pool.dispatcher(checkpoint.version)
+        model = Afmoe(checkpoint.config, experts, device=device).eval()
+        self.tokenizer = checkpoint.tokenizer
+        self.weights: WeightSource = FixedWeights(model, checkpoint.load_backbone(model))
+        self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer)
+
+    @classmethod
+    def over(cls, engine: Engine, weights: WeightSource) -> "LLM":
+        """Around an engine that somebody else has made, with these weights."""
+        llm = cls.__new__(cls)
+        llm.tokenizer, llm.weights, llm.engine = engine.tokenizer, weights, engine
+        return llm
+
+    def generate(self, prompts: str | Seq[str] | Seq[Seq[int]], params: Params = None) -> list[Completion]:
+        """Completions in the order of the prompts (texts, or token ids); `params` for all or one for each.
+
+        Raises InvalidRequest before anything runs if any prompt or parameter is wrong, and the TrinityError of the
+        first request that fails; either way nothing stays in the engine.
+        """
+        ids = [self._ids(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        drafts = [_Draft(*pair) for pair in zip(ids, _one_each(params, len(ids)), strict=True)]
+        for draft in drafts:
+            self.engine.validate(draft.prompt_ids, draft.params)
+        try:
+            self._run({str(i): draft for i, draft in enumerate(drafts)})
+        finally:
+            for i in range(len(drafts)):
+                self.engine.abort(str(i))
+        return [draft.completion() for draft in drafts]
+
+    def chat(self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
+        """The assistant's answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            raise InvalidRequest("this checkpoint has no chat template; use generate", param="messages")
+        prompt = render_chat(
+            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        return self.generate([tokenizer.encode(prompt)], params)[0]
+
+    def _ids(self, prompt: str | Seq[int]) -> list[int]:
+        return self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
+
+    def _run(self, drafts: dict[str, _Draft]) -> None:
+        """Keep the engine fed without overfilling its queue."""
+        later = deque(drafts.items())
+        while later or self.engine.has_work:
+            while later and self.engine.stats().num_waiting < self.engine.settings.max_num_waiting:
+                request_id, draft = later.popleft()
+                self.engine.add(request_id, draft.prompt_ids, draft.params)
+            for delta in self.engine.step():
+                if delta.finish_reason == "error":
+                    raise delta.cause or TrinityError(delta.error or "the request failed")
+                drafts[delta.request_id].deltas.append(delta)
+
+
+def _one_each(params: Params, num: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num
+    if len(params) != num:
+        raise InvalidRequest(
+            f"{len(params)} sampling parameters for {num} prompts; give one, or one each", param="params"
+        )
+    return list(params)

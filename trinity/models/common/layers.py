@@ -1,0 +1,161 @@
+"""The small parts every layer is made of: RMSNorm, SwiGLU, rotary tables.
+
+Legend: T tokens, H heads, d head dim.
+Norms compute in fp32 and round once, after the gain, as transformers 5.23 does. Rotary frequencies are recomputed in
+fp32 from the positions at each forward pass: they are no buffer, so `.to(bfloat16)` and `to_empty` cannot damage them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trinity.ops import batch_invariant
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class RMSNorm(nn.Module):
+    """(w * x / rms(x)) over the last dimension, in fp32, returned in x's dtype. The gain is w, not 1 + w."""
+
+    def __init__(self, dim: int, eps: float, *, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * x32).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)); the dense layers' feed-forward and the shared experts."""
+
+    is_exact = False
+
+    def __init__(self, dim: int, hidden: int, *, device=None, dtype=None):
+        super().__init__()
+        self.gate_proj = linear(dim, hidden, device=device, dtype=dtype)
+        self.up_proj = linear(dim, hidden, device=device, dtype=dtype)
+        self.down_proj = linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_exact and (y := self._at_once(x)) is not None:
+            return y
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up, self.is_exact))
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The same bits, for inference; None where that does not fit."""
+        weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
+        if not batch_invariant.at_once(x, *weights):
+            return None
+        from trinity.ops.batch_invariant import fused_mlp
+
+        x_TD, (gate_1FD, up_1FD, down_1DF) = x.flatten(0, -2), (weight.unsqueeze(0) for weight in weights)
+        y_TD = fused_mlp.feed_forward(x_TD, gate_1FD, up_1FD, down_1DF, torch.tensor([len(x_TD)]))
+        return y_TD.unflatten(0, x.shape[:-1])
+
+
+class Linear(nn.Linear):
+    """Without bias: AFMoE has none anywhere. `is_exact`: see `ModelConfig.batch_invariant`; Afmoe sets it.
+
+    Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
+    changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3). It sees a weight that was
+    replaced or written in place (`load_state_dict`, `copy_`), but no write through `.data`, which leaves no trace.
+    """
+
+    is_exact = False
+
+    def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_packed(x, self):
+            return self.packed_with([], x)
+        return product(x, self.weight, self.is_exact)
+
+    def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
+        """x times this weight and the others', side by side, as one multiplication."""
+        weights = [part.weight for part in (self, *others)]
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._packed is None or self._packed[0] != state:
+            same = [weight.detach() for weight in weights]  # kept: no other weight can get their addresses
+            self._packed = (state, same, torch.ops.mkldnn._reorder_linear_weight(torch.cat(same), None))
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed[2], None, "none", [], "")
+
+
+def is_packed(x: Tensor, part: Linear) -> bool:
+    """Whether rows like x are multiplied by packed weights. oneDNN has no empty ones, such as those of no shared experts."""
+    if part.is_exact or not torch.is_inference_mode_enabled() or not HAS_ONEDNN:
+        return False
+    if part.weight.is_inference():  # made in inference mode: it has no version to tell a change by
+        return False
+    return x.is_cpu and x.dtype is torch.float32 and len(x) > 0 and part.weight.numel() > 0
+
+
+def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
+    """Each part's product with the same rows."""
+    if is_packed(x, parts[0]):
+        y = parts[0].packed_with(parts[1:], x)
+    elif parts[0].is_exact and batch_invariant.at_once(x, *(part.weight for part in parts)):
+        from trinity.ops.batch_invariant import gemm
+
+        y = gemm.side_by_side(x.flatten(0, -2), [part.weight for part in parts]).unflatten(0, x.shape[:-1])
+    else:
+        return [part(x) for part in parts]
+    return y.split([part.out_features for part in parts], dim=-1)
+
+
+def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> Linear:
+    return Linear(in_features, out_features, device=device, dtype=dtype)
+
+
+def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:
+    """x [..., K] times the transpose of the weight -> [..., N]."""
+    if is_exact and batch_invariant.is_for(x) and x.dtype == weight_NK.dtype:
+        from trinity.ops.batch_invariant import gemm
+
+        return gemm.linear(x, weight_NK)
+    return F.linear(x, weight_NK)
+
+
+def swiglu(gate: Tensor, up: Tensor, is_exact: bool) -> Tensor:
+    if is_exact and batch_invariant.is_for(gate):
+        from trinity.ops.batch_invariant import elementwise
+
+        return elementwise.swiglu(gate, up)
+    return F.silu(gate) * up
+
+
+def sigmoid(x: Tensor, is_exact: bool) -> Tensor:
+    if is_exact and batch_invariant.is_for(x):
+        from trinity.ops.batch_invariant import elementwise
+
+        return elementwise.sigmoid(x)
+    return x.sigmoid()
+
+
+def rotary_table(
+    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype, is_exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(cos_T1d, sin_T1d) for integer positions: angles in fp32, then cast; both halves of d hold the same angles."""
+    powers = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    angle = positions_T[:, None, None].float() * (1.0 / theta**powers)
+    if is_exact and batch_invariant.is_for(angle):
+        from trinity.ops.batch_invariant import elementwise
+
+        cos, sin = elementwise.cos_sin(angle)
+    else:
+        cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
+
+
+def rotate(x_THd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """NeoX rotary embedding (half-split pairs) over the whole head, in x's dtype."""
+    cos_T1d, sin_T1d = table
+    first, second = x_THd.chunk(2, dim=-1)
+    return x_THd * cos_T1d + torch.cat((-second, first), dim=-1) * sin_T1d

@@ -1,0 +1,128 @@
+"""What training minimises, and how unbalanced the experts are.
+
+Legend: T tokens (= B*S), C tokens of a chunk, V vocabulary, D model, B batch, S sequence, E experts, K top-k, L layers.
+Softmax mathematics is fp32 whatever the logits' type, and runs over chunks of tokens: with 200,192 words the fp32
+logits of a batch are never held at once. `loss_from_hidden` does not even hold them in the model's type.
+Losses are sums over the tokens whose target is not IGNORE; callers divide by the global token count.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from trinity.config import ModelConfig
+from trinity.models.common.balance import expert_counts
+from trinity.models.common.layers import product
+from trinity.models.common.router import Routing
+
+IGNORE = -100
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, z_coef: float, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """(ce_sum, z_sum), fp32 scalars: -log p(target), and z_coef * logsumexp^2, summed over tokens. Minimise their sum.
+
+    Softmax is recomputed in backward, chunk by chunk. Targets are int64 in [0, V) or IGNORE.
+    """
+    pairs = zip(logits_TV.split(chunk), targets_T.split(chunk), strict=True)
+    losses = [checkpoint(_token_losses, logits, targets, use_reentrant=False) for logits, targets in pairs]
+    return _sums(losses, targets_T, z_coef)
+
+
+def loss_from_hidden(
+    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int = 512, is_exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of `hidden @ head^T` that holds the logits of `chunk` tokens at a time, in backward too."""
+    return _HeadLoss.apply(head_VD, hidden_TD, targets_T, z_coef, chunk, is_exact)
+
+
+def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(-log p(target), logsumexp) per token, fp32; the first means nothing where the target is IGNORE."""
+    logits_CV = logits_CV.float()
+    lse_C = logits_CV.logsumexp(-1)
+    picked_C1 = logits_CV.gather(-1, _indexable(targets_C)[:, None])
+    return lse_C - picked_C1.squeeze(-1), lse_C
+
+
+def _indexable(targets_C: Tensor) -> Tensor:
+    """IGNORE becomes word 0; any other target outside the vocabulary still fails to index."""
+    return targets_C.where(targets_C != IGNORE, 0)
+
+
+def _sums(losses: list[tuple[Tensor, Tensor]], targets_T: Tensor, z_coef: float) -> tuple[Tensor, Tensor]:
+    keep_T = targets_T != IGNORE
+    ce_T, lse_T = (torch.cat(parts).where(keep_T, 0) for parts in zip(*losses, strict=True))
+    return ce_T.sum(), z_coef * lse_T.square().sum()
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head and loss in one: logits are recomputed in backward, the head's gradient accumulates in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int, is_exact: bool
+    ) -> Any:
+        pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
+        losses = [_token_losses(product(h_CD, head_VD, is_exact), targets_C) for h_CD, targets_C in pairs]
+        ctx.save_for_backward(head_VD, hidden_TD, targets_T, torch.cat([lse_C for _, lse_C in losses]))
+        ctx.z_coef, ctx.chunk = z_coef, chunk
+        return _sums(losses, targets_T, z_coef)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_ce: Tensor, g_z: Tensor) -> Any:
+        head_VD, *per_token = ctx.saved_tensors
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grads_TD = []
+        for h_CD, targets_C, lse_C in zip(*(x.split(ctx.chunk) for x in per_token), strict=True):
+            d_CV = _grad_logits(h_CD @ head_VD.T, targets_C, lse_C[:, None], g_ce, ctx.z_coef * g_z)
+            grads_TD.append(d_CV @ head_VD)
+            if grad_VD is not None:
+                grad_VD += d_CV.T @ h_CD
+        return grad_VD if grad_VD is None else grad_VD.to(head_VD.dtype), torch.cat(grads_TD), None, None, None, None
+
+
+def _grad_logits(logits_CV: Tensor, targets_C: Tensor, lse_C1: Tensor, g_ce: Tensor, g_z: Tensor) -> Tensor:
+    """Gradient of g_ce * sum(-log p) + g_z * sum(lse^2), in the logits' type; zero rows where the target is IGNORE.
+
+    d(-log p(target)) / d logit_v = p_v - [v == target];  d(lse^2) / d logit_v = 2 lse p_v;  p_v = exp(logit_v - lse)
+    """
+    keep_C1 = (targets_C != IGNORE)[:, None]
+    grad_CV = (logits_CV.float() - lse_C1).exp_().mul_((g_ce + 2 * g_z * lse_C1) * keep_C1)
+    grad_CV.scatter_add_(1, _indexable(targets_C)[:, None], -g_ce * keep_C1)
+    return grad_CV.to(logits_CV.dtype)
+
+
+def sequence_balance_loss(
+    routing: Sequence[Routing], config: ModelConfig, batch: int, seq: int, alpha: float
+) -> Tensor:
+    """alpha * sum_i f_i P_i per sequence, mean over sequences and over MoE layers (arXiv 2602.17004, eq. 29-32).
+
+    P_i is the mean over the sequence of scores normalised over experts; f_i = E / (K S) times the count of expert i
+    among the selected (with bias). Gradients flow through P only. alpha when balanced; 0 without MoE layers.
+    The paper does not say how layers are reduced: the mean keeps alpha's meaning whatever the depth.
+    """
+    if not routing:
+        return torch.zeros(())
+    per_layer = [_layer_balance(r, config.num_experts, batch, seq) for r in routing]
+    return alpha * torch.stack(per_layer).mean()
+
+
+def _layer_balance(routing: Routing, num_experts: int, batch: int, seq: int) -> Tensor:
+    scores_TE, top_k = routing.scores_TE, routing.ids_TK.shape[-1]
+    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    p_BE = share_TE.unflatten(0, (batch, seq)).mean(1)
+    sequence_B11 = torch.arange(batch, device=scores_TE.device)[:, None, None] * num_experts
+    ids_BSK = routing.ids_TK.unflatten(0, (batch, seq)) + sequence_B11
+    f_BE = expert_counts(ids_BSK, batch * num_experts).view(batch, num_experts) * (num_experts / (top_k * seq))
+    return (f_BE * p_BE).sum(-1).mean()
+
+
+def max_vio(counts_LE: Tensor) -> Tensor:
+    """float32 [L]: (max - mean) / mean of the tokens per expert of each layer; 0 is balance, and 0 without tokens."""
+    counts = counts_LE.float()
+    mean = counts.mean(-1)
+    return (counts.amax(-1) - mean) / mean.clamp_min(torch.finfo(mean.dtype).tiny)

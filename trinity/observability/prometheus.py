@@ -1,0 +1,81 @@
+"""The names of all Prometheus metrics, declared as values and exported at the edges: one list for code, docs and dashboards."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The declaration of one Prometheus metric; `buckets` are a histogram's upper bounds."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+SERVING_METRICS = (
+    Metric("trinity_requests_total", "counter", "Requests answered, by route and status code.", ("route", "code")),
+    Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
+    Metric("trinity_requests_waiting", "gauge", "Sequences waiting to be scheduled."),
+    Metric("trinity_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
+    Metric("trinity_generated_tokens_total", "counter", "Tokens generated."),
+    Metric("trinity_time_to_first_token_seconds", "histogram", "From request to first token.", buckets=LONG_S),
+    Metric("trinity_inter_token_seconds", "histogram", "Between two tokens of a request.", buckets=SHORT_S),
+    Metric("trinity_request_seconds", "histogram", "From request to last token.", ("route",), LONG_S),
+    Metric("trinity_kv_blocks_free", "gauge", "Blocks of the KV cache that no sequence holds."),
+    Metric("trinity_kv_blocks", "gauge", "Blocks of the KV cache."),
+    Metric("trinity_preemptions_total", "counter", "Sequences that gave their blocks back and were computed again."),
+    Metric("trinity_weights_version", "gauge", "Optimizer step of the weights in use."),
+    Metric("trinity_weights_versions_held", "gauge", "Versions that engines hold for pinned requests."),
+    Metric("trinity_weights_quarantined_total", "counter", "Versions that gave logits which are not finite."),
+    Metric("trinity_weights_switch_seconds", "gauge", "Seconds that it took to take up the version in use."),
+    Metric("trinity_passes_repeated_total", "counter", "Passes of requests repeated for want of good weights."),
+)
+
+
+# Of one engine: EngineStats.dispatch_seconds is {phase: (counts, sum)}, with a count for each of these buckets and one more for
+# what is longer, not cumulative; EngineStats.num_dispatch_retries. Both since the engine began.
+DISPATCH_PHASES = ("route", "send", "wait", "combine")
+
+
+DISPATCH_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+DISPATCH_SECONDS = Metric(
+    "trinity_dispatch_seconds", "histogram", "Of one layer's rows, by phase.", ("phase",), DISPATCH_S
+)
+
+
+DISPATCH_METRICS = (
+    DISPATCH_SECONDS,
+    Metric("trinity_dispatch_retries_total", "counter", "Rows sent again, to another replica or a restarted shard."),
+)
+
+
+# Of the pool, by its placement service; while that is away, `up` is 0 and the others stay as they were.
+PLACEMENT_METRICS = (
+    Metric("trinity_placement_up", "gauge", "1 while the placement service answers."),
+    Metric("trinity_placement_epoch", "gauge", "Epoch of the placement table."),
+    Metric("trinity_placement_imbalance", "gauge", "Largest / mean rows per second of the shards; 1 is even."),
+    Metric("trinity_placement_replicas", "gauge", "Replicas of all experts."),
+    Metric("trinity_placement_max_replicas", "gauge", "Replicas of the expert that has most."),
+    Metric("trinity_placement_shards", "gauge", "Shards, by what they are doing.", ("state",)),
+    Metric("trinity_placement_changes_total", "counter", "Changes of the table that have ended.", ("result",)),
+    Metric("trinity_placement_copies_total", "counter", "Replicas that those changes copied."),
+    Metric("trinity_placement_copied_bytes_total", "counter", "Bytes that those changes copied."),
+    Metric("trinity_placement_recoveries_total", "counter", "Shards lost and replaced."),
+    Metric("trinity_placement_change_seconds", "gauge", "Seconds that the latest change took, or has taken so far."),
+    Metric("trinity_shard_rows_per_second", "gauge", "Rows that the shard computes.", ("shard",)),
+    Metric("trinity_shard_weight_bytes", "gauge", "Bytes of its weights.", ("shard",)),
+)
+
+
+ALL_METRICS = SERVING_METRICS + DISPATCH_METRICS + PLACEMENT_METRICS

@@ -1,0 +1,136 @@
+"""The log of a training run.
+
+Legend: L layers with experts, E experts.
+
+Decisions.
+- A run writes metrics.jsonl (one object a line: a step, or a validation), expert_load.jsonl (rows per expert, at most
+  about 200 times in a run) and TensorBoard events. A number that is not finite is null.
+- The first step that is logged says where a run resumes: lines from there on are dropped, so each step is there once,
+  whatever was written between the last checkpoint and a crash. A line torn by the crash is dropped too.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+LOADS_PER_RUN = 200
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all workers. Losses in nats per token; `skipped` counts the steps skipped so far."""
+
+    step: int
+    loss: float
+    z_loss: float
+    balance_loss: float
+    grad_norm: float
+    muon_lr: float
+    adamw_lr: float
+    tokens: int
+    seconds: float
+    max_vio: float
+    skipped: int = 0
+    counts_LE: Sequence[Sequence[int]] | None = None
+
+
+class TrainLog:
+    """The log of one run, written by one process. Steps count from 1 and come in order; call `close` at the end.
+
+    Nothing is written before the first step. What a person sees of it is trinity/train/progress.py's.
+    """
+
+    def __init__(self, out_dir: str | Path, total_steps: int):
+        self.out_dir, self.total_steps = Path(out_dir), total_steps
+        self._files: _Files | None = None
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        files = self._opened(metrics.step, is_validation=False)
+        row = asdict(metrics)
+        counts_LE = row.pop("counts_LE")
+        files.write_row(row)
+        every = max(1, self.total_steps // LOADS_PER_RUN)
+        if counts_LE and (metrics.step % every == 0 or metrics.step == self.total_steps):
+            files.write_load({"step": metrics.step, "counts_LE": counts_LE})
+
+    def catch_up(self, metrics: StepMetrics) -> None:
+        """Record the step that a run goes on from, if whoever took it died before it was logged."""
+        rows = read_rows(self.out_dir / "metrics.jsonl")
+        if not any(row["step"] == metrics.step and "loss" in row for row in rows):
+            self.step(metrics)
+
+    def validation(self, step: int, loss: float) -> None:
+        """Record the validation loss of the weights after `step`."""
+        self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss})
+
+    def close(self) -> None:
+        """Finish the files. Harmless when repeated."""
+        if self._files is not None:
+            self._files.close()
+        self._files = None
+
+    def _opened(self, step: int, is_validation: bool) -> "_Files":
+        if self._files is None:
+            self._files = _Files(self.out_dir, step, is_validation)
+        return self._files
+
+
+class _Files:
+    """The three files of a run, cut to what lies before `first_step` (or before its validation) and open for appending."""
+
+    def __init__(self, out_dir: Path, first_step: int, is_validation: bool):
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports, for training only
+
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self._rows = _cut(out_dir / "metrics.jsonl", first_step, is_validation)
+        self._loads = _cut(out_dir / "expert_load.jsonl", first_step, is_validation)
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step + is_validation)
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        self._rows.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._rows.flush()
+        for key, value in row.items():
+            if key != "step":
+                self._board.add_scalar("val/loss" if key == "val_loss" else f"train/{key}", value, row["step"])
+
+    def write_load(self, row: dict[str, Any]) -> None:
+        self._loads.write(json.dumps(row) + "\n")
+        self._loads.flush()
+
+    def close(self) -> None:
+        for file in (self._rows, self._loads, self._board):
+            file.close()
+
+
+def read_rows(file: str | Path) -> list[dict[str, Any]]:
+    """The objects of a log's lines, in order; [] without the file. A torn line (a crash while writing) is left out."""
+    path = Path(file)
+    return [row for line in path.read_text("utf-8").splitlines() if (row := parse_row(line))] if path.is_file() else []
+
+
+def parse_row(line: str) -> dict[str, Any] | None:
+    """A row of a log, or None for a torn line."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _cut(path: Path, first_step: int, is_validation: bool = False) -> TextIO:
+    """Keep the rows before `first_step` (or before its validation), replacing the file in one move; open it for appending."""
+    first = first_step, is_validation
+    kept = [row for row in read_rows(path) if (row["step"], "val_loss" in row) < first]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    os.replace(scratch, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

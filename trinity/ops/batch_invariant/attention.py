@@ -1,0 +1,170 @@
+"""Softmax attention, on a CPU, where a query's result depends on the query and the keys that it sees, and on nothing else.
+
+Legend: T queries, H query heads, G key-value heads, d head dim, P slots of keys, N slot numbers.
+Decisions: training, prefill and decoding are one function, told which keys each query sees; keys are read where they lie,
+without gathering or padding; scores of a query are held in full, so there are no blocks whose borders would matter. Four
+lines (query, head) of a key-value head are computed together: a key that one of them does not see has weight 0 there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from trinity.ops.batch_invariant.elementwise import exp
+from trinity.ops.batch_invariant.simd import COLUMNS, LANES, ROWS, as_array, dots, fma, mixes, widened
+from trinity.ops.batch_invariant.threads import in_threads
+
+
+def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first_T: Tensor, end_T: Tensor) -> Tensor:
+    """-> o_THd, scale d**-0.5. Query t sees the keys at slot_N[first_T[t]:end_T[t]], in this order; at least one. No gradients.
+
+    float32 or bfloat16; slot_N, first_T, end_T int64. Query head h uses key head h // (H / G). Neighbouring queries had better
+    see neighbouring keys: all that lie between the keys of four lines are read.
+    """
+    out_THd = torch.empty(q_THd.shape)
+    arrays = [as_array(t.contiguous()) for t in (q_THd.float(), k_PGd, v_PGd, slot_N, first_T, end_T, out_THd)]
+    num, heads, dim = q_THd.shape
+    lines = num * (heads // k_PGd.shape[1])  # of one key-value head
+    tiles = k_PGd.shape[1] * -(-lines // ROWS)
+    operations = 4 * heads * dim * int((end_T - first_T).sum())
+    in_threads(tiles, operations, lambda first, last: _tiles(*arrays, first, last))  # type: ignore[call-arg]
+    return out_THd.to(q_THd.dtype)
+
+
+def differentiable(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_T: Tensor, end_T: Tensor, library: Callable[..., Tensor]
+) -> Tensor:
+    """`attention` among the queries' own keys; gradients are those of `library(q, k, v)`, which must compute the same."""
+    return _Attention.apply(q_THd, k_TGd, v_TGd, first_T, end_T, library)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_T: Tensor, end_T: Tensor, library: Any) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.library = library
+        return attention(q, k, v, torch.arange(len(k)), first_T, end_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THd: Tensor) -> Any:
+        leaves = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
+        with torch.enable_grad():
+            o_THd = ctx.library(*leaves)
+        return *torch.autograd.grad(o_THd, leaves, do_THd), None, None, None
+
+
+@numba.njit(nogil=True, cache=True)
+def _tiles(q, k, v, slot, first_of, end_of, out, first, last):  # type: ignore[no-untyped-def]
+    """Tiles [first, last): tile u is four lines of key-value head u // tiles; line i is head i % R of query i // R."""
+    groups = k.shape[1]
+    share = q.shape[1] // groups
+    lines = len(q) * share
+    tiles = (lines + ROWS - 1) // ROWS
+    weights = np.empty((ROWS, 0), np.float32)
+    mixed = np.empty((ROWS, LANES), np.float32)
+    for u in range(first, last):
+        group, line = u // tiles, u % tiles * ROWS
+        rows = min(ROWS, lines - line)
+        begin, end = _span(first_of, end_of, line // share, (line + rows - 1) // share)
+        if end - begin > weights.shape[1]:
+            weights = np.empty((ROWS, 2 * (end - begin)), np.float32)
+        _score(q, k, slot, group, line, rows, begin, end, weights)
+        for i in range(ROWS):
+            query = (line + min(i, rows - 1)) // share
+            _softmax(weights[i], first_of[query] - begin, end_of[query] - begin, end - begin)
+        _mix(v, slot, group, line, rows, begin, end, weights, mixed, out)
+
+
+@numba.njit(nogil=True, cache=True)
+def _span(first_of, end_of, query, last):  # type: ignore[no-untyped-def]
+    begin, end = first_of[query], end_of[query]
+    for other in range(query + 1, last + 1):
+        begin, end = min(begin, first_of[other]), max(end, end_of[other])
+    return begin, end
+
+
+@numba.njit(nogil=True, cache=True)
+def _score(q, k, slot, group, line, rows, begin, end, weights):  # type: ignore[no-untyped-def]
+    """weights[i, j] = q . k * d**-0.5 for line + i and the j-th key from begin."""
+    groups, dim = k.shape[1:]
+    share, base, scale = q.shape[1] // groups, k.ctypes.data, np.float32(1 / np.sqrt(np.float64(dim)))
+    out, length = np.empty(ROWS * COLUMNS, np.float32), k.itemsize * dim
+    xs = (
+        _query(q, line, share, group),
+        _query(q, line + min(1, rows - 1), share, group),
+        _query(q, line + min(2, rows - 1), share, group),
+        _query(q, line + rows - 1, share, group),
+    )
+    for j in range(begin, end, COLUMNS):
+        two = min(j + 1, end - 1)
+        ws = base + length * (slot[j] * groups + group), base + length * (slot[two] * groups + group)
+        dots(xs, ws, dim, out.ctypes.data, k)
+        for i in range(ROWS):
+            weights[i, j - begin], weights[i, two - begin] = out[i] * scale, out[ROWS * (two - j) + i] * scale
+
+
+@numba.njit(inline="always")
+def _query(q, line, share, group):  # type: ignore[no-untyped-def]
+    heads, dim = q.shape[1:]
+    return q.ctypes.data + 4 * dim * (line // share * heads + group * share + line % share)
+
+
+@numba.njit(nogil=True, cache=True)
+def _softmax(weights, begin, end, num):  # type: ignore[no-untyped-def]
+    """Scores become probabilities from begin to end, and 0 around. Lane l of the sum has the keys begin + l, + 16, ..."""
+    highest = weights[begin]
+    for j in range(begin, end):
+        highest = weights[j] if weights[j] > highest else highest
+    for j in range(begin, end):
+        weights[j] = exp(weights[j] - highest)
+    total = _total(weights, begin, end)
+    for j in range(begin):
+        weights[j] = 0
+    for j in range(begin, end):
+        weights[j] /= total
+    for j in range(end, num):
+        weights[j] = 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _total(weights, begin, end):  # type: ignore[no-untyped-def]
+    lanes = np.zeros(LANES, np.float32)
+    whole = begin + (end - begin) // LANES * LANES
+    for j in range(begin, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] += weights[j + lane]
+    for j in range(whole, end):
+        lanes[j - whole] += weights[j]
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _mix(v, slot, group, line, rows, begin, end, weights, mixed, out):  # type: ignore[no-untyped-def]
+    groups, dim = v.shape[1:]
+    share, stride, whole = out.shape[1] // groups, groups * dim, dim // LANES * LANES
+    base, w, m = v.ctypes.data + v.itemsize * dim * group, weights.ctypes.data, mixed.ctypes.data
+    ps = w, w + weights.strides[0], w + 2 * weights.strides[0], w + 3 * weights.strides[0]
+    outs = m, m + 4 * LANES, m + 8 * LANES, m + 12 * LANES
+    for at in range(0, whole, LANES):
+        mixes(ps, slot.ctypes.data + 8 * begin, base + v.itemsize * at, stride, end - begin, outs, v)
+        for i in range(rows):
+            head = out[(line + i) // share, group * share + (line + i) % share]
+            for lane in range(LANES):
+                head[at + lane] = mixed[i, lane]
+    for i in range(rows):
+        head = out[(line + i) // share, group * share + (line + i) % share]
+        for at in range(whole, dim):
+            total = np.float32(0)
+            for j in range(begin, end):
+                total = fma(weights[i, j - begin], widened(v[slot[j], group, at]), total)
+            head[at] = total

@@ -1,0 +1,132 @@
+"""Rows times matrices, on a CPU, where a row's result does not depend on how many rows there are or where it stands.
+
+Legend: A rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs.
+Decisions: one kernel for any number of rows (simd.py has the order of its sums); the weights are used as
+they are stored, rows of K; gradients are the library's products, since nobody needs their bits to be independent of company.
+It is no slower than the library: what it costs is in docs/benchmarks.md, "Same bits in any company".
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
+from trinity.ops.batch_invariant.threads import in_threads
+
+PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
+
+
+def linear(x: Tensor, w_NK: Tensor) -> Tensor:
+    """x [..., K] times the transpose of w -> [..., N]. Differentiable in both."""
+    x_TK = x.flatten(0, -2)
+    end_E = torch.tensor([len(x_TK)])
+    return grouped(x_TK, w_NK.unsqueeze(0), end_E).unflatten(0, x.shape[:-1])
+
+
+def grouped(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
+    """-> y_AN: rows up to `end_E[0]` times the transpose of w[0], from there up to `end_E[1]` of w[1] and so on.
+
+    float32 or bfloat16, on the CPU; the matrices contiguous, or they are copied. Differentiable in x and w.
+    """
+    return _Grouped.apply(x_AK, w_ENK, end_E)
+
+
+class _Grouped(Function):
+    @staticmethod
+    def forward(ctx: Any, x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
+        x_AK, w_ENK = x_AK.contiguous(), w_ENK.contiguous()
+        ctx.save_for_backward(x_AK, w_ENK)
+        ctx.ends = end_E.tolist()
+        return multiply(x_AK, w_ENK, end_E).to(x_AK.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_AK, w_ENK = ctx.saved_tensors
+        dx_AK, dw_ENK = (
+            torch.empty_like(t) if wanted else None
+            for t, wanted in zip((x_AK, w_ENK), ctx.needs_input_grad[:2], strict=True)
+        )
+        for e, (lo, hi) in enumerate(zip([0, *ctx.ends[:-1]], ctx.ends, strict=True)):
+            if dx_AK is not None and hi > lo:
+                torch.mm(dy_AN[lo:hi], w_ENK[e], out=dx_AK[lo:hi])
+            if dw_ENK is not None:
+                torch.mm(dy_AN[lo:hi].T, x_AK[lo:hi], out=dw_ENK[e])  # zeros where there are no rows
+        return dx_AK, dw_ENK, None
+
+
+def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
+    """`grouped` without gradients, for contiguous tensors; y in float32."""
+    num, (num_matrices, n, k) = len(x_AK), w_ENK.shape
+    y_AN = torch.empty(num, n)
+    arrays = [as_array(t) for t in (x_AK.float(), w_ENK, end_E, y_AN)]
+    units = num_matrices * _num_panels(n)
+    in_threads(units, 2 * num * n * k, lambda first, last: _units(*arrays, first, last))  # type: ignore[call-arg]
+    return y_AN
+
+
+def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`linear` with each weight [N, K], one result beside the other -> y [T, sum of N] in float32; no gradients.
+
+    Threads are handed work once for all.
+    """
+    num, k = x_TK.shape
+    arrays = [as_array(w.contiguous()) for w in weights]
+    sizes = [len(w) for w in arrays]
+    y = torch.empty(num, sum(sizes))
+    x, out = as_array(x_TK.float().contiguous()), y.numpy()
+    parts = np.split(out, np.cumsum(sizes)[:-1], axis=1)
+    panels = np.cumsum([0, *map(_num_panels, sizes)])
+    end = np.array([num])
+
+    def run(first: int, last: int) -> None:
+        for w, part, (begin, stop) in zip(arrays, parts, itertools.pairwise(panels), strict=True):
+            if first < stop and last > begin:
+                lo, hi = max(first, begin) - begin, min(last, stop) - begin
+                _units(x, w[None], end, part, lo, hi)  # type: ignore[call-arg]
+
+    in_threads(int(panels[-1]), 2 * num * sum(sizes) * k, run)
+    return y
+
+
+def _num_panels(n: int) -> int:
+    pairs = -(-n // COLUMNS)
+    return -(-pairs // PANEL)
+
+
+@numba.njit(nogil=True, cache=True)
+def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
+    """Units [first, last): unit u is panel u % P of matrix u // P, for all rows of that matrix.
+
+    The two weight rows of a pair are N / 2 apart: memory is then read as two streams, 2.5 times as fast as one. If N is odd
+    the last one is computed twice.
+    """
+    out = np.empty(ROWS * COLUMNS, np.float32)
+    n, k = w.shape[1:]
+    pairs = (n + COLUMNS - 1) // COLUMNS
+    panels = (pairs + PANEL - 1) // PANEL
+    for u in range(first, last):
+        e, c0 = u // panels, u % panels * PANEL
+        lo, hi = end[e - 1] if e else 0, end[e]
+        for r in range(lo, hi, ROWS):
+            rows = min(ROWS, hi - r)
+            xs = addresses(x.ctypes.data + 4 * k * r, 4 * k, rows - 1)
+            for c in range(c0, min(c0 + PANEL, pairs)):
+                d = min(c + pairs, n - 1)
+                at, length = w.ctypes.data + w.itemsize * k * n * e, w.itemsize * k
+                dots(xs, (at + length * c, at + length * d), k, out.ctypes.data, w)
+                for i in range(rows):
+                    y[r + i, c], y[r + i, d] = out[i], out[ROWS + i]
+
+
+@numba.njit(inline="always")
+def addresses(first, stride, last):  # type: ignore[no-untyped-def]
+    """Of ROWS rows in turn; those past the last repeat it."""
+    return first, first + stride * min(1, last), first + stride * min(2, last), first + stride * min(3, last)

@@ -1,0 +1,1 @@
+"""All expert shards of one model, as their users see them."""

@@ -1,0 +1,166 @@
+"""The pool of expert shards as its users see it: one table, one transport, and what is asked of all shards at once.
+
+The same class stands over shards in this process (local.py) and over Ray actors (actors/pool.py); only the transport
+differs. Control calls go to every shard side by side and wait for all of them.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from trinity.config import ModelConfig
+from trinity.dispatch.dispatcher import Dispatcher
+from trinity.dispatch.transport import Transport, result_with_retry
+from trinity.dispatch.view import PlacementView
+from trinity.errors import StepConflict, Unavailable, VersionGone
+from trinity.placement.table import PlacementTable
+from trinity.rpc.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Stage, Status, StepReport
+from trinity.state.versioned_store import Version
+
+
+class StepTicket(NamedTuple):
+    """What an attempt at a step starts from. `keep`: older versions that somebody still computes with."""
+
+    epoch: int
+    attempt: int
+    keep: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The version that counts, and the job's notes on it (plain JSON values)."""
+
+    version: int
+    notes: Mapping[str, Any]
+
+
+class ExpertPool:
+    """All experts of one model. Stateless but for the table it follows; as many as there are callers may exist.
+
+    attempt_s: for a shard to compute rows that another one could compute, too.
+    """
+
+    def __init__(
+        self,
+        view: PlacementView,
+        transport: Transport,
+        timeout_s: float,
+        checkpoint_timeout_s: float = 3600.0,
+        attempt_s: float = math.inf,
+    ):
+        self.view, self.transport = view, transport
+        self.timeout_s, self.checkpoint_timeout_s, self.attempt_s = timeout_s, checkpoint_timeout_s, attempt_s
+        self._attempt = 0
+
+    @property
+    def table(self) -> PlacementTable:
+        return self.view.table
+
+    def dispatcher(self, version: int = 0) -> Dispatcher:
+        """A new caller's expert layer, which follows experts as they move. One per thread."""
+        timeouts = {"timeout_s": self.timeout_s, "attempt_s": self.attempt_s}
+        return Dispatcher(self.view, self.rows_transport(), **timeouts, version=version)
+
+    def rows_transport(self) -> Transport:
+        """What one caller thread sends its rows through."""
+        return self.transport
+
+    def load(self, message: Load) -> int:
+        """Every shard loads its part; -> the version that all of them now hold."""
+        return self._agree(self._all("load", message))
+
+    def set_source(self, message: Load) -> None:
+        """Note where a shard that starts again finds the present weights; only pools that can restart shards care."""
+
+    def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
+        """Before an attempt at the next step nothing is under way: the moment for experts to move. What older attempts still
+        have under way is void from here on."""
+        self._attempt += 1
+        return StepTicket(self.table.epoch, self._attempt)
+
+    def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
+        """Staged everywhere: that it is committed is now a fact, whatever dies. Raises StepConflict for an attempt that was
+        given up. `notes` are what the job needs to go on from there."""
+
+    def begin(self, version: int, notes: Mapping[str, Any]) -> None:
+        """A job starts from that version: the first decision, whatever there was before."""
+
+    def decided(self) -> Decision | None:
+        """The last decision; None before the first."""
+        return None
+
+    def backbone(self, version: int) -> Version:
+        """The backbone of a committed version, from wherever it is kept. Raises VersionGone."""
+        raise VersionGone(f"version {version} of the backbone is kept nowhere else")
+
+    def follow(self, epoch: int) -> None:
+        """Wait until this process knows that table. Raises Unavailable when it does not hear of it."""
+        until_s = time.monotonic() + self.timeout_s
+        while self.table.epoch < epoch:
+            self.view.refresh()
+            if time.monotonic() > until_s:
+                raise Unavailable(
+                    f"placement epoch {epoch} is not known here after {self.timeout_s:.0f} s; is the service away?"
+                )
+
+    def versions(self) -> dict[str, int]:
+        return {status.shard: status.version for status in self.status()}
+
+    def status(self, reset_counts: bool = False) -> list[ShardStatus]:
+        return self._all("status", Status(reset_counts))
+
+    def prepare(self, step: int, num_sent_ops: Counter[str], attempt: int = 0) -> list[StepReport]:
+        """Ask every shard what it has for `step`. Raises StepConflict when one has not applied exactly so many."""
+        reports = self._all("prepare", Prepare(step, attempt, self.table.shared))
+        for shard, report in zip(self.table.shards, reports, strict=True):
+            if report.num_ops != num_sent_ops[shard]:
+                raise StepConflict(
+                    f"step {step}: shard {shard} applied {report.num_ops} backward ops of {num_sent_ops[shard]} sent"
+                )
+        return reports
+
+    def stage(self, message: Stage) -> Callable[[], bool]:
+        """Every shard makes the next weights; call the answer to wait: are all finite?"""
+        wait = self._send("stage", [message] * len(self.table.shards))
+        return lambda: all(wait())
+
+    def commit(self, step: int) -> int:
+        return self._agree(self._all("commit", Commit(step)))
+
+    def abort(self, step: int, attempt: int = 0) -> int:
+        return self._agree(self._all("abort", Abort(step, attempt)))
+
+    def save(self, folder: str, version: int) -> Callable[[], list[Part]]:
+        """Every shard writes the experts it is the primary of, in parallel; call the answer to wait for the files. Steps may go
+        on once the shards have seen the message: it is theirs before any later one."""
+        wait = self._send("save", [Save(folder, self.table.primaries_of(s), version) for s in self.table.shards])
+        return lambda: [part for parts in wait() for part in parts]
+
+    def _all(self, verb: str, message: Any) -> list[Any]:
+        return self._send(verb, [message] * len(self.table.shards))()
+
+    def _send(self, verb: str, messages: list[Any]) -> Callable[[], list[Any]]:
+        pairs = list(zip(self.table.shards, messages, strict=True))
+        replies = [self.transport.send(shard, verb, message) for shard, message in pairs]
+        deadline_s = time.time() + (self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s)
+        return lambda: [
+            result_with_retry(self.transport, shard, verb, message, reply, deadline_s)
+            for (shard, message), reply in zip(pairs, replies, strict=True)
+        ]
+
+    def _agree(self, versions: list[int]) -> int:
+        if len(set(versions)) != 1:
+            held = ", ".join(f"{s}: {v}" for s, v in zip(self.table.shards, versions, strict=True))
+            raise StepConflict(f"shards hold different versions ({held}); restart from the last checkpoint")
+        return versions[0]
+
+
+def describe(shards: list[ShardStatus], model: ModelConfig) -> str:
+    """One line on who computes the experts, and with what."""
+    backends = ", ".join(sorted({f"{s.backend} backend on {s.device}" for s in shards}))
+    experts = len(model.moe_layers) * model.num_experts
+    mib = experts * model.expert_params * (2 if model.dtype == "bfloat16" else 4) / 2**20
+    return f"{experts:,} experts, {mib:,.1f} MiB, in {len(shards)} shard actors: {backends}"

@@ -1,0 +1,1 @@
+"""Samples from live weights, and steps from rewards."""

@@ -1,0 +1,1 @@
+"""What callers and shards say to one another."""

@@ -1,0 +1,236 @@
+"""What callers and shards say to one another: one frozen message per verb. Tensors for data, numbers for control.
+
+Legend: R rows, D model, K slots of a row (top-k).
+Every mutation is named (op_id, or the step) and applied once, however often it is delivered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
+
+
+REMOTE = -1  # an expert id: this slot is another shard's
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one layer that one shard computes, each with its K slots. Experts are numbered as in the checkpoint, not
+    by position on the shard; ids_RK is REMOTE in slots that are not for this shard."""
+
+    x_RD: Tensor
+    ids_RK: Tensor  # int64
+    weights_RK: Tensor  # float32
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Verb `infer` -> y_RD. `keep` asks the shard to remember the activations under op_id, for the backward to come."""
+
+    op_id: str
+    layer: int
+    epoch: int
+    version: int
+    deadline_s: float  # time.time() after which nobody waits for the answer
+    rows: Rows
+    keep: bool = False
+
+
+def merged(calls: Sequence[Forward]) -> Forward:
+    """Forwards of one layer and version as one: their rows one after the other, the latest deadline."""
+    parts = [call.rows for call in calls]
+    rows = Rows(
+        x_RD=torch.cat([part.x_RD for part in parts]),
+        ids_RK=torch.cat([part.ids_RK for part in parts]),
+        weights_RK=torch.cat([part.weights_RK for part in parts]),
+    )
+    return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Verb `backward` -> (dx_RD, dweights_RK). `rows` are sent only after the shard has said InputGone."""
+
+    op_id: str
+    layer: int
+    epoch: int
+    version: int
+    deadline_s: float
+    dy_RD: Tensor
+    rows: Rows | None = None
+
+
+def attempt_of(op_id: str) -> int:
+    """The attempt at a step that a training op belongs to; 0 for ops of no attempt. See `op_name`."""
+    head, dot, _ = op_id.partition(".")
+    return int(head, 16) if dot and all(c in "0123456789abcdef" for c in head) and head else 0
+
+
+def caller_of(op_id: str) -> tuple[int, str]:
+    """Whose gradients an op adds to: callers in their order."""
+    name = op_id.rpartition(":")[0].rpartition(".")[2]
+    return (int(name), "") if name.isdecimal() else (-1, name)
+
+
+def op_name(attempt: int, caller: str, number: int) -> str:
+    """The op_id of a caller's `number`-th exchange. Attempts only grow: a newer one makes what came of older ones void."""
+    return f"{attempt:x}.{caller}:{number}" if attempt else f"{caller}:{number}"
+
+
+Holders = dict[int, dict[int, tuple[str, ...]]]  # layer -> expert -> shards, the primary first
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Verb `prepare` -> StepReport. Where experts have several replicas (`shared`), each takes up the others' gradients, and
+    its primary alone reports their norm. Changes no weights; harmless when repeated."""
+
+    step: int
+    attempt: int = 0
+    shared: Holders = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a shard has gathered for `step`: distinct backward ops, and the squared norm of its gradients (nan, inf: bad)."""
+
+    step: int
+    num_ops: int
+    sq_norm: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Verb `stage` -> whether the new weights are finite. Makes the weights of a prepared step beside the present ones, so
+    that nothing can prevent its commit any more. Callers go on computing with the present version meanwhile; versions
+    before it are gone, except those to `keep`. Harmless when repeated."""
+
+    step: int
+    muon_lr: float
+    adamw_lr: float
+    grad_scale: float
+    attempt: int = 0
+    keep: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Verb `commit` -> version. Makes staged weights the present ones; harmless when they are already."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Verb `abort` -> version. Forgets what was gathered and staged for `step` by that attempt."""
+
+    step: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """Verb `load` -> version. Weights (and optimizer state, if it has them and `training`) from a checkpoint folder, or,
+    without one, the seeded initial weights at version 0."""
+
+    checkpoint: str | None = None
+    seed: int = 0
+    training: bool = True
+
+
+WEIGHT = "weight"  # the kind of rows that every expert has; the others are kinds of optimizer state
+GRADIENT = "gradient"  # what backward ops have added up for the step under way
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Verb `fetch` -> rows_ND, N = 3F: gate, up and the transpose of down of one expert, one under the other; weights in the
+    model's dtype, optimizer state and gradients in fp32. Changes nothing."""
+
+    layer: int
+    expert: int
+    version: int
+    deadline_s: float
+    kind: str = WEIGHT
+
+
+@dataclass(frozen=True)
+class Install:
+    """Verb `install` -> how many were taken up. `rows[kind][i]` is what `fetch` gave for experts[i]; all kinds that this
+    shard has must be there. Experts that it holds already are left alone: harmless when repeated."""
+
+    layer: int
+    experts: tuple[int, ...]
+    version: int
+    rows: dict[str, tuple[Tensor, ...]]
+    num_updates: int = 0  # of their optimizer
+    epoch: int = 0  # of the table that names this shard for them
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Verb `copy` of a shard's process -> bytes. It fetches the experts of one layer from those shards and adopts them; where a
+    source is "", from the checkpoint that the pool was loaded from."""
+
+    layer: int
+    experts: tuple[int, ...]
+    sources: tuple[str, ...]
+    version: int
+    deadline_s: float
+    num_updates: int = 0
+    epoch: int = 0  # of the table to come
+
+
+@dataclass(frozen=True)
+class PruneTo:
+    """Verb `prune_to` -> the number of experts dropped: all that are not named by the table of that `epoch`. Harmless when
+    repeated, and when a newer table has been acted on."""
+
+    experts: Experts
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Save:
+    """Verb `save` -> tuple of Part. Writes `experts` (those this shard is the primary of) of a committed version into an
+    existing folder; steps go on meanwhile."""
+
+    folder: str
+    experts: Experts
+    version: int
+    training: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a checkpoint, with what the index and the manifest say about it."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+    tensors: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Status:
+    """Verb `status` -> ShardStatus; `reset_counts` starts the row counters anew."""
+
+    reset_counts: bool = False
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    shard: str
+    version: int
+    backend: str
+    device: str
+    num_experts: int
+    weight_bytes: int
+    cached_ops: int
+    cache_misses: int
+    versions: tuple[int, ...]  # all that it can compute with
+    extra_bytes: int  # memory of versions besides the present one
+    rows: dict[int, dict[int, int]]  # layer -> expert -> rows computed

@@ -1,0 +1,1 @@
+"""Versions of named tensors that outlive a process."""

@@ -1,0 +1,85 @@
+"""From token ids to text that may be shown: incremental decoding, and stop strings across token boundaries."""
+
+import codecs
+from typing import Protocol
+
+from trinity.text.tokenizer import Tokenizer
+
+
+class Decoder(Protocol):
+    """One request's incremental detokenizer (IncrementalDecoder)."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TextStream:
+    """The text of one request. Whatever may still become a stop string is held back; a stop string never comes out.
+
+    `stopped_by` is the stop string once one has appeared; nothing is emitted after it.
+    """
+
+    def __init__(self, decoder: Decoder, stop: tuple[str, ...] = ()):
+        self._decoder, self._stop = decoder, stop
+        self._longest = max(map(len, stop), default=0)
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int) -> str:
+        """-> the text that this token makes certain; may be empty."""
+        return self._emit(self._decoder.push(token_id), final=False)
+
+    def finish(self) -> str:
+        """-> all that was held back. Call once, at the end."""
+        return self._emit(self._decoder.flush(), final=True)
+
+    def _emit(self, piece: str, *, final: bool) -> str:
+        if self.stopped_by is not None:
+            return ""
+        text = self._held + piece
+        found = [(text.index(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            end, self.stopped_by = min(found)
+            self._held = ""
+            return text[:end]
+        keep = 0 if final else self._possible_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        for size in range(min(len(text), self._longest - 1), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into text: `push` returns what is finished and holds back at most 3 bytes of a character.
+
+    The pushes and the flush joined are `tokenizer.decode` of all ids. Constant time per token. One stream each.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+        self._bytes = tokenizer.token_bytes
+        self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        known = 0 <= token_id < len(self._bytes) and token_id not in self._skipped
+        return self._utf8.decode(self._bytes[token_id]) if known else ""
+
+    def flush(self) -> str:
+        """The end: an unfinished character becomes U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Bytes of one token; none for ids that pad the vocabulary."""
+    table = tokenizer.token_bytes
+    return table[token_id] if token_id < len(table) else b""
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    return token_bytes(tokenizer, token_id).decode("utf-8", "replace")

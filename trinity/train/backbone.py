@@ -1,0 +1,184 @@
+"""The backbone as a worker trains it: versions in a store, the committed one copied into the model.
+
+A version's tensors are the model's own names with `::weight` (fp32) and `::{kind}` of optimizer state; of a selection bias
+also `::momentum`. Decisions: a step is made beside the present version and counts when the job has decided so, as on the
+shards; the model keeps weights of its own, because autograd and caches of packed weights hold on to their tensors.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from trinity.checkpoint import Checkpoint
+from trinity.config import OptimConfig
+from trinity.errors import CheckpointError
+from trinity.models.afmoe.model import Afmoe
+from trinity.models.afmoe.params import is_hidden_matrix
+from trinity.models.common.balance import sign_update, smebu
+from trinity.optim.muon import Matrix
+from trinity.optim.optimizer import Optimizer
+from trinity.rpc.messages import Stage
+from trinity.state.versioned_store import Store, Version
+
+WEIGHT, MOMENTUM = "::weight", "::momentum"
+
+
+class Backbone:
+    """Owns the model's values and their optimizer state. Every worker of a job has one, with the same numbers."""
+
+    def __init__(self, model: Afmoe, config: OptimConfig, store: Store | None = None):
+        self.model, self.config = model, config
+        self.store = store or Store(device=str(next(model.parameters()).device))
+        self._biases = {f"model.layers.{n}.mlp.expert_bias": bias for n, bias in model.expert_bias.items()}
+
+    @property
+    def version(self) -> int:
+        return self.store.committed
+
+    @property
+    def num_updates(self) -> int:
+        return self.store.current.notes["num_updates"]
+
+    # -- where its values come from
+
+    @torch.no_grad()
+    def begin(self, number: int) -> None:
+        """The model's present values are that version; optimizer state is fresh."""
+        self.store.clear()
+        tensors = {name + WEIGHT: self._stored(value) for name, value in self._values()}
+        optimizer = self._optimizer({n: tensors[n + WEIGHT] for n, _ in self.model.named_parameters()}, None, 0)
+        tensors |= {name: self._stored(value) for name, value in optimizer.tensors().items()}
+        tensors |= {name + MOMENTUM: self._stored(torch.zeros_like(bias)) for name, bias in self._biases.items()}
+        self._committed(Version(number, tensors, {"num_updates": 0}))
+
+    def restore(self, source: Checkpoint) -> None:
+        """Values and optimizer state of a checkpoint that was written in training."""
+        source.load_backbone(self.model)
+        self.begin(source.version)
+        with torch.no_grad():
+            tensors = self.store.current.tensors
+            found = source.training_tensors(self.training_state())
+            for name, tensor in found.items():
+                tensors[name.replace("::master", WEIGHT)].copy_(tensor)
+        self._committed(Version(source.version, tensors, {"num_updates": int(source.state["num_updates"])}))
+
+    def take(self, version: Version) -> None:
+        """The values of another worker's store, or of a former one's."""
+        if self.store.versions.get(version.number) is not version:
+            self.store.clear()
+            tensors = {name: self._stored(tensor) for name, tensor in version.tensors.items()}
+            version = Version(version.number, tensors, version.notes)
+        self._committed(version)
+
+    def expected(self) -> dict[str, Tensor]:
+        """Names and shapes of a version's tensors (on the meta device), for a worker that will receive one."""
+        shapes = {name + WEIGHT: value.to("meta") for name, value in self._values()}
+        optimizer = self._optimizer({n: shapes[n + WEIGHT] for n, _ in self.model.named_parameters()}, None, 0)
+        momenta = {name + MOMENTUM: bias.to("meta") for name, bias in self._biases.items()}
+        return {**shapes, **optimizer.tensors(), **momenta}
+
+    # -- a step
+
+    @torch.no_grad()
+    def stage(self, gradients: Mapping[str, Tensor], message: Stage, counts_LE: Tensor) -> bool:
+        """Make the next version as the shards do; -> whether it is finite. The model does not see it before `commit`."""
+        self.store.discard_staged()
+        self.store.retire(message.keep, is_value)
+        old = self.store.current
+        tensors = {name: self.store.empty_like(tensor) for name, tensor in old.tensors.items()}
+        before = self._optimizer(*self._parts(old.tensors), self.num_updates)
+        after = self._optimizer(*self._parts(tensors), 0)
+        before.step_into(after, gradients, message.muon_lr, message.adamw_lr, message.grad_scale)
+        self._update_biases(old.tensors, tensors, counts_LE)
+        notes = {"num_updates": after.num_updates, "attempt": message.attempt}
+        self.store.put(Version(message.step, tensors, notes))
+        return all(bool(torch.isfinite(t.sum())) for n, t in tensors.items() if n.endswith(WEIGHT) and t.numel())
+
+    def commit(self) -> None:
+        """What was staged is the present version."""
+        staged = self.store.staged
+        assert staged is not None
+        self._committed(staged)
+
+    def discard_staged(self) -> None:
+        """What was staged will not be. Harmless when there is nothing."""
+        self.store.discard_staged()
+
+    # -- what checkpoints hold
+
+    def values(self, dtype: torch.dtype, version: Version) -> Iterator[tuple[str, Tensor]]:
+        """A version in the model's type; the selection biases stay fp32."""
+        for name, tensor in version.tensors.items():
+            if name.endswith(WEIGHT):
+                plain = name.removesuffix(WEIGHT)
+                yield plain, tensor if plain in self._biases else tensor.to(dtype)
+
+    def training_state(self, version: Version | None = None) -> dict[str, Tensor]:
+        """What the values alone do not say: optimizer state, momenta, and the fp32 weights that a bf16 checkpoint rounds."""
+        tensors = (version or self.store.current).tensors
+        state = {name: tensor for name, tensor in tensors.items() if not name.endswith(WEIGHT)}
+        if self.model.config.dtype == "float32":
+            return state
+        names = [name for name, _ in self.model.named_parameters()]
+        return {**state, **{f"{name}::master": tensors[name + WEIGHT] for name in names}}
+
+    # -- inside
+
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
+        yield from self._biases.items()
+
+    def _stored(self, value: Tensor) -> Tensor:
+        return self.store.empty_like(value).copy_(value)
+
+    @torch.no_grad()
+    def _committed(self, version: Version) -> None:
+        if version is not self.store.versions.get(version.number):
+            self.store.put(version)
+        self.store.commit(version.number)
+        for name, value in self._values():
+            value.copy_(version.tensors[name + WEIGHT])
+
+    def _parts(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Parameters, and their optimizer state."""
+        params = {name: tensors[name + WEIGHT] for name, _ in self.model.named_parameters()}
+        state: dict[str, dict[str, Tensor]] = {name: {} for name in params}
+        for key, tensor in tensors.items():
+            name, _, kind = key.partition("::")
+            if name in state and kind != WEIGHT[2:]:
+                state[name][kind] = tensor
+        return params, state
+
+    def _optimizer(
+        self, params: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Tensor]] | None, num_updates: int
+    ) -> Optimizer:
+        matrices = {name: Matrix(*p.shape) for name, p in params.items() if is_hidden_matrix(name, p)}
+        return Optimizer(params, matrices, self.config, state, num_updates)
+
+    def _update_biases(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], counts_LE: Tensor) -> None:
+        """Once per step, from the global counts, identically on every worker."""
+        config = self.config
+        for name, counts_E in zip(self._biases, counts_LE.to(self.store.device), strict=True):
+            bias_E, momentum_E = old[name + WEIGHT], old[name + MOMENTUM]
+            if config.bias_update == "smebu":
+                rates = (config.smebu_lambda, config.smebu_beta, config.smebu_kappa)
+                bias_E, momentum_E = smebu(bias_E, momentum_E, counts_E, *rates)
+            elif config.bias_update == "sign":
+                bias_E = sign_update(bias_E, counts_E, config.sign_gamma)
+            new[name + WEIGHT].copy_(bias_E)
+            new[name + MOMENTUM].copy_(momentum_E)
+
+
+def is_value(name: str) -> bool:
+    """Whether a version's tensor of that name is what an engine needs."""
+    return name.endswith(WEIGHT)
+
+
+def load_values(model: Afmoe, version: Version) -> None:
+    """Copy a version's values into an engine's model, in its own type. Raises CheckpointError where one is missing."""
+    with torch.no_grad():
+        for name, mine in model.state_dict().items():
+            if name + WEIGHT not in version.tensors:
+                raise CheckpointError(f"version {version.number} of the backbone has no {name}")
+            mine.copy_(version.tensors[name + WEIGHT])

@@ -1,0 +1,137 @@
+"""What a person sees of a training run: a bar on a terminal, else a plain line every few seconds.
+
+The worker that trains writes metrics.jsonl, maybe on another machine; whoever started the run follows that file. A run
+that starts again from its last checkpoint rewrites the file; steps that were shown already are not shown twice.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from trinity.observability.train_log import parse_row
+
+PLAIN_LINE_EVERY_S = 5.0
+POLL_S = 0.2
+
+
+class Progress:
+    """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        tokens_per_step: int,
+        screen: TextIO,
+        done: int = 0,
+        clock_s: Callable[[], float] = time.monotonic,
+    ):
+        self.total_steps, self.tokens_per_step, self._screen = total_steps, tokens_per_step, screen
+        self._clock_s, self._shown_s = clock_s, -math.inf
+        self._recent: deque[dict[str, Any]] = deque(maxlen=20)
+        self._last_step = self._last_eval = done
+        self._bar: tqdm | None = None
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A step or a validation; the first one is preceded by a line on the whole run."""
+        if row["step"] > self._last_step and not self._recent:
+            steps, tokens = self.total_steps, self.tokens_per_step
+            self._print(f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all")
+            if self._screen.isatty():
+                self._bar = tqdm(total=steps, initial=self._last_step, file=self._screen, unit="step")
+        if "val_loss" in row:
+            self._eval(row["step"], row["val_loss"])
+        elif row["step"] > self._last_step:
+            self._step(row)
+
+    def close(self) -> None:
+        """Finish the bar. Harmless when repeated."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def _step(self, row: dict[str, Any]) -> None:
+        self._recent.append(row)
+        now_s, step = self._clock_s(), row["step"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._numbers(), refresh=False)
+            self._bar.update(step - self._last_step)
+        elif now_s - self._shown_s >= PLAIN_LINE_EVERY_S or step == self.total_steps:
+            self._shown_s = now_s
+            self._print(f"step {step}/{self.total_steps}  {self._numbers()}  eta {self._eta()}")
+        self._last_step = step
+
+    def _eval(self, step: int, loss: float | None) -> None:
+        if step > self._last_eval and loss is not None:
+            self._last_eval = step
+            perplexity = math.exp(min(loss, 700.0))
+            self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {perplexity:.1f}")
+
+    def _numbers(self) -> str:
+        """The last step's, and the throughput of the last 20. A number that was not finite shows as nan."""
+        last = {key: math.nan if value is None else value for key, value in self._recent[-1].items()}
+        rate = sum(r["tokens"] for r in self._recent) / max(sum(r["seconds"] for r in self._recent), 1e-9)
+        text = (
+            f"loss {last['loss']:.3f}  grad {last['grad_norm']:.2f}  lr {last['muon_lr']:.1e}  tok/s {rate:,.0f}"
+            f"  maxvio {last['max_vio']:.2f}"
+        )
+        return text + (f"  skipped {last['skipped']}" if last["skipped"] else "")
+
+    def _eta(self) -> str:
+        mean_s = sum(r["seconds"] for r in self._recent) / len(self._recent)
+        left_s = round(mean_s * (self.total_steps - self._recent[-1]["step"]))
+        return tqdm.format_interval(left_s).removeprefix("0")
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=self._screen)  # above the bar, if there is one
+        self._screen.flush()
+
+
+class Follower:
+    """Rows as they are appended to a file that may not exist yet and may be replaced by another."""
+
+    def __init__(self, file: Path):
+        self.file, self._inode, self._offset = file, 0, 0
+        if file.is_file():  # what is there already was shown by the run before
+            self._inode, self._offset = file.stat().st_ino, file.stat().st_size
+
+    def new_rows(self) -> Iterator[dict[str, Any]]:
+        if not self.file.is_file():
+            return
+        with self.file.open("rb") as stream:
+            inode = self.file.stat().st_ino
+            if inode != self._inode:
+                self._inode, self._offset = inode, 0
+            stream.seek(self._offset)
+            whole, _, _ = stream.read().rpartition(b"\n")
+        if whole:
+            self._offset += len(whole) + 1
+            yield from (row for line in whole.decode().splitlines() if (row := parse_row(line)))
+
+
+@contextmanager
+def shown(file: Path, progress: Progress) -> Iterator[None]:
+    """Show what is appended to `file` while the block runs, and the rest of it at the end."""
+    follower, done = Follower(file), threading.Event()
+
+    def follow() -> None:
+        while not done.wait(POLL_S):
+            for row in follower.new_rows():
+                progress.row(row)
+
+    thread = threading.Thread(target=follow, name="trinity-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for row in follower.new_rows():
+            progress.row(row)
+        progress.close()

@@ -1,0 +1,1 @@
+"""Small things about the operating system that several packages need."""
