@@ -49,12 +49,12 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from trinity.checkpoint import open_checkpoint
     from trinity.engine.engine import Engine
     from trinity.engine.weights import FixedWeights
-    from trinity.models.afmoe.model import Afmoe
+    from trinity.models.registry import build
 
     found = open_checkpoint(checkpoint)
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version)
-    model = Afmoe(found.config, experts, device="cuda" if config.engine.num_gpus else "cpu").eval()
+    model = build(found.config, experts, device="cuda" if config.engine.num_gpus else "cpu").eval()
     weights = FixedWeights(model, found.load_backbone(model))
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     return Engine(weights, found.config, config.engine, found.tokenizer, counts)

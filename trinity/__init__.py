@@ -5,6 +5,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import trinity.models.registry  # noqa: F401  so that a configuration knows the families
+
 __version__ = "0.1.0"
 __all__ = ["LLM", "Config", "Rollout", "__version__"]
 

@@ -16,12 +16,12 @@ from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs
 from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
-from trinity.models.afmoe.model import Afmoe
+from trinity.models.registry import build
 from trinity.rpc.messages import Load
 from trinity.text.chat_template import render_chat
 
 if TYPE_CHECKING:
-    from trinity.models.afmoe.model import ExpertLayer
+    from trinity.models.common.experts import ExpertLayer
 
 Params = SamplingParams | Seq[SamplingParams] | None
 
@@ -93,7 +93,7 @@ class LLM:
             load = Load(str(checkpoint_path), training=False)
             pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
             experts = pool.dispatcher(checkpoint.version)
-        model = Afmoe(checkpoint.config, experts, device=device).eval()
+        model = build(checkpoint.config, experts, device=device).eval()
         self.tokenizer = checkpoint.tokenizer
         self.weights: WeightSource = FixedWeights(model, checkpoint.load_backbone(model))
         self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer)

@@ -23,7 +23,8 @@ from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.view import PlacementView
 from trinity.engine.double_buffer import ModelDoubleBuffer
 from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
-from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.decoder import CausalLM
+from trinity.models.registry import build
 from trinity.pool.pool import Decision
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.backbone import WEIGHT, load_values
@@ -115,7 +116,7 @@ class LiveWeights:
     def newest(self) -> int:
         return self._good if self._pinned is None else self._pinned
 
-    def model(self, version: int) -> Afmoe:
+    def model(self, version: int) -> CausalLM:
         return self._models.get(version, hold=self._held[version] > 0)
 
     def hold(self, version: int) -> None:
@@ -150,12 +151,12 @@ class LiveWeights:
 
     # -- inside
 
-    def _made(self) -> Afmoe:
+    def _made(self) -> CausalLM:
         experts = self.pool.dispatcher()
         self._experts.append(experts)
-        return Afmoe(self.config, experts, device=self.device).eval()
+        return build(self.config, experts, device=self.device).eval()
 
-    def _load(self, model: Afmoe, version: int) -> None:
+    def _load(self, model: CausalLM, version: int) -> None:
         """Raises VersionGone."""
         for fresh in (False, True):  # the job may have moved since its place was noted
             if fresh and (decision := self.pool.decided()) is not None:

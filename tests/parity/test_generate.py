@@ -16,6 +16,7 @@ from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
 from trinity.engine.weights import FixedWeights
 from trinity.errors import StepConflict
+from trinity.models.afmoe.config import AfmoeConfig
 from trinity.text.tokenizer import Tokenizer
 
 NUM_NEW = 16
@@ -24,7 +25,7 @@ SHORT = [[20 + (i * 7 + j) % 270 for j in range(i + 1)] for i in range(8)]
 
 
 def config_of(seed: int) -> ModelConfig:
-    return ModelConfig(
+    return AfmoeConfig(
         vocab_size=299,
         hidden_size=32,
         intermediate_size=48,

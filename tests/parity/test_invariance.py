@@ -142,7 +142,7 @@ def test_without_the_switch_they_differ_by_rounding():
     model = model_of("tiny", "float32")[0]
     config = model.config.model_copy(update={"batch_invariant": False})
     free = Afmoe(config, model._experts[0]).eval()
-    free.load_state_dict(model.state_dict())
+    free.load(model.tensors())
     requests = prompts(20)
     together, alone = answers(free, requests), [answers(free, [request])[0] for request in requests]
     pairs = [(a[1], b[1]) for t, o in zip(together, alone, strict=True) for a, b in zip(t, o, strict=True)]
@@ -156,7 +156,7 @@ def test_the_same_text_while_the_shards_train():
     requests = prompts(6)
     quiet = answers(model, requests)
     learner = Afmoe(model.config, pool.dispatcher())
-    learner.load_state_dict(model.state_dict())
+    learner.load(model.tensors())
     ids_BS = torch.randint(20, 300, (2, 30), generator=torch.Generator().manual_seed(0))
 
     def learn():

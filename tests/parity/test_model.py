@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import AfmoeConfig, AfmoeForCausalLM
+from transformers import AfmoeConfig as HfConfig
+from transformers import AfmoeForCausalLM
 
 from tests.parity.dense import DenseExperts
 from trinity.config import ModelConfig
+from trinity.models.afmoe.config import AfmoeConfig
 from trinity.models.afmoe.model import Afmoe
 from trinity.models.common.attention import PackedAttention, packed_positions
 
@@ -27,7 +29,7 @@ def random_config(seed: int) -> ModelConfig:
     rng = random.Random(seed)
     layers, kv_heads, experts = rng.randint(2, 6), rng.choice([1, 2, 3]), rng.choice([3, 4, 8, 16])
     kinds = ["sliding_attention", "full_attention"]
-    return ModelConfig(
+    return AfmoeConfig(
         vocab_size=rng.choice([61, 97]),
         hidden_size=rng.choice([16, 24, 32]),
         intermediate_size=rng.choice([20, 48]),
@@ -52,10 +54,12 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def hf_model(config: ModelConfig, seed: int) -> AfmoeForCausalLM:
-    own = config.model_dump(exclude={"dtype", "rope_theta", "pad_token_id"})  # a pad id would zero one row's gradient
+    own = config.model_dump(
+        exclude={"model_type", "dtype", "rope_theta", "pad_token_id"}
+    )  # a pad id would zero one row's gradient
     own["layer_types"] = list(own["layer_types"])
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    hf_config = AfmoeConfig(**own, rope_parameters=rope, pad_token_id=None)
+    hf_config = HfConfig(**own, rope_parameters=rope, pad_token_id=None)
     hf_config._attn_implementation = ["eager", "sdpa"][seed % 2]
     model = AfmoeForCausalLM(hf_config).float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +77,9 @@ def twin(config: ModelConfig, seed: int) -> tuple[AfmoeForCausalLM, Afmoe, Dense
     hf = hf_model(config, seed)
     experts = DenseExperts.from_hf(hf)
     ours = Afmoe(config, experts)
-    ours.load_state_dict({k: v for k, v in hf.state_dict().items() if ".mlp.experts." not in k}, strict=True)
+    theirs = {k: v for k, v in hf.state_dict().items() if ".mlp.experts." not in k}
+    assert theirs.keys() == ours.tensors().keys()
+    ours.load(theirs)
     return hf, ours, experts
 
 
@@ -138,7 +144,7 @@ def test_gradients_equal_transformers(seed):
     (hf(ids_BS).logits * probe_BSV).sum().backward()
     (our_logits(ours, ids_BS) * probe_BSV).sum().backward()
     theirs = {name: p.grad for name, p in hf.named_parameters() if ".mlp.experts." not in name and p.requires_grad}
-    mine = {name: p.grad for name, p in ours.named_parameters()}
+    mine = {name: p.grad for name, p in ours.weights().items()}
     assert mine.keys() == theirs.keys()
     for layer, leaves in experts.weights.items():
         moe = hf.model.layers[layer].mlp.experts
@@ -225,14 +231,14 @@ def test_packed_documents_equal_each_alone(seed, invariant):
         assert diff(packed_BSV[0], our_logits(ours, ids_BS)[0]) > 1e-2  # without the mask they do see each other
 
 
-def test_state_dict_is_the_checkpoint_without_experts(tmp_path):
-    """What transformers writes, minus mlp.experts.*, is exactly our state_dict: names, shapes, no more and no less."""
+def test_tensors_are_the_checkpoint_without_experts(tmp_path):
+    """What transformers writes, minus mlp.experts.*, is exactly our tensors: names, shapes, no more and no less."""
     config = random_config(7)
     hf, ours, _ = twin(config, 7)
     hf.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         on_disk = {key: file.get_slice(key).get_shape() for key in file.keys() if ".mlp.experts." not in key}  # noqa: SIM118
-    assert {key: list(t.shape) for key, t in ours.state_dict().items()} == on_disk
+    assert {key: list(t.shape) for key, t in ours.tensors().items()} == on_disk
 
 
 def test_loss_equals_transformers():
@@ -250,4 +256,4 @@ def test_loss_equals_transformers():
     (ce_sum / 32).backward()
     assert abs(ce_sum.item() / 32 - hf_loss.item()) <= 1e-5
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert diff(ours.get_parameter(name).grad, hf.get_parameter(name).grad) <= 1e-5
+        assert diff(ours.weights()[name].grad, hf.get_parameter(name).grad) <= 1e-5

@@ -26,7 +26,7 @@ def model_and_pool(seed=1, num_shards=2):
     """A backbone and its experts, as after some steps: moments that are not zero, biases too."""
     pool = pool_of(num_shards, Load(seed=seed))
     model = Afmoe(MODEL, pool.dispatcher())
-    init_weights(model, MODEL, seed=seed)
+    init_weights(model, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for bias in model.expert_bias.values():
@@ -43,7 +43,7 @@ def save(target, step, model, pool, tokenizer=None):
     with CheckpointWriter(target, step) as writer:
         parts = [
             *pool.save(str(writer.folder), 0)(),
-            *write_tensors(writer.folder, "model-backbone", model.state_dict().items()),
+            *write_tensors(writer.folder, "model-backbone", model.tensors().items()),
             *write_tensors(writer.folder, "training/backbone", [("x::momentum", torch.arange(7.0))]),
         ]
         return writer.finish(parts, MODEL, tokenizer, {"num_updates": step, "position": step})
@@ -58,7 +58,7 @@ def contents(path):
     """Every value in a checkpoint, as a trainer, its shards and a server would read them."""
     found = open_checkpoint(path)
     model = Afmoe(found.config, lambda *_: None, device="meta")
-    tensors = {name: found.tensor(name, like.shape) for name, like in model.state_dict().items()}
+    tensors = {name: found.tensor(name, like.shape) for name, like in model.tensors().items()}
     for layer, experts in all_experts(found.config).items():
         tensors |= {f"{layer}.{expert}.{i}": t for expert in experts for i, t in enumerate(found.expert(layer, expert))}
     tensors |= found.training_tensors([name for part in training_parts(found) for name in part["tensors"]])

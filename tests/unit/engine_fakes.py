@@ -19,7 +19,8 @@ from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.sampler import sample
 from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import StepConflict, VersionGone
-from trinity.models.afmoe.model import Output
+from trinity.models.afmoe.config import AfmoeConfig
+from trinity.models.common.decoder import Output
 from trinity.text.detokenizer import TextStream
 
 VOCAB = 40
@@ -35,7 +36,7 @@ class FakeTokenizer:
 
 
 def fake_config(window: int = 4, layers: tuple[str, ...] = ("sliding_attention", "full_attention")) -> ModelConfig:
-    return ModelConfig(
+    return AfmoeConfig(
         vocab_size=VOCAB,
         hidden_size=8,
         intermediate_size=8,

@@ -29,9 +29,9 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     pool = local_pool(MODEL, Load(seed=1), backend="torch")
     model = Afmoe(MODEL, pool.dispatcher())
-    init_weights(model, MODEL, seed=1)
+    init_weights(model, seed=1)
     writer = CheckpointWriter(folder, 5)
-    parts = [*pool.save(str(writer.folder), 0)(), *write_tensors(writer.folder, "model", model.state_dict().items())]
+    parts = [*pool.save(str(writer.folder), 0)(), *write_tensors(writer.folder, "model", model.tensors().items())]
     return writer.finish(parts, MODEL, Tokenizer.train(iter(["some text to learn from " * 20]), 320), None)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.unit.engine_fakes import VOCAB, FakeAfmoe, fake_config, fake_engine, run_all, solo
 from trinity.config import EngineConfig
 from trinity.engine.engine import Engine
-from trinity.engine.kv_cache import FULL, KINDS, SLIDING, plan_layout, window_blocks
+from trinity.engine.kv_cache import plan_layout, window_blocks
 from trinity.engine.request import SamplingParams
 from trinity.errors import ConfigError, InvalidRequest, Overloaded, PromptTooLong, TrinityError, Unavailable
 
@@ -151,7 +151,7 @@ def test_sliding_layers_keep_only_their_window(chunk):
         fake_config(window), max_model_len=600, block_size=block, max_num_batched_tokens=chunk, kv_cache_bytes=1 << 18
     )
     engine.add("a", [1 + i % 30 for i in range(400)], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
-    table, most = engine._cache.tables[SLIDING], 0
+    table, most = engine._cache.tables[engine._cache.layout.kinds[1]], 0
     while engine.has_work:
         engine.step()
         most = max(most, table.num_blocks - len(table.free))
@@ -161,8 +161,10 @@ def test_sliding_layers_keep_only_their_window(chunk):
 def test_windows_of_all_sequences_fit_and_the_rest_is_full():
     engine = fake_engine(fake_config(10), max_num_seqs=8, max_model_len=2000, block_size=4, kv_cache_bytes=1 << 18)
     layout = engine._cache.layout
-    assert layout.num_blocks[SLIDING] == 8 * 4
-    assert layout.total_bytes <= 1 << 18 < layout.total_bytes + layout.block_bytes[FULL]
+    full, sliding = layout.kinds
+    assert (full.window, sliding.window) == (None, 10)
+    assert layout.num_blocks[sliding] == 8 * 4
+    assert layout.total_bytes <= 1 << 18 < layout.total_bytes + layout.block_bytes[full]
 
 
 @pytest.mark.parametrize("layers", [("full_attention",), ("sliding_attention",) * 2, ("full_attention",) * 3])
@@ -192,7 +194,7 @@ def test_layout_fits_its_memory_and_one_sequence(window, block_size, max_len, se
         assert kib << 10 < need + 64 * block_size * window_blocks(window, block_size)
         return
     assert layout.total_bytes <= kib << 10
-    for kind in KINDS:
+    for kind in layout.kinds:
         assert layout.blocks_per_seq[kind] <= layout.num_blocks[kind] <= seqs * layout.blocks_per_seq[kind]
 
 

@@ -31,7 +31,7 @@ class Paged:
         self.config = fake_config(window, LAYERS)
         settings = EngineConfig(max_model_len=MAX_LEN, block_size=block_size, max_num_seqs=8, kv_cache_bytes=8 << 20)
         self.cache = KVCache(plan_layout(self.config, settings, 4), 8)
-        self.pools = KVPools(self.config, self.cache.layout, torch.device("cpu"), torch.float32)
+        self.pools = KVPools(self.cache.layout, torch.device("cpu"), torch.float32)
         for pool in (*self.pools.k.values(), *self.pools.v.values()):
             pool.fill_(torch.nan)  # nothing unwritten may ever be read
         made = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ class Paged:
         if not chunks:
             return
         chunks = in_order(chunks)
-        attend = PagedAttention(self.pools, self.cache, flatten(chunks), self.config.sliding_window)
+        attend = PagedAttention(self.pools, self.cache, flatten(chunks))
         parts = [(int(c.sequence.request_id), slice(c.start, c.end)) for c in chunks]
         q, k, v = (torch.cat([self.qkv[i][n][rows] for i, rows in parts]) for n in range(3))
         for layer in range(len(LAYERS)):

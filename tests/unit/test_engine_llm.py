@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = Afmoe(config, experts=None)
     writer = CheckpointWriter(tmp_path_factory.mktemp("run"), 7)
-    parts = list(write_tensors(writer.folder, "model-backbone", model.state_dict().items()))
+    parts = list(write_tensors(writer.folder, "model-backbone", model.tensors().items()))
     tensors = {
         f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight": weight
         for layer in config.moe_layers

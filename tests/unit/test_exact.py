@@ -17,7 +17,7 @@ from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.torch_backend import TorchBackend
 from trinity.models.common.attention import PackedAttention, causal_mask, document_positions
 from trinity.models.common.layers import Linear, RMSNorm, SwiGLU, project
-from trinity.models.common.router import Router
+from trinity.models.common.router import SigmoidRouter
 from trinity.ops.batch_invariant import elementwise, gemm
 from trinity.ops.batch_invariant.attention import attention, differentiable
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
@@ -228,13 +228,13 @@ def test_experts_give_a_row_the_same_bits_in_any_company(size, dtype):
 
 def test_norms_and_router_give_a_row_the_same_bits_in_any_company():
     config = preset("tiny").model_copy(update={"hidden_size": 100, "num_experts": 13, "num_experts_per_tok": 3})
-    norm, router = RMSNorm(100, 1e-5), Router(config)
-    router.is_exact, bias_E = True, random(13) / 10
+    norm, router = RMSNorm(100, 1e-5), SigmoidRouter(100, 13, config.num_experts_per_tok, scale=config.route_scale)
+    router.is_exact, router.bias_E = True, random(13) / 10
     x_TD = random(300, 100)
     with torch.no_grad():
-        normed, routing = norm(x_TD), router(x_TD, bias_E)
+        normed, routing = norm(x_TD), router(x_TD)
         for threads, part in ((1, slice(0, 1)), (2, slice(5, 8)), (3, slice(1, 300)), (2, slice(17, 61))):
             torch.set_num_threads(threads)
             assert torch.equal(norm(x_TD[part]), normed[part])
-            for mine, whole in zip(router(x_TD[part], bias_E), routing, strict=True):
+            for mine, whole in zip(router(x_TD[part]), routing, strict=True):
                 assert torch.equal(mine, whole[part])

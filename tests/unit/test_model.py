@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from trinity.config import ModelConfig, preset
+from trinity.config import preset
 from trinity.dispatch.transport import Done
+from trinity.models.afmoe.config import AfmoeConfig
 from trinity.models.afmoe.init import init_weights
 from trinity.models.afmoe.model import Afmoe
-from trinity.models.afmoe.params import count_backbone, count_params, is_hidden_matrix
 from trinity.models.common.attention import PackedAttention, packed_positions
 from trinity.models.common.layers import rotary_table, rotate
-from trinity.models.rules.init import init_expert, init_std, named_generator, truncated_normal
+from trinity.models.registry import family_of
+from trinity.models.rules.init import init_expert, named_generator, truncated_normal
 
 TINY = preset("tiny")
 
@@ -34,7 +35,7 @@ class ScaledInput(nn.Module):
 
 def tiny_model(dtype: torch.dtype | None = None, seed: int = 0) -> Afmoe:
     model = Afmoe(TINY, ScaledInput(), dtype=dtype)
-    init_weights(model, TINY, seed=seed)
+    init_weights(model, seed=seed)
     return model
 
 
@@ -47,8 +48,8 @@ def run(model: Afmoe, batch: int = 2, seq: int = 20):
     ("name", "total", "active"), [("nano", 6.120, 1.024), ("mini", 26.124, 3.475), ("large", 398.635, 13.372)]
 )
 def test_published_parameter_counts(name, total, active):
-    counts = count_params(preset(name))
-    assert [round(n / 1e9, 3) for n in counts] == [total, active]
+    counts = family_of(preset(name)).count_params(preset(name))
+    assert [round(n / 1e9, 3) for n in (counts.total, counts.active)] == [total, active]
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "large"])
@@ -57,15 +58,17 @@ def test_counts_equal_the_module(name):
     model = Afmoe(config, ScaledInput(), device="meta")
     backbone = sum(p.numel() for p in model.parameters())
     experts = len(config.moe_layers) * config.num_experts * config.expert_params
-    assert count_backbone(config) == backbone
-    assert count_params(config)[0] == backbone + experts
+    counts = family_of(config).count_params(config)
+    assert counts.total == backbone + experts == sum(counts.by_role.values())
+    assert counts.by_role["experts"] == experts
+    assert counts.by_role["embedding"] == counts.by_role["head"] == config.vocab_size * config.hidden_size
 
 
 def test_experts_are_called_but_not_owned():
     model = tiny_model()
     assert not any("scale" in name for name, _ in model.named_parameters())
     assert not any(isinstance(module, ScaledInput) for module in model.modules())
-    assert not any("experts" in key and "shared" not in key for key in model.state_dict())
+    assert not any("experts" in key and "shared" not in key for key in model.tensors())
     assert torch.isfinite(run(model).hidden_TD).all()
 
 
@@ -90,20 +93,20 @@ def test_bf16_forward_keeps_bias_and_routing_in_fp32():
 
 def test_router_multiplies_in_fp32():
     """Logits of a bf16 model equal the fp32 product of its bf16 operands, inside an autocast region too."""
-    router = tiny_model(torch.bfloat16).model.layers[1].mlp.router
+    router = tiny_model(torch.bfloat16).routers[1]
     x_TD = torch.randn(9, 128).bfloat16()
     want_TE = x_TD.float() @ router.gate.weight.float().T
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got_TE = router(x_TD, torch.zeros(8)).logits_TE
+        got_TE = router(x_TD).logits_TE
     torch.testing.assert_close(got_TE, want_TE, rtol=1e-6, atol=1e-7)
 
 
 def test_bias_selects_but_does_not_weigh():
     """A large bias brings an expert in; its weight still comes from its score."""
-    router = tiny_model().model.layers[1].mlp.router
-    x_TD, bias_E = torch.randn(9, 128), torch.zeros(8)
-    bias_E[3] = 10
-    routing = router(x_TD, bias_E)
+    router = tiny_model().routers[1]
+    x_TD = torch.randn(9, 128)
+    router.bias_E[3] = 10
+    routing = router(x_TD)
     assert (routing.ids_TK[:, 0] == 3).all()
     scores_TK = routing.scores_TE.gather(1, routing.ids_TK)
     torch.testing.assert_close(routing.weights_TK, 2.0 * scores_TK / scores_TK.sum(-1, keepdim=True))
@@ -125,7 +128,7 @@ def test_bias_is_written_in_place_and_loads_exactly_into_bf16():
     assert tuple(model.expert_bias) == TINY.moe_layers
     model.expert_bias[2].copy_(torch.full((8,), 0.1))
     state = model.state_dict()
-    assert torch.equal(state["model.layers.2.mlp.expert_bias"], torch.full((8,), 0.1))
+    assert torch.equal(model.tensors()["model.layers.2.mlp.expert_bias"], torch.full((8,), 0.1))
     other = tiny_model(torch.bfloat16)
     other.load_state_dict(state)
     assert torch.equal(other.expert_bias[2], torch.full((8,), 0.1))
@@ -196,9 +199,9 @@ def test_masks_are_built_once_and_only_where_needed(monkeypatch):
 
 def test_backbone_init_is_arcees():
     model = tiny_model()
-    std = init_std(TINY)
+    std = TINY.init_std
     assert std == pytest.approx(0.5 / 128**0.5)
-    for name, weight in model.named_parameters():
+    for name, weight in model.weights().items():
         if weight.ndim == 2:
             assert weight.abs().max() <= 3 * std, name
             assert weight.std().item() == pytest.approx(0.9866 * std, rel=0.04), name  # std of a normal cut at 3 sigma
@@ -210,16 +213,16 @@ def test_backbone_init_is_arcees():
 
 def test_init_does_not_depend_on_order_dtype_or_history():
     """By name and seed alone: a model with other layers before it, made after other draws, gets the same weights."""
-    short = ModelConfig(**{**TINY.model_dump(), "num_hidden_layers": 3, "layer_types": TINY.layer_types[:3]})
+    short = AfmoeConfig(**{**TINY.model_dump(), "num_hidden_layers": 3, "layer_types": TINY.layer_types[:3]})
     torch.rand(7)
     small, full, half = Afmoe(short, ScaledInput()), tiny_model(), tiny_model(torch.bfloat16)
-    init_weights(small, short, seed=0)
-    for name, weight in small.named_parameters():
+    init_weights(small, seed=0)
+    for name, weight in small.weights().items():
         if weight.ndim == 2:
-            assert torch.equal(weight, full.get_parameter(name)), name
-            assert torch.equal(weight.bfloat16(), half.get_parameter(name)), name
+            assert torch.equal(weight, full.weights()[name]), name
+            assert torch.equal(weight.bfloat16(), half.weights()[name]), name
     other = copy.deepcopy(full)
-    init_weights(other, TINY, seed=1)
+    init_weights(other, seed=1)
     assert not torch.equal(other.lm_head.weight, full.lm_head.weight)
 
 
@@ -245,15 +248,15 @@ def test_truncated_normal_has_the_right_shape_of_distribution():
 
 def test_hidden_matrices_are_muons():
     model = tiny_model()
-    muon = {name for name, weight in model.named_parameters() if is_hidden_matrix(name, weight)}
-    rest = {name for name, _ in model.named_parameters()} - muon
+    family = family_of(TINY)
+    muon = {name for name, weight in model.weights().items() if family.group(name, weight) == "matrices"}
+    rest = model.weights().keys() - muon
     assert {name.rsplit(".", 2)[-2] for name in muon} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     assert {name for name in rest if "norm" not in name} == {
         "model.embed_tokens.weight", "lm_head.weight", *(f"model.layers.{i}.mlp.router.gate.weight" for i in (1, 2, 3)),
     }  # fmt: skip
-    assert is_hidden_matrix("model.layers.1.mlp.experts.0.gate_proj.weight", torch.empty(2, 2))
 
 
 def test_no_tokens_is_not_an_error():
@@ -293,7 +296,7 @@ def test_inference_uses_new_weights_at_once(write):
         write(model, tiny_model(seed=seed).state_dict())
         check_inference(model)
     with torch.no_grad():  # one of four weights that are packed together
-        model.model.layers[0].self_attn.v_proj.weight.mul_(2)
+        model.model.layers[0].pre.self_attn.v_proj.weight.mul_(2)
     check_inference(model)
 
 

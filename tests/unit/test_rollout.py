@@ -225,7 +225,7 @@ def test_a_policy_step_follows_the_gradient_of_reinforce(texts, tmp_path):
         answer_NV = trainer.model.logits(out.hidden_TD)[len(sample.prompt_ids) - 1 :]
         loss = loss + advantage * F.cross_entropy(answer_NV, torch.tensor(sample.token_ids), reduction="sum")
     (loss / (12 * len(samples))).backward()
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.model.weights().items():
         torch.testing.assert_close(grads[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 

@@ -17,9 +17,9 @@ from trinity.errors import ConfigError, TrinityError
 from trinity.experts.stacked import named_matrices
 from trinity.models.afmoe.init import init_weights
 from trinity.models.afmoe.model import Afmoe
-from trinity.models.afmoe.params import is_hidden_matrix
 from trinity.models.common.attention import PackedAttention, packed_positions
 from trinity.models.common.losses import sequence_balance_loss
+from trinity.models.registry import family_of
 from trinity.optim.muon import Matrix, orthogonalize
 from trinity.optim.optimizer import Optimizer
 from trinity.optim.schedule import lr_factor
@@ -59,7 +59,7 @@ def trainer_for(config, num_shards=1):
 
 
 def all_weights(trainer):
-    weights = dict(trainer.model.state_dict())
+    weights = dict(trainer.model.tensors())
     for shard in trainer.pool.transport.shards.values():
         weights.update(named_matrices(shard.store.current, shard.experts, (WEIGHT,)))
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
@@ -95,9 +95,14 @@ def train_plainly(config, start, data):
     """The same run as one ordinary torch program: one graph, autograd everywhere, one clip, one optimizer."""
     dense = Dense(config.model, start)
     model = Afmoe(config.model, dense)
-    init_weights(model, config.model, config.train.seed)
-    names = dict(model.named_parameters()) | {n.replace("/", "."): p for n, p in dense.matrices.items()}
-    matrices = {n: Matrix(*p.shape) for n, p in names.items() if is_hidden_matrix(n, p)}
+    init_weights(model, config.train.seed)
+    dense_names = {n.replace("/", ".") for n in dense.matrices}
+    names = model.weights() | {n.replace("/", "."): p for n, p in dense.matrices.items()}
+    matrices = {
+        n: Matrix(*p.shape)
+        for n, p in names.items()
+        if n in dense_names or family_of(config.model).group(n, p) == "matrices"
+    }
     optimizer = Optimizer({n: p.detach() for n, p in names.items()}, matrices, config.optim)
     settings, losses = config.train, []
     for step in range(settings.steps):

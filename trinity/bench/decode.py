@@ -174,13 +174,13 @@ class Bench:
         from trinity.checkpoint import open_checkpoint
         from trinity.engine.engine import Engine
         from trinity.engine.weights import FixedWeights
-        from trinity.models.afmoe.model import Afmoe
+        from trinity.models.registry import build
         from trinity.pool.local import local_pool
         from trinity.rpc.messages import Load
 
         config, checkpoint = self.model.model_copy(update={"batch_invariant": False}), open_checkpoint(self.path)
         pool = local_pool(config, Load(str(self.path), training=False))
-        model = Afmoe(config, pool.dispatcher(checkpoint.version)).eval()
+        model = build(config, pool.dispatcher(checkpoint.version)).eval()
         checkpoint.load_backbone(model)
         weights = FixedWeights(model, checkpoint.version)
         return Ours(Engine(weights, config, self.settings(), checkpoint.tokenizer))

@@ -82,8 +82,7 @@ def checkpoint(model: ModelConfig, folder: Path) -> Path:
     """The seeded random weights of `model` in `folder`, written unless they are there; with a tokenizer of its size."""
     from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
     from trinity.data.documents import documents
-    from trinity.models.afmoe.init import init_weights
-    from trinity.models.afmoe.model import Afmoe
+    from trinity.models.registry import family_of
     from trinity.pool.local import local_pool
     from trinity.rpc.messages import Load
     from trinity.text.tokenizer import Tokenizer
@@ -91,10 +90,10 @@ def checkpoint(model: ModelConfig, folder: Path) -> Path:
     if (folder / "manifest.json").is_file() and open_checkpoint(folder).config == model:
         return folder
     pool = local_pool(model, Load(seed=SEED))
-    backbone = Afmoe(model, pool.dispatcher())
-    init_weights(backbone, model, SEED)
+    backbone = family_of(model).build(model, pool.dispatcher())
+    family_of(model).init_weights(backbone, SEED)
     writer = CheckpointWriter(folder, 0)
-    parts = [*pool.save(str(writer.folder), 0)(), *write_tensors(writer.folder, "model", backbone.state_dict().items())]
+    parts = [*pool.save(str(writer.folder), 0)(), *write_tensors(writer.folder, "model", backbone.tensors().items())]
     tokenizer = Tokenizer.train(documents(("stdlib",), max_documents=50), model.vocab_size)
     return writer.finish(parts, model, tokenizer, None)
 

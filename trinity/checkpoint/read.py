@@ -22,18 +22,18 @@ from trinity.checkpoint.layout import (
     INDEX,
     MANIFEST,
     PARTIAL,
-    PROJECTIONS,
     SINGLE,
     STATE,
     STORED,
-    expert_key,
     own_hash,
 )
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
-from trinity.models.afmoe.hf import from_hf
+from trinity.models.common.keys import PROJECTIONS
+from trinity.models.registry import family_of, read_config
 
 if TYPE_CHECKING:
+    from trinity.models.common.decoder import CausalLM
     from trinity.text.tokenizer import Tokenizer
 
 MAX_JSON_BYTES = 256 << 20
@@ -54,7 +54,7 @@ class Checkpoint:
         for file in self._files:
             if not file.endswith(".safetensors"):  # those are checked when they are first read
                 self._verified(file)
-        self.config: ModelConfig = from_hf(_read_json(self._verified("config.json")), self.path)
+        self.config: ModelConfig = read_config(_read_json(self._verified("config.json")), self.path)
         self.weight_map = self._weight_map()
         self._open: dict[str, Any] = {}
 
@@ -98,24 +98,32 @@ class Checkpoint:
         path = self.path / "generation_config.json"
         return _read_json(path) if path.is_file() else None
 
-    def tensor(self, key: str, shape: Iterable[int] | None = None) -> Tensor:
-        """A tensor of the model, checked to be of a type that holds weights as they are, and of `shape`."""
+    def tensor(self, key: str, shape: Iterable[int] | None = None, at: int | None = None) -> Tensor:
+        """A tensor of the model, checked to be of a type that holds weights as they are, and of `shape`; `at`: its part of that
+        number, read alone."""
         if key not in self.weight_map:
-            raise CheckpointError(f"{self.path}: tensor {key!r} is missing; is this a complete AFMoE checkpoint?")
-        return self._read(self.weight_map[key], key, shape)
+            raise CheckpointError(
+                f"{self.path}: tensor {key!r} is missing; is this a complete {self.config.model_type} checkpoint?"
+            )
+        return self._read(self.weight_map[key], key, shape, at)
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> gate_FD, up_FD, down_DF of one expert."""
+        """Return gate_FD, up_FD, down_DF of one expert, from a tensor for each or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
+        keys, stacked = family_of(self.config).keys.expert, family_of(self.config).keys.stacked
+        if (gate_up := stacked.gate_up.format(layer=layer)) in self.weight_map:
+            num = self.config.num_experts
+            gate, up = self.tensor(gate_up, (num, 2 * f, d), expert).chunk(2)
+            return gate, up, self.tensor(stacked.down.format(layer=layer), (num, d, f), expert)
         shapes = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-        gate, up, down = (self.tensor(expert_key(layer, expert, p), shapes[p]) for p in PROJECTIONS)
+        gate, up, down = (self.tensor(keys.of(layer, expert, p), shapes[p]) for p in PROJECTIONS)
         return gate, up, down
 
     @torch.no_grad()
-    def load_backbone(self, model: torch.nn.Module) -> int:
-        """Copy every tensor of the model's state_dict from the files; -> version."""
-        for name, mine in model.state_dict().items():
-            mine.copy_(self.tensor(name, mine.shape))
+    def load_backbone(self, model: "CausalLM") -> int:
+        """Copy every tensor of the backbone from the files; -> version."""
+        for key, mine in model.tensors().items():
+            mine.copy_(self.tensor(key, mine.shape))
         return self.version
 
     def training_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -134,15 +142,14 @@ class Checkpoint:
             t: file for file, entry in self._files.items() if file.startswith("training/") for t in entry["tensors"]
         }
 
-    def _read(self, file: str, key: str, shape: Iterable[int] | None) -> Tensor:
+    def _read(self, file: str, key: str, shape: Iterable[int] | None, at: int | None = None) -> Tensor:
         if file not in self._open:
             self._open[file] = _opened(self._verified(file))
         with _reading(self.path / file, f"{key!r} in "):
-            tensor = self._open[file].get_tensor(key)
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(
-                f"{self.path / file}: {key} has shape {list(tensor.shape)}, config.json wants {list(shape)}"
-            )
+            found = self._open[file].get_slice(key).get_shape()
+            if shape is not None and tuple(found) != tuple(shape):
+                raise CheckpointError(f"{self.path / file}: {key} has shape {found}, config.json wants {list(shape)}")
+            tensor = self._open[file].get_tensor(key) if at is None else self._open[file].get_slice(key)[at]
         if tensor.dtype not in STORED:
             raise CheckpointError(
                 f"{self.path / file}: {key} has type {tensor.dtype}; weights are floating point, one of {[*STORED.values()]}"

@@ -40,7 +40,7 @@ from trinity.checkpoint.layout import (
 )
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
-from trinity.models.afmoe.hf import to_hf
+from trinity.models.registry import write_config
 from trinity.rpc.messages import Part
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class CheckpointWriter:
         known = {part.file for part in parts}
         made = [_synced(self.folder, name) for name in names if name not in known]
         trees = {
-            "config.json": to_hf(config),
+            "config.json": write_config(config),
             "generation_config.json": generation or _generation_config(config),
             INDEX: _index(parts),
         }

@@ -1,9 +1,9 @@
-"""`trinity convert SRC DST`: read an AFMoE checkpoint, check it whole, write it again without training state."""
+"""`trinity convert SRC DST`: read a checkpoint, check it whole, write it again without training state."""
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,20 +33,17 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-class _Absent:
-    def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> NoReturn:
-        raise AssertionError("only the names and shapes of this model are used")
-
-
 def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor the architecture has, checked; expert_bias stays fp32."""
+    """Every tensor that the architecture has, checked; selection biases stay fp32."""
     from trinity.checkpoint import PROJECTIONS, all_experts, expert_key
-    from trinity.models.afmoe.model import Afmoe
+    from trinity.models.common.family import Nobody
+    from trinity.models.registry import build
 
-    backbone = Afmoe(source.config, _Absent(), device="meta")
-    for name, like in backbone.state_dict().items():
+    backbone = build(source.config, Nobody(), device="meta")
+    biases = backbone.biases()
+    for name, like in backbone.tensors().items():
         tensor = source.tensor(name, like.shape)
-        yield name, tensor.float() if name.endswith("expert_bias") else tensor.to(dtype)
+        yield name, tensor.float() if name in biases else tensor.to(dtype)
     for layer, experts in all_experts(source.config).items():
         for expert in experts:
             matrices = source.expert(layer, expert)

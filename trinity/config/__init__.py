@@ -13,7 +13,7 @@ from trinity.config.env import (
     setup_environment,
     setup_threads,
 )
-from trinity.config.model import LayerType, ModelConfig
+from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
@@ -30,7 +30,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "Frozen",
-    "LayerType",
+    "LayerCache",
     "ModelConfig",
     "OptimConfig",
     "PlacementConfig",

@@ -1,92 +1,120 @@
-"""The architecture of a model: the `model` section of the settings."""
+"""The architecture of a model: what every family says of itself, in numbers. The families are in trinity/models/.
 
-from functools import cached_property
-from typing import Any, Literal
+Legend: D model, E experts, K top-k.
+Decisions: a family's own fields are those of its folder; what engine, trainer, pool and checkpoint need is declared here, and
+nothing else is known of a model outside trinity/models/. A mapping without `model_type` is AFMoE's, as runs of before wrote it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from trinity.config.yaml import Frozen
+from trinity.errors import ConfigError
 
-LayerType = Literal["sliding_attention", "full_attention"]
+FIRST_FAMILY = "afmoe"
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one attention layer keeps of each token that it has seen, and of how many.
+
+    Keys are `num_heads` x `key_dim` numbers, values `num_heads` x `value_dim`; a latent layer keeps keys alone, and the first
+    `value_dim` numbers of a key are its value. `window`: tokens that are seen, the newest included; None: all. Scores are
+    multiplied by `scale`.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int | None = None
+    is_latent: bool = False
+
+    @property
+    def own_value_dim(self) -> int:
+        """Numbers of a value that are stored beside the key."""
+        return 0 if self.is_latent else self.value_dim
+
+    @property
+    def numbers_per_token(self) -> int:
+        return self.num_heads * (self.key_dim + self.own_value_dim)
 
 
 class ModelConfig(Frozen):
-    """An AFMoE architecture, with the field names of its Hugging Face `config.json` (shared words, no translation)."""
+    """Base of every family's architecture. Field names are those of its Hugging Face `config.json` where it has one."""
 
+    families: ClassVar[dict[str, type["ModelConfig"]]] = {}
+
+    model_type: str
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0)
+    moe_intermediate_size: int = Field(gt=0, description="hidden size of one routed expert")
     num_hidden_layers: int = Field(gt=0)
-    num_dense_layers: int = Field(ge=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    num_experts: int = Field(gt=0)
+    num_experts: int = Field(gt=0, description="routed experts of a layer that has any")
     num_experts_per_tok: int = Field(gt=0)
-    num_shared_experts: int = Field(ge=0)
-    route_scale: float
-    sliding_window: int = Field(gt=0)
-    global_attn_every_n_layers: int = Field(default=4, gt=0)
-    layer_types: tuple[LayerType, ...] = ()
     max_position_embeddings: int = Field(gt=0)
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    mup_enabled: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | None = 3
-    pad_token_id: int | None = 12
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_invariant: bool = Field(
         default=True,
         description="on CPUs: a token's numbers are the same bits in any batch, in training as in serving",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _fill_layer_types(cls, data: Any) -> Any:
-        """Every n-th layer attends globally, the others within their window, unless listed one by one."""
-        if not isinstance(data, dict):
-            return data
-        num, every = data.get("num_hidden_layers"), data.get("global_attn_every_n_layers", 4)
-        if isinstance(num, int) and isinstance(every, int) and every > 0 and not data.get("layer_types"):
-            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num)]
-            data = {**data, "layer_types": tuple(kinds)}
-        return data
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        """Register the family under its `model_type`."""
+        ModelConfig.families[cls.model_fields["model_type"].default] = cls
 
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        checks = [
-            (
-                len(self.layer_types) == self.num_hidden_layers,
-                f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers",
-            ),
-            (
-                self.num_experts_per_tok <= self.num_experts,
-                f"num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}",
-            ),
-            (
-                self.num_attention_heads % self.num_key_value_heads == 0,
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}",
-            ),
-            (
-                self.num_dense_layers <= self.num_hidden_layers,
-                f"num_dense_layers {self.num_dense_layers} > num_hidden_layers {self.num_hidden_layers}",
-            ),
-            (self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rotary embeddings"),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise ValueError(message)
-        return self
+    @staticmethod
+    def family(tree: Mapping[str, object]) -> type["ModelConfig"]:
+        """The class of a mapping's `model_type`. Raises ConfigError for one that is not known."""
+        name = tree.get("model_type", FIRST_FAMILY)
+        if name not in ModelConfig.families:
+            raise ConfigError(f"model_type {name!r} is not known; there are {', '.join(sorted(ModelConfig.families))}")
+        return ModelConfig.families[str(name)]
 
-    @cached_property
+    @staticmethod
+    def of(tree: "ModelConfig | Mapping[str, object]") -> "ModelConfig":
+        """The family's own class, checked. Raises ConfigError or pydantic's ValidationError."""
+        return tree if isinstance(tree, ModelConfig) else ModelConfig.family(tree).model_validate(tree)
+
+    # -- the contract: what is asked of a model without building it
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the layers with routed experts."""
-        return tuple(range(self.num_dense_layers, self.num_hidden_layers))
+        """Indices of the layers with routed experts, ascending."""
+        raise NotImplementedError
 
-    @cached_property
+    @property
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        """What each layer keeps of the tokens that it has seen."""
+        raise NotImplementedError
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of a fresh matrix, a routed expert's included (trinity/models/rules/init.py)."""
+        raise NotImplementedError
+
+    @property
     def expert_params(self) -> int:
         """Parameters of one routed expert."""
         return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @model_validator(mode="after")
+    def _check_top_k(self) -> Self:
+        require(
+            self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}",
+        )
+        return self
+
+
+def require(holds: Any, message: str) -> None:
+    """Raise the ValueError that pydantic turns into a sentence about the setting."""
+    if not holds:
+        raise ValueError(message)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
 
 from trinity.config.env import admin_key, api_key
 from trinity.config.model import ModelConfig
@@ -22,7 +22,7 @@ from trinity.errors import ConfigError
 class Config(Frozen):
     """Everything. `Config.load("run.yaml", ["--train.steps", "20"])`."""
 
-    model: ModelConfig
+    model: SerializeAsAny[ModelConfig]
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -30,6 +30,11 @@ class Config(Frozen):
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _of_its_family(cls, value: Any) -> Any:
+        return ModelConfig.of(value) if isinstance(value, Mapping) else value
 
     @classmethod
     def load(cls, path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> "Config":
@@ -39,8 +44,8 @@ class Config(Frozen):
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> "Config":
         """Validate a plain nested mapping; `model` may be a preset's name or a mapping with `preset`."""
-        _refuse_unknown(cls, tree)
         tree = _expand_preset(dict(tree))
+        _refuse_unknown(cls, tree)
         if found := {name: key for name, key in (("api_key", api_key()), ("admin_key", admin_key())) if key}:
             tree["serve"] = {**found, **tree.get("serve", {})}
         try:
@@ -87,8 +92,6 @@ def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> None:
     """Name the nearest known key for each unknown one (pydantic alone would only say that it is extra)."""
     for key, value in tree.items():
-        if prefix == "model." and key == "preset":
-            continue
         if key not in kind.model_fields:
             near = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.6)
             near = ([] if prefix else _elsewhere(str(key))) or [prefix + name for name in near]
@@ -98,6 +101,8 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
         inner = _section(annotation)
         if inner is not None and not isinstance(value, Mapping | str | None):
             raise ConfigError(f"{prefix}{key} is a section of settings, not {value!r}")
+        if inner is ModelConfig and isinstance(value, Mapping):
+            inner = ModelConfig.family(value)
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown(inner, value, f"{prefix}{key}.")
         if isinstance(value, bool) and inner is None and bool not in (annotation, *typing.get_args(annotation)):

@@ -1,7 +1,7 @@
 """Attention over the paged cache: the `Attend` of the engine's forward passes.
 
 Legend: T tokens of the pass, B decoding sequences, S keys seen, P slots, n tokens of a prefill chunk, H query heads,
-G key-value heads, R = H / G, d head dim.
+G key-value heads, R = H / G, d key dim, e value dim (= d but in latent layers).
 The flat T holds the single-token chunks first (longest context first), then the prefill chunks. Slots and masks are
 made once per pass and shared by all layers of a kind. Within a layer the order is: prefill chunks gather their past,
 then all new keys and values are written, then decodes gather. A ring that turns round within a chunk relies on it.
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity.config import LayerType, ModelConfig
-from trinity.engine.kv_cache import KINDS, SLIDING, BlockTable, CacheLayout, KVCache
+from trinity.config import LayerCache
+from trinity.engine.kv_cache import BlockTable, CacheLayout, KVCache
 
 PAD_FREELY = 256  # keys; contexts up to this length share one padded call
 MAX_GATHERED = 1 << 18  # padded keys of one decode call: bounds its memory
@@ -26,18 +26,30 @@ MAX_MASK = 1 << 22  # entries of one prefill mask
 
 
 class KVPools:
-    """Keys and values of all layers, one pair of tensors [layers of the kind, P, G, d] per kind; zero at first."""
+    """Keys and values of all layers, a pair of tensors [layers of the kind, P, G, d or e] per kind; zero at first.
 
-    def __init__(self, config: ModelConfig, layout: CacheLayout, device: torch.device, dtype: torch.dtype):
-        self.k: dict[LayerType, Tensor] = {}
-        self.v: dict[LayerType, Tensor] = {}
-        for kind in KINDS:
-            num_slots = layout.num_blocks[kind] * layout.block_size
-            shape = (config.layer_types.count(kind), num_slots, config.num_key_value_heads, config.head_dim)
-            self.k[kind] = torch.zeros(shape, device=device, dtype=dtype)
-            self.v[kind] = torch.zeros(shape, device=device, dtype=dtype)
-        types = config.layer_types
-        self.place = [(kind, types[:layer].count(kind)) for layer, kind in enumerate(types)]
+    A latent kind stores keys alone: its values are a view of them.
+    """
+
+    def __init__(self, layout: CacheLayout, device: torch.device, dtype: torch.dtype):
+        self.k: dict[LayerCache, Tensor] = {}
+        self.v: dict[LayerCache, Tensor] = {}
+        for kind in layout.kinds:
+            shape = (layout.num_layers(kind), layout.num_blocks[kind] * layout.block_size, kind.num_heads)
+            k, v = (torch.zeros(*shape, dim, device=device, dtype=dtype) for dim in (kind.key_dim, kind.own_value_dim))
+            self.k[kind], self.v[kind] = k, k[..., : kind.value_dim] if kind.is_latent else v
+        self._layers = [(kind, self.k[kind][index], self.v[kind][index]) for kind, index in layout.places]
+
+    def of(self, layer: int) -> tuple[LayerCache, Tensor, Tensor]:
+        """The layer's kind, keys [P, G, d] and values [P, G, e]."""
+        return self._layers[layer]
+
+    def write(self, layer: int, slots: Tensor, k_NGd: Tensor, v_NGe: Tensor | None) -> None:
+        """Store new tokens at these slots; `v_NGe` is None in a latent layer."""
+        _, k_PGd, v_PGe = self.of(layer)
+        k_PGd.index_copy_(0, slots, k_NGd)
+        if v_NGe is not None:
+            v_PGe.index_copy_(0, slots, v_NGe)
 
 
 @dataclass(frozen=True)
@@ -83,52 +95,59 @@ class AttentionPlan(NamedTuple):
 class PagedAttention:
     """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
 
-    def __init__(self, pools: KVPools, cache: KVCache, flat: Flat, window: int):
+    def __init__(self, pools: KVPools, cache: KVCache, flat: Flat):
         device = next(iter(pools.k.values())).device
         self._pools = pools
-        self._plans = {
-            kind: make_plan(cache.tables[kind], flat, window if kind == SLIDING else None, device) for kind in KINDS
-        }
+        self._plans = {kind: make_plan(table, flat, kind.window, device) for kind, table in cache.tables.items()}
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        kind, index = self._pools.place[layer]
-        plan, k_PGd, v_PGd = self._plans[kind], self._pools.k[kind][index], self._pools.v[kind][index]
-        out_THd = torch.empty_like(q_THd)
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
+        kind, k_PGd, v_PGe = self._pools.of(layer)
+        plan = self._plans[kind]
+        seen_TGe = k_TGd[..., : kind.value_dim] if v_TGe is None else v_TGe
+        out_THe = q_THd.new_empty(*q_THd.shape[:2], kind.value_dim)
         for part in plan.prefills:
             rows = part.rows
-            _prefill(out_THd[rows], q_THd[rows], k_TGd[rows], v_TGd[rows], k_PGd, v_PGd, part)
-        for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd)):
-            pool.index_copy_(0, plan.write_slots, new if plan.write_rows is None else new[plan.write_rows])
+            _prefill(out_THe[rows], q_THd[rows], k_TGd[rows], seen_TGe[rows], k_PGd, v_PGe, part, kind.scale)
+        keep = slice(None) if plan.write_rows is None else plan.write_rows
+        self._pools.write(layer, plan.write_slots, k_TGd[keep], None if v_TGe is None else v_TGe[keep])
         for group in plan.decodes:
-            out_THd[group.rows] = _decode(q_THd[group.rows], k_PGd, v_PGd, group)
-        return out_THd
+            out_THe[group.rows] = _decode(q_THd[group.rows], k_PGd, v_PGe, group, kind.scale)
+        return out_THe
 
 
-def _decode(q_BHd: Tensor, k_PGd: Tensor, v_PGd: Tensor, group: Decodes) -> Tensor:
+def _decode(q_BHd: Tensor, k_PGd: Tensor, v_PGe: Tensor, group: Decodes, scale: float) -> Tensor:
     shape_BS = group.slots_BS.shape
-    k_BGSd, v_BGSd = (
-        pool.index_select(0, group.slots_BS.flatten()).unflatten(0, shape_BS).transpose(1, 2) for pool in (k_PGd, v_PGd)
+    k_BGSd, v_BGSe = (
+        pool.index_select(0, group.slots_BS.flatten()).unflatten(0, shape_BS).transpose(1, 2) for pool in (k_PGd, v_PGe)
     )
     q_BGRd = q_BHd.unflatten(1, (k_PGd.shape[1], -1))
-    return F.scaled_dot_product_attention(q_BGRd, k_BGSd, v_BGSd, attn_mask=group.mask_B11S).flatten(1, 2)
+    o_BGRe = F.scaled_dot_product_attention(q_BGRd, k_BGSd, v_BGSe, attn_mask=group.mask_B11S, scale=scale)
+    return o_BGRe.flatten(1, 2)
 
 
 def _prefill(
-    out_nHd: Tensor, q_nHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, k_PGd: Tensor, v_PGd: Tensor, part: Prefill
+    out_nHe: Tensor,
+    q_nHd: Tensor,
+    k_nGd: Tensor,
+    v_nGe: Tensor,
+    k_PGd: Tensor,
+    v_PGe: Tensor,
+    part: Prefill,
+    scale: float,
 ) -> None:
     if part.past_P is not None:
         k_nGd = torch.cat((k_PGd.index_select(0, part.past_P), k_nGd))
-        v_nGd = torch.cat((v_PGd.index_select(0, part.past_P), v_nGd))
+        v_nGe = torch.cat((v_PGe.index_select(0, part.past_P), v_nGe))
     num_groups = k_nGd.shape[1]
     for tile in part.tiles:
         q_GRnd = q_nHd[tile.queries].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
-        k_GRSd, v_GRSd = (
-            x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_GRnd.shape[1], -1, -1) for x in (k_nGd, v_nGd)
+        k_GRSd, v_GRSe = (
+            x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_GRnd.shape[1], -1, -1) for x in (k_nGd, v_nGe)
         )
-        o_GRnd = F.scaled_dot_product_attention(
-            q_GRnd, k_GRSd, v_GRSd, attn_mask=tile.mask_qS, is_causal=tile.mask_qS is None
+        o_GRne = F.scaled_dot_product_attention(
+            q_GRnd, k_GRSd, v_GRSe, attn_mask=tile.mask_qS, is_causal=tile.mask_qS is None, scale=scale
         )
-        out_nHd[tile.queries] = o_GRnd.permute(2, 0, 1, 3).flatten(1, 2)
+        out_nHe[tile.queries] = o_GRne.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> AttentionPlan:

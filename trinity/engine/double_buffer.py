@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trinity.errors import TrinityError
 
 if TYPE_CHECKING:
-    from trinity.models.afmoe.model import Afmoe
+    from trinity.models.common.decoder import CausalLM
 
 
 class ModelDoubleBuffer:
@@ -21,15 +21,15 @@ class ModelDoubleBuffer:
     and the most that were held at once: who needs another one waits for the load that is under way, and takes what is left.
     """
 
-    def __init__(self, make: "Callable[[], Afmoe]", load: "Callable[[Afmoe, int], None]", beside: bool = True):
+    def __init__(self, make: "Callable[[], CausalLM]", load: "Callable[[CausalLM, int], None]", beside: bool = True):
         self._make, self._load, self._beside = make, load, beside
         self._loading, self._guard = threading.Lock(), threading.Lock()  # the second of the four below
-        self._held: dict[int, Afmoe] = {}
-        self._latest: tuple[int, Afmoe] | None = None
-        self._next: tuple[int, Afmoe] | None = None
-        self._spare: list[Afmoe] = []
+        self._held: dict[int, CausalLM] = {}
+        self._latest: tuple[int, CausalLM] | None = None
+        self._next: tuple[int, CausalLM] | None = None
+        self._spare: list[CausalLM] = []
 
-    def get(self, version: int, hold: bool = False) -> "Afmoe":
+    def get(self, version: int, hold: bool = False) -> "CausalLM":
         """Good until the next call; a held version's until it is released. Raises VersionGone."""
         if (found := self._taken(version)) is not None:
             return found
@@ -75,7 +75,7 @@ class ModelDoubleBuffer:
 
     # -- inside
 
-    def _taken(self, version: int) -> "Afmoe | None":
+    def _taken(self, version: int) -> "CausalLM | None":
         """For a pass, where it is there."""
         with self._guard:
             if self._next is not None and self._next[0] == version:
@@ -83,16 +83,16 @@ class ModelDoubleBuffer:
                 self._next = None
             return self._found(version)
 
-    def _found(self, version: int) -> "Afmoe | None":
+    def _found(self, version: int) -> "CausalLM | None":
         pairs = [pair for pair in (self._latest, self._next) if pair is not None]
         return {**dict(pairs), **self._held}.get(version)
 
-    def _use(self, version: int, model: "Afmoe") -> None:
+    def _use(self, version: int, model: "CausalLM") -> None:
         if self._latest is not None:
             self._spare.append(self._latest[1])
         self._latest = version, model
 
-    def _loaded(self, version: int, instead_of_latest: bool = False) -> "Afmoe":
+    def _loaded(self, version: int, instead_of_latest: bool = False) -> "CausalLM":
         model = self._free(instead_of_latest) or self._make()
         try:
             self._load(model, version)
@@ -102,7 +102,7 @@ class ModelDoubleBuffer:
             raise
         return model
 
-    def _free(self, instead_of_latest: bool) -> "Afmoe | None":
+    def _free(self, instead_of_latest: bool) -> "CausalLM | None":
         """One that nobody uses: a version that was ready and that no pass has asked for comes last."""
         with self._guard:
             if instead_of_latest and self._latest is not None:

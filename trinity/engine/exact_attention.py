@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trinity.engine.attention import Flat, KVPools
-from trinity.engine.kv_cache import KINDS, SLIDING, BlockTable, KVCache
+from trinity.engine.kv_cache import BlockTable, KVCache
 from trinity.ops.batch_invariant.attention import attention
 
 
@@ -38,21 +38,21 @@ class ExactPlan(NamedTuple):
 class ExactAttention:
     """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
 
-    def __init__(self, pools: KVPools, cache: KVCache, flat: Flat, window: int):
+    def __init__(self, pools: KVPools, cache: KVCache, flat: Flat):
         self._pools = pools
-        self._plans = {kind: make_plan(cache.tables[kind], flat, window if kind == SLIDING else None) for kind in KINDS}
+        self._plans = {kind: make_plan(table, flat, kind.window) for kind, table in cache.tables.items()}
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        kind, index = self._pools.place[layer]
-        plan, k_PGd, v_PGd = self._plans[kind], self._pools.k[kind][index], self._pools.v[kind][index]
-        out_THd = torch.empty_like(q_THd)
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
+        assert v_TGe is not None, "latent layers have no kernel here (is_plain)"
+        v_TGd = v_TGe  # values are as long as keys
+        kind, k_PGd, v_PGd = self._pools.of(layer)
+        plan, out_THd = self._plans[kind], torch.empty_like(q_THd)
         for past_N, reads in plan.prefills:
             k_SGd, v_SGd = (
                 torch.cat((pool[past_N], new[reads.rows])) for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd))
             )
             out_THd[reads.rows] = attention(q_THd[reads.rows], k_SGd, v_SGd, *reads[1:])
-        for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd)):
-            pool.index_copy_(0, plan.write_slots, new[plan.write_rows])
+        self._pools.write(layer, plan.write_slots, k_TGd[plan.write_rows], v_TGd[plan.write_rows])
         rows = plan.decodes.rows
         if rows.stop:
             out_THd[rows] = attention(q_THd[rows], k_PGd, v_PGd, *plan.decodes[1:])

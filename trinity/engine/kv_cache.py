@@ -1,24 +1,21 @@
 """The paged KV cache's bookkeeping: sizes, blocks, and where each token's keys and values lie. Host code, no torch.
 
-Legend: N rows (running sequences), P positions, C table columns. One table per attention kind.
-Decisions: a sliding layer never holds more than its window. A sequence's blocks of a kind form a ring of
+Legend: N rows (running sequences), P positions, C table columns. One table per kind: each LayerCache that layers have.
+Decisions: a windowed layer never holds more than its window. A sequence's blocks of a kind form a ring of
 `blocks_per_seq`: position p lies in column (p // block_size) % blocks_per_seq, so a block is taken over by new tokens
-as soon as all its positions are behind the window. For full layers the ring is as long as the longest sequence and
-never turns round; one class serves both. A prefill chunk longer than the ring stores only its end (attention.py has
-the rest at hand). One sequence of `max_model_len` always fits, so preemption alone resolves every shortage.
+as soon as all its positions are behind the window. For layers that see everything the ring is as long as the longest sequence
+and never turns round; one class serves both. A prefill chunk longer than the ring stores only its end (attention.py has
+the rest at hand). One sequence of `max_model_len` always fits, so preemption alone resolves every shortage. What is stored of
+a token is the LayerCache's to say: a latent layer is one more kind, of other numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trinity.config import EngineConfig, LayerType, ModelConfig
+from trinity.config import EngineConfig, LayerCache, ModelConfig
 from trinity.errors import ConfigError
-
-FULL: LayerType = "full_attention"
-SLIDING: LayerType = "sliding_attention"
-KINDS: tuple[LayerType, ...] = (FULL, SLIDING)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -32,34 +29,43 @@ def window_blocks(window: int, block_size: int) -> int:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How many blocks of each kind there are, how many one sequence may hold, and a block's bytes over all layers."""
+    """How many blocks of each kind there are, how many one sequence may hold, and a block's bytes over all its layers.
+
+    `places[layer]`: the layer's kind, and its number among the layers of that kind. Kinds that see everything come first.
+    """
 
     block_size: int
     max_model_len: int
-    num_blocks: Mapping[LayerType, int]
-    blocks_per_seq: Mapping[LayerType, int]
-    block_bytes: Mapping[LayerType, int]
+    kinds: tuple[LayerCache, ...]
+    places: tuple[tuple[LayerCache, int], ...]
+    num_blocks: Mapping[LayerCache, int]
+    blocks_per_seq: Mapping[LayerCache, int]
+    block_bytes: Mapping[LayerCache, int]
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.num_blocks[kind] * self.block_bytes[kind] for kind in KINDS)
+        return sum(self.num_blocks[kind] * self.block_bytes[kind] for kind in self.kinds)
+
+    def num_layers(self, kind: LayerCache) -> int:
+        return sum(each == kind for each, _ in self.places)
 
 
 def plan_layout(config: ModelConfig, settings: EngineConfig, itemsize: int) -> CacheLayout:
     """Split `kv_cache_bytes` between the kinds; `itemsize` is the bytes of one cached number.
 
-    Sliding layers get the windows of `max_num_seqs` sequences, or as many blocks as full layers where memory is scarce;
-    full layers get the rest, up to what all sequences could use. Raises ConfigError when one sequence does not fit.
+    Windowed kinds get the windows of `max_num_seqs` sequences, or as many blocks as the others where memory is scarce;
+    kinds that see everything get the rest, up to what all sequences could use. Raises ConfigError when not even one fits.
     """
-    size, seqs = settings.block_size, settings.max_num_seqs
+    size, caches = settings.block_size, config.layer_caches
     max_len = checked_max_len(config, settings)
-    token_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    block_bytes = {kind: size * token_bytes * config.layer_types.count(kind) for kind in KINDS}
-    full = ceil_div(max_len, size)
-    per_seq = {FULL: full, SLIDING: min(full, window_blocks(config.sliding_window, size))}
+    kinds = tuple(sorted(dict.fromkeys(caches), key=lambda kind: kind.window is not None))
+    block_bytes = {kind: size * kind.numbers_per_token * itemsize * caches.count(kind) for kind in kinds}
+    every = ceil_div(max_len, size)
+    per_seq = {k: every if k.window is None else min(every, window_blocks(k.window, size)) for k in kinds}
     _check_fits(settings.kv_cache_bytes, max_len, size, block_bytes, per_seq)
-    num_blocks = _split(settings.kv_cache_bytes, seqs, block_bytes, per_seq)
-    return CacheLayout(size, max_len, num_blocks, per_seq, block_bytes)
+    num_blocks = _split(settings.kv_cache_bytes, settings.max_num_seqs, block_bytes, per_seq)
+    places = tuple((kind, caches[:layer].count(kind)) for layer, kind in enumerate(caches))
+    return CacheLayout(size, max_len, kinds, places, num_blocks, per_seq, block_bytes)
 
 
 def checked_max_len(config: ModelConfig, settings: EngineConfig) -> int:
@@ -72,14 +78,23 @@ def checked_max_len(config: ModelConfig, settings: EngineConfig) -> int:
     return wanted
 
 
+def _needed(
+    kinds: Sequence[LayerCache], block_bytes: Mapping[LayerCache, int], per_seq: Mapping[LayerCache, int]
+) -> int:
+    """Bytes that one longest sequence takes of these kinds."""
+    return sum(per_seq[kind] * block_bytes[kind] for kind in kinds)
+
+
 def _check_fits(
-    have: int, max_len: int, size: int, block_bytes: Mapping[LayerType, int], per_seq: Mapping[LayerType, int]
+    have: int, max_len: int, size: int, block_bytes: Mapping[LayerCache, int], per_seq: Mapping[LayerCache, int]
 ) -> None:
-    need = sum(per_seq[kind] * block_bytes[kind] for kind in KINDS)
+    need = _needed(tuple(block_bytes), block_bytes, per_seq)
     if need <= have:
         return
-    left = have - per_seq[SLIDING] * block_bytes[SLIDING]
-    fits = max(0, left // block_bytes[FULL] * size) if block_bytes[FULL] else 0
+    windowed = tuple(kind for kind in block_bytes if kind.window is not None)
+    growing = sum(num_bytes for kind, num_bytes in block_bytes.items() if kind.window is None)
+    left = have - _needed(windowed, block_bytes, per_seq)
+    fits = max(0, left // growing * size) if growing else 0
     remedy = f" or engine.max_model_len to at most {fits}" if fits > 1 else ""
     raise ConfigError(
         f"one sequence of {max_len} tokens needs {need} bytes of KV cache, engine.kv_cache_bytes is {have}; "
@@ -88,21 +103,26 @@ def _check_fits(
 
 
 def _split(
-    have: int, seqs: int, block_bytes: Mapping[LayerType, int], per_seq: Mapping[LayerType, int]
-) -> dict[LayerType, int]:
-    most = {kind: seqs * per_seq[kind] for kind in KINDS}
-    even = have // max(1, block_bytes[FULL] + block_bytes[SLIDING])
-    sliding = max(per_seq[SLIDING], min(most[SLIDING], even))
-    if block_bytes[SLIDING]:
-        sliding = min(sliding, (have - per_seq[FULL] * block_bytes[FULL]) // block_bytes[SLIDING])
-    full = most[FULL]
-    if block_bytes[FULL]:
-        full = min(full, (have - sliding * block_bytes[SLIDING]) // block_bytes[FULL])
-    return {FULL: full, SLIDING: sliding}
+    have: int, seqs: int, block_bytes: Mapping[LayerCache, int], per_seq: Mapping[LayerCache, int]
+) -> dict[LayerCache, int]:
+    """Blocks of each kind. Windowed kinds choose first, and leave the others what one sequence needs of them."""
+    even = have // max(1, sum(block_bytes.values()))
+    num: dict[LayerCache, int] = {}
+    windowed = [kind for kind in block_bytes if kind.window is not None]
+    growing = [kind for kind in block_bytes if kind.window is None]
+    left = have - _needed(tuple(block_bytes), block_bytes, per_seq)  # beyond one sequence
+    for kind in windowed:
+        more = min(max(0, min(seqs * per_seq[kind], even) - per_seq[kind]), left // max(1, block_bytes[kind]))
+        num[kind], left = per_seq[kind] + more, left - more * block_bytes[kind]
+    for at, kind in enumerate(growing):
+        shared = sum(block_bytes[other] for other in growing[at:])
+        more = min(seqs * per_seq[kind] - per_seq[kind], left // max(1, shared))
+        num[kind], left = per_seq[kind] + more, left - more * block_bytes[kind]
+    return {kind: num[kind] for kind in block_bytes}
 
 
 class BlockTable:
-    """The blocks of one attention kind: a stack of free ones, and the ring of each row. Owns the block numbers."""
+    """The blocks of one kind: a stack of free ones, and the ring of each row. Owns the block numbers."""
 
     def __init__(self, num_blocks: int, blocks_per_seq: int, block_size: int, num_rows: int):
         self.num_blocks, self.blocks_per_seq, self.block_size = num_blocks, blocks_per_seq, block_size
@@ -139,13 +159,13 @@ class BlockTable:
 
 
 class KVCache:
-    """Blocks of both kinds for up to num_rows running sequences. A row gets all the blocks it asks for, or none."""
+    """Blocks of all kinds for up to num_rows running sequences. A row gets all the blocks it asks for, or none."""
 
     def __init__(self, layout: CacheLayout, num_rows: int):
         self.layout = layout
         self.tables = {
             kind: BlockTable(layout.num_blocks[kind], layout.blocks_per_seq[kind], layout.block_size, num_rows)
-            for kind in KINDS
+            for kind in layout.kinds
         }
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
@@ -158,10 +178,10 @@ class KVCache:
         return sum(len(table.free) for table in self.tables.values())
 
     def fits(self, num_tokens: int, reserve: int = 0) -> bool:
-        """Could a new sequence of num_tokens be held now, leaving `reserve` full-attention blocks free?"""
+        """Could a new sequence of num_tokens be held now, leaving `reserve` blocks of each kind that goes on growing free?"""
         for kind, table in self.tables.items():
             wanted = min(ceil_div(num_tokens, table.block_size), table.blocks_per_seq)
-            if wanted + (reserve if kind == FULL else 0) > len(table.free):
+            if wanted + (reserve if kind.window is None else 0) > len(table.free):
                 return False
         return True
 
@@ -185,7 +205,7 @@ class KVCache:
 
     def check(self, rows: list[int]) -> None:
         """Assert free + used == total for each kind, and that exactly `rows` hold anything."""
-        num_rows = len(self.tables[FULL].num_owned_N)
+        num_rows = len(next(iter(self.tables.values())).num_owned_N)
         assert sorted(self._free_rows + rows) == list(range(num_rows)), "a row is lost or used twice"
         for table in self.tables.values():
             table.check()

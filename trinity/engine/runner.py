@@ -14,26 +14,28 @@ from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
-from trinity.models.afmoe.model import Afmoe, Attend, Inputs, Output
+from trinity.models.common.attention import Attend, is_plain
+from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
 
 
 class ModelRunner:
     """Owns the key and value tensors, of this model's device and dtype; nothing else outlives a pass."""
 
-    def __init__(self, model: Afmoe, config: ModelConfig, settings: EngineConfig, cache: KVCache):
+    def __init__(self, model: CausalLM, config: ModelConfig, settings: EngineConfig, cache: KVCache):
         parameter = next(model.parameters())
         self._config, self._settings, self._cache = config, settings, cache
         self._device = parameter.device
-        self._pools = KVPools(config, cache.layout, parameter.device, parameter.dtype)
+        self._pools = KVPools(cache.layout, parameter.device, parameter.dtype)
         self._is_exact = config.batch_invariant and batch_invariant.is_for(parameter)
+        self._is_exact &= all(is_plain(kept) for kept in cache.layout.kinds)
         if self._is_exact:
             from trinity.ops.batch_invariant.warm import warm_up
 
             warm_up(parameter.dtype)
 
     @torch.inference_mode()
-    def forward(self, model: Afmoe, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
+    def forward(self, model: CausalLM, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
         """-> the sequences whose last token this pass computed, and their logits_BV.
 
         Calling again after a failure is harmless for single tokens. A longer chunk may have gone round the ring of a sliding
@@ -53,10 +55,10 @@ class ModelRunner:
     def _inputs(self, chunks: list[Chunk]) -> Inputs:
         flat = flatten(chunks)
         ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
-        attend = self._attention()(self._pools, self._cache, flat, self._config.sliding_window)
+        attend = self._attention()(self._pools, self._cache, flat)
         return self._to(ids_T), self._to(flat.position_T), attend
 
-    def _attention(self) -> Callable[..., Attend]:
+    def _attention(self) -> Callable[[KVPools, KVCache, Flat], Attend]:
         if not self._is_exact:
             return PagedAttention
         from trinity.engine.exact_attention import ExactAttention  # a compiler comes with it

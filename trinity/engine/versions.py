@@ -17,7 +17,7 @@ from trinity.engine.request import Chunk, Sequence
 from trinity.engine.weights import WeightSource
 
 if TYPE_CHECKING:
-    from trinity.models.afmoe.model import Afmoe
+    from trinity.models.common.decoder import CausalLM
 
 log = logging.getLogger(__name__)
 KVPolicy = Literal["keep", "recompute"]
@@ -111,7 +111,7 @@ class Versions:
             self._pinned[version] -= 1
             self._pinned += Counter()  # drops zeros
 
-    def model(self, version: int) -> "Afmoe":
+    def model(self, version: int) -> "CausalLM":
         """Raises what the source raises."""
         started_s = time.perf_counter()
         model = self._source.model(version)

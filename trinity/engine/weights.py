@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from trinity.errors import VersionGone
 
 if TYPE_CHECKING:
-    from trinity.models.afmoe.model import Afmoe
+    from trinity.models.common.decoder import CausalLM
 
 
 class WeightSource(Protocol):
@@ -22,7 +22,7 @@ class WeightSource(Protocol):
         """
         ...
 
-    def model(self, version: int) -> "Afmoe":
+    def model(self, version: int) -> "CausalLM":
         """The backbone at that version, loaded when first asked for; its expert layer asks shards for exactly that version.
 
         Good until the next call. Raises VersionGone when nobody has that version any more. Whoever writes into its tensors
@@ -47,13 +47,13 @@ class WeightSource(Protocol):
 class FixedWeights:
     """One model at one version, for good: a checkpoint. Owns nothing."""
 
-    def __init__(self, model: "Afmoe", version: int):
+    def __init__(self, model: "CausalLM", version: int):
         self._model, self._version = model, version
 
     def newest(self) -> int:
         return self._version
 
-    def model(self, version: int) -> "Afmoe":
+    def model(self, version: int) -> "CausalLM":
         if version != self._version:
             raise VersionGone(f"version {version} of the weights is not here; these are of version {self._version}")
         return self._model

@@ -22,9 +22,10 @@ from trinity.config import Config
 from trinity.data.dataset import Batch
 from trinity.data.prepare import Prepared
 from trinity.errors import InvalidRequest
-from trinity.models.afmoe.model import Afmoe, Inputs, Output, Routing
+from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.models.common.layers import product
 from trinity.models.common.losses import sequence_balance_loss
+from trinity.models.common.router import Routing
 from trinity.observability.train_log import StepMetrics
 from trinity.pool.pool import ExpertPool
 from trinity.rl.rollout import Sample, packed
@@ -73,7 +74,7 @@ def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: b
 class PolicyObjective(Objective):
     """Objective of text batches, and of policy batches besides; `ce` of a policy batch is its surrogate loss."""
 
-    def __init__(self, model: Afmoe, config: Config, clip: float, replay: bool):
+    def __init__(self, model: CausalLM, config: Config, clip: float, replay: bool):
         super().__init__(model, config)
         self.clip, self.replay = clip, replay
 
@@ -105,12 +106,11 @@ def surrogate(logprobs_T: Tensor, old_T: Tensor, weights_T: Tensor, clip: float)
 
 
 @contextmanager
-def replayed(model: Afmoe, passes: Sequence[Tensor]) -> Iterator[None]:
+def replayed(model: CausalLM, passes: Sequence[Tensor]) -> Iterator[None]:
     """Inside, the routers take their choices from `passes`, experts_TLK of each pass of one `forward_all`, in its order."""
     hooks = []
-    for at, layer in enumerate(model.config.moe_layers):
+    for at, router in enumerate(model.routers.values()):
         turns = iter([experts_TLK[:, at].long() for experts_TLK in passes])
-        router = model.get_submodule(f"model.layers.{layer}.mlp.router")
         hooks.append(router.register_forward_hook(partial(_chosen_before, turns)))
     try:
         yield

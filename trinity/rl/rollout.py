@@ -22,7 +22,8 @@ from trinity.engine.request import FinishReason, SamplingParams
 from trinity.engine.runner import chosen
 from trinity.errors import InvalidRequest, VersionGone
 from trinity.llm import LLM, Completion, Params
-from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.decoder import CausalLM
+from trinity.models.registry import build
 from trinity.train.loss import CHUNK, packed_inputs
 
 if TYPE_CHECKING:
@@ -129,12 +130,12 @@ class TrainerWeights:
         self._copied: int | None = None
         self._is_shared = config.dtype == "float32"
         shared = trainer.model.with_experts(self._experts)
-        self._model = shared if self._is_shared else Afmoe(config, self._experts, device=trainer.device)
+        self._model = shared if self._is_shared else build(config, self._experts, device=trainer.device)
 
     def newest(self) -> int:
         return self._trainer.version
 
-    def model(self, version: int) -> Afmoe:
+    def model(self, version: int) -> CausalLM:
         if version != self._trainer.version:
             raise VersionGone(f"version {version} has been trained on: it is {self._trainer.version} now")
         self._experts.version = version

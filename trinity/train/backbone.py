@@ -1,6 +1,6 @@
 """The backbone as a worker trains it: versions in a store, the committed one copied into the model.
 
-A version's tensors are the model's own names with `::weight` (fp32) and `::{kind}` of optimizer state; of a selection bias
+A version's tensors are named as in a checkpoint, with `::weight` (fp32) and `::{kind}` of optimizer state; of a selection bias
 also `::momentum`. Decisions: a step is made beside the present version and counts when the job has decided so, as on the
 shards; the model keeps weights of its own, because autograd and caches of packed weights hold on to their tensors.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 from trinity.checkpoint import Checkpoint
 from trinity.config import OptimConfig
 from trinity.errors import CheckpointError
-from trinity.models.afmoe.model import Afmoe
-from trinity.models.afmoe.params import is_hidden_matrix
 from trinity.models.common.balance import sign_update, smebu
+from trinity.models.common.decoder import CausalLM
+from trinity.models.registry import family_of
 from trinity.optim.muon import Matrix
 from trinity.optim.optimizer import Optimizer
 from trinity.rpc.messages import Stage
@@ -27,10 +27,10 @@ WEIGHT, MOMENTUM = "::weight", "::momentum"
 class Backbone:
     """Owns the model's values and their optimizer state. Every worker of a job has one, with the same numbers."""
 
-    def __init__(self, model: Afmoe, config: OptimConfig, store: Store | None = None):
+    def __init__(self, model: CausalLM, config: OptimConfig, store: Store | None = None):
         self.model, self.config = model, config
         self.store = store or Store(device=str(next(model.parameters()).device))
-        self._biases = {f"model.layers.{n}.mlp.expert_bias": bias for n, bias in model.expert_bias.items()}
+        self._weights, self._biases, self._family = model.weights(), model.biases(), family_of(model.config)
 
     @property
     def version(self) -> int:
@@ -47,7 +47,7 @@ class Backbone:
         """The model's present values are that version; optimizer state is fresh."""
         self.store.clear()
         tensors = {name + WEIGHT: self._stored(value) for name, value in self._values()}
-        optimizer = self._optimizer({n: tensors[n + WEIGHT] for n, _ in self.model.named_parameters()}, None, 0)
+        optimizer = self._optimizer({n: tensors[n + WEIGHT] for n in self._weights}, None, 0)
         tensors |= {name: self._stored(value) for name, value in optimizer.tensors().items()}
         tensors |= {name + MOMENTUM: self._stored(torch.zeros_like(bias)) for name, bias in self._biases.items()}
         self._committed(Version(number, tensors, {"num_updates": 0}))
@@ -74,7 +74,7 @@ class Backbone:
     def expected(self) -> dict[str, Tensor]:
         """Names and shapes of a version's tensors (on the meta device), for a worker that will receive one."""
         shapes = {name + WEIGHT: value.to("meta") for name, value in self._values()}
-        optimizer = self._optimizer({n: shapes[n + WEIGHT] for n, _ in self.model.named_parameters()}, None, 0)
+        optimizer = self._optimizer({n: shapes[n + WEIGHT] for n in self._weights}, None, 0)
         momenta = {name + MOMENTUM: bias.to("meta") for name, bias in self._biases.items()}
         return {**shapes, **optimizer.tensors(), **momenta}
 
@@ -120,13 +120,12 @@ class Backbone:
         state = {name: tensor for name, tensor in tensors.items() if not name.endswith(WEIGHT)}
         if self.model.config.dtype == "float32":
             return state
-        names = [name for name, _ in self.model.named_parameters()]
-        return {**state, **{f"{name}::master": tensors[name + WEIGHT] for name in names}}
+        return {**state, **{f"{name}::master": tensors[name + WEIGHT] for name in self._weights}}
 
     # -- inside
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
+        yield from ((name, parameter.detach()) for name, parameter in self._weights.items())
         yield from self._biases.items()
 
     def _stored(self, value: Tensor) -> Tensor:
@@ -142,7 +141,7 @@ class Backbone:
 
     def _parts(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Parameters, and their optimizer state."""
-        params = {name: tensors[name + WEIGHT] for name, _ in self.model.named_parameters()}
+        params = {name: tensors[name + WEIGHT] for name in self._weights}
         state: dict[str, dict[str, Tensor]] = {name: {} for name in params}
         for key, tensor in tensors.items():
             name, _, kind = key.partition("::")
@@ -153,13 +152,14 @@ class Backbone:
     def _optimizer(
         self, params: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Tensor]] | None, num_updates: int
     ) -> Optimizer:
-        matrices = {name: Matrix(*p.shape) for name, p in params.items() if is_hidden_matrix(name, p)}
+        matrices = {n: Matrix(*p.shape) for n, p in params.items() if self._family.group(n, p) == "matrices"}
         return Optimizer(params, matrices, self.config, state, num_updates)
 
     def _update_biases(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], counts_LE: Tensor) -> None:
         """Once per step, from the global counts, identically on every worker."""
         config = self.config
-        for name, counts_E in zip(self._biases, counts_LE.to(self.store.device), strict=True):
+        counts_LE = counts_LE.to(self.store.device) if self._biases else counts_LE[:0]  # a family may have none
+        for name, counts_E in zip(self._biases, counts_LE, strict=True):
             bias_E, momentum_E = old[name + WEIGHT], old[name + MOMENTUM]
             if config.bias_update == "smebu":
                 rates = (config.smebu_lambda, config.smebu_beta, config.smebu_kappa)
@@ -175,10 +175,8 @@ def is_value(name: str) -> bool:
     return name.endswith(WEIGHT)
 
 
-def load_values(model: Afmoe, version: Version) -> None:
+def load_values(model: CausalLM, version: Version) -> None:
     """Copy a version's values into an engine's model, in its own type. Raises CheckpointError where one is missing."""
-    with torch.no_grad():
-        for name, mine in model.state_dict().items():
-            if name + WEIGHT not in version.tensors:
-                raise CheckpointError(f"version {version.number} of the backbone has no {name}")
-            mine.copy_(version.tensors[name + WEIGHT])
+    if missing := [name for name in model.tensors() if name + WEIGHT not in version.tensors]:
+        raise CheckpointError(f"version {version.number} of the backbone has no {missing[0]}")
+    model.load({name: version.tensors[name + WEIGHT] for name in model.tensors()})

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from trinity.config import Config, ModelConfig
 from trinity.data.dataset import Batch
-from trinity.models.afmoe.model import Afmoe, Inputs, Output
 from trinity.models.common.attention import PackedAttention, document_positions
 from trinity.models.common.balance import expert_counts
+from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.models.common.losses import loss_from_hidden, sequence_balance_loss
 
 CHUNK = 512  # tokens whose logits are held at a time
@@ -45,7 +45,7 @@ def packed_inputs(config: ModelConfig, ids_BS: Tensor, docs_BS: Tensor | None) -
 
 
 @torch.no_grad()
-def token_logprobs(model: Afmoe, ids_BS: Tensor, docs_BS: Tensor | None = None) -> Tensor:
+def token_logprobs(model: CausalLM, ids_BS: Tensor, docs_BS: Tensor | None = None) -> Tensor:
     """-> float32 [B, S - 1]: log p(ids[b, s + 1] | its document up to s), of the raw distribution, by the training path.
 
     What a server of the same weights answers for `logprobs`: on CPUs in float32 the same numbers (`batch_invariant`).
@@ -59,9 +59,9 @@ def token_logprobs(model: Afmoe, ids_BS: Tensor, docs_BS: Tensor | None = None) 
 
 
 class _Passes(nn.Module):
-    """`Afmoe.forward_all` as a module's forward, which is what functional_call takes."""
+    """`CausalLM.forward_all` as a module's forward, which is what functional_call takes."""
 
-    def __init__(self, model: Afmoe):
+    def __init__(self, model: CausalLM):
         super().__init__()
         self.model = model
 
@@ -72,7 +72,7 @@ class _Passes(nn.Module):
 class Objective(nn.Module):
     """The loss as a module, so that DDP sees its forward pass."""
 
-    def __init__(self, model: Afmoe, config: Config):
+    def __init__(self, model: CausalLM, config: Config):
         super().__init__()
         self.model, self.config = model, config
 

@@ -23,8 +23,8 @@ from trinity.errors import (
     VersionGone,
     WrongEpoch,
 )
-from trinity.models.afmoe.init import init_weights
-from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.decoder import CausalLM
+from trinity.models.registry import family_of
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
@@ -42,7 +42,7 @@ class Recovery:
     pool: ExpertPool
     data: Prepared
     comm: Comm
-    model: Afmoe
+    model: CausalLM
     backbone: Backbone
     job = ""
     position = num_skipped = 0
@@ -63,7 +63,7 @@ class Recovery:
         elif self.config.train.init_from:
             self._load(open_checkpoint(self.config.train.init_from), training=False)
         else:
-            init_weights(self.model, self.config.model, self.config.train.seed)
+            family_of(self.config.model).init_weights(self.model, self.config.train.seed)
             self._load_pool(Load(None, self.config.train.seed))
             self.backbone.begin(0)
         if self.comm.rank == 0:

@@ -32,8 +32,9 @@ from trinity.errors import (
     TrinityError,
     Unavailable,
 )
-from trinity.models.afmoe.model import Afmoe
+from trinity.models.common.decoder import CausalLM
 from trinity.models.common.losses import max_vio
+from trinity.models.registry import build
 from trinity.observability.train_log import StepMetrics, TrainLog
 from trinity.optim.optimizer import sq_norm
 from trinity.optim.schedule import lr_factor
@@ -77,13 +78,13 @@ class Trainer(Recovery):
         comm: Comm,
         device: str = "cpu",
         store: Store | None = None,
-        objective: Callable[[Afmoe, Config], nn.Module] = Objective,
+        objective: Callable[[CausalLM, Config], nn.Module] = Objective,
     ):
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
         self.log: TrainLog | None = None
         self.device = torch.device(device)
         self.dispatcher = pool.dispatcher()
-        self.model = Afmoe(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
+        self.model = build(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
         self.backbone = Backbone(self.model, config.optim, store)
         self.saver = AsyncCheckpointer(config, pool, self.backbone, data.tokenizer)
         self.objective: nn.Module = objective(self.model, config)
@@ -245,7 +246,7 @@ class Trainer(Recovery):
         return math.sqrt(said[0]) if math.isfinite(said[0]) else math.inf
 
     def _grads(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return {name: p.grad for name, p in self.model.weights().items() if p.grad is not None}
 
     def _stage(
         self, norm: float, lrs: tuple[float, float], counts_LE: Tensor, ticket: StepTicket, last: bool

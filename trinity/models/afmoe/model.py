@@ -1,143 +1,86 @@
 """AFMoE, the architecture of Arcee's Trinity models: everything but the routed experts.
 
-Legend: T tokens (flat: no batch dimension), D model, V vocabulary.
-Two seams keep one forward pass for training and serving: `ExpertLayer` (where routed experts are) and `Attend` (how
-tokens see each other). Module names make `state_dict()` the Hugging Face checkpoint without `mlp.experts.*`.
-Checked against transformers 5.23 in tests/parity/test_model.py; facts and sources in arXiv 2602.17004.
+Legend: T tokens, D model.
+Sandwich norms (before and after attention and feed-forward), gated attention with normed queries and keys, three sliding
+layers that rotate to one global layer that does not, sigmoid routing with a selection bias.
+Checked against transformers 5.23 in tests/parity/; facts and sources in arXiv 2602.17004.
 """
 
-import copy
-from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trinity.config import ModelConfig
+from trinity.models.afmoe.config import AfmoeConfig
+from trinity.models.afmoe.keys import KEYS
 from trinity.models.common.attention import Attend, Attention
-from trinity.models.common.layers import RMSNorm, SwiGLU, linear, rotary_table
-from trinity.models.common.moe import ExpertLayer, MoE
-from trinity.models.common.router import Routing
-
-__all__ = ["Afmoe", "Attend", "ExpertLayer", "Output", "Routing"]
-
-
-class Output(NamedTuple):
-    hidden_TD: Tensor  # after the final norm
-    routing: tuple[Routing, ...]  # one per MoE layer, in order
+from trinity.models.common.block import Block, Sent, Table
+from trinity.models.common.decoder import CausalLM, Decoder, Rotary
+from trinity.models.common.experts import ExpertLayer
+from trinity.models.common.layers import RMSNorm, SwiGLU
+from trinity.models.common.router import SigmoidRouter
 
 
-Inputs = tuple[Tensor, Tensor, Attend]  # ids_T, positions_T, who sees whom
+class Pre(nn.Module):
+    """Attention between its two norms, the feed-forward's first norm, and the router."""
 
-
-def interleave(passes: Sequence[Generator[None, None, Output]]) -> list[Output]:
-    """Run each to its next yield, one after the other, until all have returned; -> what they returned."""
-    done: dict[int, Output] = {}
-    while len(done) < len(passes):
-        for i, each in enumerate(passes):
-            if i not in done:
-                try:
-                    next(each)
-                except StopIteration as stop:
-                    done[i] = stop.value
-    return [done[i] for i in range(len(passes))]
-
-
-class Block(nn.Module):
-    """Attention, then a dense or MoE feed-forward, each between a norm before and a norm after it (sandwich norms)."""
-
-    def __init__(self, config: ModelConfig, layer: int, *, device=None, dtype=None):
+    def __init__(self, config: AfmoeConfig, layer: int, *, device=None, dtype=None):
         super().__init__()
         made = {"device": device, "dtype": dtype}
         dim, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, layer, **made)
-        self.mlp: MoE | SwiGLU
-        if layer in config.moe_layers:
-            self.mlp = MoE(config, layer, **made)
-        else:
-            self.mlp = SwiGLU(dim, config.intermediate_size, **made)
+        self.self_attn = Attention(
+            layer, dim, config.num_attention_heads, config.num_key_value_heads, config.head_dim, qk_norm_eps=eps,
+            rounds_first=False, rotates=config.layer_types[layer] == "sliding_attention", is_gated=True, **made,
+        )  # fmt: skip
         self.input_layernorm = RMSNorm(dim, eps, **made)
         self.post_attention_layernorm = RMSNorm(dim, eps, **made)
         self.pre_mlp_layernorm = RMSNorm(dim, eps, **made)
-        self.post_mlp_layernorm = RMSNorm(dim, eps, **made)
+        self.router: SigmoidRouter | None = None
+        if layer in config.moe_layers:
+            self.router = SigmoidRouter(
+                dim, config.num_experts, config.num_experts_per_tok, scale=config.route_scale, **made
+            )
 
-    def forward(
-        self, h_TD: Tensor, table: tuple[Tensor, Tensor], attend: Attend, experts: ExpertLayer
-    ) -> Generator[None, None, tuple[Tensor, Routing | None]]:
+    def forward(self, h_TD: Tensor, table: Table, attend: Attend) -> Sent:
         mixed_TD = self.self_attn(self.input_layernorm(h_TD), table, attend)
         h_TD = h_TD + self.post_attention_layernorm(mixed_TD)
-        x_TD, routing = self.pre_mlp_layernorm(h_TD), None
-        if isinstance(self.mlp, MoE):
-            y_TD, routing = yield from self.mlp(x_TD, experts)
-        else:
-            y_TD = self.mlp(x_TD)
-        return h_TD + self.post_mlp_layernorm(y_TD), routing
+        x_TD = self.pre_mlp_layernorm(h_TD)
+        return Sent(h_TD, x_TD, None if self.router is None else self.router(x_TD))
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm: what checkpoints call `model.`"""
+class Post(nn.Module):
+    """The feed-forward's second norm, and the sum."""
 
-    def __init__(self, config: ModelConfig, *, device=None, dtype=None):
+    def __init__(self, config: AfmoeConfig, *, device=None, dtype=None):
         super().__init__()
-        made = {"device": device, "dtype": dtype}
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)
-        self.layers = nn.ModuleList(Block(config, i, **made) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
+        self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer
-    ) -> Generator[None, None, Output]:
-        cfg, routings = self.config, []
-        h_TD = self.embed_tokens(ids_T)
-        if cfg.mup_enabled:
-            h_TD = h_TD * cfg.hidden_size**0.5
-        table = rotary_table(positions_T, cfg.head_dim, cfg.rope_theta, h_TD.dtype, cfg.batch_invariant)
-        for block in self.layers:
-            h_TD, routing = yield from block(h_TD, table, attend, experts)
-            routings.append(routing)
-        return Output(self.norm(h_TD), tuple(r for r in routings if r is not None))
+    def forward(self, residual_TD: Tensor, y_TD: Tensor) -> Tensor:
+        return residual_TD + self.post_mlp_layernorm(y_TD)
 
 
-class Afmoe(nn.Module):
-    """The backbone with its untied head. `experts` is called, never owned: it is no submodule and has no state here.
+def block(config: AfmoeConfig, layer: int, *, device=None, dtype=None) -> Block:
+    made = {"device": device, "dtype": dtype}
+    is_dense = layer not in config.moe_layers
+    shared = config.moe_intermediate_size * config.num_shared_experts  # one ungated SwiGLU of their total width
+    local = SwiGLU(config.hidden_size, config.intermediate_size if is_dense else shared, **made)
+    return Block(layer, Pre(config, layer, **made), local, Post(config, **made), is_dense)
 
-    dtype None means `config.dtype`. Weights are torch's defaults until `init_weights` or `load_state_dict`.
-    """
 
-    def __init__(self, config: ModelConfig, experts: ExpertLayer, *, device=None, dtype=None):
-        super().__init__()
-        dtype = dtype or getattr(torch, config.dtype)
-        self.config = config
-        self._experts = (experts,)  # a tuple hides a Module from nn.Module's registration
-        self.model = Decoder(config, device=device, dtype=dtype)
-        self.lm_head = linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
-        for part in self.modules():
-            part.is_exact = config.batch_invariant  # type: ignore[assignment]
+class Afmoe(CausalLM):
+    """The backbone with its head. dtype None means `config.dtype`."""
 
-    @property
-    def experts(self) -> ExpertLayer:
-        return self._experts[0]
-
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
-        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
-        return self.forward_all([(ids_T, positions_T, attend)])[0]
-
-    def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:
-        """Independent passes side by side: while the rows of one are with their experts, another goes on."""
-        return interleave([self.model(*inputs, self._experts[0]) for inputs in passes])
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """[T, V] in the model's dtype, from hidden states after the final norm. No scaling, no soft cap."""
-        return self.lm_head(hidden_TD)
-
-    def with_experts(self, experts: ExpertLayer) -> "Afmoe":
-        """The same modules, and so the same weights, calling other experts: another caller's dispatcher, say."""
-        twin = copy.copy(self)
-        twin._experts = (experts,)
-        return twin
-
-    @property
-    def expert_bias(self) -> dict[int, Tensor]:
-        """The fp32 selection biases [E] by layer: the buffers themselves, to be written in place."""
-        return {i: block.mlp.expert_bias for i, block in enumerate(self.model.layers) if isinstance(block.mlp, MoE)}
+    def __init__(
+        self,
+        config: AfmoeConfig,
+        experts: ExpertLayer,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        made: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
+        blocks = [block(config, layer, **made) for layer in range(config.num_hidden_layers)]
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
+        scale = config.hidden_size**0.5 if config.mup_enabled else None
+        rotary = Rotary(config.head_dim, config.rope_theta)
+        super().__init__(config, KEYS, experts, Decoder(config, blocks, norm, rotary, scale, **made))

@@ -1,9 +1,8 @@
-"""Gated grouped-query attention, and the attention of training batches.
+"""Grouped-query attention, and the attention of training batches.
 
-Legend: T tokens (= B*S in training), B batch, S sequence, D model, H query heads, G key-value heads, d head dim.
+Legend: T tokens (= B*S in training), B batch, S sequence, D model, H query heads, G key-value heads, d head dim, e value dim.
 The layer projects, normalises, rotates and gates; how the tokens see each other is injected (`Attend`): masks in
-training, a paged cache in the engine. Sliding layers rotate and look back `sliding_window` tokens, themselves included;
-full layers carry no position encoding and see everything before them.
+training, a paged cache in the engine. What a layer sees is in its LayerCache (trinity/config/model.py).
 """
 
 from typing import Protocol
@@ -12,51 +11,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trinity.config import ModelConfig
-from trinity.models.common.layers import RMSNorm, linear, project, rotate, sigmoid
+from trinity.config import LayerCache, ModelConfig
+from trinity.models.common.layers import Linear, RMSNorm, project, rotate, sigmoid
 from trinity.ops import batch_invariant
 
 
 class Attend(Protocol):
-    """Softmax attention of this forward pass's tokens, scale d**-0.5; knows from `layer` whether there is a window."""
+    """Softmax attention of this forward pass's tokens; knows from `layer` its LayerCache: scale, window, what is kept."""
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        """-> o_THd. q, k come normalised and, in sliding layers, rotated. Query head h uses key head h // (H / G)."""
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
+        """-> o_THe. q, k come normalised and rotated. Query head h uses key head h // (H / G). `v_TGe` is None in a latent
+        layer: there the first e numbers of a key are its value."""
         ...
 
 
 class Attention(nn.Module):
-    """QK-normed GQA whose output is gated elementwise, sigmoid(gate(x)), before the output projection."""
+    """Grouped-query attention of one layer.
+
+    `qk_norm_eps`: q and k are normalised per head (None: not). `rotates`: they are turned by their positions. `is_gated`: the
+    output is multiplied by sigmoid(gate(x)), elementwise, before the output projection. Biases of q, k, v, and of the output.
+    """
 
     is_exact = False
 
-    def __init__(self, config: ModelConfig, layer: int, *, device=None, dtype=None):
+    def __init__(
+        self, layer: int, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, *, rotates: bool = True,
+        qk_norm_eps: float | None = None, rounds_first: bool = True, is_gated: bool = False, has_bias: bool = False,
+        has_output_bias: bool = False, device=None, dtype=None,
+    ):  # fmt: skip
         super().__init__()
         made = {"device": device, "dtype": dtype}
-        dim, self.head_dim = config.hidden_size, config.head_dim
-        q_dim, kv_dim = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.layer = layer
-        self.rotary = config.layer_types[layer] == "sliding_attention"
-        self.q_proj = linear(dim, q_dim, **made)
-        self.k_proj = linear(dim, kv_dim, **made)
-        self.v_proj = linear(dim, kv_dim, **made)
-        self.gate_proj = linear(dim, q_dim, **made)
-        self.o_proj = linear(q_dim, dim, **made)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **made)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **made)
+        q_dim, kv_dim = num_heads * head_dim, num_kv_heads * head_dim
+        self.layer, self.head_dim, self.rotates = layer, head_dim, rotates
+        self.q_proj = Linear(dim, q_dim, bias=has_bias, **made)
+        self.k_proj = Linear(dim, kv_dim, bias=has_bias, **made)
+        self.v_proj = Linear(dim, kv_dim, bias=has_bias, **made)
+        self.gate_proj = Linear(dim, q_dim, **made) if is_gated else None
+        self.o_proj = Linear(q_dim, dim, bias=has_output_bias, **made)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, rounds_first=rounds_first, **made)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, rounds_first=rounds_first, **made)
 
     def forward(self, x_TD: Tensor, table: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v, gate = project(x_TD, self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
+        gates = () if self.gate_proj is None else (self.gate_proj,)
+        q, k, v, *gate = project(x_TD, self.q_proj, self.k_proj, self.v_proj, *gates)
         q_THd, k_TGd, v_TGd = (projected.unflatten(1, (-1, self.head_dim)) for projected in (q, k, v))
-        q_THd, k_TGd = self.q_norm(q_THd), self.k_norm(k_TGd)
-        if self.rotary:
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THd, k_TGd = self.q_norm(q_THd), self.k_norm(k_TGd)
+        if self.rotates:
             q_THd, k_TGd = rotate(q_THd, table), rotate(k_TGd, table)
-        o_THd = attend(self.layer, q_THd, k_TGd, v_TGd)
-        return self.o_proj(o_THd.flatten(1) * sigmoid(gate, self.is_exact))
+        o_TX = attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1)
+        return self.o_proj(o_TX * sigmoid(gate[0], self.is_exact) if gate else o_TX)
 
 
 class PackedAttention:
-    """Attend for training: B sequences of S tokens, causal, windowed in sliding layers, optionally within documents.
+    """Attend for training: B sequences of S tokens, causal, windowed where a layer is, optionally within documents.
 
     docs_BS: int document number of each token, or None to let documents of a sequence see each other.
     Make one per forward pass: masks (bool [B or 1, 1, S, S]) are built at first use and shared by the layers.
@@ -66,41 +77,49 @@ class PackedAttention:
 
     def __init__(self, config: ModelConfig, docs_BS: Tensor | None, batch: int, seq: int):
         assert docs_BS is None or docs_BS.shape == (batch, seq), f"docs {docs_BS.shape} for {batch} x {seq} tokens"
-        self.config, self.docs_BS, self.batch, self.seq = config, docs_BS, batch, seq
+        self.caches, self.is_exact = config.layer_caches, config.batch_invariant
+        self.docs_BS, self.batch, self.seq = docs_BS, batch, seq
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        if not self.config.batch_invariant or not batch_invariant.is_for(q_THd):
-            return self._library(layer, q_THd, k_TGd, v_TGd)
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
+        cache = self.caches[layer]
+        if v_TGe is None:
+            v_TGe = k_TGd[..., : cache.value_dim]
+        if not self.is_exact or not batch_invariant.is_for(q_THd) or not is_plain(cache):
+            return self._library(cache, q_THd, k_TGd, v_TGe)
         from trinity.ops.batch_invariant import attention
 
         return attention.differentiable(
-            q_THd, k_TGd, v_TGd, *self._visible(layer), lambda q, k, v: self._library(layer, q, k, v)
+            q_THd, k_TGd, v_TGe, *self._visible(cache), lambda q, k, v: self._library(cache, q, k, v)
         )
 
-    def _visible(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _visible(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """The keys that each token sees, of the T of this pass: (first_T, end_T)."""
         at_T = torch.arange(self.batch * self.seq)
         begin_T = at_T - document_positions(self.docs_BS, self.batch, self.seq).cpu()
-        if self.config.layer_types[layer] == "sliding_attention":
-            begin_T = begin_T.maximum(at_T - self.config.sliding_window + 1)
+        if cache.window is not None:
+            begin_T = begin_T.maximum(at_T - cache.window + 1)
         return begin_T, at_T + 1
 
-    def _library(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        mask = self._mask(layer, q_THd.device)
-        q, k, v = (x.unflatten(0, (self.batch, self.seq)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
-        out_BHSd = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    def _library(self, cache: LayerCache, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor) -> Tensor:
+        mask = self._mask(cache, q_THd.device)
+        q, k, v = (x.unflatten(0, (self.batch, self.seq)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGe))
+        out_BHSe = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=cache.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out_BHSd.transpose(1, 2).flatten(0, 1)
+        return out_BHSe.transpose(1, 2).flatten(0, 1)
 
-    def _mask(self, layer: int, device: torch.device) -> Tensor | None:
-        sliding = self.config.layer_types[layer] == "sliding_attention" and self.config.sliding_window < self.seq
-        window = self.config.sliding_window if sliding else None
+    def _mask(self, cache: LayerCache, device: torch.device) -> Tensor | None:
+        window = cache.window if cache.window is not None and cache.window < self.seq else None
         if window not in self._masks:
             plain = window is None and self.docs_BS is None
             self._masks[window] = None if plain else causal_mask(self.seq, window, self.docs_BS, device)
         return self._masks[window]
+
+
+def is_plain(cache: LayerCache) -> bool:
+    """Whether the batch-invariant kernel computes it: keys and values of one size, scores scaled by its root."""
+    return cache.key_dim == cache.value_dim and not cache.is_latent and cache.scale == cache.key_dim**-0.5
 
 
 def causal_mask(seq: int, window: int | None, docs_BS: Tensor | None, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """The small parts every layer is made of: RMSNorm, SwiGLU, rotary tables.
 
 Legend: T tokens, H heads, d head dim.
-Norms compute in fp32 and round once, after the gain, as transformers 5.23 does. Rotary frequencies are recomputed in
+Norms compute in fp32; whether they round before or after the gain is the family's to say. Rotary frequencies are recomputed in
 fp32 from the positions at each forward pass: they are no buffer, so `.to(bfloat16)` and `to_empty` cannot damage them.
 """
 
@@ -17,17 +17,20 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class RMSNorm(nn.Module):
-    """(w * x / rms(x)) over the last dimension, in fp32, returned in x's dtype. The gain is w, not 1 + w."""
+    """(w * x / rms(x)) over the last dimension, in x's dtype. The gain is w, not 1 + w.
 
-    def __init__(self, dim: int, eps: float, *, device=None, dtype=None):
+    Computed in fp32 and rounded once, after the gain; with `rounds_first` the gain multiplies what is rounded already (Llama).
+    """
+
+    def __init__(self, dim: int, eps: float, *, rounds_first: bool = False, device=None, dtype=None):
         super().__init__()
-        self.eps = eps
+        self.eps, self.rounds_first = eps, rounds_first
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * x32).to(x.dtype)
+        return self.weight * x32.to(x.dtype) if self.rounds_first else (self.weight * x32).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -37,9 +40,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, device=None, dtype=None):
         super().__init__()
-        self.gate_proj = linear(dim, hidden, device=device, dtype=dtype)
-        self.up_proj = linear(dim, hidden, device=device, dtype=dtype)
-        self.down_proj = linear(hidden, dim, device=device, dtype=dtype)
+        self.gate_proj = Linear(dim, hidden, device=device, dtype=dtype)
+        self.up_proj = Linear(dim, hidden, device=device, dtype=dtype)
+        self.down_proj = Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_exact and (y := self._at_once(x)) is not None:
@@ -60,7 +63,7 @@ class SwiGLU(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without bias: AFMoE has none anywhere. `is_exact`: see `ModelConfig.batch_invariant`; Afmoe sets it.
+    """A matrix and, where the family has one, a bias. `is_exact`: see `ModelConfig.batch_invariant`; CausalLM sets it.
 
     Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
     changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3). It sees a weight that was
@@ -69,14 +72,17 @@ class Linear(nn.Linear):
 
     is_exact = False
 
-    def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None):
-        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_packed(x, self):
-            return self.packed_with([], x)
-        return product(x, self.weight, self.is_exact)
+        y = self.packed_with([], x) if is_packed(x, self) else product(x, self.weight, self.is_exact)
+        return self.biased(y)
+
+    def biased(self, y: Tensor) -> Tensor:
+        """The product with the bias added."""
+        return y if self.bias is None else y + self.bias
 
     def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
         """x times this weight and the others', side by side, as one multiplication."""
@@ -107,11 +113,8 @@ def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
         y = gemm.side_by_side(x.flatten(0, -2), [part.weight for part in parts]).unflatten(0, x.shape[:-1])
     else:
         return [part(x) for part in parts]
-    return y.split([part.out_features for part in parts], dim=-1)
-
-
-def linear(in_features: int, out_features: int, *, device=None, dtype=None) -> Linear:
-    return Linear(in_features, out_features, device=device, dtype=dtype)
+    products = y.split([part.out_features for part in parts], dim=-1)
+    return [part.biased(each) for part, each in zip(parts, products, strict=True)]
 
 
 def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:
@@ -140,10 +143,13 @@ def sigmoid(x: Tensor, is_exact: bool) -> Tensor:
 
 
 def rotary_table(
-    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype, is_exact: bool = False
+    positions_T: Tensor, dim: int, theta: float, dtype: torch.dtype, is_exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(cos_T1d, sin_T1d) for integer positions: angles in fp32, then cast; both halves of d hold the same angles."""
-    powers = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    """(cos_T1d, sin_T1d) for integer positions: angles in fp32, then cast; both halves of d hold the same angles.
+
+    `dim`: the numbers of a head that are rotated.
+    """
+    powers = torch.arange(0, dim, 2, device=positions_T.device, dtype=torch.float32) / dim
     angle = positions_T[:, None, None].float() * (1.0 / theta**powers)
     if is_exact and batch_invariant.is_for(angle):
         from trinity.ops.batch_invariant import elementwise
@@ -155,7 +161,9 @@ def rotary_table(
 
 
 def rotate(x_THd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """NeoX rotary embedding (half-split pairs) over the whole head, in x's dtype."""
+    """NeoX rotary embedding (half-split pairs) of as many numbers of a head as the table has, the first; in x's dtype."""
     cos_T1d, sin_T1d = table
+    if (dim := cos_T1d.shape[-1]) < x_THd.shape[-1]:
+        return torch.cat((rotate(x_THd[..., :dim], table), x_THd[..., dim:]), dim=-1)
     first, second = x_THd.chunk(2, dim=-1)
     return x_THd * cos_T1d + torch.cat((-second, first), dim=-1) * sin_T1d

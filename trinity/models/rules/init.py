@@ -1,7 +1,7 @@
-"""Arcee's initialisation, by name: the same weight wherever and in whatever order it is made.
+"""How fresh weights are drawn, by name: the same weight wherever and in whatever order it is made.
 
 Legend: D model, F expert hidden.
-Every trainable matrix is TruncNormal(0, sigma) on [-3 sigma, 3 sigma] with sigma = 0.5 / sqrt(D) (arXiv 2602.17004).
+Every matrix is TruncNormal(0, sigma) on [-3 sigma, 3 sigma]; sigma is the family's (`ModelConfig.init_std`).
 Drawn on the CPU in float32 from a generator seeded by (seed, name), then cast: device, dtype, placement and order of
 creation change nothing. Shards make their own experts with `init_expert`, so this file imports no model code.
 """
@@ -12,11 +12,6 @@ import torch
 from torch import Tensor
 
 from trinity.config import ModelConfig
-
-
-def init_std(config: ModelConfig) -> float:
-    """Standard deviation of every trainable matrix: 0.5 / sqrt(hidden_size)."""
-    return 0.5 / config.hidden_size**0.5
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -36,6 +31,6 @@ def init_expert(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (gate_FD, up_FD, down_DF) of one routed expert, in the checkpoint's layout; arguments decide all."""
     generator = named_generator(seed, f"model.layers.{layer}.mlp.experts.{expert}")
-    dim, hidden, std = config.hidden_size, config.moe_intermediate_size, init_std(config)
+    dim, hidden, std = config.hidden_size, config.moe_intermediate_size, config.init_std
     gate, up, down = (truncated_normal(s, std, generator) for s in ((hidden, dim), (hidden, dim), (dim, hidden)))
     return gate.to(dtype), up.to(dtype), down.to(dtype)

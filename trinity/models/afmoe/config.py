@@ -1,0 +1,68 @@
+"""The numbers of an AFMoE architecture, with the field names of its Hugging Face `config.json`."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trinity.config.model import LayerCache, ModelConfig
+from trinity.models.common.shapes import check_heads
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+class AfmoeConfig(ModelConfig):
+    """Arcee's Trinity models: Nano, Mini, Large."""
+
+    model_type: Literal["afmoe"] = "afmoe"
+    intermediate_size: int = Field(gt=0)
+    num_dense_layers: int = Field(ge=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    num_shared_experts: int = Field(ge=0)
+    route_scale: float
+    sliding_window: int = Field(gt=0)
+    global_attn_every_n_layers: int = Field(default=4, gt=0)
+    layer_types: tuple[LayerType, ...] = ()
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    mup_enabled: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 3
+    pad_token_id: int | None = 12
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_layer_types(cls, data: Any) -> Any:
+        """Every n-th layer attends globally, the others within their window, unless listed one by one."""
+        if not isinstance(data, dict):
+            return data
+        num, every = data.get("num_hidden_layers"), data.get("global_attn_every_n_layers", 4)
+        if isinstance(num, int) and isinstance(every, int) and every > 0 and not data.get("layer_types"):
+            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num)]
+            data = {**data, "layer_types": tuple(kinds)}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_heads(self)
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+        if self.num_dense_layers > self.num_hidden_layers:
+            raise ValueError(f"num_dense_layers {self.num_dense_layers} > num_hidden_layers {self.num_hidden_layers}")
+        return self
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.num_dense_layers, self.num_hidden_layers))
+
+    @property
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        heads, dim = self.num_key_value_heads, self.head_dim
+        windows = [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+        return tuple(LayerCache(heads, dim, dim, dim**-0.5, window) for window in windows)
+
+    @property
+    def init_std(self) -> float:
+        """0.5 / sqrt(hidden_size) (arXiv 2602.17004)."""
+        return 0.5 / self.hidden_size**0.5

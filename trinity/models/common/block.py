@@ -1,0 +1,100 @@
+"""A transformer block in parts that are ordinary modules: one before the hop to the experts, one beside it, one after it.
+
+Legend: T tokens, D model.
+
+    residual, x, routing = pre(h, ...)      attention, norms, router
+    y = the experts' sum of x               the hop: on shards, while `local` is computed here
+    h = post(residual, local(x) + y)
+
+Nothing between a part's input and its output waits for another process, so whatever wraps modules (fully_shard, checkpoint,
+compile, hooks) wraps parts. A layer without routed experts has its dense feed-forward in `local` and no hop.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from trinity.models.common.attention import Attend, Attention
+from trinity.models.common.experts import ExpertLayer, Pending
+from trinity.models.common.layers import RMSNorm, SwiGLU
+from trinity.models.common.router import Router, Routing
+
+Table = tuple[Tensor, Tensor]  # of rotary angles
+
+
+class Sent(NamedTuple):
+    """What a block's first part gives: its residual stream, the feed-forward's input, and the router's decision, if any."""
+
+    residual_TD: Tensor
+    x_TD: Tensor
+    routing: Routing | None
+
+
+@dataclass(frozen=True, eq=False)
+class Hop:
+    """A layer's rows on their way. `finish` once."""
+
+    block: "Block"
+    sent: Sent
+    local_TD: Tensor | None
+    pending: Pending | None
+
+    def finish(self) -> Tensor:
+        """Wait for the experts; -> h_TD after the layer."""
+        y_TD = self.local_TD
+        if self.pending is not None:
+            routed_TD = self.pending.result()
+            y_TD = routed_TD if y_TD is None else y_TD + routed_TD
+        assert y_TD is not None, "a layer has experts, a dense feed-forward, or both"
+        return self.block.post(self.sent.residual_TD, y_TD)
+
+
+class Block(nn.Module):
+    """`pre`, `local` (shared experts, or the dense feed-forward; None: nothing) and `post`."""
+
+    def __init__(self, layer: int, pre: nn.Module, local: SwiGLU | None, post: nn.Module, is_dense: bool):
+        super().__init__()
+        self.layer, self.pre, self.post = layer, pre, post
+        self.shared: SwiGLU | None = None if is_dense else local
+        self.dense: SwiGLU | None = local if is_dense else None
+
+    @property
+    def local(self) -> SwiGLU | None:
+        return self.dense if self.shared is None else self.shared
+
+    def begin(self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer) -> Hop:
+        """Compute up to the hop, send the rows, and compute what this process has of the feed-forward meanwhile."""
+        sent, pending = self.pre(h_TD, table, attend), None
+        if sent.routing is not None:
+            pending = experts.begin(self.layer, sent.x_TD, sent.routing.ids_TK, sent.routing.weights_TK)
+        return Hop(self, sent, None if self.local is None else self.local(sent.x_TD), pending)
+
+    def forward(
+        self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer
+    ) -> tuple[Tensor, Routing | None]:
+        hop = self.begin(h_TD, table, attend, experts)
+        return hop.finish(), hop.sent.routing
+
+
+class PreNorm(nn.Module):
+    """The part before the hop as Llama has it: a norm before attention, a norm before the feed-forward."""
+
+    def __init__(self, attention: Attention, router: Router | None, dim: int, eps: float, *, device=None, dtype=None):
+        super().__init__()
+        made = {"rounds_first": True, "device": device, "dtype": dtype}
+        self.input_layernorm, self.self_attn = RMSNorm(dim, eps, **made), attention
+        self.post_attention_layernorm = RMSNorm(dim, eps, **made)
+        self.router = router
+
+    def forward(self, h_TD: Tensor, table: Table, attend: Attend) -> Sent:
+        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), table, attend)
+        x_TD = self.post_attention_layernorm(h_TD)
+        return Sent(h_TD, x_TD, None if self.router is None else self.router(x_TD))
+
+
+class Residual(nn.Module):
+    """The part after the hop as Llama has it: the sum."""
+
+    def forward(self, residual_TD: Tensor, y_TD: Tensor) -> Tensor:
+        return residual_TD + y_TD

@@ -1,0 +1,158 @@
+"""A causal language model without its routed experts: embedding, blocks, final norm and head.
+
+Legend: T tokens (flat: no batch dimension), D model, V vocabulary.
+Two seams keep one forward pass for training and serving: `ExpertLayer` (where routed experts are) and `Attend` (how
+tokens see each other). Checkpoints' names of the tensors are the family's KeyMap's to say (`tensors`).
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from trinity.config import ModelConfig
+from trinity.models.common.attention import Attend
+from trinity.models.common.block import Block, Hop, Table
+from trinity.models.common.experts import ExpertLayer
+from trinity.models.common.keys import KeyMap
+from trinity.models.common.layers import Linear, RMSNorm, rotary_table
+from trinity.models.common.router import Router, Routing
+
+
+class Output(NamedTuple):
+    hidden_TD: Tensor  # after the final norm
+    routing: tuple[Routing, ...]  # one per MoE layer, in order
+
+
+Inputs = tuple[Tensor, Tensor, Attend]  # ids_T, positions_T, who sees whom
+
+
+class Rotary(NamedTuple):
+    """How positions turn queries and keys: the numbers of a head that are rotated, and the base of their angles."""
+
+    dim: int
+    theta: float
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: what checkpoints call `model.`"""
+
+    def __init__(
+        self, config: ModelConfig, blocks: Sequence[Block], norm: RMSNorm, rotary: Rotary, embed_scale: float | None = None,
+        *, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.rotary, self.embed_scale, self.is_exact = rotary, embed_scale, config.batch_invariant
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = norm
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        h_TD = self.embed_tokens(ids_T)
+        return h_TD if self.embed_scale is None else h_TD * self.embed_scale
+
+    def table(self, positions_T: Tensor, dtype: torch.dtype) -> Table:
+        return rotary_table(positions_T, *self.rotary, dtype, self.is_exact)
+
+
+class _Pass:
+    """One forward pass on its way through the layers."""
+
+    def __init__(self, decoder: Decoder, inputs: Inputs, experts: ExpertLayer):
+        ids_T, positions_T, self._attend = inputs
+        self.h_TD = decoder.embed(ids_T)
+        self._table, self._experts = decoder.table(positions_T, self.h_TD.dtype), experts
+        self._hop: Hop | None = None
+        self.routings: list[Routing] = []
+
+    def enter(self, block: Block) -> None:
+        """Finish the layer before, and go as far into this one as its rows' leaving."""
+        self.leave()
+        self._hop = block.begin(self.h_TD, self._table, self._attend, self._experts)
+        if self._hop.sent.routing is not None:
+            self.routings.append(self._hop.sent.routing)
+
+    def leave(self) -> None:
+        if self._hop is not None:
+            self.h_TD, self._hop = self._hop.finish(), None
+
+
+class CausalLM(nn.Module):
+    """A family's backbone with its untied head. `experts` is called, never owned: it is no submodule and has no state here.
+
+    Weights are torch's defaults until the family's `init_weights` or `load`.
+    """
+
+    def __init__(self, config: ModelConfig, keys: KeyMap, experts: ExpertLayer, decoder: Decoder):
+        super().__init__()
+        self.config, self._keys = config, keys
+        self._experts = (experts,)  # a tuple hides a Module from nn.Module's registration
+        self.model = decoder
+        like = decoder.embed_tokens.weight
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, device=like.device, dtype=like.dtype)
+        for part in self.modules():
+            part.is_exact = config.batch_invariant  # type: ignore[assignment]  # read by the parts that have it
+
+    @property
+    def experts(self) -> ExpertLayer:
+        return self._experts[0]
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
+        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
+        return self.forward_all([(ids_T, positions_T, attend)])[0]
+
+    def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:
+        """Independent passes side by side: while the rows of one are with their experts, another goes on."""
+        running = [_Pass(self.model, inputs, self.experts) for inputs in passes]
+        for block in self.blocks():
+            for each in running:
+                each.enter(block)
+        for each in running:
+            each.leave()
+        return [Output(self.model.norm(each.h_TD), tuple(each.routings)) for each in running]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, V] in the model's dtype, from hidden states after the final norm. No scaling, no soft cap."""
+        return self.lm_head(hidden_TD)
+
+    def with_experts(self, experts: ExpertLayer) -> Self:
+        """The same modules, and so the same weights, calling other experts: another caller's dispatcher, say."""
+        twin = copy.copy(self)
+        twin._experts = (experts,)
+        return twin
+
+    # -- parts, and tensors by the names that checkpoints give them
+
+    def blocks(self) -> Iterator[Block]:
+        yield from (block for block in self.model.layers if isinstance(block, Block))
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """By layer, those with routed experts."""
+        found = ((block.layer, getattr(block.pre, "router", None)) for block in self.blocks())
+        return {layer: router for layer, router in found if router is not None}
+
+    @property
+    def expert_bias(self) -> dict[int, Tensor]:
+        """The fp32 selection biases [E] by layer: the buffers themselves, to be written in place."""
+        return {layer: router.bias_E for layer, router in self.routers.items() if router.bias_E is not None}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters by their names in a checkpoint: the live ones."""
+        return {self._keys.outside(name): parameter for name, parameter in self.named_parameters()}
+
+    def biases(self) -> dict[str, Tensor]:
+        """The selection biases by their names in a checkpoint: the live ones."""
+        return {self._keys.outside(name): buffer for name, buffer in self.named_buffers()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds of the backbone, by its names there: the live tensors."""
+        return {self._keys.outside(name): tensor for name, tensor in self.state_dict().items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in, by the names that checkpoints use, in this model's types. Raises KeyError for one that is missing."""
+        for name, mine in self.tensors().items():
+            mine.copy_(tensors[name])

@@ -1,0 +1,44 @@
+"""The numbers of a Qwen3-MoE architecture, with the field names of its Hugging Face `config.json`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from trinity.config.model import LayerCache, ModelConfig
+from trinity.models.common.shapes import check_heads
+
+
+class Qwen3MoeConfig(ModelConfig):
+    """Softmax routing, no shared expert, every layer attends to all tokens; dense layers where it is said so."""
+
+    model_type: Literal["qwen3_moe"] = "qwen3_moe"
+    intermediate_size: int = Field(gt=0, description="of the dense layers, where there are any")
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = Field(default=1, gt=0, description="every n-th layer has experts")
+    mlp_only_layers: tuple[int, ...] = Field(default=(), description="layers without experts, whatever the step says")
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_heads(self)
+        return self
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        sparse = (i for i in range(self.num_hidden_layers) if (i + 1) % self.decoder_sparse_step == 0)
+        return tuple(i for i in sparse if i not in self.mlp_only_layers)
+
+    @property
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        every = LayerCache(self.num_key_value_heads, self.head_dim, self.head_dim, self.head_dim**-0.5)
+        return (every,) * self.num_hidden_layers
+
+    @property
+    def init_std(self) -> float:
+        return self.initializer_range
