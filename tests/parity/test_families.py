@@ -59,7 +59,9 @@ def test_logits_equal_transformers(family, seed, invariant):
         truth = hf.double()(ids_BS).logits
     assert theirs.std() > 0.2
     assert diff(mine, theirs) <= ROUNDING[invariant]
-    assert diff(mine, truth) <= max(ROUNDING[invariant], 2 * diff(theirs, truth)), "as near to the exact numbers as transformers is"
+    assert diff(mine, truth) <= max(ROUNDING[invariant], 2 * diff(theirs, truth)), (
+        "as near to the exact numbers as transformers is"
+    )
 
 
 @each

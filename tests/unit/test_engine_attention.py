@@ -4,6 +4,8 @@ Legend: S sequence, H query heads, G key-value heads, d head dim.
 """
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.engine_fakes import DenseAttend, fake_config
-from trinity.config import EngineConfig
+from tests.unit.engine_fakes import VOCAB, DenseAttend, fake_config, fake_engine, run_all
+from trinity.config import EngineConfig, LayerCache
 from trinity.engine import attention
 from trinity.engine.attention import KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.runner import flatten, in_order
+from trinity.models.common.attention import PackedAttention
+from trinity.models.common.decoder import Output
 from trinity.text.detokenizer import TextStream
 
 LAYERS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
@@ -125,3 +129,71 @@ def test_tiles_cover_each_query_once_with_small_masks(start, end, window):
         if tile.mask_qS is not None:
             assert tile.mask_qS.any(dim=1).all()
             assert tile.mask_qS.numel() <= max(attention.MAX_MASK, 64 * end)
+
+
+LATENT = LayerCache(num_heads=1, key_dim=6, value_dim=4, scale=0.3, is_latent=True)
+CACHES = (LayerCache(2, 4, 4, 0.5), LATENT, LayerCache(2, 4, 4, 0.5, window=5), LATENT, replace(LATENT, window=7))
+
+
+class LatentModel(torch.nn.Module):
+    """Layers of several kinds: grouped heads, latent ones (keys alone, whose beginnings are the values), both with windows."""
+
+    def __init__(self):
+        super().__init__()
+        made = torch.Generator().manual_seed(0)
+        self.keys = torch.nn.ParameterList(
+            torch.randn(VOCAB, cache.num_heads, cache.key_dim, generator=made) for cache in CACHES
+        )
+        self.queries = torch.nn.ParameterList(torch.randn(VOCAB, 4, c.key_dim, generator=made) for c in CACHES)
+        self.head = torch.nn.Parameter(torch.randn(VOCAB, 16 * len(CACHES), generator=made))
+
+    def forward_all(self, passes):
+        return [self(*inputs) for inputs in passes]
+
+    def forward(self, ids_T, positions_T, attend):
+        turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]
+        outs = []
+        for layer, cache in enumerate(CACHES):
+            q, k = self.queries[layer][ids_T], self.keys[layer][ids_T] * turn_T11
+            outs.append(attend(layer, q, k, None if cache.is_latent else k.flip(-1)).flatten(1))
+        return Output(torch.cat(outs, 1), ())
+
+    def logits(self, hidden_TD):
+        return hidden_TD @ self.head.T
+
+
+def latent_config(invariant=True):
+    return SimpleNamespace(
+        layer_caches=CACHES, max_position_embeddings=4096, vocab_size=VOCAB, eos_token_id=3, num_experts=1,
+        batch_invariant=invariant,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 200])
+def test_a_latent_cache_is_one_more_kind(chunk):
+    """As DeepSeek-V3's: the engine needs to know no more of it than its LayerCache. Greedy text equals that without a cache."""
+    model, config = LatentModel(), latent_config()
+    prompts = [tuple(1 + (7 * i + j) % 30 for j in range(n)) for i, n in enumerate((1, 4, 23, 40))]
+    engine = fake_engine(config, model=model, max_num_batched_tokens=chunk, max_num_seqs=4)
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    deltas = run_all(engine)
+    engine.check()
+    for i, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(12):
+            dense = PackedAttention(config, None, 1, len(ids))
+            hidden = model(torch.tensor(ids), torch.arange(len(ids)), dense).hidden_TD
+            ids.append(int(model.logits(hidden[-1:]).argmax()))
+        assert [t for delta in deltas[str(i)] for t in delta.token_ids] == ids[len(prompt) :]
+
+
+def test_a_latent_layer_stores_its_keys_alone():
+    settings = EngineConfig(max_model_len=64, block_size=4, max_num_seqs=2, kv_cache_bytes=1 << 20)
+    layout = plan_layout(latent_config(), settings, 4)
+    assert [layout.block_bytes[kind] for kind in layout.kinds] == [4 * 16 * 4, 2 * 4 * 6 * 4, 4 * 16 * 4, 4 * 6 * 4]
+    pools = KVPools(layout, torch.device("cpu"), torch.float32)
+    assert pools.v[LATENT].data_ptr() == pools.k[LATENT].data_ptr()
+    assert sum(pools.k[kind].nbytes + kind.own_value_dim * pools.k[kind][..., 0].nbytes for kind in layout.kinds) == (
+        layout.total_bytes
+    )

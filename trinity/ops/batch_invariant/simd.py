@@ -29,10 +29,31 @@ VECTOR, SUMS = ir.VectorType(F32, LANES), ir.VectorType(F32, ROWS * COLUMNS)
 intrinsic: Any = numba_intrinsic  # what it makes is called without the first argument, which its type does not say
 
 
+TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8", torch.int32: "<i4", torch.bool: "|b1"}
+
+
+class _Memory:
+    """A tensor's memory as numpy's array protocol names it. Keeps the tensor."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, size = tensor, tensor.element_size()
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(size * stride for stride in tensor.stride()),
+            "typestr": TYPES[tensor.dtype],
+            "version": 3,
+        }
+
+
 def as_array(tensor: Tensor) -> np.ndarray:
-    """Its memory, as compiled code takes it: the bits of bfloat16 as uint16."""
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    """Its memory, as compiled code takes it: the bits of bfloat16 as uint16.
+
+    `Tensor.numpy` would forbid the storage to be resized for good, which fully_shard does with the weights that it gathers.
+    """
+    return np.asarray(_Memory(tensor))
 
 
 @intrinsic
