@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.engine_fakes import VOCAB, FakeSource, fake_config, fake_engine, next_token
-from trinity.engine import engine as engine_module
+from trinity.engine import repeats
 from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.versions import Versions
 from trinity.errors import Code, VersionGone
@@ -23,7 +23,7 @@ MAX_LEN = 24
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr(engine_module, "PAUSE_S", 0.0)
+    monkeypatch.setattr(repeats, "PAUSE_S", 0.0)
 
 
 class Watch:
@@ -36,14 +36,15 @@ class Watch:
         self.cached: dict[str, list[int]] = {}
         self.tokens: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}  # token, version, versions of the cache
         self.asked, self.ended, self.prompts, self.none_was_good = {}, {}, {}, {}
-        self._pass, self.engine._pass = self.engine._pass, self.watched
+        self._accept, self.engine._accept_pass = self.engine._accept_pass, self.watched
 
     def add(self, name, prompt, params):
         self.engine.add(name, prompt, params)
         self.asked[name], self.prompts[name], self.tokens[name], self.cached[name] = params, list(prompt), [], []
 
-    def watched(self, version, batch):
-        deltas = self._pass(version, batch)
+    def watched(self, each, result):
+        version, batch = each
+        deltas = self._accept(each, result)
         got = {d.request_id: d for d in deltas}
         for name in got:
             if got[name].finish_reason == "error":
@@ -284,11 +285,11 @@ def test_shards_of_another_version_are_asked_again_so_many_times_for_each_token(
     watch = Watch()
     watch.add("a", [1, 2, 3], policy)
     for _ in range(3):
-        watch.source.conflicts = engine_module.MAX_REPEATS
-        watch.step(engine_module.MAX_REPEATS + 1)
+        watch.source.conflicts = repeats.MAX_REPEATS
+        watch.step(repeats.MAX_REPEATS + 1)
     assert len(watch.tokens["a"]) == 3
-    assert watch.engine.stats().num_repeats == 3 * engine_module.MAX_REPEATS
-    watch.source.conflicts = engine_module.MAX_REPEATS + 1
+    assert watch.engine.stats().num_repeats == 3 * repeats.MAX_REPEATS
+    watch.source.conflicts = repeats.MAX_REPEATS + 1
     watch.finish()
     assert isinstance(watch.ended["a"].cause, VersionGone)
     watch.check_tokens("a")

@@ -1,14 +1,13 @@
 """The engine: continuous batching of many requests over one model. Synchronous, one thread, no network.
 
 Legend: B sequences that get a token in this step, V vocabulary.
-Each step is: choose the tokens, run them, sample, and tell every request what it got. A request ends exactly once: by
+Each step is: choose the tokens and their weights, run them, and tell every request what it got. A request ends exactly once: by
 a Delta of `step` or by the one that `abort` returns. A forward pass that fails (a dead shard, no memory) ends the
 requests that were in it and no others. A pass whose weights have gone or are damaged is repeated with others: its requests
 are left as they were, and the next step schedules them again.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.repeats import Repeats
 from trinity.engine.request import Chunk, Delta, FinishReason, SamplingParams, Sequence
-from trinity.engine.runner import ModelRunner
-from trinity.engine.sampler import Sampled, sample
-from trinity.engine.scheduler import Scheduler
+from trinity.engine.runner import ModelRunner, Result
+from trinity.engine.sampler import Sampled
+from trinity.engine.scheduler import Pass, Scheduler
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
-MAX_REPEATS = 20  # of a request's pass, for want of a version
-PAUSE_S = 0.05  # before such a pass, while there is no other version to repeat it with
 
 
 @dataclass(frozen=True)
@@ -78,17 +76,18 @@ class Engine:
         tokenizer: "Tokenizer",
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
     ):
-        self._versions = Versions(source, settings.max_versions, settings.kv_policy)
-        model = self._versions.model(self._versions.live)
-        layout = plan_layout(config, settings, next(model.parameters()).element_size())
+        self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
+        itemsize = next(versions.model(versions.live).parameters()).element_size()
+        layout = plan_layout(config, settings, itemsize)
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.max_model_len = layout.max_model_len
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
-        self._scheduler = Scheduler(self._cache, settings.max_num_seqs, settings.max_num_batched_tokens)
-        self._runner = ModelRunner(model, config, settings, self._cache)
+        self._scheduler = Scheduler(self._cache, versions, settings.max_num_seqs, settings.max_num_batched_tokens)
+        self._runner = ModelRunner(versions, config, settings, self._cache)
+        self._repeats = Repeats(versions)
         self._sequences: dict[str, Sequence] = {}
-        self._num_prompt_tokens = self._num_generated_tokens = self._num_repeats = 0
+        self._num_prompt_tokens = self._num_generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -144,46 +143,32 @@ class Engine:
         return self._end(sequence, "abort") if sequence else None
 
     def step(self) -> list[Delta]:
-        """One forward pass, or one for each version that requests use; what each request got from it.
+        """Compute one forward pass, or one for each version that requests use; -> what each request got from it.
 
         Without work it only looks which version is the newest.
         """
-        self._versions.follow(self._scheduler.running)
-        passes = self._versions.passes(self._scheduler.schedule())
-        return [delta for version, batch in passes for delta in self._pass(version, batch)]
+        plan = self._scheduler.schedule()
+        results = self._runner.run(plan)
+        return self.accept(plan, results)
 
-    def _pass(self, version: int, batch: list[Chunk]) -> list[Delta]:
-        try:
-            sequences, logits_BV = self._runner.forward(self._versions.model(version), batch)
-            sampled = dict(zip(sequences, sample(logits_BV, sequences), strict=True))
-        except (VersionGone, StepConflict, WrongEpoch) as error:
-            return self._gone(batch, error)
-        except Exception as error:  # the edge between requests and weights: shards die, memory runs out
-            return self._fail(batch, error)
-        if any(each.token_id is None for each in sampled.values()) and self._versions.quarantine(version):
-            batch = [chunk for chunk in batch if not self._again(chunk)]
-        for chunk in batch:
-            chunk.sequence.computed(chunk.start, chunk.end, version)
-        return [self._accept(chunk.sequence, sampled[chunk.sequence]) for chunk in batch if chunk.sequence in sampled]
+    def accept(self, plan: list[Pass], results: list[Result]) -> list[Delta]:
+        """Give each request what its pass computed. Requests whose pass came to nothing are scheduled again, or end."""
+        return [delta for each, result in zip(plan, results, strict=True) for delta in self._accept_pass(each, result)]
 
-    def _gone(self, batch: list[Chunk], error: TrinityError) -> list[Delta]:
-        """The pass's version was not there, or not on every shard, which may pass."""
-        if not self._versions.lost():
-            time.sleep(PAUSE_S)
-        passes = not isinstance(error, VersionGone)
-        over = [chunk for chunk in batch if not self._again(chunk, passes)]
-        return self._fail(over, VersionGone(f"the weights that this request uses have gone: {error}")) if over else []
-
-    def _again(self, chunk: Chunk, passes: bool = False) -> bool:
-        """Shall its pass be repeated: with another version, or with the same one if what went wrong `passes`?"""
-        sequence = chunk.sequence
-        if sequence.num_repeats == MAX_REPEATS or not (self._versions.leave(sequence) or passes):
-            return False
-        sequence.num_repeats += 1
-        self._num_repeats += 1
-        if chunk.count > 1:  # it may have written over what its first tokens look back at
-            sequence.num_computed = 0
-        return True
+    def _accept_pass(self, each: Pass, result: Result) -> list[Delta]:
+        if isinstance(result.error, VersionGone | StepConflict | WrongEpoch):
+            over = self._repeats.after_loss(each.chunks, result.error)
+            gone = VersionGone(f"the weights that this request uses have gone: {result.error}")
+            return self._fail(over, gone) if over else []
+        if result.error is not None:
+            return self._fail(each.chunks, result.error)
+        counts = self._repeats.after_damage(*each) if result.is_damaged else each.chunks
+        for chunk in counts:
+            chunk.sequence.computed(chunk.start, chunk.end, each.version)
+        sequences = [chunk.sequence for chunk in counts]
+        return [
+            self._accept(sequence, result.sampled[sequence]) for sequence in sequences if sequence in result.sampled
+        ]
 
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Delta:
         """Append the sampled token and decide whether the sequence ends with it."""
@@ -251,7 +236,7 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             num_versions_held=self._versions.num_held,
             num_quarantined=self._versions.num_quarantined,
-            num_repeats=self._num_repeats,
+            num_repeats=self._repeats.num,
             switch_seconds=self._versions.switch_s,
             num_dispatch_retries=retries,
             dispatch_seconds=seconds,

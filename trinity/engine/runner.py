@@ -1,10 +1,11 @@
-"""From a batch of chunks to the logits of their next tokens: flatten, one forward pass, select.
+"""From passes to sampled tokens: flatten a batch of chunks, one forward pass, select, sample.
 
 Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary, L MoE layers, K top-k.
 """
 
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +15,32 @@ from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
+from trinity.engine.sampler import Sampled, sample
+from trinity.engine.scheduler import Pass
+from trinity.engine.versions import Versions
 from trinity.models.common.attention import Attend, is_plain
 from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
 
 
-class ModelRunner:
-    """Owns the key and value tensors, of this model's device and dtype; nothing else outlives a pass."""
+class Result(NamedTuple):
+    """What a pass gave: the tokens of the sequences whose last token it computed, or the error that prevented it."""
 
-    def __init__(self, model: CausalLM, config: ModelConfig, settings: EngineConfig, cache: KVCache):
-        parameter = next(model.parameters())
-        self._config, self._settings, self._cache = config, settings, cache
+    sampled: dict[Sequence, Sampled]
+    error: Exception | None = None
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether logits were not finite."""
+        return any(each.token_id is None for each in self.sampled.values())
+
+
+class ModelRunner:
+    """Owns the key and value tensors, of the models' device and dtype; nothing else outlives a pass."""
+
+    def __init__(self, versions: Versions, config: ModelConfig, settings: EngineConfig, cache: KVCache):
+        parameter = next(versions.model(versions.live).parameters())
+        self._versions, self._config, self._settings, self._cache = versions, config, settings, cache
         self._device = parameter.device
         self._pools = KVPools(cache.layout, parameter.device, parameter.dtype)
         self._is_exact = config.batch_invariant and batch_invariant.is_for(parameter)
@@ -33,6 +49,17 @@ class ModelRunner:
             from trinity.ops.batch_invariant.warm import warm_up
 
             warm_up(parameter.dtype)
+
+    def run(self, plan: list[Pass]) -> list[Result]:
+        """Compute and sample each pass; what prevented one is its result, and nobody else's."""
+        return [self._run(*each) for each in plan]
+
+    def _run(self, version: int, chunks: list[Chunk]) -> Result:
+        try:
+            sequences, logits_BV = self.forward(self._versions.model(version), chunks)
+            return Result(dict(zip(sequences, sample(logits_BV, sequences), strict=True)))
+        except Exception as error:  # the edge between requests and weights: shards die, memory runs out
+            return Result({}, error)
 
     @torch.inference_mode()
     def forward(self, model: CausalLM, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:

@@ -1,4 +1,4 @@
-"""Which tokens go into the next forward pass: continuous batching, chunked prefill, preemption. Host code, no torch.
+"""Which tokens go into the next forward passes: continuous batching, chunked prefill, preemption. Host code, no torch.
 
 First come, first served, in one order: `running` is sorted by arrival, everything in `waiting` came later. A sequence
 is admitted when all its tokens fit; when the cache runs out, the latest arrival gives its blocks back and is recomputed
@@ -8,16 +8,25 @@ because a prefill that is cut short has used up the token budget.
 """
 
 from collections import deque
+from typing import NamedTuple
 
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
+from trinity.engine.versions import Versions
+
+
+class Pass(NamedTuple):
+    """A forward pass to come: its weights, and the tokens that it computes. Their cache blocks are already theirs."""
+
+    version: int
+    chunks: list[Chunk]
 
 
 class Scheduler:
-    """Owns the sequences and the rows of the cache."""
+    """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with."""
 
-    def __init__(self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int):
-        self.cache = cache
+    def __init__(self, cache: KVCache, versions: Versions, max_num_seqs: int, max_num_batched_tokens: int):
+        self.cache, self.versions = cache, versions
         self.max_tokens = max_num_batched_tokens
         self.max_running = min(max_num_seqs, max_num_batched_tokens)  # so that every decode finds a place in every pass
         self.running: list[Sequence] = []
@@ -35,8 +44,13 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next pass, their cache blocks already theirs; empty only when nothing is left to do."""
+    def schedule(self) -> list[Pass]:
+        """The passes of the next step: one for each version that requests use. Takes up the newest version first, with or
+        without work; empty only when nothing is left to do."""
+        self.versions.follow(self.running)
+        return [Pass(*each) for each in self.versions.passes(self._chunks())]
+
+    def _chunks(self) -> list[Chunk]:
         batch: list[Chunk] = []
         budget, at = self.max_tokens, 0
         while budget and (at < len(self.running) or self._admit()):
