@@ -57,13 +57,13 @@ class Arriving(LocalTransport):
         return Done(value.cpu() if verb == "fetch" else value)
 
 
-def replicated_pool(device, folder=None):
+def replicated_pool(device, folder=None, model=MODEL, backend="reference"):
     """Three shards that train; every expert is on two of them."""
-    held = tuple((e % 3, (e + 1) % 3) for e in range(MODEL.num_experts))
-    table = PlacementTable(1, ("a", "b", "c"), MODEL.moe_layers, (held,) * len(MODEL.moe_layers))
+    held = tuple((e % 3, (e + 1) % 3) for e in range(model.num_experts))
+    table = PlacementTable(1, ("a", "b", "c"), model.moe_layers, (held,) * len(model.moe_layers))
     shards = {}
     for name in table.shards:
-        spec = ShardSpec(name, MODEL, table.experts_of(name), OptimConfig(), backend="reference", device=str(device))
+        spec = ShardSpec(name, model, table.experts_of(name), OptimConfig(), backend=backend, device=str(device))
         shards[name] = ExpertShard(spec, Store(None if folder is None else folder / name, str(device)))
         shards[name].peers = Arriving(shards)
     pool = ExpertPool(StaticView(table), LocalTransport(shards), timeout_s=60)
@@ -77,7 +77,7 @@ def trained_rows(shard, device, step, num_tokens, layers=(LAYER, LAST)):
     for layer in layers:
         held = torch.tensor(shard.experts[layer])
         ids_RK = held[torch.randint(len(held), (num_tokens, 2), generator=rng)].to(device)
-        x_RD, dy_RD = torch.randn(2, num_tokens, MODEL.hidden_size, generator=rng).to(device)
+        x_RD, dy_RD = torch.randn(2, num_tokens, shard.spec.model.hidden_size, generator=rng).to(device)
         weights_RK, names = torch.rand(num_tokens, 2, generator=rng).to(device), (layer, 1, step - 1, FOREVER)
         rows, op = Rows(x_RD, ids_RK, weights_RK), f"test:{layer}"
         found += [shard.infer(Forward("", *names, rows)), shard.infer(Forward(op, *names, rows, keep=True))]
@@ -85,16 +85,17 @@ def trained_rows(shard, device, step, num_tokens, layers=(LAYER, LAST)):
     return found
 
 
-def life(device, folder=None):
-    """Two steps of training over replicas, each with a move and a pruning after it; -> all that came out, as host memory."""
-    pool, shards = replicated_pool(device, folder)
-    found = []
+def life(device, folder=None, model=MODEL, backend="reference"):
+    """Two steps of training over replicas, each with a move and a pruning after it; -> all that came out, as host memory, by
+    kind: answers, norms, experts."""
+    pool, shards = replicated_pool(device, folder, model, backend)
+    answers, norms, experts = [], [], []
     for step in (1, 2):
         busy = ["a", "c"] if step == 2 else list(shards)  # then only replicas have a gradient of the experts of b
         for name in busy:
-            found += trained_rows(shards[name], device, step, num_tokens=20)
+            answers += trained_rows(shards[name], device, step, num_tokens=20)
         reports = pool.prepare(step, Counter(dict.fromkeys(busy, 2)))
-        found.append(torch.tensor([report.sq_norm for report in reports]))
+        norms.append(torch.tensor([report.sq_norm for report in reports]))
         assert pool.stage(Stage(step, 0.02, 0.01, 1.0))()
         pool.commit(step)
         call = Copy(LAYER, (0,), ("a",), step, FOREVER, num_updates=step)
@@ -102,8 +103,9 @@ def life(device, folder=None):
         shards["c"].prune_to(PruneTo(pool.table.experts_of("c")))
     for shard in shards.values():
         held = [(expert, kind) for expert in shard.experts[LAYER] for kind in shard.kinds(2)]
-        found += [shard.fetch(Fetch(LAYER, expert, 2, FOREVER, kind)) for expert, kind in held]
-    return [tensor.detach().cpu() for tensor in found]
+        experts += [shard.fetch(Fetch(LAYER, expert, 2, FOREVER, kind)) for expert, kind in held]
+    found = {"answers": answers, "norms": norms, "experts": experts}
+    return {kind: [tensor.detach().cpu() for tensor in tensors] for kind, tensors in found.items()}
 
 
 @pytest.mark.parametrize("in_folder", [False, True])
@@ -111,8 +113,9 @@ def test_replicated_experts_train_and_move_on_a_device(tmp_path, in_folder):
     want = life("cpu")
     with PretendedDevice():
         got = life(DEVICE, tmp_path if in_folder else None)
-        assert not any(map(is_pretended, got))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert not any(is_pretended(tensor) for tensors in got.values() for tensor in tensors)
+    for kind, tensors in want.items():
+        assert all(torch.equal(a, b) for a, b in zip(got[kind], tensors, strict=True)), kind
 
 
 def test_a_store_in_a_folder_is_taken_up_on_the_device(tmp_path):

@@ -59,8 +59,8 @@ class GradAccumulator:
             self._callers = {(0, ""): self.sums()}
 
     def share(self, message: Prepare, me: str, held: Experts, peers: Any, device: torch.device | str) -> None:
-        """Take up the gradients that other replicas of our experts have; wherever they arrive, they are added on `device`, ours.
-        Raises what the peers raise."""
+        """Take up the gradients that other replicas of our experts have. They may arrive in the host's memory; they are added
+        on `device`, ours. Raises what the peers raise."""
         for layer, expert, holders in _ours(message, me):
             at = held[layer].index(expert)
             if (layer, at) not in self._shared:
