@@ -3,7 +3,9 @@
 `make gpu-kernels` says what is missing instead of failing somewhere in a build.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -83,3 +85,48 @@ def test_the_children_of_tests_find_packages_that_are_carried_in_a_folder(tmp_pa
     child.end()
     assert shown.read_text() == "here"
     assert environment()["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path)]
+
+
+CHEAP = {  # stage -> something it must have found
+    "machine": "packages",
+    "ceilings": "TFLOP/s",
+    "mailbox": "skipped" if not torch.cuda.is_available() else "passed",
+    "hop": "way",
+    "summary": "failed",
+}
+
+
+def checked(folder, stages, python=sys.executable):
+    """-> what the check on the CPU left: its summary, and by stage the lines of its results."""
+    env = environment(PYTHON=str(python), GPU_CHECK_DEVICE="cpu", GPU_CHECK_STAGES=" ".join(stages))
+    done = subprocess.run(
+        [str(SCRIPTS / "gpu_check.sh"), str(folder)], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "summary.txt").read_text() == done.stdout
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return done.stdout, {name: [line for line in lines if line["stage"] == name] for name in stages}
+
+
+def test_the_check_of_a_gpu_is_rehearsed_and_a_stage_that_fails_stops_no_other(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"--name ceilings"*) exit 3 ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    summary, found = checked(tmp_path / "out", CHEAP, python)
+    ends = {name: lines[-1] for name, lines in found.items()}
+    assert {name: end["rc"] for name, end in ends.items()} == {**dict.fromkeys(CHEAP, 0), "ceilings": 3}
+    assert all(0 <= end["seconds"] <= end["limit_s"] for end in ends.values())
+    for name, wanted in CHEAP.items():
+        assert name == "ceilings" or any(wanted in line for line in found[name]), name
+    assert found["summary"][0]["failed"] == ["ceilings"]
+    assert re.search(r"ceilings +FAILED \(3\)", summary)
+    assert re.search(r"hop +passed", summary)
+
+
+def test_the_stages_of_the_check_take_nine_minutes_at_most_and_each_has_its_program():
+    text = (SCRIPTS / "gpu_check.sh").read_text()
+    stages = re.findall(r"^python_stage (\w+) (\d+) (\w+)", text, re.MULTILINE)
+    (install,) = re.findall(r"\bstage install (\d+) ", text)
+    assert int(install) + sum(int(limit) for _, limit, _ in stages) <= 9 * 60
+    programs = {path.stem for path in (SCRIPTS / "gpu_stages").glob("*.py") if "def measure(run" in path.read_text()}
+    assert {module for *_, module in stages} == programs
