@@ -19,6 +19,7 @@ cd "$(dirname "$0")/.." || exit 1
 RESULTS=$FOLDER/results.jsonl LOG=$FOLDER/log.txt
 : >"$RESULTS" && : >"$LOG" || exit 1
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}" # threads that wait sleep soon: on few cores they would starve the others
 [ "${2:-}" != --short ] || GPU_CHECK_STAGES="install machine ceilings backends mailbox large mini"
 
 now_ms() { echo $(($(date +%s%N) / 1000000)); }
