@@ -21,5 +21,5 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr
     sizes = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, _ in sizes} == {"gather", "scatter", "sdd", "dsd", "row_indices"}
+    assert {name for name, _ in sizes} == {"gather", "scatter", "sdd", "dsd", "row_indices", "ring", "wait"}
     assert all(int(size) > 1000 for _, size in sizes)
