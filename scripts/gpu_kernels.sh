@@ -3,7 +3,8 @@
 #
 #     scripts/gpu_kernels.sh .venv/bin/python
 #
-# Needs no GPU: TORCH_CUDA_ARCH_LIST says what to build for (default: the GPU that is visible, else 9.0, Hopper).
+# A wheel that is carried (install_megablocks.sh says where) is taken as it is. Else they are built, which needs no GPU:
+# TORCH_CUDA_ARCH_LIST says what to build for (default: the GPU that is visible, else 9.0, Hopper).
 # A few minutes of one core; nothing to do the second time. Repeat after every change of torch.
 set -eu
 
@@ -36,6 +37,10 @@ missing() { # one line for each thing that is not there
 
 if ask 'import torch, megablocks_ops'; then
     echo "gpu_kernels: MegaBlocks' operators are there and load; nothing to do"
+    exit 0
+fi
+if "$HERE/install_megablocks.sh" "$PYTHON" --carried && ask 'import torch, megablocks_ops'; then
+    echo "gpu_kernels: MegaBlocks' operators came as a wheel and load"
     exit 0
 fi
 CUDA_HOME=${CUDA_HOME:-$(find_cuda)}

@@ -131,7 +131,12 @@ class RequestQueue:
 def _mergeable(a: Calls, b: Calls) -> bool:
     if not (isinstance(a, Forward) and isinstance(b, Forward)) or a.keep or b.keep:
         return False
-    return (a.layer, a.version, a.rows.ids_RK.shape[1]) == (b.layer, b.version, b.rows.ids_RK.shape[1])
+    return _kind(a) == _kind(b)
+
+
+def _kind(call: Forward) -> tuple[Any, ...]:
+    """What equal calls share. Rows that came through Ray lie in the host's memory, others where the experts are."""
+    return call.layer, call.version, call.rows.ids_RK.shape[1], call.rows.x_RD.device
 
 
 def unix_listener() -> tuple[socket.socket, str]:

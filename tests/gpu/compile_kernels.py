@@ -1,4 +1,4 @@
-"""Compile for a Hopper GPU, without one, the Triton kernels that the MegaBlocks paths launch; prints `name bytes` each.
+"""Compile for a Hopper GPU, without one, the Triton kernels of the MegaBlocks paths and of the check; prints `name bytes` each.
 
 Run by test_compile.py in a process of its own: in the test process Triton is switched to its interpreter.
 """
@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
+from scripts.gpu_stages import ring
 from trinity.experts import megablocks_cpu
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -49,6 +50,9 @@ def main() -> None:
     for transposed in (False, True):
         sides = {"trans_A": transposed, "trans_B": False}
         print("dsd", compile_cubin(stk._dsd_kernel, {**matrices, **sparse}, {**STK, **sides}))
+    flags = {"flag": "*i32", "late": "*i32"}
+    print("ring", compile_cubin(ring.put_and_ring, {"slot_N": "*bf16", "x_N": "*bf16", **flags}, {"BLOCK": 1024}))
+    print("wait", compile_cubin(ring.wait_and_take, {"slot_N": "*bf16", "y_N": "*bf16", **flags}, {"BLOCK": 1024}))
     print("row_indices", compile_cubin(stk._row_indices_kernel, {"offsets": "*i32", "out": "*i32"}, {}))
 
 

@@ -4,13 +4,11 @@ This file is also the program of the child process: `python test_mailbox_cuda.py
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from actors.dataplane.connection import Address
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.server import Combiner, DirectServer
 from actors.dataplane.shm import BOX_BYTES, NUM_BOXES, SIZE
+from tests.gpu.children import environment
 from trinity.errors import Unavailable
 from trinity.rpc.messages import Backward, Forward, Rows
 
@@ -28,7 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-DIM, SECRET, ROOT = 64, b"g" * 32, Path(__file__).parents[2]
+DIM, SECRET = 64, b"g" * 32
 SIZES = (1, 100, 4096, BOX_BYTES // (2 * DIM) + 1)  # the last fits in no box
 
 
@@ -56,7 +55,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environment(),
         )
         self.address = Address(**json.loads(self.process.stdout.readline()))
 

@@ -58,14 +58,15 @@ class GradAccumulator:
         if len(self._callers) > 1:
             self._callers = {(0, ""): self.sums()}
 
-    def share(self, message: Prepare, me: str, held: Experts, peers: Any) -> None:
-        """Take up the gradients that other replicas of our experts have. Raises what the peers raise."""
+    def share(self, message: Prepare, me: str, held: Experts, peers: Any, device: torch.device | str) -> None:
+        """Take up the gradients that other replicas of our experts have. They may arrive in the host's memory; they are added
+        on `device`, ours. Raises what the peers raise."""
         for layer, expert, holders in _ours(message, me):
             at = held[layer].index(expert)
             if (layer, at) not in self._shared:
                 own_ND = self.rows(layer, at, None)
                 call = Fetch(layer, expert, message.step - 1, time.time() + FETCH_S, GRADIENT)
-                parts = [own_ND if s == me else peers.send(s, "fetch", call).result() for s in holders]
+                parts = [own_ND if s == me else peers.send(s, "fetch", call).result().to(device) for s in holders]
                 self._shared[layer, at] = holders[0] == me, _added(parts)
 
     def sums(self) -> Gradients:

@@ -120,7 +120,7 @@ class ExpertShard(ExpertWeights):
             self._enter(message.attempt, message.step - 1)
             gathered = self.gathered
             gathered.close()
-        gathered.share(message, self.spec.name, experts_of(self.store.current), self.peers)
+        gathered.share(message, self.spec.name, experts_of(self.store.current), self.peers, self.spec.device)
         return StepReport(message.step, gathered.num_ops, gathered.sq_norm())
 
     def stage(self, message: Stage) -> bool:

@@ -31,8 +31,10 @@ def dtype_of(entry: Mapping[str, Any]) -> torch.dtype:
     return getattr(torch, entry["dtype"])
 
 
-def shaped(memory: Tensor | None, entry: Mapping[str, Any]) -> Tensor:
-    stored = torch.empty(entry["shape"], dtype=dtype_of(entry)) if memory is None else memory.view(entry["shape"])
+def shaped(memory: Tensor | None, entry: Mapping[str, Any], device: torch.device | None = None) -> Tensor:
+    """The tensor of an entry; where it has no elements, and so no memory, an empty one on that device."""
+    shape = entry["shape"]
+    stored = torch.empty(shape, dtype=dtype_of(entry), device=device) if memory is None else memory.view(shape)
     return stored.mT if entry["is_transposed"] else stored
 
 

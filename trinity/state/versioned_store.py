@@ -252,7 +252,7 @@ class Store:
             mirror = mapped(folder / entry["file"], numel_of(entry), dtype_of(entry))
             memory = mirror if self.device.type == "cpu" else mirror.to(self.device)
             self._blocks[memory.data_ptr()] = block = _Block(entry["file"], memory, mirror)
-        return shaped(None if block is None else block.memory, entry)
+        return shaped(None if block is None else block.memory, entry, self.device)
 
 
 def _addresses(version: Version) -> set[int]:
