@@ -183,7 +183,7 @@ def test_live_weights_are_served_while_they_train(ray_session, family, tmp_path)
                 answer = http.post("/v1/completions", json={"prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0})
                 if answer.status_code != 200:
                     return
-                versions.append(answer.json()["weights_versions"])
+                versions.append(answer.json()["choices"][0]["weights_versions"]["last"])
 
     try:
         result = train(config, ask)
@@ -191,6 +191,7 @@ def test_live_weights_are_served_while_they_train(ray_session, family, tmp_path)
         done.set()
         pools.destroy(config.placement.pool, "trinity")
     assert result["version"] == 60
-    assert versions
+    assert versions == sorted(versions)
+    assert len(set(versions)) > 1
     want, _ = train_here(config.replace(serve={"weights": "checkpoint"}), tmp_path / "here")
     assert abs(result["loss"] - want[60]) < 1e-5
