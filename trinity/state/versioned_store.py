@@ -47,7 +47,8 @@ class Store:
     """
 
     def __init__(self, folder: Path | None = None, device: str = "cpu"):
-        self.folder, self.memory = folder, Memory(folder, torch.device(device))
+        self.folder, self.device = folder, torch.device(device)
+        self.memory = Memory(folder, self.device)
         self.versions: dict[int, Version] = {}
         self.committed = -1
         self._held = Counter[int]()
@@ -101,7 +102,7 @@ class Store:
         stored = as_stored(tensor)
         shape = stored.shape if num is None else torch.Size((num, *stored.shape[1:]))
         if not shape.numel():
-            made = torch.empty(shape, dtype=tensor.dtype, device=self.memory.device)
+            made = torch.empty(shape, dtype=tensor.dtype, device=self.device)
         else:
             made = self.memory.take(shape.numel(), tensor.dtype).view(shape)
             self._taken.add(made.data_ptr())
