@@ -265,7 +265,7 @@ def test_inference_goes_on_while_the_shard_computes_for_training(served):
     reader = threading.Thread(target=lambda: got.append(shard.infer(forward())))
     reader.start()
     assert inside.wait(10)
-    leaving = threading.Thread(target=shard._withdraw, args=([0],))
+    leaving = threading.Thread(target=shard.versions.withdraw, args=([0],))
     leaving.start()
     leaving.join(0.1)
     assert leaving.is_alive(), "it waits for the reader"

@@ -1,7 +1,6 @@
 """Dispatch equals dense: whatever the number of shards and replicas, and whatever is lost on the way."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def gradients_of(pool):
     for shard in pool.transport.shards.values():
         for e in shard.spec.experts[LAYER]:
             at = shard.experts[LAYER].index(e)
-            gate, up, down = shard.gathered.rows(LAYER, at, shard.weights[LAYER]).chunk(3)
+            gate, up, down = shard.gathered.rows(LAYER, at, shard.versions.present[LAYER]).chunk(3)
             found[e] = (gate, up, down.mT)
     return found
 
@@ -126,7 +125,7 @@ def weights_of(shards):
     return {
         (name, layer): [m.detach().clone() for m in w]
         for name, shard in shards.items()
-        for layer, w in shard.weights.items()
+        for layer, w in shard.versions.present.items()
     }
 
 
@@ -149,7 +148,7 @@ def test_lost_requests_and_replies_change_nothing(seed, monkeypatch):
 def test_evicted_activations_are_recomputed_to_the_same_bits():
     kept, evicted = pool_of(2), pool_of(2)
     for shard in evicted.transport.shards.values():
-        shard.spec = replace(shard.spec, activation_cache_bytes=0)
+        shard.activations.max_bytes = 0
     outs = []
     for pool in (kept, evicted):
         dispatcher = pool.dispatcher()
@@ -186,7 +185,7 @@ def test_a_step_with_missing_ops_is_not_prepared_and_an_aborted_one_leaves_no_tr
         pool.prepare(1, num_sent_ops)
     assert pool.abort(1) == 0
     assert pool.abort(1) == 0
-    assert all(not s.gathered.num_ops and not s._ops for s in pool.transport.shards.values())
+    assert all(not s.gathered.num_ops and not len(s.activations) for s in pool.transport.shards.values())
 
 
 def test_strangers_are_refused_by_name():

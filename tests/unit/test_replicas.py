@@ -15,7 +15,7 @@ from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
 from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.experts.stacked import names_of
+from trinity.experts.stacked import stack_names
 from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
@@ -75,11 +75,11 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
             rng = torch.Generator().manual_seed(step)
             for layer in MODEL.moe_layers:
                 gradients = []
-                for stack in shard.weights[layer]:
+                for stack in shard.versions.present[layer]:
                     noise = {e: torch.randn(8, 16, generator=rng) for e in range(MODEL.num_experts)}
                     wanted = torch.stack([noise[e] for e in shard.experts[layer]])
                     gradients.append(torch.empty_strided(stack.shape, stack.stride()).copy_(wanted))
-                shard.gathered.add(f"test:{layer}", names_of(layer), gradients)
+                shard.gathered.add(f"test:{layer}", stack_names(layer), gradients)
             shard.prepare(Prepare(step))
             shard.stage(Stage(step, 0.02, 0.01, 1.0))
             shard.commit(Commit(step))
@@ -87,10 +87,10 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
         copy_all(b, [1, 3], {"a": a})
     assert b.experts[LAYER] == (5, 6, 7, 1, 3)
     for expert in (1, 3):
-        for kind in a.kinds(a.version):
+        for kind in a.weights.kinds(a.version):
             mine, theirs = (s.fetch(Fetch(LAYER, expert, s.version, FOREVER, kind)) for s in both)
             assert torch.equal(mine, theirs), (expert, kind)
-    assert len(a.kinds(a.version)) == (1 if optim is None else 2 if optim.matrices == "muon" else 3)
+    assert len(a.weights.kinds(a.version)) == (1 if optim is None else 2 if optim.matrices == "muon" else 3)
 
 
 def test_what_is_adopted_computes_and_what_is_dropped_does_not():

@@ -42,9 +42,8 @@ def assert_same(found, wanted):
 
 def named_files(store):
     """What the folder should hold: the head, the lock, versions, their memory, and what is free to be written again."""
-    blocks = {block.file for block in store._blocks.values()}
     versions = {f"v-{number:06d}.json" for number in store.versions}
-    return blocks | versions | {LOCK} | ({HEAD} if store.committed >= 0 else set())
+    return store.memory.files | versions | {LOCK} | ({HEAD} if store.committed >= 0 else set())
 
 
 class Trace(RuleBasedStateMachine):
@@ -318,7 +317,7 @@ def test_memory_that_was_given_back_is_not_kept_by_a_reader(tmp_path):
     del found
     with reader.lent(None) as found:
         assert_same(found, {"a": torch.full((2, 2), 2.0)})
-        assert mapped_files(tmp_path) == {block.file for block in store._blocks.values()}
+        assert mapped_files(tmp_path) == store.memory.files
 
 
 def mapped_files(folder):

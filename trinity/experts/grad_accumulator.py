@@ -1,50 +1,69 @@
-"""What one attempt at a step has gathered on a shard: which backward ops, and the gradients they add up to.
+"""Gradients that one attempt at a step has gathered on a shard, and the backward ops that they are the sum of.
 
 Legend: E local experts of a layer, N = 3F rows of one expert, D model.
 Decisions: gradients are fp32. Each caller's are added up apart and then in the callers' order, so that the sum does not depend
 on who was faster; without `is_ordered` all go to one sum, which takes less memory. Replicas of an expert take up one another's
-gradients in the table's order of holders: all have the same sum, bit for bit.
+gradients in the table's order of holders: all have the same sum, bit for bit. An accumulator is of one attempt for
+good: who still works with that of an older one cannot touch what counts.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trinity.errors import StepConflict
 from trinity.experts.base import LayerWeights
-from trinity.experts.stacked import names_of
+from trinity.experts.peers import Peers, fetched
+from trinity.experts.stacked import stack_names
 from trinity.optim.optimizer import sq_norm
 from trinity.rpc.messages import GRADIENT, Experts, Fetch, Prepare, caller_of
 
 FETCH_S = 60.0
+FUTURE_US = 24 * 3600 * 1_000_000  # attempts are numbered by the clock: one of the far future would void all others
 Gradients = dict[str, Tensor]  # `{layer}.{gate|up|down}` -> stack
 
 
 class GradAccumulator:
-    """Owned by a shard, whose lock guards it."""
+    """Sums of one attempt. Owned by a shard, whose lock guards it; sharing needs no lock."""
 
-    def __init__(self, attempt: int, is_ordered: bool):
-        self.attempt, self.is_ordered = attempt, is_ordered
+    def __init__(self, shard: str, attempt: int, is_ordered: bool):
+        self.attempt = attempt
+        self._shard, self._is_ordered = shard, is_ordered
         self._ops: set[str] = set()
         self._callers: dict[tuple[int, str], Gradients] = {}
         self._is_closed = self._is_taken = False
         self._shared: dict[tuple[int, int], tuple[bool, Tensor]] = {}  # (layer, position): are we primary; sum_ND
 
+    def renewed(self) -> "GradAccumulator":
+        """One for the same attempt with nothing in it: the weights that the gradients were of are others now."""
+        return GradAccumulator(self._shard, self.attempt, self._is_ordered)
+
+    def of(self, attempt: int) -> "GradAccumulator":
+        """This one for its own attempt, an empty one for a newer attempt, which makes this one void.
+
+        Raises StepConflict for an older attempt, whose stragglers are refused, and for one of the future.
+        """
+        if attempt > time.time_ns() // 1000 + FUTURE_US:
+            raise StepConflict(f"attempt {attempt:x} is of the future; are the clocks of this cluster apart?")
+        if attempt < self.attempt:
+            raise StepConflict(f"shard {self._shard}: attempt {attempt:x} was given up for {self.attempt:x}")
+        return self if attempt == self.attempt else GradAccumulator(self._shard, attempt, self._is_ordered)
+
     @property
     def num_ops(self) -> int:
+        """Backward ops that were added, each once."""
         return len(self._ops)
 
     def has(self, op_id: str) -> bool:
         return op_id in self._ops
 
     def add(self, op_id: str, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
-        """Once for each op_id. Raises StepConflict when the sums have been taken already."""
+        """Add an op's gradients to its caller's; to be called once for each op_id. Raises StepConflict after `close`."""
         if self._is_closed:
             raise StepConflict(f"{op_id} comes after the step was prepared")
-        sums = self._callers.setdefault(caller_of(op_id) if self.is_ordered else (0, ""), {})
+        sums = self._callers.setdefault(caller_of(op_id) if self._is_ordered else (0, ""), {})
         for name, gradient in zip(names, gradients, strict=True):
             if name in sums:
                 sums[name].add_(gradient)
@@ -53,37 +72,39 @@ class GradAccumulator:
         self._ops.add(op_id)
 
     def close(self) -> None:
-        """Add up all callers'. Harmless when repeated."""
+        """Add up all callers' gradients; no op comes after. Harmless when repeated."""
         self._is_closed = True
         if len(self._callers) > 1:
             self._callers = {(0, ""): self.sums()}
 
-    def share(self, message: Prepare, me: str, held: Experts, peers: Any, device: torch.device | str) -> None:
+    def share(self, message: Prepare, held: Experts, peers: Peers | None, device: torch.device | str = "cpu") -> None:
         """Take up the gradients that other replicas of our experts have. They may arrive in the host's memory; they are added
         on `device`, ours. Raises what the peers raise."""
-        for layer, expert, holders in _ours(message, me):
+        me = self._shard
+        for layer, expert, holders in _shared_by(message, me):
+            assert peers is not None, f"shard {me} shares experts and was given no peers"
             at = held[layer].index(expert)
             if (layer, at) not in self._shared:
                 own_ND = self.rows(layer, at, None)
                 call = Fetch(layer, expert, message.step - 1, time.time() + FETCH_S, GRADIENT)
-                parts = [own_ND if s == me else peers.send(s, "fetch", call).result().to(device) for s in holders]
+                parts = [own_ND if s == me else fetched(peers, s, call).to(device) for s in holders]
                 self._shared[layer, at] = holders[0] == me, _added(parts)
 
     def sums(self) -> Gradients:
-        """Of all callers, by name."""
+        """Sums over all callers, by name."""
         names = dict.fromkeys(name for sums in self._callers.values() for name in sums)
         return {name: self._sum(name) for name in names}
 
     def rows(self, layer: int, at: int, like: LayerWeights | None) -> Tensor:
         """rows_ND: our own gradient of one expert; of no rows (numel 0) where nothing came and no shape is given."""
-        if any(names_of(layer)[0] in sums for sums in self._callers.values()):
-            return torch.cat([self._sum(name)[at] for name in names_of(layer)])
+        if any(stack_names(layer)[0] in sums for sums in self._callers.values()):
+            return torch.cat([self._sum(name)[at] for name in stack_names(layer)])
         return (
             torch.empty(0) if like is None else torch.cat([torch.zeros_like(w[at], dtype=torch.float32) for w in like])
         )
 
     def sq_norm(self) -> float:
-        """Of all experts that we are the primary of."""
+        """Squared norm of the gradients of all experts that this shard is the primary of."""
         if not self._shared:
             return sq_norm(self._total.values())
         own = [
@@ -102,7 +123,7 @@ class GradAccumulator:
         total, self._callers, self._is_taken = self._total, {}, True
         for (layer, at), (_, sum_ND) in self._shared.items():
             parts = sum_ND.chunk(3) if sum_ND.numel() else ()
-            for name, stack, part_FD in zip(names_of(layer), weights[layer], parts, strict=False):
+            for name, stack, part_FD in zip(stack_names(layer), weights[layer], parts, strict=False):
                 if name not in total:  # rows of this layer came to other replicas only
                     total[name] = torch.zeros_like(stack, dtype=torch.float32)
                 total[name][at].copy_(part_FD)
@@ -113,7 +134,7 @@ class GradAccumulator:
         return next(iter(self._callers.values()), {})
 
     def _sum(self, name: str) -> Tensor:
-        """Of all callers, in their order."""
+        """Sum over all callers, in their order."""
         found = [sums[name] for _, sums in sorted(self._callers.items()) if name in sums]
         total = found[0] if len(found) == 1 else found[0].clone()
         for part in found[1:]:
@@ -124,7 +145,8 @@ class GradAccumulator:
         return (int(name.partition(".")[0]), at) in self._shared
 
 
-def _ours(message: Prepare, me: str) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+def _shared_by(message: Prepare, me: str) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    """(layer, expert, holders) of each expert that this shard and others hold."""
     for layer, experts in message.shared.items():
         for expert, holders in experts.items():
             if me in holders:
@@ -132,7 +154,7 @@ def _ours(message: Prepare, me: str) -> Iterator[tuple[int, int, tuple[str, ...]
 
 
 def _added(parts: Sequence[Tensor]) -> Tensor:
-    """In their order; those without rows add nothing."""
+    """Sum of the parts, in their order; those without rows add nothing."""
     total: Tensor | None = None
     for part in parts:
         if part.numel():

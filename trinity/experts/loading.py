@@ -6,7 +6,7 @@ from torch import Tensor
 from trinity.checkpoint import Checkpoint, open_checkpoint
 from trinity.config import ModelConfig, OptimConfig
 from trinity.experts.base import LayerWeights
-from trinity.experts.stacked import empty_version, kinds_of, made, named_matrices, optimizer_of, restacked
+from trinity.experts.stacked import empty_version, kinds_of, make_version, named_matrices, optimizer_of, restacked
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
 from trinity.state.versioned_store import Store, Version
@@ -30,7 +30,7 @@ def loaded(
         num_updates = int(source.state["num_updates"])
     # A run that starts from somebody's weights counts its own steps from 0.
     number = source.version if source and (message.training or optim is None) else 0
-    return made(number, version.tensors, experts, num_updates)
+    return make_version(number, version.tensors, experts, num_updates)
 
 
 def with_state(store: Store, version: Version, model: ModelConfig, optim: OptimConfig | None) -> Version:

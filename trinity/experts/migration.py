@@ -1,32 +1,32 @@
-"""How a shard takes up experts that others hold: it fetches their rows, one expert at a time, and adopts a layer's together."""
+"""How a shard takes up experts that others hold: it fetches rows, one expert at a time, and installs a layer's together."""
 
 import time
-from typing import Any, Protocol
 
 from torch import Tensor
 
+from trinity.checkpoint import open_checkpoint
 from trinity.errors import StepConflict
+from trinity.experts.loading import read_expert
+from trinity.experts.peers import Peers, fetched
 from trinity.experts.shard import ExpertShard
+from trinity.experts.spec import ShardSpec
 from trinity.rpc.messages import WEIGHT, Copy, Fetch, Install, Load
 
-
-class Peers(Protocol):
-    """What the dispatcher calls a Transport."""
-
-    def send(self, shard: str, verb: str, message: Any) -> Any: ...
+FETCH_S = 60.0  # for one expert's rows
 
 
 def migrate_in(shard: ExpertShard, message: Copy, peers: Peers, source: Load | None) -> int:
-    """-> bytes fetched. The shard goes on computing meanwhile, but for the moment of adopting.
+    """Take up the experts of the message; -> bytes fetched. The shard goes on computing meanwhile, but for the moment of
+    installing.
 
     Raises what the peers raise, and StepConflict when they or this shard are not at the message's version: then nothing has
-    been adopted.
+    been taken up.
     """
-    held = shard.holds(message.version, message.layer)
+    held = shard.weights.holds(message.version, message.layer)
     new = [pair for pair in zip(message.experts, message.sources, strict=True) if pair[0] not in held]
     rows = {
         kind: tuple(_rows(shard, message, *pair, kind, peers, source) for pair in new)
-        for kind in shard.kinds(message.version)
+        for kind in shard.weights.kinds(message.version)
     }
     names = tuple(expert for expert, _ in new)
     shard.install(Install(message.layer, names, message.version, rows, message.num_updates, message.epoch))
@@ -36,12 +36,19 @@ def migrate_in(shard: ExpertShard, message: Copy, peers: Peers, source: Load | N
 def _rows(
     shard: ExpertShard, message: Copy, expert: int, origin: str, kind: str, peers: Peers, source: Load | None
 ) -> Tensor:
+    """rows_ND of an expert from the shard that holds it, or, where `origin` is "", from the pool's source."""
     if origin:
-        call = Fetch(message.layer, expert, message.version, min(message.deadline_s, time.time() + 60.0), kind)
-        return peers.send(origin, "fetch", call).result()
+        deadline_s = min(message.deadline_s, time.time() + FETCH_S)
+        return fetched(peers, origin, Fetch(message.layer, expert, message.version, deadline_s, kind))
     if source is None or kind != WEIGHT or message.version < shard.version:
         raise StepConflict(
             f"expert ({message.layer}, {expert}) is on no shard, and its {kind} in no checkpoint of this version; go back "
             "to the last checkpoint"
         )
-    return shard.from_source(message.layer, expert, source)
+    return _from_source(shard.spec, message.layer, expert, source)
+
+
+def _from_source(spec: ShardSpec, layer: int, expert: int, source: Load) -> Tensor:
+    """What `fetch` would give, of the weights in a checkpoint or from the seed."""
+    checkpoint = open_checkpoint(source.checkpoint) if source.checkpoint else None
+    return read_expert(checkpoint, spec.model, layer, expert, source.seed).to(spec.dtype)

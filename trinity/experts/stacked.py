@@ -1,11 +1,13 @@
-"""What a shard holds, as a version of its store: expert weights and optimizer state, stacked by layer.
+"""Versions of a shard as functions: expert weights and optimizer state in stacks, one for each projection of a layer.
 
 Legend: E experts of a layer on this shard, F expert hidden, D model, N = 3F rows of an expert.
-A version's tensors are named `{layer}.{gate|up|down}::{kind}`; its notes say which experts the stacks hold, in order.
+A version's tensors are named `{layer}.{gate|up|down}::{kind}`, what comes before `::` being the stack's name; its notes say
+which experts the stacks hold, in order, and how many updates were done. Nothing here writes to a version: each change is a
+new one, which shares with the old what did not change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,43 +18,31 @@ from trinity.errors import InvalidRequest
 from trinity.experts.base import LayerWeights
 from trinity.optim.muon import Matrix
 from trinity.optim.optimizer import Optimizer
-from trinity.rpc.messages import REMOTE, WEIGHT, Experts
+from trinity.rpc.messages import WEIGHT, Experts
 from trinity.state.versioned_store import Store, Version
 
-STRANGER = -2  # below REMOTE: an expert that this shard does not hold
+# -- reading a version
 
 
-class Layer(NamedTuple):
-    """One layer of one version, ready to compute."""
-
-    experts: tuple[int, ...]
-    local_X: Tensor  # int64 [experts of the model + 1]: position in the stacks, STRANGER, or REMOTE (the last)
-    held_E: Tensor  # int64: `experts`
-    weights: LayerWeights
-
-
-def names_of(layer: int) -> tuple[str, str, str]:
+def stack_names(layer: int) -> tuple[str, str, str]:
+    """Names of a layer's stacks, as optimizers and gradients have them."""
     return f"{layer}.gate", f"{layer}.up", f"{layer}.down"
 
 
+def is_weight(key: str) -> bool:
+    """Whether a version's tensor of that name is a stack of weights, not of optimizer state."""
+    return key.endswith(f"::{WEIGHT}")
+
+
 def experts_of(version: Version) -> Experts:
+    """Experts that its stacks hold, by layer and in their order."""
     return {int(layer): tuple(held) for layer, held in version.notes["experts"].items()}
 
 
-def layers_of(version: Version, model: ModelConfig, train: bool) -> dict[int, Layer]:
-    """The version as it is computed with."""
-    layers = {}
-    for layer, held in experts_of(version).items():
-        stacks = (version.tensors[f"{name}::{WEIGHT}"].detach() for name in names_of(layer))
-        weights = LayerWeights(*(stack.requires_grad_(train) for stack in stacks))
-        layers[layer] = Layer(held, _positions(held, model.num_experts), torch.tensor(held, dtype=torch.int64), weights)
-    return layers
-
-
 def stacks_of(version: Version, layer: int, kind: str) -> tuple[Tensor, ...]:
-    """gate, up and down of all experts of a layer. Raises InvalidRequest for a kind that the version does not have."""
+    """The stacks of a layer: gate, up and down. Raises InvalidRequest for a kind that the version does not have."""
     try:
-        return tuple(version.tensors[f"{name}::{kind}"] for name in names_of(layer))
+        return tuple(version.tensors[f"{name}::{kind}"] for name in stack_names(layer))
     except KeyError:
         raise InvalidRequest(
             f"version {version.number} has no {kind!r} of layer {layer}, only {kinds_of(version)}"
@@ -60,44 +50,53 @@ def stacks_of(version: Version, layer: int, kind: str) -> tuple[Tensor, ...]:
 
 
 def kinds_of(version: Version) -> tuple[str, ...]:
-    """What belongs to an expert: its weights, and its optimizer state where the version has it."""
+    """Kinds of rows that an expert has: its weights, and its optimizer state where the version has it."""
     return tuple(dict.fromkeys([WEIGHT, *(name.partition("::")[2] for name in version.tensors)]))
 
 
-def optimizer_of(version: Version, model: ModelConfig, config: OptimConfig) -> Optimizer:
-    """Over the version's own tensors."""
-    f, d = model.moe_intermediate_size, model.hidden_size
-    shapes = (Matrix(f, d), Matrix(f, d), Matrix(d, f))  # fan_out, fan_in of gate, up, down
-    matrices = {n: m for layer in experts_of(version) for n, m in zip(names_of(layer), shapes, strict=True)}
-    state: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
-    for key, tensor in version.tensors.items():
-        name, _, kind = key.partition("::")
-        state[name][kind] = tensor
-    params = {name: kinds.pop(WEIGHT) for name, kinds in state.items()}
-    return Optimizer(params, matrices, config, state, version.notes["num_updates"])
+def named_matrices(version: Version, experts: Experts, kinds: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint key, matrix in the checkpoint's orientation), as views; keys of optimizer state end with `::kind`."""
+    there = experts_of(version)
+    for layer, held in experts.items():
+        for expert in held:
+            at = there[layer].index(expert)
+            for projection, name in zip(PROJECTIONS, stack_names(layer), strict=True):
+                for kind in kinds:
+                    matrix = version.tensors[f"{name}::{kind}"][at]
+                    key = expert_key(layer, expert, projection)
+                    yield (
+                        key if kind == WEIGHT else f"{key}::{kind}",
+                        matrix.mT if projection == "down_proj" else matrix,
+                    )
 
 
-def version_of(optimizer: Optimizer, number: int, experts: Experts) -> Version:
-    """The inverse of `optimizer_of`."""
-    weights = {f"{name}::{WEIGHT}": tensor for name, tensor in optimizer.params.items()}
-    return made(number, {**weights, **optimizer.tensors()}, experts, optimizer.num_updates)
+# -- making one
 
 
-def made(number: int, tensors: Mapping[str, Tensor], experts: Experts, num_updates: int) -> Version:
+def make_version(number: int, tensors: Mapping[str, Tensor], experts: Experts, num_updates: int) -> Version:
+    """A version of tensors whose stacks hold these experts."""
     named = {str(layer): list(held) for layer, held in experts.items()}
     return Version(number, tensors, {"experts": named, "num_updates": num_updates})
 
 
-def noted(version: Version, **notes: Any) -> Version:
-    """The version with other notes beside those it has."""
+def with_notes(version: Version, **notes: Any) -> Version:
+    """The version with these notes in the place of its own of the same names, or beside them."""
     return Version(version.number, version.tensors, {**version.notes, **notes})
 
 
+def empty_stacks(model: ModelConfig, dtype: torch.dtype, device: str, is_down_transposed: bool) -> LayerWeights:
+    """Stacks of no experts, laid out as a backend wants them: what is added to them keeps type and layout."""
+    f, d = model.moe_intermediate_size, model.hidden_size
+    plain = torch.empty((0, f, d), dtype=dtype, device=device)
+    down = torch.empty((0, d, f), dtype=dtype, device=device).mT if is_down_transposed else plain
+    return LayerWeights(plain, plain, down)
+
+
 def empty_version(empty: LayerWeights, model: ModelConfig, number: int, num_updates: int) -> Version:
-    """Weights of no experts, in all layers."""
+    """Weights of no experts, in all layers. `empty`: see `empty_stacks`."""
     experts: Experts = dict.fromkeys(model.moe_layers, ())
-    stacks = {f"{n}::{WEIGHT}": t for layer in experts for n, t in zip(names_of(layer), empty, strict=True)}
-    return made(number, stacks, experts, num_updates)
+    stacks = {f"{n}::{WEIGHT}": t for layer in experts for n, t in zip(stack_names(layer), empty, strict=True)}
+    return make_version(number, stacks, experts, num_updates)
 
 
 def restacked(
@@ -108,41 +107,47 @@ def restacked(
     experts: tuple[int, ...],
     rows: Mapping[str, Sequence[Tensor]],
 ) -> Version:
-    """The version with other experts in a layer: those at `keep`, then the ones whose `rows[kind]` [N, D] are given."""
+    """The version with other experts in a layer: those at the positions to `keep`, then the ones whose `rows[kind]` [N, D] are
+    given; where those of a kind are not, zeros."""
     tensors = dict(version.tensors)
     for kind in kinds_of(version):
         added = [row_ND.chunk(3) for row_ND in rows.get(kind, ())]
-        for i, name in enumerate(names_of(layer)):
+        for i, name in enumerate(stack_names(layer)):
             old_EFD = tensors[f"{name}::{kind}"]
             new_EFD = store.empty_like(old_EFD, len(experts))
-            for at, position in enumerate(keep):
-                new_EFD[at].copy_(old_EFD[position])
-            for at, parts in enumerate(added, len(keep)):
-                new_EFD[at].copy_(parts[i])
+            parts = [*(old_EFD[at] for at in keep), *(row[i] for row in added)]
+            for at, part_FD in enumerate(parts):
+                new_EFD[at].copy_(part_FD)
+            new_EFD[len(parts) :].zero_()
             tensors[f"{name}::{kind}"] = new_EFD
-    return noted(
-        Version(version.number, tensors, version.notes), experts={**version.notes["experts"], str(layer): experts}
-    )
+    notes = {**version.notes, "experts": {**version.notes["experts"], str(layer): experts}}
+    return Version(version.number, tensors, notes)
 
 
-def named_matrices(version: Version, experts: Experts, kinds: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint key, matrix in the checkpoint's orientation), as views; keys of optimizer state end with `::kind`."""
-    there = experts_of(version)
-    for layer, held in experts.items():
-        for expert in held:
-            at = there[layer].index(expert)
-            for projection, name in zip(PROJECTIONS, names_of(layer), strict=True):
-                for kind in kinds:
-                    matrix = version.tensors[f"{name}::{kind}"][at]
-                    key = expert_key(layer, expert, projection)
-                    yield (
-                        key if kind == WEIGHT else f"{key}::{kind}",
-                        matrix.mT if projection == "down_proj" else matrix,
-                    )
+# -- a version and its optimizer
 
 
-def _positions(held: tuple[int, ...], num_experts: int) -> Tensor:
-    local_X = torch.full((num_experts + 1,), STRANGER, dtype=torch.int64)
-    local_X[list(held)] = torch.arange(len(held))
-    local_X[REMOTE] = REMOTE
-    return local_X
+def optimizer_of(version: Version, model: ModelConfig, config: OptimConfig) -> Optimizer:
+    """The optimizer over the version's own tensors."""
+    f, d = model.moe_intermediate_size, model.hidden_size
+    shapes = (Matrix(f, d), Matrix(f, d), Matrix(d, f))  # fan_out, fan_in of gate, up, down
+    matrices = {n: m for layer in experts_of(version) for n, m in zip(stack_names(layer), shapes, strict=True)}
+    state: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
+    for key, tensor in version.tensors.items():
+        name, _, kind = key.partition("::")
+        state[name][kind] = tensor
+    params = {name: kinds.pop(WEIGHT) for name, kinds in state.items()}
+    return Optimizer(params, matrices, config, state, version.notes["num_updates"])
+
+
+def version_of(optimizer: Optimizer, number: int, experts: Experts) -> Version:
+    """The version of an optimizer's tensors: the inverse of `optimizer_of`."""
+    weights = {f"{name}::{WEIGHT}": tensor for name, tensor in optimizer.params.items()}
+    return make_version(number, {**weights, **optimizer.tensors()}, experts, optimizer.num_updates)
+
+
+def empty_optimizer(store: Store, like: Optimizer) -> Optimizer:
+    """An optimizer like that one over new memory of the store, for the version that its step makes; the values are anything."""
+    params = {name: store.empty_like(tensor) for name, tensor in like.params.items()}
+    state = {name: {k: store.empty_like(t) for k, t in kinds.items()} for name, kinds in like.state.items()}
+    return Optimizer(params, like.matrices, like.config, state)

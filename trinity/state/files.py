@@ -14,25 +14,29 @@ from trinity.errors import ConfigError
 
 
 def version_file(number: int) -> str:
+    """Name of the file that describes a version."""
     return f"v-{number:06d}.json"
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """Of a file; with the time, because on a disk the next file may get the number of the last one."""
+    """What a file has and none that takes its place: with the time, because on a disk the next file may get the number of the
+    last one."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns
 
 
 def numel_of(entry: Mapping[str, Any]) -> int:
+    """Elements of a tensor that a version's file describes."""
     return torch.Size(entry["shape"]).numel()
 
 
 def dtype_of(entry: Mapping[str, Any]) -> torch.dtype:
+    """Type of a tensor that a version's file describes."""
     return getattr(torch, entry["dtype"])
 
 
 def shaped(memory: Tensor | None, entry: Mapping[str, Any], device: torch.device | None = None) -> Tensor:
-    """The tensor of an entry; where it has no elements, and so no memory, an empty one on that device."""
+    """The tensor that flat memory holds, as its entry describes it; without memory one of no elements, on that device."""
     shape = entry["shape"]
     stored = torch.empty(shape, dtype=dtype_of(entry), device=device) if memory is None else memory.view(shape)
     return stored.mT if entry["is_transposed"] else stored
@@ -60,12 +64,14 @@ def _cannot_keep(folder: Path, size: int, error: OSError) -> ConfigError:
 
 
 def mapped(path: Path, numel: int, dtype: torch.dtype) -> Tensor:
-    """Flat. The mapping ends with the tensor; unlike Python's it keeps no descriptor, of which a process has few."""
+    """The memory of a file, flat. The mapping ends with the tensor; unlike Python's it keeps no descriptor, of which a process
+    has few."""
     with path.open("r+b") as file:  # torch would make a file that is not there
         return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=numel, dtype=dtype)
 
 
 def replace_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a file in one rename: a kill leaves the old one or the new one."""
     partial = path.with_name(f".{secrets.token_hex(4)}")
     text = json.dumps(tree, separators=(",", ":"))
     try:

@@ -2,7 +2,7 @@
 
     HEAD            the number of the committed version, replaced by rename
     v-000042.json   a version: its notes, and where each of its tensors lies
-    t-000017        the memory of one tensor, mapped
+    t-000017        the memory of one tensor, mapped (memory.py)
 
 A version is written beside the one before it, never over it, and counts when HEAD names it: a kill at any moment leaves the
 last commit or the new one. Memory of versions that nobody needs is used again, so a step writes no more than it would in
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from trinity.errors import StepConflict, VersionGone
-from trinity.state.files import created, dtype_of, mapped, numel_of, replace_json, shaped, version_file
+from trinity.state.files import replace_json, shaped, version_file
+from trinity.state.memory import Memory
 from trinity.state.strides import as_stored
-from trinity.utils.hugepages import on_huge_pages
 
 HEAD, LOCK = "HEAD", "LOCK"
 
@@ -39,15 +39,6 @@ class Version:
     notes: Mapping[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """Memory for one tensor, flat. `mirror` is what the folder has of it: on a CPU the same, for a GPU a copy."""
-
-    file: str
-    memory: Tensor
-    mirror: Tensor | None
-
-
 class Store:
     """Owns the memory of its versions. Not thread-safe: the owner's lock guards it.
 
@@ -57,13 +48,11 @@ class Store:
 
     def __init__(self, folder: Path | None = None, device: str = "cpu"):
         self.folder, self.device = folder, torch.device(device)
+        self.memory = Memory(folder, self.device)
         self.versions: dict[int, Version] = {}
         self.committed = -1
         self._held = Counter[int]()
-        self._blocks: dict[int, _Block] = {}  # by address
-        self._free: list[_Block] = []
         self._taken: set[int] = set()  # addresses: given out, not yet part of a version
-        self._count = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = (folder / LOCK).open("a")
@@ -74,14 +63,16 @@ class Store:
 
     @property
     def current(self) -> Version:
+        """The committed version. Raises VersionGone without one."""
         return self.get(self.committed)
 
     @property
     def staged(self) -> Version | None:
+        """The version after the committed one, complete and not committed."""
         return self.versions.get(self.committed + 1)
 
     def get(self, number: int) -> Version:
-        """Raises VersionGone."""
+        """A version that is there. Raises VersionGone."""
         try:
             return self.versions[number]
         except KeyError:
@@ -94,14 +85,14 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """Of all versions and of what is free to be written again."""
-        return sum(block.memory.nbytes for block in self._blocks.values())
+        """Memory of all versions and what is free to be written again."""
+        return self.memory.num_bytes
 
     def extra_bytes(self, numbers: Collection[int]) -> int:
-        """Of what these versions use and the committed one does not."""
+        """Memory that these versions use and the committed one does not."""
         own = _addresses(self.versions[self.committed]) if self.committed in self.versions else set()
         used = set[int]().union(*(_addresses(self.versions[n]) for n in numbers if n in self.versions))
-        return sum(self._blocks[address].memory.nbytes for address in used - own)
+        return self.memory.num_bytes_at(used - own)
 
     # -- writing
 
@@ -113,12 +104,12 @@ class Store:
         if not shape.numel():
             made = torch.empty(shape, dtype=tensor.dtype, device=self.device)
         else:
-            made = self._block(shape.numel(), tensor.dtype).memory.view(shape)
+            made = self.memory.take(shape.numel(), tensor.dtype).view(shape)
             self._taken.add(made.data_ptr())
         return made if stored is tensor else made.mT
 
     def put(self, version: Version) -> None:
-        """A version, complete from here on: the next one, to be committed, or other contents of one that is there."""
+        """Take in a version, complete from here on: the next one, to be committed, or other contents of one that is there."""
         if version.number > self.committed + 1 and self.committed >= 0:
             raise StepConflict(f"version {version.number} does not follow {self.committed}")
         if self.folder is not None:
@@ -135,13 +126,13 @@ class Store:
             self._set_head(number)
 
     def discard_staged(self) -> None:
-        """The version that was to come will not: its memory is free, and so is a staged one's."""
+        """Let go of the version to come, whether it is staged or being made: its memory is free."""
         self._taken.clear()
         self._drop([number for number in self.versions if number > self.committed])
 
     def retire(self, keep: Collection[int] = (), needed: Callable[[str], bool] | None = None) -> None:
-        """The committed version, those that are held and those to `keep` stay, the last with the `needed` tensors only; the
-        memory of all others may be written again. Nobody may be reading it."""
+        """Drop all versions but the committed one, those that are held, and those to `keep`, of which the `needed` tensors
+        stay. The memory of all else may be written again: nobody may be reading it."""
         self._drop(self.unwanted(keep))
         if needed is None:
             return
@@ -157,13 +148,13 @@ class Store:
         return [number for number in self.versions if number not in wanted]
 
     def roll_back(self, number: int) -> None:
-        """An older version that is still there is the newest again; later ones are gone. Raises VersionGone."""
+        """Make an older version the newest again; later ones are gone. Raises VersionGone."""
         self.get(number)
         self._set_head(number)
         self._drop([later for later in self.versions if later > number])
 
     def clear(self) -> None:
-        """No version any more."""
+        """Drop all versions, those that are held too."""
         if self.folder is not None:
             (self.folder / HEAD).unlink(missing_ok=True)
         self.committed = -1
@@ -177,42 +168,21 @@ class Store:
         self._held[number] += 1
 
     def release(self, number: int) -> None:
+        """Take back one `hold`."""
         self._held[number] -= 1
         self._held = +self._held
 
     def trim(self) -> None:
         """Give free memory back to the system: tensors have other sizes now."""
-        for block in self._free:
-            del self._blocks[block.memory.data_ptr()]
-            if self.folder is not None:
-                (self.folder / block.file).unlink(missing_ok=True)
-        self._free = []
+        self.memory.trim()
 
     # -- inside
 
-    def _block(self, numel: int, dtype: torch.dtype) -> _Block:
-        for at, block in enumerate(self._free):
-            if block.memory.numel() == numel and block.memory.dtype == dtype:
-                return self._free.pop(at)
-        file, self._count = f"t-{self._count:06d}", self._count + 1
-        mirror = None if self.folder is None else created(self.folder / file, numel, dtype)
-        if mirror is not None and self.device.type == "cpu":
-            memory = mirror
-        else:
-            memory = on_huge_pages(torch.empty(numel, dtype=dtype, device=self.device))
-        self._blocks[memory.data_ptr()] = block = _Block(file, memory, mirror)
-        return block
-
     def _entry(self, tensor: Tensor) -> dict[str, Any]:
-        """What is written of a tensor; a GPU's is copied to the folder first."""
+        """What the version's file says of a tensor, whose values are in the folder from then on."""
         stored = as_stored(tensor)
         entry = {"shape": list(stored.shape), "dtype": str(tensor.dtype)[6:], "is_transposed": stored is not tensor}
-        if not tensor.numel():
-            return {"file": None, **entry}
-        block = self._blocks[tensor.data_ptr()]
-        if block.mirror is not None and block.mirror is not block.memory:
-            block.mirror.copy_(block.memory)
-        return {"file": block.file, **entry}
+        return {"file": self.memory.written(tensor.data_ptr()) if tensor.numel() else None, **entry}
 
     def _set_head(self, number: int) -> None:
         if self.folder is not None:
@@ -227,33 +197,25 @@ class Store:
         self._collect()
 
     def _collect(self) -> None:
-        used = self._taken.union(*(_addresses(version) for version in self.versions.values()))
-        self._free = [block for address, block in self._blocks.items() if address not in used]
+        self.memory.keep(self._taken.union(*(_addresses(version) for version in self.versions.values())))
 
     def _reopen(self, folder: Path) -> None:
+        """Go on from what a process before left in the folder; what it was about to make is removed."""
         head = folder / HEAD
         found = sorted(folder.glob("v-*.json")) if head.is_file() else []
         for path in found:
             number, tree = int(path.stem[2:]), json.loads(path.read_text())
-            tensors = {name: self._known(folder, entry) for name, entry in tree["tensors"].items()}
+            parts = ((name, self.memory.found(entry), entry) for name, entry in tree["tensors"].items())
+            tensors = {name: shaped(memory, entry, self.device) for name, memory, entry in parts}
             self.versions[number] = Version(number, tensors, tree["notes"])
         if head.is_file():
             self.committed = json.loads(head.read_text())["committed"]
-        named = {block.file for block in self._blocks.values()} | {path.name for path in found} | {HEAD, LOCK}
+        named = self.memory.files | {path.name for path in found} | {HEAD, LOCK}
         for path in folder.iterdir():
             if path.name not in named:
                 path.unlink()
-        self._count = 1 + max((int(name[2:]) for name in named if name.startswith("t-")), default=-1)
-
-    def _known(self, folder: Path, entry: Mapping[str, Any]) -> Tensor:
-        """A tensor of a version that was found; versions share what did not change."""
-        block = next((each for each in self._blocks.values() if each.file == entry["file"]), None)
-        if block is None and entry["file"] is not None:
-            mirror = mapped(folder / entry["file"], numel_of(entry), dtype_of(entry))
-            memory = mirror if self.device.type == "cpu" else mirror.to(self.device)
-            self._blocks[memory.data_ptr()] = block = _Block(entry["file"], memory, mirror)
-        return shaped(None if block is None else block.memory, entry, self.device)
 
 
 def _addresses(version: Version) -> set[int]:
+    """Where its tensors lie; those without elements lie nowhere."""
     return {tensor.data_ptr() for tensor in version.tensors.values() if tensor.numel()}

@@ -1,0 +1,73 @@
+"""One layer of one version, ready to compute with, and which slots of a caller's rows are for it.
+
+Legend: R rows, K slots of a row, A assignments (row, expert), E experts of the layer on this shard, X experts of the model.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trinity.config import ModelConfig
+from trinity.errors import WrongEpoch
+from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.stacked import experts_of, stacks_of
+from trinity.rpc.messages import REMOTE, WEIGHT, Backward, Forward
+from trinity.state.versioned_store import Version
+
+NOT_HELD = -2  # in the place of a position, below REMOTE: an expert that this shard does not hold
+
+
+class ReadyLayer(NamedTuple):
+    """The experts of a layer that are here, where to find each, and their stacked weights."""
+
+    experts: tuple[int, ...]
+    ids_E: Tensor  # int64: `experts`
+    position_X: Tensor  # int64 [X + 1]: where in the stacks, NOT_HELD, or REMOTE (the last)
+    weights: LayerWeights
+
+
+class Slots(NamedTuple):
+    """The slots of a caller's rows that this shard computes, host side."""
+
+    slot_A: Tensor  # position in the flattened [R * K]
+    row_A: Tensor
+    expert_A: Tensor  # position in the stacks
+
+
+def ready_layers(version: Version, model: ModelConfig, train: bool) -> dict[int, ReadyLayer]:
+    """Layers of a version by number; the weights are leaves of autograd's graph where the shard trains."""
+    layers = {}
+    for layer, held in experts_of(version).items():
+        stacks = (stack.detach().requires_grad_(train) for stack in stacks_of(version, layer, WEIGHT))
+        ids_E = torch.tensor(held, dtype=torch.int64)
+        layers[layer] = ReadyLayer(held, ids_E, _positions(ids_E, model.num_experts), LayerWeights(*stacks))
+    return layers
+
+
+def slots_of(layer: ReadyLayer, call: Forward | Backward, shard: str) -> Slots:
+    """Slots of the call's rows that are not REMOTE. Raises WrongEpoch for an expert that is not here."""
+    assert call.rows is not None
+    ids_RK = call.rows.ids_RK
+    position_S = layer.position_X[ids_RK.cpu().flatten()]  # S = R * K; REMOTE finds the last
+    slot_A = (position_S != REMOTE).nonzero().squeeze(1)
+    expert_A = position_S[slot_A]
+    if len(expert_A) and int(expert_A.min()) == NOT_HELD:
+        stranger = int(ids_RK.flatten()[slot_A[expert_A == NOT_HELD][0]])
+        raise WrongEpoch(
+            f"shard {shard} does not hold expert ({call.layer}, {stranger}) of placement epoch {call.epoch}"
+        )
+    return Slots(slot_A, slot_A // ids_RK.shape[1], expert_A)
+
+
+def assignments(slots: Slots, weights_RK: Tensor, device: str) -> Assignments:
+    """The slots as a backend takes them, on the device; differentiable in the weights."""
+    slot_A, row_A, expert_A = (index.to(device) for index in slots)
+    return Assignments(row_A, expert_A, weights_RK.to(device).flatten().index_select(0, slot_A))
+
+
+def _positions(ids_E: Tensor, num_experts: int) -> Tensor:
+    position_X = torch.full((num_experts + 1,), NOT_HELD, dtype=torch.int64)
+    position_X[ids_E] = torch.arange(len(ids_E))
+    position_X[REMOTE] = REMOTE
+    return position_X

@@ -1,0 +1,83 @@
+"""What rows can be computed with at this moment: the committed version of a shard and those before it, by layer.
+
+Decisions: the shard's lock guards every change, but who only computes needs none of it, because nobody writes to a version
+that is here. Readers are counted, and a version is withdrawn when the last has left: then its memory may be written again.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+from trinity.config import ModelConfig
+from trinity.errors import StepConflict, Unavailable, VersionGone, WrongEpoch
+from trinity.experts.base import LayerWeights
+from trinity.experts.layer import ReadyLayer, ready_layers
+from trinity.state.versioned_store import Version
+
+
+class PublishedVersions:
+    """Versions by number, as callers compute with them; the staged one lies ready among them and cannot be found yet."""
+
+    def __init__(self, shard: str, model: ModelConfig, train: bool):
+        self.committed = -1
+        self._shard, self._model, self._train = shard, model, train
+        self._versions: dict[int, tuple[Version, dict[int, ReadyLayer]]] = {}
+        self._readers = threading.Condition()  # guards all that is above and below, for readers
+        self._num_readers = Counter[int]()  # by version
+
+    def publish(self, versions: Mapping[int, Version], committed: int) -> None:
+        """Make these versions the ones to compute with. What was published of a version that is the same stays as it is."""
+        ready = {
+            number: known
+            if (known := self._versions.get(number)) and known[0] is version
+            else (version, ready_layers(version, self._model, self._train))
+            for number, version in versions.items()
+        }
+        with self._readers:
+            self._versions, self.committed = ready, committed
+
+    def withdraw(self, numbers: Collection[int]) -> None:
+        """Let nobody begin to compute with these versions, and wait for those who do."""
+        with self._readers:
+            self._versions = {number: each for number, each in self._versions.items() if number not in numbers}
+            self._readers.wait_for(lambda: not any(self._num_readers[number] for number in numbers))
+
+    @contextmanager
+    def lent(self, version: int, layer: int) -> Iterator[ReadyLayer]:
+        """A layer, unchanged inside the block. Raises what `find` raises."""
+        with self._readers:
+            found = self.find(version, layer)
+            self._num_readers[version] += 1
+        try:
+            yield found
+        finally:
+            with self._readers:
+                self._num_readers[version] -= 1
+                self._readers.notify_all()
+
+    def find(self, version: int, layer: int) -> ReadyLayer:
+        """A layer, for whoever holds the shard's lock.
+
+        Raises Unavailable without any weights, StepConflict for a version to come, VersionGone for one that was, and
+        WrongEpoch for a layer of which nothing is here.
+        """
+        if self.committed < 0:
+            raise Unavailable(f"shard {self._shard} has no weights yet")
+        if version > self.committed:
+            raise StepConflict(f"shard {self._shard} holds version {self.committed}, the caller wants {version}")
+        if version not in self._versions:
+            raise VersionGone(f"shard {self._shard} keeps versions {self._numbers()}, the caller wants {version}")
+        found = self._versions[version][1].get(layer)
+        if found is None:
+            raise WrongEpoch(f"shard {self._shard} holds nothing of layer {layer}")
+        return found
+
+    def weights(self) -> dict[int, LayerWeights]:
+        """Weights of the committed version, by layer; none without one."""
+        if self.committed not in self._versions:
+            return {}
+        return {layer: ready.weights for layer, ready in self._versions[self.committed][1].items()}
+
+    def _numbers(self) -> list[int]:
+        return sorted(number for number in self._versions if number <= self.committed)

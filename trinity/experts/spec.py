@@ -1,0 +1,30 @@
+"""What a shard is made from."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trinity.config import ModelConfig, OptimConfig
+from trinity.rpc.messages import Experts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """`experts` are what it is to hold when nothing outlived another shard of its name. `optim` None: it serves and does
+    not train."""
+
+    name: str
+    model: ModelConfig
+    experts: Experts
+    optim: OptimConfig | None = None
+    backend: str = "auto"
+    device: str = "cpu"
+    activation_cache_bytes: int = 1 << 30
+    ordered_gradients: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; optimizer state and gradients are fp32 whatever it is."""
+        return DTYPES[self.model.dtype]
