@@ -20,7 +20,8 @@ from trinity.models.afmoe.model import Afmoe
 from trinity.models.afmoe.params import is_hidden_matrix
 from trinity.models.common.attention import PackedAttention, packed_positions
 from trinity.models.common.losses import sequence_balance_loss
-from trinity.optim.muon import Matrix, orthogonalize
+from trinity.optim.base import Matrix
+from trinity.optim.muon import orthogonalize
 from trinity.optim.optimizer import Optimizer
 from trinity.optim.schedule import lr_factor
 from trinity.pool.local import local_pool
@@ -114,7 +115,8 @@ def train_plainly(config, start, data):
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         scale = min(1.0, config.optim.grad_clip / norm)
         factor = lr_factor(step + 1, config.optim, settings.steps)
-        optimizer.step(grads, config.optim.muon_lr * factor, config.optim.adamw_lr * factor, scale)
+        lrs = {"muon": config.optim.muon_lr * factor, "adamw": config.optim.adamw_lr * factor}
+        optimizer.step(grads, lrs, scale)
         losses.append((float(ce.detach()), norm))
     return losses, {n: p.detach() for n, p in names.items()}
 
@@ -339,7 +341,7 @@ def test_adamw_equals_torch():
     optimizer = Optimizer({"w": mine}, {}, config)
     for _ in range(5):
         grad = torch.randn(6, 4)
-        optimizer.step({"w": grad}, muon_lr=0.0, adamw_lr=3e-3)
+        optimizer.step({"w": grad}, {"adamw": 3e-3})
         theirs.grad = grad.clone()
         reference.step()
     torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-6)

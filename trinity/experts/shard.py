@@ -142,7 +142,7 @@ class ExpertShard(ExpertWeights):
             before = self.store.current
             optimizer = self._optimizer(before)
             target = self._target(optimizer)
-        optimizer.step_into(target, gradients, message.muon_lr, message.adamw_lr, message.grad_scale)
+        optimizer.step_into(target, gradients, message.lrs, message.grad_scale)
         is_finite = all(bool(torch.isfinite(weight.sum())) for weight in target.params.values())
         with self.lock:
             if self.gathered.attempt != message.attempt or self.store.committed != before.number:
