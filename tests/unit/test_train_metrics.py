@@ -87,7 +87,7 @@ def test_it_listens_on_loopback_and_elsewhere_only_with_a_key():
     check_listener(config())
     check_listener(config(metrics_host="0.0.0.0", key="s3cret"))
     check_listener(config(metrics_host="0.0.0.0", metrics_port=None))
-    with pytest.raises(ConfigError, match="metrics_host 0.0.0.0 is reachable by others: set serve.api_key"):
+    with pytest.raises(ConfigError, match=r"metrics_host 0.0.0.0 is reachable by others: set serve.api_key"):
         check_listener(config(metrics_host="0.0.0.0"))
 
 
