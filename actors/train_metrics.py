@@ -70,7 +70,7 @@ class TrainExporter:
 
 
 def _max_vio(metrics: StepMetrics) -> list[float]:
-    """Of each layer."""
+    """MaxVio of each layer with experts."""
     return max_vio(torch.tensor(metrics.counts_LE)).tolist() if metrics.counts_LE else []
 
 
@@ -110,13 +110,13 @@ def _is_loopback(config: Config) -> bool:
 
 
 def _locked(app: "WSGIApplication", key: str | None) -> "WSGIApplication":
-    """The same for those who send `Authorization: Bearer KEY`, where there is one: it is compared in constant time."""
+    """Serve those alone who send `Authorization: Bearer KEY`, where there is one: it is compared in constant time."""
     if key is None:
         return app
     wanted = f"Bearer {key}".encode()
 
     def call(environ: "WSGIEnvironment", start_response: "StartResponse") -> Any:
-        if hmac.compare_digest(environ.get("HTTP_AUTHORIZATION", "").encode("utf-8", "replace"), wanted):
+        if hmac.compare_digest(environ.get("HTTP_AUTHORIZATION", "").encode("latin-1"), wanted):
             return app(environ, start_response)
         start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
         return [b"send the server's key as `Authorization: Bearer KEY`\n"]

@@ -73,7 +73,8 @@ def scraped(config, found):
     pause.touch()
 
     def scrape():
-        while not found and thread.is_wanted:
+        until_s = time.monotonic() + 100
+        while not found and thread.is_wanted and time.monotonic() < until_s:
             try:
                 found.append(
                     urlopen(f"http://127.0.0.1:{config.train.metrics_port}/metrics", timeout=10).read().decode()

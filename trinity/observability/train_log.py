@@ -68,7 +68,7 @@ def main_lr(row: Mapping[str, Any]) -> float:
 
 
 class RunLog(Protocol):
-    """Who is told how a run goes."""
+    """A listener to how a run goes."""
 
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
