@@ -46,6 +46,10 @@ class TrainExporter:
     def __getitem__(self, name: str) -> Any:
         return self._metrics[f"trinity_train_{name}"]
 
+    def retry(self, reason: str) -> None:
+        """Count it at once: a step may be tried for minutes before it succeeds, or never does."""
+        self["retries_total"].labels(reason).inc()
+
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
         self["step"].set(metrics.step)
@@ -55,8 +59,6 @@ class TrainExporter:
         self["tokens_per_second"].set(metrics.tokens / max(metrics.seconds, 1e-9))
         for phase, seconds in metrics.phases_s.items():
             self["phase_seconds"].labels(phase).observe(seconds)
-        for reason, count in metrics.retries.items():
-            self["retries_total"].labels(reason).inc(count)
         self["skipped_total"].inc(max(0, metrics.skipped - self._skipped))
         self._skipped = metrics.skipped
         if metrics.checkpoint_s is not None:

@@ -43,6 +43,9 @@ def test_every_declared_metric_is_served(tmp_path):
     exporter = TrainExporter(layers=(1, 3))
     with exported(exporter, config()) as port:
         assert scrape(port)["trinity_train_retries_total"][("deadline",)] == 0
+        exporter.retry("deadline")
+        assert scrape(port)["trinity_train_retries_total"][("deadline",)] == 1, "before the step has succeeded"
+        exporter.retry("deadline")
         exporter.step(metrics(1, retries={"deadline": 2}, phases_s={"begin": 0.01, "prepare": 0.2}))
         exporter.step(metrics(2, skipped=1, checkpoint_s=3.0, phases_s={"begin": 0.02}))
         exporter.validation(2, 4.25)

@@ -70,6 +70,9 @@ def main_lr(row: Mapping[str, Any]) -> float:
 class RunLog(Protocol):
     """A listener to how a run goes."""
 
+    def retry(self, reason: str) -> None:
+        """The step under way is tried again; its metrics will say so once it succeeds."""
+
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
 
@@ -86,6 +89,9 @@ class TrainLog:
     def __init__(self, out_dir: str | Path, total_steps: int):
         self.out_dir, self.total_steps = Path(out_dir), total_steps
         self._files: _Files | None = None
+
+    def retry(self, reason: str) -> None:
+        """Nothing: the row of a step has its retries."""
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""

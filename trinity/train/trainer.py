@@ -82,7 +82,7 @@ class Trainer:
             self.objective.register_comm_hook(None, sum_gradients)
         self.micro_batches = MicroBatches(config, comm, self.objective, self.device)
         self.clock, self.usual_loss = PhaseClock(), UsualLoss(config.train.loss_spike_threshold)
-        self.logs: list[RunLog] = []  # told of every step and validation, on worker 0
+        self.logs: list[RunLog] = []  # told of every step, retry and validation, on worker 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
         self.position = self.num_skipped = self.num_replays = self._skipped_in_a_row = 0
@@ -163,6 +163,8 @@ class Trainer:
         self.num_replays += 1
         if self.comm.rank == 0:
             log.warning("step %d is tried again (%s): %s", self.version + 1, retry.reason, retry.why)
+        for each in self.logs:
+            each.retry(retry.reason)
         time.sleep(PAUSE_S)
 
     # -- the phases of an attempt
