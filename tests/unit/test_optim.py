@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tests.unit.test_trainer import all_weights, config_for, trainer_for
+from trinity.checkpoint import open_checkpoint
 from trinity.config import Config, OptimConfig
-from trinity.optim.base import Matrix
+from trinity.optim.base import WEIGHT, Matrix
 from trinity.optim.muon import lr_scale
 from trinity.optim.optimizer import RULES, Optimizer, groups, peak_lrs
 from trinity.optim.schedule import learning_rates, lr_factor
@@ -104,3 +106,43 @@ def test_muons_rate_grows_with_fan_out_over_fan_in():
 def test_the_old_names_of_the_settings_stay():
     config = Config.from_tree({"model": "tiny", "optim": {"muon_lr": 0.5, "adamw_lr": 0.25}})
     assert peak_lrs(config.optim) == {"muon": 0.5, "adamw": 0.25}
+
+
+class HeavyBall:
+    """A rule of a newcomer's: gradient descent with momentum, no decay."""
+
+    kinds = ("speed",)
+
+    def __init__(self, config):
+        pass
+
+    @staticmethod
+    def peak_lr(config):
+        return 0.05
+
+    def update(self, change):
+        speed = torch.mul(change.old["speed"], 0.5, out=change.new["speed"]).add_(change.grad)
+        torch.sub(change.old[WEIGHT], speed, alpha=change.lr, out=change.new[WEIGHT])
+
+
+def test_another_optimizer_is_one_rule_for_backbone_shards_and_logs(monkeypatch, tmp_path):
+    """Nothing but its own class and its name among RULES; the setting is faked, since it is a closed list of choices."""
+    monkeypatch.setitem(RULES, "heavy_ball", HeavyBall)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(" ".join(f"word{n % 37} is {n}" for n in range(3000)))
+    config = config_for(texts, tmp_path / "run")
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"matrices": "heavy_ball"})})
+    trainer = trainer_for(config, num_shards=2)
+    before, steps = all_weights(trainer), [trainer.step() for _ in range(2)]
+    assert steps[1].lrs == {"heavy_ball": 0.05, "adamw": config.optim.adamw_lr}
+    assert steps[1].row()["lrs"] == steps[1].lrs
+    shard = trainer.pool.transport.shards["shard-1"]
+    assert {name.partition("::")[2] for name in shard.store.current.tensors} == {"weight", "speed"}
+    changed = {name for name, tensor in all_weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert {name for name in before if ".mlp.experts." in name} <= changed
+    assert open_checkpoint(trainer.save()).version == 2
+    again = trainer_for(config, num_shards=2)
+    assert again.step().loss == trainer.step().loss, "it resumes with its state"
+    weights = all_weights(trainer)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in all_weights(again).items())

@@ -40,7 +40,7 @@ class Change:
 class Rule(Protocol):
     """One family of optimizers."""
 
-    kinds: tuple[str, ...]  # of state that each tensor has, zero at first
+    kinds: tuple[str, ...]  # of state that each tensor has, zero at first; at least one: shards look for it
 
     def __init__(self, config: OptimConfig): ...
 
