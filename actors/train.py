@@ -5,7 +5,8 @@ host still have, or else from the last checkpoint. Logic lives in trinity/train/
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import pool as pools
 from actors.sync import shm_state
+from actors.train_metrics import TrainExporter, check_listener, exported
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.config import Config, num_cpus
 from trinity.data.prepare import prepare
@@ -61,6 +63,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     The pool must be there, and holds the final weights afterwards. A run that is in `out_dir` already is continued, with
     its own tokenizer. Raises the TrinityError that ended a worker for good.
     """
+    check_listener(config)
     out_dir = Path(config.train.out_dir).resolve()
     config = _with_own_tokenizer(config.replace(train={"out_dir": str(out_dir)}))
     prepare(config.data, config.train, config.model, out_dir)
@@ -121,20 +124,26 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
-    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, device))
-    trainer.job = settings["job"]
+    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, device), job=settings["job"])
     trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
     prepared(trainer)
     trainer.start()
-    if comm.rank == 0:
-        trainer.log = TrainLog(config.train.out_dir, config.train.steps)
-        if trainer.metrics_before is not None:
-            trainer.log.catch_up(StepMetrics(**trainer.metrics_before))
-    result = trainer.run()
-    if trainer.log is not None:
-        trainer.log.close()
+    with _logged(trainer) if comm.rank == 0 else nullcontext():
+        result = trainer.run()
     ray.train.report(result)
     return result
+
+
+@contextmanager
+def _logged(trainer: Trainer) -> Iterator[None]:
+    """Inside the block its steps are in the run's log, and at /metrics where that is wanted."""
+    config = trainer.config
+    log, exporter = TrainLog(config.train.out_dir, config.train.steps), TrainExporter(config.model.moe_layers)
+    if trainer.recovery.metrics_before is not None:
+        log.catch_up(StepMetrics.of_row(trainer.recovery.metrics_before))
+    trainer.logs = [log, exporter]
+    with exported(exporter, config), closing(log):
+        yield
 
 
 def _asked_to_stop(out_dir: Path) -> bool:

@@ -24,6 +24,7 @@ from trinity.observability.prometheus import (
     SERVING_METRICS,
     Metric,
 )
+from trinity.observability.registry import registered
 from trinity.placement.snapshot import Snapshot
 
 STALE_S = 60.0
@@ -44,14 +45,6 @@ STATES = ("starting", "ready", "draining", "away")
 RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
 
 
-def _make(metric: Metric, registry: prometheus.CollectorRegistry) -> Any:
-    if metric.kind == "histogram":
-        buckets = metric.buckets or prometheus.Histogram.DEFAULT_BUCKETS
-        return prometheus.Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=buckets)
-    kind = prometheus.Counter if metric.kind == "counter" else prometheus.Gauge
-    return kind(metric.name, metric.help, metric.labels, registry=registry)
-
-
 class Exporter:
     """Turns answers, Deltas and engine statistics into the declared metrics."""
 
@@ -65,7 +58,7 @@ class Exporter:
         self._changes: Changes | None = None
 
     def _declare(self, metrics: Iterable[Metric]) -> None:
-        self._metrics |= {metric.name: _make(metric, self.registry) for metric in metrics}
+        self._metrics |= {metric.name: registered(metric, self.registry) for metric in metrics}
 
     def __getitem__(self, name: str) -> Any:
         return self._metrics[name]

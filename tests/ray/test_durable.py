@@ -156,14 +156,17 @@ def test_the_placement_service_is_killed_while_training(ray_session, config, poo
 def test_a_trainer_that_was_replaced_can_decide_nothing(config, pool):
     """Two workers believe that they are the job's: the older one's attempt is void wherever it shows up."""
     from trinity.errors import StepConflict
+    from trinity.train.retry import RetryStep
 
     old, new = trainer_of(config, pool), trainer_of(config, pool)
-    boundary = old._boundary(last=True)
-    losses = old._losses(boundary.attempt)
+    ticket = old._begin_attempt()
+    totals = old._forward_backward(ticket, old._next_batch)
     new.step()
-    assert old._prepare(old._sum(losses), boundary, last=False) is None
+    with pytest.raises(RetryStep) as retried:
+        old._prepare(totals, ticket)
+    assert retried.value.reason == "step_conflict"
     with pytest.raises(StepConflict, match="was given up for"):
-        pool.decide(1, boundary.attempt, {})
+        pool.decide(1, ticket.attempt, {})
     assert pool.decided().version == 1
 
 

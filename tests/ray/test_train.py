@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -62,6 +65,40 @@ def fit_with_pool(config):
     return fit(config)
 
 
+@contextmanager
+def scraped(config, found):
+    """Inside the block the run is paused in its first step until somebody has read its metrics, which go to `found`."""
+    pause = Path(config.train.out_dir, ".pause")
+    pause.parent.mkdir()
+    pause.touch()
+
+    def scrape():
+        until_s = time.monotonic() + 100
+        while not found and thread.is_wanted and time.monotonic() < until_s:
+            try:
+                found.append(
+                    urlopen(f"http://127.0.0.1:{config.train.metrics_port}/metrics", timeout=10).read().decode()
+                )
+            except OSError:  # not there yet
+                time.sleep(0.02)
+        pause.unlink()
+
+    thread = threading.Thread(target=scrape, daemon=True)
+    thread.is_wanted = True
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.is_wanted = False
+        thread.join(20)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def weights_of(checkpoint):
     return {key: checkpoint.tensor(key) for key in checkpoint.weight_map}
 
@@ -70,9 +107,11 @@ def weights_of(checkpoint):
 def test_training_through_actors_equals_training_in_one_process(ray_session, config, tmp_path, num_workers):
     from actors import pool as pools
 
-    config = config.replace(train={"num_workers": num_workers})
-    result = fit_with_pool(config)
+    config, found = config.replace(train={"num_workers": num_workers, "metrics_port": free_port()}), []
+    with scraped(config, found):
+        result = fit_with_pool(config)
     pools.destroy(config.placement.pool, "trinity")
+    assert 'trinity_train_retries_total{reason="unavailable"} 0.0' in found[0], "worker 0 serves its metrics"
     want, reference = train_here(config, tmp_path / "here")
     got = losses_of(tmp_path / "ray")
     assert list(got) == list(want)

@@ -24,7 +24,7 @@ LIBRARY = {
 }  # fmt: skip
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.control", "actors.pool", "actors.cluster",
-    "actors.train", "actors.chaos",
+    "actors.train", "actors.train_metrics", "actors.chaos",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.app", "serving.deploy", "serving.engine", "serving.errors",
@@ -87,7 +87,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actors.shard": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync"},
     "actors.control": {*LIBRARY, "actors.names", "actors.dataplane", "actors.shard"},
     "actors.pool": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.control"},
-    "actors.train": {*LIBRARY, "actors.pool", "actors.sync"},
+    "actors.train": {*LIBRARY, "actors.pool", "actors.sync", "actors.train_metrics"},
+    "actors.train_metrics": LIBRARY,
     "actors.chaos": {*LIBRARY, *(ACTORS - {"actors.chaos"})},
     "serving.addresses": set(),
     "serving.access": set(),
@@ -126,7 +127,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "uvicorn": ("serving.http",),
     "h11": ("serving.http",),
     "httpx": ("trinity.bench", "trinity.commands"),
-    "prometheus_client": ("serving.metrics", "actors.sync", "actors.train"),
+    "prometheus_client": ("serving.metrics", "trinity.observability.registry", "actors.sync", "actors.train_metrics"),
     "transformers": ("trinity.bench",),
     "megablocks": ("trinity.experts",),
     "stk": ("trinity.experts",),
@@ -145,7 +146,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
         "trinity.rpc", "trinity.utils", "trinity.ops", "trinity.models", "trinity.state", "trinity.optim",
         "trinity.dispatch", "trinity.checkpoint", "trinity.experts", "trinity.observability", "trinity.engine",
         "trinity.data", "trinity.train", "trinity.rl", "trinity.llm", "trinity.bench", "trinity.chaos", "trinity.commands",
-        "actors.dataplane", "actors.shard", "actors.sync", "actors.train",
+        "actors.dataplane", "actors.shard", "actors.sync", "actors.train", "actors.train_metrics",
     ),
 }  # fmt: skip
 

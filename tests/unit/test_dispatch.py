@@ -116,7 +116,7 @@ def train_once(pool, transport=None):
         for layer in MODEL.moe_layers:
             dispatcher(layer, x, ids, weights).square().sum().backward()
     pool.prepare(1, dispatcher.num_sent_ops)
-    assert pool.stage(Stage(1, 1e-2, 1e-3, 0.5))()
+    assert pool.stage(Stage(1, {"muon": 1e-2, "adamw": 1e-3}, 0.5))()
     assert pool.commit(1) == 1
     return pool
 

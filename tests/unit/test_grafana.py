@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trinity.observability.prometheus import ALL_METRICS
+from trinity.observability.prometheus import ALL_METRICS, TRAINING_METRICS
 
 FOLDER = Path(__file__).parents[2] / "clusters"
 NAME = re.compile(r"\btrinity_[a-z0-9_]+")
@@ -67,7 +67,26 @@ def test_placement_is_shown():
     assert "trinity_dispatch_seconds_bucket" in shown
 
 
+def test_training_is_shown():
+    shown = {name for _, query in QUERIES for name in NAME.findall(query)}
+    titles = {panel["title"] for panel in json.loads((FOLDER / "grafana.json").read_text())["panels"]}
+    assert "Training" in titles, "a row of its own"
+    for metric in TRAINING_METRICS:
+        names = {metric.name + suffix for suffix in SUFFIXES[metric.kind]}
+        assert names & shown or metric.name == "trinity_train_step", f"{metric.name} is in no panel"
+
+
+def test_panels_do_not_lie_over_one_another():
+    taken = set()
+    for panel in json.loads((FOLDER / "grafana.json").read_text())["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
 def test_prometheus_scrapes_what_the_dashboard_shows():
     jobs = {job["job_name"]: job for job in yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]}
     assert jobs["trinity"]["metrics_path"] == "/metrics"
     assert jobs["trinity"]["static_configs"][0]["targets"] == ["127.0.0.1:8000"]
+    assert jobs["trinity-train"]["static_configs"][0]["targets"] == ["127.0.0.1:8001"]

@@ -15,15 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trinity.errors import DataError
 from trinity.models.common.losses import max_vio
-from trinity.observability.prometheus import SERVING_METRICS
-from trinity.observability.train_log import StepMetrics, TrainLog, _cut, read_rows
+from trinity.observability.prometheus import ALL_METRICS
+from trinity.observability.registry import registered
+from trinity.observability.train_log import StepMetrics, TrainLog, _cut, main_lr, read_rows
 from trinity.train.plots import _relative, expert_load_png, loss_curve_png, reward_curves_png
 from trinity.train.progress import Follower, Progress
 
 
 def metrics(step, loss=None, **changed):
     loss = 5.0 / step if loss is None else loss
-    values = {"z_loss": 0.0, "balance_loss": 0.0, "grad_norm": 0.83, "muon_lr": 1.2e-3, "adamw_lr": 3e-4}
+    values = {"z_loss": 0.0, "balance_loss": 0.0, "grad_norm": 0.83, "lrs": {"muon": 1.2e-3, "adamw": 3e-4}}
     values |= {"tokens": 1024, "seconds": 0.2, "max_vio": 0.41, "counts_LE": [[step, 2, 3], [4, 5, 6]]}
     return StepMetrics(step=step, loss=loss, **(values | changed))
 
@@ -74,7 +75,9 @@ def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
     rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
     assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, 20]
-    assert rows[2] == {key: value for key, value in vars(metrics(3)).items() if key != "counts_LE"}
+    assert rows[2] == row(3)
+    assert rows[2]["lrs"] == {"muon": 1.2e-3, "adamw": 3e-4}
+    assert not rows[2].keys() & {"counts_LE", "retries", "phases_s", "checkpoint_s"}, "nothing to say: left out"
     loads = read_rows(tmp_path / "whole" / "expert_load.jsonl")
     assert loads[-1] == {"step": 20, "counts_LE": [[20, 2, 3], [4, 5, 6]]}
 
@@ -132,11 +135,46 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("val/loss")] == [(9, pytest.approx(1 / 9))]
 
 
+def test_retries_rates_and_phases_are_scalars_of_their_own(tmp_path):
+    log = TrainLog(tmp_path, 3)
+    log.step(metrics(1))
+    log.step(metrics(2, retries={"unavailable": 2, "deadline": 1}, phases_s={"prepare": 0.25}, checkpoint_s=1.5))
+    log.close()
+    first, second = read_rows(tmp_path / "metrics.jsonl")
+    assert "retries" not in first
+    assert (second["retries"], second["checkpoint_s"]) == ({"unavailable": 2, "deadline": 1}, 1.5)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert shown["train/retries/unavailable"] == [(2, 2.0)]
+    assert shown["train/retries/deadline"] == [(2, 1.0)]
+    assert shown["train/phases_s/prepare"] == [(2, 0.25)]
+    assert shown["train/checkpoint_s"] == [(2, 1.5)]
+    assert shown["train/lrs/muon"] == [(step, pytest.approx(1.2e-3)) for step in (1, 2)]
+
+
+def test_rows_are_read_back_and_those_of_before_too(tmp_path):
+    want = metrics(3, retries={"deadline": 1}, lrs={"adamw": 1e-3}, counts_LE=None)
+    assert StepMetrics.of_row(json.loads(json.dumps(want.row()))) == want
+    old = {key: value for key, value in row(3).items() if key != "lrs"} | {"muon_lr": 2e-2, "adamw_lr": 3e-3}
+    assert StepMetrics.of_row(old) == metrics(3, lrs={"muon": 2e-2, "adamw": 3e-3}, counts_LE=None)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    log = TrainLog(tmp_path, 20)
+    log.step(metrics(4))
+    log.close()
+    found = read_rows(tmp_path / "metrics.jsonl")
+    assert found[0] == old, "a run of before goes on with its rows as they were"
+    assert [main_lr(each) for each in found] == [2e-2, 1.2e-3]
+    assert loss_curve_png(tmp_path / "metrics.jsonl", tmp_path / "loss.png").stat().st_size > 10_000
+    screen = Screen(False)
+    Progress(5, 1024, screen).row(old)
+    assert "lr 2.0e-02" in screen.getvalue()
+
+
 # --- what a person sees ---------------------------------------------------------------------------------------------
 
 
 def row(step, **changed):
-    return {key: value for key, value in vars(metrics(step, **changed)).items() if key != "counts_LE"}
+    return metrics(step, **changed).row()
 
 
 def test_plain_lines_come_every_few_seconds():
@@ -192,17 +230,15 @@ def test_a_log_is_followed_while_it_grows_and_when_it_is_cut(tmp_path):
 # --- what the servers export ----------------------------------------------------------------------------------------
 
 
-def test_serving_metrics_are_legal_and_distinct():
+def test_all_metrics_are_legal_and_distinct():
     registry = prometheus_client.CollectorRegistry()
-    kinds = {name: getattr(prometheus_client, name.capitalize()) for name in ("counter", "gauge", "histogram")}
-    for metric in SERVING_METRICS:
-        buckets = {"buckets": metric.buckets} if metric.kind == "histogram" else {}
-        kinds[metric.kind](metric.name, metric.help, metric.labels, registry=registry, **buckets)
+    for metric in ALL_METRICS:
+        registered(metric, registry)
         assert metric.name.startswith("trinity_")
         assert metric.name.endswith("_total") == (metric.kind == "counter")
         assert bool(metric.buckets) == (metric.kind == "histogram")
     exported = prometheus_client.generate_latest(registry).decode()
-    assert all(f"# TYPE {metric.name} {metric.kind}" in exported for metric in SERVING_METRICS)
+    assert all(f"# TYPE {metric.name} {metric.kind}" in exported for metric in ALL_METRICS)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
                     gradients.append(torch.empty_strided(stack.shape, stack.stride()).copy_(wanted))
                 shard.gathered.add(f"test:{layer}", stack_names(layer), gradients)
             shard.prepare(Prepare(step))
-            shard.stage(Stage(step, 0.02, 0.01, 1.0))
+            shard.stage(Stage(step, {"muon": 0.02, "adamw": 0.01}, 1.0))
             shard.commit(Commit(step))
     if optim is None:
         copy_all(b, [1, 3], {"a": a})

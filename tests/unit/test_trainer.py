@@ -20,12 +20,15 @@ from trinity.models.afmoe.model import Afmoe
 from trinity.models.common.attention import PackedAttention, packed_positions
 from trinity.models.common.losses import sequence_balance_loss
 from trinity.models.registry import family_of
-from trinity.optim.muon import Matrix, orthogonalize
+from trinity.optim.base import Matrix
+from trinity.optim.muon import orthogonalize
 from trinity.optim.optimizer import Optimizer
 from trinity.optim.schedule import lr_factor
 from trinity.pool.local import local_pool
 from trinity.rpc.messages import WEIGHT, Load
 from trinity.train.collectives import Alone
+from trinity.train.loss import Losses
+from trinity.train.microbatches import MicroBatches
 from trinity.train.trainer import Trainer
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
@@ -119,7 +122,8 @@ def train_plainly(config, start, data):
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         scale = min(1.0, config.optim.grad_clip / norm)
         factor = lr_factor(step + 1, config.optim, settings.steps)
-        optimizer.step(grads, config.optim.muon_lr * factor, config.optim.adamw_lr * factor, scale)
+        lrs = {"muon": config.optim.muon_lr * factor, "adamw": config.optim.adamw_lr * factor}
+        optimizer.step(grads, lrs, scale)
         losses.append((float(ce.detach()), norm))
     return losses, {n: p.detach() for n, p in names.items()}
 
@@ -285,6 +289,18 @@ def test_validation_is_the_same_for_any_number_of_workers_and_uses_what_there_is
     assert sum(parts) * trainer.config.train.global_batch_size / 5 == pytest.approx(alone, rel=1e-5)
 
 
+class Seen(torch.nn.Module):
+    """An objective that only notes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero, self.batches = torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, batches):
+        self.batches += batches
+        return [Losses(self.zero, self.zero, self.zero, torch.zeros(1, 4)) for _ in batches]
+
+
 @pytest.mark.parametrize("world", range(1, 7))
 def test_any_number_of_workers_shares_out_the_whole_step(texts, tmp_path, world):
     """Each sequence once, whether the number divides the micro-batches or not, in the order of the data."""
@@ -292,16 +308,13 @@ def test_any_number_of_workers_shares_out_the_whole_step(texts, tmp_path, world)
     want = trainer.data.train.sequences(0, 12).tolist()
     by_text = {tuple(trainer.data.train.take(np.array([n])).ids_BS[0].tolist()): n for n in want}
 
-    def micros(first, end, is_last):
-        for micro in range(first, end):
-            place = micro * world + trainer.comm.rank
-            found[place] = [by_text[tuple(row)] for row in trainer._batch(micro).ids_BS.tolist()]
-        return []
-
-    trainer._micros = micros
     for rank in range(world):
-        trainer.comm = SimpleNamespace(rank=rank, world=world)
-        trainer._losses(1)
+        seen = Seen()
+        mine = MicroBatches(trainer.config, SimpleNamespace(rank=rank, world=world), seen, torch.device("cpu"))
+        losses = mine.run(lambda micro, mine=mine: mine.batch(trainer.data.train, 0, micro))
+        assert len(losses) == len(seen.batches)
+        for micro, batch in enumerate(seen.batches):
+            found[micro * world + rank] = [by_text[tuple(row)] for row in batch.ids_BS.tolist()]
     assert [n for place in sorted(found) for n in found[place]] == want
 
 
@@ -344,7 +357,7 @@ def test_adamw_equals_torch():
     optimizer = Optimizer({"w": mine}, {}, config)
     for _ in range(5):
         grad = torch.randn(6, 4)
-        optimizer.step({"w": grad}, muon_lr=0.0, adamw_lr=3e-3)
+        optimizer.step({"w": grad}, {"adamw": 3e-3})
         theirs.grad = grad.clone()
         reference.step()
     torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-6)

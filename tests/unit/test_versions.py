@@ -106,7 +106,7 @@ class Life(RuleBasedStateMachine):
         self.version += 1  # decided: who has not heard of it does so from the next call
 
     def _stage(self, keep):
-        return Stage(self.version + 1, 0.5, 0.1, 1.0, self.attempt, keep)
+        return Stage(self.version + 1, {"muon": 0.5, "adamw": 0.1}, 1.0, self.attempt, keep)
 
     @rule(layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), to=st.sampled_from(NAMES))
     def copy(self, layer, expert, to):

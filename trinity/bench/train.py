@@ -103,8 +103,8 @@ class Ours:
         from trinity.train.trainer import Trainer
 
         self.comm = Barrier()
-        self.trainer = Trainer(config, pool, data, self.comm, store=store)
-        self.trainer.job = secrets.token_hex(4)  # the pool saw other races: this one begins
+        job = secrets.token_hex(4)  # the pool saw other races: this one begins
+        self.trainer = Trainer(config, pool, data, self.comm, store=store, job=job)
         self.trainer.start()
         self.trainer.objective.register_forward_pre_hook(lambda *_: self.comm.watch("forward"))
         self.trainer.objective.register_forward_hook(lambda *_: self.comm.watch("backward"))

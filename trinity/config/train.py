@@ -99,6 +99,13 @@ class TrainConfig(Frozen):
     loss_spike_threshold: float = Field(
         default=1.0, gt=0, description="a step whose loss is so far above the usual makes a version that is not served"
     )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="worker 0 serves Prometheus metrics there; 0: any free one; default: none",
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="where it listens; anything but loopback needs a key")
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
 
     @model_validator(mode="after")

@@ -142,7 +142,7 @@ class ExpertShard:
             self.versions.expect_next(message.step)
             gradients = self.gathered.take(message.attempt, self.versions.present)
             optimizer, target = self.versions.begin_next(message.keep)
-        optimizer.step_into(target, gradients, message.muon_lr, message.adamw_lr, message.grad_scale)
+        optimizer.step_into(target, gradients, message.lrs, message.grad_scale)
         is_finite = all(bool(torch.isfinite(weight.sum())) for weight in target.params.values())
         with self.lock:
             if self.gathered.attempt != message.attempt or self.version != message.step - 1:

@@ -16,7 +16,7 @@ from trinity.checkpoint import PROJECTIONS, expert_key
 from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import InvalidRequest
 from trinity.experts.base import LayerWeights
-from trinity.optim.muon import Matrix
+from trinity.optim.base import Matrix
 from trinity.optim.optimizer import Optimizer
 from trinity.rpc.messages import WEIGHT, Experts
 from trinity.state.versioned_store import Store, Version

@@ -78,4 +78,20 @@ PLACEMENT_METRICS = (
 )
 
 
-ALL_METRICS = SERVING_METRICS + DISPATCH_METRICS + PLACEMENT_METRICS
+# Of a training job, by its worker 0 (actors/train_metrics.py). Reasons: trinity/train/retry.py.
+TRAINING_METRICS = (
+    Metric("trinity_train_step", "gauge", "Steps taken or skipped: batches consumed."),
+    Metric("trinity_train_loss", "gauge", "Cross-entropy of the last step, nats per token."),
+    Metric("trinity_train_validation_loss", "gauge", "Cross-entropy of the last validation, nats per token."),
+    Metric("trinity_train_grad_norm", "gauge", "Norm of the last step's gradient, before it is clipped."),
+    Metric("trinity_train_tokens_total", "counter", "Tokens trained on."),
+    Metric("trinity_train_tokens_per_second", "gauge", "Tokens of the last step over its seconds, retries apart."),
+    Metric("trinity_train_phase_seconds", "histogram", "Of a step, by phase.", ("phase",), LONG_S),
+    Metric("trinity_train_retries_total", "counter", "Attempts at a step that came to nothing.", ("reason",)),
+    Metric("trinity_train_skipped_total", "counter", "Steps skipped for numbers that are not finite."),
+    Metric("trinity_train_checkpoint_seconds", "histogram", "To write a checkpoint, beside training.", buckets=LONG_S),
+    Metric("trinity_train_max_vio", "gauge", "Most loaded expert / mean - 1 in the last step.", ("layer",)),
+)
+
+
+ALL_METRICS = SERVING_METRICS + DISPATCH_METRICS + PLACEMENT_METRICS + TRAINING_METRICS

@@ -4,7 +4,8 @@ Legend: L layers with experts, E experts.
 
 Decisions.
 - A run writes metrics.jsonl (one object a line: a step, or a validation), expert_load.jsonl (rows per expert, at most
-  about 200 times in a run) and TensorBoard events. A number that is not finite is null.
+  about 200 times in a run) and TensorBoard events. A number that is not finite is null; a field that has nothing to say
+  (no step was tried again) is left out.
 - The first step that is logged says where a run resumes: lines from there on are dropped, so each step is there once,
   whatever was written between the last checkpoint and a crash. A line torn by the crash is dropped too.
 """
@@ -12,30 +13,71 @@ Decisions.
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 LOADS_PER_RUN = 200
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, over all workers. Losses in nats per token; `skipped` counts the steps skipped so far."""
+    """One optimizer step, over all workers. Losses in nats per token; `skipped` counts the steps skipped so far.
+
+    `retries` counts this step's attempts that came to nothing, by reason (trinity/train/retry.py). `seconds` and `phases_s` are
+    of the attempt that counted; `checkpoint_s` is how long the checkpoint took that was finished since the step before.
+    """
 
     step: int
     loss: float
     z_loss: float
     balance_loss: float
     grad_norm: float
-    muon_lr: float
-    adamw_lr: float
     tokens: int
     seconds: float
     max_vio: float
+    lrs: Mapping[str, float] = field(default_factory=dict)  # of each parameter group, that of hidden matrices first
     skipped: int = 0
+    retries: Mapping[str, int] = field(default_factory=dict)
+    phases_s: Mapping[str, float] = field(default_factory=dict)
+    checkpoint_s: float | None = None
     counts_LE: Sequence[Sequence[int]] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Plain values, without counts_LE and without what there is nothing to say of."""
+        return {key: value for key, value in asdict(self).items() if key != "counts_LE" and value not in (None, {})}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "StepMetrics":
+        """The inverse of `row`, of rows that other versions of this program wrote, too."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{key: value for key, value in row.items() if key in known}, **_lrs_of_before(row))
+
+
+def _lrs_of_before(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Learning rates used to be fields of their own."""
+    lrs = {key.removesuffix("_lr"): row[key] for key in ("muon_lr", "adamw_lr") if key in row}
+    return {"lrs": lrs} if lrs else {}
+
+
+def main_lr(row: Mapping[str, Any]) -> float:
+    """The learning rate of hidden matrices in a row of metrics.jsonl; nan in one that has none."""
+    lrs = row.get("lrs") or _lrs_of_before(row).get("lrs", {})
+    return next(iter(lrs.values()), math.nan)
+
+
+class RunLog(Protocol):
+    """A listener to how a run goes."""
+
+    def retry(self, reason: str) -> None:
+        """The step under way is tried again; its metrics will say so once it succeeds."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """One step has been taken, or skipped."""
+
+    def validation(self, step: int, loss: float) -> None:
+        """The weights after `step` have that loss on held-out text."""
 
 
 class TrainLog:
@@ -48,12 +90,14 @@ class TrainLog:
         self.out_dir, self.total_steps = Path(out_dir), total_steps
         self._files: _Files | None = None
 
+    def retry(self, reason: str) -> None:
+        """Nothing: the row of a step has its retries."""
+
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
         files = self._opened(metrics.step, is_validation=False)
-        row = asdict(metrics)
-        counts_LE = row.pop("counts_LE")
-        files.write_row(row)
+        counts_LE = metrics.counts_LE
+        files.write_row(metrics.row())
         every = max(1, self.total_steps // LOADS_PER_RUN)
         if counts_LE and (metrics.step % every == 0 or metrics.step == self.total_steps):
             files.write_load({"step": metrics.step, "counts_LE": counts_LE})
@@ -94,9 +138,8 @@ class _Files:
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
         self._rows.flush()
-        for key, value in row.items():
-            if key != "step":
-                self._board.add_scalar("val/loss" if key == "val_loss" else f"train/{key}", value, row["step"])
+        for name, value in _scalars(row):
+            self._board.add_scalar("val/loss" if name == "val_loss" else f"train/{name}", value, row["step"])
 
     def write_load(self, row: dict[str, Any]) -> None:
         self._loads.write(json.dumps(row) + "\n")
@@ -132,5 +175,17 @@ def _cut(path: Path, first_step: int, is_validation: bool = False) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row but its step: those of {"retries": {"deadline": 1}} are called retries/deadline."""
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}/{name}", number) for name, number in value.items())
+        elif key != "step":
+            yield key, value
+
+
 def _finite(value: Any) -> Any:
+    """The value with null for each number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,14 +1,16 @@
-"""Muon's orthogonalised update: Newton-Schulz iteration over matrices.
+"""Muon: momentum, then the orthogonalised update of whole matrices, by Newton-Schulz iteration.
 
 Legend: M rows and N columns of a matrix, leading dimensions (experts) are a batch of independent matrices.
 Sources: learning-rate rule, arXiv 2602.17004; iteration coefficients, the public Dion code's Newton-Schulz.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from trinity.config import OptimConfig
+from trinity.optim.base import WEIGHT, Change, Matrix
 
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
@@ -17,6 +19,33 @@ NEWTON_SCHULZ = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
+
+
+class Muon:
+    """The rule of hidden matrices (trinity/optim/base.py)."""
+
+    kinds: tuple[str, ...] = ("momentum",)
+
+    def __init__(self, config: OptimConfig):
+        self.config = config
+
+    @staticmethod
+    def peak_lr(config: OptimConfig) -> float:
+        return config.muon_lr
+
+    def update(self, change: Change) -> None:
+        config, lr, momentum, weight = self.config, change.lr, change.new["momentum"], change.new[WEIGHT]
+        assert change.matrix is not None
+        torch.mul(change.old["momentum"], config.muon_momentum, out=momentum).add_(change.grad)
+        direction = change.grad + config.muon_momentum * momentum if config.muon_nesterov else momentum
+        update = orthogonalize(direction, config.muon_steps)
+        torch.mul(change.old[WEIGHT], 1.0 - lr * config.weight_decay, out=weight)
+        weight.sub_(update, alpha=lr * lr_scale(change.matrix))
+
+
+def lr_scale(matrix: Matrix) -> float:
+    """What the learning rate is multiplied by for matrices of that shape."""
+    return math.sqrt(max(1.0, matrix.fan_out / matrix.fan_in))
 
 
 def orthogonalize(g: Tensor, num_steps: int = 5) -> Tensor:
@@ -33,15 +62,3 @@ def orthogonalize(g: Tensor, num_steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).float()
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A tensor under Muon: [..., fan_out, fan_in], or its transpose in storage."""
-
-    fan_out: int
-    fan_in: int
-
-    @property
-    def lr_scale(self) -> float:
-        return math.sqrt(max(1.0, self.fan_out / self.fan_in))

@@ -1,8 +1,9 @@
-"""Optimizers as plain state over named tensors: Muon for hidden matrices, AdamW for the rest.
+"""The optimizer of named tensors: each is of a parameter group, and a group has its rule and its learning rate.
 
 Decisions: gradients, moments and master weights are fp32 whatever the storage type; the same class serves the backbone and
 every expert shard, so a global clip is a sum of their squared norms; state is a flat dict of tensors, made for safetensors.
 An update may go beside the old values instead of over them: a step is made before it is decided (trinity/state/).
+A group is called after its rule; hidden matrices are of the group `optim.matrices`, everything else of AdamW's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,13 +12,24 @@ import torch
 from torch import Tensor
 
 from trinity.config import OptimConfig
-from trinity.optim.muon import Matrix, orthogonalize
+from trinity.optim.adamw import AdamW
+from trinity.optim.base import WEIGHT, Change, Kinds, Matrix, Rule
+from trinity.optim.muon import Muon
 from trinity.state.strides import as_stored
 
-PIECE = 1 << 18  # elements: four tensors of a piece are 4 MiB
+RULES: Mapping[str, type[Rule]] = {"muon": Muon, "adamw": AdamW}
+REST = "adamw"  # the group of what is no hidden matrix
+MASTER = "master"  # the kind of state that holds fp32 values of a tensor stored in another type
 
 
-Kinds = Mapping[str, Tensor]
+def groups(config: OptimConfig) -> tuple[str, ...]:
+    """The parameter groups of a model, that of its hidden matrices first."""
+    return tuple(dict.fromkeys([config.matrices, REST]))
+
+
+def peak_lrs(config: OptimConfig) -> dict[str, float]:
+    """Group -> its highest learning rate."""
+    return {group: RULES[group].peak_lr(config) for group in groups(config)}
 
 
 def sq_norm(grads: Iterable[Tensor]) -> float:
@@ -27,9 +39,9 @@ def sq_norm(grads: Iterable[Tensor]) -> float:
 
 
 class Optimizer:
-    """Updates `params`. Tensors named in `matrices` are under Muon, the others under AdamW.
+    """Updates `params`; those named in `matrices` are the hidden matrices.
 
-    One-dimensional tensors (norm gains) are not decayed. A missing gradient counts as zero. Owned by one process.
+    A missing gradient counts as zero. Owned by one process.
     """
 
     def __init__(
@@ -41,84 +53,54 @@ class Optimizer:
         num_updates: int = 0,
     ):
         """`state`: as it is, with `num_updates` done; without it: fresh."""
-        self.params, self.config, self.num_updates = dict(params), config, num_updates
-        self.matrices = dict(matrices) if config.matrices == "muon" else {}
+        self.params, self.matrices, self.config = dict(params), dict(matrices), config
+        self.num_updates = num_updates
+        self.rules = {group: RULES[group](config) for group in groups(config)}
         fresh = {name: self._fresh(name, p) for name, p in self.params.items()} if state is None else state
         self.state: dict[str, dict[str, Tensor]] = {name: dict(kinds) for name, kinds in fresh.items()}
 
     def _fresh(self, name: str, param: Tensor) -> dict[str, Tensor]:
         state = {kind: torch.zeros_like(param, dtype=torch.float32) for kind in self.kinds(name, param.dtype)}
-        if "master" in state:
-            state["master"].copy_(param)
+        if MASTER in state:
+            state[MASTER].copy_(param)
         return state
 
-    def kinds(self, name: str, dtype: torch.dtype) -> tuple[str, ...]:
-        """Of state that a tensor of that name and type has, all fp32."""
-        kinds = ("momentum",) if name in self.matrices else ("exp_avg", "exp_avg_sq")
-        return kinds if dtype == torch.float32 else (*kinds, "master")
+    def group(self, name: str) -> str:
+        """The parameter group of a tensor."""
+        return self.config.matrices if name in self.matrices else REST
 
-    def step(self, grads: Mapping[str, Tensor], muon_lr: float, adamw_lr: float, grad_scale: float = 1.0) -> None:
-        """Apply one update in place, with `grads` multiplied by `grad_scale` (the global clip): their values are used up."""
-        self.step_into(self, grads, muon_lr, adamw_lr, grad_scale)
+    def kinds(self, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """Kinds of state that a tensor of that name and type has, all fp32."""
+        kinds = self.rules[self.group(name)].kinds
+        return kinds if dtype == torch.float32 else (*kinds, MASTER)
+
+    def step(self, grads: Mapping[str, Tensor], lrs: Mapping[str, float], grad_scale: float = 1.0) -> None:
+        """Apply one update in place, with `grads` multiplied by `grad_scale` (the global clip): their values are used up.
+        `lrs` has the learning rate of each group."""
+        self.step_into(self, grads, lrs, grad_scale)
 
     @torch.no_grad()
     def step_into(
-        self,
-        target: "Optimizer",
-        grads: Mapping[str, Tensor],
-        muon_lr: float,
-        adamw_lr: float,
-        grad_scale: float = 1.0,
+        self, target: "Optimizer", grads: Mapping[str, Tensor], lrs: Mapping[str, float], grad_scale: float = 1.0
     ) -> None:
         """Like `step`, but the new values go to the tensors of `target`, whose old ones do not matter; nothing of this one
         is written, unless it is the target itself. The same bits either way."""
         target.num_updates = self.num_updates + 1
         for name, param in target.params.items():
-            found = grads.get(name)
+            found, group = grads.get(name), self.group(name)
             grad = torch.zeros_like(param, dtype=torch.float32) if found is None else found.float().mul_(grad_scale)
-            old, new = ({"weight": each.params[name], **each.state[name]} for each in (self, target))
-            kind = "master" if "master" in new else "weight"
-            if name in self.matrices:
-                self._muon(name, kind, grad, muon_lr, old, new)
-            else:
-                self._adamw(target.num_updates, kind, grad, adamw_lr, old, new)
-            if kind == "master":
-                param.copy_(new["master"])
+            change = Change(
+                grad, lrs[group], target.num_updates, self.matrices.get(name), self._values(name), target._values(name)
+            )
+            self.rules[group].update(change)
+            if MASTER in target.state[name]:
+                param.copy_(target.state[name][MASTER])
 
-    def _muon(self, name: str, kind: str, grad: Tensor, lr: float, old: Kinds, new: Kinds) -> None:
-        config, momentum = self.config, new["momentum"]
-        torch.mul(old["momentum"], config.muon_momentum, out=momentum).add_(grad)
-        direction = grad + config.muon_momentum * momentum if config.muon_nesterov else momentum
-        update = orthogonalize(direction, config.muon_steps)
-        decayed = torch.mul(old[kind], 1.0 - lr * config.weight_decay, out=new[kind])
-        decayed.sub_(update, alpha=lr * self.matrices[name].lr_scale)
-
-    def _adamw(self, num_updates: int, kind: str, grad: Tensor, lr: float, old: Kinds, new: Kinds) -> None:
-        """torch.optim.AdamW's fused kernel: one pass over memory, where the formula in steps makes fifteen. Old values are
-        copied piece by piece, so that the kernel finds them in the processor's cache."""
-        config, names = self.config, (kind, "exp_avg", "exp_avg_sq")
-        step = torch.tensor(float(num_updates), device=grad.device)
-        decay = config.weight_decay if grad.ndim > 1 else 0.0
-        grads = as_stored(grad).reshape(-1).split(PIECE)
-        pieces = [zip(*(as_stored(k[n]).reshape(-1).split(PIECE) for n in names), strict=True) for k in (old, new)]
-        for g, before, after in zip(grads, *pieces, strict=True):
-            if old[kind] is not new[kind]:
-                for source, target in zip(before, after, strict=True):
-                    target.copy_(source)
-            w, mean, square = after
-            torch._fused_adamw_(
-                [w], [g], [mean], [square], [], [step],
-                lr=lr, beta1=config.adamw_betas[0], beta2=config.adamw_betas[1], weight_decay=decay,
-                eps=config.adamw_eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
+    def _values(self, name: str) -> Kinds:
+        """The fp32 tensors of one name by kind; they are the live ones."""
+        state = self.state[name]
+        return {**state, WEIGHT: state.get(MASTER, self.params[name])}
 
     def tensors(self) -> dict[str, Tensor]:
         """All state as `{param}::{kind}`; the tensors are the live ones."""
         return {f"{name}::{kind}": t for name, kinds in self.state.items() for kind, t in kinds.items()}
-
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Copy state written by `tensors()` back in place; every name must be there."""
-        for key, mine in self.tensors().items():
-            mine.copy_(tensors[key])
-        self.num_updates = num_updates

@@ -3,6 +3,13 @@
 import math
 
 from trinity.config import OptimConfig
+from trinity.optim.optimizer import peak_lrs
+
+
+def learning_rates(step: int, config: OptimConfig, total_steps: int) -> dict[str, float]:
+    """Parameter group -> learning rate of the update that makes version `step` (1-based)."""
+    factor = lr_factor(step, config, total_steps)
+    return {group: peak * factor for group, peak in peak_lrs(config).items()}
 
 
 def lr_factor(step: int, config: OptimConfig, total_steps: int) -> float:

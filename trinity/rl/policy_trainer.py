@@ -141,7 +141,6 @@ class PolicyTrainer(Trainer):
     ):
         objective = partial(PolicyObjective, clip=clip, replay=replay)
         super().__init__(config, pool, data, comm, device, store, objective)
-        self._samples: list[PolicyBatch] = []
 
     def learn(self, samples: Sequence[Sample], advantages: Sequence[float]) -> StepMetrics:
         """One optimizer step on this worker's samples, in micro-batches as text is; `loss` is the surrogate's.
@@ -159,14 +158,8 @@ class PolicyTrainer(Trainer):
         weights = [advantage / float(num) for advantage in advantages]
         micros = range(0, wanted, settings.micro_batch_size)
         cuts = [slice(first, first + settings.micro_batch_size) for first in micros]
-        self._samples = [policy_batch(samples[cut], weights[cut]) for cut in cuts]
-        try:
-            return self.step()
-        finally:
-            self._samples = []
-
-    def _batch(self, micro: int) -> Any:
-        return self._on_device(self._samples[micro]) if self._samples else super()._batch(micro)  # type: ignore[arg-type]
+        batches = [policy_batch(samples[cut], weights[cut]) for cut in cuts]
+        return self.step(batches.__getitem__)
 
 
 def policy_batch(samples: Sequence[Sample], weights: Sequence[float]) -> PolicyBatch:

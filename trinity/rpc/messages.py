@@ -4,7 +4,7 @@ Legend: R rows, D model, K slots of a row (top-k).
 Every mutation is named (op_id, or the step) and applied once, however often it is delivered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -106,11 +106,10 @@ class StepReport:
 class Stage:
     """Verb `stage` -> whether the new weights are finite. Makes the weights of a prepared step beside the present ones, so
     that nothing can prevent its commit any more. Callers go on computing with the present version meanwhile; versions
-    before it are gone, except those to `keep`. Harmless when repeated."""
+    before it are gone, except those to `keep`. `lrs` has the learning rate of each parameter group. Harmless when repeated."""
 
     step: int
-    muon_lr: float
-    adamw_lr: float
+    lrs: Mapping[str, float]
     grad_scale: float
     attempt: int = 0
     keep: tuple[int, ...] = ()

@@ -16,7 +16,7 @@ from trinity.errors import CheckpointError
 from trinity.models.common.balance import sign_update, smebu
 from trinity.models.common.decoder import CausalLM
 from trinity.models.registry import family_of
-from trinity.optim.muon import Matrix
+from trinity.optim.base import Matrix
 from trinity.optim.optimizer import Optimizer
 from trinity.rpc.messages import Stage
 from trinity.state.versioned_store import Store, Version
@@ -89,7 +89,7 @@ class Backbone:
         tensors = {name: self.store.empty_like(tensor) for name, tensor in old.tensors.items()}
         before = self._optimizer(*self._parts(old.tensors), self.num_updates)
         after = self._optimizer(*self._parts(tensors), 0)
-        before.step_into(after, gradients, message.muon_lr, message.adamw_lr, message.grad_scale)
+        before.step_into(after, gradients, message.lrs, message.grad_scale)
         self._update_biases(old.tensors, tensors, counts_LE)
         notes = {"num_updates": after.num_updates, "attempt": message.attempt}
         self.store.put(Version(message.step, tensors, notes))

@@ -6,6 +6,7 @@ job only when it was the last.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,24 @@ class AsyncCheckpointer:
         self._thread: threading.Thread | None = None
         self._version = -1  # that is being written
         self._error: Exception | None = None
+        self._seconds: float | None = None  # of the last save, until somebody asks
 
     def target(self, position: int) -> Path:
         return step_path(Path(self.config.train.out_dir).resolve(), position)
+
+    def is_due(self, position: int) -> bool:
+        """Whether train.save_every asks for a checkpoint there."""
+        every = self.config.train.save_every
+        return every > 0 and position % every == 0
+
+    def has(self, position: int) -> bool:
+        """Whether that position's is written, or one is on its way."""
+        return self.target(position).is_dir() or bool(self.versions)
+
+    def pop_seconds(self) -> float | None:
+        """How long the save took that was finished since the last call."""
+        seconds, self._seconds = self._seconds, None
+        return seconds
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -74,9 +90,11 @@ class AsyncCheckpointer:
         return self._error
 
     def _run(self, writer: CheckpointWriter, parts: Callable[[], list[Part]], state: dict[str, Any]) -> None:
+        began_s = time.perf_counter()
         try:
             with writer:
                 self._write(writer, parts, state)
+            self._seconds = time.perf_counter() - began_s
         except Exception as error:  # the edge of this thread: `wait` raises it
             self._error = error
 

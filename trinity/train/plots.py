@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trinity.errors import DataError
-from trinity.observability.train_log import read_rows
+from trinity.observability.train_log import main_lr, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +30,9 @@ def loss_curve_png(metrics_jsonl: str | Path, path: str | Path) -> Path:
     figure = _figure(9, 5)
     above, below = figure.subplots(2, 1, height_ratios=[6, 1], sharex=True)
     _draw_losses(above, steps, [row for row in rows if row.get("val_loss") is not None])
-    below.plot([row["step"] for row in steps], [row["muon_lr"] for row in steps], color=DARK, linewidth=1)
+    below.plot([row["step"] for row in steps], [main_lr(row) for row in steps], color=DARK, linewidth=1)
     below.set_ylim(bottom=0)
-    below.set_ylabel("LR, Muon")
+    below.set_ylabel("LR")
     below.set_xlabel("step")
     return _saved(figure, path)
 

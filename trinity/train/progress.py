@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from trinity.observability.train_log import parse_row
+from trinity.observability.train_log import main_lr, parse_row
 
 PLAIN_LINE_EVERY_S = 5.0
 POLL_S = 0.2
@@ -78,7 +78,7 @@ class Progress:
         last = {key: math.nan if value is None else value for key, value in self._recent[-1].items()}
         rate = sum(r["tokens"] for r in self._recent) / max(sum(r["seconds"] for r in self._recent), 1e-9)
         text = (
-            f"loss {last['loss']:.3f}  grad {last['grad_norm']:.2f}  lr {last['muon_lr']:.1e}  tok/s {rate:,.0f}"
+            f"loss {last['loss']:.3f}  grad {last['grad_norm']:.2f}  lr {main_lr(last):.1e}  tok/s {rate:,.0f}"
             f"  maxvio {last['max_vio']:.2f}"
         )
         return text + (f"  skipped {last['skipped']}" if last["skipped"] else "")

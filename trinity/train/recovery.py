@@ -1,11 +1,12 @@
-"""Where a worker of a training job gets its weights: from the last decision, from a checkpoint, or from the seed.
+"""Where a run goes on from: its last decision, a checkpoint, other weights, or the seed.
 
-Part of the Trainer (trainer.py). Decisions: worker 0 finds out and the others follow; a decision is gone on from only by the
-job that made it, or by one that resumes its run.
+Decisions: worker 0 finds out and the others follow; a decision is gone on from only by the job that made it, or by one that
+resumes its run.
 """
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,78 +15,86 @@ import torch
 from trinity.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, step_of
 from trinity.config import Config
 from trinity.data.prepare import Prepared
-from trinity.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    InputGone,
-    StepConflict,
-    Unavailable,
-    VersionGone,
-    WrongEpoch,
-)
-from trinity.models.common.decoder import CausalLM
+from trinity.errors import ConfigError, VersionGone
 from trinity.models.registry import family_of
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
 from trinity.train.backbone import Backbone
-from trinity.train.collectives import Comm
+from trinity.train.collectives import Comm, barrier, said_by_rank0
+from trinity.train.retry import RETRYABLE
 
 log = logging.getLogger(__name__)
-HEALABLE = (Unavailable, DeadlineExceeded, StepConflict, WrongEpoch, VersionGone, InputGone)
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """How far a run is: batches consumed, and steps skipped for a gradient that was not finite."""
+
+    position: int = 0
+    num_skipped: int = 0
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run this is. `job` is the same for all workers that one command starts; `order` is what the sequence of batches
+    depends on, besides the position."""
+
+    job: str
+    run: str
+    order: Mapping[str, int]
+
+    @classmethod
+    def of(cls, config: Config, data: Prepared, job: str) -> "RunIdentity":
+        settings = config.train
+        batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
+        order = {**batches, "num_tokens": len(data.train.store.tokens)}
+        return cls(job, str(Path(settings.out_dir).resolve()), order)
+
+    def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
+        """What a job that takes over from a version needs to know besides the weights."""
+        names = {"job": self.job, "run": self.run, "order": dict(self.order)}
+        return {**names, "position": counts.position, "num_skipped": counts.num_skipped, "num_updates": num_updates}
 
 
 class Recovery:
-    """`job` is the same for all workers that one command starts; `position` counts batches consumed."""
+    """Gives a worker's backbone, and the pool, the weights that the run goes on from."""
 
-    config: Config
-    pool: ExpertPool
-    data: Prepared
-    comm: Comm
-    model: CausalLM
-    backbone: Backbone
-    job = ""
-    position = num_skipped = 0
-    metrics_before: dict[str, Any] | None = None  # of the step that it goes on from, which may be in no log yet
+    def __init__(self, config: Config, pool: ExpertPool, comm: Comm, backbone: Backbone, identity: RunIdentity):
+        self.config, self.pool, self.comm, self.backbone, self.identity = config, pool, comm, backbone, identity
+        self.metrics_before: Mapping[str, Any] | None = None  # of the step it went on from, which may be in no log yet
 
-    @property
-    def version(self) -> int:
-        return self.backbone.version
-
-    def start(self) -> None:
+    def start(self) -> RunCounts:
         """Go on from what the job decided last, if its shards and this host still have it; else from its last checkpoint; or
         begin: from `init_from`, or from the seed."""
-        if self._go_on():
-            return
-        found = latest_checkpoint(self.config.train.out_dir)
+        found = self._go_on()
         if found is not None:
-            self._load(open_checkpoint(found), training=True)
-        elif self.config.train.init_from:
-            self._load(open_checkpoint(self.config.train.init_from), training=False)
-        else:
-            family_of(self.config.model).init_weights(self.model, self.config.train.seed)
-            self._load_pool(Load(None, self.config.train.seed))
-            self.backbone.begin(0)
+            return found
+        reached = self._load_newest()
         if self.comm.rank == 0:
-            self.pool.begin(self.version, {**self._notes(is_step=False), "is_source": True})
-        self.comm.all_reduce(torch.zeros(1))
+            notes = self.identity.notes(reached, self.backbone.num_updates)
+            self.pool.begin(self.backbone.version, {**notes, "is_source": True})
+        barrier(self.comm)
+        return reached
 
-    def _go_on(self) -> bool:
+    # -- from a decision
+
+    def _go_on(self) -> RunCounts | None:
         """Without a checkpoint. Worker 0 finds the backbone where a worker before it left it; the others get it from there."""
-        found = self._recovered() if self.comm.rank == 0 else None
-        counts = [0, 0, 0, 0] if found is None else [found.number, *self._counts_of(found)]
-        there, *said = self.comm.from_first(torch.tensor([found is not None, *counts])).tolist()
-        if not there:
-            return False
-        number, num_updates, self.position, self.num_skipped = said
+        found = self._decided_version() if self.comm.rank == 0 else None
+        said = said_by_rank0(self.comm, None if found is None else [found.number, *self._counts_of(found)])
+        if said is None:
+            return None
+        number, num_updates, *counts = said
         tensors = {} if found is None else found.tensors
         received = {
             name: self.comm.from_first(tensors[name] if name in tensors else torch.empty(like.shape, dtype=like.dtype))
             for name, like in self.backbone.expected().items()
         }
         self.backbone.take(found or Version(number, received, {"num_updates": num_updates}))
-        log.info("going on from version %d, position %d", self.version, self.position)
-        return True
+        reached = RunCounts(*counts)
+        log.info("going on from version %d, position %d", self.backbone.version, reached.position)
+        return reached
 
     def _counts_of(self, found: Version) -> tuple[int, int, int]:
         decision = self.pool.decided()
@@ -93,7 +102,7 @@ class Recovery:
         self.metrics_before = decision.notes.get("metrics")
         return found.notes["num_updates"], decision.notes["position"], decision.notes["num_skipped"]
 
-    def _recovered(self) -> Version | None:
+    def _decided_version(self) -> Version | None:
         """The backbone of the version that was decided last, once all shards are there. None: a checkpoint must do."""
         decision = self.pool.decided()
         if decision is None or not self._continues(decision.notes):
@@ -104,67 +113,55 @@ class Recovery:
                 raise VersionGone(f"the backbone that is kept is another version {decision.version} than was decided")
             self.pool.commit(decision.version)
             return found
-        except HEALABLE as error:
+        except RETRYABLE as error:
             log.warning("version %d cannot be gone on from: %s", decision.version, error)
             return None
 
     def _continues(self, notes: Mapping[str, Any]) -> bool:
         """Whether a decision is this job's, or of the run that it resumes: not of one that was begun anew or set back since."""
-        settings, found = self.config.train, latest_checkpoint(self.config.train.out_dir)
-        if notes["run"] != self._run:
+        settings, mine = self.config.train, self.identity
+        if notes["run"] != mine.run:
             return False
-        if notes["job"] == self.job and notes["order"] != self._order():
+        if notes["job"] == mine.job and notes["order"] != mine.order:
             raise ConfigError(
-                f"the data of {self._run} has changed while it trained: {self._order()} instead of {notes['order']}; "
+                f"the data of {mine.run} has changed while it trained: {mine.order} instead of {notes['order']}; "
                 "restore it, or start a new run"
             )
-        if notes["order"] != self._order():
+        if notes["order"] != mine.order:
             return False
-        if notes["job"] != self.job and not (settings.resume and settings.resume_from is None):
+        if notes["job"] != mine.job and not (settings.resume and settings.resume_from is None):
             return False
+        found = latest_checkpoint(settings.out_dir)
         return found is None or step_of(found) <= notes["position"]
 
-    def _load(self, source: Checkpoint, training: bool) -> None:
-        if training:
-            self._check_order(source)
-        self._load_pool(Load(str(source.path.resolve()), training=training))
-        if training:
-            self.backbone.restore(source)
-            self.position, self.num_skipped = int(source.state["position"]), int(source.state["num_skipped"])
-        else:
-            source.load_backbone(self.model)
-            self.backbone.begin(0)
+    # -- from a checkpoint or the seed
 
-    def _check_order(self, source: Checkpoint) -> None:
+    def _load_newest(self) -> RunCounts:
+        settings = self.config.train
+        if (found := latest_checkpoint(settings.out_dir)) is not None:
+            return self._resume(open_checkpoint(found))
+        if settings.init_from:
+            source = open_checkpoint(settings.init_from)
+            self._load_pool(Load(str(source.path.resolve()), training=False))
+            source.load_backbone(self.backbone.model)
+        else:
+            family_of(self.config.model).init_weights(self.backbone.model, settings.seed)
+            self._load_pool(Load(None, settings.seed))
+        self.backbone.begin(0)
+        return RunCounts()
+
+    def _resume(self, source: Checkpoint) -> RunCounts:
         """Raises ConfigError where the order of the data would be another one."""
-        if source.state["order"] != self._order():
+        if source.state["order"] != self.identity.order:
             raise ConfigError(
-                f"{source.path} was trained on other data or batches, {source.state['order']} instead of {self._order()}; "
-                "restore these settings, or start a new run with train.init_from"
+                f"{source.path} was trained on other data or batches, {source.state['order']} instead of "
+                f"{self.identity.order}; restore these settings, or start a new run with train.init_from"
             )
+        self._load_pool(Load(str(source.path.resolve()), training=True))
+        self.backbone.restore(source)
+        return RunCounts(int(source.state["position"]), int(source.state["num_skipped"]))
 
     def _load_pool(self, message: Load) -> None:
         if self.comm.rank == 0:
             self.pool.load(message)
-        self.comm.all_reduce(torch.zeros(1))  # nobody sends a row before the shards have their weights
-
-    @property
-    def _run(self) -> str:
-        return str(Path(self.config.train.out_dir).resolve())
-
-    def _order(self) -> dict[str, int]:
-        """What the sequence of batches depends on, besides the position."""
-        settings = self.config.train
-        batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
-        return {**batches, "num_tokens": len(self.data.train.store.tokens)}
-
-    def _notes(self, is_step: bool) -> dict[str, Any]:
-        """What a job that takes over needs to know besides the weights. `is_step`: of the version that is staged."""
-        counts = {"position": self.position, "num_skipped": self.num_skipped}
-        return {
-            "job": self.job,
-            "run": self._run,
-            "order": self._order(),
-            **counts,
-            "num_updates": self.backbone.num_updates + is_step,
-        }
+        barrier(self.comm)  # nobody sends a row before the shards have their weights

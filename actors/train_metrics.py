@@ -1,0 +1,133 @@
+"""A training job's own /metrics, from its worker 0, beside the pool's that servers export.
+
+Decisions: off unless train.metrics_port is set. Loopback, unless train.metrics_host says otherwise: then, as with any listener
+of ours, there must be a key, and callers send it. A port that is taken costs the metrics, not the run.
+"""
+
+import hmac
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import torch
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from trinity.config import Config
+from trinity.errors import ConfigError
+from trinity.models.common.losses import max_vio
+from trinity.observability.prometheus import TRAINING_METRICS
+from trinity.observability.registry import registered
+from trinity.observability.train_log import StepMetrics
+from trinity.train.retry import RETRY_REASONS
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+CLIENT_S = 10.0  # for a request to arrive
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class TrainExporter:
+    """Turns the steps of a run into the declared metrics: a RunLog (trinity/observability/train_log.py)."""
+
+    def __init__(self, layers: Sequence[int]):
+        """`layers` with experts, by their numbers in the model."""
+        self.registry, self.layers = CollectorRegistry(), layers
+        self._metrics: dict[str, Any] = {m.name: registered(m, self.registry) for m in TRAINING_METRICS}
+        for reason in RETRY_REASONS.values():
+            self["retries_total"].labels(reason)
+        self._skipped = 0
+
+    def __getitem__(self, name: str) -> Any:
+        return self._metrics[f"trinity_train_{name}"]
+
+    def retry(self, reason: str) -> None:
+        """Count it at once: a step may be tried for minutes before it succeeds, or never does."""
+        self["retries_total"].labels(reason).inc()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """One step has been taken, or skipped."""
+        self["step"].set(metrics.step)
+        self["loss"].set(metrics.loss)
+        self["grad_norm"].set(metrics.grad_norm)
+        self["tokens_total"].inc(metrics.tokens)
+        self["tokens_per_second"].set(metrics.tokens / max(metrics.seconds, 1e-9))
+        for phase, seconds in metrics.phases_s.items():
+            self["phase_seconds"].labels(phase).observe(seconds)
+        self["skipped_total"].inc(max(0, metrics.skipped - self._skipped))
+        self._skipped = metrics.skipped
+        if metrics.checkpoint_s is not None:
+            self["checkpoint_seconds"].observe(metrics.checkpoint_s)
+        for layer, violation in zip(self.layers, _max_vio(metrics), strict=False):  # none without counts
+            self["max_vio"].labels(str(layer)).set(violation)
+
+    def validation(self, step: int, loss: float) -> None:
+        """The weights after `step` have that loss on held-out text."""
+        self["validation_loss"].set(loss)
+
+
+def _max_vio(metrics: StepMetrics) -> list[float]:
+    """MaxVio of each layer with experts."""
+    return max_vio(torch.tensor(metrics.counts_LE)).tolist() if metrics.counts_LE else []
+
+
+def check_listener(config: Config) -> None:
+    """Raises ConfigError for metrics that anybody on the network could read."""
+    if config.train.metrics_port is not None and not _is_loopback(config) and config.serve.api_key is None:
+        raise ConfigError(
+            f"train.metrics_host {config.train.metrics_host} is reachable by others: set serve.api_key (or TRINITY_API_KEY)"
+        )
+
+
+@contextmanager
+def exported(exporter: TrainExporter, config: Config) -> Iterator[int | None]:
+    """Inside the block its metrics are at http://HOST:PORT/metrics; -> the port, None without one."""
+    host, port = config.train.metrics_host, config.train.metrics_port
+    if port is None:
+        yield None
+        return
+    app = _locked(make_wsgi_app(exporter.registry), config.serve.api_key)
+    try:
+        server = make_server(host, port, app, ThreadingWSGIServer, _Handler)
+    except OSError as error:
+        log.warning("no metrics at %s:%d: %s; choose another train.metrics_port", host, port, error.strerror)
+        yield None
+        return
+    threading.Thread(target=server.serve_forever, name="trinity-metrics", daemon=True).start()
+    log.info("metrics at http://%s:%d/metrics", host, server.server_port)
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _is_loopback(config: Config) -> bool:
+    return config.train.metrics_host in LOOPBACK
+
+
+def _locked(app: "WSGIApplication", key: str | None) -> "WSGIApplication":
+    """Serve those alone who send `Authorization: Bearer KEY`, where there is one: it is compared in constant time."""
+    if key is None:
+        return app
+    wanted = f"Bearer {key}".encode()
+
+    def call(environ: "WSGIEnvironment", start_response: "StartResponse") -> Any:
+        if hmac.compare_digest(environ.get("HTTP_AUTHORIZATION", "").encode("latin-1"), wanted):
+            return app(environ, start_response)
+        start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
+        return [b"send the server's key as `Authorization: Bearer KEY`\n"]
+
+    return call
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = CLIENT_S
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a scrape every few seconds is no news."""

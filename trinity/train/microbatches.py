@@ -1,0 +1,81 @@
+"""Forward and backward of one worker's share of a step: micro-batches, some of them side by side.
+
+Legend: B sequences of a micro-batch, S sequence length, L layers with experts, E experts.
+Decisions: gradients are summed over micro-batches and workers, never averaged; DDP reduces once, with the last backward.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trinity.config import Config
+from trinity.data.dataset import Batch, PackedDataset
+from trinity.train.collectives import Comm
+from trinity.train.loss import Losses
+
+BatchOf = Callable[[int], Any]  # the number of a micro-batch of this worker -> what the objective takes
+
+
+class Totals(NamedTuple):
+    """What a step added up to over all workers."""
+
+    ce: float
+    z: float
+    balance: float
+    num_failed: int  # workers whose exchanges with a shard failed: the attempt is void
+    counts_LE: Tensor
+    num_sent_ops: Counter[str]
+
+
+class MicroBatches:
+    """Runs `objective`, which gives a Losses for each batch that it is given at once."""
+
+    def __init__(self, config: Config, comm: Comm, objective: nn.Module, device: torch.device):
+        self.config, self.comm, self.objective, self.device = config, comm, objective, device
+
+    def batch(self, data: PackedDataset, position: int, micro: int) -> Batch:
+        """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
+        settings, comm = self.config.train, self.comm
+        place = (comm.rank, comm.world, micro, settings.micro_batch_size)
+        return data.batch(position, settings.global_batch_size, *place)
+
+    def run(self, batch_of: BatchOf) -> list[Losses]:
+        """Forward and backward of all of them; gradients of the backbone are in its parameters, fresh."""
+        num_of_all = self.config.train.global_batch_size // self.config.train.micro_batch_size
+        num = len(range(self.comm.rank, num_of_all, self.comm.world))
+        side = self.config.train.num_overlapped_microbatches
+        self.objective.zero_grad(set_to_none=True)
+        parts = [range(first, min(num, first + side)) for first in range(0, num, side)]
+        return [losses for part in parts for losses in self._side_by_side(batch_of, part, is_last=part.stop == num)]
+
+    def _side_by_side(self, batch_of: BatchOf, part: Sequence[int], is_last: bool) -> list[Losses]:
+        batches = [self.on_device(batch_of(micro)) for micro in part]
+        with nullcontext() if is_last else self._no_sync():
+            found = self.objective(batches)
+            torch.stack([losses.total for losses in found]).sum().backward()
+        return [Losses(*(value.detach() for value in losses)) for losses in found]
+
+    def on_device(self, batch: Any) -> Any:
+        """The same NamedTuple of tensors, where the model is."""
+        return type(batch)(*(tensor.to(self.device) for tensor in batch))
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self.objective.no_sync() if isinstance(self.objective, DistributedDataParallel) else nullcontext()
+
+    def total(self, micros: Sequence[Losses], num_sent_ops: Counter[str], has_failed: bool) -> Totals:
+        """Add up over micro-batches and workers. It is also the barrier after which no row of this step is under way."""
+        scalars = [torch.stack([getattr(m, name) for m in micros]).sum() for name in ("ce", "z", "balance")]
+        scalars.append(torch.tensor(float(has_failed), device=scalars[0].device))
+        counts_LE = torch.stack([m.counts_LE for m in micros]).sum(0)
+        issued = list(num_sent_ops.values())
+        parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(issued)]
+        flat = self.comm.all_reduce(torch.cat([part.double().cpu() for part in parts]))
+        ce, z, balance, num_failed = flat[:4].tolist()
+        counts, ops = flat[4:].split([counts_LE.numel(), len(issued)])
+        named = Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True)))
+        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named)

@@ -1,0 +1,50 @@
+"""The loss on held-out text, and which losses are usual.
+
+Legend: B sequences of a batch, S sequence length.
+"""
+
+import logging
+import math
+
+import numpy as np
+import torch
+
+from trinity.config import Config
+from trinity.data.dataset import PackedDataset
+from trinity.models.common.decoder import CausalLM
+from trinity.train.collectives import Comm
+from trinity.train.loss import Objective
+
+log = logging.getLogger(__name__)
+USUAL_STEPS = 50  # over which the usual loss is averaged
+
+
+@torch.no_grad()
+def validation_loss(model: CausalLM, config: Config, held_out: PackedDataset, comm: Comm) -> float:
+    """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
+    settings, objective = config.train, Objective(model, config)
+    device = next(model.parameters()).device
+    num = min(settings.eval_sequences, held_out.num_sequences)
+    mine = np.arange(comm.rank, num, comm.world)
+    ce = torch.zeros(1, dtype=torch.float64)
+    for start in range(0, len(mine), settings.micro_batch_size):
+        batch = held_out.take(mine[start : start + settings.micro_batch_size])
+        ce += objective([type(batch)(*(tensor.to(device) for tensor in batch))])[0].ce.double().cpu()
+    return float(comm.all_reduce(ce)) * settings.global_batch_size / num if num else math.nan
+
+
+class UsualLoss:
+    """A running mean of the steps' losses, and whether one is so far above it that its weights have run away."""
+
+    def __init__(self, spike_threshold: float):
+        self.spike_threshold = spike_threshold
+        self.mean: float | None = None
+
+    def is_good(self, version: int, loss: float) -> bool:
+        """Whether the version that a step with this loss makes may be served."""
+        usual = loss if self.mean is None else self.mean
+        self.mean = usual + (loss - usual) / USUAL_STEPS
+        if loss <= usual + self.spike_threshold:
+            return True
+        log.error("version %d is not served: its loss was %.3f, usual is %.3f", version, loss, usual)
+        return False
