@@ -39,6 +39,10 @@ LONGEST = (  # by `pytest --durations=0` of each; where two sides share the file
 
 
 def pytest_collection_modifyitems(items):
+    """Long files first; what runs by hand only, and lasts, has more time than the two minutes of a hang."""
+    for item in items:
+        if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(300))
     place = {name: at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
 
