@@ -15,9 +15,10 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megabl
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)
 
-# Most tests wait for processes: two at a time take little more than half as long. A file stays on one side, and with it its Ray.
+# Most tests wait for processes: two at a time take little more than half as long. A file stays on one side, and with it its Ray;
+# the files that take longest begin first (tests/conftest.py), so that both sides end together.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: setup
 	$(BIN)/pytest -s -m chaos tests

@@ -1,4 +1,4 @@
-"""One Ray for the whole session; settings that Ray, OpenMP and Triton read at import come first."""
+"""One Ray for the session; settings that Ray, OpenMP and Triton read at import come first; long files before short ones."""
 
 import os
 
@@ -15,6 +15,36 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # MegaBlocks' kernels run interpreted where there is no GPU
 torch.set_num_threads(1)
+
+LONGEST = (  # by `pytest --durations=0` of each; where two sides share the files, none of these may be the last to begin
+    "ray/test_durable.py",
+    "ray/test_commands.py",
+    "ray/test_moves.py",
+    "ray/test_bench.py",
+    "ray/test_train.py",
+    "ray/test_chaos.py",
+    "ray/test_pool.py",
+    "serve/test_real.py",
+    "serve/test_app.py",
+    "ray/test_rollout.py",
+    "serve/test_dashboard.py",
+    "unit/test_bench_experts.py",
+    "parity/test_generate.py",
+    "unit/test_backends.py",
+    "serve/test_http.py",
+    "unit/test_trainer.py",
+    "unit/test_bench_dispatch.py",
+    "unit/test_bench_train_decode.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; what runs by hand only, and lasts, has more time than the two minutes of a hang."""
+    for item in items:
+        if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(300))
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class TrinityError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         """Keep the keyword fields when Ray carries the error between processes."""
         return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
 

@@ -104,9 +104,9 @@ def steps_done(config: Config) -> int:
 def train(
     config: Config,
     served: Callable[[str, str], None] | None = None,
-    beside: "Callable[[RayPool], AbstractContextManager]" = nullcontext,
+    beside: "Callable[[RayPool], AbstractContextManager[Any]]" = nullcontext,
     loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Run the job in the cluster this process has joined, showing its progress; -> its result. The pool stays.
 
     The job runs inside `beside(pool)`, and each worker `loop`, where another is wanted than actors/train.py's.
@@ -176,12 +176,12 @@ def serving(config: Config, pool: "RayPool", served: Callable[[str, str], None])
             server.stop()
 
 
-def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:
+def stoppable(work: Callable[[], dict[str, Any]], stop_file: Path) -> dict[str, Any]:
     """Run `work` on a thread while this one minds signals: the first makes `stop_file`, a second Ctrl-C interrupts.
 
     (On the main thread Ray Train would put its own handler in place, which ends the run without a checkpoint.)
     """
-    outcome: list[Any] = []
+    outcome: list[dict[str, Any] | BaseException] = []
 
     def run() -> None:
         try:
@@ -205,9 +205,10 @@ def stoppable(work: Callable[[], dict], stop_file: Path) -> dict:
         stop_file.unlink(missing_ok=True)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    (found,) = outcome
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _draw(out_dir: Path) -> list[Path]:

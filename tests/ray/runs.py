@@ -14,7 +14,11 @@ from trinity.train.trainer import Trainer
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
 
 
-def config_for(tmp_path, steps, num_shards=2):
+def any_name():
+    return f"p-{uuid.uuid4().hex[:8]}"
+
+
+def config_for(tmp_path, steps, num_shards=2, pool=None):
     for n in range(12):
         (tmp_path / f"{n}.txt").write_text(" ".join(f"word{(n * i) % 37} is {i * n}" for i in range(300)))
     return Config.from_tree(
@@ -23,7 +27,7 @@ def config_for(tmp_path, steps, num_shards=2):
             "data": {"train": [str(tmp_path / "*.txt")], "val_fraction": 0.2},
             "train": dict(steps=steps, seq_len=32, global_batch_size=4, micro_batch_size=1, eval_every=0, eval_sequences=4)
             | {"num_threads_per_worker": 1, "out_dir": str(tmp_path / "ray")},
-            "placement": {"pool": f"p-{uuid.uuid4().hex[:8]}", "num_shards": num_shards, "call_timeout_s": 60}
+            "placement": {"pool": pool or any_name(), "num_shards": num_shards, "call_timeout_s": 60}
             | {"watch_every_s": 0.3, "balance_every_s": 0},  # moved experts add up in another order
             "optim": {"warmup_steps": 2},
         }

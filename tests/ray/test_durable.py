@@ -13,9 +13,11 @@ import torch
 
 from actors.chaos.faulty_transport import FaultyTransport
 from tests.ray.runs import config_for, decisions, train_here, weights_of
+from tests.waiting import until
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.data.prepare import prepare
 from trinity.dispatch import exchange, transport
+from trinity.placement.table import PlacementTable
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
 
@@ -24,15 +26,38 @@ NUM_STEPS = 16
 
 @pytest.fixture
 def config(tmp_path):
+    """A run of its own, in a pool that nobody has made yet."""
     return config_for(tmp_path, steps=NUM_STEPS, num_shards=3)
 
 
-@pytest.fixture
-def pool(ray_session, config, tmp_path):
+@pytest.fixture(scope="module")
+def shared_pool(ray_session, tmp_path_factory):
+    """Three shards that outlive a run: each test here begins another in them, as `trinity train` may."""
     from actors import pool as pools
 
-    made = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
-    yield made
+    folder = tmp_path_factory.mktemp("pool")
+    made = config_for(folder, steps=1, num_shards=3)
+    pools.create(made.placement, "trinity", made.model, made.optim, str(folder / "placement"))
+    yield made.placement
+    pools.destroy(made.placement.pool, "trinity")
+
+
+@pytest.fixture
+def pool(shared_pool):
+    """Its experts are where they were at first: bits depend on that."""
+    from actors import pool as pools
+
+    found = pools.connect(shared_pool, "trinity")
+    assert found.table.replicas == PlacementTable.spread(found.table.layers, 4, found.table.shards).replicas
+    return found
+
+
+@pytest.fixture
+def own_pool(ray_session, config, tmp_path):
+    """For a test after which experts are elsewhere."""
+    from actors import pool as pools
+
+    yield pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
     pools.destroy(config.placement.pool, "trinity")
 
 
@@ -135,11 +160,19 @@ def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config
     losses = [trainer.step().loss]
     pid = pid_of(ray_session, pool, "shard-2")
     os.kill(pid, signal.SIGSTOP)
-    threading.Timer(5.0, os.kill, (pid, signal.SIGCONT)).start()
+    threading.Thread(target=wake, args=(trainer, pid), daemon=True).start()
     losses += [trainer.step().loss for _ in range(3)]
     assert trainer.num_replays >= 1
     assert pid_of(ray_session, pool, "shard-2") == pid, "nobody was started again"
     same_as_undisturbed(config, tmp_path, trainer, losses)
+
+
+def wake(trainer, pid):
+    """As soon as a step was given up for it."""
+    try:
+        until(lambda: trainer.num_replays)
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_the_placement_service_is_killed_while_training(ray_session, config, pool, tmp_path):
@@ -231,12 +264,13 @@ def test_two_workers_sum_in_one_order(ray_session, config, tmp_path):
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 
 
-def test_replicas_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, pool, tmp_path):
+def test_replicas_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, own_pool, tmp_path):
     """F10 for replicas: 1 -> 3 -> 1. All replicas of an expert have the same bits after every step."""
     from actors.control.admin import operator
     from trinity.rpc.messages import Fetch
 
     config = config.replace(train={"steps": 8})
+    pool = own_pool
     trainer, asked = trainer_of(config, pool), operator(config.placement, "trinity")
     losses, replicas = [], []
     for step in range(1, 9):
@@ -272,11 +306,8 @@ def test_a_shard_that_lost_its_memory_gets_it_from_its_replicas(ray_session, con
     )
     pool = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
     trainer = trainer_of(config, pool)
-    losses, until_s = [trainer.step().loss], time.monotonic() + 60
-    while pool.table.num_replicas_LE.min() < 2:
-        assert time.monotonic() < until_s, "the replicas did not come"
-        time.sleep(0.1)
-        losses.append(trainer.step().loss)
+    losses = []
+    until(lambda: losses.append(trainer.step().loss) or pool.table.num_replicas_LE.min() == 2, every_s=0.1)
     (folder,) = (tmp_path / "memory").glob("*/shard-1")
     pid = pid_of(ray_session, pool, "shard-1")
     os.kill(pid, signal.SIGSTOP)

@@ -13,6 +13,7 @@ from fake import FakeEngine, fake_tokenizer
 from serving.engine import LocalClient
 from serving.frontend import Frontend
 from serving.gateway import Gateway
+from tests.waiting import WAIT_S
 from trinity.config import ServeConfig
 
 
@@ -46,7 +47,7 @@ async def server():
 
 @pytest.fixture
 async def http(server):
-    async with httpx.AsyncClient(base_url=server.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as client:
         yield client
 
 

@@ -1,13 +1,16 @@
 """A stand-in for AsyncEngine: same API, no model. It answers a prompt with the prompt's own tokens, over and over.
 
 `delay_s` is the time of a token; `held` counts what a real engine would hold in its cache; `fail_after` makes request
-streams raise after so many tokens. With `obeys`, words of the prompt make it crash, refuse or fail (see `_obey`).
+streams raise after so many tokens. With `obeys`, words of the prompt make it crash, refuse or fail (see `_obey`). With a
+folder as `gate`, a prompt with the word "stay" has a file in it, and gets no token while the file "shut" is there, too.
 """
 
 import asyncio
 import functools
 import os
+from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import Overloaded, Unavailable
@@ -28,8 +31,8 @@ class Stats:
 
 
 class FakeEngine:
-    def __init__(self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, obeys=False):
-        self.max_model_len, self.delay_s, self.obeys = max_model_len, delay_s, obeys
+    def __init__(self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, obeys=False, gate=None):
+        self.max_model_len, self.delay_s, self.obeys, self.gate = max_model_len, delay_s, obeys, gate
         self.fail_after, self.error = fail_after, error or Unavailable("a shard is gone")
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
@@ -41,11 +44,21 @@ class FakeEngine:
         self.held.add(request_id)
         room = min(params.max_tokens, self.max_model_len - len(prompt_ids))
         try:
+            if self.gate and "stay" in self.tokenizer.decode(prompt_ids):
+                await self._stay(self.gate / request_id)
             for at in range(room):
                 await asyncio.sleep(self.delay_s)
                 yield self._delta(request_id, prompt_ids, params, at, at + 1 == room)
         finally:
             self.held.discard(request_id)
+
+    async def _stay(self, sign):
+        sign.touch()
+        try:
+            while (self.gate / "shut").exists():
+                await asyncio.sleep(0.01)
+        finally:
+            sign.unlink()
 
     def _delta(self, request_id, prompt_ids, params, at, last):
         if at == self.fail_after:
@@ -81,6 +94,22 @@ class FakeEngine:
         self.healthy = False
 
 
+class HeldEngine(FakeEngine):
+    """No request gets more than `num_free` tokens before `go`."""
+
+    def __init__(self, num_free=0, **options):
+        super().__init__(**options)
+        self.num_free, self.go = num_free, asyncio.Event()
+
+    async def generate(self, *request):
+        async with aclosing(super().generate(*request)) as deltas:
+            async for delta in deltas:
+                if delta.num_generated_tokens > self.num_free:
+                    await self.go.wait()
+                yield delta
+
+
 def build(checkpoint: str, config_json: str):
-    """The engine factory of the Ray tests."""
-    return FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True), fake_tokenizer(), checkpoint
+    """The engine factory of the Ray tests: the checkpoint is a folder, the model's name and the gate."""
+    gate = Path(checkpoint)
+    return FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True, gate=gate), fake_tokenizer(), gate.name

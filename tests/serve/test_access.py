@@ -17,6 +17,7 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.access import key_matches
 from serving.http.routes import ROUTES
+from tests.waiting import WAIT_S
 from trinity.config import ServeConfig
 
 KEY = "correct-horse-battery"
@@ -39,7 +40,7 @@ def test_routes_of_the_app_are_those_that_declare_their_access(server):
 
 async def test_the_scheme_may_be_written_in_any_case(locked):
     """RFC 9110, 11.1."""
-    async with httpx.AsyncClient(base_url=locked.url) as http:
+    async with httpx.AsyncClient(base_url=locked.url, timeout=WAIT_S) as http:
         for scheme in ("Bearer", "bearer", "BEARER"):
             assert (await http.get("/v1/models", headers={"authorization": f"{scheme} {KEY}"})).status_code == 200
 
@@ -47,7 +48,7 @@ async def test_the_scheme_may_be_written_in_any_case(locked):
 async def test_s2_http_without_the_key(locked):
     wrong = [{}, {"authorization": KEY}, {"authorization": f"bearer{KEY}"}, {"authorization": f"Bearer {KEY}x"}]
     wrong += [{"authorization": "Bearer"}, {"authorization": f"Basic {KEY}"}, {"x-api-key": KEY}]
-    async with httpx.AsyncClient(base_url=locked.url) as http:
+    async with httpx.AsyncClient(base_url=locked.url, timeout=WAIT_S) as http:
         paths = [
             (route.method, route.path.replace("{name:path}", "fake")) for route in ROUTES if route.path not in OPEN
         ]
@@ -66,7 +67,7 @@ async def test_s2_http_without_the_key(locked):
 async def test_the_key_is_checked_before_the_body(locked):
     reader, writer = await asyncio.open_connection("127.0.0.1", locked.gateway.http.port)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 999999\r\n\r\n{")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(WAIT_S):
         assert (await reader.readline()).startswith(b"HTTP/1.1 401")
     writer.close()
 
@@ -133,7 +134,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
 async def test_s6_neither_keys_nor_prompts_are_logged(locked, caplog):
     caplog.set_level(logging.WARNING, "httpx")  # the client's own
     caplog.set_level(logging.INFO)
-    async with httpx.AsyncClient(base_url=locked.url) as http:
+    async with httpx.AsyncClient(base_url=locked.url, timeout=WAIT_S) as http:
         for key in (KEY, "guess"):
             await http.post("/v1/completions?key=guess", json=BODY, headers={"authorization": f"Bearer {key}"})
     assert "/v1/completions" in caplog.text

@@ -16,10 +16,11 @@ from test_access import listening
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.app import start
+from tests.waiting import WAIT_S, eventually
 from trinity.config import Config
 from trinity.errors import ConfigError
 
-SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 10, "num_engines": 2}
+SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 90, "num_engines": 2}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,19 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def server(ray_session, config):
+def gate(tmp_path_factory):
+    """Prompts with the word "stay" stay while it is shut; then they are the other files in it."""
+    found = tmp_path_factory.mktemp("served") / "fake-model"
+    found.mkdir()
+    (found / "shut").touch()
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(ray_session, config, gate):
     from ray import serve
 
-    server = start(config, "fake-model", "tests.serve.fake:build")
+    server = start(config, str(gate), "tests.serve.fake:build")
     yield server
     server.stop()
     serve.shutdown()
@@ -71,7 +81,7 @@ async def test_both_edges_give_the_same_text(server):
 
 
 async def test_errors_cross_processes_with_their_type_or_as_nothing(server):
-    async with httpx.AsyncClient(base_url=server.http_url) as http:
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
         answer = await http.post("/v1/completions", json={"prompt": "refuse"})
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
         assert answer.json()["error"]["message"] == "the queue is full"
@@ -103,7 +113,7 @@ def test_a_taken_port_is_named(server, config):
 
 
 async def test_f14_a_killed_engine_ends_its_streams_and_no_others(server):
-    async with httpx.AsyncClient(base_url=server.http_url, timeout=30) as http:
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
         body = {"prompt": "fox", "max_tokens": 60}
         others = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(4)]
         async with http.stream(
@@ -119,26 +129,32 @@ async def test_f14_a_killed_engine_ends_its_streams_and_no_others(server):
             assert (await http.post("/v1/completions", json={**body, "max_tokens": 1})).status_code == 200
 
 
-async def test_cancelling_reaches_the_engine(server):
-    """Long before the answers would have ended by themselves: 4,000 tokens take 40 s and more."""
+def num_staying(gate):
+    return len(list(gate.iterdir())) - 1
 
-    async def running(http):
-        lines = (await http.get("/metrics")).text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("trinity_requests_running "))
 
-    async with httpx.AsyncClient(base_url=server.http_url, timeout=30) as http:
-        calls = [
-            asyncio.create_task(http.post("/v1/completions", json={"prompt": "fox", "max_tokens": 4000}))
-            for _ in range(8)
-        ]
-        async with asyncio.timeout(15):
-            while not await running(http):
-                await asyncio.sleep(0.2)
+async def running(http):
+    lines = (await http.get("/metrics")).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("trinity_requests_running "))
+
+
+async def test_cancelling_reaches_the_engine(server, gate):
+    """The answers would never end by themselves."""
+
+    async def until_running(wanted):
+        async with asyncio.timeout(90):  # an engine that died is counted for a minute
+            while (await running(http) > 0) != wanted:
+                await asyncio.sleep(0.1)
+
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
+        body = {"prompt": "stay", "max_tokens": 4}
+        calls = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(8)]
+        await eventually(lambda: num_staying(gate) == 8)
+        await until_running(True)
         for call in calls:
             call.cancel()
-        async with asyncio.timeout(20):
-            while await running(http):
-                await asyncio.sleep(0.2)
+        await eventually(lambda: num_staying(gate) == 0)
+        await until_running(False)
 
 
 def test_a_factory_that_is_not_there_is_named(server, config):
@@ -146,18 +162,23 @@ def test_a_factory_that_is_not_there_is_named(server, config):
         start(config, "fake-model", "tests.serve.fake:nothing")
 
 
-async def test_f16_stopping_lets_running_streams_end(server):
+async def test_f16_stopping_lets_running_streams_end(server, gate):
     """The last test of this file: the server is gone after it."""
     from ray import serve
 
-    async with httpx.AsyncClient(base_url=server.http_url, timeout=30) as http:
-        body = {"prompt": "fox", "max_tokens": 150}
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
+        body = {"prompt": "stay", "max_tokens": 150}
         calls = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(20)]
-        await asyncio.sleep(0.7)
+        await eventually(lambda: num_staying(gate) == 20)
+        assert (await http.get("/ready")).status_code == 200
         stopping = threading.Thread(target=server.stop)
         stopping.start()
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(WAIT_S):
+            while (await http.get("/ready")).status_code == 200:
+                await asyncio.sleep(0.05)
         assert (await http.post("/v1/completions", json=body)).status_code == 503
+        assert not any(call.done() for call in calls)
+        (gate / "shut").unlink()
         assert {answer.status_code for answer in await asyncio.gather(*calls)} == {200}
         await asyncio.to_thread(stopping.join)
     with pytest.raises(httpx.ConnectError):

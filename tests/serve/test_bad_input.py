@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.waiting import WAIT_S
+
 GOOD = {"prompt": "the lazy dog", "max_tokens": 2}
 CHAT = {"messages": [{"role": "user", "content": "dog"}], "max_tokens": 2}
 JSON = {"content-type": "application/json"}
@@ -151,9 +153,9 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 async def test_bodies(http, name):
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-        started = time.perf_counter()
+        started_s = time.process_time()  # the server is in this process: a body that is costly to refuse costs that
         check_refusal(await http.post(path, content=BODIES[name], headers=JSON))
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started_s < 2
     await check_alive(http)
 
 
@@ -163,7 +165,7 @@ async def test_text_that_looks_bad_but_is_not(http):
 
 
 async def test_sizes_and_types_of_bodies(start):
-    async with start(max_body_bytes=2048) as server, httpx.AsyncClient(base_url=server.url) as http:
+    async with start(max_body_bytes=2048) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         big = json.dumps({**GOOD, "user": "x" * 4096}).encode()
         check_refusal(await http.post("/v1/completions", content=big, headers=JSON), (413,))
 
@@ -198,7 +200,7 @@ async def test_unknown_fields_name_the_nearest(http):
     check_refusal(answer, (404,))
 
 
-async def raw(server, data, within_s=3.0):
+async def raw(server, data, within_s=WAIT_S):
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
     writer.write(data)
     try:
@@ -237,7 +239,8 @@ async def test_slow_clients_are_cut(start, monkeypatch):
             b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n"
         )
         assert (await raw(server, head + b"{")).startswith(b"HTTP/1.1 408")
-        async with httpx.AsyncClient(base_url=server.url) as http:
+        monkeypatch.undo()
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
             await check_alive(http)
 
 

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from dataclasses import replace
 
 import httpx
@@ -17,6 +18,7 @@ from browser import Browser, find_chromium
 from operated import FakeOperator, moved, snapshot_of
 
 from serving.page import dashboard
+from tests.waiting import WAIT_S, eventually
 
 ADMIN = "operators-key"
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -35,7 +37,10 @@ def pool():
 
 
 async def test_the_page_is_one_answer_with_nothing_from_elsewhere(start, pool):
-    async with start(operator=pool, admin_key=ADMIN) as server, httpx.AsyncClient(base_url=server.url) as http:
+    async with (
+        start(operator=pool, admin_key=ADMIN) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+    ):
         answer = await http.get("/dashboard")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -75,16 +80,17 @@ def test_numbers_that_are_none_do_not_break_the_data():
     assert (found["load"], found["imbalance"]) == ([[0.0, 0.0]], 0)
 
 
-async def test_the_data_say_how_old_they_are(start, pool):
-    async with start(operator=pool) as server, httpx.AsyncClient(base_url=server.url) as http:
-        while not pool.num_waits:
-            await asyncio.sleep(0.01)
-        assert (await http.get("/dashboard/data")).json()["age_s"] < 2
+async def test_the_data_say_how_old_they_are(start, pool, monkeypatch):
+    monkeypatch.setattr("serving.pool_operator.PERIOD_S", 0.05)
+    began_s = time.monotonic()
+    async with start(operator=pool) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
+        await eventually(lambda: pool.num_waits)
+        assert (await http.get("/dashboard/data")).json()["age_s"] < time.monotonic() - began_s
         pool.down = True
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(0.5)  # ten periods, or more
         answer = await http.get("/dashboard/data")
     assert answer.status_code == 200
-    assert answer.json()["age_s"] > 1.2
+    assert 0.4 < answer.json()["age_s"] < time.monotonic() - began_s
     assert answer.headers["cache-control"] == "no-store"
 
 

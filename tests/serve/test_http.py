@@ -6,9 +6,10 @@ import json
 import httpx
 import openai
 import pytest
-from fake import FakeEngine
+from fake import FakeEngine, HeldEngine
 
 from serving.metrics import Exporter
+from tests.waiting import WAIT_S, eventually
 from trinity.errors import Overloaded
 
 BODY = {"model": "fake", "prompt": "the lazy dog", "max_tokens": 6}
@@ -19,12 +20,6 @@ CHAT = {"model": "fake", "messages": [{"role": "user", "content": "jumps over"}]
 async def client(server):
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as found:
         yield found
-
-
-async def eventually(condition, within_s=3.0):
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def events(text):
@@ -155,7 +150,7 @@ def test_what_engines_say_of_their_weights_is_exported():
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_before_the_first_token_has_its_status(start, stream):
     engine = FakeEngine(fail_after=0, error=Overloaded("the queue is full", retry_after_s=2.5))
-    async with start(engine) as server, httpx.AsyncClient(base_url=server.url) as http:
+    async with start(engine) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         answer = await http.post("/v1/completions", json={**BODY, "stream": stream})
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "3"
@@ -164,7 +159,7 @@ async def test_an_error_before_the_first_token_has_its_status(start, stream):
 
 async def test_f14_an_error_in_the_middle_is_an_event(start):
     async with start(FakeEngine(fail_after=3)) as server:
-        async with httpx.AsyncClient(base_url=server.url) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
             found = events((await http.post("/v1/completions", json={**BODY, "stream": True})).text)
         assert len(found) == 4
         assert found[-1]["error"]["code"] == "unavailable"
@@ -176,7 +171,7 @@ async def test_f14_an_error_in_the_middle_is_an_event(start):
 
 async def test_unexpected_errors_are_opaque(start, caplog):
     engine = FakeEngine(fail_after=0, error=RuntimeError("/secret/path at 0xdeadbeef"))
-    async with start(engine) as server, httpx.AsyncClient(base_url=server.url) as http:
+    async with start(engine) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         answer = await http.post("/v1/completions", json=BODY)
         streamed = await http.post("/v1/completions", json={**BODY, "stream": True})
     for found in (answer, streamed):
@@ -187,48 +182,54 @@ async def test_unexpected_errors_are_opaque(start, caplog):
 
 
 async def test_f15_disconnects_free_everything(start):
-    async with start(FakeEngine(delay_s=0.02)) as server:
+    """Long before the answers would have ended by themselves: 100,000 tokens take half an hour."""
+    async with start(FakeEngine(max_model_len=200_000, delay_s=0.02)) as server:
         before = len(asyncio.all_tasks())
 
         async def leave(stream):
-            body = {**BODY, "max_tokens": 100, "stream": stream}
+            body = {**BODY, "max_tokens": 100_000, "stream": stream}
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(base_url=server.url, limits=limits) as http:
                 with pytest.raises(httpx.ReadTimeout):
-                    await http.post("/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.3))
+                    await http.post("/v1/completions", json=body, timeout=httpx.Timeout(WAIT_S, read=0.3))
 
         async def leave_stream():
             async with (
-                httpx.AsyncClient(base_url=server.url) as http,
-                http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 100, "stream": True}) as r,
+                httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+                http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 100_000, "stream": True}) as r,
             ):
                 await anext(r.aiter_bytes())
 
         await asyncio.gather(*(leave(False) for _ in range(50)), *(leave_stream() for _ in range(50)))
-        await eventually(lambda: not server.engine.held and not server.front.admission.active, within_s=1)
-        await eventually(lambda: len(asyncio.all_tasks()) <= before, within_s=1)
+        await eventually(lambda: not server.engine.held and not server.front.admission.active)
+        await eventually(lambda: len(asyncio.all_tasks()) <= before)
 
 
 async def test_overload_says_when_to_come_back(start):
-    busy = start(FakeEngine(delay_s=0.02), max_concurrent_requests=2)
-    async with busy as server, httpx.AsyncClient(base_url=server.url) as http:
-        answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(5)))
+    engine = HeldEngine()
+    busy = start(engine, max_concurrent_requests=2)
+    async with busy as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
+        calls = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(5)]
+        await eventually(lambda: sum(call.done() for call in calls) == 3)
+        engine.go.set()
+        answers = await asyncio.gather(*calls)
     assert sorted(a.status_code for a in answers) == [200, 200, 429, 429, 429]
     assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 429)
 
 
 async def test_request_timeout(start):
     async with start(FakeEngine(delay_s=5), request_timeout_s=0.2) as server:
-        async with httpx.AsyncClient(base_url=server.url) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
             answer = await http.post("/v1/completions", json=BODY)
         assert answer.status_code == 408
         assert not server.engine.held
 
 
 async def test_f16_draining_finishes_what_runs_and_refuses_the_rest(start):
-    async with start(FakeEngine(delay_s=0.03)) as server:
+    engine = HeldEngine()
+    async with start(engine, drain_timeout_s=WAIT_S) as server:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=20, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S, limits=limits) as http:
             body = {**BODY, "max_tokens": 30}
             running = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(100)]
             await eventually(lambda: server.front.admission.active == 100)
@@ -238,6 +239,7 @@ async def test_f16_draining_finishes_what_runs_and_refuses_the_rest(start):
             assert (late.status_code, late.headers["retry-after"]) == (503, "1")
             assert (await http.get("/ready")).status_code == 503
             assert (await http.get("/health")).status_code == 200
+            engine.go.set()
             assert {answer.status_code for answer in await asyncio.gather(*running)} == {200}
             await stopping
             with pytest.raises(httpx.ConnectError):
@@ -246,7 +248,7 @@ async def test_f16_draining_finishes_what_runs_and_refuses_the_rest(start):
 
 async def test_requests_that_outlast_the_draining_end_in_an_error_not_in_silence(start):
     async with start(FakeEngine(delay_s=0.4), drain_timeout_s=0.6) as server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
             body = {**BODY, "max_tokens": 30}
             whole = asyncio.create_task(http.post("/v1/completions", json=body))
             stream = asyncio.create_task(http.post("/v1/completions", json={**body, "stream": True}))
@@ -260,7 +262,7 @@ async def test_requests_that_outlast_the_draining_end_in_an_error_not_in_silence
 
 
 async def test_not_ready_without_an_engine(start):
-    async with start() as server, httpx.AsyncClient(base_url=server.url) as http:
+    async with start() as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         server.engine.healthy = False
         await eventually(lambda: not server.front.ready)
         assert (await http.get("/ready")).status_code == 503

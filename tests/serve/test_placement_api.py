@@ -14,10 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protos.trinity.v1 import placement_pb2 as pb
 from protos.trinity.v1 import placement_pb2_grpc as rpc
+from serving import pool_operator
 from serving.access import check_access
 from serving.grpc.operator_client import connect, to_snapshot
 from serving.metrics import Exporter
 from serving.pool_operator import Placement
+from tests.waiting import WAIT_S, eventually
 from trinity.config import Config, ServeConfig
 from trinity.errors import ConfigError, Unauthenticated
 from trinity.observability.prometheus import DISPATCH_S
@@ -61,7 +63,7 @@ async def stub(operated):
 
 async def status_of(stub, name, request=None, **options):
     """The status of a call, after its first message."""
-    call = getattr(stub, name)(request or CALLS[name], timeout=10, **options)
+    call = getattr(stub, name)(request or CALLS[name], timeout=WAIT_S, **options)
     try:
         await (call.read() if hasattr(call, "read") else call)
     except grpc.aio.AioRpcError as error:
@@ -71,7 +73,7 @@ async def status_of(stub, name, request=None, **options):
 
 async def end_of(call):
     """The error that a stream ends with."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_all(call)
     return caught.value
@@ -82,15 +84,9 @@ async def read_all(call):
         pass
 
 
-async def eventually(condition, within_s=5.0):
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 async def metrics_of(server, key=None):
     """{(sample name, *label values): value}"""
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         text = (await http.get("/metrics", headers=bearer(key))).text
     families = text_string_to_metric_families(text)
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
@@ -109,7 +105,7 @@ async def metrics_of(server, key=None):
     ],
 )
 async def test_who_may_see_and_move_experts(start, pool, keys, opened_by):
-    async with start(operator=pool, **keys) as server, httpx.AsyncClient(base_url=server.url) as http:
+    async with start(operator=pool, **keys) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         await eventually(lambda: pool.num_waits)
         async with grpc.aio.insecure_channel(server.grpc_address) as channel:
             stub = rpc.PlacementStub(channel)
@@ -124,7 +120,7 @@ async def test_who_may_see_and_move_experts(start, pool, keys, opened_by):
 
 async def test_the_clients_routes_take_either_key_and_only_where_they_need_one(start):
     for keys, opened_by in ({"api_key": API, "admin_key": ADMIN}, {API, ADMIN}), ({"admin_key": ADMIN}, {None, API}):
-        async with start(**keys) as server, httpx.AsyncClient(base_url=server.url) as http:
+        async with start(**keys) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
             for sent in (None, API, ADMIN, ADMIN + "x"):
                 status = (await http.get("/v1/models", headers=bearer(sent))).status_code
                 assert (status == 200) == (sent in opened_by or None in opened_by), (keys, sent)
@@ -136,7 +132,10 @@ def test_calls_declares_every_rpc():
 
 async def test_a_refusal_says_what_to_do(start, pool):
     for keys, advice in ({"api_key": API}, "TRINITY_ADMIN_KEY"), ({"admin_key": ADMIN}, "send the server's admin key"):
-        async with start(operator=pool, **keys) as server, httpx.AsyncClient(base_url=server.url) as http:
+        async with (
+            start(operator=pool, **keys) as server,
+            httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+        ):
             answer = await http.get("/dashboard/data", headers=bearer(API))
             assert advice in answer.json()["error"]["message"]
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -199,7 +198,7 @@ async def test_a_watcher_sees_the_state_at_once_and_each_epoch_as_it_comes(stub,
     assert (await call.read()).snapshot.epoch == 4
     for epoch in (5, 6):
         pool.show(moved(pool.snapshot(), expert=epoch))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):  # half of every_s
             found = (await call.read()).snapshot
         assert (found.epoch, found.changes[0].reason) == (epoch, "scale")
 
@@ -209,7 +208,7 @@ async def test_a_watcher_sees_new_loads_between_epochs(stub, pool):
     call = stub.WatchPlacement(pb.WatchPlacementRequest(every_s=1))
     await call.read()
     pool.show(replace(pool.snapshot(), imbalance=7.5))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         assert (await call.read()).snapshot.imbalance == 7.5
     assert time.perf_counter() - started > 0.8
 
@@ -217,9 +216,10 @@ async def test_a_watcher_sees_new_loads_between_epochs(stub, pool):
 async def test_many_watchers_cost_the_service_one_call_a_period(stub, pool):
     calls = [stub.WatchPlacement(pb.WatchPlacementRequest()) for _ in range(20)]
     await asyncio.gather(*(call.read() for call in calls))
-    before = pool.num_waits
-    await asyncio.sleep(0.5)
-    assert 1 <= pool.num_waits - before <= 7
+    before, started = pool.num_waits, time.perf_counter()
+    await eventually(lambda: pool.num_waits >= before + 4)
+    num_periods = (time.perf_counter() - started) / pool_operator.PERIOD_S
+    assert pool.num_waits - before <= num_periods + 2
 
 
 async def test_watchers_end_when_the_service_goes_and_may_come_back_with_it(stub, operated, pool):
@@ -236,13 +236,17 @@ async def test_watchers_end_when_the_service_goes_and_may_come_back_with_it(stub
     assert (await stub.WatchPlacement(pb.WatchPlacementRequest()).read()).snapshot.epoch == 5
 
 
-async def test_watchers_end_when_the_server_stops(operated, stub):
-    call = stub.WatchPlacement(pb.WatchPlacementRequest())
-    await call.read()
-    started = time.perf_counter()
-    await operated.gateway.stop()
-    assert (await end_of(call)).code().name == "UNAVAILABLE"
-    assert time.perf_counter() - started < 5
+async def test_watchers_end_when_the_server_stops(start, pool):
+    """They are no requests that draining waits for."""
+    async with (
+        start(operator=pool, drain_timeout_s=600) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+        asyncio.timeout(WAIT_S),
+    ):
+        call = rpc.PlacementStub(channel).WatchPlacement(pb.WatchPlacementRequest())
+        await call.read()
+        await server.gateway.stop()
+        assert (await end_of(call)).code().name == "UNAVAILABLE"
 
 
 async def test_a_watcher_that_leaves_is_let_go(operated, stub):
@@ -284,7 +288,7 @@ async def test_wrong_commands_are_refused(stub, pool, name, wrong):
 async def test_a_server_without_a_pool_says_so(server):
     async with grpc.aio.insecure_channel(server.grpc_address) as channel:
         assert {await status_of(rpc.PlacementStub(channel), name) for name in CALLS} == {"UNIMPLEMENTED"}
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         answer = await http.get("/dashboard/data")
         assert (answer.status_code, "no pool" in answer.json()["error"]["message"]) == (404, True)
         assert "trinity_placement" not in (await http.get("/metrics")).text
@@ -298,24 +302,33 @@ class Stuck(FakeOperator):
         self.go = threading.Event()
 
     def snapshot(self):
-        self.go.wait(20)
+        self.go.wait(600)
         return super().snapshot()
 
 
-async def test_a_stuck_service_keeps_nobody_else_waiting(start):
+async def read_one(stub):
+    return await status_of(stub, "GetPlacement")
+
+
+async def test_a_stuck_service_keeps_nobody_else_waiting(start, monkeypatch):
+    monkeypatch.setattr("serving.pool_operator.ANSWER_S", 600)
     pool = Stuck()
-    async with start(operator=pool) as server, httpx.AsyncClient(base_url=server.url, timeout=5) as http:
+    async with start(operator=pool) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         try:
             async with grpc.aio.insecure_channel(server.grpc_address) as channel:
-                stub = rpc.PlacementStub(channel)
-                stuck = [stub.GetPlacement(pb.GetPlacementRequest(), timeout=2) for _ in range(60)]
-                ended = await asyncio.gather(*stuck, return_exceptions=True)
-                assert {error.code().name for error in ended} == {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+                stub, seen = rpc.PlacementStub(channel), server.front.placement
+                with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
+                    await stub.GetPlacement(pb.GetPlacementRequest(), timeout=1)
+                await eventually(lambda: seen._waiting == 1)  # the loop that follows the service; the call was let go
+                stuck = [asyncio.ensure_future(read_one(stub)) for _ in range(60)]
+                await eventually(lambda: sum(call.done() for call in stuck) == 60 + 1 - pool_operator.MAX_WAITING)
+                assert {call.result() for call in stuck if call.done()} == {"RESOURCE_EXHAUSTED"}
                 text = "the lazy dog " * 400  # long enough to be tokenised in a thread
                 assert (await http.post("/tokenize", json={"prompt": text})).status_code == 200
                 assert (await http.get("/dashboard/data")).status_code == 503
                 pool.go.set()
                 await eventually(lambda: pool.num_waits)
+                assert set(await asyncio.gather(*stuck)) == {"RESOURCE_EXHAUSTED", "OK"}
                 assert await status_of(stub, "GetPlacement") == "OK"
         finally:
             pool.go.set()
@@ -358,9 +371,9 @@ async def test_the_command_line_operates_a_server_like_a_cluster(start, pool, mo
             assert epochs == [4] * 4
             started = time.perf_counter()
             assert operator.wait(4, 0.5).table.epoch == 4
-            assert 0.4 < time.perf_counter() - started < 3
+            assert time.perf_counter() - started > 0.4
             pool.show(moved(pool.snapshot()))
-            assert operator.wait(4, 10).table.epoch == 5
+            assert operator.wait(4, WAIT_S).table.epoch == 5
         with connect(address, "wrong") as operator, pytest.raises(Unauthenticated, match="admin key"):
             operator.rebalance()
 

@@ -65,11 +65,20 @@ def wanted(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def served(ray_session, tmp_path_factory):
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def want(checkpoint):
+    return wanted(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def served(ray_session, checkpoint, want):
     from serving import app
     from serving.launch import provide_pool
 
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp("served") / "model")
     config = Config.from_tree(
         {
             "model": MODEL.model_dump(),
@@ -80,7 +89,7 @@ def served(ray_session, tmp_path_factory):
     )
     provide_pool(config, str(checkpoint))
     server = app.start(config, str(checkpoint))
-    yield SimpleNamespace(server=server, config=config, checkpoint=checkpoint, want=wanted(checkpoint), ray=ray_session)
+    yield SimpleNamespace(server=server, config=config, checkpoint=checkpoint, want=want, ray=ray_session)
     server.stop()
     from actors import pool as pools
 
@@ -112,6 +121,14 @@ async def ask_http_all(url, prompts):
         return await asyncio.gather(*map(one, prompts))
 
 
+def test_offline_gives_the_same(checkpoint, want):
+    from trinity import LLM
+    from trinity.engine.request import SamplingParams
+
+    completions = LLM(checkpoint).generate(PROMPTS, SamplingParams(max_tokens=NUM_TOKENS, temperature=0))
+    assert [c.text for c in completions] == want
+
+
 def test_http_clients_at_once_get_what_transformers_says(served):
     assert asyncio.run(ask_http_all(served.server.http_url, PROMPTS)) == served.want
     assert len(set(served.want)) == len(PROMPTS)
@@ -119,14 +136,6 @@ def test_http_clients_at_once_get_what_transformers_says(served):
 
 def test_a_grpc_client_gets_the_same(served):
     assert [ask_grpc(served.server.grpc_address, prompt) for prompt in PROMPTS[:3]] == served.want[:3]
-
-
-def test_offline_gives_the_same(served):
-    from trinity import LLM
-    from trinity.engine.request import SamplingParams
-
-    completions = LLM(served.checkpoint).generate(PROMPTS, SamplingParams(max_tokens=NUM_TOKENS, temperature=0))
-    assert [c.text for c in completions] == served.want
 
 
 def test_a_killed_shard_delays_answers_and_changes_none(served):

@@ -7,6 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from serving.streams import batched, merge
+from tests.waiting import eventually
 
 
 class Source:
@@ -70,7 +71,7 @@ async def test_sources_are_closed_when_the_reader_leaves(how):
                     return
 
     task = asyncio.create_task(read())
-    await asyncio.sleep(0.02)
+    await eventually(lambda: task.done() or all(source.open for source in sources))
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert not any(source.open for source in sources)

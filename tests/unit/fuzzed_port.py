@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from actors.dataplane import server
 from actors.dataplane.client import Connection
 from actors.dataplane.frames import HEADER, FrameLimits, Header, request
 from actors.dataplane.server import Combiner, DirectServer
@@ -24,7 +25,7 @@ MODEL = preset("tiny").model_copy(
 LAYER = MODEL.moe_layers[0]
 LIMITS = FrameLimits(16, 8, torch.float32)
 SECRET = b"f" * 32
-AT_ONCE_S = 1.0
+AT_ONCE_S = 0.8 * server.HANDSHAKE_S  # it waits for nobody to be shown out
 COUNTS = ("num_rows", "dim", "num_slots")
 
 
@@ -70,14 +71,14 @@ class Port:
 
     def stranger(self):
         """A socket that is connected and has said nothing."""
-        sock = socket.create_connection((self.address.host, self.address.port), timeout=5)
-        sock.settimeout(5)
+        sock = socket.create_connection((self.address.host, self.address.port), timeout=60)
+        sock.settimeout(60)
         return sock
 
     def member(self):
         """A socket whose next byte is read as a frame's first."""
-        sock = Connection(self.address, SECRET, time.time() + 5).wire.sock
-        sock.settimeout(5)
+        sock = Connection(self.address, SECRET, time.time() + 60).wire.sock
+        sock.settimeout(60)
         return sock
 
     def is_well(self):
@@ -106,7 +107,7 @@ def num_descriptors():
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-def eventually(holds, within_s=5.0):
+def eventually(holds, within_s=60.0):
     end_s = time.monotonic() + within_s
     while not holds() and time.monotonic() < end_s:
         time.sleep(0.01)

@@ -24,7 +24,7 @@ def is_alive(pid):
         return False
 
 
-def gone(pid, within_s=5.0):
+def gone(pid, within_s=60.0):
     end_s = time.monotonic() + within_s
     while is_alive(pid) and time.monotonic() < end_s:
         time.sleep(0.02)

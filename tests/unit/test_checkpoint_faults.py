@@ -23,7 +23,7 @@ def test_a_saver_killed_at_any_file_operation_leaves_whole_checkpoints_and_the_n
     program = Path(__file__).with_name("killed_saves.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, program, tmp_path], capture_output=True, text=True, env=environment, timeout=250
+        [sys.executable, program, tmp_path], capture_output=True, text=True, env=environment, timeout=110
     )
     assert done.returncode == 0, done.stderr
     replaces, alone = json.loads(done.stdout)

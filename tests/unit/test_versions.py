@@ -6,7 +6,6 @@ The oracle is one shard with all experts that takes the same steps on the same r
 import time
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -198,7 +197,7 @@ class Life(RuleBasedStateMachine):
                     assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-TestLife = pytest.mark.timeout(200)(Life.TestCase)
+TestLife = Life.TestCase
 TestLife.settings = settings(
     max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )

@@ -155,7 +155,7 @@ def killed(run: Timed, pool: "RayPool", rng: random.Random) -> tuple[float, floa
 def _pid(pool: "RayPool", shard: str) -> int:
     from actors.names import ask
 
-    return ask(pool.shards[shard].where.remote(), ASK_S, f"shard {shard}")[1]
+    return int(ask(pool.shards[shard].where.remote(), ASK_S, f"shard {shard}")[1])
 
 
 def _check(runs: dict[str, Timed]) -> None:

@@ -102,7 +102,8 @@ def random_ids(model: ModelConfig, *shape: int) -> list[Any]:
     """Seeded token ids, none of them special."""
     import numpy as np
 
-    return np.random.default_rng(SEED).integers(20, model.vocab_size, shape).tolist()
+    ids: list[Any] = np.random.default_rng(SEED).integers(20, model.vocab_size, shape).tolist()
+    return ids
 
 
 def twin(path: Path) -> Any:

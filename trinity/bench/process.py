@@ -86,7 +86,8 @@ class Child:
         line = self.process.stdout.readline()
         if not line:
             raise Unavailable(f"the bench's process {self.process.pid} ended early; what it said is above")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -143,7 +143,7 @@ class Rounds:
 
     @property
     def _duration_s(self) -> float:
-        return self.arguments.num_prompts / self.arguments.request_rate[0]
+        return float(self.arguments.num_prompts / self.arguments.request_rate[0])
 
     async def _offer(self, client: Any, card: Any) -> dict[str, Any]:
         from trinity.bench import serve
@@ -179,7 +179,7 @@ async def _versions(client: Any, card: Any, arguments: argparse.Namespace) -> in
     body = {"model": card.model, "prompt": prompt, "max_tokens": arguments.output_len, "ignore_eos": True}
     answer = (await client.http.post("/v1/completions", json=body)).raise_for_status().json()
     used = answer["choices"][0]["weights_versions"]
-    return used["last"] - used["first"] + 1
+    return int(used["last"] - used["first"] + 1)
 
 
 def measure(arguments: argparse.Namespace) -> Report:

@@ -184,9 +184,8 @@ def _final_loss(config: Config) -> float:
     """From the log: a worker that starts again after the last step knows it no more."""
     from trinity.observability.train_log import read_rows
 
-    return next(
-        row["loss"] for row in reversed(read_rows(Path(config.train.out_dir, "metrics.jsonl"))) if "loss" in row
-    )
+    rows = reversed(read_rows(Path(config.train.out_dir, "metrics.jsonl")))
+    return float(next(row["loss"] for row in rows if "loss" in row))
 
 
 def _compared_rows(compared: Compared, expected: bool) -> list[tuple[str, Any]]:

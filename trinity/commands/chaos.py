@@ -30,7 +30,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    return importlib.import_module(f"trinity.chaos.{arguments.what}").run(arguments, flags)
+    code: int = importlib.import_module(f"trinity.chaos.{arguments.what}").run(arguments, flags)
+    return code
 
 
 def _some_of(faults: tuple[Fault, ...]) -> Callable[[str], tuple[Fault, ...]]:

@@ -61,7 +61,7 @@ def _first_model(client: httpx.Client) -> str:
     listed = models.json()["data"]
     if not listed:
         raise ModelNotFound("the server lists no model")
-    return listed[0]["id"]
+    return str(listed[0]["id"])
 
 
 def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
@@ -89,6 +89,6 @@ def _print(pieces: Iterator[str]) -> str:
 
 def _message(body: str) -> str:
     try:
-        return json.loads(body)["error"]["message"]
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return body[:200]

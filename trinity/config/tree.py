@@ -18,6 +18,12 @@ from trinity.config.train import DataConfig, OptimConfig, TrainConfig
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 from trinity.errors import ConfigError
 
+RENAMED = {
+    "train.num_in_flight": "train.num_overlapped_microbatches",
+    "engine.num_in_flight": "engine.num_overlapped_microbatches",
+    "train.runaway_nats": "train.loss_spike_threshold",
+}  # refused with the new name
+
 
 class Config(Frozen):
     """Everything. `Config.load("run.yaml", ["--train.steps", "20"])`."""
@@ -93,10 +99,7 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
     """Name the nearest known key for each unknown one (pydantic alone would only say that it is extra)."""
     for key, value in tree.items():
         if key not in kind.model_fields:
-            near = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.6)
-            near = ([] if prefix else _elsewhere(str(key))) or [prefix + name for name in near]
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
-            raise ConfigError(f"unknown setting {prefix + str(key)!r}; {hint}")
+            raise ConfigError(f"unknown setting {prefix + str(key)!r}; {_hint(kind, prefix, str(key))}")
         annotation = kind.model_fields[key].annotation
         inner = _section(annotation)
         if inner is not None and not isinstance(value, Mapping | str | None):
@@ -107,6 +110,15 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
             _refuse_unknown(inner, value, f"{prefix}{key}.")
         if isinstance(value, bool) and inner is None and bool not in (annotation, *typing.get_args(annotation)):
             raise ConfigError(f"{prefix}{key} needs a value, such as {kind.model_fields[key].default!r}")
+
+
+def _hint(kind: type[BaseModel], prefix: str, key: str) -> str:
+    """What may have been meant by an unknown key of a section."""
+    if prefix + key in RENAMED:
+        return f"it is called {RENAMED[prefix + key]!r} now"
+    near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.6)
+    found = ([] if prefix else _elsewhere(key)) or [prefix + name for name in near]
+    return f"did you mean {found[0]!r}?" if found else f"known: {', '.join(kind.model_fields)}"
 
 
 def _elsewhere(key: str) -> list[str]:

@@ -41,7 +41,8 @@ def _has_a_way_out(layout: Layout) -> np.ndarray:
     on_own_LR = np.take_along_axis(on_host_LXR, host_R[None, None], 1)[:, 0]
     opens_LXR = (expert_LR == layout.empty)[:, None] | (on_own_LR > 1)[:, None] | (on_host_LXR == 0)
     opens_LXG = np.stack([opens_LXR[:, :, host_R == host].any(2) for host in range(num_hosts)], 2)
-    return opens_LXG.astype(np.float32) @ (layout.on_host_LHE == 0).astype(np.float32) > 0
+    open_LXE: np.ndarray = opens_LXG.astype(np.float32) @ (layout.on_host_LHE == 0).astype(np.float32) > 0
+    return open_LXE
 
 
 def _move_away(layout: Layout, layer_A: np.ndarray, shard_A: np.ndarray, expert_A: np.ndarray) -> bool:

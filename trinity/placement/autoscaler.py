@@ -40,7 +40,8 @@ class Window:
     def share_LE(self, num_shards: int) -> np.ndarray:
         """0 for layers without rows."""
         mean_L1 = self.rows_LE.sum(1, keepdims=True) / num_shards
-        return np.divide(self.rows_LE, mean_L1, out=np.zeros(self.rows_LE.shape), where=mean_L1 > 0)
+        share_LE: np.ndarray = np.divide(self.rows_LE, mean_L1, out=np.zeros(self.rows_LE.shape), where=mean_L1 > 0)
+        return share_LE
 
 
 @dataclass(frozen=True)

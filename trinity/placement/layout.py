@@ -76,14 +76,16 @@ class Layout:
 
     def weight_AE(self, layer_A: np.ndarray) -> np.ndarray:
         """The load of one replica of each expert; 0 for the two that are none."""
-        return self.load_LE[layer_A] / np.maximum(self.num_LE[layer_A], 1)
+        weight_AE: np.ndarray = self.load_LE[layer_A] / np.maximum(self.num_LE[layer_A], 1)
+        return weight_AE
 
     def time_AS(self, layer_A: np.ndarray) -> np.ndarray:
         """Of each shard, in units of the mean shard; rounded, so that the order of slots does not tell equal shards apart."""
         slot_AX = self.slot_LSK[layer_A].reshape(len(layer_A), -1)
         weight_AX = np.take_along_axis(self.weight_AE(layer_A), slot_AX, 1)
         rows_AS = weight_AX.reshape(len(layer_A), len(self.capacity_S), -1).sum(2)
-        return np.round(rows_AS / self.capacity_S, 9)
+        time_AS: np.ndarray = np.round(rows_AS / self.capacity_S, 9)
+        return time_AS
 
     def evict(self, excess_L: np.ndarray, bounds: Bounds) -> None:
         """Take away so many replicas of each layer: first of experts above their ceiling, then those missed least; none of
@@ -129,7 +131,7 @@ class Layout:
         time_AS += 1e6 * self.on_host_LHE[layer_A[:, None], self.host_S, expert_A[:, None]]
         time_AS[self.held_LSE[layer_A, :, expert_A] | ~free_ASK.any(2)] = np.inf
         shard_A = time_AS.argmin(1)
-        ok_A = np.isfinite(time_AS[np.arange(len(layer_A)), shard_A])
+        ok_A: np.ndarray = np.isfinite(time_AS[np.arange(len(layer_A)), shard_A])
         layer_A, expert_A, shard_A, free_ASK = layer_A[ok_A], expert_A[ok_A], shard_A[ok_A], free_ASK[ok_A]
         self.put(layer_A, shard_A, free_ASK[np.arange(len(layer_A)), shard_A].argmax(1), expert_A)
         rows_LS[layer_A, shard_A] += weight_A[ok_A]

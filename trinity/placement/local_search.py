@@ -54,7 +54,7 @@ def _round(
     swap_gain_A = np.take_along_axis(swap_AX, swap_A[:, None], 1)[:, 0]
     copy_gain_A = np.take_along_axis(copy_AX, copy_A[:, None], 1)[:, 0]
     copies_A = copy_gain_A >= swap_gain_A
-    worth_A = np.maximum(swap_gain_A, copy_gain_A) >= np.maximum(move_cost, ENOUGH * time_AS.max(1))
+    worth_A: np.ndarray = np.maximum(swap_gain_A, copy_gain_A) >= np.maximum(move_cost, ENOUGH * time_AS.max(1))
     num_i, num_c, num_j = view.mine_AI.shape[1], *view.theirs_ACJ.shape[1:]
     at = np.flatnonzero(worth_A & ~copies_A)
     swap(layout, view, at, *np.unravel_index(swap_A[at], (num_i, num_c, num_j)))
@@ -125,7 +125,9 @@ def swaps(layout: Layout, view: BusiestShards, least: int = 0) -> np.ndarray:
     )
     left_AICJ = beyond_A111 - shift_AICJ / view.speed_A.astype(low)[:, None, None, None]
     got_AICJ = beyond_A1C1 + shift_AICJ / view.speed_AC.astype(low)[:, None, :, None]
-    gain_AICJ = beyond_A111 + np.maximum(beyond_A1C1, 0) - np.maximum(left_AICJ, 0) - np.maximum(got_AICJ, 0)
+    gain_AICJ: np.ndarray = (
+        beyond_A111 + np.maximum(beyond_A1C1, 0) - np.maximum(left_AICJ, 0) - np.maximum(got_AICJ, 0)
+    )
     gain_AICJ -= TIE * np.abs(left_AICJ - got_AICJ)
     gain_AICJ *= np.where(view.theirs_ACJ == layout.empty, low(1), low(0.5))[:, None]
     give_AIC, take_ACJ = _hosts_won(layout, view)

@@ -285,7 +285,8 @@ def _excess_L(layout: Layout, bounds: Bounds) -> np.ndarray:
     """How many replicas of each layer must go."""
     above_L = np.maximum(layout.num_LE - bounds.ceiling_LE, 0)[:, : layout.empty].sum(1)
     coming_L = np.maximum(layout.num_LE, bounds.floor_LE)[:, : layout.empty].sum(1)
-    return np.maximum(above_L, coming_L - bounds.budget_L)
+    excess_L: np.ndarray = np.maximum(above_L, coming_L - bounds.budget_L)
+    return excess_L
 
 
 def _table(

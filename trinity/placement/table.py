@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ class PlacementTable:
         counts_X, shard_R = self.flat()
         most = int(counts_X.max(initial=1))
         first_X = np.cumsum(counts_X) - counts_X
-        shard_XN = shard_R[first_X[:, None] + np.arange(most) % counts_X[:, None]]
+        shard_XN: np.ndarray = shard_R[first_X[:, None] + np.arange(most) % counts_X[:, None]]
         return shard_XN.reshape(len(self.layers), self.num_experts, most)
 
     def present(self, away: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +155,7 @@ class PlacementTable:
 
     @classmethod
     def from_json(cls, text: str) -> "PlacementTable":
-        tree: Mapping = json.loads(text)
+        tree: Mapping[str, Any] = json.loads(text)
         replicas = tuple(tuple(tuple(held) for held in row) for row in tree["replicas"])
         return cls(int(tree["epoch"]), tuple(tree["shards"]), tuple(tree["layers"]), replicas)
 

@@ -41,7 +41,8 @@ def differentiable(
     q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_T: Tensor, end_T: Tensor, library: Callable[..., Tensor]
 ) -> Tensor:
     """`attention` among the queries' own keys; gradients are those of `library(q, k, v)`, which must compute the same."""
-    return _Attention.apply(q_THd, k_TGd, v_TGd, first_T, end_T, library)
+    out_THd: Tensor = _Attention.apply(q_THd, k_TGd, v_TGd, first_T, end_T, library)
+    return out_THd
 
 
 class _Attention(Function):

@@ -28,7 +28,8 @@ HIGHEST, LOWEST, ONE = np.float32(88.0), np.float32(-87.0), np.float32(1)
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)). Differentiable."""
-    return _Sigmoid.apply(x)
+    y: Tensor = _Sigmoid.apply(x)
+    return y
 
 
 def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -43,12 +44,13 @@ def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up. Differentiable in both."""
-    return _SwiGLU.apply(gate, up)
+    y: Tensor = _SwiGLU.apply(gate, up)
+    return y
 
 
 def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(2, *angle.shape)
-    _cos_sin(angle.contiguous().view(-1).numpy(), out.view(2, -1).numpy())  # type: ignore[call-arg]
+    _cos_sin(angle.contiguous().view(-1).numpy(), out.view(2, -1).numpy())
     return out[0], out[1]
 
 
@@ -57,7 +59,7 @@ class _Sigmoid(Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = torch.empty(x.shape)
         arrays = x.detach().float().contiguous().view(-1).numpy(), y.view(-1).numpy()
-        in_threads(x.numel(), OPERATIONS * x.numel(), lambda first, last: _sigmoid(*arrays, first, last))  # type: ignore[call-arg]
+        in_threads(x.numel(), OPERATIONS * x.numel(), lambda first, last: _sigmoid(*arrays, first, last))
         y = y.to(x.dtype)
         ctx.save_for_backward(y)
         return y
@@ -65,7 +67,8 @@ class _Sigmoid(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return torch.ops.aten.sigmoid_backward(dy, ctx.saved_tensors[0])
+        dx: Tensor = torch.ops.aten.sigmoid_backward(dy, ctx.saved_tensors[0])
+        return dx
 
 
 class _SwiGLU(Function):

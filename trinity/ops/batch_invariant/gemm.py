@@ -27,7 +27,8 @@ def linear(x: Tensor, w_NK: Tensor) -> Tensor:
     """x [..., K] times the transpose of w -> [..., N]. Differentiable in both."""
     x_TK = x.flatten(0, -2)
     end_E = torch.tensor([len(x_TK)])
-    return grouped(x_TK, w_NK.unsqueeze(0), end_E).unflatten(0, x.shape[:-1])
+    y: Tensor = grouped(x_TK, w_NK.unsqueeze(0), end_E).unflatten(0, x.shape[:-1])
+    return y
 
 
 def grouped(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
@@ -35,7 +36,8 @@ def grouped(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
 
     float32 or bfloat16, on the CPU; the matrices contiguous, or they are copied. Differentiable in x and w.
     """
-    return _Grouped.apply(x_AK, w_ENK, end_E)
+    y_AN: Tensor = _Grouped.apply(x_AK, w_ENK, end_E)
+    return y_AN
 
 
 class _Grouped(Function):
@@ -90,7 +92,7 @@ def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for w, part, (begin, stop) in zip(arrays, parts, itertools.pairwise(panels), strict=True):
             if first < stop and last > begin:
                 lo, hi = max(first, begin) - begin, min(last, stop) - begin
-                _units(x, w[None], end, part, lo, hi)  # type: ignore[call-arg]
+                _units(x, w[None], end, part, lo, hi)
 
     in_threads(int(panels[-1]), 2 * num * sum(sizes) * k, run)
     return y

@@ -1,0 +1,26 @@
+"""Waiting for what must come to pass: for the event itself, never for a time in which it should have come.
+
+The limit is no measure of speed. It is there so that a hang fails with a sentence, on a machine as busy as you like.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+WAIT_S = 60.0  # under pytest's own limit, which would end the process without saying what was waited for
+
+
+def until(holds: Callable[[], object], within_s: float = WAIT_S, every_s: float = 0.01) -> None:
+    """Return as soon as `holds()` is true; fail after `within_s`."""
+    end_s = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end_s, f"it did not come to pass within {within_s:.0f} s"
+        time.sleep(every_s)
+
+
+async def eventually(holds: Callable[[], object], within_s: float = WAIT_S, every_s: float = 0.01) -> None:
+    """`until`, for what happens on this event loop."""
+    end_s = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end_s, f"it did not come to pass within {within_s:.0f} s"
+        await asyncio.sleep(every_s)
