@@ -32,7 +32,7 @@ async def test_over_http_whole_and_as_a_stream(server):
 
 async def test_a_refusal_over_http_is_shown_in_the_servers_words(start):
     async with start(api_key="secret") as server:
-        with pytest.raises(SystemExit, match="401: .*key"):
+        with pytest.raises(SystemExit, match=r"401: .*key"):
             await asyncio.to_thread(load("http_client").main, [server.url, PROMPT])
 
 
