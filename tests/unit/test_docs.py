@@ -155,16 +155,41 @@ def test_the_index_names_every_document():
         assert path.name == "README.md" or path.name in listed, f"docs/README.md does not list {path.name}"
 
 
-def test_the_folder_table_is_that_of_the_boundaries():
+@functools.cache
+def boundaries():
     spec = importlib.util.spec_from_file_location("boundaries", ROOT / "tests" / "unit" / "test_boundaries.py")
-    boundaries = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(boundaries)
-    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    drawn = {path.rstrip("/").removesuffix(".py") for row in rows for path in re.findall(r"`([^`]+)`", row)}
-    for package in boundaries.MAY_IMPORT:
-        here = package.replace(".", "/")
-        above = here.rpartition("/")[0]  # `trinity/models` stands for the families in it
-        assert here in drawn or ("/" in above and above in drawn), f"docs/architecture.md does not show {package}"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MAY_IMPORT
+
+
+def folder_rows():
+    """(packages, the last cell) of each row of the folder tables; `trinity/models` stands for all that is in it."""
+    for row in re.findall(r"^\| `.*\|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        drawn = [path.removesuffix(".py").replace("/", ".") for path in re.findall(r"`([^`]+)`", cells[0])]
+        inside = tuple(f"{name}." for name in drawn if "." in name)
+        yield [p for p in boundaries() if p in drawn or p.startswith(inside)], cells[-1]
+
+
+def test_the_folder_table_shows_every_package():
+    shown = {package for packages, _ in folder_rows() for package in packages}
+    assert set(boundaries()) == shown, f"docs/architecture.md does not show {set(boundaries()) - shown}"
+
+
+@pytest.mark.parametrize("top", ["trinity", "actors"])
+def test_the_folder_table_says_who_may_import_whom(top):
+    """In cells that are lists of names; others are sentences."""
+    checked = 0
+    for packages, cell in folder_rows():
+        if packages and packages[0].startswith(f"{top}.") and re.fullmatch(r"([a-z_]+(, [a-z_]+)*)?", cell):
+            allowed = set().union(*(boundaries()[package] for package in packages)) - set(packages)
+            names = {package.split(".")[1] for package in allowed if package.startswith(f"{top}.")}
+            assert cell == "everything" or names == set(filter(None, cell.split(", "))), (
+                f"{packages} may import {names}"
+            )
+            checked += 1
+    assert checked >= 8
 
 
 @functools.cache
