@@ -1,4 +1,4 @@
-"""From the source of the weights to a pool that engines can ask: what `trinity serve` and a Serve config do first.
+"""A pool that engines can ask, from the source of the weights: what `trinity serve` and a Serve config do first.
 
 Ray is imported where it is used: settings are resolved, and the environment is set, before it.
 """
@@ -47,7 +47,7 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
 
 
 def check_source(source: str, config: Config) -> None:
-    """Before anything is started: a checkpoint is whole, a run is somewhere to be joined."""
+    """Check, before anything is started, that a checkpoint is whole and a run is somewhere to be joined."""
     if not config.serve.is_of_run:
         open_checkpoint(source).verify()
     elif config.cluster.address == "local":

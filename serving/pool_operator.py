@@ -72,7 +72,7 @@ class Placement:
         self._stopped = False
 
     def start(self) -> None:
-        """In the event loop that serves."""
+        """Begin, in the event loop that serves."""
         if self._connect is not None:
             self._task = asyncio.create_task(self._follow())
 
@@ -134,7 +134,7 @@ class Placement:
             self._waiting -= 1
 
     def _run(self, what: Callable[[Operator], T]) -> T:
-        """In a thread."""
+        """Run it in a thread."""
         assert self._connect is not None
         operator = self._operator or self._connect()
         self._operator = operator
@@ -153,7 +153,7 @@ class Placement:
                 await asyncio.sleep(PERIOD_S)
 
     def _next(self, operator: Operator) -> Snapshot:
-        """In a thread."""
+        """Run it in a thread."""
         if self._seen is None or self._away is not None:
             return operator.snapshot()
         return operator.wait(self._seen.snapshot.table.epoch, PERIOD_S)

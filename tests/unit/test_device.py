@@ -96,7 +96,7 @@ def life(device, folder=None, model=MODEL, backend="reference"):
             answers += trained_rows(shards[name], device, step, num_tokens=20)
         reports = pool.prepare(step, Counter(dict.fromkeys(busy, 2)))
         norms.append(torch.tensor([report.sq_norm for report in reports]))
-        assert pool.stage(Stage(step, 0.02, 0.01, 1.0))()
+        assert pool.stage(Stage(step, {"muon": 0.02, "adamw": 0.01}, 1.0))()
         pool.commit(step)
         call = Copy(LAYER, (0,), ("a",), step, FOREVER, num_updates=step)
         assert migrate_in(shards["c"], call, shards["c"].peers, None) > 0

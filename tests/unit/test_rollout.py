@@ -281,7 +281,7 @@ def test_advantages_are_relative_to_the_group():
 
 @pytest.fixture(scope="module")
 def example():
-    file = Path(__file__).parents[2] / "docs" / "balanced_brackets.py"
+    file = Path(__file__).parents[2] / "examples" / "balanced_brackets.py"
     spec = importlib.util.spec_from_file_location("balanced_brackets", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

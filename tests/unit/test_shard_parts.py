@@ -217,7 +217,7 @@ def test_a_newer_attempt_makes_void_what_the_older_one_left_on_a_shard():
     shard.infer(forward("5.0:1"))
     shard.gathered.add("5.0:1", stack_names(LAYER), stacks(1))
     shard.prepare(Prepare(1, 5))
-    assert shard.stage(Stage(1, 0.1, 0.1, 1.0, 5))
+    assert shard.stage(Stage(1, {"muon": 0.1, "adamw": 0.1}, 1.0, 5))
     assert shard.store.staged is not None
     shard.infer(forward("6.0:1"))
     assert (shard.gathered.attempt, shard.gathered.num_ops, len(shard.activations)) == (6, 0, 1)

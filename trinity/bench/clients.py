@@ -97,7 +97,7 @@ class HttpClient:
         return answer
 
     async def _vocab_size(self, model: str) -> int:
-        """By bisection: `POST /detokenize` refuses an id beyond the vocabulary. OpenAI's API does not tell the size."""
+        """Find it by bisection: `POST /detokenize` refuses an id beyond the vocabulary. OpenAI's API does not tell it."""
         inside, outside = 0, MAX_VOCAB_SIZE
         while outside - inside > 1:
             middle = (inside + outside) // 2

@@ -95,7 +95,7 @@ def _servers(num_echoes: int) -> Iterator[Servers]:
 
 @contextmanager
 def _ray_transport() -> Iterator["Transport"]:
-    """To an actor that answers as the shard actors do, around the same echo."""
+    """Transport to an actor that answers as the shard actors do, around the same echo."""
     from trinity.config import ClusterConfig, setup_environment
 
     cluster = ClusterConfig()

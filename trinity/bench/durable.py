@@ -100,7 +100,7 @@ class Timed(Ours):
         self._time_staging(pool)
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Seconds of one step."""
         for found in self.phases_s.values():
             found.append(0.0)
         started_s, cpu_s = time.perf_counter(), self._cpu_s()
@@ -109,7 +109,7 @@ class Timed(Ours):
         return time.perf_counter() - started_s
 
     def _cpu_s(self) -> float:
-        """Of this process and the pool's shards so far: other programs of the machine show less in it than in the clock."""
+        """CPU time of this process and the pool's shards so far: other programs show less in it than in the clock."""
         shards = (_pid(self.pool, shard) for shard in self.pool.table.shards)
         ticks = (
             sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) for pid in shards
@@ -130,7 +130,7 @@ class Timed(Ours):
         return timed
 
     def _time_staging(self, pool: "RayPool") -> None:
-        """From the message to the last shard's answer; the backbone's own is made meanwhile."""
+        """Time from the message to the last shard's answer; the backbone's own is made meanwhile."""
         stage = pool.stage
         pool.stage = lambda message: self._timed("stage", stage(message), time.perf_counter())  # type: ignore[method-assign]
 

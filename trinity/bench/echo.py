@@ -112,7 +112,7 @@ def _serve(shard: Any, dim: int, secret: str) -> None:
 
 
 def caller(address: dict[str, Any], dim: int, num_rows: int, secret: str) -> None:
-    """For each order {"seconds"}: call as fast as it goes for so long; -> calls, seconds, p50 and p99 in us."""
+    """Take orders {"seconds"}: call as fast as it goes for so long; -> calls, seconds, p50 and p99 in us."""
     torch.set_num_threads(1)
     dispatcher = dispatcher_of(direct_to([Address(**address)], bytes.fromhex(secret)), 1)
     x_TD, ids_TK, weights_TK = batch(num_rows, dim)

@@ -51,7 +51,7 @@ class Shape:
         return 3 * self.experts * self.dim * self.ffn * self.dtype.itemsize
 
     def flops(self, rows: int) -> int:
-        """Of a forward pass with `rows` rows for each expert; a backward pass has twice as many."""
+        """Count those of a forward pass with `rows` rows for each expert; a backward pass has twice as many."""
         return 2 * 3 * self.experts * rows * self.dim * self.ffn
 
     def check_bytes(self) -> int:
@@ -165,7 +165,7 @@ def balanced(shape: Shape, rows: int, weights: LayerWeights) -> Case:
 
 
 def uneven(shape: Shape, rows: int, weights: LayerWeights) -> Case:
-    """From 1 to twice `rows` rows for each expert but the middle one, which gets none; rows are drawn at random."""
+    """Give 1 to twice `rows` rows to each expert but the middle one, which gets none; rows are drawn at random."""
     generator = torch.Generator().manual_seed(rows)
     count_E = torch.randint(1, 2 * rows + 1, (shape.experts,), generator=generator)
     if shape.experts > 1:
@@ -208,7 +208,7 @@ def truth_of(case: Case) -> list[Tensor]:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """Of a whole tensor's error. On CUDA, Triton multiplies fp32 as TF32."""
+    """Bound of a whole tensor's error. On CUDA, Triton multiplies fp32 as TF32."""
     if dtype is torch.float32:
         return 3e-3 if device.type == "cuda" else 1e-5
     return 1.2e-2

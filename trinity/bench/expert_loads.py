@@ -31,7 +31,7 @@ def drifting(num_windows: int, num_layers: int, num_experts: int, rho: float, se
 
 
 def _sigma(g_LE: np.ndarray, wanted_L: np.ndarray) -> np.ndarray:
-    """By bisection: with it, max over mean of exp(sigma * g) is as wanted, or as near as the number of experts allows."""
+    """Find by bisection: with it, max over mean of exp(sigma * g) is as wanted, or as near as so many experts allow."""
     low_L, high_L, sigma_L = np.zeros(len(g_LE)), np.full(len(g_LE), 8.0), np.empty(len(g_LE))
     for _ in range(40):
         sigma_L = (low_L + high_L) / 2

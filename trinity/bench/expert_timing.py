@@ -109,7 +109,7 @@ class Bandwidth(NamedTuple):
 
 
 def bandwidth(device: torch.device, clock: Clock, num_bytes: int = 512 << 20) -> Bandwidth:
-    """Of the device's memory: stated for the GPUs of STATED_PEAK, else the best of some large copies and sums."""
+    """Bandwidth of the device's memory: stated for the GPUs of STATED_PEAK, else the best of large copies and sums."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if peak := stated_peak(name):
         return Bandwidth(peak, f"{peak / 1e12:.2f} TB/s, stated for {name}", True)
@@ -121,7 +121,7 @@ def bandwidth(device: torch.device, clock: Clock, num_bytes: int = 512 << 20) ->
 
 
 def stated_peak(name: str) -> float | None:
-    """Of a GPU by its name; None for others, the slower H100s and GH200 among them."""
+    """Peak of a GPU by its name; None for others, the slower H100s and GH200 among them."""
     return next((peak for pattern, peak in STATED_PEAK.items() if re.search(pattern, name)), None)
 
 
@@ -174,7 +174,7 @@ class Passes:
     clock: Clock
 
     def forward(self) -> Lap:
-        """Without autograd, as in serving."""
+        """Time it without autograd, as in serving."""
         run = self._inference(next(self.layers))
         return _timed(self.clock, run), 0.0
 

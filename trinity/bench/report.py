@@ -32,7 +32,7 @@ class Table:
     rows: tuple[tuple[Any, ...], ...]
 
     def text(self) -> str:
-        """As Markdown."""
+        """The report as Markdown."""
         cells = [self.columns, *[tuple(map(_cell, row)) for row in self.rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
         lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
@@ -144,7 +144,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Of the source tree this runs from; with `+` when it has changes."""
+    """Commit of the source tree this runs from; with `+` when it has changes."""
     here = Path(__file__).parent
     run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)  # noqa: S607
     return f"commit {run.stdout.strip()}" if run.returncode == 0 else "commit unknown"

@@ -49,7 +49,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Steps:
-    """When each step of the run ended, from its log. Its thread ends with the process, or by `stop`."""
+    """Times at which steps of the run ended, from its log. Its thread ends with the process, or by `stop`."""
 
     def __init__(self, log: Path):
         from trinity.train.progress import Follower
@@ -74,13 +74,13 @@ class Steps:
             time.sleep(POLL_S)
 
     def wait_for_rest(self) -> None:
-        """Until no step has ended for longer than the longest of the last ones took."""
+        """Wait until no step has ended for longer than the longest of the last ones took."""
         gaps = [b - a for a, b in zip(self._ended_s[-4:], self._ended_s[-3:], strict=False)]
         while time.monotonic() - self._ended_s[-1] < 1.5 * max(gaps):
             time.sleep(POLL_S)
 
     def per_second(self, since_s: float) -> float:
-        """From the end of the first step since then to the end of the last one."""
+        """Rate from the end of the first step since then to the end of the last one."""
         ended = self.after(since_s)
         return (len(ended) - 1) / (ended[-1] - ended[0])
 
@@ -174,7 +174,7 @@ async def _switch_s(client: Any) -> float:
 
 
 async def _versions(client: Any, card: Any, arguments: argparse.Namespace) -> int:
-    """That one answer of the load's size is computed with."""
+    """Number of versions that one answer of the load's size is computed with."""
     prompt = [i % card.vocab_size for i in range(20, 20 + arguments.input_len)]
     body = {"model": card.model, "prompt": prompt, "max_tokens": arguments.output_len, "ignore_eos": True}
     answer = (await client.http.post("/v1/completions", json=body)).raise_for_status().json()

@@ -33,7 +33,7 @@ ANY_PORTS = {"http_port": 0, "grpc_port": 0}
 
 
 class Answers(NamedTuple):
-    """Of one load: how the requests went, and what they said."""
+    """What one load found: how the requests went, and what they said."""
 
     lines: "list[Timeline]"
     texts: list[str]
@@ -182,7 +182,7 @@ def num_wrong(alone: Sequence[str], answers: Answers) -> int:
 
 
 def longest_stall_s(quiet: Answers, stormy: Answers) -> float | None:
-    """Of a request that was answered: its longest wait for a first or a next token, beyond the quiet load's median wait."""
+    """Longest wait of an answered request for a first or a next token, beyond the quiet load's median wait."""
     usual, found = (
         [line for line in quiet.lines if line.failure is None],
         [x for x in stormy.lines if x.failure is None],

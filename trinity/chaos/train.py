@@ -31,7 +31,7 @@ UNDISTURBED = "undisturbed"  # in train.out_dir: the run to compare with
 
 
 class Compared(NamedTuple):
-    """Of the two runs' weights."""
+    """Comparison of the two runs' weights."""
 
     num_tensors: int
     num_different: int
@@ -181,7 +181,7 @@ def report(
 
 
 def _final_loss(config: Config) -> float:
-    """From the log: a worker that starts again after the last step knows it no more."""
+    """Read it from the log: a worker that starts again after the last step knows it no more."""
     from trinity.observability.train_log import read_rows
 
     rows = reversed(read_rows(Path(config.train.out_dir, "metrics.jsonl")))

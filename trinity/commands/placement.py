@@ -40,7 +40,7 @@ def cluster_of(arguments: argparse.Namespace) -> Iterator[ClusterConfig]:
 
 @contextmanager
 def operators(arguments: argparse.Namespace) -> Iterator[list[Any]]:
-    """Of the pool that is named, or of all. Raises ConfigError where there is none of that name."""
+    """Operators of the pool that is named, or of all. Raises ConfigError where there is none of that name."""
     if arguments.server:
         from serving.grpc.operator_client import connect
 
@@ -150,7 +150,7 @@ def _change(arguments: argparse.Namespace) -> None:
 
 
 def _await(operator: Any, epoch: int) -> None:
-    """Until the change that follows `epoch` is over, or there is nothing to change."""
+    """Wait until the change that follows `epoch` is over, or there is nothing to change."""
     deadline_s, quiet = time.monotonic() + DONE_S, 0
     while time.monotonic() < deadline_s:
         snapshot = operator.wait(epoch, REFRESH_S)

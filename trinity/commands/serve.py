@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def wait_for_signal() -> None:
-    """Until SIGTERM or Ctrl-C; after that a second Ctrl-C interrupts. Main thread only."""
+    """Wait for SIGTERM or Ctrl-C; after that a second Ctrl-C interrupts. Main thread only."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -30,7 +30,7 @@ def num_cpus() -> int:
 
 
 def setup_threads() -> None:
-    """Before `import torch`: threads that wait soon sleep, unless the environment says otherwise."""
+    """Let threads that wait soon sleep, unless the environment says otherwise. Call it before `import torch`."""
     for key, value in THREADS.items():
         os.environ.setdefault(key, value)
 

@@ -1,1 +1,1 @@
-"""From documents to batches."""
+"""Documents made into batches."""

@@ -45,7 +45,7 @@ def _standard_library() -> Iterator[Path]:
 
 
 def _is_text(file: Path, root: Path) -> bool:
-    """Whether a file that was found, not named, holds text: not hidden below `root`, no NUL in its first 8 KiB."""
+    """Say whether a file that was found, not named, holds text: not hidden below `root`, no NUL in its first 8 KiB."""
     hidden = file.is_relative_to(root) and any(part.startswith(".") for part in file.relative_to(root).parts)
     if hidden or not file.is_file():
         return False

@@ -84,7 +84,7 @@ class ScaleLimits:
                 raise ConfigError(f"{name} {value} is below 1; use 1 or more")
 
     def hosts(self, num_shards: int) -> int:
-        """That so many shards need."""
+        """Hosts that so many shards need."""
         return ceil(num_shards / self.shards_per_host)
 
     def fewest(self, num_experts: int) -> int:
@@ -140,7 +140,7 @@ def _num_shards(scale: Scale, limits: ScaleLimits) -> int:
 
 
 def _replicas_LE(scale: Scale, limits: ScaleLimits, num_shards: int) -> np.ndarray:
-    """As many as the share of each replica asks for, within the budget; the hottest first, but those that have, before."""
+    """Replicas as the share of each asks for, within the budget; the hottest first, but those that have, before."""
     held_LE, num_experts = scale.replicas_LE, scale.replicas_LE.shape[1]
     now_LE = scale.recent[-1][1].share_LE(num_shards)
     peak_LE = np.maximum.reduce([window.share_LE(num_shards) for _, window in scale.recent])

@@ -24,7 +24,7 @@ class Bounds:
 
     @classmethod
     def of(cls, floor_LE: np.ndarray, ceiling_LE: np.ndarray, budget_L: np.ndarray) -> "Bounds":
-        """From [L, E]; an empty slot can neither be spared nor replicated."""
+        """Make them from [L, E]; an empty slot can neither be spared nor replicated."""
         none = ((0, 0), (0, 2))
         return cls(np.pad(floor_LE, none, constant_values=1 << 30), np.pad(ceiling_LE, none), budget_L)
 
@@ -80,7 +80,7 @@ class Layout:
         return weight_AE
 
     def time_AS(self, layer_A: np.ndarray) -> np.ndarray:
-        """Of each shard, in units of the mean shard; rounded, so that the order of slots does not tell equal shards apart."""
+        """Time of each shard in units of the mean one; rounded, so that the order of slots does not tell equal shards apart."""
         slot_AX = self.slot_LSK[layer_A].reshape(len(layer_A), -1)
         weight_AX = np.take_along_axis(self.weight_AE(layer_A), slot_AX, 1)
         rows_AS = weight_AX.reshape(len(layer_A), len(self.capacity_S), -1).sum(2)

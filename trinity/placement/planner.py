@@ -137,19 +137,19 @@ class Moves:
 
     @property
     def share(self) -> float:
-        """Of the slots in use, those that must be filled."""
+        """Share of the slots in use that must be filled."""
         return len(self.copies) / max(1, self.num_replicas)
 
 
 def balance(load_LE: np.ndarray, table: PlacementTable, topology: Topology | None = None) -> Balance:
-    """Of a table under a load. Shards that `topology` does not know count with capacity 1.0, as all do without it."""
+    """Balance of a table under a load. Shards that `topology` does not know count with capacity 1.0, as all do without."""
     capacity = {shard.name: shard.capacity for shard in topology.shards} if topology else {}
     capacity_S = np.array([capacity.get(name, 1.0) for name in table.shards])
     return balance_of(rows_LS(load_LE, table), capacity_S)
 
 
 def balance_of(rows_LS: np.ndarray, capacity_S: np.ndarray) -> Balance:
-    """From the rows that each shard gets."""
+    """Balance from the rows that each shard gets."""
     mean_L, max_L = rows_LS.sum(1) / capacity_S.sum(), (rows_LS / capacity_S).max(1)
     layer_L = np.divide(mean_L, max_L, out=np.ones_like(mean_L), where=max_L > 0)
     overall = mean_L.sum() / max_L.sum() if max_L.sum() > 0 else 1.0

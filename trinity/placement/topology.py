@@ -86,7 +86,7 @@ class Topology:
         return slots_LS
 
     def _room_L(self, shard: Shard, room_L: np.ndarray, num_experts: int) -> np.ndarray:
-        """Of one shard; `room_L` is what the shards before it have."""
+        """Room of one shard; `room_L` is what the shards before it have."""
         most = num_experts if shard.slots is None else min(shard.slots, num_experts)
         if shard.memory_bytes is None:
             return np.full(len(room_L), most)

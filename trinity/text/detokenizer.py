@@ -1,4 +1,4 @@
-"""From token ids to text that may be shown: incremental decoding, and stop strings across token boundaries."""
+"""Text that may be shown from token ids: incremental decoding, and stop strings across token boundaries."""
 
 import codecs
 from typing import Protocol

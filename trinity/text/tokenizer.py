@@ -109,7 +109,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a checkpoint folder or a tokenizer.json in one; reads tokenizer_config.json, special_tokens_map.json
+        """Read a checkpoint folder or a tokenizer.json in one, with tokenizer_config.json, special_tokens_map.json
         and chat_template.jinja beside it. Raises ConfigError if `path` is missing, CheckpointError for its content."""
         file = Path(path)
         if not file.exists():

@@ -13,7 +13,7 @@ def meminfo() -> dict[str, int]:
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Of installed packages."""
+    """Versions of installed packages."""
     found = {}
     for name in names:
         try:

@@ -21,7 +21,7 @@ USUAL = 10  # of a run that nobody serves
 
 
 def give_way(niceness: int | None) -> None:
-    """Of this thread for good, and of those that it starts: 0 or None not at all, 1 to 19 so nice, IDLE."""
+    """Make this thread, and those that it starts, give way for good: 0 or None not at all, 1 to 19 so nice, IDLE."""
     if sys.platform != "linux" or not niceness:
         return
     try:

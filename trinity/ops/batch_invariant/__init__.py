@@ -8,11 +8,11 @@ from torch import Tensor, bfloat16, float32, is_grad_enabled
 
 
 def is_for(x: Tensor) -> bool:
-    """Whether there is exact arithmetic for tensors like x."""
+    """Say whether there is exact arithmetic for tensors like x."""
     return x.is_cpu and x.dtype in (float32, bfloat16)
 
 
 def at_once(x: Tensor, *weights: Tensor) -> bool:
-    """Whether several products may be made of x in one go: without gradients, in fp32, of whole matrices."""
+    """Say whether several products may be made of x in one go: without gradients, in fp32, of whole matrices."""
     whole = all(w.dtype == float32 and w.is_contiguous() and w.numel() for w in weights)
     return whole and is_for(x) and x.dtype == float32 and x.numel() > 0 and not is_grad_enabled()

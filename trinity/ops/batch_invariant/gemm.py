@@ -130,5 +130,5 @@ def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def addresses(first, stride, last):  # type: ignore[no-untyped-def]
-    """Of ROWS rows in turn; those past the last repeat it."""
+    """Addresses of ROWS rows in turn; those past the last repeat it."""
     return first, first + stride * min(1, last), first + stride * min(2, last), first + stride * min(3, last)

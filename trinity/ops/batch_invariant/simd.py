@@ -187,7 +187,7 @@ def _trees(b: Any, vectors: list[Any]) -> Any:
 
 
 def _folded(b: Any, first: Any, second: Any, width: int, num: int) -> Any:
-    """Of the first `num` lanes of two vectors, in runs of `width`: the front half of each run plus its back half."""
+    """Fold the first `num` lanes of two vectors, in runs of `width`: the front half of each run plus its back half."""
     runs = range(0, num, width)
     front, back = ([run + at + i for run in runs for i in range(width // 2)] for at in (0, width // 2))
     kind = ir.VectorType(I32, len(front))

@@ -1,6 +1,6 @@
 """Reinforcement learning on a live pool of experts: a tiny model learns to close brackets.
 
-    .venv/bin/python docs/balanced_brackets.py --seeds 0 1 2    # --ray: experts in two Ray actors; a minute or two a seed
+    .venv/bin/python examples/balanced_brackets.py --seeds 0 1 2    # --ray: experts in two Ray actors; a minute or two a seed
 
 First it reads lines in which two of five brackets at the end are random. Then, in each step, it completes 16 lines 8 times
 each; a completion is worth 1 if it closes all brackets of its line in order, else 0. Draws runs/balanced_brackets.png.
