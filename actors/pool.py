@@ -14,7 +14,8 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.control.service import PlacementActor, PoolSpec
+from actors.control.service import PlacementActor
+from actors.control.state import PoolSpec
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.ray_transport import RayTransport
