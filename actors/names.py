@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
+from trinity.rpc.messages import Load
 
 PLACEMENT = "placement"
 SERVICE = "the placement service"
@@ -76,8 +77,8 @@ class PlacementClient:
     @property
     def handle(self) -> Any:
         """Raises Unavailable when there is no such service."""
-        self._handle = self._handle or find(self.pool, PLACEMENT, self.namespace)
-        return self._handle
+        found = self._handle = self._handle or find(self.pool, PLACEMENT, self.namespace)
+        return found
 
     def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         """The answer of one of its methods. Raises TrinityErrors."""
@@ -86,3 +87,23 @@ class PlacementClient:
         except Unavailable:
             self._handle = None  # another pool may have the name now
             raise
+
+    def secret(self) -> bytes:
+        """What callers prove to shards that they know."""
+        return self.ask("secret")
+
+    def spec(self) -> Any:
+        """What the pool is made from (actors/control/state.py)."""
+        return self.ask("spec")
+
+    def source(self) -> Load | None:
+        """Where a shard that starts again finds its weights."""
+        return self.ask("source")
+
+    def pin(self, version: int | None, holder: str, lease_s: float) -> int:
+        """Keep a version (None: the one that is served) for `holder` until the lease ends; -> the version."""
+        return self.ask("pin", version, holder, lease_s)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Without waiting for an answer. Raises Unavailable when there is no such service."""
+        getattr(find(self.pool, PLACEMENT, self.namespace), method).remote(*arguments)

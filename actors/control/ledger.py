@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity.errors import Overloaded, StepConflict, Unavailable, VersionGone
-from trinity.pool.pool import Decision
+from trinity.pool.ledger import Decision
 
 MAX_PINNED = 4
 

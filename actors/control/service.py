@@ -18,7 +18,7 @@ from actors.shard import DataPlane
 from trinity.config import PlacementConfig
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
-from trinity.pool.pool import Decision, StepTicket
+from trinity.pool.ledger import Decision, StepTicket
 from trinity.rpc.messages import Experts, Load
 
 log = logging.getLogger(__name__)

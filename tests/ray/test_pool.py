@@ -139,7 +139,7 @@ def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, 
     while time.monotonic() < deadline:
         try:
             if ray_session.get(service.current.remote()) == grown.renewed():
-                assert pool.source() == Load(seed=3)
+                assert pool.service.source() == Load(seed=3)
                 break
         except ray_session.exceptions.RayActorError:
             time.sleep(0.1)
