@@ -6,116 +6,99 @@ driver find the same actors. Shards sit in a placement group, spread over nodes.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.control.service import PlacementActor, PoolSpec
+from actors.control.service import PlacementActor
+from actors.control.state import PoolSpec
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.ray_transport import RayTransport
-from actors.names import PLACEMENT, Handles, ask, find, name_of
+from actors.names import PLACEMENT, SERVICE, Handles, PlacementClient, ask, find, name_of
 from actors.shard import DataPlane, start_shard
 from actors.sync import shm_state
 from actors.sync.placement_watcher import PlacementWatcher
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch.transport import Transport
-from trinity.errors import ConfigError, DeadlineExceeded, Unavailable, VersionGone
+from trinity.errors import ConfigError, DeadlineExceeded, Unavailable
 from trinity.placement.table import PlacementTable
+from trinity.pool.ledger import Decision, StepTicket
 from trinity.pool.local import shard_names, shard_specs
-from trinity.pool.pool import Decision, ExpertPool, StepTicket
+from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
+from trinity.utils.trying import retrying
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-PAUSE_S = 0.2
 HEAD = "node:__internal_head__"
 
 
 class RayPool(ExpertPool):
-    """An ExpertPool over shard actors; remembers with the placement service what a restarted shard loads."""
+    """An ExpertPool made of parts that reach over Ray: the placement service tells of tables and remembers steps; control goes
+    through actor calls, rows through sockets of their own unless they are to travel through Ray."""
+
+    ledger: "RayLedger"
 
     def __init__(self, settings: PlacementConfig, namespace: str, table: PlacementTable):
-        self.name, self.namespace, self.is_direct = settings.pool, namespace, settings.transport == "direct"
+        self.name, self.namespace = settings.pool, namespace
         self.shards = Handles(self.name, namespace)
-        self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
-        self._service: Any = None
-        view = PlacementWatcher(self.name, namespace, table, self.shards)
+        self.service = PlacementClient(self.name, namespace, settings.call_timeout_s)
         timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
-        super().__init__(view, RayTransport(self.shards, *timeouts), *timeouts, settings.attempt_timeout_s)
+        super().__init__(
+            PlacementWatcher(self.name, namespace, table, self.shards),
+            RayTransport(self.shards, *timeouts),
+            *timeouts,
+            settings.attempt_timeout_s,
+            ledger=RayLedger(self.service, settings.checkpoint_timeout_s),
+            rows_over=self._direct if settings.transport == "direct" else lambda transport: transport,
+        )
 
-    def rows_transport(self) -> Transport:
-        """Sockets of its own for each caller, unless rows are to travel through Ray."""
-        return DirectTransport(self.transport, self._locate, self._ask("secret")) if self.is_direct else self.transport
+    def _direct(self, transport: Transport) -> Transport:
+        return DirectTransport(transport, self._locate, self.service.secret())
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         """Asks the shard itself: while it starts again, this waits."""
         return ask(self.shards[shard].address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
 
-    def load(self, message: Load) -> int:
-        self.set_source(message)
-        return super().load(message)
+
+class RayLedger:
+    """A StepLedger: the placement service remembers."""
+
+    def __init__(self, service: PlacementClient, long_timeout_s: float):
+        self.service, self.long_timeout_s = service, long_timeout_s
+        self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
 
     def set_source(self, message: Load) -> None:
-        self._ask("set_source", message)
+        self.service.ask("set_source", message)
 
     def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
-        return self._ask("begin_attempt", version, num_updates, timeout_s=self.checkpoint_timeout_s)
+        return self.service.ask("begin_attempt", version, num_updates, timeout_s=self.long_timeout_s)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        self._ask("begin", version, {**notes, "backbone": self.backbone_at})
+        self.service.ask("begin", version, {**notes, "backbone": self.backbone_at})
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
-        until_s = time.monotonic() + self.checkpoint_timeout_s
-        while True:
-            try:
-                return self._ask("decide", step, attempt, {**notes, "backbone": self.backbone_at})
-            except (Unavailable, DeadlineExceeded):
-                if time.monotonic() > until_s:
-                    raise
-            time.sleep(PAUSE_S)
+        decide = partial(self.service.ask, "decide", step, attempt, {**notes, "backbone": self.backbone_at})
+        retrying(decide, time.time() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 
     def decided(self) -> Decision | None:
-        return self._ask("decided")
+        return self.service.ask("decided")
 
     def backbone(self, version: int, suffix: str = "") -> Version:
         decision = self.decided()
         places = decision.notes["backbone"] if decision is not None else []
-        for node, folder in places:
-            try:
-                return shm_state.fetched(node, folder, version, suffix, self.timeout_s)
-            except (VersionGone, Unavailable, DeadlineExceeded) as error:
-                log.warning("the backbone of version %d is not on node %s: %s", version, node[:8], error)
-        raise VersionGone(f"the backbone of version {version} is on none of {len(places)} nodes")
 
-    def pin(self, version: int | None, holder: str, lease_s: float) -> int:
-        """Keep a version (None: the one that is served) for `holder` until the lease ends; -> the version."""
-        return self._ask("pin", version, holder, lease_s)
+        def fetched(node: str, folder: str) -> Version:
+            return shm_state.fetched(node, folder, version, suffix, self.service.timeout_s)
 
-    def unpin(self, holder: str) -> None:
-        self._ask("unpin", holder)
-
-    def source(self) -> Load | None:
-        return self._ask("source")
-
-    def spec(self) -> PoolSpec:
-        return self._ask("spec")
-
-    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """Through a handle that is kept: steps go on while Ray's head, which knows the names, is away."""
-        self._service = self._service or find(self.name, PLACEMENT, self.namespace)
-        try:
-            asked = getattr(self._service, method).remote(*arguments)
-            return ask(asked, timeout_s or self.timeout_s, "the placement service")
-        except Unavailable:
-            self._service = None  # another pool may have the name now
-            raise
+        return shm_state.from_any(places, version, fetched)
 
 
 def provide(
@@ -126,7 +109,7 @@ def provide(
         return create(settings, namespace, model, optim, state_dir)
     pool = connect(settings, namespace)
     wanted = PoolSpec(model, optim, settings.num_shards, device_of(settings))
-    if (found := pool.spec()) != wanted:
+    if (found := pool.service.spec()) != wanted:
         differs = [
             name for name in ("model", "optim", "num_shards", "device") if getattr(found, name) != getattr(wanted, name)
         ]
@@ -144,11 +127,12 @@ def create(
 
     The shards hold no weights until `load`. Raises Unavailable saying which resources are missing; nothing is left then.
     """
-    try:
-        return _create(settings, namespace, PoolSpec(model, optim, settings.num_shards, device_of(settings)), state_dir)
-    except Exception:
-        destroy(settings.pool, namespace, settings.memory_dir)
-        raise
+    with ExitStack() as undo:
+        undo.callback(destroy, settings.pool, namespace, settings.memory_dir)
+        spec = PoolSpec(model, optim, settings.num_shards, device_of(settings))
+        made = _create(settings, namespace, spec, state_dir)
+        undo.pop_all()
+    return made
 
 
 def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
@@ -158,7 +142,7 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
         lifetime="detached",
         resources={HEAD: 0.001},  # its files are there
     ).remote(state_dir, spec, settings, namespace)
-    epoch = ask(service.epoch.remote(), settings.call_timeout_s, "the placement service")
+    epoch = ask(service.epoch.remote(), settings.call_timeout_s, SERVICE)
     names = shard_names(settings.num_shards)
     table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)
     group = _reserve(settings)
@@ -166,9 +150,9 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
     shards = shard_specs(table, spec.model, spec.optim, settings, spec.device)
     places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at) for at in range(len(shards))]
     actors = [start_shard(spec, plane, settings, namespace, at) for spec, at in zip(shards, places, strict=True)]
-    _wait(lambda t: ray.get([a.where.remote() for a in actors], timeout=t), settings, f"{len(actors)} shards")
-    ask(service.publish.remote(table), settings.call_timeout_s, "the placement service")
-    ask(service.supervise.remote(plane.host), settings.call_timeout_s, "the placement service")
+    _wait([actor.where.remote() for actor in actors], settings, f"{len(actors)} shards")
+    ask(service.publish.remote(table), settings.call_timeout_s, SERVICE)
+    ask(service.supervise.remote(plane.host), settings.call_timeout_s, SERVICE)
     log.info("pool %s: %d shards ready on %s, epoch %d", settings.pool, len(actors), spec.device, table.epoch)
     return RayPool(settings, namespace, table)
 
@@ -176,7 +160,7 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
 def connect(settings: PlacementConfig, namespace: str) -> RayPool:
     """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none."""
     service = find(settings.pool, PLACEMENT, namespace)
-    table = ask(service.current.remote(), settings.call_timeout_s, "the placement service")
+    table = ask(service.current.remote(), settings.call_timeout_s, SERVICE)
     if table is None:
         raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
     return RayPool(settings, namespace, table)
@@ -199,10 +183,8 @@ def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
         if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
     shm_state.remove(pool, namespace, memory_dir)
-    try:
+    with suppress(ValueError):  # there is no such group in this namespace
         remove_placement_group(get_placement_group(prefix))
-    except ValueError:
-        log.info("pool %s had no placement group in this namespace", pool)
 
 
 def device_of(settings: PlacementConfig) -> str:
@@ -231,17 +213,18 @@ def _reserve(settings: PlacementConfig) -> Any:
     group = placement_group(
         [bundle] * settings.num_shards, strategy="SPREAD", lifetime="detached", name=name_of(settings.pool, "")
     )
-    _wait(lambda t: ray.get(group.ready(), timeout=t), settings, f"{settings.num_shards} x {bundle}")
+    _wait([group.ready()], settings, f"{settings.num_shards} x {bundle}")
     return group
 
 
-def _wait(get: Callable[[float], T], settings: PlacementConfig, what: str) -> T:
+def _wait(refs: list[Any], settings: PlacementConfig, what: str) -> None:
+    """Raises what any of them does, and Unavailable when the time is up."""
     started = time.monotonic()
-    try:
-        return get(settings.ready_timeout_s)
-    except GetTimeoutError:
+    _, left = ray.wait(refs, num_returns=len(refs), timeout=settings.ready_timeout_s)
+    if left:
         free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
         raise Unavailable(
             f"{what} not ready after {time.monotonic() - started:.0f} s; free in the cluster: {free}. "
             "Use fewer shards, a larger cluster or a longer placement.ready_timeout_s"
-        ) from None
+        )
+    ray.get(refs)

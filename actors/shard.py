@@ -18,18 +18,19 @@ from actors.dataplane.connection import Address
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.ray_transport import RayTransport, pack, unpack
 from actors.dataplane.server import Combiner, DirectServer
-from actors.names import PLACEMENT, Handles, ask, find, name_of
+from actors.names import Handles, PlacementClient, ask, find, name_of
 from actors.sync import shm_state
 from trinity.checkpoint import open_checkpoint
 from trinity.config import PlacementConfig
 from trinity.errors import TrinityError
 from trinity.experts.migration import migrate_in
 from trinity.experts.shard import DTYPES, ExpertShard, ShardSpec
-from trinity.pool.pool import Decision
+from trinity.pool.ledger import Decision
 from trinity.rpc.messages import Copy, Load, Prepare, StepReport
 from trinity.state.versioned_store import Store
 from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
 from trinity.utils.niceness import LowPriorityExecutor
+from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
@@ -60,18 +61,15 @@ class ShardServer:
         if spec.optim is not None:
             keep_freed_memory()
         self.pool, self.namespace, self.secret = settings.pool, namespace, plane.secret
+        self.service = PlacementClient(self.pool, namespace, SERVICE_TIMEOUT_S)
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if again:
-            spec = replace(spec, experts=self._service("holdings", spec.name))
+            spec = replace(spec, experts=self.service.ask("holdings", spec.name))
         self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
         self.combiner = Combiner(self.shard, rows)
         if again:
             self._recover()
         self.server = self._listen(spec, plane)
-
-    def _service(self, method: str, *arguments: Any) -> Any:
-        service = find(self.pool, PLACEMENT, self.namespace)
-        return ask(getattr(service, method).remote(*arguments), SERVICE_TIMEOUT_S, "the placement service")
 
     def _listen(self, spec: ShardSpec, plane: DataPlane) -> DirectServer:
         limits = FrameLimits(spec.model.hidden_size, spec.model.num_experts, DTYPES[spec.model.dtype])
@@ -83,15 +81,17 @@ class ShardServer:
         pool's source, where that is of the same version.
 
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
-        decision, source = self._service("decided"), self._service("source")
+        decision, source = self.service.ask("decided"), self.service.source()
         if decision is not None:
             self.shard.recover_to(decision.version, decision.notes.get("attempt"))
         if self.shard.version < 0 and source is not None:
-            try:
-                if _is_of(source, decision):
-                    self.shard.load(source)
-            except TrinityError:
-                log.exception("shard %s started again and cannot load %s", self.shard.spec.name, source.checkpoint)
+            error = tried(partial(self._load, source, decision), TrinityError)
+            if error is not None:
+                log.error("shard %s started again and cannot load: %s", self.shard.spec.name, error, exc_info=error)
+
+    def _load(self, source: Load, decision: Decision | None) -> None:
+        if _is_of(source, decision):
+            self.shard.load(source)
 
     def handle(self, verb: str, message: Any) -> Any:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""
@@ -102,14 +102,11 @@ class ShardServer:
         return self.patient.run(self._obey, verb, call) if verb in LONG else self._obey(verb, call)
 
     def _obey(self, verb: str, call: Any) -> Any:
-        try:
-            if isinstance(call, Copy):
-                return self._copy(call)
-            if isinstance(call, Prepare) and call.shared:
-                return self._prepare(call)
-            return pack(getattr(self.shard, verb)(call))
-        except TrinityError as error:
-            return error
+        if isinstance(call, Copy):
+            return tried(partial(self._copy, call), TrinityError)
+        if isinstance(call, Prepare) and call.shared:
+            return tried(partial(self._prepare, call), TrinityError)
+        return pack(tried(partial(getattr(self.shard, verb), call), TrinityError))
 
     def _prepare(self, call: Prepare) -> StepReport:
         with self._peers() as peers:
@@ -128,7 +125,7 @@ class ShardServer:
 
     def _copy(self, call: Copy) -> int:
         with self._peers() as peers:
-            return migrate_in(self.shard, call, peers, self._service("source") if "" in call.sources else None)
+            return migrate_in(self.shard, call, peers, self.service.source() if "" in call.sources else None)
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         handle = find(self.pool, shard, self.namespace)

@@ -44,7 +44,7 @@ def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Stor
     is_first = node not in _said(comm, node)[: comm.rank]  # Ray's local rank would count by address
     folder = shm_state.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
     texts = _said(comm, f"{node} {folder}" if folder is not None else "")
-    pool.backbone_at = [(text.split(" ", 1)[0], text.split(" ", 1)[1]) for text in texts if text]
+    pool.ledger.backbone_at = [(text.split(" ", 1)[0], text.split(" ", 1)[1]) for text in texts if text]
     return Store(folder, device) if folder is not None else None
 
 

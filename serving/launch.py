@@ -95,8 +95,8 @@ def provide_pool(config: Config, checkpoint: str) -> bool:
 
 def _check_holds(pool: "RayPool", config: Config, checkpoint: str) -> None:
 
-    source, versions = pool.source(), set(pool.versions().values())
-    same = source is not None and source.checkpoint == checkpoint and pool.spec().model == config.model
+    source, versions = pool.service.source(), set(pool.versions().values())
+    same = source is not None and source.checkpoint == checkpoint and pool.service.spec().model == config.model
     if not same or versions != {open_checkpoint(checkpoint).version}:
         raise ConfigError(
             f"pool {pool.name!r} holds {source.checkpoint if source else 'other weights'} at version {versions}, not "

@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from actors.pool import RayPool
 from actors.train import train_loop
 from trinity.errors import TrinityError, Unavailable
 from trinity.train.trainer import Trainer
+from trinity.utils.trying import retrying, tried
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,10 +118,10 @@ class Chaos:
 
     def is_whole(self) -> bool:
         """As many shards as there should be, nothing under way, and each says itself that it holds what the table says."""
-        try:
-            seen, held = self._operator.snapshot(), {status.shard: status.rows for status in self.pool.status()}
-        except TrinityError:  # somebody is away
+        both = tried(lambda: (self._operator.snapshot(), self.pool.status()), TrinityError)
+        if isinstance(both, TrinityError):  # somebody is away
             return False
+        seen, held = both[0], {status.shard: status.rows for status in both[1]}
         table, is_idle = seen.table, all(change.phase in ("done", "rolled back") for change in seen.changes)
         wanted = {shard: table.experts_of(shard) for shard in table.shards}
         return (
@@ -173,10 +175,10 @@ def _until(what: Callable[[], bool], ended: threading.Event) -> None:
 
 def _struck(chaos: Chaos, planned: Planned) -> Struck:
     time_s = time.time()
-    try:
-        return Struck(planned.fault, chaos.strike(planned), time_s)
-    except TrinityError as error:  # the edge of this thread: the next one may be found
-        return Struck(planned.fault, "", time_s, error.message)
+    found = tried(partial(chaos.strike, planned), TrinityError)  # the edge of this thread: the next one may be found
+    if isinstance(found, TrinityError):
+        return Struck(planned.fault, "", time_s, found.message)
+    return Struck(planned.fault, found, time_s)
 
 
 # -- on a node
@@ -209,11 +211,9 @@ def _keeper(folder: str) -> int:
     """The training worker that has a tensor of that store mapped."""
     for path in Path("/proc").glob("[0-9]*/maps"):
         pid = int(path.parent.name)
-        try:
+        with suppress(OSError):  # it has ended, or is somebody else's
             if WORKER in _title(pid) and folder in path.read_text():
                 return pid
-        except OSError:  # it has ended, or is somebody else's
-            continue
     raise Unavailable(f"no training worker keeps {folder}; is it starting again?")
 
 
@@ -222,14 +222,7 @@ def _title(pid: int) -> bytes:
 
 
 def _until_there(find: Callable[[], T]) -> T:
-    until_s = time.monotonic() + FIND_S
-    while True:
-        try:
-            return find()
-        except Unavailable:
-            if time.monotonic() > until_s:
-                raise
-        time.sleep(PAUSE_S)
+    return retrying(find, time.time() + FIND_S)
 
 
 # -- in a training worker

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from actors.names import PLACEMENT, ask, find
+from actors.names import PlacementClient
 from trinity.config import PlacementConfig
 from trinity.placement.snapshot import Snapshot
 
@@ -40,9 +40,8 @@ class PlacementOperator:
         return self._ask("rebalance")
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        service = find(self.pool, PLACEMENT, self.namespace)
-        ref = getattr(service, method).remote(*arguments)
-        return ask(ref, timeout_s or self.timeout_s, "the placement service")
+        service = PlacementClient(self.pool, self.namespace, self.timeout_s)
+        return service.ask(method, *arguments, timeout_s=timeout_s)
 
 
 def operator(settings: PlacementConfig, namespace: str) -> PlacementOperator:

@@ -1,4 +1,4 @@
-"""What the supervisor sees: which shards answer, what they hold, how many rows each expert gets.
+"""What the control loop sees: which shards answer, what they hold, how many rows each expert gets.
 
 Legend: L layers, E experts of a layer.
 Counters of rows only grow and start again with their process; the load is their rate, in an exponential window.
@@ -11,21 +11,24 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from actors.dataplane.ray_transport import unpack
-from actors.names import Handles
-from trinity.errors import TrinityError
+from actors.names import Handles, translate_ray_errors
+from trinity.errors import DeadlineExceeded, TrinityError
+from trinity.placement.snapshot import ShardView
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import ShardStatus, Status
+from trinity.utils.trying import tried
 
 MIN_WAIT_S = 1.0
+ANSWER_S = 0.2  # for what has arrived
 LATE = object()
 MISSES = 3  # a shard may be busy for a while; one that is dead says so at once
 
 
 @dataclass(frozen=True)
-class Seen:
+class ShardSeen:
     """A shard when it was last asked."""
 
     is_there: bool
@@ -44,7 +47,7 @@ class Watch:
     def __init__(self, table: PlacementTable, window_s: float):
         self.window_s = window_s
         self.load_LE = np.zeros((len(table.layers), table.num_experts))  # rows per second
-        self.seen: dict[str, Seen] = {}
+        self.seen: dict[str, ShardSeen] = {}
         self.num_recoveries = 0
         self._counts: dict[str, np.ndarray] = {}
         self._looked_s = time.monotonic()
@@ -58,13 +61,22 @@ class Watch:
         """The newest that any shard has; -1 without any."""
         return max((seen.version for seen in self.seen.values() if seen.is_there), default=-1)
 
-    def node_of(self, shard: str) -> str:
-        return self.seen[shard].node if shard in self.seen else ""
+    @property
+    def node_of(self) -> dict[str, str]:
+        return {name: seen.node for name, seen in self.seen.items()}
 
     def lost(self, after_s: float) -> frozenset[str]:
         """Shards that have been away for so long."""
         now_s = time.monotonic()
         return frozenset(n for n, seen in self.seen.items() if not seen.is_there and now_s - seen.since_s > after_s)
+
+    def view(self, name: str, is_drained: bool) -> ShardView:
+        """Of a shard, as operators see it."""
+        seen = self.seen.get(name)
+        if seen is None:
+            return ShardView(name, "", "starting", -1, 0, 0, 0.0)
+        state = "away" if not seen.is_there else "draining" if is_drained else "ready"
+        return ShardView(name, seen.node, state, seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s)
 
     def rows_in_window(self) -> float:
         return float(self.load_LE.sum()) * self.window_s
@@ -72,79 +84,77 @@ class Watch:
     def look(self, table: PlacementTable, handles: Handles, timeout_s: float) -> None:
         """Ask every shard of the table, and wait a moment for those that are slow; who does not answer is away."""
         refs = {name: ref for name in table.shards if (ref := _asked(handles, name)) is not None}
-        ray.wait(
-            [pair[0] for pair in refs.values()], num_returns=len(refs), timeout=max(MIN_WAIT_S, timeout_s)
-        ) if refs else None
+        if refs:
+            said = [status for status, _ in refs.values()]
+            ray.wait(said, num_returns=len(said), timeout=max(MIN_WAIT_S, timeout_s))
         now_s = time.monotonic()
         elapsed_s, self._looked_s = max(1e-3, now_s - self._looked_s), now_s
         fresh_LE = np.zeros_like(self.load_LE)
         seen = {}
         for name in table.shards:
-            found = _answer(refs.get(name))
+            found = _answer(name, refs.get(name))
             seen[name] = self._note(table, name, found, elapsed_s, fresh_LE)
         keep = math.exp(-elapsed_s / self.window_s)
         self.load_LE = keep * self.load_LE + (1 - keep) * fresh_LE
         self.seen = seen
 
-    def _note(
-        self,
-        table: PlacementTable,
-        name: str,
-        found: Any,
-        elapsed_s: float,
-        fresh_LE: np.ndarray,
-    ) -> Seen:
+    def _note(self, table: PlacementTable, name: str, found: Any, elapsed_s: float, fresh_LE: np.ndarray) -> ShardSeen:
         before = self.seen.get(name)
         if found is None or found is LATE:
-            missed = before.missed + 1 if before and found is LATE else MISSES
-            if missed >= MISSES:
-                self._counts.pop(name, None)
-            there = missed < MISSES and before is not None and before.is_there
-            since_s = before.since_s if before and before.is_there == there else time.monotonic()
-            return replace(before or Seen(False), is_there=there, missed=missed, since_s=since_s, rows_per_s=0.0)
+            return self._missed(name, before, is_late=found is LATE)
         status, (node, pid) = found
         if before is not None and before.pid and (not before.is_there or before.pid != pid):
             self.num_recoveries += 1
-        since_s = before.since_s if before and before.is_there else time.monotonic()
-        counts_LE = _counts(table, status)
-        old_LE = self._counts.get(name)
-        rows_LE = np.zeros_like(fresh_LE)
-        if old_LE is not None:
-            rows_LE = np.where(counts_LE >= old_LE, counts_LE - old_LE, counts_LE) / elapsed_s
-        self._counts[name] = counts_LE
+        rows_LE = self._new_rows(name, _counts(table, status)) / elapsed_s
         fresh_LE += rows_LE
-        held = {layer: frozenset(rows) for layer, rows in status.rows.items()}
-        return Seen(
+        return ShardSeen(
             is_there=True,
-            since_s=since_s,
+            since_s=before.since_s if before and before.is_there else time.monotonic(),
             node=node,
             pid=pid,
             version=status.version,
             num_experts=status.num_experts,
             weight_bytes=status.weight_bytes,
             rows_per_s=float(rows_LE.sum()),
-            held=held,
+            held={layer: frozenset(rows) for layer, rows in status.rows.items()},
         )
+
+    def _missed(self, name: str, before: ShardSeen | None, is_late: bool) -> ShardSeen:
+        missed = before.missed + 1 if before and is_late else MISSES
+        if missed >= MISSES:
+            self._counts.pop(name, None)
+        there = missed < MISSES and before is not None and before.is_there
+        since_s = before.since_s if before and before.is_there == there else time.monotonic()
+        return replace(before or ShardSeen(False), is_there=there, missed=missed, since_s=since_s, rows_per_s=0.0)
+
+    def _new_rows(self, name: str, counts_LE: np.ndarray) -> np.ndarray:
+        """Since it was last asked; none where that is not known."""
+        old_LE = self._counts.get(name)
+        self._counts[name] = counts_LE
+        if old_LE is None:
+            return np.zeros_like(counts_LE)
+        return np.where(counts_LE >= old_LE, counts_LE - old_LE, counts_LE)
 
 
 def _asked(handles: Handles, name: str) -> Any:
-    try:
-        actor = handles[name]
-        return actor.handle.remote("status", Status()), actor.where.remote()
-    except TrinityError:
-        return None
+    """-> references of what it will say; None where there is no such actor."""
+    actor = tried(lambda: handles[name], TrinityError)
+    return None if isinstance(actor, TrinityError) else (actor.handle.remote("status", Status()), actor.where.remote())
 
 
-def _answer(refs: Any) -> Any:
+def _answer(name: str, refs: Any) -> Any:
     """What it said, LATE, or None where it is dead."""
     if refs is None:
         return None
-    try:
-        status, where = ray.get(list(refs), timeout=0.2)
-    except GetTimeoutError:
-        return LATE
-    except RayError:
-        return None
+
+    def got() -> Any:
+        with translate_ray_errors(name):
+            return ray.get(list(refs), timeout=ANSWER_S)
+
+    found = tried(got, TrinityError, RayError)
+    if isinstance(found, Exception):
+        return LATE if isinstance(found, DeadlineExceeded) else None
+    status, where = found
     return None if isinstance(status, TrinityError) else (unpack(status), where)
 
 

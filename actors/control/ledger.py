@@ -7,6 +7,7 @@ microseconds, and grows: whoever holds an older one has been replaced. Pins are 
 
 import json
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity.errors import Overloaded, StepConflict, Unavailable, VersionGone
-from trinity.pool.pool import Decision
+from trinity.pool.ledger import Decision
 
 MAX_PINNED = 4
 
@@ -36,12 +37,12 @@ class Pin:
     until_s: float  # time.time()
 
 
-class Record:
-    """Owned by the placement service, whose lock guards it. `folder` must be the same after a restart; `is_new`: what is there
-    is of another pool of that name."""
+class Ledger:
+    """Safe from any thread: `changed` is its lock, and where others wait for its news. `folder` must be the same after a
+    restart; `is_new`: what is there is of another pool of that name."""
 
-    def __init__(self, folder: Path, is_new: bool = False):
-        self._file = folder / "record.json"
+    def __init__(self, folder: Path, changed: threading.Condition, is_new: bool = False):
+        self._file, self._changed = folder / "record.json", changed
         if is_new:
             self._file.unlink(missing_ok=True)
         tree = json.loads(self._file.read_text()) if self._file.is_file() else {}
@@ -49,20 +50,23 @@ class Record:
 
     @property
     def decision(self) -> Decision | None:
-        return Decision(**self._state.decision) if self._state.decision else None
+        found = self._state.decision
+        return Decision(**found) if found else None
 
     @property
     def version(self) -> int:
         """That was decided last; -1 before the first."""
-        return self._state.decision["version"] if self._state.decision else -1
+        found = self._state.decision
+        return found["version"] if found else -1
 
     # -- the job
 
     def new_attempt(self) -> int:
         """Whatever older attempts still have under way is void from here on."""
-        attempt = max(self._state.attempt + 1, time.time_ns() // 1000)
-        self._become(attempt=attempt)
-        return attempt
+        with self._changed:
+            attempt = max(self._state.attempt + 1, time.time_ns() // 1000)
+            self._become(attempt=attempt)
+            return attempt
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
         """A job starts from that version, whatever there was before."""
@@ -70,14 +74,15 @@ class Record:
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Harmless when repeated. Raises StepConflict for an attempt that was given up, or a step that does not follow."""
-        if attempt != self._state.attempt:
-            raise StepConflict(f"attempt {attempt:x} at step {step} was given up for {self._state.attempt:x}")
-        if step == self.version:
-            return
-        if step != self.version + 1:
-            raise StepConflict(f"version {self.version} is the last that was decided; step {step} does not follow")
-        good = step if notes.get("is_good", True) else self._state.good
-        self._become(decision={"version": step, "notes": dict(notes)}, good=good)
+        with self._changed:
+            if attempt != self._state.attempt:
+                raise StepConflict(f"attempt {attempt:x} at step {step} was given up for {self._state.attempt:x}")
+            if step == self.version:
+                return
+            if step != self.version + 1:
+                raise StepConflict(f"version {self.version} is the last that was decided; step {step} does not follow")
+            good = step if notes.get("is_good", True) else self._state.good
+            self._become(decision={"version": step, "notes": dict(notes)}, good=good)
 
     # -- those who compute with its versions
 
@@ -88,27 +93,25 @@ class Record:
 
     def quarantine(self, version: int) -> int:
         """A version gave numbers that are none: nobody is to be served from it; -> the version to use."""
-        bad, good = {*self._state.bad, version}, self._state.good
-        older = [n for n in (version - 1, *self.keep()) if 0 <= n < version and n not in bad]
-        self._become(bad=sorted(bad), good=max(older) if version == good and older else good)
-        return self._state.good
+        with self._changed:
+            bad, good = {*self._state.bad, version}, self._state.good
+            older = [n for n in (version - 1, *self.keep()) if 0 <= n < version and n not in bad]
+            self._become(bad=sorted(bad), good=max(older) if version == good and older else good)
+            return self._state.good
 
-    def pin(self, version: int, holder: str, lease_s: float) -> None:
-        """Keep a version for `holder` until the lease ends; renew by asking again. Raises VersionGone for one that is gone,
-        Overloaded beyond MAX_PINNED. The version before the present one is there until the next step is staged, whose
-        attempt will know of the pin."""
-        pins = self.pins()
-        pinned = {pin.version for pin in pins.values()}
-        if version not in pinned | {self.version, self.version - 1, self._state.good}:
-            raise VersionGone(
-                f"version {version} is not kept; the present one is {self.version}, pinned: {sorted(pinned)}"
-            )
-        if version not in pinned and len(pinned) >= MAX_PINNED:
-            raise Overloaded(f"{len(pinned)} versions are pinned, {MAX_PINNED} may be; use one of {sorted(pinned)}")
-        self._hold({**pins, holder: Pin(version, time.time() + lease_s)})
+    def pin(self, version: int | None, holder: str, lease_s: float) -> int:
+        """Keep a version (None: the one that is served now) for `holder` until the lease ends; -> the version. Renew by asking
+        again. Raises VersionGone for one that is gone, Overloaded beyond MAX_PINNED. The version before the present one is
+        there until the next step is staged, whose attempt will know of the pin."""
+        with self._changed:
+            wanted, pins = self.serving if version is None else version, self.pins()
+            self._check_pin(wanted, {pin.version for pin in pins.values()})
+            self._hold({**pins, holder: Pin(wanted, time.time() + lease_s)})
+            return wanted
 
     def unpin(self, holder: str) -> None:
-        self._hold({name: pin for name, pin in self.pins().items() if name != holder})
+        with self._changed:
+            self._hold({name: pin for name, pin in self.pins().items() if name != holder})
 
     def pins(self) -> dict[str, Pin]:
         """Whose lease has not ended."""
@@ -117,24 +120,35 @@ class Record:
 
     def keep(self) -> tuple[int, ...]:
         """Versions before the present one that shards must keep."""
-        wanted = {self._state.good, *(pin.version for pin in self.pins().values())}
-        return tuple(sorted(n for n in wanted if 0 <= n < self.version))
+        with self._changed:
+            wanted = {self._state.good, *(pin.version for pin in self.pins().values())}
+            return tuple(sorted(n for n in wanted if 0 <= n < self.version))
 
     # -- inside
+
+    def _check_pin(self, version: int, pinned: set[int]) -> None:
+        if version not in pinned | {self.version, self.version - 1, self._state.good}:
+            raise VersionGone(
+                f"version {version} is not kept; the present one is {self.version}, pinned: {sorted(pinned)}"
+            )
+        if version not in pinned and len(pinned) >= MAX_PINNED:
+            raise Overloaded(f"{len(pinned)} versions are pinned, {MAX_PINNED} may be; use one of {sorted(pinned)}")
 
     def _hold(self, pins: Mapping[str, Pin]) -> None:
         self._become(pins={holder: asdict(pin) for holder, pin in pins.items()})
 
     def _become(self, **changes: Any) -> None:
         """On the disk first: what could not be written is not so."""
-        state = replace(self._state, **changes)
-        partial = self._file.with_name(f".record-{secrets.token_hex(4)}")
-        try:
-            partial.write_text(json.dumps(asdict(state)))
-            partial.rename(self._file)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise Unavailable(
-                f"cannot write {self._file}: {error.strerror}; the placement service needs room there"
-            ) from None
-        self._state = state
+        with self._changed:
+            state = replace(self._state, **changes)
+            partial = self._file.with_name(f".record-{secrets.token_hex(4)}")
+            try:
+                partial.write_text(json.dumps(asdict(state)))
+                partial.rename(self._file)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise Unavailable(
+                    f"cannot write {self._file}: {error.strerror}; the placement service needs room there"
+                ) from None
+            self._state = state
+            self._changed.notify_all()

@@ -1,40 +1,37 @@
 """Gives shards what the table says they hold and they lack, because they died or hung in the middle of something."""
 
 import logging
-import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
 
-from actors.control.health import Seen, Watch
+from actors.control.health import ShardSeen, Watch
+from actors.control.shards import Shards
 from trinity.errors import StateLost, StepConflict, VersionGone
 from trinity.placement.table import Expert, PlacementTable
 from trinity.rpc.messages import Commit, Copy, PruneTo
-
-if TYPE_CHECKING:
-    from actors.control.service import PlacementService
+from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 
 
 class RepairController:
-    """Part of the supervisor. `ask(shard, verb, message)` waits for the answer and raises what the shard does."""
+    """Part of the control loop, which sees with `watch`. Raises what the shards do."""
 
-    def __init__(self, service: "PlacementService", watch: Watch, ask: Callable[[str, str, Any], Any]):
-        self.service, self.watch, self._ask = service, watch, ask
+    def __init__(self, shards: Shards, watch: Watch):
+        self.shards, self.state, self.watch = shards, shards.state, watch
 
     def repair(self) -> None:
         """Of a pool that serves: drop what the table gives to others, copy what is missing."""
         for shard, seen in self._there():
             wanted = self._table.experts_of(shard)
             if any(seen.held.get(layer, frozenset()) - set(experts) for layer, experts in wanted.items()):
-                self._ask(shard, "prune_to", PruneTo(wanted, self._table.epoch))
+                self.shards.ask(shard, "prune_to", PruneTo(wanted, self._table.epoch))
             if self.watch.version >= 0:
                 self._fill(shard, seen, self.watch.version, 0)
 
     def restore(self) -> None:
         """Of a pool that trains: a shard that started again with nothing (its host has gone) gets all of its experts from other
         replicas. The step under way cannot be prepared without it, so their version does not change meanwhile."""
-        decision = self.service.decided()
+        decision = self.state.ledger.decision
         if decision is None:
             return
         for shard, seen in self._there():
@@ -43,7 +40,7 @@ class RepairController:
 
     def check_recoverable(self) -> None:
         """Raises StateLost when a shard of a pool that trains can never again be at the version that was decided on."""
-        decision = self.service.decided()
+        decision = self.state.ledger.decision
         if decision is None:
             return
         for shard, seen in self._there():
@@ -65,37 +62,28 @@ class RepairController:
 
     @property
     def _table(self) -> PlacementTable:
-        assert self.service.table is not None
-        return self.service.table
+        return self.state.table
 
-    def _there(self) -> Iterator[tuple[str, Seen]]:
+    def _there(self) -> Iterator[tuple[str, ShardSeen]]:
         """Shards of the table that answered the last time; what others held then is old news."""
         for shard, seen in self.watch.seen.items():
             if shard in self._table.shards and seen.is_there and not seen.missed:
                 yield shard, seen
 
-    def _fill(self, shard: str, seen: Seen, version: int, num_updates: int) -> None:
+    def _fill(self, shard: str, seen: ShardSeen, version: int, num_updates: int) -> None:
         """Copy to the shard what it lacks of the table."""
         for layer, experts in self._table.experts_of(shard).items():
             missing = tuple(sorted(set(experts) - seen.held.get(layer, frozenset())))
             sources = tuple(self.source((layer, expert), shard) for expert in missing)
-            if missing and (all(sources) or not self._trains):
+            if missing and (all(sources) or not self.state.spec.trains):
                 log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
-                until_s = time.time() + self.service.settings.call_timeout_s
-                self._ask(
-                    shard, "copy", Copy(layer, missing, sources, version, until_s, num_updates, self._table.epoch)
-                )
-
-    @property
-    def _trains(self) -> bool:
-        return self.service.spec().optim is not None
+                until_s, epoch = self.shards.deadline(), self._table.epoch
+                self.shards.ask(shard, "copy", Copy(layer, missing, sources, version, until_s, num_updates, epoch))
 
     def _catches_up(self, shard: str, version: int) -> bool:
         """Whether it has that version staged."""
-        try:
-            return self._ask(shard, "commit", Commit(version)) == version
-        except (StepConflict, VersionGone):
-            return False
+        found = tried(lambda: self.shards.ask(shard, "commit", Commit(version)), StepConflict, VersionGone)
+        return found == version
 
     def _experts_of(self, shard: str) -> list[Expert]:
         return [(layer, expert) for layer, experts in self._table.experts_of(shard).items() for expert in experts]

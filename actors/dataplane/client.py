@@ -24,6 +24,7 @@ from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 from trinity.rpc.messages import Backward, Forward
 
 log = logging.getLogger(__name__)
+BROKEN = (EOFError, OSError, TrinityError)  # what ends a connection
 
 
 class Connection:
@@ -45,15 +46,15 @@ class Connection:
             raise BadFrame(f"the shard speaks {bytes(hello[:4])!r}, this side {MAGIC!r}; update one of them")
         self.wire.send(proof_of(secret, bytes(hello[len(MAGIC) :])), [], deadline_s)
         self._welcome(deadline_s)
-        mailbox = self.wire.mailbox = agree(self.wire, possible(near, device, address.device), deadline_s)
-        self._min_bytes = math.inf if mailbox is None else mailbox.min_bytes
+        buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
+        self._min_bytes = math.inf if buffer is None else buffer.min_bytes
         log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
 
     @property
     def ways(self) -> tuple[str, str]:
         """How rows travel: small ones, large ones."""
         small = "a Unix socket" if self.wire.sock.family == socket.AF_UNIX else "TCP"
-        return small, small if self.wire.mailbox is None else self.wire.mailbox.name
+        return small, small if self.wire.buffer is None else self.wire.buffer.name
 
     def _welcome(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
@@ -70,9 +71,9 @@ class Connection:
         return number
 
     def _posted(self, number: int, header: bytes, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
-        """The frame with its rows in the mailbox, if there is a box for them."""
-        assert self.wire.mailbox is not None
-        box = self.wire.mailbox.lend(number, tensors[0].nbytes)
+        """The frame with its rows in the shared buffer, if there is a box for them."""
+        assert self.wire.buffer is not None
+        box = self.wire.buffer.lend(number, tensors[0].nbytes)
         return (header, tensors) if box is None else self.wire.post(box, header, tensors)
 
     def take(self, number: int, deadline_s: float) -> Any:
@@ -94,16 +95,14 @@ class Connection:
             return False
         try:
             return self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def _read(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
         value = value_of(header, self.wire.payload(header, deadline_s))
-        if (mailbox := self.wire.mailbox) is not None and mailbox.lent:
-            mailbox.release_slot(header.request)
+        if (buffer := self.wire.buffer) is not None and buffer.lent:
+            buffer.release_slot(header.request)
         if header.request == 0:  # the shard refuses the connection
             raise value if isinstance(value, TrinityError) else BadFrame("an answer without a request")
         if header.request in self._expected:
@@ -124,15 +123,8 @@ class DirectReply:
         """Raises DeadlineExceeded when the time is up, Unavailable when the shard's process is away."""
         try:
             value = self.connection.take(self.number, self.deadline_s)
-        except DeadlineExceeded:
-            self.transport.drop(self.shard, self.connection)  # maybe in the middle of a frame
-            raise DeadlineExceeded(f"shard {self.shard} did not answer in time; is it overloaded or stopped?") from None
-        except (EOFError, OSError) as error:
-            self.transport.drop(self.shard, self.connection)
-            raise Unavailable(f"shard {self.shard} went away: {error}") from None
-        except BadFrame:
-            self.transport.drop(self.shard, self.connection)
-            raise
+        except BROKEN as error:
+            raise self.transport.given_up(self.shard, self.connection, error) from None
         if isinstance(value, TrinityError):
             raise value
         return value
@@ -155,12 +147,15 @@ class DirectTransport:
         try:
             connection = self._connection(shard, message)
             return DirectReply(self, shard, connection, connection.send(message), message.deadline_s)
-        except (EOFError, OSError) as error:
-            self.drop(shard, self._connections.get(shard))
-            return Done(error=Unavailable(f"shard {shard} cannot be reached: {error}"))
-        except TrinityError as error:
-            self.drop(shard, self._connections.get(shard))
-            return Done(error=error)
+        except BROKEN as error:
+            return Done(error=self.given_up(shard, self._connections.get(shard), error))
+
+    def given_up(self, shard: str, connection: Connection | None, error: Exception) -> TrinityError:
+        """Drop a connection that failed, maybe in the middle of a frame; -> what to tell the caller."""
+        self.drop(shard, connection)
+        if isinstance(error, DeadlineExceeded):
+            return DeadlineExceeded(f"shard {shard} did not answer in time; is it overloaded or stopped?")
+        return error if isinstance(error, TrinityError) else Unavailable(f"shard {shard} cannot be reached: {error}")
 
     def drop(self, shard: str, connection: Connection | None) -> None:
         """Forget a connection that is of no more use; the next call makes another."""

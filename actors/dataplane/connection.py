@@ -50,7 +50,7 @@ class Wire:
     where a poll before each would make three. Deadlines are kept to within a tick. What is received goes to `device`.
     """
 
-    mailbox: SharedBuffer | None = None
+    buffer: SharedBuffer | None = None
 
     def __init__(self, sock: socket.socket, tick_s: float = 0.05, device: torch.device = CPU):
         sock.setblocking(True)
@@ -102,7 +102,7 @@ class Wire:
         return Header.unpack(self._head)
 
     def payload(self, header: Header, deadline_s: float) -> list[Tensor]:
-        """The rest of that frame, received into its own memory. Raises BadFrame for what is not in the mailbox."""
+        """The rest of that frame, received into its own memory. Raises BadFrame for what is not in the shared buffer."""
         if header.flags & IN_SHARED_BUFFER:
             buffers = header.buffers(self._posted(header))
             arriving = buffers[1:]
@@ -115,21 +115,23 @@ class Wire:
         return buffers
 
     def post(self, box: int, header: bytes, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
-        """Put a frame's first tensor into the mailbox; -> the frame to send instead."""
-        assert self.mailbox is not None
-        self.mailbox.put(box, tensors[0])
+        """Put a frame's first tensor into the shared buffer; -> the frame to send instead."""
+        assert self.buffer is not None
+        self.buffer.put(box, tensors[0])
         return in_shared_buffer(header, box), tensors[1:]
 
     def close(self) -> None:
         self.sock.close()
-        if self.mailbox is not None:
-            self.mailbox.close()
-            self.mailbox = None
+        if self.buffer is not None:
+            self.buffer.close()
+            self.buffer = None
 
     def _posted(self, header: Header) -> Tensor:
-        if self.mailbox is None or header.kind >= FAILURE:
-            raise BadFrame(f"a frame of kind {header.kind} names box {header.box} of a mailbox that it does not have")
-        return self.mailbox.take(header)
+        if self.buffer is None or header.kind >= FAILURE:
+            raise BadFrame(
+                f"a frame of kind {header.kind} names box {header.box} of a shared buffer that it does not have"
+            )
+        return self.buffer.take(header)
 
     def _wait(self, events: int, deadline_s: float) -> int:
         poll = select.poll()

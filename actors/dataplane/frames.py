@@ -3,7 +3,7 @@
 Legend: R rows, D model, K slots of a row.
 Decisions: everything a receiver must know to allocate is in the header, and is checked against what the shard is before
 a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. The first
-tensor (x, dy, y, dx) may lie in a box of the connection's mailbox instead of in the stream (shm.py). This is the
+tensor (x, dy, y, dx) may lie in a box of the connection's shared buffer instead of in the stream (shm.py). This is the
 path of every row: what can be done once per connection or by one call into C is.
 """
 
@@ -56,7 +56,7 @@ class Header(NamedTuple):
     kind: int
     dtype: int
     flags: int
-    box: int  # of the mailbox
+    box: int  # of the shared buffer
     request: int
     op_id: bytes
     layer: int
@@ -186,12 +186,12 @@ def _head(kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, n
 
 
 def offer(kind: int) -> bytes:
-    """A mailbox of that kind, from a caller; from a shard: the kind it took, or 0."""
+    """A shared buffer of that kind, from a caller; from a shard: the kind it took, or 0."""
     return _head(OFFER, 0, kind)
 
 
 def in_shared_buffer(header: bytes, box: int) -> bytes:
-    """The header of the same frame with its first tensor in a box of the mailbox."""
+    """The header of the same frame with its first tensor in a box of the shared buffer."""
     return header[:6] + bytes((header[6] | IN_SHARED_BUFFER, box)) + header[8:]
 
 

@@ -7,15 +7,17 @@ applied), and the caller sends the same op again.
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
+from actors.names import translate_ray_errors
 from trinity.dispatch.transport import Done, Reply
-from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
+from trinity.errors import TrinityError, Unavailable
+from trinity.utils.trying import tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +64,8 @@ class RayReply:
 
     def result(self) -> Any:
         """Raises DeadlineExceeded when the time is up, Unavailable when the shard's process is away."""
-        try:
+        with translate_ray_errors(f"shard {self.shard}", f"{self.verb!r} in time"):
             answer = ray.get(self.ref, timeout=max(0.0, self.deadline_s - time.time()))
-        except GetTimeoutError:
-            raise DeadlineExceeded(
-                f"shard {self.shard} did not answer {self.verb!r} in time; is it overloaded or stopped?"
-            ) from None
-        except (RayActorError, ObjectLostError) as error:
-            raise Unavailable(f"shard {self.shard} is away ({type(error).__name__}) during {self.verb!r}") from None
         if isinstance(answer, TrinityError):
             raise answer
         return unpack(answer)
@@ -84,8 +80,7 @@ class RayTransport:
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         timeout_s = self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s
         deadline_s = getattr(message, "deadline_s", time.time() + timeout_s)
-        try:
-            actor = self.shards[shard]
-        except Unavailable as error:  # it has been ended
-            return Done(error=error)
+        actor = tried(partial(self.shards.__getitem__, shard), Unavailable)
+        if isinstance(actor, Unavailable):  # it has been ended
+            return Done(error=actor)
         return RayReply(actor.handle.remote(verb, pack(message)), shard, verb, deadline_s)

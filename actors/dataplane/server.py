@@ -114,9 +114,9 @@ class RequestQueue:
             if isinstance(call, Fetch):
                 return self.shard.fetch(call)
             return self.shard.infer(call) if isinstance(call, Forward) else self.shard.backward(call)
-        except TrinityError as error:
-            return error
         except Exception as error:  # the edge of this process: no caller may wait for an answer that never comes
+            if isinstance(error, TrinityError):
+                return error
             log.exception("computing layer %d of %s failed", call.layer, type(call).__name__)
             return TrinityError(f"the shard failed with {type(error).__name__}; its log says where")
 
@@ -196,10 +196,9 @@ class DirectServer:
             self._greet(wire)
             while True:
                 self._answer_one(wire)
-        except EOFError:
-            log.debug("a caller left")
-        except (TrinityError, OSError) as error:
-            log.warning("a connection ended: %s", str(error))  # who keeps the record must not keep its rows
+        except (EOFError, TrinityError, OSError) as error:
+            level = logging.DEBUG if isinstance(error, EOFError) else logging.WARNING  # the first: the caller left
+            log.log(level, "a connection ended: %s", str(error))  # who keeps the record must not keep its rows
         finally:
             wire.close()
 

@@ -1,10 +1,10 @@
-"""Mailboxes: memory that both ends of a connection reach, so that large rows need not pass through its socket.
+"""Shared buffers: memory that both ends of a connection reach, so that large rows need not pass through its socket.
 
 Legend: R rows, D model.
 Decisions: the caller makes it and offers it after the handshake, the shard takes or declines it; it travels as a file
 descriptor, so it has no name, and it is gone when both ends have let go of it or were killed. A box is lent to a request and
 its answer comes back in it: only the caller says which boxes are free, and only the frames on the socket say what is in one.
-When none is free, or a tensor is too large for one, the frame goes over the socket as if there were no mailbox. Memory is
+When none is free, or a tensor is too large for one, the frame goes over the socket as if there were no shared buffer. Memory is
 taken when it is first written (on a GPU: at once), and the box that was used last is used first.
 """
 
@@ -78,7 +78,7 @@ class SharedBuffer(ABC):
 def place(box: int, num_bytes: int) -> int:
     """Where a box begins."""
     if box >= NUM_BOXES or num_bytes > BOX_BYTES:
-        raise BadFrame(f"{num_bytes} bytes in box {box}; a mailbox has {NUM_BOXES} boxes of {BOX_BYTES} bytes")
+        raise BadFrame(f"{num_bytes} bytes in box {box}; a shared buffer has {NUM_BOXES} boxes of {BOX_BYTES} bytes")
     return box * BOX_BYTES
 
 
@@ -86,14 +86,14 @@ class HostSharedBuffer(SharedBuffer):
     """Shared memory of a host. A side that computes on a GPU pins it, so that it can copy without staging.
 
     Round trip to a process that doubles rows of 256 fp32, on 2 busy cores, in microseconds over the socket, and through the
-    mailbox (medians of alternating calls; ratios varied by 0.1 between runs):
+    shared buffer (medians of alternating calls; ratios varied by 0.1 between runs):
 
         KiB each way            64       128       256       512       1024       2048       4096       8192
         inference          202 198   221 210   265 231   358 272    556 376   1204 665  2561 1516  5383 3213
         kept               203 207   222 226   296 282   454 410    626 469   1286 921  2600 1930  5467 4117
         backward           180 197   203 218   241 240   319 284    485 395   1125 771  2463 1673  4930 3722
 
-    An inference is computed in the mailbox itself: with a copy it takes 5 % longer up to 2 MiB, then 10 to 20 %.
+    An inference is computed in the shared buffer itself: with a copy it takes 5 % longer up to 2 MiB, then 10 to 20 %.
     """
 
     kind, name, min_bytes = 1, "shared memory", 256 << 10
@@ -119,7 +119,7 @@ class HostSharedBuffer(SharedBuffer):
         """What a peer can shrink, or huge pages that it has used up, would end this process with a SIGBUS."""
         size, page_bytes = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize
         if size != SIZE or page_bytes != mmap.PAGESIZE or not _cannot_shrink(fd):
-            raise BadFrame(f"a mailbox is {SIZE} bytes of sealed memory, not {size} bytes of another kind")
+            raise BadFrame(f"a shared buffer is {SIZE} bytes of sealed memory, not {size} bytes of another kind")
         try:
             with torch.inference_mode(False):  # whoever connects, everybody may write
                 return cls(torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=SIZE, dtype=torch.uint8), device)
@@ -278,27 +278,27 @@ def agree(wire: "Wire", kinds: list[type[SharedBuffer]], deadline_s: float) -> S
             try:
                 fd = kind.make(wire.device)
                 undo.callback(os.close, fd)
-                mailbox = kind.attach(fd, wire.device)
+                found = kind.attach(fd, wire.device)
             except OSError:
                 continue
             wire.send(offer(kind.kind), [], deadline_s)
             socket.send_fds(wire.sock, [b"\0"], [fd])
             if wire.header(deadline_s) == Header.unpack(offer(kind.kind)):
-                return mailbox
-            mailbox.close()
+                return found
+            found.close()
     return None
 
 
 def consider(wire: "Wire", header: Header, deadline_s: float) -> None:
     """The shard's side: take what is offered, or decline what does not work here. Raises BadFrame for what is no offer."""
     known = {kind.kind: kind for kind in possible(True, wire.device, wire.device.type)}
-    if header.request not in known or wire.mailbox is not None:
-        raise BadFrame(f"no mailbox of kind {header.request} is wanted here")
+    if header.request not in known or wire.buffer is not None:
+        raise BadFrame(f"no shared buffer of kind {header.request} is wanted here")
     _, fds, _, _ = socket.recv_fds(wire.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
     if not fds:
-        raise BadFrame("a mailbox was offered without its descriptor")
+        raise BadFrame("a shared buffer was offered without its descriptor")
     try:
-        wire.mailbox, taken = known[header.request].attach(fds[0], wire.device), header.request
+        wire.buffer, taken = known[header.request].attach(fds[0], wire.device), header.request
     except OSError:
         taken = 0
     finally:

@@ -10,24 +10,27 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import uuid4
 
 import torch
 
-from actors.names import PLACEMENT, find
+from actors.names import PlacementClient
 from actors.sync import placement_watcher, shm_state
 from trinity.config import RUN_TOKENIZER, Config, ModelConfig
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.view import PlacementView
 from trinity.engine.double_buffer import ModelDoubleBuffer
-from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
+from trinity.errors import ConfigError, TrinityError, Unavailable
 from trinity.models.common.decoder import CausalLM
 from trinity.models.registry import build
-from trinity.pool.pool import Decision
+from trinity.pool.ledger import Decision
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.backbone import WEIGHT, load_values
+from trinity.utils.trying import retrying, tried
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
@@ -38,15 +41,11 @@ class LivePool(Protocol):
     """What a pool that trains can be asked (actors/pool.py)."""
 
     name: str
-    namespace: str
+    service: PlacementClient
     view: PlacementView
     timeout_s: float
 
-    def spec(self) -> Any: ...
-
     def decided(self) -> Decision | None: ...
-
-    def pin(self, step: int | None, holder: str, lease_s: float) -> int: ...
 
     def dispatcher(self, version: int = 0) -> Dispatcher: ...
 
@@ -56,19 +55,19 @@ def live_source(pool: LivePool, config: Config, run_dir: str) -> "tuple[LiveWeig
     when there is none, and ConfigError for a version that is not kept."""
     decision = _first_decision(pool, config.placement.ready_timeout_s)
     device = "cuda" if config.engine.num_gpus else "cpu"
-    source = LiveWeights(pool, pool.spec().model, decision, device, config.engine.preload)
+    source = LiveWeights(pool, pool.service.spec().model, decision, device, config.engine.preload)
     if config.serve.weights != "live":
         source.pin(config.serve.pinned_step)
     return source, source.config, Tokenizer.load(Path(run_dir) / RUN_TOKENIZER)
 
 
 def _first_decision(pool: LivePool, timeout_s: float) -> Decision:
-    until_s = time.monotonic() + timeout_s
-    while (decision := pool.decided()) is None:
-        if time.monotonic() > until_s:
+    def found() -> Decision:
+        if (decision := pool.decided()) is None:
             raise Unavailable(f"pool {pool.name!r} has no weights after {timeout_s:.0f} s; is anybody training in it?")
-        time.sleep(POLL_S)
-    return decision
+        return decision
+
+    return retrying(found, time.time() + timeout_s)
 
 
 class LiveWeights:
@@ -104,7 +103,7 @@ class LiveWeights:
     def pin(self, step: int | None) -> None:
         """Serve that version for good; None: the one that is served now."""
         try:
-            self._pinned = self.pool.pin(step, self._holder("pinned"), LEASE_S)
+            self._pinned = self.pool.service.pin(step, self._holder("pinned"), LEASE_S)
         except TrinityError as error:
             raise ConfigError(f"--weights pinned:{step}: {error.message}; or serve that step's checkpoint") from None
 
@@ -158,19 +157,21 @@ class LiveWeights:
 
     def _load(self, model: CausalLM, version: int) -> None:
         """Raises VersionGone."""
-        for fresh in (False, True):  # the job may have moved since its place was noted
-            if fresh and (decision := self.pool.decided()) is not None:
-                self._places = decision.notes["backbone"]
-            for node, folder in self._places:
-                try:
-                    with self._lender.lent(node, folder, version, WEIGHT, self.pool.timeout_s) as found:
-                        load_values(model, found)
-                    experts = model.experts
-                    assert isinstance(experts, Dispatcher)
-                    return experts.use(version)
-                except (VersionGone, Unavailable, DeadlineExceeded) as error:
-                    log.info("version %d: %s", version, error)
-        raise VersionGone(f"the backbone of version {version} is kept nowhere any more")
+        shm_state.from_any(self._candidates(), version, partial(self._load_from, model, version))
+        experts = model.experts
+        assert isinstance(experts, Dispatcher)
+        experts.use(version)
+
+    def _load_from(self, model: CausalLM, version: int, node: str, folder: str) -> None:
+        with self._lender.lent(node, folder, version, WEIGHT, self.pool.timeout_s) as found:
+            load_values(model, found)
+
+    def _candidates(self) -> Iterator[tuple[str, str]]:
+        """Where a backbone may be: the job may have moved since its place was noted."""
+        yield from self._places
+        if (decision := self.pool.decided()) is not None:
+            self._places = decision.notes["backbone"]
+        yield from self._places
 
     def _keep_up(self) -> None:
         """Have each version that is to be served ready before it is the newest."""
@@ -185,12 +186,11 @@ class LiveWeights:
                     self._stopped.wait(AGAIN_S)
 
     def _is_ready(self, version: int) -> bool:
-        try:
-            if version >= 0 and version not in self._bad and self._pinned is None:
-                self._models.prepare(version)
-        except Exception as error:  # the edge of this thread: passes go on with the version before
-            log.warning("version %d cannot be taken up now: %s", version, error)
-            return False
+        if version >= 0 and version not in self._bad and self._pinned is None:
+            error = tried(partial(self._models.prepare, version), Exception)  # the edge of this thread
+            if error is not None:  # passes go on with the version before
+                log.warning("version %d cannot be taken up now: %s", version, error)
+                return False
         with self._guard:
             if version >= 0 and version not in self._bad:
                 self._good = version
@@ -208,7 +208,6 @@ class LiveWeights:
 
     def _ask(self, method: str, *arguments: object) -> None:
         """Without waiting for an answer: whether a version is there is said by whoever is asked to compute with it."""
-        try:
-            getattr(find(self.pool.name, PLACEMENT, self.pool.namespace), method).remote(*arguments)
-        except Unavailable as error:
+        error = tried(partial(self.pool.service.tell, method, *arguments), Unavailable)
+        if error is not None:
             log.warning("%s: %s", method, error)

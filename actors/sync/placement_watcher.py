@@ -8,19 +8,22 @@ import logging
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
-from actors.names import PLACEMENT, Handles, find
+from actors.names import PLACEMENT, SERVICE, Handles, ask, find
 from trinity.errors import TrinityError
 from trinity.placement.table import PlacementTable
+from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 POLL_S = 10.0
 AGAIN_S = 0.2
 REFRESH_S = 1.0
+ANSWER_S = 1.0  # for a shard that is asked whether it is there
 STOP_S = 2.0
 
 
@@ -76,7 +79,7 @@ class PlacementWatcher:
             self._news.wait_for(lambda: self.version != known, timeout_s)
             return self.version
 
-    def lost(self, shard: str) -> None:
+    def mark_unreachable(self, shard: str) -> None:
         with self._news:
             self.unreachable |= {shard}
             self._wake.set()
@@ -88,13 +91,10 @@ class PlacementWatcher:
             self._news.wait_for(lambda: self.table.epoch > epoch, REFRESH_S)
 
     def _follow(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._hear()
-            except SystemExit:  # what Ray raises in a process that leaves it
-                return
-            except (TrinityError, RayError, GetTimeoutError):  # it starts again
-                self._stopped.wait(AGAIN_S)
+        with suppress(SystemExit):  # what Ray raises in a process that leaves it
+            while not self._stopped.is_set():
+                if tried(self._hear, TrinityError, RayError) is not None:  # the service starts again
+                    self._stopped.wait(AGAIN_S)
 
     def _hear(self) -> None:
         """Wait for the next table, with an eye on being stopped."""
@@ -103,7 +103,7 @@ class PlacementWatcher:
         ref = service.newer.options(max_task_retries=0).remote(self.table.epoch, version, POLL_S)
         while not self._stopped.is_set() and time.monotonic() < until_s and version == self.version:
             if ray.wait([ref], timeout=AGAIN_S)[0]:
-                table, served = ray.get(ref)
+                table, served = ask(ref, POLL_S, SERVICE)
                 if version is not None:
                     self._serve(served)
                 if table is not None:
@@ -135,8 +135,8 @@ class PlacementWatcher:
                 self._stopped.wait(AGAIN_S)
 
     def _answers(self, shard: str) -> bool:
-        try:
-            ray.get(self._handles[shard].address.remote(), timeout=1.0)
-        except (TrinityError, RayError, GetTimeoutError):
-            return False
-        return True
+        def asked() -> bool:
+            ask(self._handles[shard].address.remote(), ANSWER_S, f"shard {shard}")
+            return True
+
+        return tried(asked, TrinityError, RayError) is True

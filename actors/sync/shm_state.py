@@ -13,19 +13,24 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.dataplane.ray_transport import pack, unpack
+from actors.names import ask
 from trinity.config import PlacementConfig, ray_node_pid
-from trinity.errors import ConfigError
+from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
 from trinity.state.reader import Reader, read
 from trinity.state.versioned_store import Version
+from trinity.utils.trying import tried
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 SHM = Path("/dev", "shm")
 PREFIX = "trinity-memory"
@@ -79,23 +84,28 @@ def _remove(pool: str, namespace: str, memory_dir: str | None) -> None:
 @ray.remote(num_cpus=0, max_retries=1)
 def read_there(path: str, number: int, suffix: str) -> Any:
     """A version out of a folder on another node, packed; the tensors whose names end like that."""
-    from actors.dataplane.ray_transport import pack
-
     found = read(Path(path), number, lambda name: name.endswith(suffix))
     return {name: pack(tensor) for name, tensor in found.tensors.items()}, dict(found.notes)
 
 
 def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) -> Version:
     """A version out of a folder on that node. Raises VersionGone, or Unavailable where the node is gone."""
-    from actors.dataplane.ray_transport import unpack
-    from actors.names import ask
-
     if node == ray.get_runtime_context().get_node_id():
         return read(Path(path), number, lambda name: name.endswith(suffix))
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     ref = read_there.options(scheduling_strategy=there).remote(path, number, suffix)
     tensors, notes = ask(ref, timeout_s, f"node {node[:8]}")
     return Version(number, {name: unpack(each) for name, each in tensors.items()}, notes)
+
+
+def from_any(places: Iterable[tuple[str, str]], version: int, take: Callable[[str, str], T]) -> T:
+    """What `take(node, folder)` gives at the first of the places that has the version. Raises VersionGone where none does."""
+    for node, folder in places:
+        found = tried(partial(take, node, folder), VersionGone, Unavailable, DeadlineExceeded)
+        if not isinstance(found, TrinityError):
+            return found
+        log.warning("the backbone of version %d is not on node %s: %s", version, node[:8], found)
+    raise VersionGone(f"the backbone of version {version} is kept nowhere any more")
 
 
 class Lender:

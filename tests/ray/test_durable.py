@@ -16,10 +16,10 @@ from tests.ray.runs import config_for, decisions, train_here, weights_of
 from tests.waiting import until
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.data.prepare import prepare
-from trinity.dispatch import exchange, transport
 from trinity.placement.table import PlacementTable
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
+from trinity.utils import trying
 
 NUM_STEPS = 16
 
@@ -137,8 +137,7 @@ def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp
 
 def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path, monkeypatch):
     """F2 over actors: 30 % of requests and of replies are lost."""
-    for module in (exchange, transport):
-        monkeypatch.setattr(module, "LAST_PAUSE_S", 0.1)
+    monkeypatch.setattr(trying, "LAST_PAUSE_S", 0.1)
     trainer = trainer_of(config.replace(train={"steps": 4, "global_batch_size": 1}), pool)
     faulty = [
         FaultyTransport(t, random.Random(n), lose_request=0.3, lose_reply=0.3)

@@ -167,4 +167,4 @@ def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, 
             return ray_session.get(service.current.remote()) == grown.renewed()
 
     until(is_back, every_s=0.1)
-    assert pool.source() == Load(seed=3)
+    assert pool.service.source() == Load(seed=3)

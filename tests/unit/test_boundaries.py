@@ -80,8 +80,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *LIBRARY, "trinity", "trinity.llm", "trinity.launch", "trinity.bench", "trinity.chaos", *ACTORS, *SERVING, "protos",
     },
     "trinity.cli": {"trinity", "trinity.commands"},
-    "actors.names": set(),
-    "actors.dataplane": LIBRARY,
+    "actors.names": {"trinity.rpc"},
+    "actors.dataplane": {*LIBRARY, "actors.names"},  # where Ray's errors become ours
     "actors.sync": {*LIBRARY, "actors.names", "actors.dataplane"},
     "actors.cluster": {*LIBRARY, "actors.sync"},
     "actors.shard": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync"},

@@ -7,8 +7,6 @@ import torch
 
 from actors.chaos.faulty_transport import FaultyTransport
 from trinity.config import OptimConfig, preset
-from trinity.dispatch import exchange
-from trinity.dispatch import transport as transport_module
 from trinity.dispatch.transport import LocalTransport
 from trinity.dispatch.view import StaticView
 from trinity.errors import InputGone, StepConflict, WrongEpoch
@@ -18,6 +16,7 @@ from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Abort, Commit, Load, Prepare, Stage
+from trinity.utils import trying
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
@@ -131,9 +130,8 @@ def weights_of(shards):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_lost_requests_and_replies_change_nothing(seed, monkeypatch):
-    for module in (exchange, transport_module):
-        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.002)
-        monkeypatch.setattr(module, "LAST_PAUSE_S", 0.01)
+    monkeypatch.setattr(trying, "FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr(trying, "LAST_PAUSE_S", 0.01)
     clean, faulty = pool_of(2), pool_of(2)
     shards = faulty.transport.shards
     train_once(clean)

@@ -172,7 +172,7 @@ def test_more_requests_than_boxes_and_answers_nobody_takes(served, posted):
         got = connection.take(number, time.time() + 60)
         assert torch.equal(got, served.oracle.send("shard-0", "infer", call).result())
     assert sorted(posted) == sorted(2 * list(range(NUM_BOXES)))
-    assert sorted(connection.wire.mailbox.free) == list(range(NUM_BOXES))
+    assert sorted(connection.wire.buffer.free) == list(range(NUM_BOXES))
 
 
 def test_rows_that_fit_in_no_box_go_over_the_socket(served, posted, monkeypatch):
@@ -290,7 +290,7 @@ def test_a_box_where_there_is_no_mailbox(served, monkeypatch):
     monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     connection = served.connect()
     connection.wire.sock.sendall(in_shared_buffer(request(1, forward(1))[0], 0))
-    assert "a mailbox that it does not have" in refusal(connection)
+    assert "a shared buffer that it does not have" in refusal(connection)
 
 
 def test_an_answer_that_names_no_box(served):
@@ -357,7 +357,7 @@ def test_no_descriptor_and_many(served, monkeypatch):
 def test_an_offer_that_nobody_wants(served, kind):
     connection = served.connect()  # which has one already
     connection.wire.sock.sendall(offer(kind) + b"\0")
-    assert f"no mailbox of kind {kind} is wanted" in refusal(connection)
+    assert f"no shared buffer of kind {kind} is wanted" in refusal(connection)
 
 
 def test_descriptors_with_other_frames_are_not_kept(served):

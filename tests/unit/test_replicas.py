@@ -144,7 +144,7 @@ class MovingView:
     def __init__(self, table):
         self.table, self.unreachable, self.later = table, frozenset(), None
 
-    def lost(self, shard):
+    def mark_unreachable(self, shard):
         self.unreachable |= {shard}
 
     def refresh(self):

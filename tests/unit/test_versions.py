@@ -36,7 +36,7 @@ class Current:
     def __init__(self, table):
         self.table = table
 
-    def lost(self, shard):
+    def mark_unreachable(self, shard):
         raise AssertionError("nobody dies here")
 
     def refresh(self):

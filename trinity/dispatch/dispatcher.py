@@ -147,13 +147,13 @@ class Dispatcher:
             shard_TK = shard_EN[ids_TK, turn_T1 % self._num_LE[at][ids_TK]]
         return np.where(ids_TK == REMOTE, REMOTE, shard_TK)
 
-    def learn(self, shard: str, error: TrinityError) -> None:
+    def note_failure(self, shard: str, error: TrinityError) -> None:
         """What a failed call says about the placement."""
         self.num_retries += 1
         if isinstance(error, WrongEpoch):
             self.view.refresh()
         else:
-            self.view.lost(shard)
+            self.view.mark_unreachable(shard)
 
     def deadline(self) -> float:
         return time.time() + self.timeout_s

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.dispatch.transport import FIRST_PAUSE_S, LAST_PAUSE_S, Reply, result_with_retry
+from trinity.dispatch.transport import Reply, result_with_retry
 from trinity.errors import DeadlineExceeded, InputGone, TrinityError, Unavailable, WrongEpoch
 from trinity.rpc.messages import Backward, Forward, Rows
+from trinity.utils.trying import retrying
 
 if TYPE_CHECKING:
     from trinity.dispatch.dispatcher import Dispatcher
+
+MOVED = (Unavailable, WrongEpoch, DeadlineExceeded)  # rows may go to another shard after these
 
 
 class Route(NamedTuple):
@@ -79,7 +82,7 @@ class Exchange:
         assert self._like_TD is not None
         like_TD, self._like_TD = self._like_TD, None
         times, started_s = self.dispatcher.times, time.perf_counter()
-        partials = self._settled_all(self._forwarded)
+        partials = self._wait_all(self._wait_forward)
         started_s = times.add("wait", started_s)
         self._calls, self._replies = [], []  # in training this object lives until the backward; its rows need not
         y_TD = combine(like_TD, self.routes, partials)
@@ -93,15 +96,15 @@ class Exchange:
 
     def receive_backward(self, x_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """-> dx_TD, dweights_TK."""
-        pairs = self._settled_all(lambda i: self._gradient(i, x_TD, weights_TK))
+        pairs = self._wait_all(lambda i: self._wait_backward(i, x_TD, weights_TK))
         self._calls, self._replies = [], []
         dx_TD = combine(x_TD, self.routes, [dx_RD for dx_RD, _ in pairs])
         return dx_TD, combine(weights_TK, self.routes, [dweights_RK for _, dweights_RK in pairs])
 
-    def _settled_all(self, settled: Callable[[int], Any]) -> list[Any]:
+    def _wait_all(self, wait: Callable[[int], Any]) -> list[Any]:
         """What all shards answered. In an attempt at a step that has failed: nothing, as if no rows had been sent."""
         try:
-            return [settled(i) for i in range(len(self.routes))]
+            return [wait(i) for i in range(len(self.routes))]
         except TrinityError as error:
             if self.sent is None:  # inference
                 raise
@@ -114,38 +117,34 @@ class Exchange:
         transport, self._calls = self.dispatcher.transport, calls
         self._replies = [transport.send(r.shard, verb, call) for r, call in zip(self.routes, calls, strict=True)]
 
-    def _forwarded(self, i: int) -> Tensor:
+    def _wait_forward(self, i: int) -> Tensor:
         """A shard's rows; from whoever holds their experts now, where it has gone or no longer holds them.
 
         Rows whose activations are kept for a backward stay with their shard.
         """
-        call, reply, pause_s = self._calls[i], self._replies[i], 0.0
+        call = self._calls[i]
         if call.keep:
-            return self._settled("infer", i)
-        while True:
-            try:
-                return reply.result()
-            except (Unavailable, WrongEpoch, DeadlineExceeded) as error:
-                if not isinstance(reply, Exchange):  # which has said so itself
-                    self.dispatcher.learn(self.routes[i].shard, error)
-                if self._is_retry or time.time() + pause_s >= self._until_s:
-                    raise
-            time.sleep(pause_s)
-            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LAST_PAUSE_S)
-            reply = self.dispatcher.again(call, self._until_s)
+            return self._wait("infer", i)
+        try:
+            return self._replies[i].result()
+        except MOVED as error:
+            self.dispatcher.note_failure(self.routes[i].shard, error)
+            if self._is_retry or time.time() >= self._until_s:
+                raise
+        return retrying(lambda: self.dispatcher.again(call, self._until_s).result(), self._until_s, MOVED)
 
-    def _settled(self, verb: str, i: int) -> Any:
+    def _wait(self, verb: str, i: int) -> Any:
         call, reply = self._calls[i], self._replies[i]
         return result_with_retry(self.dispatcher.transport, self.routes[i].shard, verb, call, reply, call.deadline_s)
 
-    def _gradient(self, i: int, x_TD: Tensor, weights_TK: Tensor) -> Any:
+    def _wait_backward(self, i: int, x_TD: Tensor, weights_TK: Tensor) -> Any:
         try:
-            return self._settled("backward", i)
-        except InputGone:
+            return self._wait("backward", i)
+        except InputGone:  # rare: the shard has been restarted, or its cache was too small
             rows, deadline_s = _rows(self.routes[i], x_TD, weights_TK), self.dispatcher.deadline()
             self._calls[i] = replace(self._calls[i], rows=rows, deadline_s=deadline_s)
             self._replies[i] = self.dispatcher.transport.send(self.routes[i].shard, "backward", self._calls[i])
-            return self._settled("backward", i)
+            return self._wait("backward", i)
 
 
 def replica_hash(x_TD: Tensor) -> np.ndarray:

@@ -3,12 +3,11 @@
 Decision: whatever a caller sends again carries the same op_id, and a shard applies it once.
 """
 
-import time
+from functools import partial
 from typing import Any, Protocol
 
-from trinity.errors import TrinityError, Unavailable
-
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0  # before the same rows are sent again
+from trinity.errors import TrinityError
+from trinity.utils.trying import retrying, tried
 
 
 class Reply(Protocol):
@@ -36,16 +35,7 @@ def result_with_retry(
 
     Safe for every verb: they are pure, or applied once per op_id or step.
     """
-    pause_s = FIRST_PAUSE_S
-    while True:
-        try:
-            return reply.result()
-        except Unavailable:
-            if time.time() + pause_s >= deadline_s:
-                raise
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, LAST_PAUSE_S)
-        reply = transport.send(shard, verb, message)
+    return retrying(lambda: transport.send(shard, verb, message).result(), deadline_s, first=reply.result)
 
 
 class Done:
@@ -67,7 +57,5 @@ class LocalTransport:
         self.shards = shards
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
-        try:
-            return Done(getattr(self.shards[shard], verb)(message))
-        except TrinityError as error:
-            return Done(error=error)
+        found = tried(partial(getattr(self.shards[shard], verb), message), TrinityError)
+        return Done(error=found) if isinstance(found, TrinityError) else Done(found)

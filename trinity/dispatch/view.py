@@ -18,7 +18,7 @@ class PlacementView(Protocol):
         """Shards that did not answer and have not been seen since."""
         ...
 
-    def lost(self, shard: str) -> None:
+    def mark_unreachable(self, shard: str) -> None:
         """It did not answer."""
         ...
 
@@ -33,7 +33,7 @@ class StaticView(NamedTuple):
     table: PlacementTable
     unreachable: frozenset[str] = frozenset()
 
-    def lost(self, shard: str) -> None:
+    def mark_unreachable(self, shard: str) -> None:
         pass
 
     def refresh(self) -> None:

@@ -1,45 +1,31 @@
 """The pool of expert shards as its users see it: one table, one transport, and what is asked of all shards at once.
 
-The same class stands over shards in this process (local.py) and over Ray actors (actors/pool.py); only the transport
-differs. Control calls go to every shard side by side and wait for all of them.
+The same class stands over shards in this process (local.py) and over Ray actors (actors/pool.py); what differs are its parts:
+view, transport and ledger. Control calls go to every shard side by side and wait for all of them.
 """
 
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from trinity.config import ModelConfig
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.transport import Transport, result_with_retry
 from trinity.dispatch.view import PlacementView
-from trinity.errors import StepConflict, Unavailable, VersionGone
+from trinity.errors import StepConflict, Unavailable
 from trinity.placement.table import PlacementTable
+from trinity.pool.ledger import Decision, LocalLedger, StepLedger, StepTicket
 from trinity.rpc.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Stage, Status, StepReport
 from trinity.state.versioned_store import Version
-
-
-class StepTicket(NamedTuple):
-    """What an attempt at a step starts from. `keep`: older versions that somebody still computes with."""
-
-    epoch: int
-    attempt: int
-    keep: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The version that counts, and the job's notes on it (plain JSON values)."""
-
-    version: int
-    notes: Mapping[str, Any]
 
 
 class ExpertPool:
     """All experts of one model. Stateless but for the table it follows; as many as there are callers may exist.
 
+    ledger: what remembers the steps of a training job; default: that of shards in this process.
+    rows_over: what one caller thread sends its rows through, made from the transport; default: the transport itself.
     attempt_s: for a shard to compute rows that another one could compute, too.
     """
 
@@ -50,10 +36,14 @@ class ExpertPool:
         timeout_s: float,
         checkpoint_timeout_s: float = 3600.0,
         attempt_s: float = math.inf,
+        *,
+        ledger: StepLedger | None = None,
+        rows_over: Callable[[Transport], Transport] = lambda transport: transport,
     ):
         self.view, self.transport = view, transport
+        self.ledger: StepLedger = LocalLedger(view) if ledger is None else ledger
         self.timeout_s, self.checkpoint_timeout_s, self.attempt_s = timeout_s, checkpoint_timeout_s, attempt_s
-        self._attempt = 0
+        self._rows_over = rows_over
 
     @property
     def table(self) -> PlacementTable:
@@ -62,39 +52,34 @@ class ExpertPool:
     def dispatcher(self, version: int = 0) -> Dispatcher:
         """A new caller's expert layer, which follows experts as they move. One per thread."""
         timeouts = {"timeout_s": self.timeout_s, "attempt_s": self.attempt_s}
-        return Dispatcher(self.view, self.rows_transport(), **timeouts, version=version)
+        return Dispatcher(self.view, self._rows_over(self.transport), **timeouts, version=version)
 
-    def rows_transport(self) -> Transport:
-        """What one caller thread sends its rows through."""
-        return self.transport
-
-    def load(self, message: Load) -> int:
-        """Every shard loads its part; -> the version that all of them now hold."""
-        return self._agree(self._all("load", message))
+    # -- what a training job decides: the ledger's words
 
     def set_source(self, message: Load) -> None:
-        """Note where a shard that starts again finds the present weights; only pools that can restart shards care."""
+        self.ledger.set_source(message)
 
     def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
-        """Before an attempt at the next step nothing is under way: the moment for experts to move. What older attempts still
-        have under way is void from here on."""
-        self._attempt += 1
-        return StepTicket(self.table.epoch, self._attempt)
-
-    def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
-        """Staged everywhere: that it is committed is now a fact, whatever dies. Raises StepConflict for an attempt that was
-        given up. `notes` are what the job needs to go on from there."""
+        return self.ledger.begin_attempt(version, num_updates)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        """A job starts from that version: the first decision, whatever there was before."""
+        self.ledger.begin(version, notes)
+
+    def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
+        self.ledger.decide(step, attempt, notes)
 
     def decided(self) -> Decision | None:
-        """The last decision; None before the first."""
-        return None
+        return self.ledger.decided()
 
     def backbone(self, version: int) -> Version:
-        """The backbone of a committed version, from wherever it is kept. Raises VersionGone."""
-        raise VersionGone(f"version {version} of the backbone is kept nowhere else")
+        return self.ledger.backbone(version)
+
+    # -- what is asked of all shards
+
+    def load(self, message: Load) -> int:
+        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold."""
+        self.set_source(message)
+        return self._agree(self._all("load", message))
 
     def follow(self, epoch: int) -> None:
         """Wait until this process knows that table. Raises Unavailable when it does not hear of it."""

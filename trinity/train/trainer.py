@@ -32,7 +32,8 @@ from trinity.models.registry import build
 from trinity.observability.train_log import RunLog, StepMetrics
 from trinity.optim.optimizer import sq_norm
 from trinity.optim.schedule import learning_rates
-from trinity.pool.pool import ExpertPool, StepTicket
+from trinity.pool.ledger import StepTicket
+from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Stage
 from trinity.state.versioned_store import Store
 from trinity.train.backbone import Backbone

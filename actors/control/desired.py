@@ -1,0 +1,183 @@
+"""What a pool should be, and the change that brings it there: frozen values and pure functions.
+
+Legend: L layers, E experts of a layer.
+`desired_change(table, seen, desired, rules)` is the whole of deciding; actors/control/reconciler.py looks, asks it, and has the
+change made (actors/control/migration.py).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+
+from trinity.errors import ConfigError
+from trinity.placement.planner import PlanGoal, balance, plan, with_floor
+from trinity.placement.table import PlacementTable
+from trinity.placement.topology import Shard, Topology
+
+ROOM = 1.25
+MIN_ROWS = 1000.0  # per layer, in the window: with fewer, balance is chance
+WHATEVER_ELSE = 0.985  # the balance to plan for where experts must move anyway
+
+
+@dataclass(frozen=True)
+class DesiredState:
+    """What operators asked for; it outlives the service. Replicas beyond what the settings' redundancy asks for."""
+
+    num_shards: int
+    drained: tuple[str, ...] = ()
+    replicas: tuple[tuple[int, int, int], ...] = ()  # layer, expert, how many
+    next_name: int = 0
+    reason: str = "start"
+
+    @classmethod
+    def of(cls, table: PlacementTable) -> "DesiredState":
+        """Of a new pool: what it is."""
+        return cls(len(table.shards), next_name=len(table.shards))
+
+    def with_shards(self, num_shards: int, table: PlacementTable) -> "DesiredState":
+        """Raises ConfigError, as the two below, for what can never be."""
+        if not 1 <= num_shards <= table.num_experts:
+            raise ConfigError(f"{num_shards} shards for {table.num_experts} experts a layer; ask for 1 to that many")
+        return replace(self, num_shards=num_shards)
+
+    def without(self, shard: str, table: PlacementTable) -> "DesiredState":
+        """One shard fewer, and it is this one. Harmless when repeated."""
+        if shard in self.drained:
+            return self
+        if shard not in table.shards:
+            raise ConfigError(f"there is no shard {shard!r}; there are: {', '.join(table.shards)}")
+        if self.num_shards < 2:
+            raise ConfigError(f"{shard} is the last shard; add another one before it is drained")
+        return replace(self, drained=(*self.drained, shard), num_shards=self.num_shards - 1)
+
+    def with_replicas(self, layer: int, expert: int, num_replicas: int, table: PlacementTable) -> "DesiredState":
+        if layer not in table.layers or not 0 <= expert < table.num_experts:
+            raise ConfigError(
+                f"there is no expert ({layer}, {expert}); layers {table.layers}, experts 0 to {table.num_experts - 1}"
+            )
+        if not 1 <= num_replicas <= len(table.shards):
+            raise ConfigError(
+                f"{num_replicas} replicas on {len(table.shards)} shards; ask for 1 to that many, or add shards first"
+            )
+        others = (each for each in self.replicas if each[:2] != (layer, expert))
+        return replace(self, replicas=(*others, (layer, expert, num_replicas)))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "DesiredState":
+        tree = json.loads(text)
+        pairs = {"drained": tuple(tree["drained"]), "replicas": tuple(tuple(each) for each in tree["replicas"])}
+        return cls(**{**tree, **pairs})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings that deciding knows."""
+
+    redundancy: int = 0
+    experts_per_layer: int | None = None
+    balance_goal: float = 0.9
+    expert_bytes: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """The pool when it was last looked at."""
+
+    load_LE: np.ndarray  # rows per second
+    rows_in_window: float = math.inf
+    node_of: Mapping[str, str] = field(default_factory=dict)  # of shards that were seen
+    lost: frozenset[str] = frozenset()  # shards that have been away for too long
+    leaving_nodes: frozenset[str] = frozenset()  # nodes that will be gone by a deadline
+    scaled_LE: np.ndarray | None = None  # replicas that the load asks for, at least
+    may_balance: bool = False  # it is time to look for better places
+    must_balance: bool = False  # somebody asked for it
+
+
+@dataclass(frozen=True)
+class Change:
+    """The table that is wanted, the shards to be made for it, and why."""
+
+    table: PlacementTable
+    fresh: tuple[str, ...]
+    reason: str
+
+
+def desired_change(table: PlacementTable, seen: Seen, desired: DesiredState, rules: Rules) -> Change | None:
+    """Return what to change next; None: all is well. Raises ConfigError where experts have no room."""
+    leaving = leaving_shards(table, seen, desired)
+    fresh = fresh_names(desired, len(table.shards) - len(leaving))
+    num_shards = len(table.shards) - len(leaving) + len(fresh)
+    replicas_LE = wanted_replicas_LE(table, seen, desired, rules, num_shards)
+    same = not leaving and not fresh and bool((replicas_LE == table.num_replicas_LE).all())
+    if same and not is_worth_balancing(table, seen, rules):
+        return None
+    found = plan(
+        with_floor(seen.load_LE * (same or has_seen_enough(table, seen))),
+        _topology(table, seen, leaving, fresh, _room(replicas_LE, num_shards, rules), rules.expert_bytes),
+        table,
+        PlanGoal(goal=rules.balance_goal if same else WHATEVER_ELSE),
+        replicas_LE=replicas_LE,
+    )
+    return None if found is table else Change(found, fresh, "balance" if same else desired.reason)
+
+
+def leaving_shards(table: PlacementTable, seen: Seen, desired: DesiredState) -> tuple[str, ...]:
+    """Shards to be emptied: those asked for, those on nodes that will go, those that do not come back, and the newest of
+    what is too many."""
+    gone = {
+        shard
+        for shard in table.shards
+        if shard in desired.drained or shard in seen.lost or seen.node_of.get(shard, "") in seen.leaving_nodes
+    }
+    left = [name for name in table.shards if name not in gone]
+    return (*sorted(gone), *left[desired.num_shards :])
+
+
+def fresh_names(desired: DesiredState, num_staying: int) -> tuple[str, ...]:
+    """Names of the shards to be made; never one that was used before."""
+    num = max(0, desired.num_shards - num_staying)
+    return tuple(f"shard-{desired.next_name + i}" for i in range(num))
+
+
+def wanted_replicas_LE(
+    table: PlacementTable, seen: Seen, desired: DesiredState, rules: Rules, num_shards: int
+) -> np.ndarray:
+    least = 1 + rules.redundancy
+    counts_LE = np.full((len(table.layers), table.num_experts), least)
+    if seen.scaled_LE is not None:
+        counts_LE = np.maximum(counts_LE, seen.scaled_LE)
+    for layer, expert, num in desired.replicas:
+        counts_LE[table.layers.index(layer), expert] = max(num, least)
+    return np.minimum(counts_LE, num_shards)
+
+
+def is_worth_balancing(table: PlacementTable, seen: Seen, rules: Rules) -> bool:
+    if seen.must_balance:
+        return True
+    may = seen.may_balance and has_seen_enough(table, seen)
+    return may and balance(with_floor(seen.load_LE), table).overall < rules.balance_goal
+
+
+def has_seen_enough(table: PlacementTable, seen: Seen) -> bool:
+    """With fewer rows their shares are chance: then all experts count the same."""
+    return seen.rows_in_window >= MIN_ROWS * len(table.layers)
+
+
+def _room(replicas_LE: np.ndarray, num_shards: int, rules: Rules) -> int:
+    """Experts of a layer that one shard may hold: rows are not all that is to be even, memory is bounded."""
+    even = math.ceil(int(replicas_LE.sum(axis=1).max(initial=0)) / num_shards)
+    return rules.experts_per_layer or min(replicas_LE.shape[1], math.ceil(ROOM * even))
+
+
+def _topology(
+    table: PlacementTable, seen: Seen, leaving: tuple[str, ...], fresh: tuple[str, ...], room: int, expert_bytes: int
+) -> Topology:
+    """New shards are taken to be on hosts of their own until they are seen."""
+    known = [Shard(s, seen.node_of.get(s) or s, slots=room, draining=s in leaving) for s in table.shards]
+    return Topology((*known, *(Shard(name, name, slots=room) for name in fresh)), expert_bytes=expert_bytes)

@@ -1,0 +1,78 @@
+"""The pool's shard actors, as the control loop asks, makes and ends them."""
+
+import logging
+import time
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.control.state import PoolState
+from actors.names import Handles, ask, name_of
+from actors.shard import DataPlane, start_shard
+from trinity.errors import TrinityError
+from trinity.experts.shard import ShardSpec
+from trinity.placement.table import PlacementTable
+from trinity.rpc.messages import PruneTo
+from trinity.utils.trying import tried
+
+log = logging.getLogger(__name__)
+RETIRE_S = 5.0
+
+
+class Shards:
+    """Stateless but for handles. Raises what the shards do, and Unavailable for those that are away."""
+
+    def __init__(self, state: PoolState, plane: DataPlane):
+        self.state, self.plane = state, plane
+        self.handles = Handles(state.settings.pool, state.namespace)
+
+    def ask(self, shard: str, verb: str, message: Any) -> Any:
+        """Wait for the answer."""
+        settings = self.state.settings
+        timeout_s = settings.checkpoint_timeout_s if verb == "load" else settings.call_timeout_s
+        return ask(self.handles[shard].handle.remote(verb, message), timeout_s, f"shard {shard}")
+
+    def deadline(self) -> float:
+        return time.time() + self.state.settings.call_timeout_s
+
+    def make(self, names: Iterable[str]) -> None:
+        """New shards, without experts, that know the version of the weights."""
+        spec, settings = self.state.spec, self.state.settings
+        for name in names:
+            experts = self.state.holdings(name)
+            made = ShardSpec(name, spec.model, experts, spec.optim, settings.backend, spec.device)
+            self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, "SPREAD")
+        for name in names:
+            ask(self.handles[name].where.remote(), settings.ready_timeout_s, f"the new shard {name}")
+            source = self.state.files.source()
+            if source is not None:
+                self.ask(name, "load", source)
+
+    def drop_leftovers(self, table: PlacementTable, names: Iterable[str]) -> None:
+        """What a shard still holds from before the present table is old: it must not pass for a copy."""
+        for shard in set(names) & set(table.shards):
+            self.ask(shard, "prune_to", PruneTo(table.experts_of(shard), table.epoch))
+
+    def tidy(self, table: PlacementTable) -> None:
+        """Make the shards what the table says: end those it does not name, drop what it gives to others."""
+        self._end_others(table)
+        refs = {
+            s: self.handles[s].handle.remote("prune_to", PruneTo(table.experts_of(s), table.epoch))
+            for s in table.shards
+        }
+        for shard, ref in refs.items():
+            found = tried(partial(ask, ref, RETIRE_S, f"shard {shard}"), TrinityError, RayError)
+            if isinstance(found, Exception):
+                log.warning("shard %s keeps more than its own for now: %s", shard, found)
+
+    def _end_others(self, table: PlacementTable) -> None:
+        prefix = name_of(self.state.settings.pool, "shard-")
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == self.state.namespace and entry["name"].startswith(prefix):
+                name = entry["name"].rsplit("/", 1)[1]
+                if name not in table.shards:
+                    ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
+                    self.handles.pop(name, None)

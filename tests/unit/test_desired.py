@@ -1,0 +1,329 @@
+"""What a pool should be and how it comes there: deciding as a pure function, and a migration that is whole or taken back."""
+
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.control.desired import MIN_ROWS, Change, DesiredState, Rules, Seen, desired_change
+from actors.control.migration import KEPT_CHANGES, At, History, Migration
+from trinity.config import preset
+from trinity.errors import ConfigError, StepConflict, Unavailable, VersionGone
+from trinity.placement.table import PlacementTable
+
+LAYERS, NUM_EXPERTS = (1, 3), 6
+TWO, THREE = (PlacementTable.spread(LAYERS, NUM_EXPERTS, [f"shard-{i}" for i in range(n)]) for n in (2, 3))
+RULES = Rules()
+EVEN = np.ones((2, NUM_EXPERTS))
+HOT = np.array([[90.0, 90, 1, 1, 1, 1], [90, 90, 1, 1, 1, 1]])  # both on shard-0
+
+
+def seen(load_LE=EVEN, **others):
+    return Seen(load_LE, **others)
+
+
+def doubled(table):
+    """Two replicas of everything, on two shards."""
+    return replace(table, epoch=table.epoch + 1, replicas=tuple(tuple((0, 1) for _ in row) for row in table.replicas))
+
+
+@pytest.mark.parametrize(
+    ("table", "saw", "desired", "rules"),
+    [
+        pytest.param(TWO, seen(), DesiredState.of(TWO), RULES, id="as it should be"),
+        pytest.param(TWO, seen(HOT), DesiredState.of(TWO), RULES, id="uneven, but it is not yet time to look"),
+        pytest.param(TWO, seen(EVEN, may_balance=True), DesiredState.of(TWO), RULES, id="even enough"),
+        pytest.param(TWO, seen(HOT, may_balance=True, rows_in_window=10), DesiredState.of(TWO), RULES, id="chance"),
+        pytest.param(TWO, seen(lost=frozenset({"shard-9"})), DesiredState.of(TWO), RULES, id="a stranger is lost"),
+        pytest.param(
+            TWO,
+            seen(node_of={"shard-0": "a"}, leaving_nodes=frozenset({"b"})),
+            DesiredState.of(TWO),
+            RULES,
+            id="another node leaves",
+        ),
+        pytest.param(TWO, seen(must_balance=True), DesiredState.of(TWO), RULES, id="asked, but nothing is better"),
+        pytest.param(doubled(TWO), seen(), DesiredState.of(TWO), Rules(redundancy=1), id="redundant already"),
+        pytest.param(TWO, seen(), DesiredState(2, drained=("shard-7",)), RULES, id="what was drained has gone"),
+    ],
+)
+def test_nothing_is_to_be_changed(table, saw, desired, rules):
+    assert desired_change(table, saw, desired, rules) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "saw", "desired", "rules", "shards", "fresh", "reason"),
+    [
+        pytest.param(
+            TWO, seen(), DesiredState(3, next_name=2, reason="more"), RULES,
+            ("shard-0", "shard-1", "shard-2"), ("shard-2",), "more", id="one more",
+        ),
+        pytest.param(
+            TWO, seen(), DesiredState(4, next_name=7, reason="more"), RULES,
+            ("shard-0", "shard-1", "shard-7", "shard-8"), ("shard-7", "shard-8"), "more", id="names are never used again",
+        ),
+        pytest.param(
+            THREE, seen(), DesiredState(2, next_name=3, reason="less"), RULES,
+            ("shard-0", "shard-1"), (), "less", id="the newest goes first",
+        ),
+        pytest.param(
+            THREE, seen(), DesiredState(2, drained=("shard-0",), next_name=3, reason="drain"), RULES,
+            ("shard-1", "shard-2"), (), "drain", id="the one that was asked for goes",
+        ),
+        pytest.param(
+            THREE, seen(lost=frozenset({"shard-1"})), DesiredState.of(THREE), RULES,
+            ("shard-0", "shard-2", "shard-3"), ("shard-3",), "start", id="who does not come back is replaced",
+        ),
+        pytest.param(
+            TWO, seen(node_of={"shard-0": "a", "shard-1": "b"}, leaving_nodes=frozenset({"a"})), DesiredState.of(TWO),
+            RULES, ("shard-1", "shard-2"), ("shard-2",), "start", id="a node that leaves is emptied before",
+        ),
+        pytest.param(
+            TWO, seen(HOT, may_balance=True), DesiredState.of(TWO), RULES, ("shard-0", "shard-1"), (), "balance",
+            id="it pays",
+        ),
+        pytest.param(
+            TWO, seen(HOT, must_balance=True, rows_in_window=0), DesiredState.of(TWO), RULES,
+            ("shard-0", "shard-1"), (), "balance", id="somebody asked for it",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_to_be_changed(table, saw, desired, rules, shards, fresh, reason):
+    change = desired_change(table, saw, desired, rules)
+    assert (change.table.epoch, change.table.shards) == (table.epoch + 1, shards)
+    assert (change.fresh, change.reason) == (fresh, reason)
+    assert (change.table.num_replicas_LE == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("saw", "desired", "rules", "wanted"),
+    [
+        (seen(), DesiredState(2, replicas=((3, 4, 2),)), RULES, {(1, 4): 2}),
+        (seen(scaled_LE=EVEN + (HOT > 1)), DesiredState(2), RULES, {(0, 0): 2, (0, 1): 2, (1, 0): 2, (1, 1): 2}),
+        (seen(scaled_LE=EVEN * 2), DesiredState(2, replicas=((3, 4, 1),)), Rules(), "all but one"),
+        (seen(), DesiredState(2), Rules(redundancy=1), "all"),
+        (seen(), DesiredState(2, replicas=((3, 4, 1),)), Rules(redundancy=1), "all"),
+        (seen(), DesiredState(2), Rules(redundancy=5), "all"),  # as many as there are shards
+    ],
+)
+def test_replicas(saw, desired, rules, wanted):
+    """The operator's word about one expert goes before the load's, redundancy before both."""
+    expected_LE = np.ones((2, NUM_EXPERTS), dtype=int) * (2 if isinstance(wanted, str) else 1)
+    for at, num in wanted.items() if isinstance(wanted, dict) else ():
+        expected_LE[at] = num
+    if wanted == "all but one":
+        expected_LE[1, 4] = 1
+    assert (desired_change(TWO, saw, desired, rules).table.num_replicas_LE == expected_LE).all()
+
+
+def test_a_balanced_change_parts_the_hot_experts():
+    change = desired_change(TWO, seen(HOT, may_balance=True), DesiredState.of(TWO), RULES)
+    assert all(change.table.holders((layer, 0)) != change.table.holders((layer, 1)) for layer in LAYERS)
+    assert desired_change(change.table, seen(HOT, may_balance=True), DesiredState.of(TWO), RULES) is None
+
+
+def test_what_was_seen_of_too_few_rows_does_not_count():
+    more = DesiredState(3, next_name=2)
+    few = seen(HOT, rows_in_window=MIN_ROWS * len(LAYERS) - 1)
+    assert desired_change(TWO, few, more, RULES) == desired_change(TWO, seen(), more, RULES)
+    assert desired_change(TWO, seen(HOT), more, RULES) != desired_change(TWO, seen(), more, RULES)
+
+
+def test_a_shard_has_room_for_a_quarter_more_than_its_share():
+    loads = np.array([[1000.0, 1, 1, 1, 1, 1]] * 2)  # balance alone would leave the hot one by itself
+    change = desired_change(TWO, seen(loads, must_balance=True), DesiredState.of(TWO), RULES)
+    assert {len(change.table.experts_of(shard)[1]) for shard in change.table.shards} == {2, 4}
+    with pytest.raises(ConfigError, match="room for 4 experts"):
+        desired_change(TWO, seen(), DesiredState.of(TWO), Rules(redundancy=1, experts_per_layer=2))
+
+
+def edited(data, desired, table):
+    """Something that an operator may ask for."""
+    match data.draw(st.sampled_from(["scale", "drain", "replicate"])):
+        case "scale":
+            return desired.with_shards(data.draw(st.integers(1, NUM_EXPERTS)), table)
+        case "drain":
+            return desired.without(data.draw(st.sampled_from(table.shards)), table)
+        case _:
+            expert = data.draw(st.sampled_from(LAYERS)), data.draw(st.integers(0, NUM_EXPERTS - 1))
+            return desired.with_replicas(*expert, data.draw(st.integers(1, len(table.shards))), table)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_changes_end(data):
+    """Whatever is asked for, after a change or a few nothing is left to be done, and shards are as many as was said."""
+    table = data.draw(st.sampled_from([TWO, THREE]))
+    desired = DesiredState.of(table)
+    for _ in range(data.draw(st.integers(1, 4))):
+        with suppress(ConfigError):  # the last shard stays
+            desired = edited(data, desired, table)
+        for _ in range(3):
+            change = desired_change(table, seen(), desired, RULES)
+            if change is None:
+                break
+            assert change.table.epoch == table.epoch + 1
+            assert not set(change.fresh) & set(table.shards)
+            table, desired = change.table, replace(desired, next_name=desired.next_name + len(change.fresh))
+        assert desired_change(table, seen(), desired, RULES) is None
+        assert len(table.shards) == desired.num_shards
+        assert not set(desired.drained) & set(table.shards)
+
+
+# -- what is asked for
+
+
+def test_desired_state_is_edited_as_a_value_and_outlives_its_process():
+    first = DesiredState.of(THREE)
+    edited = first.with_shards(5, THREE).without("shard-1", THREE).with_replicas(1, 2, 3, THREE)
+    assert edited == DesiredState(4, ("shard-1",), ((1, 2, 3),), next_name=3)
+    assert edited.without("shard-1", THREE) is edited, "harmless when repeated"
+    assert edited.with_replicas(1, 2, 1, THREE).replicas == ((1, 2, 1),), "the last word counts"
+    assert DesiredState.from_json(edited.to_json()) == edited
+    assert first == DesiredState.of(THREE)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda d: d.with_shards(0, TWO), "0 shards for 6 experts"),
+        (lambda d: d.with_shards(7, TWO), "7 shards for 6 experts"),
+        (lambda d: d.without("shard-5", TWO), "there is no shard 'shard-5'"),
+        (lambda d: replace(d, num_shards=1).without("shard-0", TWO), "is the last shard"),
+        (lambda d: d.with_replicas(2, 0, 1, TWO), r"no expert \(2, 0\)"),
+        (lambda d: d.with_replicas(1, 6, 1, TWO), r"no expert \(1, 6\)"),
+        (lambda d: d.with_replicas(1, 0, 3, TWO), "3 replicas on 2 shards"),
+    ],
+)
+def test_what_can_never_be_is_refused(edit, says):
+    with pytest.raises(ConfigError, match=says):
+        edit(DesiredState.of(TWO))
+
+
+# -- a migration
+
+
+class World:
+    """Shards that note what is asked of them, and a table that counts its epochs. `fails` raises at the n-th call of a name."""
+
+    def __init__(self, trains=False, keep=(), fails=None):
+        self.calls, self.fails, self.lock = [], fails or {}, threading.Lock()
+        self.state, self.table = self, TWO
+        self.spec = SimpleNamespace(trains=trains, expert_bytes=1, model=preset("tiny"))
+        self.settings = SimpleNamespace(drain_s=0.0)
+        self.ledger = SimpleNamespace(keep=lambda: keep)
+        self.there = frozenset({"shard-0"})
+        self.tables = [TWO]
+
+    def _called(self, name, what):
+        with self.lock:
+            self.calls.append((name, what))
+            num = sum(called == name for called, _ in self.calls)
+        error = self.fails.get((name, num))
+        if error is not None:
+            raise error
+
+    def make(self, names):
+        self._called("make", names)
+
+    def drop_leftovers(self, table, shards):
+        self._called("drop_leftovers", (table.epoch, frozenset(shards)))
+
+    def ask(self, shard, verb, message):
+        self._called(verb, (shard, message))
+        return 10 * len(message.experts)
+
+    def deadline(self):
+        return 0.0
+
+    def publish(self, table):
+        self._called("publish", table)
+        assert table.epoch == self.table.epoch + 1
+        self.table = table
+        self.tables.append(table)
+
+    def tidy(self, table):
+        self._called("tidy", table.epoch)
+
+
+GROWN = Change(
+    PlacementTable.spread(LAYERS, NUM_EXPERTS, ("shard-0", "shard-1", "shard-2"), TWO.epoch + 1), ("shard-2",), "more"
+)
+
+
+def migrated(world, at):
+    history = History()
+    migration = Migration(world, world, GROWN, at, history)
+    error = None
+    try:
+        migration.run()
+    except Exception as found:
+        error = found
+    return migration, history.views[-1], error
+
+
+def test_a_migration_copies_then_publishes_then_retires():
+    world = World()
+    migration, view, error = migrated(world, At(0))
+    assert error is None
+    assert migration.is_published
+    names = [name for name, _ in world.calls]
+    assert names == ["make", "drop_leftovers", *["copy"] * names.count("copy"), "publish", "tidy"]
+    copied = [
+        (shard, m.layer, e, s) for _, (shard, m) in world.calls[2:-2] for e, s in zip(m.experts, m.sources, strict=True)
+    ]
+    assert {(shard, layer, e) for shard, layer, e, _ in copied} == {
+        (copy.shard, *copy.expert) for copy in migration.moves.copies
+    }
+    assert {source for _, _, e, source in copied if TWO.holders((1, e)) == (1,)} == {""}, "shard-1 is not there"
+    assert (view.phase, view.num_copies, view.copied_bytes) == ("done", len(copied), 10 * len(copied))
+    assert world.tables == [TWO, GROWN.table]
+
+
+@pytest.mark.parametrize("name", ["make", "drop_leftovers", "copy", "publish"])
+@pytest.mark.parametrize("error", [Unavailable("away"), RuntimeError("a bug")])
+def test_what_fails_before_it_is_published_is_taken_back_under_an_epoch_of_its_own(name, error):
+    world = World(fails={(name, 1): error})
+    _, view, found = migrated(world, At(0))
+    assert found is error
+    assert view.phase == "rolled back"
+    assert world.tables == [TWO, TWO.renewed()], "the epoch that failed is not used again for another table"
+    assert world.calls[-1] == ("tidy", TWO.epoch + 1)
+
+
+def test_what_fails_after_it_was_published_stays():
+    error = Unavailable("away")
+    world = World(fails={("tidy", 1): error})
+    migration, view, found = migrated(world, At(0))
+    assert found is error
+    assert migration.is_published
+    assert view.phase == "retire"
+    assert world.tables == [TWO, GROWN.table]
+
+
+def test_older_versions_are_copied_where_they_are_kept():
+    world = World(trains=True, keep=(3,))
+    _, _, error = migrated(world, At(9, 5))
+    assert error is None
+    messages = [what[1] for name, what in world.calls if name == "copy"]
+    copies = [(message.version, message.num_updates) for message in messages]
+    assert set(copies) == {(9, 5), (8, 0), (3, 0)}
+    num = copies.count((9, 5))
+    gone = World(trains=True, keep=(3,), fails={("copy", num + 1): VersionGone("gone")})
+    assert migrated(gone, At(9, 5))[2] is None
+    refused = World(trains=True, keep=(3,), fails={("copy", num + 1): StepConflict("no")})
+    assert isinstance(migrated(refused, At(9, 5))[2], StepConflict)
+
+
+def test_history_keeps_the_latest():
+    history = History()
+    for n in range(KEPT_CHANGES + 7):
+        history.begin(replace(GROWN, reason=str(n)), TWO, n)
+        history.phase("done", n)
+    assert [view.reason for view in history.views] == [str(n) for n in range(7, KEPT_CHANGES + 7)]
+    assert {view.phase for view in history.views} == {"done"}
