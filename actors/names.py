@@ -105,5 +105,5 @@ class PlacementClient:
         return self.ask("pin", version, holder, lease_s)
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Without waiting for an answer. Raises Unavailable when there is no such service."""
+        """Tell it without waiting for an answer. Raises Unavailable when there is no such service."""
         getattr(find(self.pool, PLACEMENT, self.namespace), method).remote(*arguments)

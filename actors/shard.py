@@ -77,7 +77,7 @@ class ShardServer:
         return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device)
 
     def _recover(self) -> None:
-        """After a restart: the state that was decided on last, from the memory that outlived the process, or else from the
+        """Take up, after a restart, the state that was decided on last, from memory that outlived the process, or else from the
         pool's source, where that is of the same version.
 
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
@@ -141,14 +141,14 @@ class ShardServer:
 
 
 def _is_of(source: Load, decision: Decision | None) -> bool:
-    """Whether the pool's source has the weights that were decided on last."""
+    """Say whether the pool's source has the weights that were decided on last."""
     if decision is None or decision.notes.get("is_source"):
         return True
     return source.checkpoint is not None and open_checkpoint(source.checkpoint).version == decision.version
 
 
 def _store(spec: ShardSpec, settings: PlacementConfig, namespace: str, again: bool) -> Store:
-    """In memory that outlives this process, for what only training can make again; what a shard of that name left behind
+    """Store in memory that outlives us, for what only training can make again; what a shard of that name left behind
     counts only for its successor."""
     folder = shm_state.folder(settings, namespace, spec.name) if spec.optim is not None else None
     if folder is not None and not again:

@@ -76,7 +76,7 @@ class Chaos:
         return shard
 
     def stop(self, shard: str, for_s: float) -> str:
-        """As a hanging machine would: it holds what it has, and answers nobody."""
+        """Stop it as a hanging machine would: it holds what it has, and answers nobody."""
         where = self.where(shard)
         _signal(*where, signal.SIGSTOP)
         try:
@@ -101,7 +101,7 @@ class Chaos:
         return "the placement service"
 
     def lose_messages(self, share: float, for_s: float, seed: int) -> str:
-        """That share of the workers' requests, and of the replies to them. Their job must run `exposed_loop`."""
+        """Lose that share of the workers' requests, and of the replies to them. Their job must run `exposed_loop`."""
         assert self.out_dir is not None, "only a training job can be told to lose messages"
         order = {"share": share, "until_s": time.time() + for_s, "seed": seed}
         partial = self.out_dir / FOLDER / ".lose"
@@ -117,7 +117,7 @@ class Chaos:
         return f"to {self._wanted} shards"
 
     def is_whole(self) -> bool:
-        """As many shards as there should be, nothing under way, and each says itself that it holds what the table says."""
+        """Say whether all is well: as many shards as wanted, nothing under way, and each says it holds what the table says."""
         both = tried(lambda: (self._operator.snapshot(), self.pool.status()), TrinityError)
         if isinstance(both, TrinityError):  # somebody is away
             return False
@@ -264,7 +264,7 @@ def _obey(file: Path, transports: tuple[FaultyTransport, ...], rank: int) -> Non
 
 
 def attempts(out_dir: str | Path) -> list[Attempt]:
-    """Of a job that runs, or ran, `exposed_loop`."""
+    """Attempts of a job that runs, or ran, `exposed_loop`."""
     file = Path(out_dir) / FOLDER / ATTEMPTS
     lines = file.read_text().splitlines() if file.is_file() else []
     return [Attempt(*json.loads(line)) for line in lines if line.endswith("]")]

@@ -65,7 +65,7 @@ def plan(seed: int, duration_s: float, faults: Sequence[Fault], every_s: float) 
 
 
 def done_at(attempts: Sequence[Attempt]) -> dict[int, float]:
-    """When each position was first seen to be reached, in order."""
+    """Time at which each position was first seen to be reached, in order."""
     reached: dict[int, float] = {}
     for attempt in attempts:
         reached.setdefault(attempt.position, attempt.time_s)
@@ -96,12 +96,12 @@ def step_at(attempts: Sequence[Attempt], time_s: float) -> int:
 
 
 def recovery_s(attempts: Sequence[Attempt], time_s: float) -> float | None:
-    """From then to the end of the step that was under way; None: that was the last one."""
+    """Seconds from then to the end of the step that was under way; None: that was the last one."""
     step = step_at(attempts, time_s)
     return next((at_s - time_s for position, at_s in done_at(attempts).items() if position >= step), None)
 
 
 def longest_step_s(attempts: Sequence[Attempt], since_s: float, until_s: float) -> float | None:
-    """Of the steps that ended in that time; None without any."""
+    """Longest of the steps that ended in that time; None without any."""
     spans = pairwise(done_at(attempts).values())
     return max((end - start for start, end in spans if since_s < end <= until_s), default=None)

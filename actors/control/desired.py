@@ -34,7 +34,7 @@ class DesiredState:
 
     @classmethod
     def of(cls, table: PlacementTable) -> "DesiredState":
-        """Of a new pool: what it is."""
+        """State of a new pool: what it is."""
         return cls(len(table.shards), next_name=len(table.shards))
 
     def with_shards(self, num_shards: int, table: PlacementTable) -> "DesiredState":
@@ -165,7 +165,7 @@ def is_worth_balancing(table: PlacementTable, seen: Seen, rules: Rules) -> bool:
 
 
 def has_seen_enough(table: PlacementTable, seen: Seen) -> bool:
-    """With fewer rows their shares are chance: then all experts count the same."""
+    """Say whether shares of rows mean something; with fewer they are chance, and all experts count the same."""
     return seen.rows_in_window >= MIN_ROWS * len(table.layers)
 
 

@@ -71,7 +71,7 @@ class Watch:
         return frozenset(n for n, seen in self.seen.items() if not seen.is_there and now_s - seen.since_s > after_s)
 
     def view(self, name: str, is_drained: bool) -> ShardView:
-        """Of a shard, as operators see it."""
+        """View of a shard, as operators see it."""
         seen = self.seen.get(name)
         if seen is None:
             return ShardView(name, "", "starting", -1, 0, 0, 0.0)

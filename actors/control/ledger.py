@@ -55,7 +55,7 @@ class Ledger:
 
     @property
     def version(self) -> int:
-        """That was decided last; -1 before the first."""
+        """Version that was decided last; -1 before the first."""
         found = self._state.decision
         return found["version"] if found else -1
 
@@ -138,7 +138,7 @@ class Ledger:
         self._become(pins={holder: asdict(pin) for holder, pin in pins.items()})
 
     def _become(self, **changes: Any) -> None:
-        """On the disk first: what could not be written is not so."""
+        """Write it to the disk first: what could not be written is not so."""
         with self._changed:
             state = replace(self._state, **changes)
             partial = self._file.with_name(f".record-{secrets.token_hex(4)}")

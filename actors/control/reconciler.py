@@ -123,7 +123,7 @@ class Reconciler:
         return self.state.epoch
 
     def begin_attempt(self, version: int, num_updates: int) -> int:
-        """Between two steps of training nothing is under way: make the change that is wanted, if any; -> the epoch.
+        """Make the change that is wanted, if any, between two steps, where nothing is under way; -> the epoch.
 
         Raises StateLost when an attempt at this step has failed and a shard can never be at that version again."""
         with self._changing:
@@ -175,6 +175,6 @@ class Desired:
             self.now = desired
 
     def use_names(self, num: int) -> None:
-        """So many shards are about to be made: their names are never used again."""
+        """Use up the names of so many shards that are about to be made: they are never used again."""
         if num:
             self.edit(lambda desired: replace(desired, next_name=desired.next_name + num))

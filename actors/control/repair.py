@@ -20,7 +20,7 @@ class RepairController:
         self.shards, self.state, self.watch = shards, shards.state, watch
 
     def repair(self) -> None:
-        """Of a pool that serves: drop what the table gives to others, copy what is missing."""
+        """Make a pool that serves whole: drop what the table gives to others, copy what is missing."""
         for shard, seen in self._there():
             wanted = self._table.experts_of(shard)
             if any(seen.held.get(layer, frozenset()) - set(experts) for layer, experts in wanted.items()):
@@ -29,7 +29,7 @@ class RepairController:
                 self._fill(shard, seen, self.watch.version, 0)
 
     def restore(self) -> None:
-        """Of a pool that trains: a shard that started again with nothing (its host has gone) gets all of its experts from other
+        """Restore a pool that trains: a shard that started again with nothing (its host has gone) gets its experts from other
         replicas. The step under way cannot be prepared without it, so their version does not change meanwhile."""
         decision = self.state.ledger.decision
         if decision is None:
@@ -81,7 +81,7 @@ class RepairController:
                 self.shards.ask(shard, "copy", Copy(layer, missing, sources, version, until_s, num_updates, epoch))
 
     def _catches_up(self, shard: str, version: int) -> bool:
-        """Whether it has that version staged."""
+        """Say whether it has that version staged."""
         found = tried(lambda: self.shards.ask(shard, "commit", Commit(version)), StepConflict, VersionGone)
         return found == version
 

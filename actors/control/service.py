@@ -74,7 +74,7 @@ class PlacementService:
     # -- what a training job decides, and those who compute with its versions
 
     def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
-        """For a trainer, before each attempt at a step. Waits while experts move."""
+        """Begin an attempt at a step, for a trainer. Waits while experts move."""
         attempt = self._ledger.new_attempt()
         epoch = self._running().begin_attempt(version, num_updates)
         return StepTicket(epoch, attempt, self._ledger.keep())

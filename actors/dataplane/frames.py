@@ -83,12 +83,12 @@ class Header(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the first tensor."""
+        """Shape of the first tensor."""
         return self.num_rows, self.dim
 
     @property
     def payload_bytes(self) -> int:
-        """Of all tensors, wherever they lie."""
+        """Bytes of all tensors, wherever they lie."""
         if self.kind >= FAILURE:
             return self.num_rows if self.kind == FAILURE else 0
         rows = self.num_rows * self.dim * DTYPES[self.dtype].itemsize

@@ -245,7 +245,7 @@ class CudaSharedBuffer(SharedBuffer):
         self._undo.close()
 
     def _copy(self, target: int, source: int, num_bytes: int) -> None:
-        """After all that the current stream has to do, and done when this returns: the peer knows nothing of our streams."""
+        """Copy after all that the current stream has to do; done when this returns: the peer knows nothing of our streams."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             driver("cuMemcpyAsync", _u64(target), _u64(source), _size(num_bytes), ctypes.c_void_p(stream.cuda_stream))

@@ -207,7 +207,7 @@ class LiveWeights:
                 self._ask("pin", version, self._holder(version), LEASE_S)
 
     def _ask(self, method: str, *arguments: object) -> None:
-        """Without waiting for an answer: whether a version is there is said by whoever is asked to compute with it."""
+        """Ask without waiting: whether a version is there is said by whoever is asked to compute with it."""
         error = tried(partial(self.pool.service.tell, method, *arguments), Unavailable)
         if error is not None:
             log.warning("%s: %s", method, error)

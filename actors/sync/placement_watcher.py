@@ -40,7 +40,7 @@ def stop_before_leaving(what: Stoppable) -> None:
 
 
 def stop_all() -> None:
-    """Before this process leaves Ray: a thread in the middle of one of its calls would take the process with it."""
+    """Stop them before this process leaves Ray: a thread in the middle of one of its calls would take the process along."""
     for each in list(_asking):
         each.stop()
 

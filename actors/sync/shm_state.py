@@ -42,7 +42,7 @@ def base(memory_dir: str | None) -> Path:
 
 
 def folder(settings: PlacementConfig, namespace: str, what: str) -> Path | None:
-    """Of one process of the pool on this node, `what` being its name; None where nothing is to be kept. Raises ConfigError
+    """Folder of one process of the pool on this node, called `what`; None where nothing is to be kept. Raises ConfigError
     where somebody else has put something in its place."""
     if not settings.durable:
         return None
@@ -67,7 +67,7 @@ def sweep(root: Path) -> None:
 
 
 def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
-    """On all nodes that are alive: the pool's processes have ended for good."""
+    """Remove it on all nodes that are alive: the pool's processes have ended for good."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
         return
@@ -116,7 +116,7 @@ class Lender:
 
     @contextmanager
     def lent(self, node: str, path: str, number: int, suffix: str, timeout_s: float) -> Iterator[Version]:
-        """As `fetched`, for the block; on this node without a copy. Raises VersionGone also at its end, if the version went
+        """Lend it as `fetched` does; here without a copy. Raises VersionGone also at its end, if the version went
         meanwhile: what was made of it is void then."""
         if node != ray.get_runtime_context().get_node_id():
             yield fetched(node, path, number, suffix, timeout_s)
@@ -131,18 +131,18 @@ def _name(raylet: int, pool: str, namespace: str) -> str:
 
 
 def _tag(namespace: str) -> str:
-    """Of Ray's namespace, which may be any text: pools of one name in two of them are two pools."""
+    """Mark of Ray's namespace, which may be any text: pools of one name in two of them are two pools."""
     return hashlib.blake2b(namespace.encode(), digest_size=4).hexdigest()
 
 
 def _namespace() -> int:
-    """In which process ids mean what they mean here; 0 where the system has but one."""
+    """PID namespace of this process; 0 where the system has but one."""
     path = Path("/proc/self/ns/pid")
     return path.stat().st_ino if path.exists() else 0
 
 
 def _started(pid: int) -> int:
-    """When the process with that id began, in clock ticks since boot; 0 where there is none."""
+    """Start of the process with that id, in clock ticks since boot; 0 where there is none."""
     path = Path("/proc") / str(pid) / "stat"
     try:
         return int(path.read_text().rpartition(")")[2].split()[19])

@@ -23,7 +23,7 @@ def llm_on(device: str, checkpoint: Path) -> LLM:
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """Of a short run on the CPU, in fp32."""
+    """Make one of a short run on the CPU, in fp32."""
     trainer = trainer_in(folder, "cpu", steps=2)
     trainer.step()
     return trainer.save()

@@ -69,7 +69,7 @@ def measure(run: Any) -> Iterator[dict[str, Any]]:
 
 
 def _hop_s(transport: Transport, x_RD: Tensor, device: str, rounds: int) -> float:
-    """By the host's clock, from idle to idle: what a decode pass pays."""
+    """Time by the host's clock, from idle to idle: what a decode pass pays."""
     slots_RK = torch.zeros(len(x_RD), 4)
     rows = Rows(x_RD, slots_RK.long(), slots_RK)
     laps = []

@@ -1,8 +1,10 @@
 """Every file of the repository: its size, its line ends, its syntax. What is ignored by git is not looked at."""
 
+import ast
 import fnmatch
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 500 << 10
+OTHERS = re.compile(r"(Of|That|So|With|As|By|For|In|Until|When|Without|From|After|Before|If|To|Whether)\b")
 BINARY = {".png"}
 GENERATED = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 IGNORED = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line)]
@@ -77,6 +80,17 @@ def test_syntax(suffixes, parse):
             raise AssertionError(f"{shown(path)}: {error}") from None
         except yaml.YAMLError as error:
             raise AssertionError(f"{shown(path)}: {error}") from None
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """Not with a preposition or a conjunction, which leaves the reader to guess what the thing is."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for path in (
+        path for path in FILES if shown(path).startswith(("trinity/", "actors/", "serving/")) and path.suffix == ".py"
+    ):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+        found = [text for node in nodes if OTHERS.match(text := ast.get_docstring(node) or "")]
+        assert not found, f"{shown(path)}: {found}"
 
 
 def test_scripts_can_be_run_and_nothing_else():

@@ -201,7 +201,7 @@ class Checkpoint:
         return manifest
 
     def _check_had_none(self, index: Path, tree: dict[str, Any]) -> None:
-        """Without a manifest nothing could be checked: that is for files that never had one."""
+        """Refuse one that lost its manifest: without it nothing could be checked; that is for files that never had one."""
         metadata = tree.get("metadata")
         if not self.manifest and isinstance(metadata, dict) and "manifest" in metadata:
             raise CheckpointError(

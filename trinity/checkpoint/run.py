@@ -30,7 +30,7 @@ def latest_checkpoint(out_dir: str | Path) -> Path | None:
 
 
 def step_of(path: str | Path) -> int:
-    """After how many steps of its run a checkpoint was saved, those skipped for a bad gradient included."""
+    """Steps of its run after which a checkpoint was saved, those skipped for a bad gradient included."""
     if name := _name_of(Path(path)):
         return int(name[1])
     return int(open_checkpoint(path).state["position"])

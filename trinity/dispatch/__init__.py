@@ -1,1 +1,1 @@
-"""From a layer's tokens to the shards that hold their experts, and back."""
+"""The way from a layer's tokens to the shards that hold their experts, and back."""

@@ -186,7 +186,7 @@ class SendRows(torch.autograd.Function):
 
 
 class ReceiveRows(torch.autograd.Function):
-    """That token -> y; its backward sends dy. Experts' gradients stay on their shards."""
+    """Turn that token into y; its backward sends dy. Experts' gradients stay on their shards."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:

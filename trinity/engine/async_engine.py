@@ -86,7 +86,7 @@ class AsyncEngine:
 
     @property
     def version(self) -> int:
-        """Of the weights that the next pass will use."""
+        """Version of the weights that the next pass will use."""
         return self._engine.version
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:

@@ -76,7 +76,7 @@ class ModelDoubleBuffer:
     # -- inside
 
     def _taken(self, version: int) -> "CausalLM | None":
-        """For a pass, where it is there."""
+        """Take it for a pass, where it is there."""
         with self._guard:
             if self._next is not None and self._next[0] == version:
                 self._use(*self._next)

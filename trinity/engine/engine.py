@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """Of the weights that the last step used for live requests. Safe from any thread."""
+        """Version of the weights that the last step used for live requests. Safe from any thread."""
         return self._versions.live
 
     def add(self, request_id: str, prompt_ids: Ids[int], params: SamplingParams | None = None) -> None:

@@ -1,4 +1,4 @@
-"""From passes to sampled tokens: flatten a batch of chunks, one forward pass, select, sample.
+"""Sampled tokens from passes: flatten a batch of chunks, one forward pass, select, sample.
 
 Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary, L MoE layers, K top-k.
 """
@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether logits were not finite."""
+        """Say whether logits were not finite."""
         return any(each.token_id is None for each in self.sampled.values())
 
 

@@ -1,4 +1,4 @@
-"""From logits to tokens, for many requests at once.
+"""Tokens drawn from logits, for many requests at once.
 
 Legend: B sequences, R the rows among them that a step concerns, V vocabulary, C candidates.
 Decisions: a draw is the inverse of the cumulative distribution, in token order, at one number in [0, 1) that depends on
@@ -45,7 +45,7 @@ def sample(logits_BV: Tensor, sequences: list[Sequence]) -> list[Sampled]:
 
 
 def _drawn(logits_BV: Tensor, token_B: Tensor, sequences: list[Sequence]) -> dict[int, float]:
-    """Of each traced sequence: its token's log-probability where it was drawn; 0 where there was no choice."""
+    """Log-probability of each traced sequence's token where it was drawn; 0 where there was no choice."""
     traced = {i: s.params for i, s in enumerate(sequences) if s.params.trace}
     rows = [i for i, params in traced.items() if not params.greedy]
     if not rows:

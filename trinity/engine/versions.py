@@ -52,7 +52,7 @@ class Versions:
         return len(self._damaged)
 
     def follow(self, running: Iterable[Sequence]) -> None:
-        """Before the passes of a step: take up the newest version, and have computed again what that makes stale."""
+        """Take up the newest version before the passes of a step, and have computed again what that makes stale."""
         newest = self._source.newest()
         switches = newest < self.live or (newest > self.live and not self._catching_up)
         if switches:
@@ -96,7 +96,7 @@ class Versions:
         return sequence.pinned
 
     def _pin(self, sequence: Sequence) -> None:
-        """To the live version; with too many held already, to the newest of those (at best not a withdrawn one)."""
+        """Pin to the live version; with too many held already, to the newest of those (at best not a withdrawn one)."""
         free = self.live in self._pinned or len(self._pinned) < self._max_pinned
         version = self.live if free else max(self._pinned, key=lambda v: (v <= self.live, v))
         sequence.pinned = version

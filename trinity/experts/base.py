@@ -41,7 +41,7 @@ class ExpertBackend(Protocol):
     name: str
 
     def stores_down_transposed(self, device: torch.device) -> bool:
-        """Whether it is fastest when down lies in memory as [E, D, F]."""
+        """Say whether it is fastest when down lies in memory as [E, D, F]."""
         ...
 
     def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:

@@ -85,7 +85,7 @@ class MegaBlocksBackend:
 
 
 def fits_sparse(weights: LayerWeights) -> bool:
-    """Whether the block-sparse kernels take this layer: multiples of 128, and indices within int16 and int32."""
+    """Say whether the block-sparse kernels take this layer: multiples of 128, indices within int16 and int32."""
     num_experts, ffn, dim = weights.gate_EFD.shape
     whole = ffn % BLOCK == 0 and dim % BLOCK == 0
     return whole and num_experts * ffn // BLOCK <= MAX_BLOCK_COLUMNS and weights.gate_EFD.numel() <= INT32_MAX

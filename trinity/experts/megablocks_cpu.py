@@ -24,7 +24,7 @@ from triton.runtime.autotuner import Autotuner
 
 
 def can_interpret() -> bool:
-    """Whether Triton's kernels can run here although there is no GPU."""
+    """Say whether Triton's kernels can run here although there is no GPU."""
     return not torch.cuda.is_available() and triton.knobs.runtime.interpret
 
 

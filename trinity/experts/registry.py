@@ -1,4 +1,4 @@
-"""From the name in the configuration to an expert backend, and why it was chosen.
+"""An expert backend for the name in the configuration, and why it was chosen.
 
 `auto` is megablocks on CUDA where its compiled operators are importable, torch everywhere else.
 """
@@ -66,7 +66,7 @@ def _obstacle(device: torch.device, name: str) -> str | None:
 
 
 def _interpreted() -> bool:
-    """Without a GPU MegaBlocks runs only under Triton's interpreter, which tests switch on."""
+    """Say whether Triton's interpreter is on, without which MegaBlocks needs a GPU; tests switch it on."""
     if not all(importlib.util.find_spec(package) for package in ("triton", "megablocks")):
         return False
     from trinity.experts import megablocks_cpu

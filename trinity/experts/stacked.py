@@ -30,7 +30,7 @@ def stack_names(layer: int) -> tuple[str, str, str]:
 
 
 def is_weight(key: str) -> bool:
-    """Whether a version's tensor of that name is a stack of weights, not of optimizer state."""
+    """Say whether a version's tensor of that name is a stack of weights, not of optimizer state."""
     return key.endswith(f"::{WEIGHT}")
 
 

@@ -69,7 +69,7 @@ class TorchBackend:
 
 
 def fits_grouped(weights: LayerWeights) -> bool:
-    """Whether F.grouped_mm takes these weights: fp32 or bf16, rows of a multiple of 16 bytes, sound gradients.
+    """Say whether F.grouped_mm takes these weights: fp32 or bf16, rows of a multiple of 16 bytes, sound gradients.
 
     On Blackwell the weight gradient of an expert without rows is garbage (pytorch issue 172439, open).
     """

@@ -34,7 +34,7 @@ class StepLedger(Protocol):
         ...
 
     def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
-        """Before an attempt at the next step nothing is under way: the moment for experts to move. What older attempts still
+        """Begin an attempt at the next step. Nothing is under way: the moment for experts to move. What older attempts still
         have under way is void from here on."""
         ...
 
@@ -57,7 +57,7 @@ class StepLedger(Protocol):
 
 
 class LocalLedger:
-    """Of shards in this process: what they hold goes with it, so nothing need be remembered but the number of attempts."""
+    """Ledger of local shards: what they hold goes with it, so nothing need be remembered but the number of attempts."""
 
     def __init__(self, view: PlacementView):
         self._view, self._attempt = view, 0

@@ -65,13 +65,13 @@ class Rollout:
 
     @classmethod
     def following(cls, trainer: "Trainer", engine: EngineConfig | None = None) -> "Rollout":
-        """Of a trainer that has started. Between two steps, this samples from what the last one committed."""
+        """Make one of a trainer that has started. Between two steps, this samples from what the last one committed."""
         live, config = TrainerWeights(trainer), trainer.config
         return cls(LLM.over(Engine(live, config.model, engine or config.engine, trainer.data.tokenizer), live))
 
     @property
     def version(self) -> int:
-        """Of the weights that the next pass will use."""
+        """Version of the weights that the next pass will use."""
         return self.llm.weights.newest()
 
     def generate(

@@ -171,7 +171,7 @@ class Backbone:
 
 
 def is_value(name: str) -> bool:
-    """Whether a version's tensor of that name is what an engine needs."""
+    """Say whether a version's tensor of that name is what an engine needs."""
     return name.endswith(WEIGHT)
 
 

@@ -40,12 +40,12 @@ class AsyncCheckpointer:
         return step_path(Path(self.config.train.out_dir).resolve(), position)
 
     def is_due(self, position: int) -> bool:
-        """Whether train.save_every asks for a checkpoint there."""
+        """Say whether train.save_every asks for a checkpoint there."""
         every = self.config.train.save_every
         return every > 0 and position % every == 0
 
     def has(self, position: int) -> bool:
-        """Whether that position's is written, or one is on its way."""
+        """Say whether that position's is written, or one is on its way."""
         return self.target(position).is_dir() or bool(self.versions)
 
     def pop_seconds(self) -> float | None:
@@ -55,7 +55,7 @@ class AsyncCheckpointer:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """That are being written and must stay."""
+        """Versions that are being written and must stay."""
         if self._thread is not None and not self._thread.is_alive():
             self._finish()
         return () if self._thread is None else (self._version,)
@@ -78,7 +78,7 @@ class AsyncCheckpointer:
         return target
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what prevented the last save."""
+        """Wait until nothing is being written. Raises what prevented the last save."""
         if (error := self._finish()) is not None:
             raise error
 

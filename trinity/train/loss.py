@@ -77,7 +77,7 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batches: Sequence[Batch]) -> list[Losses]:
-        """Of each micro-batch; they are computed side by side."""
+        """Losses of each micro-batch; they are computed side by side."""
         dtype = getattr(torch, self.config.model.dtype)
         weights = {f"model.{name}": parameter.to(dtype) for name, parameter in self.model.named_parameters()}
         passes = [self._inputs(batch) for batch in batches]

@@ -80,7 +80,7 @@ class Recovery:
     # -- from a decision
 
     def _go_on(self) -> RunCounts | None:
-        """Without a checkpoint. Worker 0 finds the backbone where a worker before it left it; the others get it from there."""
+        """Go on without a checkpoint. Worker 0 finds the backbone where a worker before it left it; the others get it there."""
         found = self._decided_version() if self.comm.rank == 0 else None
         said = said_by_rank0(self.comm, None if found is None else [found.number, *self._counts_of(found)])
         if said is None:
@@ -118,7 +118,7 @@ class Recovery:
             return None
 
     def _continues(self, notes: Mapping[str, Any]) -> bool:
-        """Whether a decision is this job's, or of the run that it resumes: not of one that was begun anew or set back since."""
+        """Say whether a decision is this job's, or of the run that it resumes: not of one begun anew or set back since."""
         settings, mine = self.config.train, self.identity
         if notes["run"] != mine.run:
             return False

@@ -304,7 +304,7 @@ class Trainer:
         return self.saver.target(self.position)
 
     def _lacks_checkpoint(self) -> bool:
-        """Whether the present position has none, written or on its way. Worker 0's word counts."""
+        """Say whether the present position has none, written or on its way. Worker 0's word counts."""
         return not said_by_rank0(self.comm, self.saver.has(self.position))
 
     def _state(self) -> dict[str, Any]:

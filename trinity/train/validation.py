@@ -41,7 +41,7 @@ class UsualLoss:
         self.mean: float | None = None
 
     def is_good(self, version: int, loss: float) -> bool:
-        """Whether the version that a step with this loss makes may be served."""
+        """Say whether the version that a step with this loss makes may be served."""
         usual = loss if self.mean is None else self.mean
         self.mean = usual + (loss - usual) / USUAL_STEPS
         if loss <= usual + self.spike_threshold:

@@ -118,7 +118,7 @@ class PackedAttention:
 
 
 def is_plain(cache: LayerCache) -> bool:
-    """Whether the batch-invariant kernel computes it: keys and values of one size, scores scaled by its root."""
+    """Say whether the batch-invariant kernel computes it: keys and values of one size, scores scaled by its root."""
     return cache.key_dim == cache.value_dim and not cache.is_latent and cache.scale == cache.key_dim**-0.5
 
 

@@ -130,7 +130,7 @@ class CausalLM(nn.Module):
 
     @property
     def routers(self) -> dict[int, Router]:
-        """By layer, those with routed experts."""
+        """Routers by layer, of those with routed experts."""
         found = ((block.layer, getattr(block.pre, "router", None)) for block in self.blocks())
         return {layer: router for layer, router in found if router is not None}
 

@@ -95,7 +95,7 @@ class Linear(nn.Linear):
 
 
 def is_packed(x: Tensor, part: Linear) -> bool:
-    """Whether rows like x are multiplied by packed weights. oneDNN has no empty ones, such as those of no shared experts."""
+    """Say whether rows like x are multiplied by packed weights. oneDNN has no empty ones, as those of no shared experts."""
     if part.is_exact or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or not HAS_ONEDNN:
         return False
     if part.weight.is_inference():  # made in inference mode: it has no version to tell a change by
