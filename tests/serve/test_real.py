@@ -38,7 +38,7 @@ def write_checkpoint(folder):
     pool = local_pool(MODEL, Load(), backend="torch")
     model = Afmoe(MODEL, pool.dispatcher())
     shard = pool.transport.shards["shard-0"]
-    tensors = {**model.tensors(), **dict(named_matrices(shard.store.current, shard.experts, (WEIGHT,)))}
+    tensors = {**model.tensors(), **dict(named_matrices(shard.store.current, MODEL, shard.experts, (WEIGHT,)))}
     with torch.no_grad():
         for name, tensor in tensors.items():
             noise = torch.randn(tensor.shape, generator=named_generator(0, name))

@@ -123,7 +123,7 @@ def state_of(pool, kinds=None):
     return {
         name: tensor
         for version in found
-        for name, tensor in named_matrices(version, experts_of(version), kinds or kinds_of(version))
+        for name, tensor in named_matrices(version, MODEL, experts_of(version), kinds or kinds_of(version))
     }
 
 

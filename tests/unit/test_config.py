@@ -1,6 +1,5 @@
 """Settings: every file parses, every mistake is named with its remedy, nothing is silently ignored."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -57,7 +56,10 @@ def preset_optim(name):
         (["--train.min_workers", "2"], "min_workers 2 is more than num_workers 1"),
         (["--train.steps", "0"], "greater than or equal to 1 (got 0)"),
         (["steps=5"], "'steps=5' is not a flag"),
-        (["--model", "huge"], "unknown preset 'huge'; there are bench, large, mini, nano, tiny"),
+        (
+            ["--model", "huge"],
+            "unknown preset 'huge'; there are bench, glm-4.5, glm-4.5-air, large, mini, nano,",
+        ),
         (["--model.num_experts_per_tok", "9"], "num_experts_per_tok 9 > num_experts 8"),
         (["--model.layer_types", "[full_attention]"], "layer_types has 1 entries for 4 layers"),
         (["--train.global_batch_size", "10"], "not a multiple of micro_batch_size x num_workers = 8"),
@@ -126,7 +128,7 @@ def test_flags_are_yaml_scalars():
         "a": {"b": "1e-3", "c": None},
         "d": [1, 2],
     }
-    assert json.loads(json.dumps(preset_names())) == ["bench", "large", "mini", "nano", "tiny"]
+    assert {"bench", "large", "mini", "nano", "tiny"} <= set(preset_names())
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def life(device, folder=None, model=MODEL, backend="reference"):
         assert migrate_in(shards["c"], call, shards["c"].peers, None) > 0
         shards["c"].prune_to(PruneTo(pool.table.experts_of("c")))
     for shard in shards.values():
-        held = [(expert, kind) for expert in shard.experts[LAYER] for kind in shard.kinds(2)]
+        held = [(expert, kind) for expert in shard.experts[LAYER] for kind in shard.weights.kinds(2)]
         experts += [shard.fetch(Fetch(LAYER, expert, 2, FOREVER, kind)) for expert, kind in held]
     found = {"answers": answers, "norms": norms, "experts": experts}
     return {kind: [tensor.detach().cpu() for tensor in tensors] for kind, tensors in found.items()}

@@ -64,7 +64,7 @@ def trainer_for(config, num_shards=1):
 def all_weights(trainer):
     weights = dict(trainer.model.tensors())
     for shard in trainer.pool.transport.shards.values():
-        weights.update(named_matrices(shard.store.current, shard.experts, (WEIGHT,)))
+        weights.update(named_matrices(shard.store.current, shard.spec.model, shard.experts, (WEIGHT,)))
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 

@@ -17,10 +17,11 @@ plain Hugging Face checkpoint (version 0), unless its index says that it had one
 file names inside an index or a manifest may not leave the folder.
 """
 
-from trinity.checkpoint.layout import PROJECTIONS, all_experts, expert_key, step_path
+from trinity.checkpoint.layout import all_experts, expert_key, step_path
 from trinity.checkpoint.read import Checkpoint, open_checkpoint
 from trinity.checkpoint.run import latest_checkpoint, list_checkpoints, prune, resume_point, rewind, step_of
 from trinity.checkpoint.write import CheckpointWriter, write_tensors
+from trinity.models.common.keys import PROJECTIONS
 
 __all__ = [
     "PROJECTIONS",

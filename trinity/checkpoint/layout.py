@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from trinity.config import ModelConfig
+from trinity.models.registry import family_of
 from trinity.rpc.messages import Experts
 
 INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
 STATE = "training/state.json"
 PARTIAL, DELETED, REPLACED = ".partial", ".deleted", ".replaced"
 FORMAT = 2
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 STORED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def expert_key(layer: int, expert: int, projection: str) -> str:
-    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+def expert_key(config: ModelConfig, layer: int, expert: int, projection: str) -> str:
+    """The key under which a routed expert's matrix is written, by the family's key map."""
+    return family_of(config).keys.expert.of(layer, expert, projection)
 
 
 def all_experts(config: ModelConfig) -> Experts:

@@ -25,6 +25,7 @@ from trinity.checkpoint.layout import (
     SINGLE,
     STATE,
     STORED,
+    expert_key,
     own_hash,
 )
 from trinity.config import ModelConfig
@@ -110,13 +111,13 @@ class Checkpoint:
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return gate_FD, up_FD, down_DF of one expert, from a tensor for each or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        keys, stacked = family_of(self.config).keys.expert, family_of(self.config).keys.stacked
+        stacked = family_of(self.config).keys.stacked
         if (gate_up := stacked.gate_up.format(layer=layer)) in self.weight_map:
             num = self.config.num_experts
             gate, up = self.tensor(gate_up, (num, 2 * f, d), expert).chunk(2)
             return gate, up, self.tensor(stacked.down.format(layer=layer), (num, d, f), expert)
         shapes = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-        gate, up, down = (self.tensor(keys.of(layer, expert, p), shapes[p]) for p in PROJECTIONS)
+        gate, up, down = (self.tensor(expert_key(self.config, layer, expert, p), shapes[p]) for p in PROJECTIONS)
         return gate, up, down
 
     @torch.no_grad()

@@ -29,7 +29,6 @@ from trinity.checkpoint.layout import (
     INDEX,
     MANIFEST,
     PARTIAL,
-    PROJECTIONS,
     REPLACED,
     STATE,
     STORED,
@@ -40,6 +39,7 @@ from trinity.checkpoint.layout import (
 )
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
+from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import write_config
 from trinity.rpc.messages import Part
 
@@ -253,7 +253,7 @@ def _check_whole(parts: list[Part], config: ModelConfig, folder: Path) -> None:
     names = Counter(name for part in parts for name in part.tensors)
     if twice := [name for name, count in names.items() if count > 1]:
         raise CheckpointError(f"cannot save {folder}: tensor {twice[0]!r} was written twice")
-    wanted = {expert_key(i, e, p) for i, held in all_experts(config).items() for e in held for p in PROJECTIONS}
+    wanted = {expert_key(config, i, e, p) for i, held in all_experts(config).items() for e in held for p in PROJECTIONS}
     if missing := wanted.difference(names):
         raise CheckpointError(f"cannot save {folder}: nobody wrote {min(missing)!r} ({len(missing)} tensors missing)")
     for part in parts:

@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the architecture has, checked; selection biases stay fp32."""
-    from trinity.checkpoint import PROJECTIONS, all_experts, expert_key
+    from trinity.checkpoint import all_experts, expert_key
     from trinity.models.common.family import Nobody
+    from trinity.models.common.keys import PROJECTIONS
     from trinity.models.registry import build
 
     backbone = build(source.config, Nobody(), device="meta")
@@ -48,4 +49,4 @@ def _tensors(source: "Checkpoint", dtype: torch.dtype) -> Iterator[tuple[str, Te
         for expert in experts:
             matrices = source.expert(layer, expert)
             for projection, matrix in zip(PROJECTIONS, matrices, strict=True):
-                yield expert_key(layer, expert, projection), matrix.to(dtype)
+                yield expert_key(source.config, layer, expert, projection), matrix.to(dtype)

@@ -24,7 +24,7 @@ def loaded(
     version = with_state(store, version, model, optim)
     num_updates = 0
     if optim is not None and source is not None and message.training and source.has_training_state:
-        mine = dict(named_matrices(version, experts, kinds_of(version)[1:]))
+        mine = dict(named_matrices(version, model, experts, kinds_of(version)[1:]))
         for key, tensor in source.training_tensors(mine).items():
             mine[key].copy_(tensor)
         num_updates = int(source.state["num_updates"])

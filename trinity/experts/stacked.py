@@ -54,7 +54,9 @@ def kinds_of(version: Version) -> tuple[str, ...]:
     return tuple(dict.fromkeys([WEIGHT, *(name.partition("::")[2] for name in version.tensors)]))
 
 
-def named_matrices(version: Version, experts: Experts, kinds: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def named_matrices(
+    version: Version, model: ModelConfig, experts: Experts, kinds: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint key, matrix in the checkpoint's orientation), as views; keys of optimizer state end with `::kind`."""
     there = experts_of(version)
     for layer, held in experts.items():
@@ -63,7 +65,7 @@ def named_matrices(version: Version, experts: Experts, kinds: Sequence[str]) -> 
             for projection, name in zip(PROJECTIONS, stack_names(layer), strict=True):
                 for kind in kinds:
                     matrix = version.tensors[f"{name}::{kind}"][at]
-                    key = expert_key(layer, expert, projection)
+                    key = expert_key(model, layer, expert, projection)
                     yield (
                         key if kind == WEIGHT else f"{key}::{kind}",
                         matrix.mT if projection == "down_proj" else matrix,

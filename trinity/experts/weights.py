@@ -158,10 +158,10 @@ class ExpertWeights:
                 )
             self._store.hold(message.version)
         try:
-            matrices = named_matrices(version, message.experts, (WEIGHT,))
+            matrices = named_matrices(version, self.spec.model, message.experts, (WEIGHT,))
             parts = write_tensors(message.folder, f"model-experts-{self.spec.name}", matrices)
             if message.training and len(kinds := kinds_of(version)) > 1:
-                state = named_matrices(version, message.experts, kinds[1:])
+                state = named_matrices(version, self.spec.model, message.experts, kinds[1:])
                 parts += write_tensors(message.folder, f"training/experts-{self.spec.name}", state)
         finally:
             with self.versions.lock:
