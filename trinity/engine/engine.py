@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.kv_cache import KVCache, plan_layout
@@ -207,13 +207,13 @@ class Engine:
             log.error("a forward pass of %d requests failed", len(batch), exc_info=error)
         return [self._end(chunk.sequence, "error", error=cause.message, cause=cause) for chunk in batch]
 
-    def _end(self, sequence: Sequence, reason: FinishReason, **fields) -> Delta:
+    def _end(self, sequence: Sequence, reason: FinishReason, **fields: Any) -> Delta:
         self._scheduler.remove(sequence)
         self._versions.release(sequence)
         del self._sequences[sequence.request_id]
         return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
 
-    def _delta(self, sequence: Sequence, **fields) -> Delta:
+    def _delta(self, sequence: Sequence, **fields: Any) -> Delta:
         return Delta(
             sequence.request_id,
             num_prompt_tokens=sequence.num_prompt,

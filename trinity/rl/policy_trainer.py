@@ -119,7 +119,7 @@ def replayed(model: CausalLM, passes: Sequence[Tensor]) -> Iterator[None]:
             hook.remove()
 
 
-def _chosen_before(turns: Iterator[Tensor], router: Any, inputs: tuple, routing: Routing) -> Routing:
+def _chosen_before(turns: Iterator[Tensor], router: Any, inputs: tuple[Any, ...], routing: Routing) -> Routing:
     ids_TK = next(turns)
     return routing._replace(ids_TK=ids_TK, weights_TK=router.weights(routing.scores_TE, ids_TK))
 

@@ -6,8 +6,6 @@ layers that rotate to one global layer that does not, sigmoid routing with a sel
 Checked against transformers 5.23 in tests/parity/; facts and sources in arXiv 2602.17004.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -17,16 +15,16 @@ from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.block import Block, Sent, Table
 from trinity.models.common.decoder import CausalLM, Decoder, Rotary
 from trinity.models.common.experts import ExpertLayer
-from trinity.models.common.layers import RMSNorm, SwiGLU
+from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
 from trinity.models.common.router import SigmoidRouter
 
 
 class Pre(nn.Module):
     """Attention between its two norms, the feed-forward's first norm, and the router."""
 
-    def __init__(self, config: AfmoeConfig, layer: int, *, device=None, dtype=None):
+    def __init__(self, config: AfmoeConfig, layer: int, *, device: Device = None, dtype: Dtype = None):
         super().__init__()
-        made = {"device": device, "dtype": dtype}
+        made: Made = {"device": device, "dtype": dtype}
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(
             layer, dim, config.num_attention_heads, config.num_key_value_heads, config.head_dim, qk_norm_eps=eps,
@@ -51,7 +49,7 @@ class Pre(nn.Module):
 class Post(nn.Module):
     """The feed-forward's second norm, and the sum."""
 
-    def __init__(self, config: AfmoeConfig, *, device=None, dtype=None):
+    def __init__(self, config: AfmoeConfig, *, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
 
@@ -59,8 +57,8 @@ class Post(nn.Module):
         return residual_TD + self.post_mlp_layernorm(y_TD)
 
 
-def block(config: AfmoeConfig, layer: int, *, device=None, dtype=None) -> Block:
-    made = {"device": device, "dtype": dtype}
+def block(config: AfmoeConfig, layer: int, *, device: Device = None, dtype: Dtype = None) -> Block:
+    made: Made = {"device": device, "dtype": dtype}
     is_dense = layer not in config.moe_layers
     shared = config.moe_intermediate_size * config.num_shared_experts  # one ungated SwiGLU of their total width
     local = SwiGLU(config.hidden_size, config.intermediate_size if is_dense else shared, **made)
@@ -78,7 +76,7 @@ class Afmoe(CausalLM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        made: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
+        made: Made = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
         blocks = [block(config, layer, **made) for layer in range(config.num_hidden_layers)]
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
         scale = config.hidden_size**0.5 if config.mup_enabled else None

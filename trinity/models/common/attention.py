@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.config import LayerCache, ModelConfig
-from trinity.models.common.layers import Linear, RMSNorm, project, rotate, sigmoid
+from trinity.models.common.layers import Device, Dtype, Linear, Made, RMSNorm, project, rotate, sigmoid
 from trinity.ops import batch_invariant
 
 
@@ -37,10 +37,10 @@ class Attention(nn.Module):
     def __init__(
         self, layer: int, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, *, rotates: bool = True,
         qk_norm_eps: float | None = None, rounds_first: bool = True, is_gated: bool = False, has_bias: bool = False,
-        has_output_bias: bool = False, device=None, dtype=None,
+        has_output_bias: bool = False, device: Device = None, dtype: Dtype = None,
     ):  # fmt: skip
         super().__init__()
-        made = {"device": device, "dtype": dtype}
+        made: Made = {"device": device, "dtype": dtype}
         q_dim, kv_dim = num_heads * head_dim, num_kv_heads * head_dim
         self.layer, self.head_dim, self.rotates = layer, head_dim, rotates
         self.q_proj = Linear(dim, q_dim, bias=has_bias, **made)

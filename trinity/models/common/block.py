@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.experts import ExpertLayer, Pending
-from trinity.models.common.layers import RMSNorm, SwiGLU
+from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
 from trinity.models.common.router import Router, Routing
 
 Table = tuple[Tensor, Tensor]  # of rotary angles
@@ -80,11 +80,20 @@ class Block(nn.Module):
 class PreNorm(nn.Module):
     """The part before the hop as Llama has it: a norm before attention, a norm before the feed-forward."""
 
-    def __init__(self, attention: Attention, router: Router | None, dim: int, eps: float, *, device=None, dtype=None):
+    def __init__(
+        self,
+        attention: Attention,
+        router: Router | None,
+        dim: int,
+        eps: float,
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
+    ):
         super().__init__()
-        made = {"rounds_first": True, "device": device, "dtype": dtype}
-        self.input_layernorm, self.self_attn = RMSNorm(dim, eps, **made), attention
-        self.post_attention_layernorm = RMSNorm(dim, eps, **made)
+        made: Made = {"device": device, "dtype": dtype}
+        self.input_layernorm, self.self_attn = RMSNorm(dim, eps, rounds_first=True, **made), attention
+        self.post_attention_layernorm = RMSNorm(dim, eps, rounds_first=True, **made)
         self.router = router
 
     def forward(self, h_TD: Tensor, table: Table, attend: Attend) -> Sent:

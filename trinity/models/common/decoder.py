@@ -17,7 +17,7 @@ from trinity.models.common.attention import Attend
 from trinity.models.common.block import Block, Hop, Table
 from trinity.models.common.experts import ExpertLayer
 from trinity.models.common.keys import KeyMap
-from trinity.models.common.layers import Linear, RMSNorm, rotary_table
+from trinity.models.common.layers import Device, Dtype, Linear, RMSNorm, rotary_table
 from trinity.models.common.router import Router, Routing
 
 
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self, config: ModelConfig, blocks: Sequence[Block], norm: RMSNorm, rotary: Rotary, embed_scale: float | None = None,
-        *, device=None, dtype=None,
+        *, device: Device = None, dtype: Dtype = None,
     ):  # fmt: skip
         super().__init__()
         self.rotary, self.embed_scale, self.is_exact = rotary, embed_scale, config.batch_invariant

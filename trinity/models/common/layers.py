@@ -6,12 +6,24 @@ fp32 from the positions at each forward pass: they are no buffer, so `.to(bfloat
 """
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.ops import batch_invariant
+
+Device = torch.device | str | None
+Dtype = torch.dtype | None
+
+
+class Made(TypedDict):
+    """Where and in which type a module's parameters are made; None: torch's default."""
+
+    device: Device
+    dtype: Dtype
+
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -22,7 +34,7 @@ class RMSNorm(nn.Module):
     Computed in fp32 and rounded once, after the gain; with `rounds_first` the gain multiplies what is rounded already (Llama).
     """
 
-    def __init__(self, dim: int, eps: float, *, rounds_first: bool = False, device=None, dtype=None):
+    def __init__(self, dim: int, eps: float, *, rounds_first: bool = False, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.eps, self.rounds_first = eps, rounds_first
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
@@ -38,7 +50,7 @@ class SwiGLU(nn.Module):
 
     is_exact = False
 
-    def __init__(self, dim: int, hidden: int, *, device=None, dtype=None):
+    def __init__(self, dim: int, hidden: int, *, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.gate_proj = Linear(dim, hidden, device=device, dtype=dtype)
         self.up_proj = Linear(dim, hidden, device=device, dtype=dtype)
@@ -72,7 +84,9 @@ class Linear(nn.Linear):
 
     is_exact = False
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, device=None, dtype=None):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, device: Device = None, dtype: Dtype = None
+    ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from trinity.models.common.layers import Linear, product, sigmoid
+from trinity.models.common.layers import Device, Dtype, Linear, product, sigmoid
 
 
 class Routing(NamedTuple):
@@ -30,7 +30,9 @@ class Router(nn.Module):
     is_exact = False
     bias_E: Tensor | None
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, *, has_bias: bool, device=None, dtype=None):
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, has_bias: bool, device: Device = None, dtype: Dtype = None
+    ):
         super().__init__()
         self.top_k = top_k
         self.gate = Linear(dim, num_experts, device=device, dtype=dtype)
@@ -72,7 +74,7 @@ class SigmoidRouter(Router):
 
     def __init__(
         self, dim: int, num_experts: int, top_k: int, *, scale: float, normalises: bool = True, num_groups: int = 1,
-        top_groups: int = 1, device=None, dtype=None,
+        top_groups: int = 1, device: Device = None, dtype: Dtype = None,
     ):  # fmt: skip
         super().__init__(dim, num_experts, top_k, has_bias=True, device=device, dtype=dtype)
         self.scale, self.normalises, self.num_groups, self.top_groups = scale, normalises, num_groups, top_groups
@@ -100,7 +102,9 @@ class SigmoidRouter(Router):
 class SoftmaxRouter(Router):
     """Softmax over all experts; weights are the probabilities, normalised over K if asked (Qwen3-MoE). No selection bias."""
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, *, normalises: bool, device=None, dtype=None):
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, normalises: bool, device: Device = None, dtype: Dtype = None
+    ):
         super().__init__(dim, num_experts, top_k, has_bias=False, device=device, dtype=dtype)
         self.normalises = normalises
 

@@ -5,21 +5,19 @@ with a correction bias, in groups where there are several; shared experts beside
 Checked against transformers 5.23 in tests/parity/.
 """
 
-from typing import Any
-
 import torch
 
 from trinity.models.common.attention import Attention
 from trinity.models.common.block import Block, PreNorm, Residual
 from trinity.models.common.decoder import CausalLM, Decoder, Rotary
 from trinity.models.common.experts import ExpertLayer
-from trinity.models.common.layers import RMSNorm, SwiGLU
+from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
 from trinity.models.common.router import SigmoidRouter
 from trinity.models.glm4_moe.config import Glm4MoeConfig
 from trinity.models.glm4_moe.keys import KEYS
 
 
-def router_of(config: Glm4MoeConfig, *, device=None, dtype=None) -> SigmoidRouter:
+def router_of(config: Glm4MoeConfig, *, device: Device = None, dtype: Dtype = None) -> SigmoidRouter:
     return SigmoidRouter(
         config.hidden_size, config.num_experts, config.num_experts_per_tok, scale=config.route_scale,
         normalises=config.norm_topk_prob, num_groups=config.n_group, top_groups=config.topk_group,
@@ -27,8 +25,8 @@ def router_of(config: Glm4MoeConfig, *, device=None, dtype=None) -> SigmoidRoute
     )  # fmt: skip
 
 
-def block(config: Glm4MoeConfig, layer: int, *, device=None, dtype=None) -> Block:
-    made = {"device": device, "dtype": dtype}
+def block(config: Glm4MoeConfig, layer: int, *, device: Device = None, dtype: Dtype = None) -> Block:
+    made: Made = {"device": device, "dtype": dtype}
     dim, eps, is_dense = config.hidden_size, config.rms_norm_eps, layer not in config.moe_layers
     attention = Attention(
         layer, dim, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
@@ -50,7 +48,7 @@ class Glm4Moe(CausalLM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        made: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
+        made: Made = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
         blocks = [block(config, layer, **made) for layer in range(config.num_hidden_layers)]
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rounds_first=True, **made)
         rotary = Rotary(config.rotary_dim, config.rope_theta)

@@ -5,22 +5,20 @@ routing without a selection bias; no shared expert, so a layer with experts comp
 Checked against transformers 5.23 in tests/parity/.
 """
 
-from typing import Any
-
 import torch
 
 from trinity.models.common.attention import Attention
 from trinity.models.common.block import Block, PreNorm, Residual
 from trinity.models.common.decoder import CausalLM, Decoder, Rotary
 from trinity.models.common.experts import ExpertLayer
-from trinity.models.common.layers import RMSNorm, SwiGLU
+from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
 from trinity.models.common.router import SoftmaxRouter
 from trinity.models.qwen3_moe.config import Qwen3MoeConfig
 from trinity.models.qwen3_moe.keys import KEYS
 
 
-def block(config: Qwen3MoeConfig, layer: int, *, device=None, dtype=None) -> Block:
-    made = {"device": device, "dtype": dtype}
+def block(config: Qwen3MoeConfig, layer: int, *, device: Device = None, dtype: Dtype = None) -> Block:
+    made: Made = {"device": device, "dtype": dtype}
     dim, eps, is_dense = config.hidden_size, config.rms_norm_eps, layer not in config.moe_layers
     attention = Attention(
         layer, dim, config.num_attention_heads, config.num_key_value_heads, config.head_dim, qk_norm_eps=eps,
@@ -45,7 +43,7 @@ class Qwen3Moe(CausalLM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        made: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
+        made: Made = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
         blocks = [block(config, layer, **made) for layer in range(config.num_hidden_layers)]
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rounds_first=True, **made)
         rotary = Rotary(config.head_dim, config.rope_theta)
