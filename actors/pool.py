@@ -94,8 +94,11 @@ class RayLedger:
     def backbone(self, version: int, suffix: str = "") -> Version:
         decision = self.decided()
         places = decision.notes["backbone"] if decision is not None else []
-        timeout_s = self.service.timeout_s
-        return shm_state.from_any(places, version, lambda *at: shm_state.fetched(*at, version, suffix, timeout_s))
+
+        def fetched(node: str, folder: str) -> Version:
+            return shm_state.fetched(node, folder, version, suffix, self.service.timeout_s)
+
+        return shm_state.from_any(places, version, fetched)
 
 
 def provide(
