@@ -109,7 +109,7 @@ def told(change: "ChangeView") -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    """The supervisor's own rules, on the load it sees now."""
+    """Apply the reconciler's own rules, on the load it sees now."""
     import numpy as np
 
     from trinity.placement.planner import balance, moves, plan, with_floor
