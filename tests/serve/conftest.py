@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import httpx
 import pytest
 from fake import FakeEngine, fake_tokenizer
+from operated import FakeOperator
 
 from serving.engine import LocalClient
 from serving.frontend import Frontend
@@ -55,3 +56,20 @@ async def http(server):
 def start():
     """`async with start(engine, api_key=...) as server` for a gateway with settings of its own."""
     return running
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Snapshots of the pool come often."""
+    monkeypatch.setattr("serving.pool_operator.PERIOD_S", 0.1)
+
+
+@pytest.fixture
+def pool():
+    return FakeOperator()
+
+
+@pytest.fixture
+async def operated(start, pool):
+    async with start(operator=pool) as server:
+        yield server

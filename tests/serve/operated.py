@@ -1,4 +1,4 @@
-"""A stand-in for `actors.operate.PlacementOperator`: a pool that is only told of, and that tests change as they like.
+"""A stand-in for `actors.control.admin.PlacementOperator`: a pool that is only told of, and that tests change as they like.
 
 `snapshot_of` makes pools of any size with loads as skewed as real ones; `down` makes every call fail as a lost service does.
 """
@@ -6,8 +6,11 @@
 import threading
 from dataclasses import replace
 
+import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
+from tests.waiting import WAIT_S
 from trinity.errors import InvalidRequest, Unavailable
 from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
 from trinity.placement.table import PlacementTable
@@ -95,3 +98,19 @@ class FakeOperator:
         self.snapshot()
         self.asked.append(what)
         return self._snapshot.table.epoch
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+async def metrics_of(server, key=None):
+    """{(sample name, *label values): value}"""
+    async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
+        return samples_of((await http.get("/metrics", headers=bearer(key))).text)
+
+
+def samples_of(text):
+    """{(sample name, *label values): value} of what a server exports."""
+    families = text_string_to_metric_families(text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}

@@ -9,20 +9,17 @@ from dataclasses import replace
 import grpc
 import httpx
 import pytest
-from operated import FakeOperator, moved, snapshot_of
-from prometheus_client.parser import text_string_to_metric_families
+from operated import FakeOperator, bearer, metrics_of, moved, snapshot_of
 
 from protos.trinity.v1 import placement_pb2 as pb
 from protos.trinity.v1 import placement_pb2_grpc as rpc
 from serving import pool_operator
 from serving.access import check_access
 from serving.grpc.operator_client import connect, to_snapshot
-from serving.metrics import Exporter
 from serving.pool_operator import Placement
 from tests.waiting import WAIT_S, eventually
 from trinity.config import Config, ServeConfig
 from trinity.errors import ConfigError, Unauthenticated
-from trinity.observability.prometheus import DISPATCH_S
 
 API, ADMIN = "clients-key", "operators-key"
 CALLS = {
@@ -35,24 +32,7 @@ CALLS = {
 }
 
 
-def bearer(key):
-    return {"authorization": f"Bearer {key}"} if key else {}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("serving.pool_operator.PERIOD_S", 0.1)
-
-
-@pytest.fixture
-def pool():
-    return FakeOperator()
-
-
-@pytest.fixture
-async def operated(start, pool):
-    async with start(operator=pool) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
@@ -82,14 +62,6 @@ async def end_of(call):
 async def read_all(call):
     while await call.read() is not grpc.aio.EOF:
         pass
-
-
-async def metrics_of(server, key=None):
-    """{(sample name, *label values): value}"""
-    async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
-        text = (await http.get("/metrics", headers=bearer(key))).text
-    families = text_string_to_metric_families(text)
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
 # --- keys ---
@@ -383,74 +355,6 @@ async def test_the_command_line_operates_a_server_like_a_cluster(start, pool, mo
 
 
 # --- metrics ---
-
-
-async def test_metrics_are_the_snapshots(operated, pool):
-    shown = pool.snapshot()
-    await eventually(lambda: pool.num_waits)
-    found = await metrics_of(operated)
-    assert found["trinity_placement_up",] == 1
-    assert found["trinity_placement_epoch",] == 4
-    assert found["trinity_placement_imbalance",] == pytest.approx(shown.imbalance)
-    assert found["trinity_placement_replicas",] == shown.table.num_replicas_LE.sum() > 96
-    assert found["trinity_placement_max_replicas",] == 2
-    assert [found["trinity_placement_shards", s] for s in ("starting", "ready", "draining", "away")] == [0, 3, 0, 0]
-    for shard in shown.shards:
-        assert found["trinity_shard_rows_per_second", shard.name] == pytest.approx(shard.rows_per_s)
-        assert found["trinity_shard_weight_bytes", shard.name] == shard.weight_bytes
-    assert found["trinity_placement_change_seconds",] == 0.31
-    assert found["trinity_placement_recoveries_total",] == 1
-
-
-async def test_each_change_is_counted_once_when_it_has_ended(operated, pool):
-    await eventually(lambda: pool.num_waits)
-    before = pool.snapshot()
-    after = moved(before)
-    running = replace(after, changes=(replace(after.changes[0], phase="drain", seconds=0.1), *before.changes))
-    lost = replace(after.changes[0], epoch=6, started_s=before.time_s + 5, phase="rolled back", copied_bytes=10)
-    for shown in (running, after, after, replace(after, changes=(lost, *after.changes), num_recoveries=3)):
-        pool.show(shown)
-        await eventually(lambda: operated.front.placement.latest()[0] is shown)  # noqa: B023
-    found = await metrics_of(operated)
-    assert found["trinity_placement_changes_total", "done"] == 1
-    assert found["trinity_placement_changes_total", "rolled_back"] == 1
-    assert found["trinity_placement_copies_total",] == 2
-    assert found["trinity_placement_copied_bytes_total",] == (25 << 20) + 10
-    assert found["trinity_placement_recoveries_total",] == 3
-
-
-async def test_shards_that_have_gone_leave_the_metrics(operated, pool):
-    await eventually(lambda: pool.num_waits)
-    pool.show(snapshot_of(num_shards=2, epoch=5))
-    await eventually(lambda: operated.front.placement.latest()[0].table.epoch == 5)
-    found = await metrics_of(operated)
-    assert {key[1] for key in found if key[0] == "trinity_shard_rows_per_second"} == {"shard-0", "shard-1"}
-
-
-def dispatch(scale=1):
-    """As an engine counts: 3 rows in the second bucket, 1 beyond the last, in all phases that it has timed."""
-    counts = [0, 3, *[0] * (len(DISPATCH_S) - 2), 1]
-    return {phase: ([scale * count for count in counts], scale * 9.5) for phase in ("route", "wait")}
-
-
-def test_dispatch_seconds_add_up_over_engines_and_restarts():
-    exporter = Exporter()
-    exporter.engine("a", 1, {})
-    assert b'phase="' not in exporter.render()[0]
-    for engine, scale in (("a", 1), ("a", 2), ("b", 1), ("a", 2)):
-        exporter.engine(engine, 1, {"dispatch_seconds": dispatch(scale), "num_dispatch_retries": scale})
-    families = text_string_to_metric_families(exporter.render()[0].decode())
-    found = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-    for phase in ("route", "wait"):
-        assert found["trinity_dispatch_seconds_bucket", "0.0001", phase] == 0
-        assert found["trinity_dispatch_seconds_bucket", "5.0", phase] == 9
-        assert found["trinity_dispatch_seconds_bucket", "+Inf", phase] == 12
-        assert found["trinity_dispatch_seconds_count", phase] == 12
-        assert found["trinity_dispatch_seconds_sum", phase] == 3 * 9.5
-    assert found["trinity_dispatch_retries_total",] == 3
-
-
-# --- health ---
 
 
 async def test_healthz_says_success_until_the_server_drains(server, http):

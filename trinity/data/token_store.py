@@ -26,8 +26,6 @@ from trinity.errors import DataError
 from trinity.text.tokenizer import Tokenizer, cut
 
 FORMAT = 1  # of the stores on disk; part of every fingerprint
-
-
 BATCH_CHARS = 4 << 20  # tokenised at a time; longer documents in pieces, so that memory stays bounded
 
 

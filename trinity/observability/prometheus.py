@@ -16,11 +16,7 @@ class Metric:
 
 
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-
-
 LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
 SERVING_METRICS = (
     Metric("trinity_requests_total", "counter", "Requests answered, by route and status code.", ("route", "code")),
     Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
@@ -44,11 +40,7 @@ SERVING_METRICS = (
 # Of one engine: EngineStats.dispatch_seconds is {phase: (counts, sum)}, with a count for each of these buckets and one more for
 # what is longer, not cumulative; EngineStats.num_dispatch_retries. Both since the engine began.
 DISPATCH_PHASES = ("route", "send", "wait", "combine")
-
-
 DISPATCH_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-
-
 DISPATCH_SECONDS = Metric(
     "trinity_dispatch_seconds", "histogram", "Of one layer's rows, by phase.", ("phase",), DISPATCH_S
 )

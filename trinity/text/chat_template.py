@@ -19,8 +19,6 @@ from trinity.errors import InvalidRequest
 from trinity.text.special_tokens import BOS, EOS
 
 MAX_TEMPLATE_CHARS, MAX_TEMPLATE_LINES = 4 << 20, 1_000_000
-
-
 CHATML = r"""{{- bos_token }}
 {%- if tools %}
     {{- '<|im_start|>system\n' }}

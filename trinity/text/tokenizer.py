@@ -23,8 +23,6 @@ from trinity.text.chat_template import CHATML
 from trinity.text.special_tokens import BOS, EOS, MARKERS, PAD, SPECIALS
 
 SAMPLE_CHARS = 20_000_000
-
-
 PIECE_CHARS = 1 << 20
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from trinity.config.model import LayerCache, ModelConfig
-from trinity.models.common.shapes import check_heads
+from trinity.models.common.shapes import check_heads, grouped_cache
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -58,9 +58,8 @@ class AfmoeConfig(ModelConfig):
 
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:
-        heads, dim = self.num_key_value_heads, self.head_dim
         windows = [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
-        return tuple(LayerCache(heads, dim, dim, dim**-0.5, window) for window in windows)
+        return tuple(grouped_cache(self, window) for window in windows)
 
     @property
     def init_std(self) -> float:

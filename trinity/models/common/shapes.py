@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from trinity.config.model import LayerCache
+
 
 class Heads(Protocol):
     """The shape of a layer's heads."""
@@ -23,3 +25,8 @@ def check_heads(config: Heads) -> None:
         )
     if config.head_dim % 2:
         raise ValueError(f"head_dim {config.head_dim} must be even for rotary embeddings")
+
+
+def grouped_cache(config: Heads, window: int | None = None) -> LayerCache:
+    """What a layer of grouped-query attention keeps: keys and values of every key-value head."""
+    return LayerCache(config.num_key_value_heads, config.head_dim, config.head_dim, config.head_dim**-0.5, window)

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from trinity.config.model import LayerCache, ModelConfig
-from trinity.models.common.shapes import check_heads
+from trinity.models.common.shapes import check_heads, grouped_cache
 
 
 class Glm4MoeConfig(ModelConfig):
@@ -63,8 +63,7 @@ class Glm4MoeConfig(ModelConfig):
 
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:
-        every = LayerCache(self.num_key_value_heads, self.head_dim, self.head_dim, self.head_dim**-0.5)
-        return (every,) * self.num_hidden_layers
+        return (grouped_cache(self),) * self.num_hidden_layers
 
     @property
     def init_std(self) -> float:
