@@ -136,6 +136,19 @@ def twin(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, CausalLM, Den
     return hf, ours, experts
 
 
+def gradients(hf: PreTrainedModel, ours: CausalLM, experts: DenseExperts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ours and theirs by checkpoint key, after a backward of each; routed experts as `experts.{layer}.{0, 1, 2}`."""
+    theirs = {name: p.grad for name, p in hf.named_parameters() if ".mlp.experts." not in name and p.requires_grad}
+    mine: dict[str, Any] = {name: p.grad for name, p in ours.weights().items()}
+    assert mine.keys() == theirs.keys()
+    for layer, leaves in experts.weights.items():
+        moe = hf.model.layers[layer].mlp.experts
+        pairs = zip(leaves, (*moe.gate_up_proj.grad.chunk(2, dim=1), moe.down_proj.grad), strict=True)
+        for i, (leaf, grad) in enumerate(pairs):
+            mine[f"experts.{layer}.{i}"], theirs[f"experts.{layer}.{i}"] = leaf.grad, grad
+    return mine, theirs
+
+
 def random_ids(config: ModelConfig, seed: int, batch: int, seq: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
 

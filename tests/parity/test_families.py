@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.parity.families import FAMILIES, diff, our_logits, random_config, random_ids, twin
+from tests.parity.families import FAMILIES, diff, gradients, our_logits, random_config, random_ids, twin
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.config import preset
 from trinity.errors import CheckpointError
@@ -73,14 +73,7 @@ def test_gradients_equal_transformers(family, seed):
     probe_BSV = torch.randn(2, 19, config.vocab_size, generator=torch.Generator().manual_seed(seed)) / 38**0.5
     (hf(ids_BS).logits * probe_BSV).sum().backward()
     (our_logits(ours, ids_BS) * probe_BSV).sum().backward()
-    theirs = {name: p.grad for name, p in hf.named_parameters() if ".mlp.experts." not in name and p.requires_grad}
-    mine = {name: p.grad for name, p in ours.weights().items()}
-    assert mine.keys() == theirs.keys()
-    for layer, leaves in experts.weights.items():
-        moe = hf.model.layers[layer].mlp.experts
-        pairs = zip(leaves, (*moe.gate_up_proj.grad.chunk(2, dim=1), moe.down_proj.grad), strict=True)
-        for i, (leaf, grad) in enumerate(pairs):
-            mine[f"experts.{layer}.{i}"], theirs[f"experts.{layer}.{i}"] = leaf.grad, grad
+    mine, theirs = gradients(hf, ours, experts)
     assert sum(grad.abs().max() > 1e-3 for grad in theirs.values() if grad.numel()) > len(theirs) / 2
     for name, grad in theirs.items():
         if grad.numel():

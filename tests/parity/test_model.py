@@ -10,10 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import AfmoeConfig as HfConfig
-from transformers import AfmoeForCausalLM
 
-from tests.parity.dense import DenseExperts
+from tests.parity.families import diff, gradients, random_ids, twin
 from trinity.config import ModelConfig
 from trinity.models.afmoe.config import AfmoeConfig
 from trinity.models.afmoe.model import Afmoe
@@ -49,42 +47,9 @@ def random_config(seed: int) -> ModelConfig:
         max_position_embeddings=128,
         rope_theta=rng.choice([100.0, 10000.0]),
         mup_enabled=bool(seed % 2),
+        pad_token_id=None,  # a pad id would zero one row's gradient
         dtype="float32",
     )
-
-
-def hf_model(config: ModelConfig, seed: int) -> AfmoeForCausalLM:
-    own = config.model_dump(
-        exclude={"model_type", "dtype", "rope_theta", "pad_token_id"}
-    )  # a pad id would zero one row's gradient
-    own["layer_types"] = list(own["layer_types"])
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    hf_config = HfConfig(**own, rope_parameters=rope, pad_token_id=None)
-    hf_config._attn_implementation = ["eager", "sdpa"][seed % 2]
-    model = AfmoeForCausalLM(hf_config).float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        gain = name.endswith("norm.weight")
-        weight.data.copy_(1 + 0.3 * noise if gain else noise * max(1, weight.shape[-1]) ** -0.5)
-        if name.endswith("expert_bias"):
-            weight.data.copy_(0.3 * noise)
-    return model
-
-
-def twin(config: ModelConfig, seed: int) -> tuple[AfmoeForCausalLM, Afmoe, DenseExperts]:
-    """The same random weights in transformers' model and in ours."""
-    hf = hf_model(config, seed)
-    experts = DenseExperts.from_hf(hf)
-    ours = Afmoe(config, experts)
-    theirs = {k: v for k, v in hf.state_dict().items() if ".mlp.experts." not in k}
-    assert theirs.keys() == ours.tensors().keys()
-    ours.load(theirs)
-    return hf, ours, experts
-
-
-def random_ids(config: ModelConfig, seed: int, batch: int, seq: int) -> torch.Tensor:
-    return torch.randint(config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
 def our_logits(model: Afmoe, ids_BS: torch.Tensor, docs_BS: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,10 +57,6 @@ def our_logits(model: Afmoe, ids_BS: torch.Tensor, docs_BS: torch.Tensor | None 
     attend = PackedAttention(model.config, docs_BS, batch, seq)
     out = model(ids_BS.flatten(), packed_positions(batch, seq), attend)
     return model.logits(out.hidden_TD).unflatten(0, (batch, seq))
-
-
-def diff(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return (ours - theirs).abs().max().item()
 
 
 def test_random_configs_cover_the_architecture():
@@ -143,14 +104,7 @@ def test_gradients_equal_transformers(seed):
     probe_BSV = torch.randn(2, 19, config.vocab_size, generator=torch.Generator().manual_seed(seed)) / 38**0.5
     (hf(ids_BS).logits * probe_BSV).sum().backward()
     (our_logits(ours, ids_BS) * probe_BSV).sum().backward()
-    theirs = {name: p.grad for name, p in hf.named_parameters() if ".mlp.experts." not in name and p.requires_grad}
-    mine = {name: p.grad for name, p in ours.weights().items()}
-    assert mine.keys() == theirs.keys()
-    for layer, leaves in experts.weights.items():
-        moe = hf.model.layers[layer].mlp.experts
-        pairs = zip(leaves, (*moe.gate_up_proj.grad.chunk(2, dim=1), moe.down_proj.grad), strict=True)
-        for i, (leaf, grad) in enumerate(pairs):
-            mine[f"experts.{layer}.{i}"], theirs[f"experts.{layer}.{i}"] = leaf.grad, grad
+    mine, theirs = gradients(hf, ours, experts)
     for name, grad in theirs.items():
         if grad.numel():
             largest = grad.abs().max().item()

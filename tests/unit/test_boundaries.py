@@ -127,7 +127,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "uvicorn": ("serving.http",),
     "h11": ("serving.http",),
     "httpx": ("trinity.bench", "trinity.commands"),
-    "prometheus_client": ("serving.metrics", "trinity.observability.registry", "actors.sync", "actors.train_metrics"),
+    "prometheus_client": ("serving.metrics", "trinity.observability.registry", "actors.train_metrics"),
     "transformers": ("trinity.bench",),
     "megablocks": ("trinity.experts",),
     "stk": ("trinity.experts",),

@@ -177,6 +177,8 @@ def is_value(name: str) -> bool:
 
 def load_values(model: CausalLM, version: Version) -> None:
     """Copy a version's values into an engine's model, in its own type. Raises CheckpointError where one is missing."""
-    if missing := [name for name in model.tensors() if name + WEIGHT not in version.tensors]:
-        raise CheckpointError(f"version {version.number} of the backbone has no {missing[0]}")
-    model.load({name: version.tensors[name + WEIGHT] for name in model.tensors()})
+    values = {name.removesuffix(WEIGHT): tensor for name, tensor in version.tensors.items() if name.endswith(WEIGHT)}
+    try:
+        model.load(values)
+    except KeyError as missing:
+        raise CheckpointError(f"version {version.number} of the backbone has no {missing.args[0]}") from None

@@ -88,6 +88,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, keys: KeyMap, experts: ExpertLayer, decoder: Decoder):
         super().__init__()
         self.config, self._keys = config, keys
+        self._names: dict[str, str] = {}  # path -> key, found once: every new version asks for all
         self._experts = (experts,)  # a tuple hides a Module from nn.Module's registration
         self.model = decoder
         like = decoder.embed_tokens.weight
@@ -141,15 +142,20 @@ class CausalLM(nn.Module):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters by their names in a checkpoint: the live ones."""
-        return {self._keys.outside(name): parameter for name, parameter in self.named_parameters()}
+        return {self._key(name): parameter for name, parameter in self.named_parameters()}
 
     def biases(self) -> dict[str, Tensor]:
         """The selection biases by their names in a checkpoint: the live ones."""
-        return {self._keys.outside(name): buffer for name, buffer in self.named_buffers()}
+        return {self._key(name): buffer for name, buffer in self.named_buffers()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of the backbone, by its names there: the live tensors."""
-        return {self._keys.outside(name): tensor for name, tensor in self.state_dict().items()}
+        return {self._key(name): tensor for name, tensor in self.state_dict().items()}
+
+    def _key(self, path: str) -> str:
+        if path not in self._names:
+            self._names[path] = self._keys.outside(path)
+        return self._names[path]
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

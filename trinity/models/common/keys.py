@@ -53,7 +53,10 @@ class KeyMap:
 
     def role(self, key: str) -> str:
         """What a tensor is for: embedding, head, norm, attention, router, dense or shared."""
-        return next(role for pattern, role in self.roles if re.search(pattern, key))
+        for pattern, role in self.roles:
+            if re.search(pattern, key):
+                return role
+        raise KeyError(f"no role is named for {key!r}; add a pattern to the family's KeyMap")
 
 
 ROLES = (
