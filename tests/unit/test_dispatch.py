@@ -1,6 +1,8 @@
 """Dispatch equals dense: whatever the number of shards and replicas, and whatever is lost on the way."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -157,6 +159,22 @@ def test_evicted_activations_are_recomputed_to_the_same_bits():
     assert sum(s.cache_misses for s in evicted.transport.shards.values()) > 0
     for e, gradients in gradients_of(evicted).items():
         assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_of(kept)[e], strict=True))
+
+
+@pytest.mark.parametrize("version", [0, 1], ids=["computed", "refused"])
+def test_what_a_caller_holds_goes_with_it(version):
+    """Its transport's sockets and shared memory, too: neither autograd's graph nor an error keeps them for the collector."""
+    dispatcher, (x, ids, weights) = pool_of(2).dispatcher(), batch()
+    dispatcher.use(version, attempt=1)
+    dispatcher(LAYER, x, ids, weights).sum().backward()
+    assert (dispatcher.failure is None) == (version == 0)
+    seen = weakref.ref(dispatcher)
+    gc.disable()
+    try:
+        del dispatcher
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_a_step_follows_its_predecessor_or_is_refused():

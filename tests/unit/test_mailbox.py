@@ -105,9 +105,21 @@ def posted(monkeypatch):
     return seen
 
 
-def num_mapped():
+def mapped():
     """Mailboxes in this process's memory."""
-    return Path("/proc/self/maps").read_text().count("/memfd:trinity")
+    return {line for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:trinity" in line}
+
+
+@pytest.fixture(autouse=True)
+def others():
+    """What other files' tests have left in this process, which may go at any time."""
+    global OTHERS
+    OTHERS = mapped()
+
+
+def num_mapped():
+    """Mailboxes in this process's memory since the test began."""
+    return len(mapped() - OTHERS)
 
 
 def num_descriptors():

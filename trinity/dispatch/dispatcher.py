@@ -84,9 +84,10 @@ class Dispatcher:
         self.num_sent_ops.clear()
 
     def fail(self, error: TrinityError) -> None:
+        """Note the first error of an attempt, without the frames that it came through: they hold the pass's graph."""
         if not self.attempt:
             raise error
-        self.failure = self.failure or error
+        self.failure = self.failure or error.with_traceback(None)
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return self.begin(layer, x_TD, ids_TK, weights_TK).result()

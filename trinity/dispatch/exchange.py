@@ -65,15 +65,19 @@ class Exchange:
         self._calls: list[Any] = []
         self._replies: list[Reply] = []
         self._like_TD: Tensor | None = None
+        self._keep = False
         self.sent: Tensor | None = None
 
     def result(self) -> Tensor:
         """Wait; -> y_TD in x's dtype. Raises what the transport raises."""
-        return self.receive_forward() if self.sent is None else ReceiveRows.apply(self.sent, self)
+        if self.sent is None:
+            return self.receive_forward()
+        sent, self.sent = self.sent, None  # autograd's graph holds this object: held in turn, neither would be freed
+        return ReceiveRows.apply(sent, self)
 
     def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
         """Where there are replicas, inference gives each shard `attempt_s` and then replica_hash to another."""
-        deadline_s, self._like_TD = self._until_s, x_TD
+        deadline_s, self._like_TD, self._keep = self._until_s, x_TD, keep
         if not keep and self.dispatcher.is_replicated:
             deadline_s = min(deadline_s, time.time() + self.dispatcher.attempt_s)
         self._send("infer", [Forward(*self._names, deadline_s, _rows(r, x_TD, weights_TK), keep) for r in self.routes])
@@ -106,10 +110,10 @@ class Exchange:
         try:
             return [wait(i) for i in range(len(self.routes))]
         except TrinityError as error:
-            if self.sent is None:  # inference
+            if not self._keep:  # inference
                 raise
             self.dispatcher.fail(error)
-            self.routes = []
+            self.routes, self._replies = [], []
             return []
 
     def _send(self, verb: str, calls: list[Any]) -> None:
