@@ -4,8 +4,10 @@ The oracle is one shard with all experts that takes the same steps on the same r
 """
 
 import time
+from contextlib import nullcontext, suppress
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -18,7 +20,7 @@ from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.placement.table import PlacementTable
 from trinity.pool.pool import ExpertPool
-from trinity.rpc.messages import Commit, Copy, Load, PruneTo, Stage
+from trinity.rpc.messages import WEIGHT, Commit, Copy, Fetch, Forward, Load, PruneTo, Rows, Stage
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
@@ -122,7 +124,8 @@ class Life(RuleBasedStateMachine):
         for version in (self.version, *self.pinned, self.version - 1):
             if version in self.shards[origin].store.versions:
                 message = Copy(layer, (expert,), (origin,), version, time.time() + 60, updates, new.epoch)
-                migrate_in(self.shards[to], message, LocalTransport(self.shards), SOURCE)
+                with nullcontext() if version == self.version else suppress(VersionGone):  # as Migration does
+                    migrate_in(self.shards[to], message, LocalTransport(self.shards), SOURCE)
         self.view.table = new
 
     @rule(layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), to=st.sampled_from(NAMES))
@@ -201,6 +204,28 @@ TestLife = Life.TestCase
 TestLife.settings = settings(
     max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+
+
+def test_a_replica_that_came_later_has_nothing_of_older_versions_and_says_so():
+    """By the table `b` has both experts; of version 0 it has but the one that was copied to it, since it had let go of it."""
+    life = Life()
+    life.begin()
+    layer, home = MODEL.moe_layers[0], life.shards["b"]
+    (own,) = life.view.table.experts_of("b")[layer]
+    life.step(seed=0, is_given_up=False, hears_of_it=False)
+    life.step(seed=0, is_given_up=True, hears_of_it=True)
+    assert home.store.numbers == [1]
+    life.copy(layer, (own + 1) % 3, "b")
+    assert home.store.numbers == [0, 1]
+    rows = Rows(torch.randn(1, MODEL.hidden_size), torch.full((1, 2), own), torch.rand(1, 2))
+    for ask in (
+        lambda: home.fetch(Fetch(layer, own, 0, time.time() + 60, WEIGHT)),
+        lambda: home.infer(Forward("x:1", layer, life.view.table.epoch, 0, time.time() + 60, rows, False)),
+    ):
+        with pytest.raises(VersionGone, match="nothing of its version 0"):
+            ask()
+    life.copy(layer, own, "a")  # the present version is; of the older one there is nothing to be had
+    assert own in life.view.table.experts_of("a")[layer]
 
 
 def test_experts_change_places_with_an_update_in_between():

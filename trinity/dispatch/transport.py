@@ -51,11 +51,12 @@ class Done:
 
 
 class LocalTransport:
-    """Shards in this process: the oracle of every other transport, and what offline inference uses."""
+    """Shards in this process: the oracle of every other transport, and what offline inference uses. Errors come, as from
+    another process, without the frames that they were raised in: those would hold the caller."""
 
     def __init__(self, shards: dict[str, Any]):
         self.shards = shards
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         found = tried(partial(getattr(self.shards[shard], verb), message), TrinityError)
-        return Done(error=found) if isinstance(found, TrinityError) else Done(found)
+        return Done(error=found.with_traceback(None)) if isinstance(found, TrinityError) else Done(found)

@@ -3,13 +3,14 @@
 Legend: R rows, K slots of a row, A assignments (row, expert), E experts of the layer on this shard, X experts of the model.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trinity.config import ModelConfig
-from trinity.errors import WrongEpoch
+from trinity.errors import TrinityError
 from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.stacked import experts_of, stacks_of
 from trinity.rpc.messages import REMOTE, WEIGHT, Backward, Forward
@@ -45,18 +46,15 @@ def ready_layers(version: Version, model: ModelConfig, train: bool) -> dict[int,
     return layers
 
 
-def slots_of(layer: ReadyLayer, call: Forward | Backward, shard: str) -> Slots:
-    """Slots of the call's rows that are not REMOTE. Raises WrongEpoch for an expert that is not here."""
+def slots_of(layer: ReadyLayer, call: Forward | Backward, missing: Callable[[int], TrinityError]) -> Slots:
+    """Slots of the call's rows that are not REMOTE. Raises `missing(expert)` for one that is not here."""
     assert call.rows is not None
     ids_RK = call.rows.ids_RK
     position_S = layer.position_X[ids_RK.cpu().flatten()]  # S = R * K; REMOTE finds the last
     slot_A = (position_S != REMOTE).nonzero().squeeze(1)
     expert_A = position_S[slot_A]
     if len(expert_A) and int(expert_A.min()) == NOT_HELD:
-        stranger = int(ids_RK.flatten()[slot_A[expert_A == NOT_HELD][0]])
-        raise WrongEpoch(
-            f"shard {shard} does not hold expert ({call.layer}, {stranger}) of placement epoch {call.epoch}"
-        )
+        raise missing(int(ids_RK.flatten()[slot_A[expert_A == NOT_HELD][0]]))
     return Slots(slot_A, slot_A // ids_RK.shape[1], expert_A)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from trinity.config import ModelConfig
-from trinity.errors import StepConflict, Unavailable, VersionGone, WrongEpoch
+from trinity.errors import StepConflict, TrinityError, Unavailable, VersionGone, WrongEpoch
 from trinity.experts.base import LayerWeights
 from trinity.experts.layer import ReadyLayer, ready_layers
 from trinity.state.versioned_store import Version
@@ -72,6 +72,17 @@ class PublishedVersions:
         if found is None:
             raise WrongEpoch(f"shard {self._shard} holds nothing of layer {layer}")
         return found
+
+    def missing(self, version: int, layer: int, epoch: int, expert: int) -> TrinityError:
+        """What to tell a caller that wants an expert which is not here at that version: where it came later, its older weights
+        are kept nowhere that the table leads to, and no other table would help."""
+        with self._readers:
+            present = self._versions[self.committed][1].get(layer) if self.committed in self._versions else None
+        if version < self.committed and present is not None and expert in present.experts:
+            return VersionGone(
+                f"shard {self._shard} has expert ({layer}, {expert}), but nothing of its version {version}"
+            )
+        return WrongEpoch(f"shard {self._shard} does not hold expert ({layer}, {expert}) of placement epoch {epoch}")
 
     def weights(self) -> dict[int, LayerWeights]:
         """Weights of the committed version, by layer; none without one."""

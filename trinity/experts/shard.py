@@ -8,6 +8,8 @@ present version, so rows of that version are computed meanwhile, and those of th
 backward are a bounded cache, never the truth.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -226,8 +228,11 @@ class ExpertShard:
 
     # -- inside: rows
 
+    def _slots(self, layer: ReadyLayer, call: Forward | Backward) -> Slots:
+        return slots_of(layer, call, partial(self.versions.missing, call.version, call.layer, call.epoch))
+
     def _counted(self, layer: ReadyLayer, call: Forward) -> Slots:
-        slots = slots_of(layer, call, self.spec.name)
+        slots = self._slots(layer, call)
         rows_E = torch.bincount(slots.expert_A, minlength=len(layer.experts))
         self.weights.row_counts.add(call.layer, layer.ids_E, rows_E)
         return slots
@@ -254,4 +259,4 @@ class ExpertShard:
             raise InputGone(
                 f"shard {self.spec.name} no longer has the activations of {call.op_id}; send the rows again"
             )
-        return self._remembered(call.op_id, layer, call.rows, slots_of(layer, call, self.spec.name))
+        return self._remembered(call.op_id, layer, call.rows, self._slots(layer, call))

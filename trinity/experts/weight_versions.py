@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from trinity.errors import DeadlineExceeded, StepConflict
+from trinity.errors import DeadlineExceeded, StepConflict, TrinityError
 from trinity.experts.base import LayerWeights
 from trinity.experts.layer import ReadyLayer
 from trinity.experts.published import PublishedVersions
@@ -63,6 +63,10 @@ class WeightVersions:
         if version == self.number + 1 and self.store.staged is not None and self.number >= 0:
             self._commit()
         return self._published.find(version, layer)
+
+    def missing(self, version: int, layer: int, epoch: int, expert: int) -> TrinityError:
+        """What to tell a caller that wants an expert which is not here at that version."""
+        return self._published.missing(version, layer, epoch, expert)
 
     def withdraw(self, numbers: list[int]) -> None:
         """Wait until nobody computes with these versions; nobody begins to."""

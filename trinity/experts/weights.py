@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trinity.checkpoint import write_tensors
-from trinity.errors import InvalidRequest, StepConflict, VersionGone, WrongEpoch
+from trinity.errors import InvalidRequest, StepConflict, VersionGone
 from trinity.experts.base import Assignments, ExpertBackend, LayerWeights
 from trinity.experts.loading import loaded, with_state
 from trinity.experts.row_counts import RowCounts
@@ -62,10 +62,11 @@ class ExpertWeights:
             return kinds_of(self._store.versions.get(version) or self._empty_version(version, 0))
 
     def position(self, message: Fetch) -> int:
-        """Where in the stacks the expert is that a caller wants. Raises WrongEpoch when it is not here."""
+        """Where in the stacks the expert is that a caller wants. Raises WrongEpoch when it is not here,
+        VersionGone when only its present version is."""
         held = self.versions.find(message.layer, message.version, message.deadline_s).experts
         if message.expert not in held:
-            raise WrongEpoch(f"shard {self.spec.name} does not hold expert ({message.layer}, {message.expert})")
+            raise self.versions.missing(message.version, message.layer, self._epoch, message.expert)
         return held.index(message.expert)
 
     def fetch(self, message: Fetch) -> Tensor:
