@@ -121,6 +121,7 @@ class Life(RuleBasedStateMachine):
                 shard.commit(Commit(self.version))
         updates = self.shards[origin].store.current.notes["num_updates"]
         new = table.with_replica((layer, expert), to)
+        self.shards[to].prune_to(PruneTo(table.experts_of(to), table.epoch))  # leftovers have missed steps
         for version in (self.version, *self.pinned, self.version - 1):
             if version in self.shards[origin].store.versions:
                 message = Copy(layer, (expert,), (origin,), version, time.time() + 60, updates, new.epoch)
@@ -172,7 +173,7 @@ class Life(RuleBasedStateMachine):
             if got is None:
                 assert not must_be_there, f"version {version} is in use, and gone"
             else:
-                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)  # another version's are off by 0.1 and more
 
     def _answer(self, pool, version, layer, seed):
         dispatcher = Dispatcher(pool.view, pool.transport, timeout_s=0.5, version=version)
