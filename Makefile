@@ -15,6 +15,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megabl
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)
 
+# Where the environment forbids compiled files, each of the hundreds of processes would compile the project anew.
+test: export PYTHONDONTWRITEBYTECODE =
 # Most tests wait for processes: two at a time take little more than half as long. A file stays on one side, and with it its Ray;
 # the files that take longest begin first (tests/conftest.py), so that both sides end together.
 test: setup

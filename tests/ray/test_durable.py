@@ -213,7 +213,7 @@ def test_a_killed_worker_goes_on_from_the_last_step(ray_session, config, tmp_pat
 
     def kill_once():
         while not done.is_set() and not ((decision := pool.decided()) and decision.version >= 8):
-            time.sleep(0.01)
+            time.sleep(0.05)
         _, folder = decision.notes["backbone"][0]
         seen.append(decision.version)
         os.kill(writer_of(Path(folder)), signal.SIGKILL)

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 import uuid
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ from trinity.rpc.messages import Load
 MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
 SOURCE = Load(seed=3, training=False)
 WAIT_S = 90.0
+PACE_S = 0.003  # between two calls: what is waited for, a shard that starts, needs the cores more than they do
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings():
+    return settings_of()
+
+
+def settings_of():
     return PlacementConfig(
         pool=f"m-{uuid.uuid4().hex[:8]}",
         num_shards=2,
@@ -33,28 +39,45 @@ def settings():
     )
 
 
-@pytest.fixture
-def pool(ray_session, settings, tmp_path):
+@contextmanager
+def pool_of(settings, folder):
     from actors import pool as pools
 
-    made = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
+    made = pools.create(settings, "trinity", MODEL, None, str(folder / "placement"))
     made.load(SOURCE)
     yield made
     pools.destroy(settings.pool, "trinity")
 
 
+@pytest.fixture(scope="module")
+def pool(ray_session, settings, tmp_path_factory):
+    """Of two shards. Every test leaves it so, with whatever replicas and, from the middle of the file on, names they have."""
+    with pool_of(settings, tmp_path_factory.mktemp("pool")) as made:
+        yield made
+
+
 @pytest.fixture
 def operator(pool, settings):
+    return operator_of(settings)
+
+
+def operator_of(settings):
     from actors.control.admin import operator
 
     made = operator(settings, "trinity")
-    until(lambda: {shard.state for shard in made.snapshot().shards} == {"ready"})
+    until(lambda: [shard.state for shard in made.snapshot().shards] == ["ready", "ready"])
     return made
 
 
 @pytest.fixture
 def load(pool):
-    """A caller that never rests; it must never see an error or another answer than the oracle's."""
+    with calling(pool) as caller:
+        yield caller
+
+
+@contextmanager
+def calling(pool):
+    """A caller that is always there; it must never see an error or another answer than the oracle's."""
     caller = Caller(pool)
     caller.thread.start()
     yield caller
@@ -89,6 +112,7 @@ class Caller:
                 return
             self.longest_s = max(self.longest_s, time.monotonic() - started)
             self.num_calls += 1
+            time.sleep(PACE_S)
 
 
 def until(what, *, within_s=WAIT_S):
@@ -103,6 +127,15 @@ def settled(operator, epoch, **wanted):
         if found.table.epoch > epoch and found.changes[0].phase == "done":
             return found
     pytest.fail(f"no change after epoch {epoch}: {found.changes[:1]}")
+
+
+def replicate_all(operator):
+    """Every expert on both shards, and the change that brought the last one done."""
+    for layer in MODEL.moe_layers:
+        for expert in range(MODEL.num_experts):
+            operator.replicate(layer, expert, 2)
+    until(lambda: operator.snapshot().table.num_replicas_LE.min() == 2)
+    until(lambda: operator.snapshot().changes[0].phase == "done")
 
 
 def held(pool):
@@ -127,37 +160,43 @@ def pid_of(ray, pool, shard):
     return ray.get(pool.shards[shard].where.remote())[1]
 
 
-def test_shards_come_and_go_under_load(pool, operator, load, ray_session):
-    epoch = operator.scale(4, "more")
-    grown = settled(operator, epoch)
-    assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
-    assert grown.changes[0].num_copies > 0
-    assert grown.changes[0].copied_bytes > 0
-    until(lambda: held(pool) == by_table(grown.table))
-    shrunk = settled(operator, operator.drain("shard-0"))
-    assert shrunk.table.shards == ("shard-1", "shard-2", "shard-3")
-    shrunk = settled(operator, operator.scale(1, "less"))
-    assert len(shrunk.table.shards) == 1
-    until(lambda: held(pool) == by_table(shrunk.table))
-    with pytest.raises(ConfigError, match="is the last shard"):
-        operator.drain(shrunk.table.shards[0])
-    with pytest.raises(ConfigError, match="0 shards for 6 experts"):
-        operator.scale(0, "none")
-    names = {entry["name"] for entry in ray_session.util.list_named_actors(all_namespaces=True)}
-    assert {name.rsplit("/", 1)[1] for name in names if pool.name in name} == {"placement", *shrunk.table.shards}
+def test_moves_follow_the_load(pool, operator, settings, ray_session):
+    """All rows go to two experts of one shard: asked to rebalance, the service parts them."""
+    dispatcher = pool.dispatcher()
+    first = [
+        expert for expert in range(MODEL.num_experts) if pool.table.holders((MODEL.moe_layers[0], expert)) == (0,)
+    ][:2]
+    rows = torch.randn(200, MODEL.hidden_size), torch.tensor([first] * 200), torch.ones(200, 2)
+    with torch.inference_mode():
+        for _ in range(3):
+            for layer in MODEL.moe_layers:
+                dispatcher(layer, *rows)
+            time.sleep(0.3)
+    until(lambda: operator.snapshot().imbalance > 1.5 or operator.snapshot().load_LE[0][first[0]] > 0)
+    found = settled(operator, operator.rebalance())
+    for layer in MODEL.moe_layers:
+        holders = {found.table.holders((layer, expert)) for expert in first}
+        assert len(holders) == 2, "they share a shard no more"
+
+
+def test_without_a_replica_callers_wait_for_the_shard(pool, operator, load, ray_session):
+    num_recoveries = operator.snapshot().num_recoveries
+    assert operator.snapshot().table.num_replicas_LE.max() == 1
+    os.kill(pid_of(ray_session, pool, "shard-1"), signal.SIGKILL)
+    until(lambda: load.dispatcher.num_retries > 0)
+    until(lambda: operator.snapshot().num_recoveries == num_recoveries + 1)
+    num_calls = load.num_calls
+    until(lambda: load.num_calls > num_calls + 20)
+    print(f"longest call {load.longest_s:.3f} s")
 
 
 def test_a_replica_takes_over_at_once(pool, operator, load, ray_session):
-    layer = MODEL.moe_layers[0]
-    for each in MODEL.moe_layers:
-        for expert in range(MODEL.num_experts):
-            epoch = operator.replicate(each, expert, 2)
-    until(lambda: all(len(s) == 2 for s in by_table(operator.snapshot().table).values()))
-    settled(operator, epoch - 1)
+    layer, num_recoveries = MODEL.moe_layers[0], operator.snapshot().num_recoveries
+    replicate_all(operator)
     load.longest_s = 0.0
     os.kill(pid_of(ray_session, pool, "shard-0"), signal.SIGKILL)
     until(lambda: load.dispatcher.num_retries > 0)
-    until(lambda: operator.snapshot().num_recoveries == 1)
+    until(lambda: operator.snapshot().num_recoveries == num_recoveries + 1)
     until(lambda: held(pool) == by_table(operator.snapshot().table))
     assert not load.errors
     until(lambda: not pool.view.unreachable)
@@ -166,21 +205,9 @@ def test_a_replica_takes_over_at_once(pool, operator, load, ray_session):
     assert len(shrunk.table.holders((layer, 0))) == 1
 
 
-def test_without_a_replica_callers_wait_for_the_shard(pool, operator, load, ray_session):
-    os.kill(pid_of(ray_session, pool, "shard-1"), signal.SIGKILL)
-    until(lambda: load.dispatcher.num_retries > 0)
-    until(lambda: operator.snapshot().num_recoveries == 1)
-    num_calls = load.num_calls
-    until(lambda: load.num_calls > num_calls + 20)
-    print(f"longest call {load.longest_s:.3f} s")
-
-
 def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, load, ray_session):
-    for each in MODEL.moe_layers:
-        for expert in range(MODEL.num_experts):
-            epoch = operator.replicate(each, expert, 2)
-    until(lambda: all(len(s) == 2 for s in by_table(operator.snapshot().table).values()))
-    settled(operator, epoch - 1)
+    num_recoveries = operator.snapshot().num_recoveries
+    replicate_all(operator)
     pid, began_s = pid_of(ray_session, pool, "shard-0"), time.monotonic()
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -192,15 +219,15 @@ def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, l
     finally:
         os.kill(pid, signal.SIGCONT)
     until(lambda: not pool.view.unreachable)
-    until(lambda: operator.snapshot().num_recoveries == 1)
+    until(lambda: operator.snapshot().num_recoveries == num_recoveries + 1)
     assert held(pool) == by_table(operator.snapshot().table)
 
 
-def test_a_shard_that_does_not_come_back_is_replaced(ray_session, settings, tmp_path):
+def test_a_shard_that_does_not_come_back_is_replaced(ray_session, tmp_path):
     from actors import pool as pools
     from actors.control.admin import operator
 
-    settings = PlacementConfig(**settings.model_dump() | {"num_shards": 3, "redundancy": 1, "lost_after_s": 4})
+    settings = PlacementConfig(**settings_of().model_dump() | {"num_shards": 3, "redundancy": 1, "lost_after_s": 4})
     pool = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
     try:
         pool.load(SOURCE)
@@ -222,6 +249,29 @@ def test_a_shard_that_does_not_come_back_is_replaced(ray_session, settings, tmp_
         pools.destroy(settings.pool, "trinity")
 
 
+def test_shards_come_and_go_under_load(ray_session, tmp_path):
+    settings = settings_of()
+    with pool_of(settings, tmp_path) as pool, calling(pool):
+        operator = operator_of(settings)
+        epoch = operator.scale(4, "more")
+        grown = settled(operator, epoch)
+        assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
+        assert grown.changes[0].num_copies > 0
+        assert grown.changes[0].copied_bytes > 0
+        until(lambda: held(pool) == by_table(grown.table))
+        shrunk = settled(operator, operator.drain("shard-0"))
+        assert shrunk.table.shards == ("shard-1", "shard-2", "shard-3")
+        shrunk = settled(operator, operator.scale(1, "less"))
+        assert len(shrunk.table.shards) == 1
+        until(lambda: held(pool) == by_table(shrunk.table))
+        with pytest.raises(ConfigError, match="is the last shard"):
+            operator.drain(shrunk.table.shards[0])
+        with pytest.raises(ConfigError, match="0 shards for 6 experts"):
+            operator.scale(0, "none")
+        names = {entry["name"] for entry in ray_session.util.list_named_actors(all_namespaces=True)}
+        assert {name.rsplit("/", 1)[1] for name in names if pool.name in name} == {"placement", *shrunk.table.shards}
+
+
 @pytest.mark.parametrize("phase", ["prepare", pytest.param("drain", marks=pytest.mark.chaos)])
 def test_a_service_killed_in_a_change_completes_it_or_takes_it_back(pool, operator, load, ray_session, phase):
     from actors.names import find
@@ -239,27 +289,8 @@ def test_a_service_killed_in_a_change_completes_it_or_takes_it_back(pool, operat
     assert len(shrunk.table.shards) == 2, "the next change still works"
 
 
-def test_moves_follow_the_load(pool, operator, settings, ray_session):
-    """All rows go to two experts of one shard: asked to rebalance, the service parts them."""
-    dispatcher = pool.dispatcher()
-    first = [
-        expert for expert in range(MODEL.num_experts) if pool.table.holders((MODEL.moe_layers[0], expert)) == (0,)
-    ][:2]
-    rows = torch.randn(200, MODEL.hidden_size), torch.tensor([first] * 200), torch.ones(200, 2)
-    with torch.inference_mode():
-        for _ in range(3):
-            for layer in MODEL.moe_layers:
-                dispatcher(layer, *rows)
-            time.sleep(0.3)
-    until(lambda: operator.snapshot().imbalance > 1.5 or operator.snapshot().load_LE[0][first[0]] > 0)
-    found = settled(operator, operator.rebalance())
-    for layer in MODEL.moe_layers:
-        holders = {found.table.holders((layer, expert)) for expert in first}
-        assert len(holders) == 2, "they share a shard no more"
-
-
 @pytest.mark.chaos
-def test_shards_follow_the_load(ray_session, settings, tmp_path):
+def test_shards_follow_the_load(ray_session, tmp_path):
     """Load up: shards and replicas come. Load down: they go."""
     from actors import pool as pools
     from actors.control.admin import operator
@@ -267,7 +298,7 @@ def test_shards_follow_the_load(ray_session, settings, tmp_path):
     scale = dict(
         enabled=True, min_shards=1, max_shards=3, rows_per_s=200, every_s=0.5, cooldown_s=1, settle_s=2, max_spare=2
     )
-    settings = PlacementConfig(**settings.model_dump() | {"num_shards": 1, "window_s": 2, "autoscale": scale})
+    settings = PlacementConfig(**settings_of().model_dump() | {"num_shards": 1, "window_s": 2, "autoscale": scale})
     pool = pools.create(settings, "trinity", MODEL, None, str(tmp_path / "placement"))
     try:
         pool.load(SOURCE)
