@@ -44,9 +44,11 @@ def pool_of(settings, folder):
     from actors import pool as pools
 
     made = pools.create(settings, "trinity", MODEL, None, str(folder / "placement"))
-    made.load(SOURCE)
-    yield made
-    pools.destroy(settings.pool, "trinity")
+    try:
+        made.load(SOURCE)
+        yield made
+    finally:
+        pools.destroy(settings.pool, "trinity")
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +82,11 @@ def calling(pool):
     """A caller that is always there; it must never see an error or another answer than the oracle's."""
     caller = Caller(pool)
     caller.thread.start()
-    yield caller
-    caller.stop.set()
-    caller.thread.join(30)
+    try:
+        yield caller
+    finally:
+        caller.stop.set()
+        caller.thread.join(30)
     assert not caller.thread.is_alive()
     assert caller.errors == []
     assert caller.num_calls > 20

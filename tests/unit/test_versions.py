@@ -26,7 +26,7 @@ MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
 )
 NAMES = ("a", "b", "c")
-OPTIM = OptimConfig(muon_lr=0.5, adamw_lr=0.1)  # large steps: versions differ where it shows
+OPTIM = OptimConfig(muon_lr=0.05, adamw_lr=0.01)  # versions differ where it shows, sums in another order do not
 SOURCE = Load(seed=3)
 
 
@@ -107,7 +107,7 @@ class Life(RuleBasedStateMachine):
         self.version += 1  # decided: who has not heard of it does so from the next call
 
     def _stage(self, keep):
-        return Stage(self.version + 1, {"muon": 0.5, "adamw": 0.1}, 1.0, self.attempt, keep)
+        return Stage(self.version + 1, {"muon": 0.05, "adamw": 0.01}, 1.0, self.attempt, keep)
 
     @rule(layer=st.sampled_from(MODEL.moe_layers), expert=st.integers(0, 3), to=st.sampled_from(NAMES))
     def copy(self, layer, expert, to):
@@ -173,7 +173,7 @@ class Life(RuleBasedStateMachine):
             if got is None:
                 assert not must_be_there, f"version {version} is in use, and gone"
             else:
-                torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)  # another version's are off by 0.1 and more
+                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
     def _answer(self, pool, version, layer, seed):
         dispatcher = Dispatcher(pool.view, pool.transport, timeout_s=0.5, version=version)
