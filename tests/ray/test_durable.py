@@ -52,13 +52,18 @@ def pool(shared_pool):
     return found
 
 
-@pytest.fixture
-def own_pool(ray_session, config, tmp_path):
-    """For a test after which experts are elsewhere."""
-    from actors import pool as pools
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """-> (losses, checkpoint) of such a run here. Text and seeds are the same in all tests: one serves those that ask alike."""
+    known = {}
 
-    yield pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
-    pools.destroy(config.placement.pool, "trinity")
+    def run(config):
+        asked = config.train.steps, config.train.global_batch_size, config.optim, config.placement.num_shards
+        if str(asked) not in known:
+            known[str(asked)] = train_here(config, tmp_path_factory.mktemp("here"))
+        return known[str(asked)]
+
+    return run
 
 
 def trainer_of(config, pool):
@@ -67,8 +72,8 @@ def trainer_of(config, pool):
     return trainer
 
 
-def same_as_undisturbed(config, tmp_path, trainer, losses):
-    want, reference = train_here(config, tmp_path / "here")
+def same_as_undisturbed(undisturbed, trainer, losses):
+    config, (want, reference) = trainer.config, undisturbed(trainer.config)
     assert losses == list(want.values())
     saved = open_checkpoint(trainer.save())
     assert saved.version == reference.version == config.train.steps
@@ -102,7 +107,7 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.chaos
-def test_shards_are_killed_at_random_and_no_step_is_lost(ray_session, config, pool, tmp_path):
+def test_shards_are_killed_at_random_and_no_step_is_lost(ray_session, config, pool, undisturbed):
     """F1, a smoke; tests/chaos has the long one."""
     trainer = trainer_of(config, pool)
     killer = Killer(ray_session, pool, trainer, seed=1, steps=(3, 7, 12))
@@ -110,11 +115,11 @@ def test_shards_are_killed_at_random_and_no_step_is_lost(ray_session, config, po
     losses = [trainer.step().loss for _ in range(NUM_STEPS)]
     killer.join(60)
     assert killer.num_kills == 3
-    same_as_undisturbed(config, tmp_path, trainer, losses)
+    same_as_undisturbed(undisturbed, trainer, losses)
 
 
 @pytest.mark.parametrize("verb", ["prepare", "stage", "commit"])
-def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp_path, verb):
+def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, undisturbed, verb):
     """F3: killed before it answers one of three shards' verbs. All are at one version after every step."""
     trainer = trainer_of(config.replace(train={"steps": 5}), pool)
     send, killed = pool.transport.send, []
@@ -132,10 +137,10 @@ def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, tmp
         assert set(pool.versions().values()) == {step}
     assert killed
     assert trainer.num_replays == (0 if verb == "commit" else 1), "what was decided is not made again"
-    same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
+    same_as_undisturbed(undisturbed, trainer, losses)
 
 
-def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp_path, monkeypatch):
+def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, undisturbed, monkeypatch):
     """F2 over actors: 30 % of requests and of replies are lost."""
     monkeypatch.setattr(trying, "LAST_PAUSE_S", 0.1)
     trainer = trainer_of(config.replace(train={"steps": 4, "global_batch_size": 1}), pool)
@@ -148,10 +153,10 @@ def test_lost_requests_and_replies_of_all_verbs_change_nothing(config, pool, tmp
     pool.transport = faulty[0].inner
     assert min(each.lost for each in faulty) > 3
     assert trainer.num_replays == 0, "lost messages are sent again under the same name"
-    same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
+    same_as_undisturbed(undisturbed, trainer, losses)
 
 
-def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config, pool, tmp_path):
+def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config, pool, undisturbed):
     """F8, shorter: SIGSTOP for longer than a call may take."""
     config = config.replace(train={"steps": 4})
     trainer = trainer_of(config, pool)
@@ -163,7 +168,7 @@ def test_a_shard_that_hangs_is_waited_for_up_to_the_deadline(ray_session, config
     losses += [trainer.step().loss for _ in range(3)]
     assert trainer.num_replays >= 1
     assert pid_of(ray_session, pool, "shard-2") == pid, "nobody was started again"
-    same_as_undisturbed(config, tmp_path, trainer, losses)
+    same_as_undisturbed(undisturbed, trainer, losses)
 
 
 def wake(trainer, pid):
@@ -174,7 +179,7 @@ def wake(trainer, pid):
         os.kill(pid, signal.SIGCONT)
 
 
-def test_the_placement_service_is_killed_while_training(ray_session, config, pool, tmp_path):
+def test_the_placement_service_is_killed_while_training(ray_session, config, pool, undisturbed):
     trainer = trainer_of(config.replace(train={"steps": 5}), pool)
     losses = [trainer.step().loss for _ in range(2)]
     from actors.names import PLACEMENT, find
@@ -182,7 +187,7 @@ def test_the_placement_service_is_killed_while_training(ray_session, config, poo
     ray_session.kill(find(pool.name, PLACEMENT, "trinity"), no_restart=False)
     losses += [trainer.step().loss for _ in range(3)]
     assert pool.decided().version == 5
-    same_as_undisturbed(trainer.config, tmp_path, trainer, losses)
+    same_as_undisturbed(undisturbed, trainer, losses)
 
 
 def test_a_trainer_that_was_replaced_can_decide_nothing(config, pool):
@@ -202,17 +207,15 @@ def test_a_trainer_that_was_replaced_can_decide_nothing(config, pool):
     assert pool.decided().version == 1
 
 
-def test_a_killed_worker_goes_on_from_the_last_step(ray_session, config, tmp_path):
+def test_a_killed_worker_goes_on_from_the_last_step(config, pool, undisturbed, tmp_path):
     """F4: SIGKILL of the training worker; no checkpoint but the last is ever written."""
-    from actors import pool as pools
     from actors.train import fit
 
-    config = config.replace(train={"steps": 40}, placement={"num_shards": 2})
-    pool = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
+    config = config.replace(train={"steps": 40}, placement={"pool": pool.name})
     seen, done = [], threading.Event()
 
     def kill_once():
-        while not done.is_set() and not ((decision := pool.decided()) and decision.version >= 8):
+        while not done.is_set() and not ((decision := pool.decided()) and decision.version >= 8):  # others make fewer
             time.sleep(0.05)
         _, folder = decision.notes["backbone"][0]
         seen.append(decision.version)
@@ -223,11 +226,10 @@ def test_a_killed_worker_goes_on_from_the_last_step(ray_session, config, tmp_pat
     result = fit(config)
     done.set()
     killer.join(10)
-    pools.destroy(config.placement.pool, "trinity")
     assert seen
     assert result["version"] == 40
     assert decisions(tmp_path / "ray") == list(range(1, 41)), "each step was logged once, in order: none was lost"
-    _, reference = train_here(config, tmp_path / "here")
+    _, reference = undisturbed(config)
     mine, theirs = (weights_of(c) for c in (open_checkpoint(latest_checkpoint(tmp_path / "ray")), reference))
     assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
 
@@ -263,38 +265,7 @@ def test_two_workers_sum_in_one_order(ray_session, config, tmp_path):
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 
 
-def test_replicas_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, own_pool, tmp_path):
-    """F10 for replicas: 1 -> 3 -> 1. All replicas of an expert have the same bits after every step."""
-    from actors.control.admin import operator
-    from trinity.rpc.messages import Fetch
-
-    config = config.replace(train={"steps": 8})
-    pool = own_pool
-    trainer, asked = trainer_of(config, pool), operator(config.placement, "trinity")
-    losses, replicas = [], []
-    for step in range(1, 9):
-        for at, num in ((3, 3), (6, 1)):
-            if step == at:
-                for layer in config.model.moe_layers:
-                    for expert in range(config.model.num_experts):
-                        asked.replicate(layer, expert, num)
-        losses.append(trainer.step().loss)
-        replicas.append(int(pool.table.num_replicas_LE.max()))
-        for layer, experts in pool.table.shared.items():
-            for expert, holders in experts.items():
-                for kind in ("weight", "momentum"):
-                    call = Fetch(layer, expert, step, 4e9, kind)
-                    first, *others = (pool.transport.send(s, "fetch", call).result() for s in holders)
-                    assert all(torch.equal(first, other) for other in others)
-    assert replicas == [1, 1, 3, 3, 3, 1, 1, 1]
-    want, reference = train_here(config, tmp_path / "here")
-    torch.testing.assert_close(losses, list(want.values()), atol=1e-5, rtol=0)
-    mine, theirs = weights_of(open_checkpoint(trainer.save())), weights_of(reference)
-    for key in theirs:
-        torch.testing.assert_close(mine[key], theirs[key], atol=1e-5, rtol=0)
-
-
-def test_a_shard_that_lost_its_memory_gets_it_from_its_replicas(ray_session, config, tmp_path):
+def test_a_shard_that_lost_its_memory_gets_it_from_its_replicas(ray_session, config, undisturbed, tmp_path):
     """What a lost host means to a shard: started again elsewhere, with nothing. No step is lost, no checkpoint is read."""
     import shutil
 
@@ -316,11 +287,11 @@ def test_a_shard_that_lost_its_memory_gets_it_from_its_replicas(ray_session, con
     assert set(pool.versions().values()) == {len(losses)}
     pools.destroy(config.placement.pool, "trinity", config.placement.memory_dir)
     assert not list((tmp_path / "memory").glob("*")), "nothing is left in memory"
-    want, _ = train_here(config.replace(train={"steps": len(losses)}), tmp_path / "here")
+    want, _ = undisturbed(config.replace(train={"steps": len(losses)}))
     torch.testing.assert_close(losses, list(want.values()), atol=1e-5, rtol=0)
 
 
-def test_without_replicas_a_lost_memory_sends_the_job_back_to_its_checkpoint(ray_session, config, pool, tmp_path):
+def test_without_replicas_a_lost_memory_sends_the_job_back_to_its_checkpoint(ray_session, config, pool, undisturbed):
     from trinity.errors import StateLost
 
     config = config.replace(train={"steps": 5})
@@ -336,4 +307,36 @@ def test_without_replicas_a_lost_memory_sends_the_job_back_to_its_checkpoint(ray
     again = trainer_of(config, pool)
     assert (again.version, again.position) == (2, 2)
     losses += [again.step().loss for _ in range(3)]
-    same_as_undisturbed(config, tmp_path, again, losses)
+    same_as_undisturbed(undisturbed, again, losses)
+
+
+def test_replicas_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, pool, undisturbed):
+    """F10 for replicas: 1 -> 3 -> 1. All replicas of an expert have the same bits after every step.
+
+    The last of those that share a pool: experts are elsewhere afterwards."""
+    from actors.control.admin import operator
+    from trinity.rpc.messages import Fetch
+
+    config = config.replace(train={"steps": 8}, placement={"pool": pool.name})
+    trainer, asked = trainer_of(config, pool), operator(config.placement, "trinity")
+    losses, replicas = [], []
+    for step in range(1, 9):
+        for at, num in ((3, 3), (6, 1)):
+            if step == at:
+                for layer in config.model.moe_layers:
+                    for expert in range(config.model.num_experts):
+                        asked.replicate(layer, expert, num)
+        losses.append(trainer.step().loss)
+        replicas.append(int(pool.table.num_replicas_LE.max()))
+        for layer, experts in pool.table.shared.items():
+            for expert, holders in experts.items():
+                for kind in ("weight", "momentum"):
+                    call = Fetch(layer, expert, step, 4e9, kind)
+                    first, *others = (pool.transport.send(s, "fetch", call).result() for s in holders)
+                    assert all(torch.equal(first, other) for other in others)
+    assert replicas == [1, 1, 3, 3, 3, 1, 1, 1]
+    want, reference = undisturbed(config)
+    torch.testing.assert_close(losses, list(want.values()), atol=1e-5, rtol=0)
+    mine, theirs = weights_of(open_checkpoint(trainer.save())), weights_of(reference)
+    for key in theirs:
+        torch.testing.assert_close(mine[key], theirs[key], atol=1e-5, rtol=0)

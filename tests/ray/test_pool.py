@@ -3,7 +3,7 @@
 import os
 import signal
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,35 +18,24 @@ MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_s
 LAYER = MODEL.moe_layers[0]
 
 
-@contextmanager
-def created(state_dir):
+@pytest.fixture(scope="module")
+def kept_pool(ray_session, tmp_path_factory):
+    """-> (pool, settings, folder). Its first test finds it without weights, its last leaves experts elsewhere."""
     from actors import pool as pools
 
     settings = PlacementConfig(pool=f"p-{uuid.uuid4().hex[:8]}", num_shards=2, call_timeout_s=60)
-    made = pools.create(settings, "trinity", MODEL, OptimConfig(), str(state_dir))
-    yield made, settings
+    folder = tmp_path_factory.mktemp("pool") / "placement"
+    yield pools.create(settings, "trinity", MODEL, OptimConfig(), str(folder)), settings, folder
     pools.destroy(settings.pool, "trinity")
     assert not pools.exists(settings.pool, "trinity")
 
 
 @pytest.fixture
-def pool(ray_session, tmp_path):
-    with created(tmp_path / "placement") as (made, _):
-        yield made
-
-
-@pytest.fixture(scope="module")
-def kept_pool(ray_session, tmp_path_factory):
-    with created(tmp_path_factory.mktemp("pool") / "placement") as found:
-        yield found
-
-
-@pytest.fixture
-def shared_pool(kept_pool):
-    """For tests after which the experts are where they were: they load what they need."""
+def pool(kept_pool):
+    """As somebody else finds it; experts are where they were."""
     from actors import pool as pools
 
-    made, settings = kept_pool
+    made, settings, _ = kept_pool
     found = pools.connect(settings, "trinity")
     assert found.table.replicas == made.table.replicas
     return found
@@ -59,9 +48,10 @@ def batch(num_tokens=50):
     return x, ids, torch.rand(num_tokens, 2, generator=rng, requires_grad=True)
 
 
-def test_a_pool_of_actors_is_a_pool_of_shards(pool, ray_session, tmp_path):
+def test_a_pool_of_actors_is_a_pool_of_shards(kept_pool, ray_session):
     from actors import pool as pools
 
+    pool, _, folder = kept_pool
     before, pool.timeout_s = pool.timeout_s, 0.5
     dispatcher = pool.dispatcher()
     with pytest.raises(StepConflict, match="has no weights"):
@@ -79,13 +69,12 @@ def test_a_pool_of_actors_is_a_pool_of_shards(pool, ray_session, tmp_path):
         answers.append((y, *torch.autograd.grad(y.square().sum(), [x, weights])))
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
     assert {(s.shard, s.version, s.cached_ops) for s in found.status()} == {("shard-0", 0, 1), ("shard-1", 0, 1)}
-    assert (tmp_path / "placement" / "epoch-00000001.json").is_file()
+    assert (folder / "epoch-00000001.json").is_file()
     with pytest.raises(StepConflict, match="the caller wants 7"):
         found.dispatcher(version=7)(LAYER, *batch())
 
 
-def test_a_killed_shard_comes_back_with_its_weights_while_its_callers_wait(shared_pool, ray_session):
-    pool = shared_pool
+def test_a_killed_shard_comes_back_with_its_weights_while_its_callers_wait(pool, ray_session):
     pool.load(Load(seed=3))
     dispatcher = pool.dispatcher()
     x, ids, weights = (t.detach() for t in batch())
@@ -96,8 +85,7 @@ def test_a_killed_shard_comes_back_with_its_weights_while_its_callers_wait(share
     assert ray_session.get(pool.shards["shard-1"].where.remote())[1] != pid
 
 
-def test_nobody_waits_past_the_deadline_for_a_stopped_shard(shared_pool, ray_session):
-    pool = shared_pool
+def test_nobody_waits_past_the_deadline_for_a_stopped_shard(pool, ray_session):
     pool.load(Load(seed=3))
     _, pid = ray_session.get(pool.shards["shard-0"].where.remote())
     pool.timeout_s = 1.0
@@ -114,11 +102,9 @@ def test_nobody_waits_past_the_deadline_for_a_stopped_shard(shared_pool, ray_ses
     assert pool.versions() == {"shard-0": 0, "shard-1": 0}
 
 
-def test_a_pool_is_used_as_it_is_or_refused(shared_pool, ray_session, tmp_path):
+def test_a_pool_is_used_as_it_is_or_refused(pool, ray_session, tmp_path):
     from actors import pool as pools
     from serving.launch import provide_pool
-
-    pool = shared_pool
 
     settings = PlacementConfig(pool=pool.name, num_shards=2)
     again = pools.provide(settings, "trinity", MODEL, OptimConfig(), str(tmp_path / "other"))
@@ -149,16 +135,16 @@ def test_a_pool_that_cannot_start_says_what_is_missing_and_leaves_nothing(ray_se
         assert not pools.exists("too-big", "trinity")
 
 
-def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, ray_session, tmp_path):
+def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, ray_session):
     from actors.names import find
 
     service = find(pool.name, "placement", "trinity")
     pool.load(Load(seed=3))
     first = pool.table
     grown = first.with_replica((LAYER, 0), "shard-1")
-    assert ray_session.get(service.publish.remote(grown)) == 2
-    assert ray_session.get(service.publish.remote(grown)) == 2
-    with pytest.raises(StepConflict, match="epoch 2 does not follow"):
+    for _ in range(2):
+        assert ray_session.get(service.publish.remote(grown)) == first.epoch + 1
+    with pytest.raises(StepConflict, match=f"epoch {first.epoch + 1} does not follow"):
         ray_session.get(service.publish.remote(first.with_replica((LAYER, 1), "shard-1")))
     ray_session.kill(service, no_restart=False)
 

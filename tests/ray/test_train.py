@@ -1,12 +1,10 @@
 """The job under Ray Train, with its experts in actors, against the same training in one process."""
 
-import json
 import os
 import signal
 import socket
 import threading
 import time
-import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
@@ -14,55 +12,27 @@ from urllib.request import urlopen
 import pytest
 import torch
 
+from tests.ray.runs import config_for, losses_of, train_here, weights_of
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
-from trinity.config import Config
 from trinity.data.prepare import prepare
-from trinity.pool.local import local_pool
-from trinity.rpc.messages import Load
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
 
-SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=4)
+
+@pytest.fixture(scope="module")
+def shared_pool(ray_session, tmp_path_factory):
+    """Two shards that outlive a run: each test here begins another in them, as `trinity train` may."""
+    from actors import pool as pools
+
+    made = config_for(tmp_path_factory.mktemp("pool"), steps=1)
+    pools.create(made.placement, "trinity", made.model, made.optim, str(tmp_path_factory.mktemp("pool") / "placement"))
+    yield made.placement.pool
+    pools.destroy(made.placement.pool, "trinity")
 
 
 @pytest.fixture
-def config(tmp_path):
-    for n in range(12):
-        (tmp_path / f"{n}.txt").write_text(" ".join(f"word{(n * i) % 37} is {i * n}" for i in range(300)))
-    return Config.from_tree(
-        {
-            "model": {"preset": "tiny", **SMALL},
-            "data": {"train": [str(tmp_path / "*.txt")], "val_fraction": 0.2},
-            "train": dict(steps=6, seq_len=32, global_batch_size=4, micro_batch_size=1, eval_every=0, eval_sequences=4)
-            | {"num_threads_per_worker": 1, "out_dir": str(tmp_path / "ray")},
-            "placement": {"pool": f"p-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
-            "optim": {"warmup_steps": 2},
-        }
-    )  # fmt: skip
-
-
-def losses_of(out_dir):
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
-def train_here(config, out_dir):
-    """The oracle: the same run in this process."""
-    config = config.replace(train={"out_dir": str(out_dir), "num_workers": 1, "micro_batch_size": 1})
-    pool = local_pool(config.model, Load(), num_shards=2, optim=config.optim, backend="torch")
-    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, out_dir), Alone())
-    trainer.start()
-    losses = {step + 1: trainer.step().loss for step in range(config.train.steps)}
-    return losses, open_checkpoint(trainer.save())
-
-
-def fit_with_pool(config):
-    from actors import pool as pools
-    from actors.train import fit
-
-    state_dir = config.train.out_dir + "-placement"
-    pools.create(config.placement, "trinity", config.model, config.optim, state_dir)
-    return fit(config)
+def config(shared_pool, tmp_path):
+    return config_for(tmp_path, steps=6, pool=shared_pool)
 
 
 @contextmanager
@@ -99,18 +69,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def weights_of(checkpoint):
-    return {key: checkpoint.tensor(key) for key in checkpoint.weight_map}
-
-
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.chaos), 2])
 def test_training_through_actors_equals_training_in_one_process(ray_session, config, tmp_path, num_workers):
-    from actors import pool as pools
+    from actors.train import fit
 
     config, found = config.replace(train={"num_workers": num_workers, "metrics_port": free_port()}), []
     with scraped(config, found):
-        result = fit_with_pool(config)
-    pools.destroy(config.placement.pool, "trinity")
+        result = fit(config)
     assert 'trinity_train_retries_total{reason="unavailable"} 0.0' in found[0], "worker 0 serves its metrics"
     want, reference = train_here(config, tmp_path / "here")
     got = losses_of(tmp_path / "ray")
@@ -131,6 +96,7 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
     ray_session, config, tmp_path
 ):
     from actors import pool as pools
+    from actors.train import fit
 
     config = config.replace(train={"steps": 40, "save_every": 5})
     killed = []
@@ -144,9 +110,8 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
 
     killer = threading.Thread(target=kill_once, daemon=True)
     killer.start()
-    fit_with_pool(config)
+    fit(config)
     killer.join(10)
-    pools.destroy(config.placement.pool, "trinity")
     assert killed
     want, reference = train_here(config, tmp_path / "here")
     assert losses_of(tmp_path / "ray") == want
@@ -155,13 +120,13 @@ def test_a_killed_shard_sends_the_job_back_to_its_last_checkpoint_and_the_result
 
 
 def test_shards_come_and_go_while_training_and_the_losses_are_the_same(ray_session, config, tmp_path):
-    """F10 for shards: 2 -> 4 -> 1, each change between two steps, weights and optimizer state with their experts."""
+    """F10 for shards: 2 -> 4 -> 1, each change between two steps, weights and optimizer state with their experts.
+
+    The last of those that share a pool: one shard is left."""
     from actors import pool as pools
     from actors.control.admin import operator
 
-    config = config.replace(train={"num_workers": 1})
-    state_dir = config.train.out_dir + "-placement"
-    pool = pools.create(config.placement, "trinity", config.model, config.optim, state_dir)
+    pool = pools.connect(config.placement, "trinity")
     seen, out_dir = operator(config.placement, "trinity"), Path(config.train.out_dir)
     trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, out_dir), Alone())
     trainer.start()
@@ -173,7 +138,6 @@ def test_shards_come_and_go_while_training_and_the_losses_are_the_same(ray_sessi
         losses[step] = trainer.step().loss
         sizes.append(len(pool.table.shards))
     saved = open_checkpoint(trainer.save())
-    pools.destroy(config.placement.pool, "trinity")
     assert sizes == [2, 2, 4, 4, 1, 1]
     want, reference = train_here(config, tmp_path / "here")
     torch.testing.assert_close(list(losses.values()), list(want.values()), atol=1e-5, rtol=0)

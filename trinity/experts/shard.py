@@ -45,6 +45,7 @@ from trinity.rpc.messages import (
     attempt_of,
 )
 from trinity.state.versioned_store import Store
+from trinity.utils.gradients import gradients_of
 
 __all__ = ["DTYPES", "ExpertShard", "ShardSpec"]
 
@@ -104,7 +105,7 @@ class ExpertShard:
                 return op.answer
             first = not self.gathered.has(call.op_id)
             leaves = (op.x_RD, op.weights_RK, *(layer.weights if first else ()))
-            dx_RD, dweights_RK, *gradients = torch.autograd.grad(op.y_RD, leaves, call.dy_RD.to(op.y_RD))
+            dx_RD, dweights_RK, *gradients = gradients_of(op.y_RD, call.dy_RD.to(op.y_RD), leaves)
             if first:
                 self.gathered.add(call.op_id, stack_names(call.layer), gradients)
             op.keep_only((dx_RD, dweights_RK))

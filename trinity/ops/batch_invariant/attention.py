@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from trinity.ops.batch_invariant.elementwise import exp
 from trinity.ops.batch_invariant.simd import COLUMNS, LANES, ROWS, as_array, dots, fma, mixes, widened
 from trinity.ops.batch_invariant.threads import in_threads
+from trinity.utils.gradients import gradients_of
 
 
 def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first_T: Tensor, end_T: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class _Attention(Function):
         leaves = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
         with torch.enable_grad():
             o_THd = ctx.library(*leaves)
-        return *torch.autograd.grad(o_THd, leaves, do_THd), None, None, None
+        return *gradients_of(o_THd, do_THd, leaves), None, None, None
 
 
 @numba.njit(nogil=True, cache=True)
