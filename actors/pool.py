@@ -19,9 +19,10 @@ from actors.control.service import PlacementActor
 from actors.control.state import PoolSpec
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
+from actors.dataplane.plane import DataPlane
 from actors.dataplane.ray_transport import RayTransport
 from actors.names import PLACEMENT, SERVICE, Handles, PlacementClient, ask, find, name_of
-from actors.shard import DataPlane, start_shard
+from actors.shard import start_shard
 from actors.sync import shm_state
 from actors.sync.placement_watcher import PlacementWatcher
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig

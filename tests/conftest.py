@@ -3,8 +3,10 @@
 import os
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1")
-# what Ray tells of itself is read by nobody here, and took a twentieth of the suite's time
-os.environ.update(RAY_enable_metrics_collection="0", RAY_task_events_report_interval_ms="0", REPORTER_UPDATE_INTERVAL_MS="3600000")
+# what Ray tells of itself is read by nobody here, and took a fortieth of the suite's time
+os.environ.update(
+    RAY_enable_metrics_collection="0", RAY_task_events_report_interval_ms="0", REPORTER_UPDATE_INTERVAL_MS="3600000"
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from trinity.config import setup_environment

@@ -13,7 +13,6 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from actors.dataplane.ray_transport import unpack
 from actors.names import Handles, translate_ray_errors
 from trinity.errors import DeadlineExceeded, TrinityError
 from trinity.placement.snapshot import ShardView
@@ -155,7 +154,7 @@ def _answer(name: str, refs: Any) -> Any:
     if isinstance(found, Exception):
         return LATE if isinstance(found, DeadlineExceeded) else None
     status, where = found
-    return None if isinstance(status, TrinityError) else (unpack(status), where)
+    return None if isinstance(status, TrinityError) else (status, where)
 
 
 def _counts(table: PlacementTable, status: ShardStatus) -> np.ndarray:

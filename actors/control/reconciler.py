@@ -21,7 +21,7 @@ from actors.control.repair import RepairController
 from actors.control.scaling import LoadScaling
 from actors.control.shards import Shards
 from actors.control.state import PoolState
-from actors.shard import DataPlane
+from actors.dataplane.plane import DataPlane
 from trinity.errors import TrinityError
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable

@@ -14,7 +14,7 @@ import ray
 
 from actors.control.reconciler import Reconciler
 from actors.control.state import PoolSpec, PoolState
-from actors.shard import DataPlane
+from actors.dataplane.plane import DataPlane
 from trinity.config import PlacementConfig
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable

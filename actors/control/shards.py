@@ -10,10 +10,11 @@ import ray
 from ray.exceptions import RayError
 
 from actors.control.state import PoolState
+from actors.dataplane.plane import DataPlane
 from actors.names import Handles, ask, name_of
-from actors.shard import DataPlane, start_shard
+from actors.shard import start_shard
 from trinity.errors import TrinityError
-from trinity.experts.shard import ShardSpec
+from trinity.experts.spec import ShardSpec
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import PruneTo
 from trinity.utils.trying import tried

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +36,7 @@ from actors.dataplane.frames import (
 )
 from actors.dataplane.shm import consider
 from trinity.errors import TrinityError
-from trinity.rpc.messages import Fetch, Forward, merged
+from trinity.rpc.messages import Fetch, Forward, Rows
 from trinity.utils.niceness import LowPriorityExecutor
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,17 @@ class RequestQueue:
         if isinstance(answer, TrinityError):
             return [self._one(call) for call in calls]
         return list(answer.split([len(call.rows.x_RD) for call in calls]))
+
+
+def merged(calls: Sequence[Forward]) -> Forward:
+    """Forwards of one layer and version as one: their rows one after the other, the latest deadline."""
+    parts = [call.rows for call in calls]
+    rows = Rows(
+        x_RD=torch.cat([part.x_RD for part in parts]),
+        ids_RK=torch.cat([part.ids_RK for part in parts]),
+        weights_RK=torch.cat([part.weights_RK for part in parts]),
+    )
+    return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
 
 
 def _mergeable(a: Calls, b: Calls) -> bool:

@@ -5,6 +5,8 @@ Every import statement counts, those inside functions and under TYPE_CHECKING in
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +25,8 @@ LIBRARY = {
     "trinity.data", "trinity.train",
 }  # fmt: skip
 ACTORS = {
-    "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.control", "actors.pool", "actors.cluster",
-    "actors.train", "actors.train_metrics", "actors.chaos",
+    "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
+    "actors.cluster", "actors.train", "actors.train_metrics", "actors.chaos",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.app", "serving.deploy", "serving.engine", "serving.errors",
@@ -84,7 +86,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actors.dataplane": {*LIBRARY, "actors.names"},  # where Ray's errors become ours
     "actors.sync": {*LIBRARY, "actors.names", "actors.dataplane"},
     "actors.cluster": {*LIBRARY, "actors.sync"},
-    "actors.shard": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync"},
+    "actors.shard_server": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync"},
+    "actors.shard": {"actors.names", "actors.dataplane", "actors.shard_server", "trinity.experts"},
     "actors.control": {*LIBRARY, "actors.names", "actors.dataplane", "actors.shard"},
     "actors.pool": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.control"},
     "actors.train": {*LIBRARY, "actors.pool", "actors.sync", "actors.train_metrics"},
@@ -146,7 +149,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
         "trinity.rpc", "trinity.utils", "trinity.ops", "trinity.models", "trinity.state", "trinity.optim",
         "trinity.dispatch", "trinity.checkpoint", "trinity.experts", "trinity.observability", "trinity.engine",
         "trinity.data", "trinity.train", "trinity.rl", "trinity.llm", "trinity.bench", "trinity.chaos", "trinity.commands",
-        "actors.dataplane", "actors.shard", "actors.sync", "actors.train", "actors.train_metrics",
+        "actors.dataplane", "actors.shard_server", "actors.sync", "actors.train", "actors.train_metrics",
     ),
 }  # fmt: skip
 
@@ -235,6 +238,12 @@ def test_the_table_names_nothing_that_is_not_there():
 def test_the_pure_parts_of_placement_need_only_numpy():
     outside = {module.split(".")[0] for path in (ROOT / "trinity/placement").glob("*.py") for module in imports(path)}
     assert not outside & {"torch", "ray", "pydantic"}
+
+
+def test_the_placement_service_starts_without_torch():
+    """Which takes longer than all else that it imports, on a head that may be small; its restart is a gap for callers."""
+    code = "import sys; sys.modules['torch'] = None; import actors.control.service"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if ids(p) != "trinity/config/env.py"], ids=ids)

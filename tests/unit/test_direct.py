@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
-from actors.dataplane.server import Combiner, DirectServer
+from actors.dataplane.server import Combiner, DirectServer, merged
 from trinity.config import OptimConfig, preset
 from trinity.dispatch.transport import LocalTransport
 from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
-from trinity.rpc.messages import Backward, Fetch, Forward, Load, Rows, merged
+from trinity.rpc.messages import Backward, Fetch, Forward, Load, Rows
 from trinity.utils.niceness import IDLE, LowPriorityExecutor, of_this_thread
 
 MODEL = preset("tiny").model_copy(

@@ -19,7 +19,7 @@ from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.peers import Peers
 from trinity.experts.registry import resolve
-from trinity.experts.spec import DTYPES, ShardSpec
+from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import stack_names
 from trinity.experts.weight_versions import WeightVersions
 from trinity.experts.weights import ExpertWeights
@@ -47,7 +47,7 @@ from trinity.rpc.messages import (
 from trinity.state.versioned_store import Store
 from trinity.utils.gradients import gradients_of
 
-__all__ = ["DTYPES", "ExpertShard", "ShardSpec"]
+__all__ = ["ExpertShard", "ShardSpec"]
 
 
 class ExpertShard:

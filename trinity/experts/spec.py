@@ -1,13 +1,15 @@
 """What a shard is made from."""
 
-from dataclasses import dataclass
+from __future__ import annotations  # so that those who only make shards elsewhere need no torch
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trinity.config import ModelConfig, OptimConfig
 from trinity.rpc.messages import Experts
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -27,4 +29,6 @@ class ShardSpec:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights; optimizer state and gradients are fp32 whatever it is."""
-        return DTYPES[self.model.dtype]
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.model.dtype]

@@ -1,13 +1,17 @@
 """Who remembers what a training job has decided: the one thing about a pool that is elsewhere when its shards are."""
 
+from __future__ import annotations  # so that those who only remember need no torch
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from trinity.dispatch.view import PlacementView
 from trinity.errors import VersionGone
 from trinity.rpc.messages import Load
-from trinity.state.versioned_store import Version
+
+if TYPE_CHECKING:
+    from trinity.state.versioned_store import Version
 
 
 class StepTicket(NamedTuple):

@@ -4,11 +4,14 @@ Legend: R rows, D model, K slots of a row (top-k).
 Every mutation is named (op_id, or the step) and applied once, however often it is delivered.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from __future__ import annotations  # so that those who only control need no torch
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
@@ -37,17 +40,6 @@ class Forward:
     deadline_s: float  # time.time() after which nobody waits for the answer
     rows: Rows
     keep: bool = False
-
-
-def merged(calls: Sequence[Forward]) -> Forward:
-    """Forwards of one layer and version as one: their rows one after the other, the latest deadline."""
-    parts = [call.rows for call in calls]
-    rows = Rows(
-        x_RD=torch.cat([part.x_RD for part in parts]),
-        ids_RK=torch.cat([part.ids_RK for part in parts]),
-        weights_RK=torch.cat([part.weights_RK for part in parts]),
-    )
-    return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
 
 
 @dataclass(frozen=True)

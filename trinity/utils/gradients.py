@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 def gradients_of(y: Tensor, dy: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -17,7 +18,7 @@ def gradients_of(y: Tensor, dy: Tensor, leaves: Sequence[Tensor]) -> tuple[Tenso
     if dy.shape != y.shape:
         raise ValueError(f"a gradient of shape {tuple(dy.shape)} for an output of shape {tuple(y.shape)}")
     with torch.enable_grad():  # a backward may ask
-        seed = _Seed.apply(y, dy)
+        seed: Tensor = _Seed.apply(y, dy)
     return torch.autograd.grad(seed, leaves)
 
 
