@@ -52,7 +52,6 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor of its own, for a notice that no step here needs
         "OMP_NUM_THREADS": "1",
     }
     if auth == "token" and is_local:
