@@ -69,7 +69,7 @@ def expected(seed: int, num: int) -> list[tuple[int, ...]]:
     return [theirs(seed, prompt, NUM_NEW) for prompt in prompts(seed, num)]
 
 
-def theirs(seed: int, prompt: list[int], num_new: int, eos: int | None = None) -> tuple[int, ...]:
+def theirs(seed: int, prompt: list[int], num_new: int, eos: int | list[int] | None = None) -> tuple[int, ...]:
     hf = models(seed)[0]
     ids = torch.tensor([prompt])
     full = hf.generate(ids, do_sample=False, max_new_tokens=num_new, eos_token_id=eos, pad_token_id=12)
@@ -161,13 +161,16 @@ def test_passes_that_shards_of_another_version_refuse_change_nothing(seed):
     assert engine.stats().num_repeats > 20
 
 
-def test_eos_ends_a_request_as_in_transformers():
+@pytest.mark.parametrize("others", [(), (7, 11)], ids=["one", "several"])
+def test_eos_ends_a_request_as_in_transformers(others):
+    """Whichever of several comes first, as GLM-4.5 and Qwen3 have them."""
     ours = models(1)[1]
     prompt = prompts(1, 16)[8]
     plain = expected(1, 16)[8]
     eos = next(t for i, t in enumerate(plain) if i >= 3 and t not in plain[:i])
-    wanted = theirs(1, prompt, NUM_NEW, eos)
-    config = ours.config.model_copy(update={"eos_token_id": eos})
+    ids = (*others, eos) if others else eos
+    wanted = theirs(1, prompt, NUM_NEW, list(ids) if others else eos)
+    config = ours.config.model_copy(update={"eos_token_id": ids})
     settings = EngineConfig(kv_cache_bytes=4 << 20, max_model_len=96)
     engine = Engine(FixedWeights(ours, 0), config, settings, tokenizer())
     engine.add("a", prompt, SamplingParams(temperature=0, max_tokens=NUM_NEW))

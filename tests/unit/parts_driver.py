@@ -1,4 +1,4 @@
-"""One of two processes that shard the parts of a model with fully_shard: run by test_parts.py with rank, port and a file.
+"""One of two processes that shard a model with fully_shard, by parts and by blocks: run by test_parts.py with rank and port.
 
 Each computes its half of a batch; the summed gradients must be those of one process with the whole of it.
 """
@@ -46,6 +46,34 @@ def loss_of(model, ids_BS) -> torch.Tensor:
     return model.logits(out.hidden_TD).square().sum()
 
 
+def parts(model):
+    """Those with weights."""
+    for block in model.blocks():
+        found = (part for part in (block.pre, block.local, block.post) if part is not None)
+        yield from (part for part in found if any(weight.numel() for weight in part.parameters()))
+
+
+def blocks(model):
+    """Whole ones, and then the decoder around them."""
+    yield from model.blocks()
+    yield model.model
+
+
+def check_gradients(sharded, want):
+    num_sharded = 0
+    for key, weight in sharded.weights().items():
+        if not weight.numel():
+            continue
+        if isinstance(weight.grad, DTensor):  # averaged over the two processes
+            num_sharded += 1
+            got = 2 * weight.grad.full_tensor()
+        else:
+            got = weight.grad.clone()
+            dist.all_reduce(got)
+        torch.testing.assert_close(got, want[key], rtol=1e-4, atol=1e-5)
+    assert num_sharded > len(want) / 2
+
+
 def main(rank: int, port: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
@@ -54,24 +82,12 @@ def main(rank: int, port: str) -> None:
         ids_BS = random_ids(model.config, 3, 2, 11)
         loss_of(model, ids_BS).backward()
         want = {key: weight.grad.clone() for key, weight in model.weights().items() if weight.numel()}
-        sharded = model_of(family)
-        for block in sharded.blocks():
-            for part in (block.pre, block.local, block.post):
-                if part is not None and any(weight.numel() for weight in part.parameters()):
-                    fully_shard(part, mesh=mesh)
-        loss_of(sharded, ids_BS[rank : rank + 1]).backward()
-        num_sharded = 0
-        for key, weight in sharded.weights().items():
-            if not weight.numel():
-                continue
-            if isinstance(weight.grad, DTensor):  # averaged over the two processes
-                num_sharded += 1
-                got = 2 * weight.grad.full_tensor()
-            else:
-                got = weight.grad.clone()
-                dist.all_reduce(got)
-            torch.testing.assert_close(got, want[key], rtol=1e-4, atol=1e-5)
-        assert num_sharded > len(want) / 2
+        for wrapped in (parts, blocks):
+            sharded = model_of(family)
+            for module in wrapped(sharded):
+                fully_shard(module, mesh=mesh)
+            loss_of(sharded, ids_BS[rank : rank + 1]).backward()
+            check_gradients(sharded, want)
     dist.destroy_process_group()
     print("ok", flush=True)
 

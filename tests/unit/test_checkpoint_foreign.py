@@ -12,8 +12,10 @@ from tests.unit.checkpoint_files import edit_json, plain, write
 from trinity.checkpoint import CheckpointWriter, open_checkpoint
 from trinity.checkpoint.layout import own_hash
 from trinity.cli import main
+from trinity.config import preset
 from trinity.errors import CheckpointError
 from trinity.models.afmoe.model import Afmoe
+from trinity.models.registry import read_config, write_config
 from trinity.text.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -50,6 +52,7 @@ def load(path):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
         ({"num_experts_per_tok": 50}, "num_experts_per_tok 50 > num_experts 4"),
         ({"hidden_size": "32x"}, "hidden_size"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not implemented"),
         ({"hidden_size": 64}, "has shape"),
     ],
 )
@@ -58,6 +61,27 @@ def test_other_architectures_are_refused(foreign, changes, message):
     edit_json(foreign / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
         load(foreign)
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "glm-4.5-air"])
+def test_layers_that_slide_are_refused_by_families_whose_layers_do_not(name):
+    known = preset(name)
+    tree = write_config(known)
+    assert read_config({**tree, "layer_types": ["full_attention"] * known.num_hidden_layers}, "here") == known
+    with pytest.raises(CheckpointError, match="layer_types has 'sliding_attention'"):
+        read_config({**tree, "layer_types": ["full_attention", "sliding_attention"]}, "here")
+
+
+def test_several_ends_of_a_text_are_kept_and_those_for_generation_count(foreign):
+    config = load(foreign).config
+    assert config.eos_token_ids == (config.eos_token_id,)
+    (foreign / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3]}))
+    assert load(foreign).config.eos_token_ids == (5, 3)
+    (foreign / "generation_config.json").unlink()
+    edit_json(foreign / "config.json", eos_token_id=[3, 4])
+    found = load(foreign).config
+    assert found.eos_token_ids == (3, 4)
+    assert read_config(write_config(found), "here") == found
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "a\\..\\b", "", "n" * 5000])

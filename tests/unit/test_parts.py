@@ -1,4 +1,4 @@
-"""The parts of a block are ordinary modules: PyTorch's own tools wrap them as they wrap anybody's.
+"""Blocks and their parts are ordinary modules: PyTorch's own tools wrap them as they wrap anybody's.
 
 Legend: B batch, S sequence, T tokens, D model.
 """
@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.parity.families import FAMILIES, random_config, random_ids
-from tests.unit.parts_driver import Plain, loss_of, model_of
+from tests.unit.parts_driver import Plain, loss_of, model_of, parts
 from trinity.models.common.attention import PackedAttention, packed_positions
 
 ROOT = Path(__file__).parents[2]
@@ -42,19 +43,12 @@ def grads(model) -> dict[str, torch.Tensor]:
     return {key: weight.grad for key, weight in model.weights().items() if weight.grad is not None}
 
 
-def parts_of(model):
-    """Those with weights: a part that only adds keeps nothing for its backward, and is not computed again."""
-    for block in model.blocks():
-        parts = (part for part in (block.pre, block.local, block.post) if part is not None)
-        yield from (part for part in parts if any(weight.numel() for weight in part.parameters()))
-
-
 @each
 def test_checkpointed_parts_give_the_same_bits_and_send_no_message_twice(family):
     plain, wrapped = counted(family), counted(family)
     ids_BS = random_ids(plain.config, 1, 2, 13)
     recomputed = []
-    for part in parts_of(wrapped):
+    for part in parts(wrapped):  # one that only adds keeps nothing for its backward, and is not computed again
         whole = part.forward
 
         def forward(*inputs, whole=whole):
@@ -84,14 +78,35 @@ def test_hooks_fire_after_the_work(family):
     for number, block in enumerate(model.blocks()):
         block.pre.register_forward_hook(lambda m, i, out, n=number: seen.append((f"pre {n}", out.x_TD)))
         block.post.register_forward_hook(lambda m, i, out, n=number: seen.append((f"post {n}", out)))
+        block.register_forward_hook(lambda m, i, out, n=number: seen.append((f"block {n}", out[0])))
+    model.model.register_forward_hook(lambda m, i, out: seen.append(("model", out.hidden_TD)))
     loss_of(model, random_ids(model.config, 2, 1, 9))
     assert all(torch.is_tensor(out) for name, out in seen if "router" not in name)
     order = [name for name, _ in seen]
     for number in range(model.config.num_hidden_layers):
         begin, end = order.index(f"pre {number}"), order.index(f"post {number}")
-        assert order.index(f"model.layers.{number}.pre.self_attn.o_proj") < begin < end
+        assert order.index(f"model.layers.{number}.pre.self_attn.o_proj") < begin < end < order.index(f"block {number}")
+        assert dict(seen)[f"block {number}"] is dict(seen)[f"post {number}"]
     last = dict(seen)[f"post {model.config.num_hidden_layers - 1}"]
-    assert torch.equal(model.model.norm(last), dict(seen)["model.norm"])
+    assert dict(seen)["model"] is dict(seen)["model.norm"]
+    assert torch.equal(model.model.norm(last), dict(seen)["model"])
+
+
+@each
+def test_checkpointed_blocks_give_the_same_bits(family):
+    """Whole blocks: their rows are sent again, which parts spare."""
+    plain, wrapped = counted(family), counted(family)
+    ids_BS = random_ids(plain.config, 1, 2, 13)
+    for block in wrapped.blocks():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    losses = [loss_of(model, ids_BS) for model in (plain, wrapped)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    assert wrapped.experts.num_sent == 2 * plain.experts.num_sent
+    mine, theirs = grads(wrapped), grads(plain)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
 @each

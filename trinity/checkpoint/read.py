@@ -55,9 +55,15 @@ class Checkpoint:
         for file in self._files:
             if not file.endswith(".safetensors"):  # those are checked when they are first read
                 self._verified(file)
-        self.config: ModelConfig = read_config(_read_json(self._verified("config.json")), self.path)
+        self.config: ModelConfig = read_config({**_read_json(self._verified("config.json")), **self._ends()}, self.path)
         self.weight_map = self._weight_map()
         self._open: dict[str, Any] = {}
+
+    def _ends(self) -> dict[str, Any]:
+        """What ends a text by generation_config.json, which counts where there is one, as it does elsewhere."""
+        path = self.path / "generation_config.json"
+        found = _read_json(self._verified(path.name)) if path.is_file() else {}
+        return {key: value for key, value in found.items() if key == "eos_token_id" and value is not None}
 
     @property
     def version(self) -> int:

@@ -57,7 +57,9 @@ class ModelConfig(Frozen):
     num_experts_per_tok: int = Field(gt=0)
     max_position_embeddings: int = Field(gt=0)
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = Field(
+        default=None, description="what ends a text; of several, the first ends the documents of a training run"
+    )
     pad_token_id: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_invariant: bool = Field(
@@ -84,6 +86,12 @@ class ModelConfig(Frozen):
         return tree if isinstance(tree, ModelConfig) else ModelConfig.family(tree).model_validate(tree)
 
     # -- the contract: what is asked of a model without building it
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Whichever of them is generated ends the text."""
+        ids = self.eos_token_id
+        return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -196,7 +196,7 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _is_eos(self, sequence: Sequence, token: int) -> bool:
-        return token == self.config.eos_token_id and not sequence.params.ignore_eos
+        return token in self.config.eos_token_ids and not sequence.params.ignore_eos
 
     def _fail(self, batch: list[Chunk], error: Exception) -> list[Delta]:
         if isinstance(error, TrinityError):

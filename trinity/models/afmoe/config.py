@@ -28,7 +28,7 @@ class AfmoeConfig(ModelConfig):
     rms_norm_eps: float = 1e-5
     mup_enabled: bool = True
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 3
+    eos_token_id: int | tuple[int, ...] | None = 3
     pad_token_id: int | None = 12
 
     @model_validator(mode="before")

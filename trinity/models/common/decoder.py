@@ -3,6 +3,7 @@
 Legend: T tokens (flat: no batch dimension), D model, V vocabulary.
 Two seams keep one forward pass for training and serving: `ExpertLayer` (where routed experts are) and `Attend` (how
 tokens see each other). Checkpoints' names of the tensors are the family's KeyMap's to say (`tensors`).
+One pass calls blocks as anybody's modules are called; several, whose messages overlap, call the blocks' parts.
 """
 
 import copy
@@ -49,6 +50,24 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
 
+    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer) -> Output:
+        h_TD = self.embed(ids_T)
+        table, routings = self.table(positions_T, h_TD.dtype), []
+        for block in self.layers:
+            h_TD, routing = block(h_TD, table, attend, experts)
+            routings.append(routing)
+        return Output(self.norm(h_TD), tuple(routing for routing in routings if routing is not None))
+
+    def forward_all(self, passes: Sequence[Inputs], experts: ExpertLayer) -> list[Output]:
+        running = [_Pass(self, inputs, experts) for inputs in passes]
+        for block in self.layers:
+            assert isinstance(block, Block), "passes overlap around the parts of a block"
+            for each in running:
+                each.enter(block)
+        for each in running:
+            each.leave()
+        return [Output(self.norm(each.h_TD), tuple(each.routings)) for each in running]
+
     def embed(self, ids_T: Tensor) -> Tensor:
         h_TD = self.embed_tokens(ids_T)
         return h_TD if self.embed_scale is None else h_TD * self.embed_scale
@@ -58,7 +77,7 @@ class Decoder(nn.Module):
 
 
 class _Pass:
-    """One forward pass on its way through the layers."""
+    """One of several forward passes on its way through the layers."""
 
     def __init__(self, decoder: Decoder, inputs: Inputs, experts: ExpertLayer):
         ids_T, positions_T, self._attend = inputs
@@ -102,17 +121,12 @@ class CausalLM(nn.Module):
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
         """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
-        return self.forward_all([(ids_T, positions_T, attend)])[0]
+        out: Output = self.model(ids_T, positions_T, attend, self.experts)
+        return out
 
     def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:
         """Independent passes side by side: while the rows of one are with their experts, another goes on."""
-        running = [_Pass(self.model, inputs, self.experts) for inputs in passes]
-        for block in self.blocks():
-            for each in running:
-                each.enter(block)
-        for each in running:
-            each.leave()
-        return [Output(self.model.norm(each.h_TD), tuple(each.routings)) for each in running]
+        return [self(*passes[0])] if len(passes) == 1 else self.model.forward_all(passes, self.experts)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in the model's dtype, from hidden states after the final norm. No scaling, no soft cap."""

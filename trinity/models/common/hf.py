@@ -10,7 +10,7 @@ from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 
 C = TypeVar("C", bound=ModelConfig)
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENS = ("bos_token_id", "pad_token_id")
 ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
@@ -34,6 +34,20 @@ def rope(tree: Mapping[str, Any], source: str | Path, family: str) -> dict[str, 
     return {"rope_theta": found.get("rope_theta") or tree.get("rope_theta") or 10000.0}
 
 
+def eos(tree: Mapping[str, Any]) -> Any:
+    """What ends a text: one id, or several."""
+    value = tree.get("eos_token_id")
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if len(value) > 1 else value[0] if value else None
+
+
+def refuse_sliding(tree: Mapping[str, Any], source: str | Path, family: str) -> None:
+    """Raise CheckpointError where a layer is not to see all tokens, of a family whose layers do here."""
+    if others := sorted(set(tree.get("layer_types") or ()) - {"full_attention"}):
+        raise CheckpointError(f"{source}/config.json: layer_types has {others[0]!r}; {family} has full attention here")
+
+
 def dtype(tree: Mapping[str, Any]) -> str:
     """The type that weights are computed in: float32 unless it is bfloat16, which is the usual."""
     named = str(tree.get("dtype") or tree.get("torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -55,6 +69,7 @@ def fields_of(
     for key in TOKENS:
         value = tree.get(key)
         fields[key] = value[0] if isinstance(value, list) and value else value
+    fields["eos_token_id"] = eos(tree)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trinity.models.common.hf import fields_of, refuse_others, usual
+from trinity.models.common.hf import fields_of, refuse_others, refuse_sliding, usual
 from trinity.models.glm4_moe.config import Glm4MoeConfig
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ NAMES = {
 def read_config(tree: Mapping[str, Any], source: str | Path) -> Glm4MoeConfig:
     """Raises CheckpointError naming the file, the field, its value and what it must be."""
     refuse_others(tree, FIXED, source)
+    refuse_sliding(tree, source, "GLM-4-MoE")
     if num := tree.get("num_nextn_predict_layers"):
         log.info(
             "%s: %d layer(s) for multi-token prediction are left out; the next token does not need them", source, num

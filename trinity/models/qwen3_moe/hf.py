@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trinity.models.common.hf import fields_of, refuse_others, usual
+from trinity.models.common.hf import fields_of, refuse_others, refuse_sliding, usual
 from trinity.models.qwen3_moe.config import Qwen3MoeConfig
 
 FIXED = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
@@ -14,6 +14,7 @@ NAMES = {"num_local_experts": "num_experts"}  # transformers 5 writes the first,
 def read_config(tree: Mapping[str, Any], source: str | Path) -> Qwen3MoeConfig:
     """Raises CheckpointError naming the file, the field, its value and what it must be."""
     refuse_others(tree, FIXED, source)
+    refuse_sliding(tree, source, "Qwen3-MoE")
     return fields_of(Qwen3MoeConfig, tree, source, "Qwen3-MoE", NAMES)
 
 
