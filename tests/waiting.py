@@ -6,6 +6,7 @@ The limit is no measure of speed. It is there so that a hang fails with a senten
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 
 WAIT_S = 60.0  # under pytest's own limit, which would end the process without saying what was waited for
 
@@ -24,3 +25,12 @@ async def eventually(holds: Callable[[], object], within_s: float = WAIT_S, ever
     while not holds():
         assert time.monotonic() < end_s, f"it did not come to pass within {within_s:.0f} s"
         await asyncio.sleep(every_s)
+
+
+@contextmanager
+def sooner_than(seconds):
+    """Fail where the block takes as long: for what must not wait, `seconds` far above what it takes on a busy machine, and
+    below what it would take if it did."""
+    began_s = time.monotonic()
+    yield
+    assert time.monotonic() - began_s < seconds

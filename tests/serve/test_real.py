@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import uuid
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ MODEL = preset("tiny").model_copy(
     )
     | dict(sliding_window=8, eos_token_id=3)
 )
-PROMPTS = [f"word {n} and then some more of it {n * n}" for n in range(12)]
+PROMPTS = [f"word {n} and then some more of it {n * n}" for n in range(16)]
 NUM_TOKENS = 24
 
 
@@ -109,16 +110,19 @@ def ask_grpc(address, prompt):
 
 
 async def ask_http_all(url, prompts):
+    """Each at a random time within a second."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         model = (await client.models.list()).data[0].id
 
-        async def one(prompt):
+        async def one(prompt, delay_s):
+            await asyncio.sleep(delay_s)
             stream = await client.completions.create(
                 model=model, prompt=prompt, max_tokens=NUM_TOKENS, temperature=0, stream=True
             )
             return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
 
-        return await asyncio.gather(*map(one, prompts))
+        rng = random.Random(len(prompts))
+        return await asyncio.gather(*(one(prompt, rng.random()) for prompt in prompts))
 
 
 def test_offline_gives_the_same(checkpoint, want):
@@ -129,7 +133,7 @@ def test_offline_gives_the_same(checkpoint, want):
     assert [c.text for c in completions] == want
 
 
-def test_http_clients_at_once_get_what_transformers_says(served):
+def test_http_clients_at_random_times_get_what_transformers_says(served):
     assert asyncio.run(ask_http_all(served.server.http_url, PROMPTS)) == served.want
     assert len(set(served.want)) == len(PROMPTS)
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
 from actors.dataplane.server import Combiner, DirectServer, merged
+from tests.waiting import sooner_than
 from trinity.config import OptimConfig, preset
 from trinity.dispatch.transport import LocalTransport
 from trinity.dispatch.view import StaticView
@@ -173,7 +174,7 @@ def test_a_wrong_secret_is_refused_by_name(served):
 
 def test_nobody_waits_past_the_deadline(served):
     late = pytest.raises(DeadlineExceeded, match="shard-0 did not answer in time")
-    with served.servers["shard-0"].combiner.inference.lock, late:
+    with served.servers["shard-0"].combiner.inference.lock, sooner_than(30), late:
         served.transport.send("shard-0", "infer", forward(deadline_s=time.time() + 0.3)).result()
     assert served.transport.send("shard-0", "infer", forward()).result().shape == (5, 16)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.waiting import sooner_than
 from trinity.config import OptimConfig, preset
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.exchange import replica_hash
@@ -233,7 +234,7 @@ def test_a_shard_that_no_longer_holds_the_expert_sends_the_caller_to_the_new_tab
 def test_with_nobody_left_the_error_comes_within_the_deadline():
     table, transport = replicated(2)
     transport.dead = {"s0", "s1"}
-    with pytest.raises(Unavailable, match="dead"):
+    with sooner_than(30), pytest.raises(Unavailable, match="dead"):
         Dispatcher(MovingView(table), transport, timeout_s=0.5)(LAYER, *rows_of())
 
 
