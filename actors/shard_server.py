@@ -57,7 +57,7 @@ class ShardServer:
         self.service = PlacementClient(self.pool, namespace, SERVICE_TIMEOUT_S)
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if again:
-            spec = replace(spec, experts=self.service.ask("holdings", spec.name))
+            spec = replace(spec, experts=self.service.ask("experts_of", spec.name))
         self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
         self.combiner = Combiner(self.shard, rows)
         if again:

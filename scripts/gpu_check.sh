@@ -20,7 +20,7 @@ RESULTS=$FOLDER/results.jsonl LOG=$FOLDER/log.txt
 : >"$RESULTS" && : >"$LOG" || exit 1
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}" # threads that wait sleep soon: on few cores they would starve the others
-[ "${2:-}" != --short ] || GPU_CHECK_STAGES="install machine ceilings backends mailbox large mini"
+[ "${2:-}" != --short ] || GPU_CHECK_STAGES="install machine ceilings backends shared-buffer large mini"
 
 now_ms() { echo $(($(date +%s%N) / 1000000)); }
 
@@ -45,7 +45,7 @@ set -- .whl/*.whl
 python_stage machine 10 machine
 python_stage ceilings 15 ceilings
 python_stage backends 60 suite tests/gpu/test_cuda.py
-python_stage mailbox 70 suite tests/gpu/test_mailbox_cuda.py
+python_stage shared-buffer 70 suite tests/gpu/test_shared_buffer_cuda.py
 python_stage shard 25 shard
 python_stage trainer 45 trainer
 python_stage engine 55 engine

@@ -55,8 +55,8 @@ class PlacementService:
     def newer(self, epoch: int, version: int | None, timeout_s: float) -> tuple[PlacementTable | None, int]:
         return self._state.newer(epoch, version, timeout_s)
 
-    def holdings(self, shard: str) -> Experts:
-        return self._state.holdings(shard)
+    def experts_of(self, shard: str) -> Experts:
+        return self._state.experts_of(shard)
 
     def epoch(self) -> int:
         return self._state.epoch

@@ -43,7 +43,7 @@ class Shards:
         """New shards, without experts, that know the version of the weights."""
         spec, settings = self.state.spec, self.state.settings
         for name in names:
-            experts = self.state.holdings(name)
+            experts = self.state.experts_of(name)
             made = ShardSpec(name, spec.model, experts, spec.optim, settings.backend, spec.device)
             self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, "SPREAD")
         for name in names:

@@ -87,7 +87,7 @@ class PoolState:
             self.changed.wait_for(is_news, min(timeout_s, LONGEST_WAIT_S))
             return self._table if self.epoch > epoch else None, self.ledger.serving
 
-    def holdings(self, shard: str) -> Experts:
+    def experts_of(self, shard: str) -> Experts:
         """What the shard holds by the present table; nothing of any layer if it is not in it."""
         table = self._table
         if table is not None and shard in table.shards:

@@ -1,6 +1,6 @@
 """The shard's side of the direct transport: sockets that it opens itself, and who may compute when.
 
-Decisions: a blocking thread for each connection; whoever holds a lane's lock computes for all that wait in it, equal layers of
+Decisions: a blocking thread for each connection; whoever holds a queue's lock computes for all that wait in it, equal layers of
 inference in one multiplication; inference never waits for training; a peer proves that it knows the pool's secret before its
 first frame is read; anything unexpected ends the connection, never the shard.
 """
@@ -60,7 +60,7 @@ class _Job:
 
 
 class Combiner:
-    """Runs calls on a shard in two lanes, beside each other: inference in one, all else in the other, patiently."""
+    """Runs calls on a shard in two queues, beside each other: inference in one, all else in the other, patiently."""
 
     def __init__(self, shard: Any, patient: LowPriorityExecutor | None = None):
         self.inference, self.others = RequestQueue(shard), RequestQueue(shard)

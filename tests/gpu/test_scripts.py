@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.gpu.children import ROOT, environment
-from tests.gpu.test_mailbox_cuda import Child
+from tests.gpu.test_shared_buffer_cuda import Child
 
 SCRIPTS = ROOT / "scripts"
 SCRIPT = SCRIPTS / "gpu_kernels.sh"
@@ -90,7 +90,7 @@ def test_the_children_of_tests_find_packages_that_are_carried_in_a_folder(tmp_pa
 CHEAP = {  # stage -> something it must have found
     "machine": "packages",
     "ceilings": "TFLOP/s",
-    "mailbox": "skipped" if not torch.cuda.is_available() else "passed",
+    "shared-buffer": "skipped" if not torch.cuda.is_available() else "passed",
     "hop": "way",
     "summary": "failed",
 }

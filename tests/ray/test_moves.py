@@ -54,7 +54,7 @@ def pool_of(settings, folder):
 
 @pytest.fixture(scope="module")
 def pool(ray_session, settings, tmp_path_factory):
-    """Of two shards. Every test leaves it so, with whatever replicas and, from the middle of the file on, names they have."""
+    """Two shards. Every test leaves it so, with whatever replicas and, from the middle of the file on, names they have."""
     with pool_of(settings, tmp_path_factory.mktemp("pool")) as made:
         yield made
 

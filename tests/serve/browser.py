@@ -74,14 +74,14 @@ class Browser:
         self._call("Page.navigate", {"url": url})
 
     def value(self, expression):
-        """Of a JavaScript expression, as JSON carries it. Raises where it throws."""
+        """The value of a JavaScript expression, as JSON carries it. Raises where it throws."""
         asked = {"expression": expression, "returnByValue": True, "awaitPromise": True}
         answer = self._call("Runtime.evaluate", asked)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def text(self, element):
-        """Of the element with this id, as it is shown; None where there is none or it is hidden."""
+        """The text of the element with this id, as it is shown; None where there is none or it is hidden."""
         found = f"document.getElementById({json.dumps(element)})"
         return self.value(f"{found}?.checkVisibility() ? {found}.innerText : null")
 

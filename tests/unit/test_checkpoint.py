@@ -148,7 +148,7 @@ def test_mixed_types_and_views_are_written_bit_for_bit_as_safetensors_reads_them
 
 
 def test_saves_in_many_threads_do_not_disturb_each_other(tmp_path):
-    """Of the same step, too: one of them stays, whole."""
+    """Two of the same step, too: one of them stays, whole."""
     made = {seed: model_and_pool(seed) for seed in (1, 2, 3)}
     known = {seed: contents(save(tmp_path / f"known-{seed}", 7, *what)) for seed, what in made.items()}
     run, failed = tmp_path / "run", []

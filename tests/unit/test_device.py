@@ -135,14 +135,14 @@ def test_rows_of_the_host_and_of_the_device_are_not_multiplied_as_one():
     """Ray brings the ones, the direct transport the others; both callers are answered."""
     with PretendedDevice():
         _, shards = replicated_pool(DEVICE)
-        lane = RequestQueue(shards["a"])
+        queue = RequestQueue(shards["a"])
         held = torch.tensor(shards["a"].experts[LAYER])
         calls = []
         for place in ("cpu", DEVICE, "cpu", DEVICE):
             rows = Rows(torch.ones(2, MODEL.hidden_size).to(place), held[:4].view(2, 2), torch.ones(2, 2))
             calls.append(Forward("", LAYER, 1, 0, FOREVER, rows))
         waiting = [_Job(call) for call in calls[:3]]
-        lane._waiting += waiting
-        last = lane.run(calls[3])
-        assert lane.num_merged == 4
+        queue._waiting += waiting
+        last = queue.run(calls[3])
+        assert queue.num_merged == 4
         assert all(torch.equal(job.value.cpu(), last.cpu()) for job in waiting)

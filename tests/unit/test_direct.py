@@ -209,7 +209,7 @@ def served_once():
 
 def test_waiting_inference_is_merged_and_does_not_wait_for_training(served):
     server, shard = served.servers["shard-0"], served.shards["shard-0"]
-    lane, order, infer = server.combiner.inference, [], shard.infer
+    queue, order, infer = server.combiner.inference, [], shard.infer
 
     def seen(call):
         order.append((call.op_id.split(":")[0], len(call.rows.x_RD)))
@@ -225,19 +225,19 @@ def test_waiting_inference_is_merged_and_does_not_wait_for_training(served):
 
     threads = [threading.Thread(target=ask, args=(op,)) for op in ("train:1", "a:1", "b:1", "c:1")]
     with server.combiner.others.lock:
-        with lane.lock:
+        with queue.lock:
             for thread in threads:
                 thread.start()
             give_up_s = time.time() + 60
-            while len(lane._waiting) < 3 and time.time() < give_up_s:
+            while len(queue._waiting) < 3 and time.time() < give_up_s:
                 time.sleep(0.005)
-            assert len(lane._waiting) == 3
+            assert len(queue._waiting) == 3
         for thread in threads[1:]:
             thread.join()
         assert [rows for _, rows in order] == [15]
     threads[0].join()
     assert order[1:] == [("train", 5)]
-    assert lane.num_merged == 3
+    assert queue.num_merged == 3
     want = infer(forward())
     assert all(torch.allclose(value, want, atol=1e-6) for value in answers.values())
 

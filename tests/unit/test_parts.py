@@ -70,7 +70,7 @@ def test_checkpointed_parts_give_the_same_bits_and_send_no_message_twice(family)
 
 @each
 def test_hooks_fire_after_the_work(family):
-    """Of each part and of what is in it: the output that a hook sees is the output that goes on."""
+    """Each part, and what is in it: the output that a hook sees is the output that goes on."""
     model, seen = model_of(family), []
     for name, module in model.named_modules():
         if name and not list(module.children()):

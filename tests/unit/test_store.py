@@ -321,7 +321,7 @@ def test_memory_that_was_given_back_is_not_kept_by_a_reader(tmp_path):
 
 
 def mapped_files(folder):
-    """Of this process; what was unlinked ends in "(deleted)"."""
+    """Maps of this process; what was unlinked ends in "(deleted)"."""
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
     return {line.partition(str(folder))[2].removeprefix("/s/") for line in lines}
 

@@ -31,7 +31,7 @@ SOURCE = Load(seed=3)
 
 
 class Current:
-    """A View that the test moves."""
+    """A PlacementView that the test moves."""
 
     unreachable = frozenset()
 

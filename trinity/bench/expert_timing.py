@@ -45,7 +45,7 @@ STATED_PEAK = {r"\bH200\b": 4.3e12, r"\bH100 80GB HBM3": 0.9 * 3.35e12}  # bytes
 class Clock(Protocol):
     """PhaseTimer what a device does."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the device is idle."""
         ...
 
@@ -61,7 +61,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass
 
     def mark(self) -> float:
@@ -75,7 +75,7 @@ class HostClock:
 
 
 class CudaClock:
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     def mark(self) -> torch.cuda.Event:
@@ -90,7 +90,7 @@ class CudaClock:
     def captured(self, run: Callable[[], Any]) -> Callable[[], Any] | None:
         if torch.cuda.get_device_capability()[0] < 9:
             return None
-        self.settle()
+        self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = run()
@@ -126,7 +126,7 @@ def stated_peak(name: str) -> float | None:
 
 
 def _timed(clock: Clock, run: Callable[[], Any]) -> float:
-    clock.settle()
+    clock.synchronize()
     start = clock.mark()
     run()
     return clock.laps(start, clock.mark())[0]
@@ -180,7 +180,7 @@ class Passes:
 
     def both(self) -> Lap:
         weights, (x_RD, assigned, _, dy_RD) = next(self.layers), self.case
-        self.clock.settle()
+        self.clock.synchronize()
         marks = [self.clock.mark()]
         y_RD = self.backend(x_RD, assigned, weights)
         marks.append(self.clock.mark())

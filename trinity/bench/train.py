@@ -81,7 +81,7 @@ class Stopwatch:
 
 
 class Barrier:
-    """A Comm of one worker. A trainer's first `sum` in a step is where its backward ends."""
+    """A Comm of one worker. A trainer's first `all_reduce` in a step is where its backward ends."""
 
     rank, world = 0, 1
 

@@ -7,13 +7,9 @@ import argparse
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from serving.launch import check_source, provide_weights, resolve
 from trinity.config import merged, setup_environment
-
-if TYPE_CHECKING:
-    pass
 
 SHORT = ("host", "http_port", "grpc_port", "weights")
 

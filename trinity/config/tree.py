@@ -72,7 +72,7 @@ class Config(Frozen):
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture of a preset: tiny, nano, mini or large."""
+    """The architecture of a preset, one of `preset_names()`."""
     return Config.from_tree({"model": name}).model
 
 

@@ -163,8 +163,8 @@ class Install:
 
 @dataclass(frozen=True)
 class Copy:
-    """Verb `copy` of a shard's process -> bytes. It fetches the experts of one layer from those shards and adopts them; where a
-    source is "", from the checkpoint that the pool was loaded from."""
+    """Verb `copy` of a shard's process -> bytes. It fetches the experts of one layer from those shards and takes them
+    up; where a source is "", from the checkpoint that the pool was loaded from."""
 
     layer: int
     experts: tuple[int, ...]

@@ -72,10 +72,10 @@ class MicroBatches:
         scalars = [torch.stack([getattr(m, name) for m in micros]).sum() for name in ("ce", "z", "balance")]
         scalars.append(torch.tensor(float(has_failed), device=scalars[0].device))
         counts_LE = torch.stack([m.counts_LE for m in micros]).sum(0)
-        issued = list(num_sent_ops.values())
-        parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(issued)]
+        num_sent = list(num_sent_ops.values())
+        parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(num_sent)]
         flat = self.comm.all_reduce(torch.cat([part.double().cpu() for part in parts]))
         ce, z, balance, num_failed = flat[:4].tolist()
-        counts, ops = flat[4:].split([counts_LE.numel(), len(issued)])
+        counts, ops = flat[4:].split([counts_LE.numel(), len(num_sent)])
         named = Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True)))
         return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named)

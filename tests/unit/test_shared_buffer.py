@@ -1,6 +1,6 @@
-"""Rows through mailboxes: the same bits, whoever is slow, hostile, declines or is killed; and nothing is left of it.
+"""Rows through shared buffers: the same bits, whoever is slow, hostile, declines or is killed; and nothing is left of it.
 
-This file is also the program of a child process: `python test_mailbox.py shard|caller ADDRESS`, which talks in lines of JSON.
+This file is also the program of a child process, `python test_shared_buffer.py shard|caller ADDRESS`; it talks in JSON lines.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=DIM, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
 )
 LAYER = MODEL.moe_layers[0]
-LARGE = 64  # rows of fp32 that go into the mailbox in these tests
+LARGE = 64  # rows of fp32 that go into the shared buffer in these tests
 THRESHOLD = HostSharedBuffer.min_bytes
 
 
@@ -106,7 +106,7 @@ def posted(monkeypatch):
 
 
 def mapped():
-    """Mailboxes in this process's memory."""
+    """Shared buffers in this process's memory."""
     return {line for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:trinity" in line}
 
 
@@ -118,7 +118,7 @@ def others():
 
 
 def num_mapped():
-    """Mailboxes in this process's memory since the test began."""
+    """Shared buffers in this process's memory since the test began."""
     return len(mapped() - OTHERS)
 
 
@@ -289,7 +289,7 @@ def refusal(connection):
     ("box", "num_rows", "message"),
     [(NUM_BOXES, 1, "64 bytes in box 4"), (255, 0, "in box 255"), (0, BOX_BYTES // 64 + 1, "16777280 bytes in box 0")],
 )
-def test_a_place_that_is_not_in_the_mailbox(served, box, num_rows, message):
+def test_a_place_that_is_not_in_the_shared_buffer(served, box, num_rows, message):
     connection = served.connect()
     head = Header.unpack(request(1, forward(1))[0])._replace(num_rows=num_rows)
     connection.wire.sock.sendall(in_shared_buffer(frames.HEADER.pack(*head), box))
@@ -298,7 +298,7 @@ def test_a_place_that_is_not_in_the_mailbox(served, box, num_rows, message):
     served.is_well()
 
 
-def test_a_box_where_there_is_no_mailbox(served, monkeypatch):
+def test_a_box_where_there_is_no_shared_buffer(served, monkeypatch):
     monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     connection = served.connect()
     connection.wire.sock.sendall(in_shared_buffer(request(1, forward(1))[0], 0))
@@ -349,7 +349,7 @@ def test_a_descriptor_of_something_else(served, monkeypatch, what):
 
 
 def test_no_descriptor_and_many(served, monkeypatch):
-    """Of many, the kernel hands over the first."""
+    """The kernel, of many, hands over the first."""
     monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     before = num_descriptors()
     connection = served.connect()

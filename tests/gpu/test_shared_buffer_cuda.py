@@ -1,6 +1,6 @@
 """Rows of a GPU: through memory that both processes map, or staged through the host; the same bits each way.
 
-This file is also the program of the child process: `python test_mailbox_cuda.py DEVICE` is a shard that does sums.
+This file is also the program of the child process: `python test_shared_buffer_cuda.py DEVICE` is a shard that does sums.
 """
 
 import json

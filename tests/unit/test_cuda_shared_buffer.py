@@ -1,4 +1,4 @@
-"""The CUDA mailbox, over a driver that has host memory instead of a GPU's."""
+"""The CUDA shared buffer, over a driver that has host memory instead of a GPU's."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ from actors.dataplane import frames, shm
 from actors.dataplane.connection import CPU
 from actors.dataplane.frames import BadFrame, Header, in_shared_buffer
 from actors.dataplane.shm import BOX_BYTES, NUM_BOXES, SIZE, CudaSharedBuffer
-from tests.unit.test_mailbox import DIM, num_descriptors
+from tests.unit.test_shared_buffer import DIM, num_descriptors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd")
 
@@ -112,7 +112,7 @@ def test_a_cuda_call_that_fails_leaves_nothing(driver, fails_at):
     assert num_descriptors() == before
 
 
-def test_a_cuda_mailbox_is_let_go_of_once(driver):
+def test_a_cuda_shared_buffer_is_let_go_of_once(driver):
     attached_and_closed()
     assert (len(driver.calls), driver.held) == (10, [])
 
