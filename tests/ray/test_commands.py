@@ -1,6 +1,6 @@
 """The commands that start processes, run as a person runs them: the whole demo in small, then the server and its end.
 
-How long they take is the machine's affair. A command that hangs is one that says nothing any more.
+How long they take is the machine's affair. A command that hangs is one that says nothing new any more.
 """
 
 import os
@@ -28,7 +28,8 @@ def command(*arguments):
 
 
 class Running:
-    """A command whose words are kept in two files. One that is silent for SILENCE_S is killed."""
+    """A command whose words are kept in two files. One that says no new line for SILENCE_S is killed: the demo repeats what
+    the weights of a step answer as long as that step lasts."""
 
     def __init__(self, folder, *arguments):
         self.files = [folder / f"said-{uuid.uuid4().hex}.{name}" for name in ("out", "err")]
@@ -47,7 +48,7 @@ class Running:
         """Until that, or the command's end."""
         said, heard_s = -1, time.monotonic()
         while self.process.poll() is None and not holds():
-            if (now := sum(file.stat().st_size for file in self.files)) != said:
+            if (now := len({*self.stdout.splitlines(), *self.stderr.splitlines()})) > said:
                 said, heard_s = now, time.monotonic()
             if time.monotonic() - heard_s > SILENCE_S:
                 self.process.kill()

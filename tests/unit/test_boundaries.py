@@ -62,9 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.experts", "trinity.dispatch", "trinity.placement", "trinity.rpc",
         "trinity.state",  # a pool hands out the backbone of a version
     },
-    "trinity.engine": {
-        *MODELS, "trinity.ops", "trinity.text", "trinity.rpc", "trinity.checkpoint", "trinity.observability",
-    },
+    "trinity.engine": {"trinity.models.common", "trinity.ops", "trinity.text"},  # pool and checkpoint are handed in
     "trinity.data": {"trinity.text"},
     "trinity.train": {
         "trinity.pool", "trinity.dispatch", *MODELS, "trinity.checkpoint", "trinity.data", "trinity.optim", "trinity.state",
@@ -74,8 +72,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.llm": {  # an offline program is composed here: a checkpoint, shards in this process, an engine
         *MODELS, "trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text",
     },
-    "trinity.rl": {"trinity.llm", *(LIBRARY - {"trinity.placement", "trinity.dispatch"})},
-    "trinity.launch": {*LIBRARY, "actors.pool", "actors.train", "serving.app"},
+    "trinity.rl": {  # training and an engine, composed
+        "trinity.data", "trinity.engine", "trinity.llm", *MODELS, "trinity.observability", "trinity.pool", "trinity.state",
+        "trinity.train",
+    },
+    "trinity.launch": {
+        "trinity.checkpoint", "trinity.data", "trinity.observability", "trinity.pool", "trinity.train", "actors.pool",
+        "actors.train", "serving.app",
+    },
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
@@ -83,16 +87,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "trinity.cli": {"trinity", "trinity.commands"},
     "actors.names": {"trinity.rpc"},
-    "actors.dataplane": {*LIBRARY, "actors.names"},  # where Ray's errors become ours
-    "actors.sync": {*LIBRARY, "actors.names", "actors.dataplane"},
-    "actors.cluster": {*LIBRARY, "actors.sync"},
-    "actors.shard_server": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync"},
+    "actors.dataplane": {"trinity.dispatch", "trinity.rpc", "actors.names"},  # where Ray's errors become ours
+    "actors.sync": {  # what an engine and a trainer follow: tables, weights, memory of those that died
+        "trinity.dispatch", "trinity.engine", *MODELS, "trinity.placement", "trinity.pool", "trinity.state", "trinity.text",
+        "trinity.train", "actors.names", "actors.dataplane",
+    },
+    "actors.cluster": {"actors.sync"},
+    "actors.shard_server": {
+        "trinity.checkpoint", "trinity.experts", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",
+        "actors.dataplane", "actors.sync",
+    },
     "actors.shard": {"actors.names", "actors.dataplane", "actors.shard_server", "trinity.experts"},
-    "actors.control": {*LIBRARY, "actors.names", "actors.dataplane", "actors.shard"},
-    "actors.pool": {*LIBRARY, "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.control"},
-    "actors.train": {*LIBRARY, "actors.pool", "actors.sync", "actors.train_metrics"},
-    "actors.train_metrics": LIBRARY,
-    "actors.chaos": {*LIBRARY, *(ACTORS - {"actors.chaos"})},
+    "actors.control": {
+        "trinity.experts", "trinity.placement", "trinity.pool", "trinity.rpc", "actors.names", "actors.dataplane",
+        "actors.shard",
+    },
+    "actors.pool": {
+        "trinity.dispatch", "trinity.placement", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",
+        "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
+    },
+    "actors.train": {
+        "trinity.checkpoint", "trinity.data", "trinity.observability", "trinity.state", "trinity.train", "actors.pool",
+        "actors.sync", "actors.train_metrics",
+    },
+    "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
+    "actors.chaos": {
+        "trinity.dispatch", "trinity.train", "actors.control", "actors.names", "actors.pool", "actors.train",
+    },
     "serving.addresses": set(),
     "serving.access": set(),
     "serving.streams": set(),
@@ -113,8 +134,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "serving.pool_operator", "trinity.engine", "trinity.placement", "trinity.text",
     },
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http"},
-    "serving.engine": {*LIBRARY, "actors.pool", "actors.sync", "serving.frontend", "serving.streams"},
-    "serving.launch": {*LIBRARY, "actors.pool"},
+    "serving.engine": {
+        "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
+        "serving.frontend", "serving.streams",
+    },
+    "serving.launch": {"trinity.checkpoint", "trinity.pool", "trinity.rpc", "actors.pool"},
     "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},
     "serving.deploy": {"serving.app", "serving.launch"},
     "protos": set(),
