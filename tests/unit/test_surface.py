@@ -1,11 +1,12 @@
 """The surface that people write into scripts and files: commands, flags, settings. It changes on purpose or not at all.
 
 `surface.txt` is its record. `python -m tests.unit.test_surface` writes it anew; the diff belongs to the change's review,
-and a setting that got another name belongs into RENAMED of trinity/config/tree.py. The section `model` has its own tests.
+and a setting that got another name belongs into RENAMED of trinity/config/tree.py.
 """
 
 import argparse
 import difflib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from trinity.cli import parser
 from trinity.config import Config
+from trinity.config.model import ModelConfig
 from trinity.config.tree import RENAMED
 from trinity.errors import ConfigError
 
@@ -25,7 +27,8 @@ REMEDY = "if that was meant: python -m tests.unit.test_surface"
 
 
 def surface() -> list[str]:
-    return [*commands(parser()), *settings(Config, "")]
+    families = (settings(kind, f"model ({name}).") for name, kind in sorted(ModelConfig.families.items()))
+    return [*commands(parser()), *settings(Config, ""), *itertools.chain(*families)]
 
 
 def commands(sub: argparse.ArgumentParser) -> Iterator[str]:
@@ -88,7 +91,8 @@ def test_the_record_has_both_halves():
     assert "trinity serve source required=True" in lines
     assert "train.steps: int Ge(ge=1) = 1000" in lines
     assert "placement.autoscale.enabled: bool = False" in lines
-    assert not [line for line in lines if line.startswith("model.") or "/" in line.partition("=")[0]]
+    assert "model (glm4_moe).topk_group: int Gt(gt=0) = 1" in lines
+    assert not [line for line in lines if "/" in line.partition("=")[0]]
 
 
 @pytest.mark.parametrize(
