@@ -91,7 +91,7 @@ def _placement(sub: argparse.ArgumentParser) -> None:
 
 
 def _settings(sub: argparse.ArgumentParser, required: bool) -> None:
-    what = "a YAML file, or a preset such as tiny, nano or glm-4.5-air (trinity/config/presets)" if required else "a YAML file"
+    what = "a YAML file, or a preset such as tiny, nano or glm-4.5-air" if required else "a YAML file"
     sub.add_argument("config", nargs=None if required else "?", help=what)
     sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     sub.epilog = "Any setting: --section.key value, for example --train.steps 20 --placement.num_shards 4"
