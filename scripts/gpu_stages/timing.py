@@ -14,7 +14,7 @@ def median_s(run: Callable[[], Any], device: str, rounds: int) -> float:
     clock = CudaClock() if device == "cuda" else HostClock()
     laps = []
     for _ in range(rounds + 2):
-        clock.settle()
+        clock.synchronize()
         start = clock.mark()
         run()
         laps.append(clock.laps(start, clock.mark())[0])

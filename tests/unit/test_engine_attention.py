@@ -164,7 +164,7 @@ class LatentModel(torch.nn.Module):
 
 def latent_config(invariant=True):
     return SimpleNamespace(
-        layer_caches=CACHES, max_position_embeddings=4096, vocab_size=VOCAB, eos_token_id=3, num_experts=1,
+        layer_caches=CACHES, max_position_embeddings=4096, vocab_size=VOCAB, eos_token_ids=(3,), num_experts=1,
         batch_invariant=invariant,
     )  # fmt: skip
 
