@@ -23,7 +23,7 @@ from actors.dataplane.plane import DataPlane
 from actors.dataplane.ray_transport import RayTransport
 from actors.names import PLACEMENT, SERVICE, Handles, PlacementClient, ask, find, name_of
 from actors.shard import start_shard
-from actors.sync import shm_state
+from actors.sync import shm_folders, shm_state
 from actors.sync.placement_watcher import PlacementWatcher
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch.transport import Transport
@@ -183,7 +183,7 @@ def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
     for entry in _actors(namespace):
         if entry["name"].startswith(prefix):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
-    shm_state.remove(pool, namespace, memory_dir)
+    shm_folders.remove(pool, namespace, memory_dir)
     with suppress(ValueError):  # there is no such group in this namespace
         remove_placement_group(get_placement_group(prefix))
 

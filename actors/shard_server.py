@@ -20,7 +20,7 @@ from actors.dataplane.plane import DataPlane
 from actors.dataplane.ray_transport import RayTransport, pack, unpack
 from actors.dataplane.server import Combiner, DirectServer
 from actors.names import Handles, PlacementClient, ask, find
-from actors.sync import shm_state
+from actors.sync import shm_folders
 from trinity.checkpoint import open_checkpoint
 from trinity.config import PlacementConfig
 from trinity.errors import TrinityError
@@ -143,7 +143,7 @@ def _is_of(source: Load, decision: Decision | None) -> bool:
 def _store(spec: ShardSpec, settings: PlacementConfig, namespace: str, again: bool) -> Store:
     """Store in memory that outlives us, for what only training can make again; what a shard of that name left behind
     counts only for its successor."""
-    folder = shm_state.folder(settings, namespace, spec.name) if spec.optim is not None else None
+    folder = shm_folders.folder(settings, namespace, spec.name) if spec.optim is not None else None
     if folder is not None and not again:
         shutil.rmtree(folder, ignore_errors=True)
     return Store(folder, spec.device)

@@ -19,7 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import pool as pools
-from actors.sync import shm_state
+from actors.sync import shm_folders
 from actors.train_metrics import TrainExporter, check_listener, exported
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.config import Config, num_cpus
@@ -42,7 +42,7 @@ def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Stor
     """The backbone's, of the first worker on each node, in memory that outlives the process; the pool is told of all."""
     node = ray.get_runtime_context().get_node_id()
     is_first = node not in _said(comm, node)[: comm.rank]  # Ray's local rank would count by address
-    folder = shm_state.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
+    folder = shm_folders.folder(config.placement, config.cluster.namespace, "backbone") if is_first else None
     texts = _said(comm, f"{node} {folder}" if folder is not None else "")
     pool.ledger.backbone_at = [(text.split(" ", 1)[0], text.split(" ", 1)[1]) for text in texts if text]
     return Store(folder, device) if folder is not None else None

@@ -1,18 +1,6 @@
-"""Where the committed state of a pool's processes lies on a host: folders in shared memory that outlive their process.
+"""Versions out of the folders in which a pool's processes keep their committed state (shm_folders.py), from any node."""
 
-Decisions: a folder belongs to the Ray node (its raylet process) whose actors wrote it, for only that node starts them again;
-folders of nodes that have gone are swept away by whoever makes the next one. Containers may share this memory and not see one
-another's processes: nobody judges nodes of another PID namespace. Everybody on the host can make names here: a folder that
-is not ours is refused.
-"""
-
-import hashlib
 import logging
-import os
-import re
-import shutil
-import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,61 +12,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.dataplane.ray_transport import pack, unpack
 from actors.names import ask
-from trinity.config import PlacementConfig, ray_node_pid
-from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable, VersionGone
+from trinity.errors import DeadlineExceeded, TrinityError, Unavailable, VersionGone
 from trinity.state.reader import Reader, read
 from trinity.state.versioned_store import Version
 from trinity.utils.trying import tried
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-SHM = Path("/dev", "shm")
-PREFIX = "trinity-memory"
-REMOVE_S = 10.0
-
-
-def base(memory_dir: str | None) -> Path:
-    return Path(memory_dir) if memory_dir else SHM if SHM.is_dir() else Path(tempfile.gettempdir())
-
-
-def folder(settings: PlacementConfig, namespace: str, what: str) -> Path | None:
-    """Folder of one process of the pool on this node, called `what`; None where nothing is to be kept. Raises ConfigError
-    where somebody else has put something in its place."""
-    if not settings.durable:
-        return None
-    root = base(settings.memory_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    sweep(root)
-    found = root / _name(ray_node_pid(), settings.pool, namespace)
-    found.mkdir(mode=0o700, exist_ok=True)
-    status = found.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise ConfigError(f"{found} is somebody else's; set placement.memory_dir to a folder of your own")
-    return found / what
-
-
-def sweep(root: Path) -> None:
-    """Remove what belongs to nodes that have gone. Harmless beside others who do the same."""
-    ours = re.compile(rf"{PREFIX}-{os.getuid()}-{_namespace()}-(\d+)-(\d+)-.+")
-    for path in root.iterdir():
-        if (found := ours.fullmatch(path.name)) and _started(int(found[1])) != int(found[2]):
-            log.warning("removing %s: its node has gone", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
-    """Remove it on all nodes that are alive: the pool's processes have ended for good."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
-        return
-    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    refs = [_remove.options(scheduling_strategy=each).remote(pool, namespace, memory_dir) for each in strategies]
-    ray.wait(refs, num_returns=len(refs), timeout=REMOVE_S) if refs else None
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _remove(pool: str, namespace: str, memory_dir: str | None) -> None:
-    shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool, namespace), ignore_errors=True)
 
 
 @ray.remote(num_cpus=0, max_retries=1)
@@ -124,27 +64,3 @@ class Lender:
         reader = self._readers.setdefault(path, Reader(Path(path)))
         with reader.lent(number, lambda name: name.endswith(suffix)) as found:
             yield found
-
-
-def _name(raylet: int, pool: str, namespace: str) -> str:
-    return f"{PREFIX}-{os.getuid()}-{_namespace()}-{raylet}-{_started(raylet)}-{_tag(namespace)}-{pool}"
-
-
-def _tag(namespace: str) -> str:
-    """Mark of Ray's namespace, which may be any text: pools of one name in two of them are two pools."""
-    return hashlib.blake2b(namespace.encode(), digest_size=4).hexdigest()
-
-
-def _namespace() -> int:
-    """PID namespace of this process; 0 where the system has but one."""
-    path = Path("/proc/self/ns/pid")
-    return path.stat().st_ino if path.exists() else 0
-
-
-def _started(pid: int) -> int:
-    """Start of the process with that id, in clock ticks since boot; 0 where there is none."""
-    path = Path("/proc") / str(pid) / "stat"
-    try:
-        return int(path.read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0

@@ -264,9 +264,10 @@ def test_the_pure_parts_of_placement_need_only_numpy():
     assert not outside & {"torch", "ray", "pydantic"}
 
 
-def test_the_placement_service_starts_without_torch():
-    """Which takes longer than all else that it imports, on a head that may be small; its restart is a gap for callers."""
-    code = "import sys; sys.modules['torch'] = None; import actors.control.service"
+def test_who_only_controls_starts_without_torch():
+    """The placement service, the gateway, and what removes a pool's folders: torch takes longer than all else that they import,
+    and a restart is a gap for callers."""
+    code = "import sys; sys.modules['torch'] = None; import actors.control.service, actors.sync.shm_folders, serving.gateway"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
