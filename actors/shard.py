@@ -50,5 +50,13 @@ def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, na
         num_gpus=settings.num_gpus_per_shard,
         resources=dict(settings.resources),
         scheduling_strategy=strategy,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.num_threads_per_shard), **ONE_HEAP}},
+        **_environment(spec, settings),
     ).remote(spec, plane, settings, namespace)
+
+
+def _environment(spec: ShardSpec, settings: PlacementConfig) -> dict[str, Any]:
+    """What it must see at its start, if anything: a process with an environment of its own starts half a second later, for Ray
+    begins it with another one. One thread is what Ray's processes have anyway (clusters/node.env)."""
+    threads, heap = settings.num_threads_per_shard, ONE_HEAP if spec.optim is not None else {}
+    found = {"OMP_NUM_THREADS": str(threads), **heap} if threads > 1 else heap
+    return {"runtime_env": {"env_vars": found}} if found else {}
