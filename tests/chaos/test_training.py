@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from actors.chaos.faulty_transport import FaultyTransport
-from actors.chaos.plan import Fault, plan
+from actors.chaos.plan import Fault
 from tests.ray.runs import config_for, losses_of, train_here, weights_of
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.data.prepare import prepare
@@ -109,7 +109,7 @@ class Killer(threading.Thread):
 
     def __init__(self, chaos, trainer, rng, odds):
         super().__init__(daemon=True)
-        self.chaos, self.trainer, self.rng, self.odds = plan, trainer, rng, odds
+        self.chaos, self.trainer, self.rng, self.odds = chaos, trainer, rng, odds
         self.num_kills, self.stop = 0, threading.Event()
 
     def run(self):
@@ -124,8 +124,8 @@ class Killer(threading.Thread):
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_f1_random_shards_are_killed_at_random_points(three, tmp_path, undisturbed, seed):
-    config, trainer, plan = run_of(three, tmp_path, NUM_STEPS)
-    killer = Killer(plan, trainer, random.Random(seed), odds=8 / NUM_STEPS)
+    config, trainer, chaos = run_of(three, tmp_path, NUM_STEPS)
+    killer = Killer(chaos, trainer, random.Random(seed), odds=8 / NUM_STEPS)
     killer.start()
     started = time.monotonic()
     losses = [trainer.step().loss for _ in range(NUM_STEPS)]
@@ -143,15 +143,15 @@ def test_f1_random_shards_are_killed_at_random_points(three, tmp_path, undisturb
 @pytest.mark.parametrize("transport", ["direct", "ray"])
 def test_f2_30_percent_of_requests_and_replies_are_lost(three, tmp_path, undisturbed, transport, seed):
     """Applied == issued is what `prepare` holds every shard to: a step with one op too few or too many is not decided."""
-    config, trainer, plan = run_of(three, tmp_path, 5, transport=transport)
-    plain = plan.pool.transport
+    config, trainer, chaos = run_of(three, tmp_path, 5, transport=transport)
+    plain = chaos.pool.transport
     faulty = [
         FaultyTransport(each, random.Random(10 * seed + n), lose_request=0.3, lose_reply=0.3)
         for n, each in enumerate((plain, trainer.dispatcher.transport))
     ]
-    plan.pool.transport, trainer.dispatcher.transport = faulty
+    chaos.pool.transport, trainer.dispatcher.transport = faulty
     losses = [trainer.step().loss for _ in range(5)]
-    plan.pool.transport = plain
+    chaos.pool.transport = plain
     lost, sent = sum(each.lost for each in faulty), sum(each.sent for each in faulty)
     print(f"\nF2 {transport}, seed {seed}: {lost} of {sent} lost, {trainer.num_replays} replays")
     assert lost > 0.3 * sent
@@ -165,17 +165,17 @@ PHASES = ("infer", "backward", "prepare", "stage", "decide", "decided", "commit"
 def test_f3_a_shard_is_killed_in_each_phase_of_a_step(three, tmp_path, undisturbed):
     """Before it can answer a verb, before the decision and right after it, each of three shards in turn. All shards are at one
     version after every step, and what was staged everywhere is not made again."""
-    config, trainer, plan = run_of(three, tmp_path, 24)
+    config, trainer, chaos = run_of(three, tmp_path, 24)
     victims = {3 + n: (phase, f"shard-{n % 3}") for n, phase in enumerate(PHASES * 3)}
     killed, replays = set(), {}
-    carriers, decide = (plan.pool.transport, trainer.dispatcher.transport), plan.pool.decide
+    carriers, decide = (chaos.pool.transport, trainer.dispatcher.transport), chaos.pool.decide
 
     def hit(phase, shard=None):
         step = trainer.version + (phase != "commit")
         wanted = victims.get(step)
         if wanted and step not in killed and wanted == (phase, shard or wanted[1]):
             killed.add(step)
-            plan.kill(wanted[1])
+            chaos.kill(wanted[1])
 
     def deciding(*arguments):
         hit("decide")
@@ -191,13 +191,13 @@ def test_f3_a_shard_is_killed_in_each_phase_of_a_step(three, tmp_path, undisturb
 
     for each in carriers:
         each.send = murderous(each.send)
-    plan.pool.decide = deciding
+    chaos.pool.decide = deciding
     losses = []
     for step in range(1, 25):
         before = trainer.num_replays
         losses.append(trainer.step().loss)
         replays[step] = trainer.num_replays - before
-        assert set(plan.pool.versions().values()) == {step}
+        assert set(chaos.pool.versions().values()) == {step}
     print(f"\nF3: {len(killed)} kills, replays by phase {[(victims[n][0], replays[n]) for n in sorted(killed)]}")
     assert killed == victims.keys()
     assert all(replays[n] == 0 for n, (phase, _) in victims.items() if phase in ("decide", "decided", "commit"))
@@ -261,9 +261,9 @@ def test_f4_the_worker_dies_at_each_point_of_a_step(three, tmp_path, undisturbed
 
 def test_f8_a_shard_hangs_for_15_seconds(three, tmp_path, undisturbed):
     """No caller waits past its deadline, and nobody is started again."""
-    config, trainer, plan = run_of(three, tmp_path, 6)
+    config, trainer, chaos = run_of(three, tmp_path, 6)
     attempt, spent_s = trainer._attempt, []
-    trainer.dispatcher.timeout_s = plan.pool.timeout_s = 3.0
+    trainer.dispatcher.timeout_s = chaos.pool.timeout_s = 3.0
 
     def timed(*arguments, **more):
         started = time.monotonic()
@@ -274,8 +274,8 @@ def test_f8_a_shard_hangs_for_15_seconds(three, tmp_path, undisturbed):
 
     trainer._attempt = timed
     losses = [trainer.step().loss for _ in range(2)]
-    where = plan.where("shard-1")
-    thread = threading.Thread(target=plan.stop, args=("shard-1", 15.0), daemon=True)
+    where = chaos.where("shard-1")
+    thread = threading.Thread(target=chaos.stop, args=("shard-1", 15.0), daemon=True)
     started = time.monotonic()
     thread.start()
     losses += [trainer.step().loss]
@@ -285,7 +285,7 @@ def test_f8_a_shard_hangs_for_15_seconds(three, tmp_path, undisturbed):
     print(f"\nF8: stalled {stalled_s:.1f} s, {trainer.num_replays} replays, longest attempt {max(spent_s):.1f} s")
     assert trainer.num_replays >= 1
     assert max(spent_s) < 14, "an attempt waits 3 s for rows, and as long for an answer to a verb: not for the 15 s"
-    assert plan.where("shard-1") == where, "nobody was started again"
+    assert chaos.where("shard-1") == where, "nobody was started again"
     same(config, trainer, losses, undisturbed)
 
 
@@ -306,12 +306,12 @@ def test_f9_the_placement_service_is_killed_during_moves(ray_session, made, tmp_
     config = config_for(tmp_path, steps=16, num_shards=2)
     pool = made(config)
     trainer = trainer_of(config, pool)
-    plan, seen, epochs, losses = Chaos(pool), operator(config.placement, "trinity"), [], []
+    chaos, seen, epochs, losses = Chaos(pool), operator(config.placement, "trinity"), [], []
     kills = iter((0.0, 0.05, 0.2, 0.5))  # after the boundary at which experts start to move
     for step in range(1, 17):
         if step % 4 == 2:
             seen.scale(3 if step % 8 == 2 else 2, "test")
-            threading.Timer(next(kills), plan.kill_service).start()
+            threading.Timer(next(kills), chaos.kill_service).start()
         losses.append(trainer.step().loss)
         epochs.append(pool.table.epoch)
     assert epochs == sorted(epochs)
@@ -354,8 +354,8 @@ def test_f10_shards_come_and_go_while_training(made, tmp_path, undisturbed):
 def test_everything_at_once_by_a_plan(three, tmp_path, undisturbed, seed):
     """The command's own plan and hands, every fault but moves, in the job under Ray Train."""
     from actors import pool as pools
+    from actors.chaos import plan as plans
     from actors.chaos.injector import Chaos, attempts, exposed_loop, raging
-    from actors.chaos.plan import plan
     from actors.train import fit
 
     out_dir, struck = tmp_path / "run", []
@@ -364,9 +364,9 @@ def test_everything_at_once_by_a_plan(three, tmp_path, undisturbed, seed):
     faults = tuple(fault for fault in Fault if fault is not Fault.MOVE_EXPERTS)
     with raging(
         Chaos(pool, out_dir),
-        plan(seed, math.inf, faults, 1.0),
+        plans.plan(seed, math.inf, faults, 1.0),
         lambda: len(attempts(out_dir)) > 1,
-        lambda one: plan.recovery_s(attempts(out_dir), one.time_s),
+        lambda one: plans.recovery_s(attempts(out_dir), one.time_s),
         struck,
     ):
         fit(config, exposed_loop)
@@ -374,9 +374,9 @@ def test_everything_at_once_by_a_plan(three, tmp_path, undisturbed, seed):
     for one in struck:
         recovered = "-" if one.recovered_s is None else f"{one.recovered_s:.1f} s"
         print(f"\n{one.fault.value}: {one.target or one.error}, got over in {recovered}", end="")
-    print(f"\n{len(struck)} faults, {plan.num_replays(noted)} replays, goodput {plan.goodput(noted):.2f}")
+    print(f"\n{len(struck)} faults, {plans.num_replays(noted)} replays, goodput {plans.goodput(noted):.2f}")
     assert len(struck) >= 2
-    assert plan.num_lost(noted) == 0
+    assert plans.num_lost(noted) == 0
     _, weights = undisturbed(config)
     mine = weights_of(open_checkpoint(latest_checkpoint(out_dir)))
     assert [key for key in weights if not torch.equal(mine[key], weights[key])] == []
