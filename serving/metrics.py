@@ -163,7 +163,7 @@ class Changes:
 
 
 class TokenClock:
-    """PhaseTimer and counts the Deltas of one sequence, from now on."""
+    """Time and count the Deltas of one sequence, from now on."""
 
     def __init__(self, exporter: Exporter):
         self._exporter = exporter

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trinity.config import RUN_SETTINGS, RUN_TOKENIZER, Config, merged, preset_names
+from trinity.config import RUN_SETTINGS, RUN_TOKENIZER, Config, ModelConfig, merged, preset_names
 from trinity.errors import ConfigError, TrinityError
 from trinity.utils.niceness import IDLE, USUAL
 from trinity.utils.terminal import say
@@ -78,10 +78,15 @@ def _check_same(checkpoint: str | None, config: Config) -> None:
 
     if checkpoint is None:
         return
-    theirs, mine = open_checkpoint(checkpoint).config.model_dump(), config.model.model_dump()
+    theirs, mine = _architecture(open_checkpoint(checkpoint).config), _architecture(config.model)
     differs = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if theirs[k] != mine[k] and k != "dtype"]
     if differs:
         raise ConfigError(f"{checkpoint} is of another architecture than this configuration: {', '.join(differs)}")
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """What must be the same for a run to go on. Of what ends a text, that is what ends its documents."""
+    return model.model_dump() | {"eos_token_id": model.document_eos_id}
 
 
 def _check_writable(folder: Path) -> None:

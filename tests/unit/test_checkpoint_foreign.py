@@ -53,6 +53,7 @@ def load(path):
         ({"num_experts_per_tok": 50}, "num_experts_per_tok 50 > num_experts 4"),
         ({"hidden_size": "32x"}, "hidden_size"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not implemented"),
+        ({"quantization_config": ["fp8"]}, "quantization_config .* is not implemented"),
         ({"hidden_size": 64}, "has shape"),
     ],
 )
@@ -68,8 +69,14 @@ def test_layers_that_slide_are_refused_by_families_whose_layers_do_not(name):
     known = preset(name)
     tree = write_config(known)
     assert read_config({**tree, "layer_types": ["full_attention"] * known.num_hidden_layers}, "here") == known
-    with pytest.raises(CheckpointError, match="layer_types has 'sliding_attention'"):
-        read_config({**tree, "layer_types": ["full_attention", "sliding_attention"]}, "here")
+    for odd, message in (
+        (["full_attention", "sliding_attention"], "layer_types has 'sliding_attention'"),
+        (["full_attention", 3, None], "layer_types has 3"),
+        ([["full_attention"]], "layer_types has"),
+        (7, "layer_types has 7"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_config({**tree, "layer_types": odd}, "here")
 
 
 def test_several_ends_of_a_text_are_kept_and_those_for_generation_count(foreign):
@@ -77,6 +84,10 @@ def test_several_ends_of_a_text_are_kept_and_those_for_generation_count(foreign)
     assert config.eos_token_ids == (config.eos_token_id,)
     (foreign / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3]}))
     assert load(foreign).config.eos_token_ids == (5, 3)
+    for odd in ('{"eos_token_id": ["x", 3]}', '{"eos_token_id": {}}', "[3]", "{"):
+        (foreign / "generation_config.json").write_text(odd)
+        with pytest.raises(CheckpointError, match=r"eos_token_id|generation_config\.json"):
+            load(foreign)
     (foreign / "generation_config.json").unlink()
     edit_json(foreign / "config.json", eos_token_id=[3, 4])
     found = load(foreign).config

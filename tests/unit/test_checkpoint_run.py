@@ -162,6 +162,10 @@ def test_a_run_goes_on_from_where_it_is_told(tmp_path, one, capsys):
     assert check_out_dir(config_for(tmp_path / "new", resume_from=str(one))) == one
     with pytest.raises(ConfigError, match="of another architecture"):
         check_out_dir(config_for(out_dir, resume_from=6).replace(model={"vocab_size": 98}))
+    eos = config_for(out_dir).model.eos_token_id
+    check_out_dir(config_for(out_dir, resume_from=6).replace(model={"eos_token_id": (eos, eos + 1)}))
+    with pytest.raises(ConfigError, match=f"of another architecture.*eos_token_id {eos} instead of {eos + 1}"):
+        check_out_dir(config_for(out_dir, resume_from=6).replace(model={"eos_token_id": (eos + 1, eos)}))
     os.truncate(out_dir / "step-000009" / "training" / "backbone-00.safetensors", 10)
     with pytest.raises(CheckpointError, match=r"step-000009/training/backbone-00\.safetensors has 10 bytes"):
         check_out_dir(config_for(out_dir, resume=True))

@@ -12,7 +12,7 @@ from actors.dataplane import frames, shm
 from actors.dataplane.connection import CPU
 from actors.dataplane.frames import BadFrame, Header, in_shared_buffer
 from actors.dataplane.shm import BOX_BYTES, NUM_BOXES, SIZE, CudaSharedBuffer
-from tests.unit.test_shared_buffer import DIM, num_descriptors
+from tests.unit.shared_buffers import DIM, num_descriptors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd")
 

@@ -43,7 +43,7 @@ STATED_PEAK = {r"\bH200\b": 4.3e12, r"\bH100 80GB HBM3": 0.9 * 3.35e12}  # bytes
 
 
 class Clock(Protocol):
-    """PhaseTimer what a device does."""
+    """Time what a device does."""
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""

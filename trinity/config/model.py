@@ -94,6 +94,11 @@ class ModelConfig(Frozen):
         return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
     @property
+    def document_eos_id(self) -> int | None:
+        """The one of them that ends the documents of a training run."""
+        return next(iter(self.eos_token_ids), None)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts, ascending."""
         raise NotImplementedError

@@ -54,7 +54,7 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"tokenizer {source} has {tokenizer.vocab_size} ids; model.vocab_size is {model.vocab_size}")
     _require_same("bos", tokenizer.bos_id, model.bos_token_id)
-    _require_same("eos", tokenizer.eos_id, next(iter(model.eos_token_ids), None))
+    _require_same("eos", tokenizer.eos_id, model.document_eos_id)
     return tokenizer
 
 

@@ -44,7 +44,8 @@ def eos(tree: Mapping[str, Any]) -> Any:
 
 def refuse_sliding(tree: Mapping[str, Any], source: str | Path, family: str) -> None:
     """Raise CheckpointError where a layer is not to see all tokens, of a family whose layers do here."""
-    if others := sorted(set(tree.get("layer_types") or ()) - {"full_attention"}):
+    kinds = tree.get("layer_types") or []
+    if others := [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "full_attention"]:
         raise CheckpointError(f"{source}/config.json: layer_types has {others[0]!r}; {family} has full attention here")
 
 
