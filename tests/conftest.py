@@ -1,6 +1,7 @@
-"""One Ray for the session; settings that Ray, OpenMP and Triton read at import come first; long files before short ones."""
+"""One Ray for the files that want it; settings that Ray, OpenMP and Triton read at import; long files before short ones."""
 
 import os
+from pathlib import Path
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1")
 # what Ray tells of itself is read by nobody here, and what it looks at ten times a second takes a share of two cores
@@ -8,6 +9,7 @@ os.environ.update(
     RAY_enable_metrics_collection="0", RAY_task_events_report_interval_ms="0", REPORTER_UPDATE_INTERVAL_MS="3600000"
 )
 os.environ.update(LOG_NAME_UPDATE_INTERVAL_S="3600", RAY_SERVE_CONTROL_LOOP_INTERVAL_S="0.4")
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each run, and no node of ours is taken away
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from trinity.config import setup_environment
@@ -26,48 +28,82 @@ LONGEST = (  # by `pytest --durations=0` of each; where two sides share the file
     "ray/test_commands.py",
     "ray/test_moves.py",
     "ray/test_bench.py",
+    "ray/test_families.py",
     "ray/test_train.py",
     "ray/test_chaos.py",
     "ray/test_pool.py",
-    "serve/test_real.py",
     "serve/test_app.py",
-    "ray/test_rollout.py",
-    "serve/test_dashboard.py",
+    "serve/test_real.py",
+    "chaos/test_serving.py",
     "unit/test_bench_experts.py",
+    "unit/test_trainer.py",
+    "unit/test_parts.py",
     "parity/test_generate.py",
     "unit/test_backends.py",
-    "serve/test_http.py",
-    "unit/test_trainer.py",
-    "unit/test_bench_dispatch.py",
+    "gpu/test_scripts.py",
     "unit/test_bench_train_decode.py",
+    "unit/test_planner.py",
+    "serve/test_bad_input.py",
+    "unit/test_checkpoint_faults.py",
+    "parity/test_invariance.py",
+    "unit/test_bench_dispatch.py",
+    "gpu/test_compile.py",
+    "serve/test_dashboard.py",
 )
 
 
-def pytest_collection_modifyitems(items):
-    """Long files first; what runs by hand only, and lasts, has more time than the two minutes of a hang."""
+WANT_RAY = pytest.StashKey[set[Path]]()
+
+
+def pytest_collection_modifyitems(config, items):
+    """What Ray is in first, so that it can end; of these and of the others long files first. What runs by hand only, and
+    lasts, has more time than the two minutes of a hang."""
     for item in items:
         if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(300))
+    config.stash[WANT_RAY] = want_ray = {item.path for item in items if "ray_session" in item.fixturenames}
     place = {name: at for at, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+
+    def order(item):
+        name = "/".join(item.path.parts[-2:])
+        return item.path not in want_ray and item.path.parent.name != "ray", place.get(name, len(LONGEST))
+
+    items.sort(key=order)
 
 
-@pytest.fixture(scope="session")
-def ray_session(tmp_path_factory):
-    """A private single-node Ray with two CPUs, shut down at the end of the session."""
+@pytest.fixture(scope="module")
+def ray_session():
+    """A private single-node Ray with four CPUs. It goes on until a file follows that does not want it."""
     import ray
 
-    ray.init(
-        address="local",
-        namespace="trinity",
-        num_cpus=4,
-        resources={"train_slot": 4},
-        include_dashboard=False,
-        object_store_memory=512 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield ray
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            namespace="trinity",
+            num_cpus=4,
+            resources={"train_slot": 4},
+            include_dashboard=False,
+            object_store_memory=512 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    return ray
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Ends Ray where nobody will want it soon: idle, it takes a tenth of a core."""
+    torn_down = yield
+    if item.path in item.config.stash[WANT_RAY] and (
+        nextitem is None or nextitem.path not in item.config.stash[WANT_RAY]
+    ):
+        end_ray()
+    return torn_down
+
+
+def end_ray():
+    import ray
+
     from actors.sync.placement_watcher import stop_all
 
     stop_all()

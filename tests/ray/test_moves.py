@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 import uuid
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -40,54 +39,34 @@ def settings_of():
     )
 
 
-@contextmanager
-def pool_of(settings, folder):
-    from actors import pool as pools
-
-    made = pools.create(settings, "trinity", MODEL, None, str(folder / "placement"))
-    try:
-        made.load(SOURCE)
-        yield made
-    finally:
-        pools.destroy(settings.pool, "trinity")
-
-
 @pytest.fixture(scope="module")
 def pool(ray_session, settings, tmp_path_factory):
-    """Two shards. Every test leaves it so, with whatever replicas and, from the middle of the file on, names they have."""
-    with pool_of(settings, tmp_path_factory.mktemp("pool")) as made:
-        yield made
+    """Two shards until they come and go, then one and up; with whatever replicas the tests before left."""
+    from actors import pool as pools
+
+    made = pools.create(settings, "trinity", MODEL, None, str(tmp_path_factory.mktemp("pool") / "placement"))
+    made.load(SOURCE)
+    yield made
+    pools.destroy(settings.pool, "trinity")
 
 
 @pytest.fixture
 def operator(pool, settings):
-    return operator_of(settings)
-
-
-def operator_of(settings):
     from actors.control.admin import operator
 
     made = operator(settings, "trinity")
-    until(lambda: [shard.state for shard in made.snapshot().shards] == ["ready", "ready"])
+    until(lambda: {shard.state for shard in made.snapshot().shards} == {"ready"})
     return made
 
 
 @pytest.fixture
 def load(pool):
-    with calling(pool) as caller:
-        yield caller
-
-
-@contextmanager
-def calling(pool):
     """A caller that is always there; it must never see an error or another answer than the oracle's."""
     caller = Caller(pool)
     caller.thread.start()
-    try:
-        yield caller
-    finally:
-        caller.stop.set()
-        caller.thread.join(30)
+    yield caller
+    caller.stop.set()
+    caller.thread.join(30)
     assert not caller.thread.is_alive()
     assert caller.errors == []
     assert caller.num_calls > 20
@@ -228,6 +207,26 @@ def test_a_hung_shard_is_left_alone_and_harmless_when_it_wakes(pool, operator, l
     assert held(pool) == by_table(operator.snapshot().table)
 
 
+def test_shards_come_and_go_under_load(pool, operator, load, ray_session):
+    epoch = operator.scale(4, "more")
+    grown = settled(operator, epoch)
+    assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
+    assert grown.changes[0].num_copies > 0
+    assert grown.changes[0].copied_bytes > 0
+    until(lambda: held(pool) == by_table(grown.table))
+    shrunk = settled(operator, operator.drain("shard-0"))
+    assert shrunk.table.shards == ("shard-1", "shard-2", "shard-3")
+    shrunk = settled(operator, operator.scale(1, "less"))
+    assert len(shrunk.table.shards) == 1
+    until(lambda: held(pool) == by_table(shrunk.table))
+    with pytest.raises(ConfigError, match="is the last shard"):
+        operator.drain(shrunk.table.shards[0])
+    with pytest.raises(ConfigError, match="0 shards for 6 experts"):
+        operator.scale(0, "none")
+    names = {entry["name"] for entry in ray_session.util.list_named_actors(all_namespaces=True)}
+    assert {name.rsplit("/", 1)[1] for name in names if pool.name in name} == {"placement", *shrunk.table.shards}
+
+
 def test_a_shard_that_does_not_come_back_is_replaced(ray_session, tmp_path):
     from actors import pool as pools
     from actors.control.admin import operator
@@ -252,29 +251,6 @@ def test_a_shard_that_does_not_come_back_is_replaced(ray_session, tmp_path):
         assert caller.errors == []
     finally:
         pools.destroy(settings.pool, "trinity")
-
-
-def test_shards_come_and_go_under_load(ray_session, tmp_path):
-    settings = settings_of()
-    with pool_of(settings, tmp_path) as pool, calling(pool):
-        operator = operator_of(settings)
-        epoch = operator.scale(4, "more")
-        grown = settled(operator, epoch)
-        assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
-        assert grown.changes[0].num_copies > 0
-        assert grown.changes[0].copied_bytes > 0
-        until(lambda: held(pool) == by_table(grown.table))
-        shrunk = settled(operator, operator.drain("shard-0"))
-        assert shrunk.table.shards == ("shard-1", "shard-2", "shard-3")
-        shrunk = settled(operator, operator.scale(1, "less"))
-        assert len(shrunk.table.shards) == 1
-        until(lambda: held(pool) == by_table(shrunk.table))
-        with pytest.raises(ConfigError, match="is the last shard"):
-            operator.drain(shrunk.table.shards[0])
-        with pytest.raises(ConfigError, match="0 shards for 6 experts"):
-            operator.scale(0, "none")
-        names = {entry["name"] for entry in ray_session.util.list_named_actors(all_namespaces=True)}
-        assert {name.rsplit("/", 1)[1] for name in names if pool.name in name} == {"placement", *shrunk.table.shards}
 
 
 @pytest.mark.parametrize("phase", ["prepare", pytest.param("drain", marks=pytest.mark.chaos)])
