@@ -20,9 +20,10 @@ find_cuda() { # the usual toolkit, else the one around the nvcc on the path
 }
 
 missing() { # one line for each thing that is not there
-    cuda=$(ask 'import torch; print(torch.version.cuda or "")') || { echo "torch, built for CUDA"; return; }
+    versions=$(ask 'import torch; print(torch.__version__, torch.version.cuda or "")') || { echo "torch, built for CUDA"; return; }
+    cuda=${versions#* }
     if [ -z "$cuda" ]; then
-        echo "a CUDA build of torch: this one is $(ask 'import torch; print(torch.__version__)')"
+        echo "a CUDA build of torch: this one is ${versions% }"
     elif [ ! -x "$CUDA_HOME/bin/nvcc" ]; then
         echo "the compiler of CUDA ${cuda%%.*}: no nvcc in $CUDA_HOME/bin; install the toolkit or set CUDA_HOME"
     elif ! "$CUDA_HOME/bin/nvcc" --version | grep -q "release ${cuda%%.*}\."; then
@@ -35,11 +36,13 @@ missing() { # one line for each thing that is not there
     done
 }
 
-if ask 'import torch, megablocks_ops'; then
+loads() { ask 'import importlib.util as i, sys; i.find_spec("megablocks_ops") or sys.exit(1); import torch, megablocks_ops'; }
+
+if loads; then
     echo "gpu_kernels: MegaBlocks' operators are there and load; nothing to do"
     exit 0
 fi
-if "$HERE/install_megablocks.sh" "$PYTHON" --carried && ask 'import torch, megablocks_ops'; then
+if "$HERE/install_megablocks.sh" "$PYTHON" --carried && loads; then
     echo "gpu_kernels: MegaBlocks' operators came as a wheel and load"
     exit 0
 fi

@@ -26,6 +26,8 @@ class DenseExperts:
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for e, (gate, up, down) in enumerate(zip(*self.weights[layer], strict=True)):
             row_R, slot_R = (ids_TK == e).nonzero(as_tuple=True)
+            if not len(row_R) and not torch.is_grad_enabled():
+                continue
             x_RD = x_TD[row_R]
             out_RD = (F.silu(x_RD @ gate.T) * (x_RD @ up.T)) @ down.T
             y_TD = y_TD.index_add(0, row_R, out_RD * weights_TK[row_R, slot_R, None])

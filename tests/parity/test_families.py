@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.parity.families import FAMILIES, diff, gradients, our_logits, random_config, random_ids, twin
+from tests.parity.configs import FAMILIES, random_config, random_ids
+from tests.parity.families import diff, gradients, our_logits, twin
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.config import preset
 from trinity.errors import CheckpointError

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from tests.parity.families import diff, gradients, random_ids, twin
+from tests.parity.configs import random_ids
+from tests.parity.families import diff, gradients, twin
 from trinity.config import ModelConfig
 from trinity.models.afmoe.config import AfmoeConfig
 from trinity.models.afmoe.model import Afmoe

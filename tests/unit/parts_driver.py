@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.parity.families import FAMILIES, random_config, random_ids
+from tests.parity.configs import FAMILIES, random_config, random_ids
 from trinity.models.common.attention import PackedAttention, packed_positions
 from trinity.models.common.family import Family
 from trinity.models.registry import build, family_of

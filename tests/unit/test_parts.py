@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.parity.families import FAMILIES, random_config, random_ids
+from tests.parity.configs import FAMILIES, random_config, random_ids
 from tests.unit.parts_driver import Plain, loss_of, model_of, parts
 from trinity.models.common.attention import PackedAttention, packed_positions
 
