@@ -1,4 +1,4 @@
-"""What the actors of a pool are called, and how they are asked: one place for Ray's errors."""
+"""Names of a pool's actors, and how these are asked: one place for Ray's errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,15 +89,15 @@ class PlacementClient:
             raise
 
     def secret(self) -> bytes:
-        """What callers prove to shards that they know."""
+        """The secret that callers prove to shards that they know."""
         return self.ask("secret")
 
     def spec(self) -> Any:
-        """What the pool is made from (actors/control/state.py)."""
+        """The specification that the pool is made from (actors/control/state.py)."""
         return self.ask("spec")
 
     def source(self) -> Load | None:
-        """Where a shard that starts again finds its weights."""
+        """The source in which a shard that starts again finds its weights."""
         return self.ask("source")
 
     def pin(self, version: int | None, holder: str, lease_s: float) -> int:

@@ -55,7 +55,7 @@ def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, na
 
 
 def _environment(spec: ShardSpec, settings: PlacementConfig) -> dict[str, Any]:
-    """What it must see at its start, if anything: a process with an environment of its own starts half a second later, for Ray
+    """Variables it must see at its start, if any: a process with an environment of its own starts half a second later, for Ray
     begins it with another one. One thread is what Ray's processes have anyway (clusters/node.env)."""
     threads, heap = settings.num_threads_per_shard, ONE_HEAP if spec.optim is not None else {}
     found = {"OMP_NUM_THREADS": str(threads), **heap} if threads > 1 else heap

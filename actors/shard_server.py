@@ -1,4 +1,4 @@
-"""What runs in a shard's process: an ExpertShard behind one method. Everything it knows how to do is in trinity/experts/."""
+"""Server of a shard's process: an ExpertShard behind one method. Everything it knows how to do is in trinity/experts/."""
 
 import logging
 import os
@@ -125,7 +125,7 @@ class ShardServer:
         return ask(handle.address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
 
     def address(self) -> Address:
-        """Where rows are taken directly."""
+        """The address where rows are taken directly."""
         return self.server.address
 
     def where(self) -> tuple[str, int]:

@@ -49,7 +49,7 @@ def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Stor
 
 
 def _said(comm: Comm, text: str) -> list[str]:
-    """What each worker says, of up to MAX_PLACE_BYTES."""
+    """The words of each worker, of up to MAX_PLACE_BYTES."""
     said = torch.zeros(comm.world, MAX_PLACE_BYTES)
     said[comm.rank, : len(text.encode())] = torch.tensor(list(text.encode()), dtype=said.dtype)
     return [bytes(map(int, row)).rstrip(b"\0").decode() for row in comm.all_reduce(said).tolist()]
@@ -114,7 +114,7 @@ def _reason(error: WorkerGroupError) -> Exception:
 
 
 def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = lambda trainer: None) -> dict[str, Any]:
-    """What each worker runs, in its own process. `prepared` sees the trainer before it starts."""
+    """The loop of each worker, in its own process. `prepared` sees the trainer before it starts."""
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
     give_way(config.placement.niceness)

@@ -1,4 +1,4 @@
-"""Who may call what: one rule for HTTP and gRPC.
+"""Access to what may be called: one rule for HTTP and gRPC.
 
 | access | without keys on the server | with `serve.api_key` | with `serve.admin_key` |
 |---|---|---|---|

@@ -1,4 +1,4 @@
-"""How addresses are written."""
+"""Addresses as they are written."""
 
 
 def bracketed(host: str) -> str:

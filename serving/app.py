@@ -59,7 +59,7 @@ class GatewayReplica:
 
 
 def find_operator(placement_json: str, namespace: str) -> Operator:
-    """Who operates the pool that the engines use. Raises Unavailable while there is none."""
+    """Operator of the pool that the engines use. Raises Unavailable while there is none."""
     from actors.control.admin import operator
 
     return operator(PlacementConfig.model_validate_json(placement_json), namespace)

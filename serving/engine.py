@@ -103,7 +103,7 @@ class LocalClient:
 
 
 class EngineReplica:
-    """What a replica of the engine deployment is: one engine, its streams in batches."""
+    """Replica of the engine deployment: one engine, its streams in batches."""
 
     def __init__(self, factory: str, checkpoint: str, config_json: str):
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))

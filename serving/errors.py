@@ -1,4 +1,4 @@
-"""What clients are told when something fails: one table from `Code` to HTTP and gRPC.
+"""Errors as clients are told of them: one table from `Code` to HTTP and gRPC.
 
 Decisions: messages of typed errors are written for users and go out as they are; anything else is logged here and
 goes out as one opaque sentence, so that no stack trace, path, pid or address leaves the server. A deadline is 408, as

@@ -1,4 +1,4 @@
-"""What both edges share: prompts into token ids, requests into an engine, one place for limits, deadlines and health.
+"""Frontend that both edges share: prompts into token ids, requests into an engine, one place for limits, deadlines and health.
 
 Decisions: errors are raised, never sent as a Delta; a stream ends with a finish reason or with an exception. Long texts
 are tokenised in a thread, so that one large prompt does not stall every stream.
@@ -30,7 +30,7 @@ MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the t
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says of itself. `max_model_len` counts prompt and generated tokens together."""
+    """Facts that an engine says of itself. `max_model_len` counts prompt and generated tokens together."""
 
     model: str
     max_model_len: int
@@ -125,7 +125,7 @@ class Frontend:
             raise InvalidRequest(f"{param} has token id {bad}; ids are 0 to {size - 1}", param=param)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """What the engine would refuse too, refused before it costs anything."""
+        """Refuse what the engine would refuse too, before it costs anything."""
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
         limit = self.info.max_model_len

@@ -1,4 +1,4 @@
-"""What the edges count, exported at /metrics. The declarations are trinity/observability/; only observing happens here.
+"""Counts of the edges, exported at /metrics. The declarations are trinity/observability/; only observing happens here.
 
 A registry of its own for each Frontend: nothing global, so that tests and several servers in a process do not mix.
 Probes reach one engine at a time, so the sums over engines are over those that answered within STALE_S. A server without a
@@ -69,7 +69,7 @@ class Exporter:
         self["trinity_request_seconds"].labels(route).observe(seconds)
 
     def engine(self, engine_id: str, version: int, stats: Mapping[str, Any]) -> None:
-        """What one engine said of itself: gauges are summed over engines, its counters continue from its last answer."""
+        """Count what one engine said of itself: gauges are summed over engines, its counters continue from its last answer."""
         now_s = time.monotonic()
         _, before = self._engines.get(engine_id, (now_s, {}))
         for field, name in COUNTERS.items():
@@ -83,7 +83,7 @@ class Exporter:
             self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
 
     def placement(self, snapshot: Snapshot | None) -> None:
-        """What the placement service said, or that it is away."""
+        """Count what the placement service said, or that it is away."""
         if self._changes is None:
             self._declare(PLACEMENT_METRICS)
             self._changes = Changes(self)
@@ -121,7 +121,7 @@ class DispatchSeconds:
         self._seen = False
 
     def add(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        """What an engine counted since its last answer; one that counts from the start again is another engine."""
+        """Add what an engine counted since its last answer; one that counts from the start again is another engine."""
         for phase in DISPATCH_PHASES & now.keys():
             self._seen = True
             (counts, seconds), (total, sum_s) = now[phase], self._totals[phase]

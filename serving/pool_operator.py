@@ -86,7 +86,7 @@ class Placement:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def latest(self) -> tuple[Snapshot, float]:
-        """What came last and its age in seconds: about PERIOD_S, more while the service is away. Costs nothing.
+        """The last snapshot and its age in seconds: about PERIOD_S, more while the service is away. Costs nothing.
 
         Raises NoPool, and Unavailable before the first one.
         """
@@ -96,7 +96,7 @@ class Placement:
         return self._seen.snapshot, asyncio.get_running_loop().time() - self._seen.at_s
 
     async def watch(self, every_s: float) -> AsyncGenerator[Snapshot, None]:
-        """What came last, then one at each new epoch and every `every_s` (in steps of PERIOD_S). Ends with Unavailable."""
+        """The last snapshot, then one at each new epoch and every `every_s` (in steps of PERIOD_S). Ends with Unavailable."""
         self._check_pool()
         clock = asyncio.get_running_loop().time
         epoch, due_s = -1, 0.0
@@ -159,7 +159,7 @@ class Placement:
         return operator.wait(self._seen.snapshot.table.epoch, PERIOD_S)
 
     def _lose(self, error: Exception) -> None:
-        """Nobody answered: said once, and told to all."""
+        """Say once that nobody answered, and tell all."""
         if self._away is None:
             log.warning("no placement service answers: %s: %s", type(error).__name__, error)
         self._operator = None

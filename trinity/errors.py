@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Code(Enum):
-    """What kind of failure this is, in the words both HTTP and gRPC can express."""
+    """Kind of a failure, in the words both HTTP and gRPC can express."""
 
     INVALID = "invalid_argument"
     UNAUTHENTICATED = "unauthenticated"

@@ -1,4 +1,4 @@
-"""What commands, benches and chaos start: a training job under Ray Train, its progress on this terminal, pictures at its end.
+"""Jobs of commands, benches and chaos: a training job under Ray Train, its progress on this terminal, pictures at its end.
 
 The composition root of training: the one place beside the commands that knows trinity, actors and serving together.
 """
@@ -85,7 +85,7 @@ def _check_same(checkpoint: str | None, config: Config) -> None:
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """What must be the same for a run to go on. Of what ends a text, that is what ends its documents."""
+    """Settings that must be the same for a run to go on. Of what ends a text, that is what ends its documents."""
     return model.model_dump() | {"eos_token_id": model.document_eos_id}
 
 

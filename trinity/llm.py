@@ -28,7 +28,7 @@ Params = SamplingParams | Seq[SamplingParams] | None
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt became. `finish_reason` is "stop" or "length"; an error is raised instead.
+    """Result of one prompt. `finish_reason` is "stop" or "length"; an error is raised instead.
 
     `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
     `versions`: of the weights behind the first token, and of those behind the last.

@@ -41,7 +41,7 @@ WORKER = b"RayTrainWorker"
 
 
 class Chaos:
-    """What can be done to one pool, and to the job in `out_dir` that trains in it. Raises Unavailable where the victim is not
+    """Faults of one pool, and of the job in `out_dir` that trains in it. Raises Unavailable where the victim is not
     to be found within a minute."""
 
     def __init__(self, pool: RayPool, out_dir: str | Path | None = None):
@@ -229,7 +229,7 @@ def _until_there(find: Callable[[], T]) -> T:
 
 
 def exposed_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs instead of `train_loop`: the same, open to chaos."""
+    """The loop of each worker instead of `train_loop`: the same, open to chaos."""
     return train_loop(settings, expose)
 
 

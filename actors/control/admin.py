@@ -1,4 +1,4 @@
-"""What operators do to a pool of this cluster: look, wait for news, scale, replicate, drain, rebalance."""
+"""Operations on a pool of this cluster: look, wait for news, scale, replicate, drain, rebalance."""
 
 from typing import Any
 

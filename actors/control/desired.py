@@ -1,4 +1,4 @@
-"""What a pool should be, and the change that brings it there: frozen values and pure functions.
+"""Desired state of a pool, and the change that brings it there: frozen values and pure functions.
 
 Legend: L layers, E experts of a layer.
 `desired_change(table, seen, desired, rules)` is the whole of deciding; actors/control/reconciler.py looks, asks it, and has the
@@ -24,7 +24,7 @@ WHATEVER_ELSE = 0.985  # the balance to plan for where experts must move anyway
 
 @dataclass(frozen=True)
 class DesiredState:
-    """What operators asked for; it outlives the service. Replicas beyond what the settings' redundancy asks for."""
+    """Wishes of operators; they outlive the service. Replicas beyond what the settings' redundancy asks for."""
 
     num_shards: int
     drained: tuple[str, ...] = ()

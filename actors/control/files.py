@@ -1,4 +1,4 @@
-"""What of a pool outlives its placement service: small files in one folder, each replaced before anybody hears of it."""
+"""Files of a pool that outlive its placement service: small files in one folder, each replaced before anybody hears of it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the control loop sees: which shards answer, what they hold, how many rows each expert gets.
+"""Health as the control loop sees it: which shards answer, what they hold, how many rows each expert gets.
 
 Legend: L layers, E experts of a layer.
 Counters of rows only grow and start again with their process; the load is their rate, in an exponential window.
@@ -142,7 +142,7 @@ def _asked(handles: Handles, name: str) -> Any:
 
 
 def _answer(name: str, refs: Any) -> Any:
-    """What it said, LATE, or None where it is dead."""
+    """Its answer, LATE, or None where it is dead."""
     if refs is None:
         return None
 

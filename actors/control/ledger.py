@@ -1,4 +1,4 @@
-"""What a pool has decided: which version counts, who is at work on the next one, which older ones are still needed.
+"""Ledger of a pool's decisions: which version counts, who is at work on the next one, which older ones are still needed.
 
 Decisions: files replaced by rename, before anybody hears of it, so that a restart finds the last word; without waiting for
 the disk, because what they speak of lies in memory and is gone with the machine anyway. An attempt's number is the time in
@@ -62,7 +62,7 @@ class Ledger:
     # -- the job
 
     def new_attempt(self) -> int:
-        """Whatever older attempts still have under way is void from here on."""
+        """Begin an attempt; whatever older ones still have under way is void from here on."""
         with self._changed:
             attempt = max(self._state.attempt + 1, time.time_ns() // 1000)
             self._become(attempt=attempt)
@@ -114,7 +114,7 @@ class Ledger:
             self._hold({name: pin for name, pin in self.pins().items() if name != holder})
 
     def pins(self) -> dict[str, Pin]:
-        """Whose lease has not ended."""
+        """Those whose lease has not ended."""
         found = {holder: Pin(**pin) for holder, pin in self._state.pins.items()}
         return {holder: pin for holder, pin in found.items() if pin.until_s > time.time()}
 

@@ -102,7 +102,7 @@ class Migration:
         self.history.phase("done", self.copied_bytes)
 
     def roll_back(self) -> None:
-        """What was copied for the epoch that failed is dropped under the next one, which is the table before."""
+        """Drop what was copied for the epoch that failed, under the next one, which is the table before."""
         self.history.phase("rolled back")
         self.state.publish(self.previous.renewed())
         self.shards.tidy(self.state.table)
@@ -150,7 +150,7 @@ class Migration:
 
 
 def batches(todo: Moves, there: frozenset[str]) -> Batches:
-    """What each target is to copy, from a shard that is there; "" where no such shard has it."""
+    """Copies of each target, from a shard that is there; "" where no such shard has it."""
     found: Batches = {}
     for copy in todo.copies:
         layer, expert = copy.expert

@@ -72,7 +72,7 @@ class Reconciler:
         self.watch.look(self.state.table, self.shards.handles, self.settings.watch_every_s)
 
     def _change(self, at: At) -> None:
-        """What is most wanted, if anything is."""
+        """The change that is most wanted, if any is."""
         if time.monotonic() < self._again_s or (change := self._wanted()) is None:
             return
         self.desired.use_names(len(change.fresh))
@@ -105,7 +105,7 @@ class Reconciler:
         )
 
     def _scale(self) -> None:
-        """What the load wants becomes desired, as an operator's wish would."""
+        """Make what the load wants desired, as an operator's wish would be."""
         num_shards = self.scaling.decide(self.watch.load_LE, self.desired.now.num_shards, time.monotonic())
         if num_shards is not None:
             self.desired.edit(lambda desired: replace(desired, num_shards=num_shards, reason="load"))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class PlacementService:
-    """What may be asked of the service; the parts answer. `state_dir` must be the same after a restart. Safe from any thread.
+    """Questions to the service; the parts answer. `state_dir` must be the same after a restart. Safe from any thread.
 
     A service that starts anew (not after a crash) on an old folder keeps counting epochs and forgets the rest.
     """
@@ -65,7 +65,7 @@ class PlacementService:
         return self._state.publish(table)
 
     def set_source(self, source: Load) -> None:
-        """Where a restarted shard finds the weights."""
+        """The source in which a restarted shard finds the weights."""
         self._files.set_source(source)
 
     def source(self) -> Load | None:

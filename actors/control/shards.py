@@ -53,7 +53,7 @@ class Shards:
                 self.ask(name, "load", source)
 
     def drop_leftovers(self, table: PlacementTable, names: Iterable[str]) -> None:
-        """What a shard still holds from before the present table is old: it must not pass for a copy."""
+        """Drop what a shard still holds from before the present table: it must not pass for a copy."""
         for shard in set(names) & set(table.shards):
             self.ask(shard, "prune_to", PruneTo(table.experts_of(shard), table.epoch))
 

@@ -1,4 +1,4 @@
-"""What a pool is and what was decided for it: the one object that the parts of the placement service share.
+"""State of a pool and of what was decided for it: the one object that the parts of the placement service share.
 
 Decision: one lock, which is also where those wait who want the news: the table, the version to be served.
 """
@@ -19,7 +19,7 @@ LONGEST_WAIT_S = 30.0
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """What a pool is made from. `optim` None: it serves and does not train."""
+    """Specification of a pool. `optim` None: it serves and does not train."""
 
     model: ModelConfig
     optim: OptimConfig | None
@@ -88,13 +88,13 @@ class PoolState:
             return self._table if self.epoch > epoch else None, self.ledger.serving
 
     def experts_of(self, shard: str) -> Experts:
-        """What the shard holds by the present table; nothing of any layer if it is not in it."""
+        """The experts that the shard holds by the present table; none of any layer if it is not in it."""
         table = self._table
         if table is not None and shard in table.shards:
             return table.experts_of(shard)
         return dict.fromkeys(self.spec.model.moe_layers, ())
 
     def secret(self) -> bytes:
-        """What callers prove to shards that they know."""
+        """The secret that callers prove to shards that they know."""
         with self.changed:
             return self.files.secret()

@@ -52,7 +52,7 @@ class Connection:
 
     @property
     def ways(self) -> tuple[str, str]:
-        """How rows travel: small ones, large ones."""
+        """Names of the ways rows travel: small ones, large ones."""
         small = "a Unix socket" if self.wire.sock.family == socket.AF_UNIX else "TCP"
         return small, small if self.wire.buffer is None else self.wire.buffer.name
 
@@ -84,7 +84,7 @@ class Connection:
         return self._arrived.pop(number)
 
     def forget(self, number: int) -> None:
-        """Nobody will take this answer."""
+        """Drop this answer: nobody will take it."""
         self._expected.discard(number)
         self._arrived.pop(number, None)
 
@@ -180,7 +180,7 @@ class DirectTransport:
 
 
 def _device(call: Calls) -> torch.device:
-    """Where the caller's rows are."""
+    """The device of the caller's rows."""
     if isinstance(call, Forward):
         return call.rows.x_RD.device
     return call.dy_RD.device if isinstance(call, Backward) else CPU

@@ -27,7 +27,7 @@ TIMEVAL = struct.Struct("ll")
 
 @dataclass(frozen=True)
 class Address:
-    """Where a shard listens. The Unix path counts only on the host of that `machine`."""
+    """Address that a shard listens at. The Unix path counts only on the host of that `machine`."""
 
     machine: str
     path: str
@@ -144,7 +144,7 @@ class Wire:
 
 
 def _after(views: list[Any], done: int) -> list[Any]:
-    """What is left of the buffers when the first `done` bytes are dealt with."""
+    """The rest of the buffers when the first `done` bytes are dealt with."""
     for i, view in enumerate(views):
         size = len(view) if isinstance(view, bytes | bytearray) else view.nbytes
         if done < size:

@@ -37,14 +37,14 @@ HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIII")
 
 
 class BadFrame(TrinityError):
-    """What arrived is no frame for this receiver; the connection ends."""
+    """Error about what arrived and is no frame for this receiver; the connection ends."""
 
     code = errors.Code.INVALID
 
 
 @dataclass(frozen=True)
 class FrameLimits:
-    """What a receiver accepts."""
+    """Limits on what a receiver accepts."""
 
     hidden_size: int
     num_experts: int
@@ -171,7 +171,7 @@ def _rows(buffers: Sequence[Tensor], limits: FrameLimits) -> Rows:
 
 
 def answer(number: int, value: Any) -> tuple[bytes, list[Tensor]]:
-    """What a shard returned: y_RD, or (dx_RD, dweights_RK), or the TrinityError it raised."""
+    """Frame of what a shard returned: y_RD, or (dx_RD, dweights_RK), or the TrinityError it raised."""
     if isinstance(value, TrinityError):
         text = json.dumps({"kind": type(value).__name__, "message": value.message}).encode()[:MAX_FAILURE_BYTES]
         return _head(FAILURE, 0, number, len(text)), [torch.frombuffer(bytearray(text), dtype=torch.uint8)]

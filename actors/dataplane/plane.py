@@ -1,11 +1,11 @@
-"""What a pool's shards are told about the data plane. Without torch: those who only control need none."""
+"""Settings of the data plane for a pool's shards. Without torch: those who only control need none."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class DataPlane:
-    """How a shard takes rows: where it listens, who may send, how many threads compute."""
+    """Settings by which a shard takes rows: where it listens, who may send, how many threads compute."""
 
     host: str
     secret: bytes

@@ -148,7 +148,7 @@ def _mergeable(a: Calls, b: Calls) -> bool:
 
 
 def _kind(call: Forward) -> tuple[Any, ...]:
-    """What equal calls share. Rows that came through Ray lie in the host's memory, others where the experts are."""
+    """The key that equal calls share. Rows that came through Ray lie in the host's memory, others where the experts are."""
     return call.layer, call.version, call.rows.ids_RK.shape[1], call.rows.x_RD.device
 
 
@@ -184,7 +184,7 @@ class DirectServer:
             threading.Thread(target=self._accept, args=(listener,), name="trinity-accept", daemon=True).start()
 
     def close(self) -> None:
-        """No new connections; those that are open end with their peers. Harmless when repeated."""
+        """Take no new connections; those that are open end with their peers. Harmless when repeated."""
         while self._listeners:
             listener = self._listeners.pop()
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts

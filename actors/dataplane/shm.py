@@ -76,7 +76,7 @@ class SharedBuffer(ABC):
 
 
 def place(box: int, num_bytes: int) -> int:
-    """Where a box begins."""
+    """The first byte of a box."""
     if box >= NUM_BOXES or num_bytes > BOX_BYTES:
         raise BadFrame(f"{num_bytes} bytes in box {box}; a shared buffer has {NUM_BOXES} boxes of {BOX_BYTES} bytes")
     return box * BOX_BYTES
@@ -116,7 +116,7 @@ class HostSharedBuffer(SharedBuffer):
 
     @classmethod
     def attach(cls, fd: int, device: torch.device) -> SharedBuffer:
-        """What a peer can shrink, or huge pages that it has used up, would end this process with a SIGBUS."""
+        """Map it. Memory that a peer can shrink, or huge pages that it has used up, would end this process with a SIGBUS."""
         size, page_bytes = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize
         if size != SIZE or page_bytes != mmap.PAGESIZE or not _cannot_shrink(fd):
             raise BadFrame(f"a shared buffer is {SIZE} bytes of sealed memory, not {size} bytes of another kind")
@@ -261,7 +261,7 @@ def _location(device: torch.device) -> _Location:
 
 
 def possible(near: bool, mine: torch.device, theirs: str) -> list[type[SharedBuffer]]:
-    """What a caller offers to a shard, best first. `near`: on the same host.
+    """Kinds that a caller offers to a shard, best first. `near`: on the same host.
 
     Between nodes, NIXL (memory registered with both agents, one-sided writes) would be one more SharedBuffer, named here;
     instead of a descriptor, its offer carries its agent's metadata.

@@ -1,1 +1,1 @@
-"""What keeps a process's knowledge fresh: placement, weights, and state that outlives a process."""
+"""Freshness of a process's knowledge: placement, weights, and state that outlives a process."""

@@ -38,7 +38,7 @@ POLL_S, AGAIN_S = 0.1, 0.5
 
 
 class LivePool(Protocol):
-    """What a pool that trains can be asked (actors/pool.py)."""
+    """Questions to a pool that trains (actors/pool.py)."""
 
     name: str
     service: PlacementClient
@@ -167,7 +167,7 @@ class LiveWeights:
             load_values(model, found)
 
     def _candidates(self) -> Iterator[tuple[str, str]]:
-        """Where a backbone may be: the job may have moved since its place was noted."""
+        """Places where a backbone may be: the job may have moved since its place was noted."""
         yield from self._places
         if (decision := self.pool.decided()) is not None:
             self._places = decision.notes["backbone"]

@@ -1,4 +1,4 @@
-"""What a caller's process knows of the placement, kept fresh by a thread: the newest table, and who does not answer.
+"""Knowledge of a caller's process about the placement, kept fresh by a thread: the newest table, and who does not answer.
 
 Decisions: a caller reads two attributes and never waits, except when a shard told it that its table is old. Shards that were
 lost are asked for their address until they answer; meanwhile rows go to other replicas.

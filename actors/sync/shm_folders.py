@@ -1,4 +1,4 @@
-"""Where the committed state of a pool's processes lies on a host: folders in shared memory that outlive their process.
+"""Folders of the committed state of a pool's processes on a host: in shared memory that outlive their process.
 
 Decisions: a folder belongs to the Ray node (its raylet process) whose actors wrote it, for only that node starts them again;
 folders of nodes that have gone are swept away by whoever makes the next one. Containers may share this memory and not see one

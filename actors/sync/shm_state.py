@@ -39,7 +39,7 @@ def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) ->
 
 
 def from_any(places: Iterable[tuple[str, str]], version: int, take: Callable[[str, str], T]) -> T:
-    """What `take(node, folder)` gives at the first of the places that has the version. Raises VersionGone where none does."""
+    """The result of `take(node, folder)` at the first place that has the version. Raises VersionGone where none does."""
     for node, folder in places:
         found = tried(partial(take, node, folder), VersionGone, Unavailable, DeadlineExceeded)
         if not isinstance(found, TrinityError):

@@ -1,4 +1,4 @@
-"""What surrounds every rpc: the key before it, typed statuses and a count after it.
+"""Guards around every rpc: the key before it, typed statuses and a count after it.
 
 Decisions: the interceptor checks before any method, reflection included and unknown ones too; health is open, for load
 balancers. A service that is not listed needs the key.
@@ -49,7 +49,7 @@ def _refusal(error: Unauthenticated) -> Any:
 
 
 class Servicer(Protocol):
-    """What `guarded` needs of the class whose methods it surrounds."""
+    """Needs of `guarded` from the class whose methods it surrounds."""
 
     front: Frontend
     service: str

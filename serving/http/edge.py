@@ -36,7 +36,7 @@ SLOW_READER_S = 30.0  # beyond request_timeout_s, for a client that does not rea
 
 
 class ClientGone(Exception):
-    """Nobody is left to answer."""
+    """Error when nobody is left to answer."""
 
 
 class Edge:

@@ -23,7 +23,7 @@ def sse(event: dict[str, Any]) -> bytes:
 
 @dataclass
 class Choice:
-    """What has arrived of one continuation."""
+    """Parts of one continuation that have arrived."""
 
     index: int
     text: str = ""
@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all parts of one answer repeat."""
+    """Fields that all parts of one answer repeat."""
 
     id: str
     created: int
@@ -139,7 +139,7 @@ def usage(last: Sequence[Delta], n: int) -> dict[str, int]:
 
 
 def _end(delta: Delta) -> dict[str, Any]:
-    """How a chunk ends."""
+    """The end of a chunk."""
     return {**_finish(delta), "weights_version": delta.version}
 
 

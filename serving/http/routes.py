@@ -189,7 +189,7 @@ async def ready(front: Frontend, request: Request) -> Response:
 
 
 async def healthz(front: Frontend, request: Request) -> Response:
-    """What KubeRay asks a node that serves: the word `success`, until it drains."""
+    """Answer KubeRay's question to a node that serves: the word `success`, until it drains."""
     if front.admission.draining:
         raise Unavailable("draining")
     return PlainTextResponse("success")

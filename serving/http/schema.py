@@ -74,7 +74,7 @@ class StreamOptions(Strict):
 
 
 class Generation(Strict):
-    """What completions and chat completions have in common. `sampling` gathers the flat sampling fields of the body."""
+    """Fields that completions and chat completions have in common. `sampling` gathers the flat sampling fields of the body."""
 
     sampling: SamplingParams = SamplingParams()
     model: str | None = None

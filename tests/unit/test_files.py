@@ -13,7 +13,10 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 500 << 10
-OTHERS = re.compile(r"(Of|That|So|With|As|By|For|In|Until|When|Without|From|After|Before|If|To|Whether)\b")
+OTHERS = re.compile(
+    r"(Of|That|So|With|As|By|For|In|Into|Until|When|Without|From|After|Before|If|To|Whether|May|Only|No|Nobody"
+    r"|What|Whatever|How|Where|Who|Whose|Why)\b"
+)
 BINARY = {".png", ".safetensors"}
 AS_WRITTEN = "run_of_before"  # a checkpoint, whose manifest knows each byte
 GENERATED = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
@@ -84,7 +87,7 @@ def test_syntax(suffixes, parse):
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():
-    """Not with a preposition or a conjunction, which leaves the reader to guess what the thing is."""
+    """Not with a preposition, a conjunction or a question, which leave the reader to guess what the thing is."""
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for path in (
         path for path in FILES if shown(path).startswith(("trinity/", "actors/", "serving/")) and path.suffix == ".py"

@@ -25,7 +25,7 @@ CHANNEL = (("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1))
 
 @dataclass(frozen=True)
 class Card:
-    """What a server says of the model it serves; `version` in the server's own words."""
+    """A server's words about the model it serves, `version` included."""
 
     model: str
     vocab_size: int
@@ -35,7 +35,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Ask:
-    """How every request is put. `key` is the server's, `model` and `vocab_size` None: ask the server."""
+    """Form of every request. `key` is the server's, `model` and `vocab_size` None: ask the server."""
 
     url: str
     key: str | None = None

@@ -32,7 +32,7 @@ Blocks = dict[str, list[list[float]]]  # by path: the microseconds of each call,
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much is measured."""
+    """Extent of the measurements."""
 
     turns: int
     calls: int  # of each path in a turn

@@ -1,4 +1,4 @@
-"""What `trinity bench experts` compares: layer shapes, expert backends with their path fixed, and whether they are right.
+"""Subjects of `trinity bench experts`: layer shapes, expert backends with their path fixed, and whether they are right.
 
 Legend: R rows, A assignments (row, expert), E experts on the shard, D model, F expert hidden, K local experts of a row.
 
@@ -101,7 +101,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def no_room(needed: int, device: torch.device) -> str | None:
-    """Why so many bytes had better not be tried; None if they fit."""
+    """The reason why so many bytes had better not be tried; None if they fit."""
     free = free_bytes(device)
     return None if needed <= free else f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
 
@@ -215,14 +215,14 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 class Skipped(NamedTuple):
-    """Why there is no result. `wrong`: not for want of support or memory."""
+    """Reason why there is no result. `wrong`: not for want of support or memory."""
 
     why: str
     wrong: bool
 
 
 def attempt(run: Callable[[], V]) -> V | Skipped:
-    """What `run` returns, or why it failed: a kernel that does is a finding about it, and the others go on."""
+    """The result of `run`, or why it failed: a kernel that does is a finding about it, and the others go on."""
     try:
         return run()
     except ConfigError as error:

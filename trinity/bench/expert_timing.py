@@ -1,4 +1,4 @@
-"""How long expert layers take: one way to time, two clocks (the host's and a GPU's), caches kept cold.
+"""Timing of expert layers: one way to time, two clocks (the host's and a GPU's), caches kept cold.
 
 Legend: R rows, A assignments (row, expert), E experts, D model.
 
@@ -139,7 +139,7 @@ def rig_of(device: torch.device, quick: bool) -> "Rig":
 
 
 class Rig(NamedTuple):
-    """Where and how thoroughly: `rounds` rounds per size, fewer (3) where they would take longer than `budget_s`."""
+    """Place and thoroughness: `rounds` rounds per size, fewer (3) where they would take longer than `budget_s`."""
 
     device: torch.device
     clock: Clock
@@ -217,7 +217,7 @@ def cold_layers(shape: Shape, first: LayerWeights) -> list[LayerWeights]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found at one shape. `obstacle`: why nothing was tried."""
+    """Findings at one shape. `obstacle`: why nothing was tried."""
 
     shape: Shape
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
@@ -235,7 +235,7 @@ class Survey:
             yield from ((rows, name, point) for name, point in points.items() if isinstance(point, Point))
 
     def faults(self) -> list[str]:
-        """What is wrong with which backend; empty if nothing is."""
+        """Faults by backend; empty if there are none."""
         wrong = [f"{name} ({v.detail})" for name, v in self.verdicts.items() if v.state == "wrong"]
         for rows, points in self.points.items():
             for name, point in points.items():

@@ -43,7 +43,7 @@ COLUMNS = (
 
 
 class Ranges(NamedTuple):
-    """What is measured unless told. `check_rows`: rows per expert, on average, of the comparison with the truth.
+    """Measurements unless told otherwise. `check_rows`: rows per expert, on average, of the comparison with the truth.
 
     `dim`, `assignments`, `counts`: of the layers with D = F whose experts grow in number.
     """
@@ -119,7 +119,7 @@ def _backends(backends: Mapping[str, Any], missing: Mapping[str, str]) -> Table:
 
 
 def _verdicts(surveys: Sequence["Survey"]) -> Table:
-    """How far output and gradients are from the truth, relative to their size."""
+    """Distances of output and gradients from the truth, relative to their size."""
     rows: list[tuple[Any, ...]] = []
     for survey in surveys:
         if survey.obstacle:

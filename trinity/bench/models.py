@@ -1,4 +1,4 @@
-"""What `bench train` and `bench decode` run: one random model, as our checkpoint, in shard actors, and in transformers.
+"""Models that `bench train` and `bench decode` run: one random model, as our checkpoint, in shard actors, and in transformers.
 
 Decisions: weights depend on the seed alone and are written once to the out folder, so that all arms start from the same
 file; fp32, where results of different programs can be compared; an arm sets its number of threads when its turn comes.
@@ -51,7 +51,7 @@ def splits(text: str) -> tuple[Split, ...]:
 
 
 def flags(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
-    """What both benches take. `usual` holds the defaults of a run without --quick."""
+    """Flags that both benches take. `usual` holds the defaults of a run without --quick."""
     parser.add_argument("--preset", help=f"model (default: {usual['preset']}; with --quick tiny)")
     parser.add_argument("--threads", type=int, help="for what runs in one process (default: all cores)")
     parser.add_argument("--splits", type=splits, metavar="B:S,…", help="threads of the backbone and of each shard actor "

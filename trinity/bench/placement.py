@@ -29,7 +29,7 @@ HEADLINE = 0.95  # the drift that the targets are for
 
 @dataclass(frozen=True)
 class Size:
-    """What is planned for."""
+    """Scenario that is planned for."""
 
     num_layers: int
     num_experts: int

@@ -1,4 +1,4 @@
-"""What a bench found: tables and curves, with the machine, versions and commit that they hold for.
+"""Findings of a bench: tables and curves, with the machine, versions and commit that they hold for.
 
 Decisions: a figure is the median of rounds; alternatives are measured in turns within one run and compared as ratios.
 """

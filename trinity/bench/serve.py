@@ -174,7 +174,7 @@ def _settings(arguments: argparse.Namespace, card: "Card", rate: float) -> dict[
 
 
 def _comment(result: dict[str, Any]) -> None:
-    """What a reader of the figures must know, on stderr; all of it is in the JSON too."""
+    """Remarks that a reader of the figures must know, on stderr; all of it is in the JSON too."""
     num = result["num_prompts"]
     if result["num_late"]:
         lag = f"p99 {result['p99_lag_ms']:.0f} ms"

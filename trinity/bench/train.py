@@ -54,7 +54,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Step(NamedTuple):
-    """What one step found, and the seconds of its phases."""
+    """Findings of one step, and the seconds of its phases."""
 
     number: int
     loss: float
@@ -252,7 +252,7 @@ def random_text(config: Config, num_steps: int) -> "Prepared":
 
 
 def text_of(config: Config) -> "Prepared":
-    """What `random_text` has written."""
+    """The text that `random_text` has written."""
     from trinity.checkpoint import open_checkpoint
     from trinity.data.dataset import PackedDataset
     from trinity.data.prepare import Prepared

@@ -167,7 +167,7 @@ def tree_cpu_s(root: int) -> float:
 
 
 async def _switch_s(client: Any) -> float:
-    """How long the engine took to take up the version in use."""
+    """The time the engine took to take up the version in use."""
     text = (await client.http.get("/metrics")).text
     found = re.search(r"^trinity_weights_switch_seconds (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else float("nan")

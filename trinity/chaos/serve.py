@@ -33,7 +33,7 @@ ANY_PORTS = {"http_port": 0, "grpc_port": 0}
 
 
 class Answers(NamedTuple):
-    """What one load found: how the requests went, and what they said."""
+    """Findings of one load: how the requests went, and what they said."""
 
     lines: "list[Timeline]"
     texts: list[str]

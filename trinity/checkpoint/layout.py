@@ -1,4 +1,4 @@
-"""What readers and writers of a checkpoint agree on: names of files, folders and tensors, types, and the manifest's hash."""
+"""Layout that readers and writers of checkpoints share: names of files, folders and tensors, types, and the manifest's hash."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def all_experts(config: ModelConfig) -> Experts:
 
 
 def step_path(out_dir: str | Path, step: int) -> Path:
-    """Where a run keeps its checkpoint after `step` steps."""
+    """The folder of a run's checkpoint after `step` steps."""
     return Path(out_dir) / f"step-{step:06d}"
 
 

@@ -60,7 +60,7 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     def _ends(self) -> dict[str, Any]:
-        """What ends a text by generation_config.json, which counts where there is one, as it does elsewhere."""
+        """The ids that end a text by generation_config.json, which counts where there is one, as it does elsewhere."""
         path = self.path / "generation_config.json"
         found = _read_json(self._verified(path.name)) if path.is_file() else {}
         return {key: value for key, value in found.items() if key == "eos_token_id" and value is not None}
@@ -244,7 +244,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 @contextmanager
 def _reading(path: Path, what: str = "") -> Iterator[None]:
-    """Whatever a file does to its reader, as an error that names it."""
+    """Turn whatever a file does to its reader into an error that names it."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, RecursionError) as error:

@@ -19,7 +19,7 @@ FIRST_FAMILY = "afmoe"
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one attention layer keeps of each token that it has seen, and of how many.
+    """Cache of one attention layer: the bytes it keeps of each token that it has seen, and of how many.
 
     Keys are `num_heads` x `key_dim` numbers, values `num_heads` x `value_dim`; a latent layer keeps keys alone, and the first
     `value_dim` numbers of a key are its value. `window`: tokens that are seen, the newest included; None: all. Scores are
@@ -105,7 +105,7 @@ class ModelConfig(Frozen):
 
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:
-        """What each layer keeps of the tokens that it has seen."""
+        """The cache of each layer: its KVSpec."""
         raise NotImplementedError
 
     @property

@@ -42,7 +42,7 @@ class OptimConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Where text comes from. `train` and `val` take files, folders and globs of .txt/.py/.md…, .jsonl and .parquet;
+    """Sources of text. `train` and `val` take files, folders and globs of .txt/.py/.md…, .jsonl and .parquet;
     the word `stdlib` stands for the source files of Python's standard library."""
 
     train: tuple[str, ...] = ("stdlib",)

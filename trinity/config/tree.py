@@ -113,7 +113,7 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
 
 
 def _hint(kind: type[BaseModel], prefix: str, key: str) -> str:
-    """What may have been meant by an unknown key of a section."""
+    """The keys that may have been meant by an unknown one of a section."""
     if prefix + key in RENAMED:
         return f"it is called {RENAMED[prefix + key]!r} now"
     near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.6)

@@ -100,7 +100,7 @@ def _parquet(stream: Any, field: str, file: Path) -> Iterator[str]:
 
 
 def stamps(patterns: Sequence[str]) -> list[Any]:
-    """What tells whether the files changed. Python's own are told by size: their dates differ between machines."""
+    """Stamps that tell whether the files changed. Python's own are told by size: their dates differ between machines."""
     own = sysconfig.get_path("stdlib")
     return [
         [str(file.relative_to(own)), file.stat().st_size]

@@ -26,7 +26,7 @@ from trinity.rpc.messages import REMOTE, Forward, op_name
 
 
 class PhaseTimer:
-    """How long the phases of dispatch took: counts by bucket, and sums, since the start (trinity/observability/)."""
+    """Durations of the phases of dispatch: counts by bucket, and sums, since the start (trinity/observability/)."""
 
     def __init__(self) -> None:
         self.phases: dict[str, tuple[list[int], float]] = {
@@ -149,7 +149,7 @@ class Dispatcher:
         return np.where(ids_TK == REMOTE, REMOTE, shard_TK)
 
     def note_failure(self, shard: str, error: TrinityError) -> None:
-        """What a failed call says about the placement."""
+        """Learn what a failed call says about the placement."""
         self.num_retries += 1
         if isinstance(error, WrongEpoch):
             self.view.refresh()

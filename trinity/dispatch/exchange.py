@@ -76,7 +76,7 @@ class Exchange:
         return ReceiveRows.apply(sent, self)
 
     def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
-        """Where there are replicas, inference gives each shard `attempt_s` and then replica_hash to another."""
+        """Send each shard its rows. With replicas, inference gives a shard `attempt_s` and then asks another."""
         deadline_s, self._like_TD, self._keep = self._until_s, x_TD, keep
         if not keep and self.dispatcher.is_replicated:
             deadline_s = min(deadline_s, time.time() + self.dispatcher.attempt_s)
@@ -106,7 +106,7 @@ class Exchange:
         return dx_TD, combine(weights_TK, self.routes, [dweights_RK for _, dweights_RK in pairs])
 
     def _wait_all(self, wait: Callable[[int], Any]) -> list[Any]:
-        """What all shards answered. In an attempt at a step that has failed: nothing, as if no rows had been sent."""
+        """The answers of all shards. In an attempt at a step that has failed: nothing, as if no rows had been sent."""
         try:
             return [wait(i) for i in range(len(self.routes))]
         except TrinityError as error:
@@ -117,7 +117,7 @@ class Exchange:
             return []
 
     def _send(self, verb: str, calls: list[Any]) -> None:
-        """All before waiting for any: the shards work side by side."""
+        """Send all before waiting for any: the shards work side by side."""
         transport, self._calls = self.dispatcher.transport, calls
         self._replies = [transport.send(r.shard, verb, call) for r, call in zip(self.routes, calls, strict=True)]
 

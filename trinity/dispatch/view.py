@@ -1,4 +1,4 @@
-"""What a caller knows of the placement."""
+"""Knowledge of a caller about the placement."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,7 +6,7 @@ from trinity.placement.table import PlacementTable
 
 
 class PlacementView(Protocol):
-    """What a caller knows of the placement. Somebody else keeps it fresh; reading it costs nothing."""
+    """Knowledge of a caller about the placement. Somebody else keeps it fresh; reading it costs nothing."""
 
     @property
     def table(self) -> PlacementTable:

@@ -84,7 +84,7 @@ class Prefill(NamedTuple):
 
 
 class AttentionPlan(NamedTuple):
-    """Where the tokens of one pass read and write, in the layers of one kind."""
+    """Places that the tokens of one pass read and write, in the layers of one kind."""
 
     write_rows: Tensor | None  # of T; None: all
     write_slots: Tensor

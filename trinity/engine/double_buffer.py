@@ -57,7 +57,7 @@ class ModelDoubleBuffer:
                 self._next = version, model
 
     def hold(self, version: int) -> None:
-        """What there is of that version stays as it is until `release`."""
+        """Keep what there is of that version as it is until `release`."""
         with self._guard:
             if self._latest is not None and self._latest[0] == version:
                 self._held[version], self._latest = self._latest[1], None

@@ -27,7 +27,7 @@ class Reads(NamedTuple):
 
 
 class ExactPlan(NamedTuple):
-    """Where the tokens of one pass read and write, in the layers of one kind."""
+    """Places that the tokens of one pass read and write, in the layers of one kind."""
 
     write_rows: Tensor  # of T
     write_slots: Tensor

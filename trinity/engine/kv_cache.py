@@ -29,7 +29,7 @@ def window_blocks(window: int, block_size: int) -> int:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How many blocks of each kind there are, how many one sequence may hold, and a block's bytes over all its layers.
+    """Numbers of blocks of each kind, in all and for one sequence at most, and a block's bytes over all its layers.
 
     `places[layer]`: the layer's kind, and its number among the layers of that kind. Kinds that see everything come first.
     """

@@ -27,7 +27,7 @@ GREEDY_BELOW = 1e-5  # a temperature under this is greedy decoding: logits / T w
 
 
 class SamplingParams(Frozen, strict=True):
-    """How to continue a prompt. Every bound is checked here, types strictly ("1", true and NaN are refused).
+    """Options of how to continue a prompt. Every bound is checked here, types strictly ("1", true and NaN are refused).
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch that filter off. The order is vLLM's: penalties and
     bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
@@ -106,7 +106,7 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step adds to one request. The last one, and only that, has a finish_reason.
+    """Addition of one step to one request. The last one, and only that, has a finish_reason.
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the

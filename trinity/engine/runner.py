@@ -24,7 +24,7 @@ from trinity.ops import batch_invariant
 
 
 class Result(NamedTuple):
-    """What a pass gave: the tokens of the sequences whose last token it computed, or the error that prevented it."""
+    """Result of a pass: the tokens of the sequences whose last token it computed, or the error that prevented it."""
 
     sampled: dict[Sequence, Sampled]
     error: Exception | None = None

@@ -142,7 +142,7 @@ class Versions:
         assert len(pinned) <= self._max_pinned, "too many versions are held"
 
     def leave(self, sequence: Sequence) -> bool:
-        """May the request go on at another version? Live ones may; pinned ones that have no token yet start again."""
+        """Say whether it may go on at another version. Live requests may; pinned ones that have no token yet start again."""
         if sequence.params.version_policy == "live":
             return True
         if sequence.num_generated:

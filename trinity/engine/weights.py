@@ -1,4 +1,4 @@
-"""Where an engine's weights come from: a checkpoint that stays as it is, or a training run that goes on.
+"""Sources of an engine's weights: a checkpoint that stays as it is, or a training run that goes on.
 
 Decision: an engine asks before each pass and keeps no model between two, so that a source may write newer weights into the
 tensors of the model that it gave last.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Activations:
-    """What is remembered of one op: the graph from its inputs to its result until the backward, whose answer stays."""
+    """Memory of one op: the graph from its inputs to its result until the backward, whose answer stays."""
 
     x_RD: Tensor
     weights_RK: Tensor

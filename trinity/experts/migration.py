@@ -1,4 +1,4 @@
-"""How a shard takes up experts that others hold: it fetches rows, one expert at a time, and installs a layer's together."""
+"""Migration of experts into a shard: it fetches rows, one expert at a time, and installs a layer's together."""
 
 import time
 
@@ -49,6 +49,6 @@ def _rows(
 
 
 def _from_source(spec: ShardSpec, layer: int, expert: int, source: Load) -> Tensor:
-    """What `fetch` would give, of the weights in a checkpoint or from the seed."""
+    """The answer of `fetch`, from the weights in a checkpoint or from the seed."""
     checkpoint = open_checkpoint(source.checkpoint) if source.checkpoint else None
     return read_expert(checkpoint, spec.model, layer, expert, source.seed).to(spec.dtype)

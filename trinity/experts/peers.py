@@ -1,4 +1,4 @@
-"""How a shard asks other shards for rows of experts: the dispatcher's Transport, in the words that this package needs.
+"""Questions of a shard to other shards, for rows of experts: the dispatcher's Transport, in the words that this package needs.
 
 Decision: experts may not import trinity.dispatch, which lies above them; whatever is a Transport fits here as it is.
 """

@@ -1,4 +1,4 @@
-"""What rows can be computed with at this moment: the committed version of a shard and those before it, by layer.
+"""Weights that rows can be computed with at this moment: the committed version of a shard and those before it, by layer.
 
 Decisions: the shard's lock guards every change, but who only computes needs none of it, because nobody writes to a version
 that is here. Readers are counted, and a version is withdrawn when the last has left: then its memory may be written again.
@@ -74,7 +74,7 @@ class PublishedVersions:
         return found
 
     def missing(self, version: int, layer: int, epoch: int, expert: int) -> TrinityError:
-        """What to tell a caller that wants an expert which is not here at that version: where it came later, its older weights
+        """The error for a caller that wants an expert which is not here at that version: where it came later, its older weights
         are kept nowhere that the table leads to, and no other table would help."""
         with self._readers:
             present = self._versions[self.committed][1].get(layer) if self.committed in self._versions else None

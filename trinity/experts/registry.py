@@ -53,7 +53,7 @@ def _build(name: str) -> ExpertBackend:
 
 
 def _obstacle(device: torch.device, name: str) -> str | None:
-    """What keeps MegaBlocks from running on `device`, with the remedy; None if nothing does."""
+    """The obstacle that keeps MegaBlocks from running on `device`, with the remedy; None if nothing does."""
     if device.type == "cpu" and name == "megablocks" and _interpreted():
         return None
     if device.type != "cuda" or not torch.cuda.is_available():

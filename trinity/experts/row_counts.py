@@ -1,4 +1,4 @@
-"""How many rows each expert of a shard has computed: what the placement is planned from.
+"""Counts of rows that each expert of a shard has computed: what the placement is planned from.
 
 Legend: E experts of a layer on this shard, X experts of the model.
 """

@@ -23,7 +23,7 @@ from trinity.ops import batch_invariant
 
 
 class Order(Protocol):
-    """Where each row of the caller stands among the rows sorted by expert. Linear maps, outside autograd."""
+    """Order of a caller's rows among the rows sorted by expert. Linear maps, outside autograd."""
 
     def spread(self, x_RD: Tensor) -> Tensor:
         """-> x_PD: a copy of its row for every assignment, in x's dtype; zeros where padded."""

@@ -1,4 +1,4 @@
-"""What a shard is made from."""
+"""Specification of a shard: what it is made from."""
 
 from __future__ import annotations  # so that those who only make shards elsewhere need no torch
 

@@ -65,7 +65,7 @@ class WeightVersions:
         return self._published.find(version, layer)
 
     def missing(self, version: int, layer: int, epoch: int, expert: int) -> TrinityError:
-        """What to tell a caller that wants an expert which is not here at that version."""
+        """The error for a caller that wants an expert which is not here at that version."""
         return self._published.missing(version, layer, epoch, expert)
 
     def withdraw(self, numbers: list[int]) -> None:

@@ -44,7 +44,7 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
-        """How many experts of all layers are held now."""
+        """The number of experts of all layers that are held now."""
         return sum(map(len, self.experts.values())) if self.versions.number >= 0 else 0
 
     def holds(self, version: int, layer: int) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class ExpertWeights:
             return kinds_of(self._store.versions.get(version) or self._empty_version(version, 0))
 
     def position(self, message: Fetch) -> int:
-        """Where in the stacks the expert is that a caller wants. Raises WrongEpoch when it is not here,
+        """The place in the stacks of the expert that a caller wants. Raises WrongEpoch when it is not here,
         VersionGone when only its present version is."""
         held = self.versions.find(message.layer, message.version, message.deadline_s).experts
         if message.expert not in held:

@@ -1,1 +1,1 @@
-"""What is measured and where it goes: the log of a run, and the names of all Prometheus metrics."""
+"""Measurements and where they go: the log of a run, and the names of all Prometheus metrics."""

@@ -1,4 +1,4 @@
-"""What an optimizer is: the rule by which the tensors of one parameter group change.
+"""Base of optimizers: the rule by which the tensors of one parameter group change.
 
 Decisions: a rule keeps no state; it is handed old values and the tensors for new ones, which may be the same. All of them are
 fp32, whatever the storage type. A rule sits in a file of its own, takes what it needs from the settings, and is named once, in

@@ -44,7 +44,7 @@ class Muon:
 
 
 def lr_scale(matrix: Matrix) -> float:
-    """What the learning rate is multiplied by for matrices of that shape."""
+    """Factor of the learning rate for matrices of that shape."""
     return math.sqrt(max(1.0, matrix.fan_out / matrix.fan_in))
 
 

@@ -1,4 +1,4 @@
-"""How many shards, how many replicas of each expert: a pure decision for each window, from frozen state to frozen state.
+"""Numbers of shards, and of replicas of each expert: a pure decision for each window, from frozen state to frozen state.
 
 Legend: L layers, E experts of a layer. A share is an expert's rows over those of the mean shard of its layer.
 Decisions:
@@ -20,7 +20,7 @@ from trinity.placement.planner import hottest_first
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """What was counted in `seconds`: rows of each expert [L, E]."""
+    """Counts of `seconds`: rows of each expert [L, E]."""
 
     rows_LE: np.ndarray
     seconds: float
@@ -104,7 +104,8 @@ class ScaleLimits:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """What there should be, since when, and the windows that the next decision looks back at (end in seconds, window)."""
+    """State of the decisions: what there should be, since when, and the windows (each with its end in seconds) that the next
+    one looks back at."""
 
     num_shards: int
     replicas_LE: np.ndarray

@@ -16,7 +16,7 @@ QUIET = 1e-6  # load of an expert that had none, as a share of its layer's mean 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many replicas each expert has at least and at most [L, E + 2], and all experts of a layer have at most [L]."""
+    """Bounds on the replicas of each expert, least and most [L, E + 2], and of all experts of a layer, most [L]."""
 
     floor_LE: np.ndarray
     ceiling_LE: np.ndarray
@@ -46,7 +46,7 @@ class Layout:
         self.hosts_LE = np.zeros_like(self.num_LE)
 
     def fill(self, layer_R: np.ndarray, expert_R: np.ndarray, shard_R: np.ndarray) -> None:
-        """Into an empty layout, what was there before. Where a shard has too few slots, experts that are nowhere else stay
+        """Put into an empty layout what was there before. Where a shard has too few slots, experts that are nowhere else stay
         before the others, and the most loaded before the least; the rest is left out."""
         times_LE = np.zeros_like(self.num_LE)
         np.add.at(times_LE, (layer_R, expert_R), 1)

@@ -32,7 +32,7 @@ KEEP = 1.5  # where redundancy is scarce, an expert keeps its own unless another
 
 @dataclass(frozen=True)
 class PlanGoal:
-    """What a plan is to reach, and what a move may cost.
+    """Aim of a plan: what it is to reach, and what a move may cost.
 
     goal: a layer is left alone once its balance is so high.
     move_cost: a slot is filled for balance only where it takes so much off the time that shards exceed the goal by, in
@@ -125,7 +125,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Moves:
-    """What one table takes to follow another: its copies by layer and expert, of so many replicas in all."""
+    """Moves that make one table follow another: its copies by layer and expert, of so many replicas in all."""
 
     copies: tuple[Copy, ...]
     num_replicas: int
@@ -282,7 +282,7 @@ def _wanted_LE(layout: Layout, bounds: Bounds, fresh: bool) -> np.ndarray:
 
 
 def _excess_L(layout: Layout, bounds: Bounds) -> np.ndarray:
-    """How many replicas of each layer must go."""
+    """The number of replicas of each layer that must go."""
     above_L = np.maximum(layout.num_LE - bounds.ceiling_LE, 0)[:, : layout.empty].sum(1)
     coming_L = np.maximum(layout.num_LE, bounds.floor_LE)[:, : layout.empty].sum(1)
     excess_L: np.ndarray = np.maximum(above_L, coming_L - bounds.budget_L)

@@ -1,4 +1,4 @@
-"""What operators see of a pool: one frozen value of plain numbers, made by the placement service, shown by everybody else.
+"""Snapshot of a pool for operators: one frozen value of plain numbers, made by the placement service, shown by everybody else.
 
 Legend: L layers with routed experts, E experts of a layer.
 """

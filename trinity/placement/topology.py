@@ -1,4 +1,4 @@
-"""What there is to place experts on: shards, their room, speed and hosts. Frozen values, checked on construction.
+"""Hardware to place experts on: shards, their room, speed and hosts. Frozen values, checked on construction.
 
 Legend: L layers, S shards, E experts of a layer.
 Decisions: room is counted in whole experts of one layer, because a plan is made layer by layer. A bound in bytes is over all

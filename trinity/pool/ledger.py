@@ -1,4 +1,4 @@
-"""Who remembers what a training job has decided: the one thing about a pool that is elsewhere when its shards are."""
+"""Ledger of what a training job has decided: the one thing about a pool that is elsewhere when its shards are."""
 
 from __future__ import annotations  # so that those who only remember need no torch
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class StepTicket(NamedTuple):
-    """What an attempt at a step starts from. `keep`: older versions that somebody still computes with."""
+    """Start of an attempt at a step. `keep`: older versions that somebody still computes with."""
 
     epoch: int
     attempt: int

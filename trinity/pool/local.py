@@ -12,7 +12,7 @@ from trinity.rpc.messages import Load
 def shard_specs(
     table: PlacementTable, model: ModelConfig, optim: OptimConfig | None, settings: PlacementConfig, device: str
 ) -> list[ShardSpec]:
-    """What each shard of the table is made from."""
+    """Specifications of the table's shards."""
     return [
         ShardSpec(
             name=shard,

@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What the weights of `version` think of given tokens: all but the first, each in the light of those before it."""
+    """Scores of given tokens by the weights of `version`: all but the first, each in the light of those before it."""
 
     token_ids: tuple[int, ...]
     version: int

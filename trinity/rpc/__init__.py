@@ -1,1 +1,1 @@
-"""What callers and shards say to one another."""
+"""Messages between callers and shards."""

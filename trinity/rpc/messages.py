@@ -1,4 +1,4 @@
-"""What callers and shards say to one another: one frozen message per verb. Tensors for data, numbers for control.
+"""Messages between callers and shards: one frozen message per verb. Tensors for data, numbers for control.
 
 Legend: R rows, D model, K slots of a row (top-k).
 Every mutation is named (op_id, or the step) and applied once, however often it is delivered.
@@ -62,7 +62,7 @@ def attempt_of(op_id: str) -> int:
 
 
 def caller_of(op_id: str) -> tuple[int, str]:
-    """Whose gradients an op adds to: callers in their order."""
+    """Callers whose gradients an op adds to, in their order."""
     name = op_id.rpartition(":")[0].rpartition(".")[2]
     return (int(name), "") if name.isdecimal() else (-1, name)
 
@@ -87,7 +87,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a shard has gathered for `step`: distinct backward ops, and the squared norm of its gradients (nan, inf: bad)."""
+    """Sums of a shard for `step`: distinct backward ops, and the squared norm of its gradients (nan, inf: bad)."""
 
     step: int
     num_ops: int

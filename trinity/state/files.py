@@ -19,8 +19,8 @@ def version_file(number: int) -> str:
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """What a file has and none that takes its place: with the time, because on a disk the next file may get the number of the
-    last one."""
+    """Identity of a file, which none has that takes its place: with the time, because on a disk the next file may get
+    the number of the last one."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""How stacks of weights lie in memory."""
+"""Strides of stacks of weights in memory."""
 
 from torch import Tensor
 

@@ -179,7 +179,7 @@ class Store:
     # -- inside
 
     def _entry(self, tensor: Tensor) -> dict[str, Any]:
-        """What the version's file says of a tensor, whose values are in the folder from then on."""
+        """The version's file's entry for a tensor, whose values are in the folder from then on."""
         stored = as_stored(tensor)
         entry = {"shape": list(stored.shape), "dtype": str(tensor.dtype)[6:], "is_transposed": stored is not tensor}
         return {"file": self.memory.written(tensor.data_ptr()) if tensor.numel() else None, **entry}
@@ -217,5 +217,5 @@ class Store:
 
 
 def _addresses(version: Version) -> set[int]:
-    """Where its tensors lie; those without elements lie nowhere."""
+    """Places of its tensors; those without elements lie nowhere."""
     return {tensor.data_ptr() for tensor in version.tensors.values() if tensor.numel()}

@@ -68,7 +68,7 @@ def render_chat(
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """No writes, no attributes of Python's, and no `*` that could make a gigabyte of one character."""
+    """Sandbox without writes, without attributes of Python's, and no `*` that could make a gigabyte of one character."""
 
     intercepted_binops = frozenset({"*", "**"})
 

@@ -96,13 +96,13 @@ class Backbone:
         return all(bool(torch.isfinite(t.sum())) for n, t in tensors.items() if n.endswith(WEIGHT) and t.numel())
 
     def commit(self) -> None:
-        """What was staged is the present version."""
+        """Make what was staged the present version."""
         staged = self.store.staged
         assert staged is not None
         self._committed(staged)
 
     def discard_staged(self) -> None:
-        """What was staged will not be. Harmless when there is nothing."""
+        """Drop what was staged. Harmless when there is nothing."""
         self.store.discard_staged()
 
     # -- what checkpoints hold
@@ -115,7 +115,7 @@ class Backbone:
                 yield plain, tensor if plain in self._biases else tensor.to(dtype)
 
     def training_state(self, version: Version | None = None) -> dict[str, Tensor]:
-        """What the values alone do not say: optimizer state, momenta, and the fp32 weights that a bf16 checkpoint rounds."""
+        """State beside the values: optimizer state, momenta, and the fp32 weights that a bf16 checkpoint rounds."""
         tensors = (version or self.store.current).tensors
         state = {name: tensor for name, tensor in tensors.items() if not name.endswith(WEIGHT)}
         if self.model.config.dtype == "float32":

@@ -49,7 +49,7 @@ class AsyncCheckpointer:
         return self.target(position).is_dir() or bool(self.versions)
 
     def pop_seconds(self) -> float | None:
-        """How long the save took that was finished since the last call."""
+        """The seconds of the save that was finished since the last call."""
         seconds, self._seconds = self._seconds, None
         return seconds
 

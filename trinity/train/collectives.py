@@ -1,4 +1,4 @@
-"""How the workers of one training job agree: alone, or over torch.distributed.
+"""Agreement of the workers of one training job: alone, or over torch.distributed.
 
 Decisions: the backbone's gradients are summed, never averaged: the losses of workers and micro-batches are shares of the global
 mean already. What worker 0 finds out travels as JSON, in one broadcast where it is short: numbers keep their bits, nan and
@@ -21,7 +21,7 @@ LENGTH_BYTES = 4
 
 
 class Comm(Protocol):
-    """How the workers of one job agree. Every method is called by all of them in the same order."""
+    """Agreement of the workers of one job. Every method is called by all of them in the same order."""
 
     rank: int
     world: int
@@ -84,7 +84,7 @@ def on_rank0(comm: Comm, what: Callable[[], T]) -> T:
 
 
 def said_by_rank0(comm: Comm, value: T) -> T:
-    """What worker 0 says; the others' own `value` does not matter. Plain JSON only: TypeError otherwise, on worker 0."""
+    """The value of worker 0; the others' own `value` does not matter. Plain JSON only: TypeError otherwise, on worker 0."""
     text = json.dumps(value).encode() if comm.rank == 0 else b""
     said = _bytes(comm.from_first(_note(len(text).to_bytes(LENGTH_BYTES, "big") + text, NOTE_BYTES)))
     num = int.from_bytes(said[:LENGTH_BYTES], "big")

@@ -35,7 +35,7 @@ class Losses(NamedTuple):
 
 
 def packed_inputs(config: ModelConfig, ids_BS: Tensor, docs_BS: Tensor | None) -> Inputs:
-    """What the model takes, of B sequences of S tokens that see each other within their document (None: all).
+    """Inputs of the model for B sequences of S tokens that see each other within their document (None: all).
 
     With `batch_invariant` each document begins at position 0, as it does in serving; else at its place in the sequence, which
     is the same but for rounding.

@@ -22,7 +22,7 @@ BatchOf = Callable[[int], Any]  # the number of a micro-batch of this worker -> 
 
 
 class Totals(NamedTuple):
-    """What a step added up to over all workers."""
+    """Sums of a step over all workers' micro-batches."""
 
     ce: float
     z: float

@@ -1,4 +1,4 @@
-"""How long the phases of an attempt at a step take."""
+"""Durations of the phases of an attempt at a step."""
 
 import functools
 import time

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a bar on a terminal, else a plain line every few seconds.
+"""Progress of a training run as a person sees it: a bar on a terminal, else a plain line every few seconds.
 
 The worker that trains writes metrics.jsonl, maybe on another machine; whoever started the run follows that file. A run
 that starts again from its last checkpoint rewrites the file; steps that were shown already are not shown twice.

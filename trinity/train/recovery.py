@@ -1,4 +1,4 @@
-"""Where a run goes on from: its last decision, a checkpoint, other weights, or the seed.
+"""Recovery of a run: its last decision, a checkpoint, other weights, or the seed.
 
 Decisions: worker 0 finds out and the others follow; a decision is gone on from only by the job that made it, or by one that
 resumes its run.
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunCounts:
-    """How far a run is: batches consumed, and steps skipped for a gradient that was not finite."""
+    """Position of a run: batches consumed, and steps skipped for a gradient that was not finite."""
 
     position: int = 0
     num_skipped: int = 0
@@ -52,7 +52,7 @@ class RunIdentity:
         return cls(job, str(Path(settings.out_dir).resolve()), order)
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
-        """What a job that takes over from a version needs to know besides the weights."""
+        """Notes for a job that takes over from a version, besides the weights."""
         names = {"job": self.job, "run": self.run, "order": dict(self.order)}
         return {**names, "position": counts.position, "num_skipped": counts.num_skipped, "num_updates": num_updates}
 

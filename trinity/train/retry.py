@@ -1,4 +1,4 @@
-"""Why an attempt at a training step came to nothing, and is made again."""
+"""Reasons why an attempt at a training step comes to nothing, and is made again."""
 
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone, WrongEpoch
 

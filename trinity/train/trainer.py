@@ -158,7 +158,7 @@ class Trainer:
         return self._metrics(totals, norm, lrs)
 
     def _wait_or_give_up(self, retry: RetryStep, is_last: bool) -> None:
-        """Only worker 0 knows the error itself; where it ends, the job does."""
+        """Wait a little; at the last try raise the error on worker 0, which alone knows it and ends the job."""
         if is_last and retry.__cause__ is not None:
             raise retry.__cause__
         self._retries[retry.reason] += 1

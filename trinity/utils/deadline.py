@@ -1,4 +1,4 @@
-"""How long a piece of work may go on."""
+"""Limits on how long a piece of work may go on."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What the kernel's pages cost, and how not to pay: huge pages for weights, freed memory kept for the next step.
+"""Costs of the kernel's pages, and how not to pay them: huge pages for weights, freed memory kept for the next step.
 
 Decisions: both are hints to Linux with glibc and do nothing elsewhere. Huge pages are for what is allocated once and read in
 each pass; zeroing them again and again, as for gradients, costs more than it brings.
@@ -46,7 +46,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """What `keep_freed_memory` has kept, for others on the machine."""
+    """Give back to the machine what `keep_freed_memory` has kept."""
     gc.collect()
     libc = _libc()
     if libc is not None:

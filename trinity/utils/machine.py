@@ -1,4 +1,4 @@
-"""What this machine has: memory, and versions of installed packages."""
+"""Facts about this machine: memory, and versions of installed packages."""
 
 import importlib.metadata
 from collections.abc import Iterable

@@ -48,5 +48,5 @@ class LowPriorityExecutor:
 
 
 def of_this_thread() -> tuple[int, int]:
-    """What threads that it starts now will be."""
+    """The priority of threads that it starts now."""
     return (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)) if sys.platform == "linux" else (0, 0)

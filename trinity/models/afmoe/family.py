@@ -1,4 +1,4 @@
-"""What registry.py hands out of this family."""
+"""The family as registry.py hands it out."""
 
 from trinity.models.afmoe.hf import read_config, write_config
 from trinity.models.afmoe.init import init_weights

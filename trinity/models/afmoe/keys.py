@@ -1,4 +1,4 @@
-"""What an AFMoE checkpoint calls its tensors."""
+"""Names of the tensors in an AFMoE checkpoint."""
 
 from trinity.models.common.keys import ROLES, KeyMap, Rename
 

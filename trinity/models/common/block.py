@@ -24,7 +24,7 @@ Table = tuple[Tensor, Tensor]  # of rotary angles
 
 
 class Sent(NamedTuple):
-    """What a block's first part gives: its residual stream, the feed-forward's input, and the router's decision, if any."""
+    """Result of a block's first part: its residual stream, the feed-forward's input, and the router's decision, if any."""
 
     residual_TD: Tensor
     x_TD: Tensor

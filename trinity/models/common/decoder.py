@@ -31,7 +31,7 @@ Inputs = tuple[Tensor, Tensor, Attend]  # ids_T, positions_T, who sees whom
 
 
 class Rotary(NamedTuple):
-    """How positions turn queries and keys: the numbers of a head that are rotated, and the base of their angles."""
+    """Rotation of queries and keys by position: the numbers of a head that are rotated, and the base of their angles."""
 
     dim: int
     theta: float

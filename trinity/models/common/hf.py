@@ -1,4 +1,4 @@
-"""What families share in reading a Hugging Face `config.json`: fixed values, rotary settings, types, token ids."""
+"""Shared parts of reading a Hugging Face `config.json`: fixed values, rotary settings, types, token ids."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +35,7 @@ def rope(tree: Mapping[str, Any], source: str | Path, family: str) -> dict[str, 
 
 
 def eos(tree: Mapping[str, Any]) -> Any:
-    """What ends a text: one id, or several."""
+    """The ids that end a text: one, or several."""
     value = tree.get("eos_token_id")
     if not isinstance(value, list):
         return value
@@ -80,7 +80,7 @@ def fields_of(
 
 
 def usual(config: ModelConfig, architecture: str, rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What every family's `config.json` has."""
+    """The keys that every family's `config.json` has."""
     return {
         "architectures": [architecture],
         "model_type": config.model_type,

@@ -1,4 +1,4 @@
-"""What a checkpoint calls the tensors of a model: a list of operations, read both ways.
+"""Names of a model's tensors in a checkpoint: a list of operations, read both ways.
 
 Decisions: a module's path becomes a checkpoint's key by renamings, applied in order; routed experts have keys of their own, one
 tensor each or all experts of a layer stacked; both layouts are read, the first is written.
@@ -12,7 +12,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Rename:
-    """Where `pattern` is found in a module's path, `becomes` is in the checkpoint's key (as in re.sub)."""
+    """Rule of names: where `pattern` is found in a module's path, `becomes` is in the checkpoint's key (as in re.sub)."""
 
     pattern: str
     becomes: str
@@ -52,7 +52,7 @@ class KeyMap:
         return path
 
     def role(self, key: str) -> str:
-        """What a tensor is for: embedding, head, norm, attention, router, dense or shared."""
+        """The role of a tensor: embedding, head, norm, attention, router, dense or shared."""
         for pattern, role in self.roles:
             if re.search(pattern, key):
                 return role

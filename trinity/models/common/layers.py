@@ -19,7 +19,7 @@ Dtype = torch.dtype | None
 
 
 class Made(TypedDict):
-    """Where and in which type a module's parameters are made; None: torch's default."""
+    """Device and type that a module's parameters are made in; None: torch's default."""
 
     device: Device
     dtype: Dtype

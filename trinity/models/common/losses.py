@@ -1,4 +1,4 @@
-"""What training minimises, and how unbalanced the experts are.
+"""Losses that training minimises, and how unbalanced the experts are.
 
 Legend: T tokens (= B*S), C tokens of a chunk, V vocabulary, D model, B batch, S sequence, E experts, K top-k, L layers.
 Softmax mathematics is fp32 whatever the logits' type, and runs over chunks of tokens: with 200,192 words the fp32

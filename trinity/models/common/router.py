@@ -16,7 +16,7 @@ from trinity.models.common.layers import Device, Dtype, Linear, product, sigmoid
 
 
 class Routing(NamedTuple):
-    """What one MoE layer's router decided."""
+    """Decision of one MoE layer's router."""
 
     logits_TE: Tensor  # float32
     scores_TE: Tensor  # float32, what the weights are made of
@@ -50,7 +50,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def choice(self, scores_TE: Tensor) -> Tensor:
-        """What the K largest are taken of."""
+        """The scores of which the K largest are taken."""
         return scores_TE if self.bias_E is None else scores_TE + self.bias_E
 
     def weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the numbers of grouped-query attention must satisfy, whichever family they belong to."""
+"""Checks of the numbers of grouped-query attention, whichever family they belong to."""
 
 from typing import Protocol
 
@@ -28,5 +28,5 @@ def check_heads(config: Heads) -> None:
 
 
 def grouped_cache(config: Heads, window: int | None = None) -> LayerCache:
-    """What a layer of grouped-query attention keeps: keys and values of every key-value head."""
+    """The cache of a layer of grouped-query attention: keys and values of every key-value head."""
     return LayerCache(config.num_key_value_heads, config.head_dim, config.head_dim, config.head_dim**-0.5, window)

@@ -54,7 +54,7 @@ class Glm4MoeConfig(ModelConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """How many numbers of a head are rotated; the others say nothing of the position."""
+        """The number of a head's values that are rotated; the others say nothing of the position."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property

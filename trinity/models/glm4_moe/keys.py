@@ -1,4 +1,4 @@
-"""What a GLM-4-MoE checkpoint calls its tensors."""
+"""Names of the tensors in a GLM-4-MoE checkpoint."""
 
 from trinity.models.common.keys import ROLES, KeyMap, Rename
 

@@ -1,4 +1,4 @@
-"""What registry.py hands out of this family."""
+"""The family as registry.py hands it out."""
 
 from trinity.models.common.family import Family
 from trinity.models.common.init import init_weights

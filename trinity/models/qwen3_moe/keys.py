@@ -1,4 +1,4 @@
-"""What a Qwen3-MoE checkpoint calls its tensors."""
+"""Names of the tensors in a Qwen3-MoE checkpoint."""
 
 from trinity.models.common.keys import ROLES, KeyMap, Rename
 

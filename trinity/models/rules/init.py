@@ -1,4 +1,4 @@
-"""How fresh weights are drawn, by name: the same weight wherever and in whatever order it is made.
+"""Draws of fresh weights, by name: the same weight wherever and in whatever order it is made.
 
 Legend: D model, F expert hidden.
 Every matrix is TruncNormal(0, sigma) on [-3 sigma, 3 sigma]; sigma is the family's (`ModelConfig.init_std`).
