@@ -11,13 +11,16 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.dataplane.connection import CPU, NONCE_BYTES, Address, Wire, machine_id, proof_of
-from actors.dataplane.frames import MAGIC, WELCOME, BadFrame, Calls, Header, request, value_of
+from actors.dataplane import unix_socket
+from actors.dataplane.connection import CPU, Address, Wire, machine_id
+from actors.dataplane.frames import BadFrame, Calls, request, value_of
+from actors.dataplane.handshake import introduce, meant
 from actors.dataplane.shm import agree, possible
 from trinity.dispatch.transport import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
@@ -35,17 +38,13 @@ class Connection:
         near = address.machine == machine_id()
         sock = socket.socket(socket.AF_UNIX if near else socket.AF_INET)
         sock.settimeout(max(0.001, deadline_s - time.time()))
-        sock.connect(address.path if near else (address.host, address.port))
+        with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
+            sock.connect(target)
         self.wire = Wire(sock, device=device)
         self._numbers = itertools.count(1)
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
-        hello = bytearray(len(MAGIC) + NONCE_BYTES)
-        self.wire.receive([hello], deadline_s)
-        if hello[: len(MAGIC)] != MAGIC:
-            raise BadFrame(f"the shard speaks {bytes(hello[:4])!r}, this side {MAGIC!r}; update one of them")
-        self.wire.send(proof_of(secret, bytes(hello[len(MAGIC) :])), [], deadline_s)
-        self._welcome(deadline_s)
+        introduce(self.wire, secret, meant(address, near), deadline_s)
         buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
         self._min_bytes = math.inf if buffer is None else buffer.min_bytes
         log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
@@ -55,11 +54,6 @@ class Connection:
         """Names of the ways rows travel: small ones, large ones."""
         small = "a Unix socket" if self.wire.sock.family == socket.AF_UNIX else "TCP"
         return small, small if self.wire.buffer is None else self.wire.buffer.name
-
-    def _welcome(self, deadline_s: float) -> None:
-        header = self.wire.header(deadline_s)
-        if header != Header.unpack(WELCOME):
-            raise value_of(header, self.wire.payload(header, deadline_s))
 
     def send(self, call: Calls) -> int:
         number = next(self._numbers)

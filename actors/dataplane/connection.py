@@ -1,6 +1,5 @@
 """Whole buffers over a socket until a deadline: what both sides of the direct transport stand on."""
 
-import hmac
 import math
 import select
 import socket
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.dataplane.frames import FAILURE, HEADER, IN_SHARED_BUFFER, MAGIC, BadFrame, Header, in_shared_buffer
+from actors.dataplane.frames import FAILURE, HEADER, IN_SHARED_BUFFER, BadFrame, Header, in_shared_buffer
 from actors.dataplane.shm import SharedBuffer
 from trinity.errors import DeadlineExceeded
 
-NONCE_BYTES, PROOF_BYTES = 32, 32
 CPU = torch.device("cpu")
 LONGEST_WAIT_S = 86400.0
 SOCKET_BUFFER_BYTES = 1 << 20
@@ -27,7 +25,7 @@ TIMEVAL = struct.Struct("ll")
 
 @dataclass(frozen=True)
 class Address:
-    """Address that a shard listens at. The Unix path counts only on the host of that `machine`."""
+    """Address that a shard listens at. The Unix socket's path counts only on that `machine`."""
 
     machine: str
     path: str
@@ -37,10 +35,10 @@ class Address:
 
 
 def machine_id() -> str:
-    """The same for all processes that can share a Unix socket, and for no others."""
-    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
-    known = (boot.read_text().strip(), str(network.readlink())) if boot.is_file() and network.is_symlink() else ()
-    return "/".join((socket.gethostname(), *known))
+    """The same for all processes that find one another's Unix sockets, and for no others: files, and the host's network."""
+    boot, spaces = Path("/proc/sys/kernel/random/boot_id"), [Path("/proc/self/ns", name) for name in ("net", "mnt")]
+    known = [str(space.readlink()) for space in spaces if space.is_symlink()]
+    return "/".join((socket.gethostname(), *([boot.read_text().strip()] if boot.is_file() else []), *known))
 
 
 class Wire:
@@ -160,7 +158,3 @@ def _memory(tensor: Tensor) -> Any:
         source = tensor.detach()
         tensor = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda).copy_(source)
     return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def proof_of(secret: bytes, nonce: bytes) -> bytes:
-    return hmac.digest(secret, MAGIC + nonce, "sha256")

@@ -181,6 +181,12 @@ def answer(number: int, value: Any) -> tuple[bytes, list[Tensor]]:
     return _head(ANSWER, CODE_OF[sent[0].dtype], number, num_rows, dim, num_slots), sent
 
 
+def refusal(error: TrinityError) -> bytes:
+    """The whole frame with which a shard ends a connection."""
+    head, (text,) = answer(0, error)
+    return head + text.numpy().tobytes()
+
+
 def _head(kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0) -> bytes:
     return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, 0.0, num_rows, dim, num_slots)
 

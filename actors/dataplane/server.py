@@ -1,49 +1,43 @@
 """The shard's side of the direct transport: sockets that it opens itself, and who may compute when.
 
-Decisions: a blocking thread for each connection; whoever holds a queue's lock computes for all that wait in it, equal layers of
-inference in one multiplication; inference never waits for training; a peer proves that it knows the pool's secret before its
-first frame is read; anything unexpected ends the connection, never the shard.
+Decisions: a blocking thread for each connection that the door let in; whoever holds a queue's lock computes for all that wait
+in it, equal layers of inference in one multiplication; inference never waits for training; anything unexpected ends the
+connection, never the shard.
 """
 
-import hmac
 import logging
 import math
-import secrets
 import socket
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from actors.dataplane.connection import NONCE_BYTES, PROOF_BYTES, Address, Wire, machine_id, proof_of
+from actors.dataplane import unix_socket
+from actors.dataplane.connection import Address, Wire, machine_id
+from actors.dataplane.door import HANDSHAKE_S, Door
 from actors.dataplane.frames import (
     FAILURE,
     IN_SHARED_BUFFER,
-    MAGIC,
     OFFER,
-    WELCOME,
     BadFrame,
     Calls,
     FrameLimits,
     answer,
     call_of,
 )
+from actors.dataplane.handshake import meant
 from actors.dataplane.shm import consider
 from trinity.errors import TrinityError
 from trinity.rpc.messages import Fetch, Forward, Rows
 from trinity.utils.niceness import LowPriorityExecutor
 
 log = logging.getLogger(__name__)
-HANDSHAKE_S = 5.0
 PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
 BACKLOG = 128
-ACCEPT_AGAIN_S = 0.1
 TICK_S = 1.0  # an idle connection looks at the clock so often
 
 
@@ -152,16 +146,6 @@ def _kind(call: Forward) -> tuple[Any, ...]:
     return call.layer, call.version, call.rows.ids_RK.shape[1], call.rows.x_RD.device
 
 
-def unix_listener() -> tuple[socket.socket, str]:
-    """-> a listening Unix socket and its name: an abstract one on Linux, which leaves no file when its process is killed."""
-    name = f"trinity-{secrets.token_hex(16)}"
-    path = f"\0{name}" if sys.platform == "linux" else str(Path(tempfile.mkdtemp(prefix="trinity-")) / "rows.sock")
-    unix = socket.socket(socket.AF_UNIX)
-    unix.bind(path)
-    unix.listen(BACKLOG)
-    return unix, path
-
-
 class DirectServer:
     """Listens for a shard's callers. Owns its sockets and threads."""
 
@@ -174,39 +158,26 @@ class DirectServer:
         num_threads: int = 1,
         device: str = "cpu",
     ):
-        self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
+        self.combiner, self.limits, self.num_threads = combiner, limits, num_threads
         self.device = torch.device(device)
-        unix, path = unix_listener()
+        unix, self._path = unix_socket.listen(BACKLOG)
         tcp = socket.create_server((host, 0), backlog=BACKLOG)
-        self.address = Address(machine_id(), path, host, tcp.getsockname()[1], self.device.type)
-        self._listeners = [unix, tcp]
-        for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), name="trinity-accept", daemon=True).start()
+        self.address = Address(machine_id(), str(self._path), host, tcp.getsockname()[1], self.device.type)
+        self._door = Door({meant(self.address, True): unix, meant(self.address, False): tcp}, secret, self._admit)
 
     def close(self) -> None:
         """Take no new connections; those that are open end with their peers. Harmless when repeated."""
-        while self._listeners:
-            listener = self._listeners.pop()
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-            listener.close()
+        self._door.close()
+        self._path.unlink(missing_ok=True)
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-                threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
-            except (OSError, RuntimeError) as error:
-                if listener not in self._listeners:  # closed
-                    return
-                log.error("cannot take a caller now: %s", error)  # out of descriptors or threads: others will leave
-                time.sleep(ACCEPT_AGAIN_S)
+    def _admit(self, sock: socket.socket) -> None:
+        threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         """One connection, until its peer leaves or breaks the protocol."""
         torch.set_num_threads(self.num_threads)  # OpenMP counts its threads by caller
         wire = Wire(sock, TICK_S, self.device)
         try:
-            self._greet(wire)
             while True:
                 self._answer_one(wire)
         except (EOFError, TrinityError, OSError) as error:
@@ -214,15 +185,6 @@ class DirectServer:
             log.log(level, "a connection ended: %s", str(error))  # who keeps the record must not keep its rows
         finally:
             wire.close()
-
-    def _greet(self, wire: Wire) -> None:
-        deadline_s, nonce = time.time() + HANDSHAKE_S, secrets.token_bytes(NONCE_BYTES)
-        wire.send(MAGIC + nonce, [], deadline_s)
-        proof = bytearray(PROOF_BYTES)
-        wire.receive([proof], deadline_s)
-        if not hmac.compare_digest(bytes(proof), proof_of(self.secret, nonce)):
-            self._refuse(wire, BadFrame("the secret is wrong: this is another pool's shard"))
-        wire.send(WELCOME, [], deadline_s)
 
     def _answer_one(self, wire: Wire) -> None:
         try:

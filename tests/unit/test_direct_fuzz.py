@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.dataplane import server
+from actors.dataplane import door, handshake, server
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.frames import ANSWER, FAILURE, HEADER, WELCOME, BadFrame, Header, answer
@@ -149,24 +149,28 @@ def resident_bytes():
 def test_frames_before_the_handshake(port):
     for early in (*frames(), WELCOME):
         assert all(head.kind == FAILURE for head in tell_stranger(port, bytes(early)))
-    for proof in (SECRET, b"\0" * 32):
-        assert [head.kind for head in tell_stranger(port, proof)] == [FAILURE]
+    for proven in (SECRET, b"\0" * 32):
+        assert [head.kind for head in tell_stranger(port, handshake.greeting() + proven)] == [FAILURE]
+
+
+def greeted(sock):
+    """The shard's greeting."""
+    return sock.recv(handshake.GREETING_BYTES, socket.MSG_WAITALL)
 
 
 def tell_stranger(port, data):
     """As `tell`, after the shard's greeting."""
     sock = port.stranger()
-    greeting = len(server.MAGIC) + server.NONCE_BYTES
-    assert sock.recv(greeting, socket.MSG_WAITALL)[:4] == server.MAGIC
+    assert greeted(sock).startswith(handshake.HELLO)
     return tell(sock, data)
 
 
 def test_a_proof_is_good_for_one_connection(port):
     with port.stranger() as one, port.stranger() as other:
-        size = len(server.MAGIC) + server.NONCE_BYTES
-        nonces = [sock.recv(size, socket.MSG_WAITALL)[-server.NONCE_BYTES :] for sock in (one, other)]
-        assert nonces[0] != nonces[1]
-        other.sendall(server.proof_of(SECRET, nonces[0]))
+        first, second, mine = greeted(one), greeted(other), handshake.greeting()
+        assert first != second
+        meant = handshake.meant(port.address, near=False)
+        other.sendall(mine + handshake.proof(SECRET, "caller", meant, first, mine))
         assert [head.kind for head in said(other)] == [FAILURE]
 
 
@@ -205,16 +209,14 @@ def test_hundreds_of_idle_connections(port):
 
 
 def test_strangers_are_shown_out(port, monkeypatch):
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(door, "HANDSHAKE_S", 0.1)
     with ExitStack() as stack:
         silent = [stack.enter_context(port.stranger()) for _ in range(20)]
-        assert eventually(lambda: num_serving() == 0)
         assert all(said_nothing_more(sock) for sock in silent)
 
 
 def said_nothing_more(sock):
-    greeting = len(server.MAGIC) + server.NONCE_BYTES
-    return len(sock.recv(greeting, socket.MSG_WAITALL)) == greeting and sock.recv(1) == b""
+    return len(greeted(sock)) == handshake.GREETING_BYTES and sock.recv(1) == b""
 
 
 @contextmanager
@@ -257,12 +259,11 @@ def test_a_byte_at_a_time(port):
 
 
 def test_a_stranger_who_drips_is_shown_out_as_well(port, monkeypatch):
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.4)
-    with port.stranger() as sock, dripping([sock], b"\0" * 31, 0.2):
+    monkeypatch.setattr(door, "HANDSHAKE_S", 0.4)
+    with port.stranger() as sock, dripping([sock], handshake.greeting(), 0.2):
         began_s = time.monotonic()
-        assert eventually(lambda: num_serving() == 1)
-        assert eventually(lambda: num_serving() == 0)
-        assert time.monotonic() - began_s < 31 * 0.2, "long before it had said all"
+        assert said_nothing_more(sock)
+        assert time.monotonic() - began_s < handshake.GREETING_BYTES * 0.2, "long before it had said all"
 
 
 def test_nobody_waits_past_the_deadline_for_an_answer_that_drips():
@@ -327,7 +328,7 @@ def test_no_descriptors_left_is_no_reason_to_stop_listening():
             for sock in socks:
                 sock.connect((port.address.host, port.address.port))
             for sock in unix:
-                sock.connect(port.address.path)
+                sock.connect(port.address.path)  # without `reachable`, which needs a descriptor
             time.sleep(0.2)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

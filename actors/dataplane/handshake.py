@@ -1,0 +1,87 @@
+"""Proof of both ends of a connection: shard and caller each show that they know the pool's secret, for this connection only.
+
+    shard -> caller   HELLO, the shard's nonce
+    caller -> shard   HELLO, the caller's nonce, the caller's proof
+    shard -> caller   WELCOME and the shard's proof, or a failure that says why not
+
+A proof is an HMAC-SHA256 over the role of who proves, the address that the caller meant and both nonces. Decisions: a proof
+holds for one role, so none can be reflected; for one connection, because either side's nonce is fresh; and for one address, so
+one that somebody relays from where a shard was to where it is now is wrong. Who sits on the cable between the two can still
+read and change what follows: between hosts that do not trust their network, that is TLS's to prevent.
+"""
+
+import hmac
+import os
+import secrets
+import socket
+import struct
+from typing import Literal
+
+from actors.dataplane.connection import Address, Wire
+from actors.dataplane.frames import FAILURE, WELCOME, BadFrame, Header, value_of
+
+HELLO = b"TRH\x02"  # the last byte is the handshake's version
+NONCE_BYTES = PROOF_BYTES = 32
+GREETING_BYTES = len(HELLO) + NONCE_BYTES
+REPLY_BYTES = GREETING_BYTES + PROOF_BYTES
+UCRED = struct.Struct("3i")  # pid, uid, gid
+Role = Literal["shard", "caller"]
+
+
+def greeting() -> bytes:
+    """The first words of a side, of GREETING_BYTES: HELLO and a fresh nonce."""
+    return HELLO + secrets.token_bytes(NONCE_BYTES)
+
+
+def proof(secret: bytes, role: Role, meant: str, shard: bytes, caller: bytes) -> bytes:
+    """The proof of `role` on the connection to the address `meant`, after the greetings of shard and caller."""
+    parts = (role.encode(), meant.encode(), shard, caller)
+    return hmac.digest(secret, b"".join(struct.pack("<I", len(part)) + part for part in parts), "sha256")
+
+
+def meant(address: Address, near: bool) -> str:
+    """The address as a caller uses it: over the Unix socket when it is `near`."""
+    return f"unix:{address.path}" if near else f"tcp:{address.host}:{address.port}"
+
+
+def check_version(greeting: bytes | bytearray) -> None:
+    """Raise BadFrame unless the peer speaks this handshake."""
+    if greeting[: len(HELLO)] != HELLO:
+        raise BadFrame(
+            f"the peer says {bytes(greeting[: len(HELLO)])!r}, this side {HELLO!r}: is it a shard of this version?"
+        )
+
+
+def welcome(secret: bytes, meant: str, mine: bytes, reply: bytes) -> bytes:
+    """A shard's answer to a caller's reply of REPLY_BYTES to its own greeting. Raises BadFrame for a wrong secret."""
+    check_version(reply)
+    theirs, proven = reply[:GREETING_BYTES], reply[GREETING_BYTES:]
+    if not hmac.compare_digest(proven, proof(secret, "caller", meant, mine, theirs)):
+        raise BadFrame("the secret is wrong: this is another pool's shard, or another address than the caller meant")
+    return WELCOME + proof(secret, "shard", meant, mine, theirs)
+
+
+def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> None:
+    """The caller's side, on a connection that was just made. Raises BadFrame for a peer that does not know the secret."""
+    check_peer(wire.sock)
+    theirs, mine = bytearray(GREETING_BYTES), greeting()
+    wire.receive([theirs], deadline_s)
+    check_version(theirs)
+    wire.send(mine + proof(secret, "caller", meant, bytes(theirs), mine), [], deadline_s)
+    header = wire.header(deadline_s)
+    if header.kind == FAILURE:
+        raise value_of(header, wire.payload(header, deadline_s))
+    proven = bytearray(PROOF_BYTES)
+    wire.receive([proven], deadline_s)
+    wanted = proof(secret, "shard", meant, bytes(theirs), mine)
+    if header != Header.unpack(WELCOME) or not hmac.compare_digest(bytes(proven), wanted):
+        raise BadFrame(f"who listens at {meant} does not know the pool's secret: it is no shard of this pool")
+
+
+def check_peer(sock: socket.socket) -> None:
+    """Raise BadFrame where a process of another user is at the other end of a Unix socket; root may be."""
+    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return
+    _, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    if uid not in (os.geteuid(), 0):
+        raise BadFrame(f"the process at the other end belongs to user {uid}, this one to {os.geteuid()}")

@@ -1,0 +1,258 @@
+"""The door of a shard and the address it is at: who is let in, who is believed, and what strangers cost."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from actors.dataplane import client, door, handshake, unix_socket
+from actors.dataplane.client import Connection
+from actors.dataplane.connection import Address, machine_id
+from actors.dataplane.door import Door
+from actors.dataplane.frames import WELCOME, BadFrame, Header
+from actors.dataplane.handshake import GREETING_BYTES, PROOF_BYTES, REPLY_BYTES
+from tests.unit.fuzzed_port import SECRET, Port, num_serving
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def port():
+    made = Port()
+    yield made
+    made.server.close()
+
+
+def soon():
+    return time.time() + 60
+
+
+# -- who is believed
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def impostor(request, tmp_path):
+    """-> (its listener, the address where a shard was)."""
+    if request.param == "tcp":
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = Address("elsewhere", "", *listener.getsockname())
+    else:
+        listener, path = socket.socket(socket.AF_UNIX), str(tmp_path / "s")
+        with unix_socket.reachable(path) as name:
+            listener.bind(name)
+        listener.listen()
+        address = Address(machine_id(), path, "127.0.0.1", 1)
+    with listener:
+        yield listener, address
+
+
+ANSWERS = {  # what somebody without the secret can say to a caller's reply
+    "welcome": lambda reply: WELCOME,
+    "any proof": lambda reply: WELCOME + bytes(PROOF_BYTES),
+    "the caller's own proof": lambda reply: WELCOME + reply[GREETING_BYTES:],
+    "a shared buffer's offer": lambda reply: bytes(len(WELCOME)) + bytes(PROOF_BYTES),
+}
+
+
+@pytest.mark.parametrize("said", ANSWERS)
+def test_who_does_not_know_the_secret_gets_no_rows_and_is_not_believed(impostor, said):
+    (listener, address), heard = impostor, []
+
+    def pretend():
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(handshake.greeting())
+            reply = sock.recv(REPLY_BYTES, socket.MSG_WAITALL)
+            sock.sendall(ANSWERS[said](reply))
+            sock.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionResetError):
+                heard.append(sock.recv(1 << 16))
+
+    thread = threading.Thread(target=pretend)
+    thread.start()
+    with pytest.raises((BadFrame, EOFError)):
+        Connection(address, SECRET, soon())
+    thread.join()
+    assert b"".join(heard) == b"", "nothing was sent after the caller's proof"
+
+
+def test_a_proof_that_is_relayed_from_another_address_is_wrong(port):
+    """Somebody sits where a shard was, and has each side prove itself to the other."""
+    with socket.create_server(("127.0.0.1", 0)) as relay:
+        address = Address("elsewhere", "", *relay.getsockname())
+
+        def pass_on():
+            here, _ = relay.accept()
+            with here, port.stranger() as there:
+                here.sendall(there.recv(GREETING_BYTES, socket.MSG_WAITALL))
+                there.sendall(here.recv(REPLY_BYTES, socket.MSG_WAITALL))
+                here.sendall(there.recv(1 << 16))
+
+        thread = threading.Thread(target=pass_on)
+        thread.start()
+        with pytest.raises(BadFrame, match="another address than the caller meant"):
+            Connection(address, SECRET, soon())
+        thread.join()
+
+
+def test_a_proof_is_of_one_role_one_address_and_one_pair_of_nonces():
+    one, other = handshake.greeting(), handshake.greeting()
+    asked = [
+        (SECRET, "shard", "tcp:a:1", one, other),
+        (SECRET, "caller", "tcp:a:1", one, other),
+        (SECRET, "caller", "tcp:a:11", one, other),
+        (SECRET, "caller", "tcp:a:1", other, one),
+        (SECRET, "caller", "tcp:a:1", one, one),
+        (b"x" * 32, "caller", "tcp:a:1", one, other),
+    ]
+    assert len({handshake.proof(*each) for each in asked}) == len(asked)
+
+
+def test_another_version_is_named(port):
+    with port.stranger() as sock:
+        sock.recv(GREETING_BYTES, socket.MSG_WAITALL)
+        sock.sendall(b"TRH\x01".ljust(REPLY_BYTES, b"\0"))
+        head = Header.unpack(sock.recv(len(WELCOME), socket.MSG_WAITALL))
+        assert b"TRH" in sock.recv(head.payload_bytes, socket.MSG_WAITALL)
+
+
+# -- what strangers cost
+
+
+def test_a_crowd_of_strangers_takes_no_thread_and_holds_up_nobody(port):
+    before = threading.active_count()
+    with ExitStack() as stack:
+        crowd = []
+        for _ in range(4 * door.MAX_GREETED):
+            crowd.append(stack.enter_context(port.stranger()))
+            if len(crowd) % 50 == 0:
+                port.is_well()
+        port.is_well()
+        assert threading.active_count() <= before + 1
+        assert num_serving() <= 1
+        for sock in crowd[: door.MAX_GREETED]:  # who came first was sent away first
+            assert len(sock.recv(GREETING_BYTES + 1, socket.MSG_WAITALL)) <= GREETING_BYTES
+        crowd[-1].sendall(b"x")  # the last one is still heard
+        assert len(crowd[-1].recv(GREETING_BYTES, socket.MSG_WAITALL)) == GREETING_BYTES
+
+
+def greeted(path, user):
+    """A process of that user connects; -> how many bytes it is greeted with, or its error."""
+    back, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(user)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(path)
+                os.write(there, str(len(sock.recv(100))).encode())
+        except OSError as error:
+            os.write(there, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(there)
+    with open(back, "rb") as said:
+        return said.read().decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_other_users_do_not_reach_the_socket_and_are_not_greeted(port):
+    assert greeted(port.address.path, 0) == str(GREETING_BYTES)
+    assert greeted(port.address.path, NOBODY) == "PermissionError"
+    folder = tempfile.mkdtemp()
+    try:
+        os.chmod(folder, 0o755)
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(f"{folder}/s")
+        os.chmod(f"{folder}/s", 0o777)
+        unix.listen()
+        opened = Door({"unix:s": unix}, SECRET, lambda sock: None)
+        assert greeted(f"{folder}/s", 0) == str(GREETING_BYTES)
+        assert greeted(f"{folder}/s", NOBODY) == "0"
+        opened.close()
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_caller_asks_whose_socket_it_is(port, monkeypatch):
+    """As seen by another user's process; root's sockets are everybody's to believe."""
+    monkeypatch.setattr(handshake.os, "geteuid", lambda: 4242)
+    if os.getuid() == 0:
+        Connection(port.address, SECRET, soon()).wire.close()
+    else:
+        with pytest.raises(BadFrame, match="belongs to user"):
+            Connection(port.address, SECRET, soon())
+
+
+# -- the socket's file
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """A folder for temporary files whose name alone is longer than a socket's address may be."""
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_a_socket_lies_in_a_folder_of_its_user_and_goes_with_its_server(temporary):
+    port = Port()
+    (path,) = files(temporary)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert str(path) == port.address.path
+    Connection(port.address, SECRET, soon()).wire.close()
+    port.server.close()
+    assert files(temporary) == []
+    with pytest.raises(OSError, match="No such file"):
+        Connection(port.address, SECRET, soon())
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(temporary):
+    script = "import os; from actors.dataplane import unix_socket; unix_socket.listen(1); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(temporary)})
+    assert len(files(temporary)) == 1
+    one, kept = unix_socket.listen(1)
+    other, also = unix_socket.listen(1)
+    assert files(temporary) == sorted([kept, also]), "the living one's stays"
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda folder: folder.chmod(0o755), lambda folder: folder.rename(folder.parent / "b")]
+)
+def test_a_folder_that_is_not_ours_alone_is_not_used(temporary, spoil):
+    sock, path = unix_socket.listen(1)
+    sock.close()
+    folder = path.parent
+    spoil(folder)
+    if not folder.exists():
+        folder.symlink_to(folder.parent / "b")
+    sock, path = unix_socket.listen(1)
+    sock.close()
+    assert path.parent != folder
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_files_of_another_mount_namespace_are_not_looked_for(port, monkeypatch):
+    """Containers that share a network have their own files: TCP, then."""
+    assert str(Path("/proc/self/ns/mnt").readlink()) in machine_id()
+    monkeypatch.setattr(client, "machine_id", lambda: "another container")
+    connection = Connection(replace(port.address, path="/nowhere"), SECRET, soon())
+    assert connection.ways[0] == "TCP"
+    connection.wire.close()
