@@ -1,7 +1,7 @@
 """Frontend that both edges share: prompts into token ids, requests into an engine, one place for limits, deadlines and health.
 
-Decisions: errors are raised, never sent as a Delta; a stream ends with a finish reason or with an exception. Long texts
-are tokenised in a thread, so that one large prompt does not stall every stream.
+Decisions: errors are raised, never sent as a Delta; a stream ends with a finish reason or with an exception. Work whose size
+a client chooses is done in a thread where it is large, so that one request does not stall every stream.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from serving.limits import Admission
@@ -24,7 +24,8 @@ from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serving")
 Message = dict[str, str]
-INLINE_CHARS = 4096  # about a millisecond of tokenising
+T = TypeVar("T")
+INLINE_CHARS = INLINE_IDS = 4096  # about a millisecond of tokenising
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
 
 
@@ -51,6 +52,11 @@ class EngineClient(Protocol):
 
 def new_request_id() -> str:
     return uuid4().hex
+
+
+async def off_loop(is_large: bool, work: Callable[..., T], *arguments: Any) -> T:
+    """Result of work that would stall every stream where it is large: then in a thread."""
+    return await asyncio.to_thread(work, *arguments) if is_large else work(*arguments)
 
 
 class Frontend:
@@ -88,9 +94,7 @@ class Frontend:
         limit = MAX_CHARS_PER_TOKEN * self.info.max_model_len
         if len(text) > limit:
             raise PromptTooLong(f"the prompt has {len(text)} characters; this model takes at most {limit}. Shorten it.")
-        if len(text) <= INLINE_CHARS:
-            return self.tokenizer.encode(text, add_special)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special)
+        return await off_loop(len(text) > INLINE_CHARS, self.tokenizer.encode, text, add_special)
 
     async def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special: bool = False
@@ -114,18 +118,28 @@ class Frontend:
             eos_token=own.eos_token,
         )
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return await off_loop(len(token_ids) > INLINE_IDS, self._decode, token_ids)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         self.check_ids(token_ids, "tokens")
         return self.tokenizer.decode(list(token_ids))
 
     def check_ids(self, token_ids: Sequence[int], param: str = "prompt") -> None:
         size = self.tokenizer.vocab_size
-        bad = next((i for i in token_ids if not 0 <= i < size), None)
-        if bad is not None:
-            raise InvalidRequest(f"{param} has token id {bad}; ids are 0 to {size - 1}", param=param)
+        for bad in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= bad < size:
+                raise InvalidRequest(f"{param} has token id {bad}; ids are 0 to {size - 1}", param=param)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse what the engine would refuse too, before it costs anything."""
+        self.check_length(prompt_ids)
+        self.check_ids(prompt_ids)
+        self.check_ids(tuple(params.logit_bias), "logit_bias")
+        self.check_ids(params.stop_token_ids, "stop_token_ids")
+
+    def check_length(self, prompt_ids: Sequence[int]) -> None:
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
         limit = self.info.max_model_len
@@ -135,9 +149,6 @@ class Frontend:
                 "Shorten the prompt or serve with a larger engine.max_model_len.",
                 param="prompt",
             )
-        self.check_ids(prompt_ids)
-        self.check_ids(tuple(params.logit_bias), "logit_bias")
-        self.check_ids(params.stop_token_ids, "stop_token_ids")
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that may follow this prompt; at least 1, so that the error about its length is the engine's."""

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trinity.errors import Overloaded, Unavailable
+from trinity.errors import InvalidRequest, Overloaded, Unavailable
 
 
 class Admission:
@@ -19,6 +19,19 @@ class Admission:
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def share(self) -> int:
+        """The most that one request may hold: a quarter."""
+        return max(1, self.limit // 4)
+
+    def check(self, num: int) -> None:
+        """Raise InvalidRequest for a request that would hold so many slots that others find none."""
+        if num > self.share:
+            raise InvalidRequest(
+                f"{num} sequences (prompts x n) in one request; {self.share} are taken, a quarter of "
+                "serve.max_concurrent_requests. Send several requests."
+            )
 
     @contextmanager
     def slot(self) -> Iterator[None]:

@@ -52,6 +52,18 @@ LONGEST = (  # by `pytest --durations=0` of each; where two sides share the file
 )
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """Files go out one by one; those that want Ray to one side, which waits for processes while the other computes."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "ray" if "ray_session" in (config.rootpath / file).read_text() else file
+
+    return Files(config, log)
+
+
 WANT_RAY = pytest.StashKey[set[Path]]()
 
 

@@ -68,7 +68,7 @@ class InferenceServicer(rpc.InferenceServicer):
 
     @guarded
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=self.front.decode(request.token_ids))
+        return pb.DetokenizeResponse(text=await self.front.decode(request.token_ids))
 
     async def _prompt(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         kind = request.WhichOneof("prompt")

@@ -6,7 +6,7 @@ changed within one, its choice says so: a chunk has `weights_version`, a whole c
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,43 @@ from trinity.text.detokenizer import token_bytes, token_text
 from trinity.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+NESTED = 4  # the answer, its choices, one of them, its log-probabilities: below these lie the long lists
+LISTED = 64
+LOGPROB_BYTES = 64  # about
 
 
 def sse(event: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def encoded(tree: dict[str, Any]) -> bytes:
+    """The JSON of a whole answer, a piece at a time: no call into C keeps other threads from running for long."""
+    return "".join(_pieces(tree, NESTED)).encode()
+
+
+def _pieces(tree: Any, depth: int) -> Iterator[str]:
+    if not tree or not isinstance(tree, dict | list):
+        yield _json(tree)
+    elif depth and isinstance(tree, dict):
+        for i, (key, value) in enumerate(tree.items()):
+            yield f"{',' if i else '{'}{_json(key)}:"
+            yield from _pieces(value, depth - 1)
+        yield "}"
+    elif depth:
+        for i, value in enumerate(tree):
+            yield "," if i else "["
+            yield from _pieces(value, depth - 1)
+        yield "]"
+    elif isinstance(tree, list):
+        for i in range(0, len(tree), LISTED):
+            yield ("," if i else "[") + _json(tree[i : i + LISTED])[1:-1]
+        yield "]"
+    else:
+        yield _json(tree)
+
+
+def _json(tree: Any) -> str:
+    return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass
@@ -29,6 +62,11 @@ class Choice:
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     last: Delta | None = None
+
+    @property
+    def size(self) -> int:
+        """About as many bytes as it will have."""
+        return len(self.text) + LOGPROB_BYTES * sum(1 + len(position.top) for position in self.logprobs)
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text

@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import trinity
 from serving.access import Access
 from serving.errors import RouteError, openai_body, to_typed
-from serving.frontend import Frontend, new_request_id, now_s
+from serving.frontend import Frontend, new_request_id, now_s, off_loop
 from serving.http import schema
 from serving.http.edge import REQUEST_ID, Edge, error_response
-from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, sse, usage
+from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.page import dashboard
 from serving.streams import merge
 from trinity.engine.request import Delta, SamplingParams
@@ -28,6 +28,7 @@ from trinity.errors import InvalidRequest, TrinityError, Unavailable
 Handler = Callable[[Frontend, Request], Awaitable[Response]]
 Events = AsyncGenerator[tuple[int, Delta], None]
 M = TypeVar("M", bound=schema.Strict)
+INLINE_BYTES = 64 << 10  # some milliseconds of reading or writing JSON
 
 
 @dataclass(frozen=True)
@@ -57,27 +58,34 @@ class EventStream(Response):
 async def completions(front: Frontend, request: Request) -> Response:
     body = await parse(schema.CompletionRequest, request)
     front.check_model(body.model)
-    prompts = [
-        await front.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-        for prompt in body.prompts()
-    ]
+    given = body.prompts()
+    front.admission.check(len(given) * body.n)
+    prompts = [await _ids(front, prompt, body.add_special_tokens) for prompt in given]
     jobs = [
         GenerationRequest(ids, body.params(body.max_tokens, body.logprobs, sample))
         for ids in prompts
         for sample in range(body.n)
     ]
-    echoes = [_echo(front, prompt) if body.echo else "" for prompt in body.prompts() for _ in range(body.n)]
+    echoes = [await _echo(front, prompt) if body.echo else "" for prompt in given for _ in range(body.n)]
     form = CompletionFormat(front.tokenizer, body.logprobs is not None, echoes)
     return await respond(front, request, body, jobs, form)
 
 
-def _echo(front: Frontend, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else front.decode(prompt)
+async def _ids(front: Frontend, prompt: str | list[int], add_special: bool) -> list[int]:
+    if isinstance(prompt, str):
+        return await front.encode(prompt, add_special)
+    front.check_length(prompt)
+    return prompt
+
+
+async def _echo(front: Frontend, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else await front.decode(prompt)
 
 
 async def chat_completions(front: Frontend, request: Request) -> Response:
     body = await parse(schema.ChatRequest, request)
     front.check_model(body.model)
+    front.admission.check(body.n)
     messages = [message.flat() for message in body.messages]
     ids = await front.encode_chat(messages, body.add_generation_prompt, body.add_special_tokens)
     limit = body.limit or front.room(ids)
@@ -100,9 +108,14 @@ async def respond(
     async with aclosing(events):
         async for index, delta in events:
             choices[index].add(delta)
+    is_large = sum(choice.size for choice in choices) > INLINE_BYTES
+    return Response(await off_loop(is_large, _whole, form, envelope, choices, body.n), media_type="application/json")
+
+
+def _whole(form: Format, envelope: Envelope, choices: list[Choice], n: int) -> bytes:
     last = [_last(choice) for choice in choices]
     full = [form.full(choice) for choice in choices]
-    return JSONResponse(envelope.wrap(form.whole, full, max(d.version for d in last), usage=usage(last, body.n)))
+    return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), usage=usage(last, n)))
 
 
 def _last(choice: Choice) -> Delta:
@@ -153,7 +166,7 @@ async def tokenize(front: Frontend, request: Request) -> Response:
 async def detokenize(front: Frontend, request: Request) -> Response:
     body = await parse(schema.DetokenizeRequest, request)
     front.check_model(body.model)
-    return JSONResponse({"prompt": front.decode(body.tokens)})
+    return JSONResponse({"prompt": await front.decode(body.tokens)})
 
 
 async def models(front: Frontend, request: Request) -> Response:
@@ -278,4 +291,5 @@ async def parse(kind: type[M], request: Request) -> M:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise RouteError(f"the body's content type is {content_type[:100]!r}; send application/json", 415)
-    return schema.parse(kind, await request.body())
+    given = await request.body()
+    return await off_loop(len(given) > INLINE_BYTES, schema.parse, kind, given)

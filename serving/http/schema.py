@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trinity.engine.request import SamplingParams
+from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
 MAX_N = 16
 MAX_PROMPTS = 64
+MAX_MESSAGES = 1024
 INT64 = 2**63
 
 IGNORED = {
@@ -60,6 +61,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# The first complaint ends the check: of a million wrong elements nobody reads the second.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 OURS = {"trace"}  # for programs in the engine's process, not for clients
 SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"} - OURS
 
@@ -96,7 +100,7 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     max_tokens: int = Field(default=16, ge=1, le=2**31)
     echo: bool = False
     add_special_tokens: bool = True
@@ -120,7 +124,7 @@ class TextPart(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(default=None, description="ignored: templates do not show it")
 
     def flat(self) -> dict[str, str]:
@@ -132,7 +136,7 @@ class ChatMessage(Strict):
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
     logprobs: bool = False
@@ -155,7 +159,9 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1024)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = Field(
+        default=None, min_length=1, max_length=MAX_MESSAGES
+    )
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
 
@@ -164,7 +170,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 M = TypeVar("M", bound=Strict)
@@ -186,7 +192,7 @@ def parse(kind: type[M], body: bytes) -> M:
 def sampling_params(fields: dict[str, Any]) -> SamplingParams:
     """SamplingParams from fields as clients write them: logit_bias with text keys, top_k -1 for off. For both edges."""
     bias = fields.get("logit_bias")
-    if isinstance(bias, dict):
+    if isinstance(bias, dict) and len(bias) <= MAX_LISTED_TOKENS:
         if not all(re.fullmatch("[0-9]{1,10}", str(key)) for key in bias):
             raise InvalidRequest("logit_bias: keys must be token ids", param="logit_bias")
         fields = {**fields, "logit_bias": {int(key): value for key, value in bias.items()}}

@@ -41,6 +41,7 @@ MAX_JSON_BYTES = 256 << 20
 MAX_HEADER_BYTES = 32 << 20
 HASH_AHEAD_BYTES = 4 << 30
 MAX_NAME_BYTES = 255
+SMALL_BYTES = 256 << 20
 
 
 class Checkpoint:
@@ -57,6 +58,7 @@ class Checkpoint:
                 self._verified(file)
         self.config: ModelConfig = read_config({**_read_json(self._verified("config.json")), **self._ends()}, self.path)
         self.weight_map = self._weight_map()
+        self._check_size()
         self._open: dict[str, Any] = {}
 
     def _ends(self) -> dict[str, Any]:
@@ -216,6 +218,22 @@ class Checkpoint:
                 f'or take "manifest" out of the metadata in {index.name} to load files that nobody has checked'
             )
 
+    def _check_size(self) -> None:
+        """Refuse numbers that the files cannot hold, before anything large is made by them."""
+        config = self.config
+        experts = len(config.moe_layers) * config.num_experts * config.expert_params
+        least = (config.vocab_size * config.hidden_size + experts) * min(dtype.itemsize for dtype in STORED)
+        files = [self.path / file for file in set(self.weight_map.values())]
+        with _reading(self.path):
+            found = sum(
+                path.stat().st_size for path in files if path.is_file()
+            )  # one that is not is named when it is read
+        if least > found + SMALL_BYTES:  # what lacks a tensor is told which
+            raise CheckpointError(
+                f"{self.path}/config.json tells of {least:,} bytes of embeddings and experts at least; the files that "
+                f"the tensors are in have {found:,}: is this a complete checkpoint?"
+            )
+
     def _weight_map(self) -> dict[str, str]:
         index, single = self.path / INDEX, self.path / SINGLE
         if index.is_file():
@@ -286,8 +304,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in tree if keys.count(key) > 1)!r} is there twice")
+        seen = set[str]()
+        raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")  # type: ignore[func-returns-value]
     return tree
 
 

@@ -7,7 +7,7 @@ nothing else is known of a model outside trinity/models/. A mapping without `mod
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,15 @@ from trinity.config.yaml import Frozen
 from trinity.errors import ConfigError
 
 FIRST_FAMILY = "afmoe"
+# Far above any model that is known, and below what would hurt before it is found out to be nonsense.
+MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 1 << 12, 1 << 16, 1 << 24
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]  # of a tensor along one dimension
+Tokens = Annotated[int, Field(gt=0, le=1 << 40)]
+TokenId = Annotated[int, Field(ge=-1, lt=MAX_SIZE)]  # -1: some say so where there is none
+EndIds = TokenId | Annotated[tuple[TokenId, ...], Field(max_length=1 << 10, fail_fast=True)] | None
+Layers = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+Positive = Annotated[float, Field(gt=0)]
+Epsilon = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -43,24 +52,24 @@ class LayerCache:
         return self.num_heads * (self.key_dim + self.own_value_dim)
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Frozen, allow_inf_nan=False):
     """Base of every family's architecture. Field names are those of its Hugging Face `config.json` where it has one."""
 
     families: ClassVar[dict[str, type["ModelConfig"]]] = {}
 
     model_type: str
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0, description="hidden size of one routed expert")
-    num_hidden_layers: int = Field(gt=0)
-    num_experts: int = Field(gt=0, description="routed experts of a layer that has any")
+    vocab_size: Size
+    hidden_size: Size
+    moe_intermediate_size: Size = Field(description="hidden size of one routed expert")
+    num_hidden_layers: Layers = Field(gt=0)
+    num_experts: int = Field(gt=0, le=MAX_EXPERTS, description="routed experts of a layer that has any")
     num_experts_per_tok: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = Field(
+    max_position_embeddings: Tokens
+    bos_token_id: TokenId | None = None
+    eos_token_id: EndIds = Field(
         default=None, description="what ends a text; of several, the first ends the documents of a training run"
     )
-    pad_token_id: int | None = None
+    pad_token_id: TokenId | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_invariant: bool = Field(
         default=True,

@@ -1,6 +1,7 @@
 """Plain nested settings from YAML files and `--dotted.flags`, merged and not yet checked; and the base of what checks them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ class _Unique(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is there twice", node.start_mark)
+        if twice := next((key for key, num in Counter(filter(_is_hashable, keys)).items() if num > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _is_hashable(key: Any) -> bool:
+    """Say whether the loader takes it as a key: not a list or a mapping, which it refuses by name."""
+    return isinstance(key, Hashable)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Decision: text is a function of the tokens alone, so what a request gets does no
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, ValidationError, field_validator
@@ -43,15 +43,15 @@ class SamplingParams(Frozen, strict=True):
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: tuple[str, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=MAX_LISTED_TOKENS)
+    stop: Annotated[tuple[str, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_STOP_STRINGS)
+    stop_token_ids: Annotated[tuple[int, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_LISTED_TOKENS)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     trace: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
-    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LISTED_TOKENS)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     version_policy: VersionPolicy = "live"
 
     @field_validator("stop", "stop_token_ids", mode="before")
@@ -59,6 +59,14 @@ class SamplingParams(Frozen, strict=True):
     def _to_tuple(cls, value: Any) -> Any:
         """One stop string may come alone; lists are what JSON has."""
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any) -> Any:
+        """Refuse too many before any is looked at."""
+        if isinstance(value, dict) and len(value) > MAX_LISTED_TOKENS:
+            raise ValueError(f"{len(value)} biases; up to {MAX_LISTED_TOKENS} are taken")
+        return value
 
     @field_validator("stop")
     @classmethod

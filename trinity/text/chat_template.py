@@ -1,24 +1,26 @@
 """Chat templates: a conversation as the text that a model was trained on.
 
-Decision: a chat template is a program that comes with a checkpoint: it runs sandboxed, with bounded lines and output.
+Decision: a chat template is a program that comes with a checkpoint. It runs in processes of its own (template_worker.py), which
+may use so much memory and time; they are kept, so that a chat costs a fraction of a millisecond more than in this one.
 """
 
-import datetime
 import json
+import os
+import queue
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
-
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trinity.errors import InvalidRequest
 from trinity.text.special_tokens import BOS, EOS
+from trinity.text.template_worker import LENGTH
 
-MAX_TEMPLATE_CHARS, MAX_TEMPLATE_LINES = 4 << 20, 1_000_000
+NUM_WORKERS, CPU_S = 2, 2.0
+WORKER = Path(__file__).with_name("template_worker.py")
 CHATML = r"""{{- bos_token }}
 {%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -54,78 +56,70 @@ def render_chat(
     eos_token: str = EOS,
 ) -> str:
     """The prompt of a chat, as transformers' `apply_chat_template`; encode it without `add_special`. The template must
-    come from the checkpoint. Raises InvalidRequest for what the template refuses, and beyond 4 MiB characters of
-    output or a million executed lines."""
-    values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-    try:
-        with _bounded_lines(MAX_TEMPLATE_LINES):
-            pieces = _compile(template).generate(**values, bos_token=bos_token, eos_token=eos_token)
-            return _join(pieces, MAX_TEMPLATE_CHARS)
-    except InvalidRequest:
-        raise
-    except Exception as error:  # a template is a foreign program: it can raise anything
-        raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from None
+    come from the checkpoint. Blocks; safe from any thread. Raises InvalidRequest for what the template refuses, and where it
+    exceeds 4 MiB characters of output, 512 MiB of memory or 2 s of processor time."""
+    chat = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
+    values = {**chat, "bos_token": bos_token, "eos_token": eos_token}
+    reply = _workers().ask({"template": template, "values": values})
+    if "text" in reply:
+        return reply["text"]
+    raise InvalidRequest(f"the chat template refused the messages: {reply['error']}", param="messages")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Sandbox without writes, without attributes of Python's, and no `*` that could make a gigabyte of one character."""
+class _Worker:
+    """One such process; started when it is first asked, and again when it was ended. It ends by itself when this one does."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not all(isinstance(side, int | float) for side in (left, right)):
-            raise TemplateError(f"{operator} is only allowed to multiply numbers")
-        return left * right
+    def ask(self, request: bytes) -> bytes | None:
+        """-> its reply, or None where it has ended over the question."""
+        reply = None
+        try:
+            with suppress(BrokenPipeError):
+                reply = self._exchange(request)
+        finally:
+            if reply is None and self._process is not None:  # ended, or left in the middle of a frame
+                self._process.kill()
+                self._process.communicate()
+                self._process = None
+        return reply
 
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
-    return environment.from_string(template)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """Plain JSON: jinja's own filter escapes for HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def _join(pieces: Iterator[str], limit: int) -> str:
-    done, size = [], 0
-    for piece in pieces:
-        done.append(piece)
-        size += len(piece)
-        if size > limit:
-            raise InvalidRequest(f"the rendered chat exceeds {limit:,} characters; shorten it", param="messages")
-    return "".join(done)
+    def _exchange(self, request: bytes) -> bytes | None:
+        if self._process is None:  # nothing of this process's environment is its business
+            command, pipe = [sys.executable, "-I", str(WORKER), str(CPU_S)], subprocess.PIPE
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env={}, cwd="/"
+            )
+        source, target = self._process.stdout, self._process.stdin
+        assert source is not None
+        assert target is not None
+        target.write(LENGTH.pack(len(request)) + request)
+        target.flush()
+        head = source.read(LENGTH.size)
+        return source.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else None
 
 
-@contextmanager
-def _bounded_lines(limit: int) -> Iterator[None]:
-    """Stop a template after `limit` executed lines. Tracing, because a loop without output offers no other hook."""
-    left = limit
+class _Workers:
+    """Some of them; who asks while all are busy waits."""
 
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != "<template>":
-            return None
-        left -= 1
-        if left < 0:
-            raise InvalidRequest(f"the chat template ran {limit:,} lines; send fewer messages", param="messages")
-        return trace
+    def __init__(self, num: int):
+        self._idle = queue.SimpleQueue[_Worker]()
+        for _ in range(num):
+            self._idle.put(_Worker())
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+        worker = self._idle.get()
+        try:
+            reply = worker.ask(json.dumps(request).encode())
+        finally:
+            self._idle.put(worker)
+        return {"error": f"it ran for {CPU_S:g} s and longer"} if reply is None else json.loads(reply)
+
+
+@cache
+def _workers() -> _Workers:
+    return _Workers(NUM_WORKERS)
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # two processes would read from one pipe

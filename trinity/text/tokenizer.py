@@ -24,6 +24,8 @@ from trinity.text.special_tokens import BOS, EOS, MARKERS, PAD, SPECIALS
 
 SAMPLE_CHARS = 20_000_000
 PIECE_CHARS = 1 << 20
+MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary that is known; a table has an entry for each
+MAX_FILE_BYTES = 256 << 20
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -115,6 +117,8 @@ class Tokenizer:
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; a checkpoint folder needs its tokenizer.json")
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise CheckpointError(f"{file} has {size:,} bytes; a tokenizer may have {MAX_FILE_BYTES:,}")
         try:
             core = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
         except Exception as error:  # the library raises bare Exception
@@ -174,7 +178,12 @@ def _token_bytes(core: tokenizers.Tokenizer) -> list[bytes]:
     byte_of = _byte_alphabet()
     added = {i: token.content for i, token in core.get_added_tokens_decoder().items()}
     vocabulary = core.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    highest = max(vocabulary.values(), default=-1)
+    if highest >= MAX_TOKENS:
+        raise CheckpointError(
+            f"tokenizer has token id {highest:,} for {len(vocabulary):,} tokens; ids below {MAX_TOKENS:,} are taken"
+        )
+    table = [b""] * (highest + 1)
     for token, i in vocabulary.items():
         known = [byte_of[char] for char in takewhile(byte_of.__contains__, token)]
         table[i] = bytes(known) if len(known) == len(token) and i not in added else token.encode("utf-8")

@@ -1,10 +1,22 @@
 """The numbers of an AFMoE architecture, with the field names of its Hugging Face `config.json`."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trinity.config.model import LayerCache, ModelConfig
+from trinity.config.model import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    EndIds,
+    Epsilon,
+    LayerCache,
+    Layers,
+    ModelConfig,
+    Positive,
+    Size,
+    TokenId,
+    Tokens,
+)
 from trinity.models.common.shapes import check_heads, grouped_cache
 
 LayerType = Literal["sliding_attention", "full_attention"]
@@ -14,22 +26,22 @@ class AfmoeConfig(ModelConfig):
     """Arcee's Trinity models: Nano, Mini, Large."""
 
     model_type: Literal["afmoe"] = "afmoe"
-    intermediate_size: int = Field(gt=0)
-    num_dense_layers: int = Field(ge=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    num_shared_experts: int = Field(ge=0)
+    intermediate_size: Size
+    num_dense_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    num_shared_experts: int = Field(ge=0, le=MAX_EXPERTS)
     route_scale: float
-    sliding_window: int = Field(gt=0)
+    sliding_window: Tokens
     global_attn_every_n_layers: int = Field(default=4, gt=0)
-    layer_types: tuple[LayerType, ...] = ()
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    layer_types: Annotated[tuple[LayerType, ...], Field(max_length=MAX_LAYERS, fail_fast=True)] = ()
+    rope_theta: Positive = 10000.0
+    rms_norm_eps: Epsilon = 1e-5
     mup_enabled: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | tuple[int, ...] | None = 3
-    pad_token_id: int | None = 12
+    bos_token_id: TokenId | None = 0
+    eos_token_id: EndIds = 3
+    pad_token_id: TokenId | None = 12
 
     @model_validator(mode="before")
     @classmethod
@@ -38,7 +50,9 @@ class AfmoeConfig(ModelConfig):
         if not isinstance(data, dict):
             return data
         num, every = data.get("num_hidden_layers"), data.get("global_attn_every_n_layers", 4)
-        if isinstance(num, int) and isinstance(every, int) and every > 0 and not data.get("layer_types"):
+        if data.get("layer_types") or not (isinstance(num, int) and isinstance(every, int)):
+            return data
+        if num <= MAX_LAYERS and every > 0:  # else it is refused below
             kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num)]
             data = {**data, "layer_types": tuple(kinds)}
         return data

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trinity.config.model import LayerCache, ModelConfig
+from trinity.config.model import MAX_EXPERTS, Epsilon, LayerCache, Layers, ModelConfig, Positive, Size
 from trinity.models.common.shapes import check_heads, grouped_cache
 
 
@@ -12,12 +12,12 @@ class Glm4MoeConfig(ModelConfig):
     """Sigmoid routing with a correction bias and groups, shared experts, first layers dense, part of a head rotated."""
 
     model_type: Literal["glm4_moe"] = "glm4_moe"
-    intermediate_size: int = Field(gt=0)
-    num_dense_layers: int = Field(default=1, ge=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    num_shared_experts: int = Field(default=1, ge=0)
+    intermediate_size: Size
+    num_dense_layers: Layers = 1
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    num_shared_experts: int = Field(default=1, ge=0, le=MAX_EXPERTS)
     route_scale: float = 1.0
     norm_topk_prob: bool = True
     n_group: int = Field(default=1, gt=0, description="groups that experts are chosen from")
@@ -25,9 +25,9 @@ class Glm4MoeConfig(ModelConfig):
     use_qk_norm: bool = False
     attention_bias: bool = False
     partial_rotary_factor: float = Field(default=0.5, gt=0, le=1)
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = Field(default=0.02, gt=0)
+    rope_theta: Positive = 10000.0
+    rms_norm_eps: Epsilon = 1e-5
+    initializer_range: Positive = 0.02
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,0 +1,148 @@
+"""One client's giant: refused at its first mistake, or its own request is slow; nobody else stands still for it.
+
+The measure is what this machine needs to read the same bytes as JSON, once: a stall is so many times that, on any machine. What
+was here before stalled for hundreds of times as long, and took a thousand bytes for each element.
+"""
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from fake import FakeEngine
+
+from serving.http.openai import encoded
+from tests.waiting import WAIT_S
+from trinity.engine.request import Delta, TokenLogprobs
+
+MOST_READS = 40  # in which nobody else is heard
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def message(content):
+    return f'{{"messages":[{{"role":"user","content":{content}}}]}}'
+
+
+def many(piece, num, last=""):
+    return f"[{','.join([piece] * num + [last] * bool(last))}]"
+
+
+GIANTS = {  # -> path, body, status
+    "ids, the last one wrong": (COMPLETE, f'{{"prompt":{many("1", 990_000, chr(34) * 2)}}}', 400),
+    "ids, the first one wrong": (COMPLETE, f'{{"prompt":[1.5,{many("1", 990_000)[1:]}}}', 400),
+    "floats": (COMPLETE, f'{{"prompt":{many("1.5", 500_000)}}}', 400),
+    "objects": (COMPLETE, f'{{"prompt":{many("{}", 660_000)}}}', 400),
+    "texts and one number": (COMPLETE, f'{{"prompt":{many(chr(34) * 2, 600_000, "1")}}}', 400),
+    "lists of nothing": (COMPLETE, f'{{"prompt":{many("[]", 660_000)}}}', 400),
+    "lists of ids, one wrong": (COMPLETE, f'{{"prompt":{many("[1,2]", 300_000, "[[]]")}}}', 400),
+    "more ids than the model takes": (COMPLETE, f'{{"prompt":{many("1", 990_000)}}}', 400),
+    "content of numbers": (CHAT, message(many("1", 990_000)), 400),
+    "content of objects": (CHAT, message(many("{}", 600_000)), 400),
+    "messages of nothing": (CHAT, f'{{"messages":{many("{}", 600_000)}}}', 400),
+    "messages that are numbers": ("/tokenize", f'{{"messages":{many("1", 990_000)}}}', 400),
+    "content of numbers to be counted": ("/tokenize", message(many("1", 990_000)), 400),
+    "ids to be read": ("/detokenize", f'{{"tokens":{many("1", 990_000)}}}', 200),
+    "ids to be read, the last one wrong": ("/detokenize", f'{{"tokens":{many("1", 990_000, "-1")}}}', 400),
+    "stop strings": (COMPLETE, f'{{"prompt":"a","stop":{many(chr(34) * 2, 600_000)}}}', 400),
+    "stop ids": (COMPLETE, f'{{"prompt":"a","stop_token_ids":{many("{}", 600_000)}}}', 400),
+    "biases": (COMPLETE, f'{{"prompt":"a","logit_bias":{json.dumps(dict.fromkeys(range(130_000), "x"))}}}', 400),
+    "unknown fields": (COMPLETE, json.dumps({"prompt": "a"} | {f"n{i}": 1 for i in range(120_000)}), 400),
+}
+
+
+@asynccontextmanager
+async def standstill():
+    """-> a list with the longest time in which this thread's event loop, which is the server's too, did nothing else."""
+    longest, ended = [0.0], False
+
+    async def watch():
+        before = time.perf_counter()
+        while not ended:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            longest[0], before = max(longest[0], now - before), now
+
+    watching = asyncio.create_task(watch())
+    yield longest
+    ended = True
+    await watching
+
+
+@pytest.mark.parametrize("name", GIANTS)
+async def test_a_giant_body_stalls_nobody(server, http, name):
+    path, body, status = GIANTS[name]
+    assert len(body) < server.front.config.max_body_bytes
+    began = time.perf_counter()
+    json.loads(body)
+    once_s = time.perf_counter() - began
+    async with standstill() as longest:
+        answer = await http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text[:300]
+    assert len(answer.text) < 300 or status == 200
+    assert longest[0] < MOST_READS * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.0f} times reading it"
+
+
+async def test_one_request_never_holds_more_than_a_quarter_of_the_slots(start):
+    async with (
+        start(FakeEngine(), max_concurrent_requests=40) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+    ):
+        body = {"prompt": [[5]] * 5, "n": 2, "max_tokens": 2}
+        assert (await http.post(COMPLETE, json=body)).status_code == 200
+        for more in ({"n": 3}, {"prompt": [[5]] * 11, "n": 1}):
+            answer = await http.post(COMPLETE, json=body | more)
+            assert answer.status_code == 400
+            assert "10 are taken, a quarter" in answer.json()["error"]["message"]
+        answer = await http.post(CHAT, json={"messages": [{"role": "user", "content": "a"}], "n": 11})
+        assert answer.status_code == 400
+
+
+def test_answers_in_pieces_are_the_same_json():
+    trees = [
+        {"a": [], "b": {}, "c": [[]], "d": None, "e": [{}], "f": '\u00e9"', "g": [1.5, -0.0, 1e-30]},
+        {"choices": [{"logprobs": {"tokens": ["a"] * n, "top": [{"b": -1.5}] * n}} for n in (0, 1, 63, 64, 65, 200)]},
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "x", "bytes": [1]}] * 20}] * 130}}] * 3},
+    ]
+    for tree in trees:
+        assert encoded(tree) == json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        encoded({"a": [float("nan")]})
+
+
+class Verbose(FakeEngine):
+    """As many log-probabilities as may be asked for."""
+
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):
+        top = tuple((i, -1.0 - i) for i in range(20))
+        for at in range(params.max_tokens):
+            last = at + 1 == params.max_tokens
+            yield Delta(
+                request_id,
+                "a",
+                (5,),
+                (TokenLogprobs(5, -1.0, top),),
+                "length" if last else None,
+                num_prompt_tokens=1,
+                num_generated_tokens=at + 1,
+            )
+
+
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+async def test_an_answer_of_megabytes_is_written_beside_other_work(start, path):
+    async with (
+        start(Verbose(max_model_len=4096)) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+    ):
+        given = {"prompt": "a", "logprobs": 20, "n": 4, "max_tokens": 2000}
+        if path == CHAT:
+            given |= {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20}
+            del given["prompt"]
+        async with standstill() as longest:
+            answer = await http.post(path, json=given)
+    began = time.perf_counter()
+    json.dumps(answer.json())
+    once_s = time.perf_counter() - began
+    assert len(answer.content) > 2 << 20
+    assert longest[0] < 2 * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times writing it"

@@ -1,0 +1,98 @@
+"""The process in which chat templates run: `python -I template_worker.py SECONDS`, one request after the other over its pipes.
+
+Decisions: a template is a program of whoever made the checkpoint. jinja's sandbox keeps it from this process's objects; memory
+and processor time are the kernel's to bound, because no list of the ways to waste them would be complete. A process that is
+out of time is ended by a signal, and its parent starts another. Without imports of ours: it starts in a tenth of a second, and
+nothing is in it that a template could want.
+
+A frame is a length (4 bytes, little-endian) and as much JSON: {"template": ..., "values": {...}} there, {"text": ...} or
+{"error": ...} back.
+"""
+
+import datetime
+import json
+import resource
+import signal
+import struct
+import sys
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+LENGTH = struct.Struct("<I")
+MEMORY_BYTES = 512 << 20
+MAX_CHARS = 4 << 20
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Sandbox without writes, without attributes of Python's, and without `*` and `**` of anything but small numbers, whose
+    one step could outlast all bounds."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or not all(isinstance(side, int | float) for side in (left, right)):
+            raise TemplateError(f"{operator} is only allowed to multiply numbers")
+        return left * right
+
+
+@lru_cache(maxsize=8)
+def compiled(template: str) -> Any:
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    return environment.from_string(template)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Plain JSON: jinja's own filter escapes for HTML, which a prompt is not."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    done, size = [], 0
+    for piece in compiled(template).generate(**values):
+        done.append(piece)
+        size += len(piece)
+        if size > MAX_CHARS:
+            raise TemplateError(f"the rendered chat exceeds {MAX_CHARS:,} characters; shorten it")
+    return "".join(done)
+
+
+def answer(request: dict[str, Any], cpu_s: float) -> dict[str, str]:
+    """A text, or why there is none. Where its processor time is up, SIGPROF ends this process."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        return {"text": render(request["template"], request["values"])}
+    except MemoryError:
+        return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
+    except Exception as error:  # a foreign program can raise anything
+        return {"error": str(error)[:1000]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def serve(source: BinaryIO, target: BinaryIO, cpu_s: float) -> None:
+    """Answer until the parent has gone."""
+    while len(head := source.read(LENGTH.size)) == LENGTH.size:
+        reply = json.dumps(answer(json.loads(source.read(*LENGTH.unpack(head))), cpu_s)).encode()
+        target.write(LENGTH.pack(len(reply)) + reply)
+        target.flush()
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
