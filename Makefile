@@ -20,7 +20,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 # Most tests wait for processes: two at a time take little more than half as long. A file stays on one side, and with it its Ray;
 # the files that take longest begin first (tests/conftest.py), so that both sides end together.
 test: setup
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: setup
 	$(BIN)/pytest -s -m chaos tests

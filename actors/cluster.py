@@ -9,6 +9,7 @@ from ray.exceptions import AuthenticationError
 from actors.sync import placement_watcher
 from trinity.config import ClusterConfig, TrainConfig, setup_environment
 from trinity.errors import ConfigError, Unauthenticated, Unavailable
+from trinity.utils.private import private_folder
 
 LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows; /dev/shm is small in containers
 
@@ -35,6 +36,7 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",  # Ray's own servers then listen on loopback only
+            _temp_dir=str(private_folder(is_short=True) / "ray"),  # its logs and sockets are nobody else's business
             namespace=cluster.namespace,
             num_cpus=cluster.num_cpus + wanted,
             resources={"train_slot": wanted} if wanted else None,

@@ -147,7 +147,7 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
     names = shard_names(settings.num_shards)
     table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)
     group = _reserve(settings)
-    plane = DataPlane(_data_host(settings), ray.get(service.secret.remote()), settings.num_threads_per_shard)
+    plane = DataPlane.of(settings, _data_host(settings), ray.get(service.secret.remote()))
     shards = shard_specs(table, spec.model, spec.optim, settings, spec.device)
     places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at) for at in range(len(shards))]
     actors = [start_shard(spec, plane, settings, namespace, at) for spec, at in zip(shards, places, strict=True)]

@@ -67,7 +67,8 @@ class ShardServer:
     def _listen(self, spec: ShardSpec, plane: DataPlane) -> DirectServer:
         limits = FrameLimits(spec.model.hidden_size, spec.model.num_experts, spec.dtype)
         host = ray.util.get_node_ip_address() if plane.host == "node" else plane.host
-        return DirectServer(self.combiner, limits, plane.secret, host, plane.num_threads, spec.device)
+        how = plane.num_threads, spec.device, plane.is_sealed
+        return DirectServer(self.combiner, limits, plane.secret, host, *how)
 
     def _recover(self) -> None:
         """Take up, after a restart, the state that was decided on last, from memory that outlived the process, or else from the

@@ -12,12 +12,38 @@ in constant time and appear in no log and no answer.
 """
 
 import hmac
+from collections.abc import Sequence
 from typing import Literal
+from urllib.parse import urlsplit
 
 from trinity.config import ServeConfig
-from trinity.errors import Unauthenticated
+from trinity.errors import InvalidRequest, Unauthenticated
 
 Access = Literal["open", "key", "admin"]
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def only(name: str, values: Sequence[str]) -> str | None:
+    """The one value of a header, if it is there. Raises InvalidRequest for two: a proxy may have read the other one."""
+    if len(values) > 1:
+        raise InvalidRequest(f"the request has {len(values)} {name} headers; send one")
+    return values[0] if values else None
+
+
+def check_host(host: str | None, config: ServeConfig) -> None:
+    """Raises InvalidRequest where no key is needed and the Host header is a name that is not this server's: a page of that
+    name, which a browser on this machine shows, would be asking (DNS rebinding)."""
+    if config.api_key is not None or host is None:
+        return
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name not in (*LOOPBACK, config.host, *config.allowed_hosts):
+        raise InvalidRequest(
+            f"this server is not called {host[:100]!r}; ask it by its address, "
+            "add the name to serve.allowed_hosts, or set a key"
+        )
 
 
 def key_matches(header: str | None, key: str) -> bool:

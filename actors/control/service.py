@@ -104,7 +104,7 @@ class PlacementService:
         """Look after the shards of the table from now on. Harmless when repeated."""
         if self._reconciler is None:
             self._files.set_data_host(data_host)
-            plane = DataPlane(data_host, self.secret(), self._state.settings.num_threads_per_shard)
+            plane = DataPlane.of(self._state.settings, data_host, self.secret())
             self._reconciler = Reconciler(self._state, plane)
             self._reconciler.start()
             self._is_supervised.set()
@@ -137,6 +137,10 @@ class PlacementService:
         return self._reconciler
 
 
+# Threads of the actor, and with it callers that may wait for news side by side. Ray makes all of them at once, and each takes
+# some 30 KB when a call first comes to it: a thousand grew for an hour.
+NUM_NEWS = 256
+
 PlacementActor = ray.remote(
-    max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64, concurrency_groups={"news": 1024}
+    max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64, concurrency_groups={"news": NUM_NEWS}
 )(PlacementService)

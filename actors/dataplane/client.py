@@ -21,6 +21,7 @@ from actors.dataplane import unix_socket
 from actors.dataplane.connection import CPU, Address, Wire, machine_id
 from actors.dataplane.frames import BadFrame, Calls, request, value_of
 from actors.dataplane.handshake import introduce, meant
+from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import agree, possible
 from trinity.dispatch.transport import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
@@ -44,7 +45,10 @@ class Connection:
         self._numbers = itertools.count(1)
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
-        introduce(self.wire, secret, meant(address, near), deadline_s)
+        transcript = introduce(self.wire, secret, meant(address, near), deadline_s)
+        if address.is_sealed and not near:
+            check_package()
+            self.wire = SealedWire(self.wire, secret, transcript, is_shard=False)
         buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
         self._min_bytes = math.inf if buffer is None else buffer.min_bytes
         log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
@@ -53,6 +57,7 @@ class Connection:
     def ways(self) -> tuple[str, str]:
         """Names of the ways rows travel: small ones, large ones."""
         small = "a Unix socket" if self.wire.sock.family == socket.AF_UNIX else "TCP"
+        small += ", sealed" * isinstance(self.wire, SealedWire)
         return small, small if self.wire.buffer is None else self.wire.buffer.name
 
     def send(self, call: Calls) -> int:

@@ -32,6 +32,7 @@ class Address:
     host: str
     port: int
     device: str = "cpu"  # what kind its experts are on
+    is_sealed: bool = False  # over TCP
 
 
 def machine_id() -> str:
@@ -59,7 +60,7 @@ class Wire:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanished says no goodbye
-        self.sock, self.device, self._staged = sock, device, device.type == "cuda"
+        self.sock, self.tick_s, self.device, self._staged = sock, tick_s, device, device.type == "cuda"
         self._head = bytearray(HEADER.size)
 
     def send(
@@ -67,7 +68,7 @@ class Wire:
     ) -> None:
         """Send all. With `on_readable`, what arrives is taken in meanwhile, so that two peers that send never wait for each
         other's full buffers; one side of a connection must do so."""
-        views = [header, *map(_memory, tensors)]
+        views = [header, *map(memory_of, tensors)]
         while True:
             try:
                 views = _after(views, self.sock.sendmsg(views, (), socket.MSG_DONTWAIT))
@@ -107,7 +108,7 @@ class Wire:
         else:
             arriving = buffers = header.buffers(None, self._staged)
         if header.payload_bytes:
-            self.receive([_memory(buffer) for buffer in arriving], deadline_s)
+            self.receive([memory_of(buffer) for buffer in arriving], deadline_s)
         if self._staged and header.kind < FAILURE:
             buffers[0] = buffers[0].to(self.device, non_blocking=True)
         return buffers
@@ -152,7 +153,7 @@ def _after(views: list[Any], done: int) -> list[Any]:
     return []
 
 
-def _memory(tensor: Tensor) -> Any:
+def memory_of(tensor: Tensor) -> Any:
     """The memory of a tensor as a contiguous array; a copy of it where it is on a GPU (pinned) or has gaps."""
     if tensor.requires_grad or not (tensor.is_cpu and tensor.is_contiguous()):
         source = tensor.detach()

@@ -20,6 +20,7 @@ from actors.dataplane.frames import BadFrame, refusal
 from actors.dataplane.handshake import REPLY_BYTES
 
 log = logging.getLogger(__name__)
+Admit = Callable[[socket.socket, str, bytes], None]
 HANDSHAKE_S = 5.0
 MAX_GREETED = 64
 ACCEPT_AGAIN_S = 0.1
@@ -38,9 +39,11 @@ class Guest:
 
 class Door:
     """Owns the listeners, each under the address that its callers mean, until `close`. `admit` gets the sockets of those
-    who are let in."""
+    who are let in, with the address that they meant and the handshake's transcript."""
 
-    def __init__(self, listeners: Mapping[str, socket.socket], secret: bytes, admit: Callable[[socket.socket], None]):
+    def __init__(
+        self, listeners: Mapping[str, socket.socket], secret: bytes, admit: Callable[[socket.socket, str, bytes], None]
+    ):
         self.secret, self.admit, self._is_open = secret, admit, True
         self._guests: dict[Guest, None] = {}  # in order: who has stood there longest is first
         self._selector, self._listeners = selectors.DefaultSelector(), list(listeners.values())
@@ -111,18 +114,19 @@ class Door:
             if not piece:
                 self._send_away(guest, "it left")
             elif len(guest.reply) == REPLY_BYTES:
-                guest.sock.sendall(handshake.welcome(self.secret, guest.meant, guest.greeting, guest.reply))
-                self._let_in(guest)
+                words, transcript = handshake.welcome(self.secret, guest.meant, guest.greeting, guest.reply)
+                guest.sock.sendall(words)
+                self._let_in(guest, transcript)
         except BadFrame as error:
             self._send_away(guest, error.message, refusal(error))
         except OSError as error:
             self._send_away(guest, str(error))
 
-    def _let_in(self, guest: Guest) -> None:
+    def _let_in(self, guest: Guest, transcript: bytes) -> None:
         self._forget(guest)
         try:
-            self.admit(guest.sock)
-        except RuntimeError as error:  # out of threads: others will leave
+            self.admit(guest.sock, guest.meant, transcript)
+        except (RuntimeError, OSError) as error:  # out of threads: others will leave; or it has left
             log.error("cannot take a caller now: %s", error)
             guest.sock.close()
 

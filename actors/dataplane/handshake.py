@@ -7,9 +7,10 @@
 A proof is an HMAC-SHA256 over the role of who proves, the address that the caller meant and both nonces. Decisions: a proof
 holds for one role, so none can be reflected; for one connection, because either side's nonce is fresh; and for one address, so
 one that somebody relays from where a shard was to where it is now is wrong. Who sits on the cable between the two can still
-read and change what follows: between hosts that do not trust their network, that is TLS's to prevent.
+read and change what follows, unless it is sealed (sealed.py).
 """
 
+import hashlib
 import hmac
 import os
 import secrets
@@ -33,15 +34,22 @@ def greeting() -> bytes:
     return HELLO + secrets.token_bytes(NONCE_BYTES)
 
 
-def proof(secret: bytes, role: Role, meant: str, shard: bytes, caller: bytes) -> bytes:
-    """The proof of `role` on the connection to the address `meant`, after the greetings of shard and caller."""
-    parts = (role.encode(), meant.encode(), shard, caller)
-    return hmac.digest(secret, b"".join(struct.pack("<I", len(part)) + part for part in parts), "sha256")
+def transcript(meant: str, shard: bytes, caller: bytes) -> bytes:
+    """Hash of what both sides know of a connection: the address that is meant, and the greetings of shard and caller."""
+    parts = (meant.encode(), shard, caller)
+    return hashlib.sha256(b"".join(struct.pack("<I", len(part)) + part for part in parts)).digest()
+
+
+def proof(secret: bytes, role: Role, transcript: bytes) -> bytes:
+    """The proof of `role` on the connection of that transcript."""
+    return hmac.digest(secret, role.encode() + transcript, "sha256")
 
 
 def meant(address: Address, near: bool) -> str:
     """The address as a caller uses it: over the Unix socket when it is `near`."""
-    return f"unix:{address.path}" if near else f"tcp:{address.host}:{address.port}"
+    if near:
+        return f"unix:{address.path}"
+    return f"{'sealed' if address.is_sealed else 'tcp'}:{address.host}:{address.port}"
 
 
 def check_version(greeting: bytes | bytearray) -> None:
@@ -52,30 +60,33 @@ def check_version(greeting: bytes | bytearray) -> None:
         )
 
 
-def welcome(secret: bytes, meant: str, mine: bytes, reply: bytes) -> bytes:
-    """A shard's answer to a caller's reply of REPLY_BYTES to its own greeting. Raises BadFrame for a wrong secret."""
+def welcome(secret: bytes, meant: str, mine: bytes, reply: bytes) -> tuple[bytes, bytes]:
+    """-> a shard's answer to a caller's reply of REPLY_BYTES to its own greeting, and the transcript. Raises BadFrame for a
+    wrong secret."""
     check_version(reply)
-    theirs, proven = reply[:GREETING_BYTES], reply[GREETING_BYTES:]
-    if not hmac.compare_digest(proven, proof(secret, "caller", meant, mine, theirs)):
+    known = transcript(meant, mine, reply[:GREETING_BYTES])
+    if not hmac.compare_digest(reply[GREETING_BYTES:], proof(secret, "caller", known)):
         raise BadFrame("the secret is wrong: this is another pool's shard, or another address than the caller meant")
-    return WELCOME + proof(secret, "shard", meant, mine, theirs)
+    return WELCOME + proof(secret, "shard", known), known
 
 
-def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> None:
-    """The caller's side, on a connection that was just made. Raises BadFrame for a peer that does not know the secret."""
+def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> bytes:
+    """The caller's side, on a connection that was just made; -> the transcript. Raises BadFrame for a peer that does not
+    know the secret."""
     check_peer(wire.sock)
     theirs, mine = bytearray(GREETING_BYTES), greeting()
     wire.receive([theirs], deadline_s)
     check_version(theirs)
-    wire.send(mine + proof(secret, "caller", meant, bytes(theirs), mine), [], deadline_s)
+    known = transcript(meant, bytes(theirs), mine)
+    wire.send(mine + proof(secret, "caller", known), [], deadline_s)
     header = wire.header(deadline_s)
     if header.kind == FAILURE:
         raise value_of(header, wire.payload(header, deadline_s))
     proven = bytearray(PROOF_BYTES)
     wire.receive([proven], deadline_s)
-    wanted = proof(secret, "shard", meant, bytes(theirs), mine)
-    if header != Header.unpack(WELCOME) or not hmac.compare_digest(bytes(proven), wanted):
+    if header != Header.unpack(WELCOME) or not hmac.compare_digest(bytes(proven), proof(secret, "shard", known)):
         raise BadFrame(f"who listens at {meant} does not know the pool's secret: it is no shard of this pool")
+    return known
 
 
 def check_peer(sock: socket.socket) -> None:

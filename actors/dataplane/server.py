@@ -30,6 +30,7 @@ from actors.dataplane.frames import (
     call_of,
 )
 from actors.dataplane.handshake import meant
+from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import consider
 from trinity.errors import TrinityError
 from trinity.rpc.messages import Fetch, Forward, Rows
@@ -157,12 +158,15 @@ class DirectServer:
         host: str,
         num_threads: int = 1,
         device: str = "cpu",
+        is_sealed: bool = False,
     ):
-        self.combiner, self.limits, self.num_threads = combiner, limits, num_threads
+        self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
         self.device = torch.device(device)
+        if is_sealed:
+            check_package()
         unix, self._path = unix_socket.listen(BACKLOG)
         tcp = socket.create_server((host, 0), backlog=BACKLOG)
-        self.address = Address(machine_id(), str(self._path), host, tcp.getsockname()[1], self.device.type)
+        self.address = Address(machine_id(), str(self._path), host, tcp.getsockname()[1], self.device.type, is_sealed)
         self._door = Door({meant(self.address, True): unix, meant(self.address, False): tcp}, secret, self._admit)
 
     def close(self) -> None:
@@ -170,13 +174,15 @@ class DirectServer:
         self._door.close()
         self._path.unlink(missing_ok=True)
 
-    def _admit(self, sock: socket.socket) -> None:
-        threading.Thread(target=self._serve, args=(sock,), name="trinity-rows", daemon=True).start()
+    def _admit(self, sock: socket.socket, meant: str, transcript: bytes) -> None:
+        wire = Wire(sock, TICK_S, self.device)
+        if meant.startswith("sealed"):
+            wire = SealedWire(wire, self.secret, transcript, is_shard=True)
+        threading.Thread(target=self._serve, args=(wire,), name="trinity-rows", daemon=True).start()
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, wire: Wire) -> None:
         """One connection, until its peer leaves or breaks the protocol."""
         torch.set_num_threads(self.num_threads)  # OpenMP counts its threads by caller
-        wire = Wire(sock, TICK_S, self.device)
         try:
             while True:
                 self._answer_one(wire)

@@ -1,25 +1,25 @@
-"""Unix sockets that nobody else's processes reach: files in a folder of mode 0700.
+"""Unix sockets that nobody else's processes reach: files in the user's own folder.
 
 Decisions: a file gets its final name when its socket listens, so one that refuses belongs to a process that was killed, and
-whoever starts next removes it; a folder that somebody else made, or may enter, is not used.
+whoever starts next removes it.
 """
 
 import os
 import secrets
 import socket
-import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from trinity.utils.private import private_folder
 
 READY, MAKING = ".sock", ".new"
 
 
 def listen(backlog: int) -> tuple[socket.socket, Path]:
     """-> a listening socket, and its file, which its owner removes in the end."""
-    folder = _folder()
+    folder = private_folder()
     _remove_orphans(folder)
     name, unix = secrets.token_hex(8), socket.socket(socket.AF_UNIX)
     making = folder / (name + MAKING)
@@ -40,14 +40,6 @@ def reachable(path: Path | str) -> Iterator[str]:
         yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
     finally:
         os.close(folder)
-
-
-def _folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"trinity-{os.geteuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    return folder if is_ours else Path(tempfile.mkdtemp(prefix="trinity-"))
 
 
 def _remove_orphans(folder: Path) -> None:

@@ -13,11 +13,11 @@ import grpc
 from grpc_health.v1 import health
 
 from protos.trinity.v1 import placement_pb2
-from serving.access import Access, check_access
+from serving.access import Access, check_access, only
 from serving.errors import grpc_status, grpc_trailers, to_typed
 from serving.frontend import Frontend, new_request_id
 from trinity.config import ServeConfig
-from trinity.errors import Unauthenticated
+from trinity.errors import InvalidRequest, TrinityError, Unauthenticated
 
 Context: TypeAlias = grpc.aio.ServicerContext
 PLACEMENT = placement_pb2.DESCRIPTOR.services_by_name["Placement"].full_name
@@ -32,15 +32,15 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         service = details.method.lstrip("/").rpartition("/")[0]
-        header = dict(details.invocation_metadata or ()).get("authorization")
+        sent = [str(value) for key, value in details.invocation_metadata or () if key == "authorization"]
         try:
-            check_access(ACCESS.get(service, "key"), header, self.config)
-        except Unauthenticated as error:
+            check_access(ACCESS.get(service, "key"), only("authorization", sent), self.config)
+        except (InvalidRequest, Unauthenticated) as error:
             return _refusal(error)
         return await continuation(details)
 
 
-def _refusal(error: Unauthenticated) -> Any:
+def _refusal(error: TrinityError) -> Any:
     async def refuse(requests: Any, context: Context) -> None:
         await context.abort(grpc_status(error), error.message)
 

@@ -16,13 +16,23 @@ from serving.grpc.placement import PlacementServicer
 from trinity.config import ServeConfig
 from trinity.errors import ConfigError
 
+HANDSHAKE_MS = 5_000  # until a connection's first settings
+IDLE_MS = 300_000  # without a call
+
 
 class GrpcServer:
     """The listening server. `start` binds, `set_ready` tells health, `stop` lets running calls end within `grace_s`."""
 
     def __init__(self, front: Frontend):
         config = front.config
-        options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 0)]
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", config.max_body_bytes),
+            ("grpc.max_concurrent_streams", config.max_concurrent_requests),
+            ("grpc.max_allowed_incoming_connections", config.max_connections),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_connection_idle_ms", IDLE_MS),
+        ]
         self.server = grpc.aio.server(interceptors=[KeyInterceptor(config)], options=options)
         self.health = health.aio.HealthServicer()
         self.port = 0

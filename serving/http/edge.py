@@ -16,10 +16,10 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serving.access import Access, check_access
+from serving.access import Access, check_access, check_host, only
 from serving.errors import RouteError, http_headers, http_status, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id
-from trinity.errors import DeadlineExceeded, RequestTooLarge
+from trinity.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 
 log = logging.getLogger("trinity.serving")
 Message = MutableMapping[str, Any]
@@ -62,7 +62,7 @@ class HttpExchange:
         self.id = scope[REQUEST_ID] = new_request_id()
         self.status: int | None = None
         self.complete = False
-        self.headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        self.headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"]]
 
     async def run(self) -> None:
         started = time.perf_counter()
@@ -86,6 +86,8 @@ class HttpExchange:
         head_bytes = len(self.scope["raw_path"] or b"") + sum(len(k) + len(v) for k, v in self.scope["headers"])
         if head_bytes > MAX_HEAD_BYTES:  # the parser bounds only heads that arrive in pieces
             raise RouteError(f"the request's head has {head_bytes} bytes; {MAX_HEAD_BYTES} are taken", 431)
+        if self._header("content-length") is not None and self._header("transfer-encoding") is not None:
+            raise InvalidRequest("the request has both content-length and transfer-encoding; send one of them")
         self._authenticate()
         body = await self._body()
         try:
@@ -95,8 +97,12 @@ class HttpExchange:
             raise ClientGone("the client did not read its answer in time") from None
 
     def _authenticate(self) -> None:
+        check_host(self._header("host"), self.edge.config)
         access = self.edge.access.get(self.scope["path"], "key")
-        check_access(access, self.headers.get("authorization"), self.edge.config)
+        check_access(access, self._header("authorization"), self.edge.config)
+
+    def _header(self, name: str) -> str | None:
+        return only(name, [value for key, value in self.headers if key == name])
 
     async def _body(self) -> bytes:
         """The whole body; RequestTooLarge or DeadlineExceeded where it exceeds its limits."""
@@ -115,7 +121,7 @@ class HttpExchange:
 
     async def _read(self, body: bytearray, limit: int) -> bool:
         """Append the body's chunks; False as soon as they, or the length that the client declared, exceed `limit`."""
-        declared = self.headers.get("content-length", "")
+        declared = self._header("content-length") or ""
         if declared.isdigit() and int(declared[:20]) > limit:
             return False
         while len(body) <= limit:

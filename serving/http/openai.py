@@ -17,7 +17,7 @@ from trinity.text.tokenizer import Tokenizer
 DONE = b"data: [DONE]\n\n"
 NESTED = 4  # the answer, its choices, one of them, its log-probabilities: below these lie the long lists
 LISTED = 64
-LOGPROB_BYTES = 64  # about
+TOKEN_BYTES, LOGPROB_BYTES = 8, 64  # about
 
 
 def sse(event: dict[str, Any]) -> bytes:
@@ -67,6 +67,11 @@ class Choice:
     def size(self) -> int:
         """About as many bytes as it will have."""
         return len(self.text) + LOGPROB_BYTES * sum(1 + len(position.top) for position in self.logprobs)
+
+    @staticmethod
+    def most_bytes(num_tokens: int, num_logprobs: int | None) -> int:
+        """About as many bytes as one of so many tokens may have, whose texts are some characters each."""
+        return num_tokens * (TOKEN_BYTES + (0 if num_logprobs is None else LOGPROB_BYTES * (1 + num_logprobs)))
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text

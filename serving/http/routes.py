@@ -100,6 +100,8 @@ async def respond(
     envelope = Envelope(form.prefix + new_request_id(), now_s(), front.info.model)
     for job in jobs:
         front.check(job.prompt_ids, job.params)
+    if not body.stream:
+        _check_size(front, jobs)
     events = merge([front.generate(job.prompt_ids, job.params) for job in jobs])
     if body.stream:
         first = await anext(events)
@@ -116,6 +118,17 @@ def _whole(form: Format, envelope: Envelope, choices: list[Choice], n: int) -> b
     last = [_last(choice) for choice in choices]
     full = [form.full(choice) for choice in choices]
     return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), usage=usage(last, n)))
+
+
+def _check_size(front: Frontend, jobs: list[GenerationRequest]) -> None:
+    """Refuse an answer that is too large to be held before it is sent."""
+    tokens = [min(job.params.max_tokens, front.room(job.prompt_ids)) for job in jobs]
+    size = sum(Choice.most_bytes(num, job.params.logprobs) for num, job in zip(tokens, jobs, strict=True))
+    if size > (most := front.config.max_answer_bytes):
+        raise InvalidRequest(
+            f"the answer may have {size:,} bytes; serve.max_answer_bytes is {most:,}. Stream it, or ask for less: "
+            "fewer max_tokens, logprobs, n or prompts."
+        )
 
 
 def _last(choice: Choice) -> Delta:

@@ -1,13 +1,15 @@
 """The HTTP listener: uvicorn inside somebody else's event loop, with bounds that uvicorn leaves open.
 
 Decisions: a connection that has not sent a complete request head within HEAD_TIMEOUT_S is closed (slowloris); heads
-beyond MAX_HEAD_BYTES and malformed ones are answered 400 in OpenAI's shape. The pure-Python h11 parser, because it bounds
-the head; the time per request is spent elsewhere. No signal handlers: the process belongs to Ray.
+beyond MAX_HEAD_BYTES and malformed ones are answered 400 in OpenAI's shape; connections over serve.max_connections, or over
+an address's share of them, are closed as they come, so that others find descriptors. The pure-Python h11 parser, because it
+bounds the head; the time per request is spent elsewhere. No signal handlers: the process belongs to Ray.
 """
 
 import asyncio
 import json
 import socket
+from collections import Counter
 from typing import Any
 
 import h11
@@ -24,9 +26,31 @@ HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 15
 
 
+class Connections:
+    """Counts a listener's connections, in all and by address."""
+
+    def __init__(self, most: int, most_per_peer: int):
+        self.most, self.most_per_peer = most, most_per_peer
+        self.by_peer = Counter[str]()
+
+    def enter(self, peer: str) -> bool:
+        """Say whether there is room for one more."""
+        if self.by_peer.total() >= self.most or self.by_peer[peer] >= self.most_per_peer:
+            return False
+        self.by_peer[peer] += 1
+        return True
+
+    def leave(self, peer: str) -> None:
+        self.by_peer[peer] -= 1
+        if not self.by_peer[peer]:
+            del self.by_peer[peer]
+
+
 class BoundedProtocol(H11Protocol):
     """One connection. A timer runs whenever no request is being answered."""
 
+    others: Connections  # of the same listener
+    peer: str | None = None
     _head_timer: asyncio.TimerHandle | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -34,6 +58,11 @@ class BoundedProtocol(H11Protocol):
         self.access_log = False  # uvicorn turns it on where the root logger has handlers, and logs query strings
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        peer = str((transport.get_extra_info("peername") or ("",))[0])
+        if not self.others.enter(peer):
+            transport.abort()
+            return
+        self.peer = peer
         super().connection_made(transport)
         self._arm()
 
@@ -42,6 +71,9 @@ class BoundedProtocol(H11Protocol):
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.peer is None:  # it was never let in
+            return
+        self.others.leave(self.peer)
         self._disarm()
         super().connection_lost(exc)
 
@@ -75,10 +107,11 @@ class HttpServer:
 
     def __init__(self, app: object, config: ServeConfig):
         self._config = config
+        others = Connections(config.max_connections, config.max_connections_per_peer)
         self.server = uvicorn.Server(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
-                http=BoundedProtocol,
+                http=type("Protocol", (BoundedProtocol,), {"others": others}),
                 ws="none",
                 lifespan="off",
                 log_config=None,

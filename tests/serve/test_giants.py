@@ -52,6 +52,24 @@ GIANTS = {  # -> path, body, status
 }
 
 
+class Verbose(FakeEngine):
+    """As many log-probabilities as may be asked for."""
+
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):
+        top = tuple((i, -1.0 - i) for i in range(20))
+        for at in range(params.max_tokens):
+            last = at + 1 == params.max_tokens
+            yield Delta(
+                request_id,
+                "a",
+                (5,),
+                (TokenLogprobs(5, -1.0, top),),
+                "length" if last else None,
+                num_prompt_tokens=1,
+                num_generated_tokens=at + 1,
+            )
+
+
 @asynccontextmanager
 async def standstill():
     """-> a list with the longest time in which this thread's event loop, which is the server's too, did nothing else."""
@@ -99,6 +117,20 @@ async def test_one_request_never_holds_more_than_a_quarter_of_the_slots(start):
         assert answer.status_code == 400
 
 
+async def test_an_answer_that_nobody_could_hold_is_refused_unless_it_is_streamed(start):
+    async with (
+        start(Verbose(max_model_len=4096), max_answer_bytes=1 << 20) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+    ):
+        body = {"prompt": [[5]] * 2, "n": 2, "max_tokens": 400, "logprobs": 20}  # 135 bytes for two million
+        answer = await http.post(COMPLETE, json=body)
+        assert answer.status_code == 400
+        assert "serve.max_answer_bytes is 1,048,576" in answer.json()["error"]["message"]
+        assert not server.front.admission.active
+        for less in ({"logprobs": 2}, {"max_tokens": 100}, {"stream": True}):
+            assert (await http.post(COMPLETE, json=body | less)).status_code == 200
+
+
 def test_answers_in_pieces_are_the_same_json():
     trees = [
         {"a": [], "b": {}, "c": [[]], "d": None, "e": [{}], "f": '\u00e9"', "g": [1.5, -0.0, 1e-30]},
@@ -109,24 +141,6 @@ def test_answers_in_pieces_are_the_same_json():
         assert encoded(tree) == json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
     with pytest.raises(ValueError, match="not JSON compliant"):
         encoded({"a": [float("nan")]})
-
-
-class Verbose(FakeEngine):
-    """As many log-probabilities as may be asked for."""
-
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):
-        top = tuple((i, -1.0 - i) for i in range(20))
-        for at in range(params.max_tokens):
-            last = at + 1 == params.max_tokens
-            yield Delta(
-                request_id,
-                "a",
-                (5,),
-                (TokenLogprobs(5, -1.0, top),),
-                "length" if last else None,
-                num_prompt_tokens=1,
-                num_generated_tokens=at + 1,
-            )
 
 
 @pytest.mark.parametrize("path", [COMPLETE, CHAT])

@@ -170,7 +170,7 @@ def test_a_proof_is_good_for_one_connection(port):
         first, second, mine = greeted(one), greeted(other), handshake.greeting()
         assert first != second
         meant = handshake.meant(port.address, near=False)
-        other.sendall(mine + handshake.proof(SECRET, "caller", meant, first, mine))
+        other.sendall(mine + handshake.proof(SECRET, "caller", handshake.transcript(meant, first, mine)))
         assert [head.kind for head in said(other)] == [FAILURE]
 
 

@@ -107,14 +107,16 @@ def test_a_proof_that_is_relayed_from_another_address_is_wrong(port):
 def test_a_proof_is_of_one_role_one_address_and_one_pair_of_nonces():
     one, other = handshake.greeting(), handshake.greeting()
     asked = [
-        (SECRET, "shard", "tcp:a:1", one, other),
-        (SECRET, "caller", "tcp:a:1", one, other),
-        (SECRET, "caller", "tcp:a:11", one, other),
-        (SECRET, "caller", "tcp:a:1", other, one),
-        (SECRET, "caller", "tcp:a:1", one, one),
-        (b"x" * 32, "caller", "tcp:a:1", one, other),
+        (SECRET, "shard", ("tcp:a:1", one, other)),
+        (SECRET, "caller", ("tcp:a:1", one, other)),
+        (SECRET, "caller", ("tcp:a:11", one, other)),
+        (SECRET, "caller", ("sealed:a:1", one, other)),
+        (SECRET, "caller", ("tcp:a:1", other, one)),
+        (SECRET, "caller", ("tcp:a:1", one, one)),
+        (b"x" * 32, "caller", ("tcp:a:1", one, other)),
     ]
-    assert len({handshake.proof(*each) for each in asked}) == len(asked)
+    proofs = {handshake.proof(secret, role, handshake.transcript(*known)) for secret, role, known in asked}
+    assert len(proofs) == len(asked)
 
 
 def test_another_version_is_named(port):
@@ -176,7 +178,7 @@ def test_other_users_do_not_reach_the_socket_and_are_not_greeted(port):
         unix.bind(f"{folder}/s")
         os.chmod(f"{folder}/s", 0o777)
         unix.listen()
-        opened = Door({"unix:s": unix}, SECRET, lambda sock: None)
+        opened = Door({"unix:s": unix}, SECRET, lambda *whom: None)
         assert greeted(f"{folder}/s", 0) == str(GREETING_BYTES)
         assert greeted(f"{folder}/s", NOBODY) == "0"
         opened.close()

@@ -32,6 +32,7 @@ class PlacementConfig(Frozen):
     data_host: str = Field(
         default="127.0.0.1", description="where shards listen for rows; `node`: the node's own address"
     )
+    data_tls: bool = Field(default=False, description="seal rows between hosts, so that nobody reads or changes them")
     backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus_per_shard: float = Field(default=0, ge=0)

@@ -60,7 +60,16 @@ class ServeConfig(Frozen):
     tls_key: str | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_body_bytes: int = Field(default=2 << 20, ge=1024)
+    max_answer_bytes: int = Field(
+        default=64 << 20, ge=1024, description="of an answer that is not streamed, at most about"
+    )
     max_concurrent_requests: int = Field(default=1024, ge=1)
+    max_connections: int = Field(default=2048, ge=1, description="of each listener; more are closed at once")
+    max_connections_per_peer: int = Field(default=1024, ge=1, description="from one address, over HTTP")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="names in the Host header besides loopback's and `host`; without a key others are refused",
+    )
     drain_timeout_s: float = Field(default=20.0, ge=0)
 
     @property

@@ -1,0 +1,134 @@
+"""How many may be connected, and what a request may not say twice: on raw sockets, where no client library helps."""
+
+import asyncio
+import socket
+from contextlib import ExitStack, closing
+
+import grpc
+import httpx
+import pytest
+
+from protos.trinity.v1 import inference_pb2 as pb
+from protos.trinity.v1 import inference_pb2_grpc as rpc
+from serving.grpc import server as grpc_server
+from tests.waiting import WAIT_S, eventually
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+def connected(address):
+    host, port = address.removeprefix("http://").rsplit(":", 1)
+    made = socket.create_connection((host, int(port)), timeout=WAIT_S)
+    return closing(made)
+
+
+async def answered(sock, words=HEALTH, end=b"}"):
+    """The answer up to its end, or none where the connection is closed."""
+
+    def exchange():
+        found = b""
+        try:
+            sock.sendall(words)
+            while not found.endswith(end) and (piece := sock.recv(4096)):
+                found += piece
+        except ConnectionError:
+            return b""
+        return found
+
+    return await asyncio.to_thread(exchange)
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])
+async def test_one_connection_too_many_is_closed_and_the_others_are_served(start, limit):
+    async with start(**{limit: 3}) as server:
+        with ExitStack() as stack:
+            within = [stack.enter_context(connected(server.url)) for _ in range(3)]
+            for sock in within:
+                assert b"200" in await answered(sock)
+            for _ in range(5):
+                assert await answered(stack.enter_context(connected(server.url))) == b""
+            assert b"200" in await answered(within[0])
+            within[1].close()
+
+            async def is_let_in():
+                with connected(server.url) as sock:
+                    return b"200" in await answered(sock)
+
+            async with asyncio.timeout(WAIT_S):
+                while not await is_let_in():  # as soon as the server has noticed
+                    await asyncio.sleep(0.01)
+
+
+async def test_connections_that_never_say_what_they_want_make_room(start, monkeypatch):
+    """Of gRPC's: a preface and nothing else."""
+    monkeypatch.setattr(grpc_server, "HANDSHAKE_MS", 300)
+    async with start(max_connections=4) as server:
+        with ExitStack() as stack:
+            idle = [stack.enter_context(connected(server.grpc_address)) for _ in range(20)]
+            for sock in idle:
+                await answered(sock, PREFACE, b"")
+            async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
+                assert (await http.get("/health")).status_code == 200
+            async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+                models = await rpc.InferenceStub(channel).ListModels(
+                    pb.ListModelsRequest(), wait_for_ready=True, timeout=WAIT_S
+                )
+    assert models.models[0].name == "fake"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [("localhost", True), ("127.0.0.1:1", True), ("[::1]:80", True), ("LOCALHOST:7", True), ("box.lan:8000", True)]
+    + [("evil.example", False), ("localhost.evil.example", False), ("127.0.0.1.evil.example:80", False), ("[", False)]
+    + [("", False)],
+)
+async def test_without_a_key_the_server_answers_to_its_own_names_only(start, host, is_ours):
+    """A page of another name, whose address became this machine's, would be asking: DNS rebinding."""
+    async with start(allowed_hosts=("box.lan",)) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S, headers={"host": host}) as http:
+            for path in ("/v1/models", "/health"):
+                answer = await http.get(path)
+                assert answer.status_code == (200 if is_ours else 400)
+        if not is_ours:
+            assert "serve.allowed_hosts" in answer.json()["error"]["message"]
+
+
+async def test_with_a_key_any_name_will_do(start):
+    async with start(api_key="a-long-key") as server:
+        headers = {"host": "public.example", "authorization": "Bearer a-long-key"}
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S, headers=headers) as http:
+            assert (await http.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "content-length: 2\r\ntransfer-encoding: chunked\r\n",
+        "authorization: Bearer a\r\nauthorization: Bearer b\r\n",
+        "host: other\r\n",
+    ],
+)
+async def test_what_two_readers_could_read_in_two_ways_is_refused(start, headers):
+    async with start(api_key="a") as server:
+        with connected(server.url) as sock:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{headers}\r\n"
+            answer = await answered(sock, head.encode() + b"2\r\n{}\r\n0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+
+
+async def test_two_keys_in_one_call_open_nothing(start):
+    async with start(api_key="a") as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        metadata = (("authorization", "Bearer b"), ("authorization", "Bearer a"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), metadata=metadata)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_connections_are_counted_down_again(start):
+    async with start() as server:
+        for _ in range(3):
+            with connected(server.url) as sock:
+                await answered(sock)
+        others = server.gateway.http.server.config.http_protocol_class.others
+        await eventually(lambda: not others.by_peer)
