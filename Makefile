@@ -17,8 +17,8 @@ demo: setup
 
 # Where the environment forbids compiled files, each of the hundreds of processes would compile the project anew.
 test: export PYTHONDONTWRITEBYTECODE =
-# Most tests wait for processes: two at a time take little more than half as long. A file stays on one side, and with it its Ray;
-# the files that take longest begin first (tests/conftest.py), so that both sides end together.
+# Many tests wait for processes: two at a time take little more than half as long. A file stays on one side, and all that want Ray
+# in this process on the same one; the files that take longest begin first (tests/conftest.py), so that both sides end together.
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -88,6 +88,14 @@ def test_mistakes_are_named(flags, message):
         ("train: {steps: 1, steps: 2}", "'steps' is there twice"),
         ("- 1", "found list"),
         ("", "found NoneType"),
+        ("train: {steps: " + "9" * 5000 + "}", "not valid YAML"),
+        ("[" * 20_000, "not valid YAML"),
+        ("a: " + "{b: " * 5_000, "not valid YAML"),
+        ("train: &a {steps: 1}\nmodel: *a", "aliases"),
+        ("x: " + "1" * (1 << 20), "may have 1,048,576"),
+        ("train: {" + ",".join(f"n{i}: 1" for i in range(20_000)) + ", n19999: 2}", "'n19999' is there twice"),
+        ("optim: {muon_lr: .nan}", "optim.muon_lr"),
+        ("optim: {muon_lr: .inf}", "optim.muon_lr"),
     ],
 )
 def test_files_that_are_no_settings_are_refused(tmp_path, text, message):
@@ -121,6 +129,25 @@ def test_empty_sections_and_a_preset_refined_by_flags(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("model: tiny\ntrain:\nserve:\n")
     assert Config.load(file, ["--model", "tiny", "--model.num_experts", "16"]).model.num_experts == 16
+
+
+def test_a_time_is_a_text_and_no_number_of_base_60(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("model: tiny\nserve: {served_model_name: 12:30:45, http_port: 8001}\n")
+    assert Config.load(file).serve.served_model_name == "12:30:45"
+    assert parse_flags(["--a.b", "190:20:30", "--a.c", "1.5", "--a.d", "0x10"])["a"] == {
+        "b": "190:20:30",
+        "c": 1.5,
+        "d": 16,
+    }
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    """Whoever owns everything is told of a loop of links instead."""
+    file = tmp_path / "x.yaml"
+    file.symlink_to(file)
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        Config.load(file)
 
 
 def test_flags_are_yaml_scalars():

@@ -123,6 +123,62 @@ KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=1).map(lambda keys: np.array
 FRACTIONS = st.floats(0, 0.49)
 
 
+def test_links_are_not_entered_and_their_loops_end(tmp_path):
+    """Two that lead back would be 2^40 paths, each of which has every text again."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("one")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "no.txt").write_text("no")
+    for name in ("x", "y"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    (tmp_path / "itself.txt").symlink_to(tmp_path / "itself.txt")
+    for pattern in (
+        tmp_path,
+        tmp_path / "**",
+        tmp_path / "**" / "*.txt",
+        tmp_path / "*" / "*.txt",
+        tmp_path / "a" / "o*",
+    ):
+        assert list(documents([str(pattern)])) == ["one"], pattern
+
+
+def test_a_pattern_is_found_from_here(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    assert list(documents(["a/*.txt"])) == list(documents(["*/one.txt"])) == list(documents(["a"])) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "text.txt"])
+def test_a_document_that_nobody_can_hold_is_named(tmp_path, monkeypatch, name):
+    """A sparse file has any length, and its line no end."""
+    monkeypatch.setattr("trinity.data.documents.MAX_DOCUMENT_BYTES", 1000)
+    with (tmp_path / name).open("wb") as file:
+        file.write(b"x" * 9000)  # what is zero from its start is no text
+        file.truncate(40 << 30)
+    with pytest.raises(DataError, match=rf"{name} has a document of more than 1,000 bytes; cut it"):
+        list(documents([str(tmp_path / name)]))
+
+
+def test_a_file_that_breaks_off_while_it_is_read_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, size):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("trinity.data.documents._opened", lambda file: Broken())
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: Input/output error"):
+        list(documents([str(file)]))
+
+
 @given(KEYS, FRACTIONS)
 def test_split_leaves_text_on_both_sides(keys_N, fraction):
     held_N = split(keys_N, fraction)

@@ -52,7 +52,7 @@ class LayerCache:
         return self.num_heads * (self.key_dim + self.own_value_dim)
 
 
-class ModelConfig(Frozen, allow_inf_nan=False):
+class ModelConfig(Frozen):
     """Base of every family's architecture. Field names are those of its Hugging Face `config.json` where it has one."""
 
     families: ClassVar[dict[str, type["ModelConfig"]]] = {}

@@ -1,23 +1,31 @@
 """Plain nested settings from YAML files and `--dotted.flags`, merged and not yet checked; and the base of what checks them."""
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from trinity.errors import ConfigError
 
+MAX_BYTES = 1 << 20
+NUMBERS = {  # YAML 1.1's, without those of base 60
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+}
 PRESETS = Path(__file__).parent / "presets"
 
 
 class Frozen(BaseModel):
-    """Base of every setting: immutable, no unknown keys."""
+    """Base of every setting: immutable, no unknown keys, numbers that are numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,))
 
 
 def preset_names() -> list[str]:
@@ -25,13 +33,29 @@ def preset_names() -> list[str]:
 
 
 class _Unique(yaml.SafeLoader):
-    """Plain values only, and no key twice."""
+    """Plain values only, and no key twice; no aliases, a page of which can stand for gigabytes; and 12:30:00 is a text, where
+    YAML 1.1 has a number of base 60."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in found if tag not in NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken; write the value again", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := next((key for key, num in Counter(filter(_is_hashable, keys)).items() if num > 1), None):
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern in NUMBERS.items():
+    _Unique.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))  # type: ignore[no-untyped-call]
 
 
 def _is_hashable(key: Any) -> bool:
@@ -46,8 +70,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"configuration file {file} does not exist; presets are {', '.join(preset_names())}")
     try:
-        tree = _Unique(file.read_text()).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{file} has {size:,} bytes; a file of settings may have {MAX_BYTES:,}")
+        tree = _Unique(file.read_text("utf-8")).get_single_data()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold a mapping of sections such as `train:`, found {type(tree).__name__}")
@@ -70,8 +98,8 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
 
 def _scalar(key: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return _Unique(value).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--{key}: {value!r} is not a value; quote lists and mappings as YAML does") from None
 
 

@@ -5,12 +5,13 @@ import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trinity.errors import DataError
 
+MAX_DOCUMENT_BYTES = 1 << 30
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}  # the last two are tables
 
 
@@ -32,7 +33,9 @@ def _files(pattern: str) -> list[Path]:
     elif path.is_dir():
         files = [file for file in path.rglob("*") if _is_text(file, path)]
     else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if _is_text(Path(name), path.parent)]
+        root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+        below = path.relative_to(root) / ("*" if path.name == "**" else "")
+        files = [file for file in root.glob(str(below)) if _is_text(file, root)]  # enters no links
     if not files:
         raise DataError(f"no text file matches {pattern!r}; give files, folders, globs or the word stdlib")
     return sorted(files)
@@ -63,11 +66,23 @@ def _opened(file: Path) -> Any:
 def _read(file: Path, field: str) -> Iterator[str]:
     with _opened(file) as stream:
         if file.suffix == ".jsonl":
-            yield from (_json_text(line, field, f"{file}:{i}") for i, line in enumerate(stream, 1) if line.strip())
+            lines = enumerate(iter(lambda: _piece(stream.readline, file), b""), 1)
+            yield from (_json_text(line, field, f"{file}:{i}") for i, line in lines if line.strip())
         elif file.suffix == ".parquet":
             yield from _parquet(stream, field, file)
         else:
-            yield stream.read().decode("utf-8", "replace")
+            yield _piece(stream.read, file).decode("utf-8", "replace")
+
+
+def _piece(read: Callable[[int], bytes], file: Path) -> bytes:
+    """A whole document, or none at the end. Raises DataError for one that is too large to be held, or cannot be read."""
+    try:
+        found = read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    if len(found) > MAX_DOCUMENT_BYTES:
+        raise DataError(f"{file} has a document of more than {MAX_DOCUMENT_BYTES:,} bytes; cut it into several")
+    return found
 
 
 def _json_text(line: bytes, field: str, where: str) -> str:

@@ -38,19 +38,19 @@ class SamplingParams(Frozen, strict=True):
     """
 
     max_tokens: int = Field(default=16, ge=1, le=1 << 31)
-    temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, ge=0, le=100)
     top_k: int = Field(default=0, ge=0, le=1 << 31)
-    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
-    min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[tuple[str, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_STOP_STRINGS)
     stop_token_ids: Annotated[tuple[int, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_LISTED_TOKENS)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     trace: bool = False
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     logit_bias: dict[int, float] = Field(default_factory=dict)
     version_policy: VersionPolicy = "live"
 
