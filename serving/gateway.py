@@ -13,6 +13,7 @@ from serving.frontend import Frontend
 from serving.grpc.server import GrpcServer
 from serving.http.routes import build_app
 from serving.http.server import HttpServer
+from serving.limits import within_descriptors
 from trinity.errors import Unavailable
 
 log = logging.getLogger("trinity.serving")
@@ -24,8 +25,9 @@ class Gateway:
 
     def __init__(self, front: Frontend):
         self.front = front
-        self.http = HttpServer(build_app(front), front.config)
-        self.grpc = GrpcServer(front)
+        config = within_descriptors(front.config)
+        self.http = HttpServer(build_app(front), config)
+        self.grpc = GrpcServer(front, config)
         self._monitor: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 

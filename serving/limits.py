@@ -1,13 +1,31 @@
-"""Admission: how many sequences the edges hold at once, and the way out.
+"""Limits: how many sequences and connections the edges hold at once, and the way out.
 
 One object for HTTP and gRPC together. Draining refuses newcomers with 503/UNAVAILABLE and waits for those inside.
 """
 
 import asyncio
+import logging
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from trinity.config import ServeConfig
 from trinity.errors import InvalidRequest, Overloaded, Unavailable
+
+log = logging.getLogger("trinity.serving")
+MOST_DESCRIPTORS, OTHER_DESCRIPTORS = 65_536, 256  # Ray's, files, and connections of one's own
+
+
+def within_descriptors(config: ServeConfig) -> ServeConfig:
+    """The settings with as many connections as this process has descriptors for, after it took all that it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        soft = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, max(soft, MOST_DESCRIPTORS))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = max(1, (soft - OTHER_DESCRIPTORS) // 2)  # two listeners share them
+    if room < config.max_connections:
+        log.warning("%d descriptors leave room for %d connections of each listener", soft, room)
+    return config.model_copy(update={"max_connections": min(room, config.max_connections)})
 
 
 class Admission:

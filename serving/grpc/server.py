@@ -23,8 +23,7 @@ IDLE_MS = 300_000  # without a call
 class GrpcServer:
     """The listening server. `start` binds, `set_ready` tells health, `stop` lets running calls end within `grace_s`."""
 
-    def __init__(self, front: Frontend):
-        config = front.config
+    def __init__(self, front: Frontend, config: ServeConfig):
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", config.max_body_bytes),

@@ -10,8 +10,10 @@ import pytest
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
+from serving import limits
 from serving.grpc import server as grpc_server
 from tests.waiting import WAIT_S, eventually
+from trinity.config import ServeConfig
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -132,3 +134,14 @@ async def test_connections_are_counted_down_again(start):
                 await answered(sock)
         others = server.gateway.http.server.config.http_protocol_class.others
         await eventually(lambda: not others.by_peer)
+
+
+@pytest.mark.parametrize(("soft", "hard", "given"), [(1024, 1024, 384), (300, 300, 22), (256, 4096, 1920), (10, 10, 1)])
+def test_connections_fit_the_descriptors(monkeypatch, soft, hard, given):
+    """HTTP keeps some for itself, whatever gRPC's clients do: each listener has half of what there is."""
+    taken = []
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(limits.resource, "setrlimit", lambda kind, both: taken.append(both))
+    config = limits.within_descriptors(ServeConfig(max_connections=2048))
+    assert config.max_connections == given
+    assert taken == ([(hard, hard)] if soft < hard else [])

@@ -133,7 +133,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "protos", "serving.access", "serving.addresses", "serving.errors", "serving.frontend", "serving.http",
         "serving.pool_operator", "trinity.engine", "trinity.placement", "trinity.text",
     },
-    "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http"},
+    "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
     "serving.engine": {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
         "serving.frontend", "serving.streams",
