@@ -4,11 +4,19 @@ The limit is no measure of speed. It is there so that a hang fails with a senten
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
+NUM_CORES = os.cpu_count() or 1
 WAIT_S = 60.0  # under pytest's own limit, which would end the process without saying what was waited for
+
+
+def patience(seconds: float) -> float:
+    """So many seconds of a machine that is ours, and longer by as much as others take of it: what wants to run now, for each
+    core, of which the suite itself is two."""
+    return seconds * max(1.0, os.getloadavg()[0] / (2 * NUM_CORES))
 
 
 def until(holds: Callable[[], object], within_s: float = WAIT_S, every_s: float = 0.01) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -36,13 +36,13 @@ class _Unique(yaml.SafeLoader):
     """Plain values only, and no key twice; no aliases, a page of which can stand for gigabytes; and 12:30:00 is a text, where
     YAML 1.1 has a number of base 60."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  (the library's own declaration)
         first: [(tag, pattern) for tag, pattern in found if tag not in NUMBERS]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken; write the value again", mark)
         return super().compose_node(parent, index)
@@ -55,7 +55,7 @@ class _Unique(yaml.SafeLoader):
 
 
 for _tag, _pattern in NUMBERS.items():
-    _Unique.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))  # type: ignore[no-untyped-call]
+    _Unique.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 def _is_hashable(key: Any) -> bool:
