@@ -235,7 +235,8 @@ async def test_slow_clients_are_cut(start, monkeypatch):
     monkeypatch.setattr("serving.http.edge.BODY_TIMEOUT_S", 0.2)
     async with start() as server:
         assert await raw(server, b"POST /v1/comp") == b""
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        head += b"content-type: application/json\r\ncontent-length: 10\r\n\r\n"
         assert (await raw(server, head + b"{")).startswith(b"HTTP/1.1 408")
         monkeypatch.undo()
         async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
