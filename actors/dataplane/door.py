@@ -97,7 +97,7 @@ class Door:
             handshake.check_peer(sock)
             sock.sendall(guest.greeting)
         except (BadFrame, OSError) as error:
-            log.warning("a connection was not greeted: %s", error)
+            log.debug("not greeted: %s", error)  # strangers fill no log
             sock.close()
             return
         if len(self._guests) >= MAX_GREETED:
