@@ -137,8 +137,7 @@ class PlacementService:
         return self._reconciler
 
 
-# Threads of the actor, and with it callers that may wait for news side by side. Ray makes all of them at once, and each takes
-# some 30 KB when a call first comes to it: a thousand grew for an hour.
+# Callers that may wait for news side by side; the others wait for a place. Ray makes a thread for each of them at once.
 NUM_NEWS = 256
 
 PlacementActor = ray.remote(
