@@ -4,13 +4,16 @@ Decisions: keys come from the pool's secret and both nonces of the handshake, on
 nonce of each piece, so that nothing can be replayed, reordered or sent back. A frame is two pieces, its header and its payload;
 a piece that is not what its sender sealed ends the connection. Without forward secrecy: who learns the pool's secret later can
 read what he has recorded. Between hosts only: on one host the kernel keeps others out.
+
+Cost, round trips over loopback's TCP on two quiet cores, medians of alternating calls, times those that are not sealed: 1.5 at
+1 to 64 KiB each way, 1.9 at 256 KiB, 5 to 7 from 1 MiB on, where the cipher and its copies are all there is (0.7 GB/s).
 """
 
 import hmac
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from actors.dataplane.connection import CPU, Wire, memory_of
@@ -73,13 +76,10 @@ class SealedWire(Wire):
     def payload(self, header: Header, deadline_s: float) -> list[Tensor]:
         buffers = header.buffers(None, self.device.type == "cuda")
         if header.payload_bytes:
-            data = memoryview(self._piece(header.payload_bytes, deadline_s))
+            data = np.frombuffer(self._piece(header.payload_bytes, deadline_s), np.uint8)
             for buffer in buffers:
-                size = buffer.numel() * buffer.element_size()
-                buffer.view(-1).view(torch.uint8).copy_(
-                    torch.frombuffer(data[:size], dtype=torch.uint8)
-                ) if size else None
-                data = data[size:]
+                mine = memory_of(buffer).reshape(-1).view(np.uint8)
+                mine[:], data = data[: mine.size], data[mine.size :]
         if self.device != CPU and header.kind < FAILURE:
             buffers[0] = buffers[0].to(self.device, non_blocking=True)
         return buffers
