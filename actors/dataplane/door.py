@@ -41,9 +41,7 @@ class Door:
     """Owns the listeners, each under the address that its callers mean, until `close`. `admit` gets the sockets of those
     who are let in, with the address that they meant and the handshake's transcript."""
 
-    def __init__(
-        self, listeners: Mapping[str, socket.socket], secret: bytes, admit: Callable[[socket.socket, str, bytes], None]
-    ):
+    def __init__(self, listeners: Mapping[str, socket.socket], secret: bytes, admit: Admit):
         self.secret, self.admit, self._is_open = secret, admit, True
         self._guests: dict[Guest, None] = {}  # in order: who has stood there longest is first
         self._selector, self._listeners = selectors.DefaultSelector(), list(listeners.values())

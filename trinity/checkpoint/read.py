@@ -6,6 +6,7 @@ could otherwise see two models; code that a config names (`auto_map`) is never l
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -304,8 +305,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        seen = set[str]()
-        raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")  # type: ignore[func-returns-value]
+        twice = next(key for key, num in Counter(key for key, _ in pairs).items() if num > 1)
+        raise ValueError(f"key {twice!r} is there twice")
     return tree
 
 
