@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -37,19 +37,21 @@ class Connection:
 
     def __init__(self, address: Address, secret: bytes, deadline_s: float, device: torch.device = CPU):
         near = address.machine == machine_id()
-        sock = socket.socket(socket.AF_UNIX if near else socket.AF_INET)
-        sock.settimeout(max(0.001, deadline_s - time.time()))
-        with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
-            sock.connect(target)
-        self.wire = Wire(sock, device=device)
         self._numbers = itertools.count(1)
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
-        transcript = introduce(self.wire, secret, meant(address, near), deadline_s)
-        if address.is_sealed and not near:
-            check_package()
-            self.wire = SealedWire(self.wire, secret, transcript, is_shard=False)
-        buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
+        with ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else socket.AF_INET))
+            sock.settimeout(max(0.001, deadline_s - time.time()))
+            with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
+                sock.connect(target)
+            self.wire = Wire(sock, device=device)
+            transcript = introduce(self.wire, secret, meant(address, near), deadline_s)
+            if address.is_sealed and not near:
+                check_package()
+                self.wire = SealedWire(self.wire, secret, transcript, is_shard=False)
+            buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
+            undo.pop_all()
         self._min_bytes = math.inf if buffer is None else buffer.min_bytes
         log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
 

@@ -1,8 +1,9 @@
 """The door of a shard: one thread accepts all connections, and lets in who proves that it knows the pool's secret.
 
 Decisions: whoever has not proved it costs a descriptor and a hundred bytes for HANDSHAKE_S at most: no thread, no memory of its
-choosing. MAX_GREETED stand at the door at a time; for one more, who has stood there longest is sent away, so that a crowd of
-strangers holds up nobody who answers at once. On a Unix socket other users' processes are not greeted at all.
+choosing. MAX_GREETED stand at the door at a time; for one more, of the host that most come from, who has stood there longest is
+sent away: a crowd from one host holds up nobody from another, nor those on the Unix socket. There other users' processes are
+not greeted at all.
 """
 
 import logging
@@ -10,6 +11,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class Guest:
     """A peer that was greeted and has not proved anything yet."""
 
     sock: socket.socket
+    origin: str  # its host; "" on the Unix socket
     meant: str
     greeting: bytes
     until_s: float
@@ -82,7 +85,7 @@ class Door:
 
     def _accept(self, listener: socket.socket, meant: str) -> None:
         try:
-            sock, _ = listener.accept()
+            sock, peer = listener.accept()
         except BlockingIOError:  # it left again
             return
         except OSError as error:  # out of descriptors: others will leave
@@ -90,7 +93,8 @@ class Door:
             time.sleep(ACCEPT_AGAIN_S)
             return
         sock.setblocking(False)
-        guest = Guest(sock, meant, handshake.greeting(), time.monotonic() + HANDSHAKE_S)
+        origin = peer[0] if isinstance(peer, tuple) else ""
+        guest = Guest(sock, origin, meant, handshake.greeting(), time.monotonic() + HANDSHAKE_S)
         try:
             handshake.check_peer(sock)
             sock.sendall(guest.greeting)
@@ -99,9 +103,13 @@ class Door:
             sock.close()
             return
         if len(self._guests) >= MAX_GREETED:
-            self._send_away(next(iter(self._guests)), "others wait")
+            self._send_away(self._most_dispensable(), "others wait")
         self._guests[guest] = None
         self._selector.register(sock, selectors.EVENT_READ, partial(self._hear, guest))
+
+    def _most_dispensable(self) -> Guest:
+        [(crowd, _)] = Counter(guest.origin for guest in self._guests).most_common(1)
+        return next(guest for guest in self._guests if guest.origin == crowd)
 
     def _hear(self, guest: Guest) -> None:
         if guest not in self._guests:  # sent away since it spoke

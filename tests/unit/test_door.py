@@ -20,7 +20,7 @@ from actors.dataplane.connection import Address, machine_id
 from actors.dataplane.door import Door
 from actors.dataplane.frames import WELCOME, BadFrame, Header
 from actors.dataplane.handshake import GREETING_BYTES, PROOF_BYTES, REPLY_BYTES
-from tests.unit.fuzzed_port import SECRET, Port, num_serving
+from tests.unit.fuzzed_port import SECRET, Port, num_descriptors, num_serving
 
 NOBODY = 65534
 
@@ -145,6 +145,39 @@ def test_a_crowd_of_strangers_takes_no_thread_and_holds_up_nobody(port):
             assert len(sock.recv(GREETING_BYTES + 1, socket.MSG_WAITALL)) <= GREETING_BYTES
         crowd[-1].sendall(b"x")  # the last one is still heard
         assert len(crowd[-1].recv(GREETING_BYTES, socket.MSG_WAITALL)) == GREETING_BYTES
+
+
+def test_a_crowd_on_tcp_sends_nobody_away_from_the_unix_socket(port, monkeypatch):
+    """However many come between a caller's greeting and its proof."""
+    monkeypatch.setattr(door, "MAX_GREETED", 8)
+    with ExitStack() as stack:
+
+        def proof_in_a_crowd(*known):
+            for _ in range(3 * door.MAX_GREETED * (threading.current_thread() is threading.main_thread())):
+                crowd = stack.enter_context(port.stranger())
+                assert len(crowd.recv(GREETING_BYTES, socket.MSG_WAITALL)) == GREETING_BYTES
+            return proof(*known)
+
+        proof = handshake.proof
+        monkeypatch.setattr(handshake, "proof", proof_in_a_crowd)
+        Connection(port.address, SECRET, soon()).wire.close()
+
+
+def test_a_connection_that_fails_leaves_no_socket(impostor):
+    listener, address = impostor
+    before = num_descriptors()
+    for _ in range(3):
+
+        def turn_away():
+            listener.accept()[0].close()
+
+        thread = threading.Thread(target=turn_away)
+        thread.start()
+        with pytest.raises(EOFError) as failed:
+            Connection(address, SECRET, soon())
+        thread.join()
+        assert num_descriptors() <= before, "not even while its error is looked at"
+        del failed
 
 
 def greeted(path, user):
