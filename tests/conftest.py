@@ -1,9 +1,6 @@
 """One Ray for the files that want it; settings that Ray, OpenMP and Triton read at import; long files before short ones."""
 
 import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1")
@@ -20,10 +17,9 @@ from trinity.config import setup_environment
 setup_environment(auth="disabled")
 
 import pytest
-import pytest_timeout
 import torch
 
-from tests.waiting import patience
+from tests.hang import pytest_timeout_set_timer  # noqa: F401  a hook of the suite
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # MegaBlocks' kernels run interpreted where there is no GPU
@@ -87,29 +83,6 @@ def pytest_collection_modifyitems(config, items):
         return item.path not in want_ray and item.path.parent.name != "ray", place.get(name, len(LONGEST))
 
     items.sort(key=order)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_timeout_set_timer(item, settings):
-    """A hang fails after the timeout of a machine that is ours (tests/waiting.py), by the plugin's own means."""
-    if threading.current_thread() is not threading.main_thread():
-        return None  # the plugin has another way
-    began_s = time.monotonic()
-
-    def ring(number, frame):
-        left_s = patience(settings.timeout) - (time.monotonic() - began_s)
-        if left_s <= 0:
-            pytest_timeout.timeout_sigalrm(item, settings)
-        signal.setitimer(signal.ITIMER_REAL, max(1.0, left_s))
-
-    def cancel():
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    item.cancel_timeout = cancel
-    signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, settings.timeout)
-    return True
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from matplotlib.image import imread
 
-from tests.waiting import patience
+from tests.waiting import have_passed
 from trinity.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.timeout(900)  # the demo is the fixture of whoever comes first; a hang ends sooner, by silence
@@ -51,7 +51,7 @@ class Running:
         while self.process.poll() is None and not holds():
             if (now := len({*self.stdout.splitlines(), *self.stderr.splitlines()})) > said:
                 said, heard_s = now, time.monotonic()
-            if time.monotonic() - heard_s > patience(SILENCE_S):
+            if have_passed(SILENCE_S, heard_s):
                 self.process.kill()
                 pytest.fail(f"{self.process.args} hangs. It said: {self.stdout} {self.stderr}")
             time.sleep(0.1)
