@@ -12,6 +12,7 @@ from actors.dataplane.plane import DataPlane
 from actors.names import name_of
 from trinity.config import PlacementConfig
 from trinity.experts.spec import ShardSpec
+from trinity.utils.garbage import uncollected
 from trinity.utils.hugepages import ONE_HEAP
 
 
@@ -19,7 +20,8 @@ class Shard:
     """A process that owns one shard."""
 
     def __init__(self, spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str):
-        from actors.shard_server import ShardServer
+        with uncollected():
+            from actors.shard_server import ShardServer
 
         self.server = ShardServer(spec, plane, settings, namespace)
 

@@ -23,6 +23,7 @@ from trinity.config import Config
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
+from trinity.utils.garbage import uncollected
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -37,7 +38,8 @@ ATTEMPTS = 2
 
 def build_engine(source: str, config_json: str) -> Built:
     """The real engine: a backbone here, its experts in the pool of shards that the config names."""
-    from trinity.engine.async_engine import AsyncEngine
+    with uncollected():
+        from trinity.engine.async_engine import AsyncEngine
 
     config = Config.model_validate_json(config_json)
     engine = _engine_of_run(source, config) if config.serve.is_of_run else _engine_of_checkpoint(source, config)

@@ -1,8 +1,10 @@
 """One Ray for the files that want it; settings that Ray, OpenMP and Triton read at import; long files before short ones."""
 
+import gc
 import os
 from pathlib import Path
 
+gc.disable()  # until all is imported (trinity/utils/garbage.py)
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1")
 # what Ray tells of itself is read by nobody here, and what it looks at ten times a second takes a share of two cores
 os.environ.update(
@@ -85,6 +87,11 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=order)
 
 
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="module")
 def ray_session():
     """A private single-node Ray with four CPUs. It goes on until a file follows that does not want it."""
@@ -122,3 +129,7 @@ def end_ray():
 
     stop_all()
     ray.shutdown()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trinity.errors import Unavailable
+from trinity.utils.garbage import uncollected
 
 # -- the comparison: a raw echo, and its caller
 
@@ -125,7 +126,8 @@ def main() -> None:
     orders = json.loads(sys.stdin.readline())
     role = orders.pop("role")
     home = "train" if role == "transformers" else "echo"
-    run = raw if role == "raw" else importlib.import_module(f"trinity.bench.{home}").ROLES[role]
+    with uncollected():
+        run = raw if role == "raw" else importlib.import_module(f"trinity.bench.{home}").ROLES[role]
     run(**orders)
     os._exit(0)  # a thread that waits inside torch or a socket would abort the usual way out
 
