@@ -1,9 +1,9 @@
 """Access to what may be called: one rule for HTTP and gRPC.
 
-| access | without keys on the server | with `serve.api_key` | with `serve.admin_key` |
+| access | without keys on the server | with `serve.api_key` or `serve.clients` | with `serve.admin_key` |
 |---|---|---|---|
 | open | everybody | everybody | everybody |
-| key | everybody | either key | (says nothing of these) |
+| key | everybody | any key | (says nothing of these) |
 | admin | loopback listeners only | nobody | the admin key |
 
 Decisions: operators may do what clients may, so their key opens both. A server whose clients need a key, or which others
@@ -13,13 +13,15 @@ in constant time and appear in no log and no answer.
 
 import hmac
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Literal
 from urllib.parse import urlsplit
 
-from trinity.config import ServeConfig
+from trinity.config import ADMIN_CLIENT, ANYBODY, DEFAULT_CLIENT, Client, ServeConfig
 from trinity.errors import InvalidRequest, Unauthenticated
 
 Access = Literal["open", "key", "admin"]
+ASKS: ContextVar[Client] = ContextVar("asks", default=ANYBODY)  # whoever's call is being answered
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -33,7 +35,7 @@ def only(name: str, values: Sequence[str]) -> str | None:
 def check_host(host: str | None, config: ServeConfig) -> None:
     """Raises InvalidRequest where no key is needed and the Host header is a name that is not this server's: a page of that
     name, which a browser on this machine shows, would be asking (DNS rebinding)."""
-    if config.api_key is not None or host is None:
+    if config.needs_key or host is None:
         return
     try:
         name = urlsplit(f"//{host}").hostname
@@ -53,16 +55,26 @@ def key_matches(header: str | None, key: str) -> bool:
     return hmac.compare_digest(sent, key.encode("utf-8")) and scheme.lower() == b"bearer"
 
 
-def check_access(access: Access, header: str | None, config: ServeConfig) -> None:
-    """Raises Unauthenticated unless the `authorization` header of a call opens what it asks for."""
-    if access == "key" and config.api_key is not None:
-        _check(header, (config.api_key, config.admin_key), "send the server's key as `Authorization: Bearer KEY`")
-    elif access == "admin" and config.admin_key is not None:
-        _check(header, (config.admin_key,), "send the server's admin key as `Authorization: Bearer KEY`")
-    elif access == "admin" and not (config.is_loopback and config.api_key is None):
+def check_access(access: Access, header: str | None, config: ServeConfig) -> Client:
+    """-> who calls. Raises Unauthenticated unless its `authorization` header opens what it asks for."""
+    if access == "key" and config.needs_key:
+        keys = {client.key: Client(name, client.weight) for name, client in config.clients.items()}
+        if config.api_key is not None:
+            keys[config.api_key] = Client(DEFAULT_CLIENT)
+        return _holder(header, keys | _admin(config), "send the server's key as `Authorization: Bearer KEY`")
+    if access == "admin" and config.admin_key is not None:
+        return _holder(header, _admin(config), "send the server's admin key as `Authorization: Bearer KEY`")
+    if access == "admin" and not (config.is_loopback and not config.needs_key):
         raise Unauthenticated("this server has no admin key; start it with serve.admin_key (TRINITY_ADMIN_KEY)")
+    return ANYBODY
 
 
-def _check(header: str | None, keys: tuple[str | None, ...], advice: str) -> None:
-    if not any([key_matches(header, key) for key in keys if key is not None]):  # noqa: C419  all of them, in equal time
+def _admin(config: ServeConfig) -> dict[str, Client]:
+    return {} if config.admin_key is None else {config.admin_key: Client(ADMIN_CLIENT)}
+
+
+def _holder(header: str | None, keys: dict[str, Client], advice: str) -> Client:
+    found = [client for key, client in keys.items() if key_matches(header, key)]  # all are compared, in equal time
+    if not found:
         raise Unauthenticated(advice)
+    return found[0]

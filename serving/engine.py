@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serving.frontend import EngineInfo
 from serving.streams import batched
-from trinity.config import Config
+from trinity.config import Client, Config
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
@@ -89,9 +89,9 @@ class LocalClient:
         self._id = uuid4().hex
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
     ) -> AsyncGenerator[Delta, None]:
-        stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s)
+        stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s, client)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield delta
@@ -111,9 +111,9 @@ class EngineReplica:
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
     ) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(request_id, prompt_ids, params, deadline_s))
+        stream = batched(self.client.generate(request_id, prompt_ids, params, deadline_s, client))
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
@@ -142,12 +142,12 @@ class RayClient:
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
     ) -> AsyncGenerator[Delta, None]:
         for attempt in range(ATTEMPTS):
             started = False
             try:
-                async with aclosing(self._once(request_id, prompt_ids, params, deadline_s)) as deltas:
+                async with aclosing(self._once(request_id, prompt_ids, params, deadline_s, client)) as deltas:
                     async for delta in deltas:
                         started = True
                         yield delta
@@ -157,9 +157,9 @@ class RayClient:
                     raise Unavailable("the engine was lost while it answered; send the request again") from None
 
     async def _once(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
     ) -> AsyncGenerator[Delta, None]:
-        response = self._streams.generate.remote(request_id, list(prompt_ids), params, deadline_s)
+        response = self._streams.generate.remote(request_id, list(prompt_ids), params, deadline_s, client)
         try:
             async for batch in response:
                 for delta in batch:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
+from serving.access import ASKS
 from serving.limits import Admission
 from serving.metrics import Exporter, TokenClock
 from serving.pool_operator import Operator, Placement
-from trinity.config import ServeConfig
+from trinity.config import Client, ServeConfig
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
 from trinity.text.chat_template import render_chat
@@ -44,7 +45,7 @@ class EngineClient(Protocol):
     """An engine near or far. Closing the generator frees what the request holds."""
 
     def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
     ) -> AsyncGenerator[Delta, None]: ...
 
     async def info(self) -> EngineInfo: ...
@@ -74,7 +75,7 @@ class Frontend:
         self.tokenizer = tokenizer
         self.info = info
         self.config = config
-        self.admission = Admission(config.max_concurrent_requests)
+        self.admission = Admission(config)
         self.metrics = Exporter()
         self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
@@ -84,6 +85,10 @@ class Frontend:
     @property
     def ready(self) -> bool:
         return self.engine_healthy and not self.admission.draining
+
+    def check_number(self, num: int) -> None:
+        """Raise InvalidRequest for a request of so many sequences that others would find no slot."""
+        self.admission.check(num, ASKS.get())
 
     def check_model(self, name: str | None) -> None:
         if name and name != self.info.model:
@@ -161,13 +166,14 @@ class Frontend:
 
         Raises InvalidRequest, PromptTooLong, Overloaded, Unavailable, DeadlineExceeded. Leaving it frees the engine.
         """
+        client = ASKS.get()
         self.check(prompt_ids, params)
         longest_s = self.config.request_timeout_s
         budget_s = longest_s if deadline_s is None else min(deadline_s, longest_s)
         deadline = asyncio.get_running_loop().time() + budget_s
-        with self.admission.slot():
+        with self.admission.slot(client):
             clock = TokenClock(self.metrics)
-            stream = self.engine.generate(new_request_id(), prompt_ids, params, budget_s)
+            stream = self.engine.generate(new_request_id(), prompt_ids, params, budget_s, client)
             async with aclosing(stream):
                 while (delta := await self._next(stream, deadline, budget_s)) is not None:
                     _raise_failure(delta)

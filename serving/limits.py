@@ -6,10 +6,11 @@ One object for HTTP and gRPC together. Draining refuses newcomers with 503/UNAVA
 import asyncio
 import logging
 import resource
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trinity.config import ServeConfig
+from trinity.config import Client, ServeConfig
 from trinity.errors import InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger("trinity.serving")
@@ -29,41 +30,53 @@ def within_descriptors(config: ServeConfig) -> ServeConfig:
 
 
 class Admission:
-    """Counts what is inside; a slot is given back however its holder ends."""
+    """Counts what is inside; a slot is given back however its holder ends. Each client has a share of the slots by weight;
+    whoever comes with the admin key, or without one, may have all."""
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.active = 0
+    def __init__(self, config: ServeConfig):
+        self.limit = config.max_concurrent_requests
+        self.held: Counter[str] = Counter()
         self.draining = False
+        weights = config.weights_by_client
+        self._shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
-    def share(self) -> int:
-        """The most that one request may hold: a quarter."""
-        return max(1, self.limit // 4)
+    def active(self) -> int:
+        return self.held.total()
 
-    def check(self, num: int) -> None:
+    def most(self, client: Client) -> int:
+        """Slots that the client may hold."""
+        return max(1, int(self.limit * self._shares.get(client.name, 1.0)))
+
+    def check(self, num: int, client: Client) -> None:
         """Raise InvalidRequest for a request that would hold so many slots that others find none."""
-        if num > self.share:
+        most = max(1, min(self.limit // 4, self.most(client)))
+        if num > most:
             raise InvalidRequest(
-                f"{num} sequences (prompts x n) in one request; {self.share} are taken, a quarter of "
+                f"{num} sequences (prompts x n) in one request; {most} are taken, at most a quarter of "
                 "serve.max_concurrent_requests. Send several requests."
             )
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Raises Unavailable while draining and Overloaded when full."""
+    def slot(self, client: Client) -> Iterator[None]:
+        """Raises Unavailable while draining, and Overloaded when all slots are taken or all of the client's."""
         if self.draining:
             raise Unavailable("the server is shutting down; send the request to another one, or again later")
         if self.active >= self.limit:
             raise Overloaded(f"{self.active} requests are running, as many as serve.max_concurrent_requests allows")
-        self.active += 1
+        if self.held[client.name] >= self.most(client):
+            raise Overloaded(
+                f"{self.held[client.name]} requests of client {client.name!r} are running, all its share of "
+                "serve.max_concurrent_requests; wait for some, or ask for a larger weight"
+            )
+        self.held[client.name] += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self.active -= 1
+            self.held[client.name] -= 1
             if not self.active:
                 self._idle.set()
 

@@ -68,6 +68,11 @@ class Exporter:
         self["trinity_requests_total"].labels(route, code).inc()
         self["trinity_request_seconds"].labels(route).observe(seconds)
 
+    def clients(self, held: Mapping[str, int]) -> None:
+        """Show how many slots each client holds."""
+        for name, num in held.items():
+            self["trinity_client_requests"].labels(name).set(num)
+
     def engine(self, engine_id: str, version: int, stats: Mapping[str, Any]) -> None:
         """Count what one engine said of itself: gauges are summed over engines, its counters continue from its last answer."""
         now_s = time.monotonic()

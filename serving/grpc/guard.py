@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health
 
 from protos.trinity.v1 import placement_pb2
-from serving.access import Access, check_access, only
+from serving.access import ASKS, Access, check_access, only
 from serving.errors import grpc_status, grpc_trailers, to_typed
 from serving.frontend import Frontend, new_request_id
 from trinity.config import ServeConfig
@@ -34,7 +34,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         service = details.method.lstrip("/").rpartition("/")[0]
         sent = [str(value) for key, value in details.invocation_metadata or () if key == "authorization"]
         try:
-            check_access(ACCESS.get(service, "key"), only("authorization", sent), self.config)
+            ASKS.set(check_access(ACCESS.get(service, "key"), only("authorization", sent), self.config))
         except (InvalidRequest, Unauthenticated) as error:
             return _refusal(error)
         return await continuation(details)

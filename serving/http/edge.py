@@ -16,7 +16,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serving.access import Access, check_access, check_host, only
+from serving.access import ASKS, Access, check_access, check_host, only
 from serving.errors import RouteError, http_headers, http_status, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id
 from trinity.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
@@ -99,7 +99,7 @@ class HttpExchange:
     def _authenticate(self) -> None:
         check_host(self._header("host"), self.edge.config)
         access = self.edge.access.get(self.scope["path"], "key")
-        check_access(access, self._header("authorization"), self.edge.config)
+        ASKS.set(check_access(access, self._header("authorization"), self.edge.config))
 
     def _header(self, name: str) -> str | None:
         return only(name, [value for key, value in self.headers if key == name])

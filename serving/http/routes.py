@@ -59,7 +59,7 @@ async def completions(front: Frontend, request: Request) -> Response:
     body = await parse(schema.CompletionRequest, request)
     front.check_model(body.model)
     given = body.prompts()
-    front.admission.check(len(given) * body.n)
+    front.check_number(len(given) * body.n)
     prompts = [await _ids(front, prompt, body.add_special_tokens) for prompt in given]
     jobs = [
         GenerationRequest(ids, body.params(body.max_tokens, body.logprobs, sample))
@@ -85,7 +85,7 @@ async def _echo(front: Frontend, prompt: str | list[int]) -> str:
 async def chat_completions(front: Frontend, request: Request) -> Response:
     body = await parse(schema.ChatRequest, request)
     front.check_model(body.model)
-    front.admission.check(body.n)
+    front.check_number(body.n)
     messages = [message.flat() for message in body.messages]
     ids = await front.encode_chat(messages, body.add_generation_prompt, body.add_special_tokens)
     limit = body.limit or front.room(ids)
@@ -226,6 +226,7 @@ async def version(front: Frontend, request: Request) -> Response:
 
 
 async def metrics(front: Frontend, request: Request) -> Response:
+    front.metrics.clients(front.admission.held)
     text, kind = front.metrics.render()
     return Response(text, headers={"content-type": kind})
 

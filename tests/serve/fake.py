@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
+from trinity.config import Client
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import Overloaded, Unavailable
 from trinity.text.tokenizer import Tokenizer
@@ -36,11 +37,13 @@ class FakeEngine:
         self.fail_after, self.error = fail_after, error or Unavailable("a shard is gone")
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
+        self.clients: list[Client | None] = []
         self.healthy, self.version = True, 7
         self.tokenizer = fake_tokenizer()
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
         self.seen.append(params)
+        self.clients.append(client)
         self.held.add(request_id)
         room = min(params.max_tokens, self.max_model_len - len(prompt_ids))
         try:

@@ -55,7 +55,7 @@ GIANTS = {  # -> path, body, status
 class Verbose(FakeEngine):
     """As many log-probabilities as may be asked for."""
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
         top = tuple((i, -1.0 - i) for i in range(20))
         for at in range(params.max_tokens):
             last = at + 1 == params.max_tokens
@@ -72,14 +72,14 @@ class Verbose(FakeEngine):
 
 @asynccontextmanager
 async def standstill():
-    """-> a list with the longest time in which this thread's event loop, which is the server's too, did nothing else."""
+    """-> a list with the most CPU seconds that this process took while its event loop, the server's too, did nothing else."""
     longest, ended = [0.0], False
 
     async def watch():
-        before = time.perf_counter()
+        before = time.process_time()
         while not ended:
             await asyncio.sleep(0.001)
-            now = time.perf_counter()
+            now = time.process_time()
             longest[0], before = max(longest[0], now - before), now
 
     watching = asyncio.create_task(watch())
@@ -92,9 +92,9 @@ async def standstill():
 async def test_a_giant_body_stalls_nobody(server, http, name):
     path, body, status = GIANTS[name]
     assert len(body) < server.front.config.max_body_bytes
-    began = time.perf_counter()
+    began = time.process_time()
     json.loads(body)
-    once_s = time.perf_counter() - began
+    once_s = time.process_time() - began
     async with standstill() as longest:
         answer = await http.post(path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text[:300]
@@ -112,7 +112,7 @@ async def test_one_request_never_holds_more_than_a_quarter_of_the_slots(start):
         for more in ({"n": 3}, {"prompt": [[5]] * 11, "n": 1}):
             answer = await http.post(COMPLETE, json=body | more)
             assert answer.status_code == 400
-            assert "10 are taken, a quarter" in answer.json()["error"]["message"]
+            assert "10 are taken, at most a quarter" in answer.json()["error"]["message"]
         answer = await http.post(CHAT, json={"messages": [{"role": "user", "content": "a"}], "n": 11})
         assert answer.status_code == 400
 
@@ -155,8 +155,8 @@ async def test_an_answer_of_megabytes_is_written_beside_other_work(start, path):
             del given["prompt"]
         async with standstill() as longest:
             answer = await http.post(path, json=given)
-    began = time.perf_counter()
+    began = time.process_time()
     json.dumps(answer.json())
-    once_s = time.perf_counter() - began
+    once_s = time.process_time() - began
     assert len(answer.content) > 2 << 20
     assert longest[0] < 2 * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times writing it"

@@ -123,7 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.metrics": {"trinity.engine", "trinity.observability", "trinity.placement"},
     "serving.pool_operator": {"serving.errors", "trinity.placement"},
     "serving.frontend": {
-        "serving.limits", "serving.metrics", "serving.pool_operator", "trinity.engine", "trinity.text",
+        "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "trinity.engine", "trinity.text",
     },
     "serving.http": {
         "serving.access", "serving.addresses", "serving.errors", "serving.frontend", "serving.page", "serving.streams",

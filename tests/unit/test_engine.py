@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.engine_fakes import VOCAB, FakeAfmoe, fake_config, fake_engine, run_all, solo
-from trinity.config import EngineConfig
+from trinity.config import ANYBODY, Client, EngineConfig
 from trinity.engine.engine import Engine
 from trinity.engine.kv_cache import plan_layout, window_blocks
 from trinity.engine.request import SamplingParams
@@ -29,6 +29,9 @@ params = st.builds(
 )
 actions = st.one_of(
     st.tuples(st.just("add"), prompts, params),
+    st.tuples(
+        st.just("add"), prompts, params, st.builds(Client, st.sampled_from("ab"), st.sampled_from([0.5, 1.0, 4.0]))
+    ),
     st.tuples(st.just("abort"), st.integers(0, 20)),
     st.tuples(st.just("step"), st.integers(1, 4)),
 )
@@ -40,9 +43,9 @@ class Trace:
     def __init__(self, engine: Engine):
         self.engine, self.wanted, self.got, self.ended = engine, {}, {}, {}
 
-    def add(self, prompt, params):
+    def add(self, prompt, params, client=ANYBODY):
         name = f"r{len(self.wanted)}"
-        self.engine.add(name, prompt, params)
+        self.engine.add(name, prompt, params, client)
         self.wanted[name], self.got[name] = (prompt, params), []
 
     def abort(self, number):

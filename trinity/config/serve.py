@@ -1,11 +1,13 @@
 """The settings of an engine, its edges and the cluster."""
 
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
 from trinity.config.yaml import Frozen
+
+DEFAULT_CLIENT, ADMIN_CLIENT = "default", "admin"  # the names of those with serve.api_key and serve.admin_key
 
 
 class EngineConfig(Frozen):
@@ -35,6 +37,25 @@ class EngineConfig(Frozen):
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
 
+class Client(NamedTuple):
+    """Whoever asks, and its weight beside others that ask at the same time."""
+
+    name: str
+    weight: float = 1.0
+
+
+ANYBODY = Client("anybody")  # where nobody has a key
+
+
+class ClientConfig(Frozen):
+    """A key beside serve.api_key, under a name."""
+
+    key: str = Field(min_length=1, repr=False)
+    weight: float = Field(
+        default=1.0, gt=0, le=1000, description="its share of slots and turns beside others; serve.api_key has 1"
+    )
+
+
 class ServeConfig(Frozen):
     """The HTTP and gRPC edges. Loopback unless `allow_remote` is set and an API key is configured."""
 
@@ -45,6 +66,9 @@ class ServeConfig(Frozen):
     api_key: str | None = Field(default=None, min_length=1, repr=False, description="also from TRINITY_API_KEY")
     admin_key: str | None = Field(
         default=None, min_length=1, repr=False, description="who may move experts; also from TRINITY_ADMIN_KEY"
+    )
+    clients: dict[str, ClientConfig] = Field(
+        default={}, max_length=1000, description="other keys, by name; each has a share of the slots, and its turn"
     )
     served_model_name: str | None = None
     weights: str = Field(
@@ -73,6 +97,16 @@ class ServeConfig(Frozen):
     drain_timeout_s: float = Field(default=20.0, ge=0)
 
     @property
+    def needs_key(self) -> bool:
+        return self.api_key is not None or bool(self.clients)
+
+    @property
+    def weights_by_client(self) -> dict[str, float]:
+        """The weight of each name that a key has; serve.api_key's is `default`."""
+        named = {name: client.weight for name, client in self.clients.items()}
+        return named if self.api_key is None else {DEFAULT_CLIENT: 1.0, **named}
+
+    @property
     def is_of_run(self) -> bool:
         """Are the weights those of a run that trains, instead of a checkpoint's?"""
         return self.weights != "checkpoint"
@@ -90,23 +124,44 @@ class ServeConfig(Frozen):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
         return value
 
+    @field_validator("clients")
+    @classmethod
+    def _legal_names(cls, value: dict[str, ClientConfig]) -> dict[str, ClientConfig]:
+        for name in value:
+            if not re.fullmatch("[a-z0-9][a-z0-9_.-]{0,63}", name) or name in (DEFAULT_CLIENT, ADMIN_CLIENT):
+                raise ValueError(
+                    f"{name[:100]!r} is no client's name; use 1 to 64 of a-z, 0-9, _ . and -, "
+                    f"neither {DEFAULT_CLIENT} nor {ADMIN_CLIENT}"
+                )
+        return value
+
     @property
     def is_loopback(self) -> bool:
         return self.host in ("127.0.0.1", "::1", "localhost")
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
-        if not self.is_loopback and not (self.allow_remote and self.api_key):
+        if not self.is_loopback and not (self.allow_remote and self.needs_key):
             raise ValueError(
                 f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
             )
-        if self.admin_key is not None and self.admin_key == self.api_key:
-            raise ValueError("admin_key is the api_key, so that every client could move experts; choose two")
+        self._check_keys()
         if self.http_port == self.grpc_port != 0:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together; one of them is missing")
         return self
+
+    def _check_keys(self) -> None:
+        owners: dict[str, str] = {} if self.api_key is None else {self.api_key: "api_key"}
+        for name, client in self.clients.items():
+            if client.key in owners:
+                raise ValueError(f"clients.{name} has the key of {owners[client.key]}; give it one of its own")
+            owners[client.key] = f"clients.{name}"
+        if self.admin_key is not None and self.admin_key in owners:
+            raise ValueError(
+                f"admin_key is the key of {owners[self.admin_key]}, so that this client could move experts; choose two"
+            )
 
 
 class ClusterConfig(Frozen):

@@ -68,6 +68,8 @@ class Config(Frozen):
         """All settings as YAML; keys are not shown."""
         tree = self.model_dump(mode="json")
         tree["serve"] |= {name: "(set)" for name in ("api_key", "admin_key") if tree["serve"][name]}
+        for client in tree["serve"]["clients"].values():
+            client["key"] = "(set)"
         return yaml.safe_dump(tree, sort_keys=False)
 
 

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from trinity.config import ANYBODY, Client
 from trinity.engine.engine import Engine, EngineStats
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
@@ -52,6 +53,7 @@ class AsyncEngine:
         prompt_ids: Ids[int],
         params: SamplingParams | None = None,
         deadline_s: float | None = None,
+        client: Client = ANYBODY,
     ) -> AsyncIterator[Delta]:
         """Deltas of one request; the last has a finish_reason. `deadline_s` counts from now.
 
@@ -62,7 +64,7 @@ class AsyncEngine:
         self._enter(stream)
         timer = _deadline(stream, deadline_s) if deadline_s is not None else None
         try:
-            self._post(partial(self._start, stream, list(prompt_ids), params))
+            self._post(partial(self._start, stream, list(prompt_ids), params, client))
             while not stream.ended:
                 yield await _next(stream)
         finally:
@@ -158,9 +160,9 @@ class AsyncEngine:
         for command in commands:
             command()
 
-    def _start(self, stream: Stream, prompt_ids: list[int], params: SamplingParams | None) -> None:
+    def _start(self, stream: Stream, prompt_ids: list[int], params: SamplingParams | None, client: Client) -> None:
         try:
-            self._engine.add(stream.request_id, prompt_ids, params)
+            self._engine.add(stream.request_id, prompt_ids, params, client)
         except TrinityError as error:
             _send({stream: [error]})
             return

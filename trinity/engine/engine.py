@@ -13,7 +13,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trinity.config import EngineConfig, ModelConfig
+from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import Chunk, Delta, FinishReason, SamplingParams, Sequence
@@ -98,8 +98,10 @@ class Engine:
         """Version of the weights that the last step used for live requests. Safe from any thread."""
         return self._versions.live
 
-    def add(self, request_id: str, prompt_ids: Ids[int], params: SamplingParams | None = None) -> None:
-        """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
+    def add(
+        self, request_id: str, prompt_ids: Ids[int], params: SamplingParams | None = None, client: Client = ANYBODY
+    ) -> None:
+        """Queue a request of that client. Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
         params = params or SamplingParams()
         self.validate(prompt_ids, params)
         if request_id in self._sequences:
@@ -111,7 +113,7 @@ class Engine:
                 retry_after_s=RETRY_AFTER_S,
             )
         text = TextStream(IncrementalDecoder(self.tokenizer, skip_special=True), params.stop)
-        sequence = self._sequences[request_id] = Sequence(request_id, tuple(prompt_ids), params, text)
+        sequence = self._sequences[request_id] = Sequence(request_id, tuple(prompt_ids), params, text, client)
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
 

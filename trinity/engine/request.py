@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
-from trinity.config import Frozen
+from trinity.config import ANYBODY, Client, Frozen
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.text.detokenizer import TextStream
 
@@ -149,6 +149,7 @@ class Sequence:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     text: TextStream
+    client: Client = ANYBODY
     seed: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0

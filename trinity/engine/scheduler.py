@@ -1,15 +1,15 @@
 """Which tokens go into the next forward passes: continuous batching, chunked prefill, preemption. Host code, no torch.
 
-First come, first served, in one order: `running` is sorted by arrival, everything in `waiting` came later. A sequence
-is admitted when all its tokens fit; when the cache runs out, the latest arrival gives its blocks back and is recomputed
-later. The earliest one can take everything and always fits (kv_cache.py), so there is always progress.
+Clients take turns (fair_queue.py), and what was taken up first comes first: `running` is in that order, and all in `waiting`
+comes later. A sequence is admitted when all its tokens fit; when the cache runs out, the last one taken up gives its blocks
+back and is recomputed later. The first can take everything and always fits (kv_cache.py), so there is always progress.
 Decodes go before prefill without a special case: all but the last running sequence have finished their prefill,
 because a prefill that is cut short has used up the token budget.
 """
 
-from collections import deque
 from typing import NamedTuple
 
+from trinity.engine.fair_queue import FairQueue
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.versions import Versions
@@ -30,7 +30,7 @@ class Scheduler:
         self.max_tokens = max_num_batched_tokens
         self.max_running = min(max_num_seqs, max_num_batched_tokens)  # so that every decode finds a place in every pass
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -59,23 +59,24 @@ class Scheduler:
             if not self._make_room(sequence, sequence.num_computed + count):
                 break  # the last one; it keeps what it has and waits for the others
             batch.append(Chunk(sequence, sequence.num_computed, count))
+            self.waiting.charge(sequence, count)
             budget, at = budget - count, at + 1
         assert batch or not (self.running or self.waiting), "there is work but nothing could be scheduled"
         return batch
 
     def _admit(self) -> bool:
-        """Start the longest-waiting sequence if it fits beside a spare block for each running one."""
+        """Start the sequence whose turn it is if it fits beside a spare block for each running one."""
         if not self.waiting or len(self.running) >= self.max_running:
             return False
-        if not self.cache.fits(len(self.waiting[0].token_ids), reserve=len(self.running)):
+        if not self.cache.fits(len(self.waiting.first().token_ids), reserve=len(self.running)):
             return False
-        sequence = self.waiting.popleft()
+        sequence = self.waiting.take()
         sequence.row = self.cache.open_row()
         self.running.append(sequence)
         return True
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Get blocks for num_tokens, preempting later arrivals if need be."""
+        """Get blocks for num_tokens, preempting what was taken up later if need be."""
         assert sequence.row is not None
         while not self.cache.grow(sequence.row, num_tokens):
             if self.running[-1] is sequence:
@@ -86,7 +87,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:

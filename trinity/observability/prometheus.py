@@ -21,6 +21,7 @@ SERVING_METRICS = (
     Metric("trinity_requests_total", "counter", "Requests answered, by route and status code.", ("route", "code")),
     Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
     Metric("trinity_requests_waiting", "gauge", "Sequences waiting to be scheduled."),
+    Metric("trinity_client_requests", "gauge", "Sequences that hold a slot, by the name of their key.", ("client",)),
     Metric("trinity_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
     Metric("trinity_generated_tokens_total", "counter", "Tokens generated."),
     Metric("trinity_time_to_first_token_seconds", "histogram", "From request to first token.", buckets=LONG_S),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For imports: collects nothing inside the block, and nothing that was there at its end ever."""
+    """Collect nothing inside the block, and nothing that was there at its end ever: for imports."""
     gc.disable()
     try:
         yield
