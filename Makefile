@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test chaos lint format types protos gpu-kernels clean
+.PHONY: setup demo test chaos soak lint format types protos gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ test: setup
 
 chaos: setup
 	$(BIN)/pytest -s -m chaos tests
+
+# An hour of a server under mixed traffic: does any process grow? MINUTES=10 for less.
+soak: export PYTHONDONTWRITEBYTECODE =
+soak: setup
+	$(BIN)/python -m tests.chaos.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: setup
 	$(BIN)/ruff check .
