@@ -18,6 +18,7 @@ from trinity.errors import ConfigError
 
 HANDSHAKE_MS = 5_000  # until a connection's first settings
 IDLE_MS = 300_000  # without a call
+AGE_MS, SPARE_MS = 600_000, 5_000  # then the client is told to make another; its calls have their time to end
 
 
 class GrpcServer:
@@ -31,6 +32,8 @@ class GrpcServer:
             ("grpc.max_allowed_incoming_connections", config.max_connections),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),
+            ("grpc.max_connection_age_ms", AGE_MS),
+            ("grpc.max_connection_age_grace_ms", int(1000 * config.request_timeout_s) + SPARE_MS),
         ]
         self.server = grpc.aio.server(interceptors=[KeyInterceptor(config)], options=options)
         self.health = health.aio.HealthServicer()

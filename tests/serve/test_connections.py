@@ -1,20 +1,24 @@
 """How many may be connected, and what a request may not say twice: on raw sockets, where no client library helps."""
 
 import asyncio
+import select
 import socket
 from contextlib import ExitStack, closing
 
 import grpc
 import httpx
 import pytest
+from fake import HeldEngine
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving import limits
 from serving.grpc import server as grpc_server
+from tests.chaos.unruly import HEADERS, RST, SETTINGS, frame
 from tests.waiting import WAIT_S, eventually
 from trinity.config import ServeConfig
 
+GOAWAY = 0x7
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
@@ -77,6 +81,52 @@ async def test_connections_that_never_say_what_they_want_make_room(start, monkey
                     pb.ListModelsRequest(), wait_for_ready=True, timeout=WAIT_S
                 )
     assert models.models[0].name == "fake"
+
+
+def resets(sock):
+    """Begin calls and take them back until the server ends the connection (HTTP/2 rapid reset); -> its last words."""
+    head, said, number = b"\x83\x86\x84\x01\x01x", b"", 1  # POST, http, /, an authority
+    sock.sendall(PREFACE + frame(SETTINGS, 0, 0))
+    try:
+        while True:
+            for at in range(number, number + 100, 2):
+                sock.sendall(frame(HEADERS, 0x4, at, head) + frame(RST, 0, at, (8).to_bytes(4, "big")))
+            number += 100
+            while select.select([sock], [], [], 0.01)[0]:
+                if not (piece := sock.recv(1 << 16)):
+                    return said
+                said = (said + piece)[-1000:]
+    except ConnectionError:
+        return said
+
+
+async def test_a_flood_of_resets_is_ended_and_others_are_served(start, monkeypatch):
+    monkeypatch.setattr(grpc_server, "AGE_MS", 200)
+    monkeypatch.setattr(grpc_server, "SPARE_MS", 0)
+    async with start(request_timeout_s=0.5) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        with connected(server.grpc_address) as sock:
+            flood = asyncio.create_task(asyncio.to_thread(resets, sock))
+            while not flood.done():
+                await rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), wait_for_ready=True)
+            assert b"max connection age" in await flood
+
+
+async def test_a_call_goes_on_when_its_connection_is_old(start, monkeypatch):
+    monkeypatch.setattr(grpc_server, "AGE_MS", 200)
+    engine = HeldEngine(num_free=1)
+    async with start(engine) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        asked = pb.GenerateRequest(text="the lazy dog", sampling=pb.SamplingParams(max_tokens=4))
+        call = rpc.InferenceStub(channel).Generate(asked)
+        await call.read()
+        with connected(server.grpc_address) as younger:
+            told = await answered(younger, PREFACE + frame(SETTINGS, 0, 0), b"max_age")
+            assert bytes([GOAWAY, 0]) in told
+        engine.go.set()
+        rest = 0
+        while await call.read() is not grpc.aio.EOF:
+            rest += 1
+        assert rest == 4, "three tokens and the end"
+        await rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest())
 
 
 @pytest.mark.parametrize(
