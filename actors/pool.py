@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.control.service import PlacementActor
+from actors.control.service import placement_actor
 from actors.control.state import PoolSpec
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
@@ -137,12 +137,13 @@ def create(
 
 
 def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
-    service = PlacementActor.options(
+    actor = placement_actor(settings).options(
         name=name_of(settings.pool, PLACEMENT),
         namespace=namespace,
         lifetime="detached",
         resources={HEAD: 0.001},  # its files are there
-    ).remote(state_dir, spec, settings, namespace)
+    )
+    service = actor.remote(state_dir, spec, settings, namespace)
     epoch = ask(service.epoch.remote(), settings.call_timeout_s, SERVICE)
     names = shard_names(settings.num_shards)
     table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)

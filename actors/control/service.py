@@ -137,9 +137,10 @@ class PlacementService:
         return self._reconciler
 
 
-# Callers that may wait for news side by side; the others wait for a place. Ray makes a thread for each of them at once.
-NUM_NEWS = 256
-
-PlacementActor = ray.remote(
-    max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64, concurrency_groups={"news": NUM_NEWS}
-)(PlacementService)
+def placement_actor(settings: PlacementConfig) -> Any:
+    """-> its class, as an actor. Ray makes a thread for each caller that may wait for news, at once, and uses them in turn, so
+    that after so many calls each holds 60 KB. Callers beyond them wait for a place."""
+    groups = {"news": 64 + 2 * max(settings.num_shards, settings.autoscale.max_shards)}
+    return ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=64, concurrency_groups=groups)(
+        PlacementService
+    )
