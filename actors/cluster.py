@@ -50,7 +50,7 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
         ray.init(address=cluster.address, namespace=cluster.namespace, log_to_driver=False, logging_level="ERROR")
     except AuthenticationError:
         raise Unauthenticated(
-            f"the cluster at {cluster.address!r} refuses this token; set RAY_AUTH_TOKEN to the cluster's "
+            f"there is no token here that the cluster at {cluster.address!r} takes; set RAY_AUTH_TOKEN to the cluster's "
             "(`ray get-auth-token`), or --cluster.auth disabled if it has none"
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
