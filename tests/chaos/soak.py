@@ -27,6 +27,7 @@ import httpx
 from tests.chaos.meter import Growth, Meter
 from tests.chaos.unruly import COMPLETE, Target, misbehave
 from trinity.bench.report import Report, Table
+from trinity.errors import TrinityError
 
 MOST_MIB, MOST_MORE = 2.0, 3  # an hour; threads or descriptors
 PROMPTS = [f"word {n} and then some more of it {n * n}" for n in range(16)]
@@ -152,4 +153,7 @@ def made(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TrinityError as error:
+        raise SystemExit(f"soak: {error.message}") from None
