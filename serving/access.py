@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Literal
 from urllib.parse import urlsplit
 
-from trinity.config import ADMIN_CLIENT, ANYBODY, DEFAULT_CLIENT, Client, ServeConfig
+from trinity.config import ADMIN_CLIENT, ANYBODY, Client, ServeConfig
 from trinity.errors import InvalidRequest, Unauthenticated
 
 Access = Literal["open", "key", "admin"]
@@ -58,10 +58,8 @@ def key_matches(header: str | None, key: str) -> bool:
 def check_access(access: Access, header: str | None, config: ServeConfig) -> Client:
     """-> who calls. Raises Unauthenticated unless its `authorization` header opens what it asks for."""
     if access == "key" and config.needs_key:
-        keys = {client.key: Client(name, client.weight) for name, client in config.clients.items()}
-        if config.api_key is not None:
-            keys[config.api_key] = Client(DEFAULT_CLIENT)
-        return _holder(header, keys | _admin(config), "send the server's key as `Authorization: Bearer KEY`")
+        keys = config.client_by_key | _admin(config)
+        return _holder(header, keys, "send the server's key as `Authorization: Bearer KEY`")
     if access == "admin" and config.admin_key is not None:
         return _holder(header, _admin(config), "send the server's admin key as `Authorization: Bearer KEY`")
     if access == "admin" and not (config.is_loopback and not config.needs_key):

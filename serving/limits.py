@@ -37,8 +37,9 @@ class Admission:
         self.limit = config.max_concurrent_requests
         self.held: Counter[str] = Counter()
         self.draining = False
-        weights = config.weights_by_client
-        self._shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        clients = config.client_by_key.values()
+        total = sum(client.weight for client in clients)
+        self._shares = {client.name: client.weight / total for client in clients}
         self._idle = asyncio.Event()
         self._idle.set()
 

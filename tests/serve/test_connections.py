@@ -14,12 +14,11 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving import limits
 from serving.grpc import server as grpc_server
-from tests.chaos.unruly import HEADERS, RST, SETTINGS, frame
+from tests.chaos.unruly import HEADERS, PREFACE, RST, SETTINGS, frame
 from tests.waiting import WAIT_S, eventually
 from trinity.config import ServeConfig
 
 GOAWAY = 0x7
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 

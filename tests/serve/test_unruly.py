@@ -1,6 +1,5 @@
 """The soak in small (tests/chaos/soak.py): after each unruly client the server answers as before, and holds nothing of it."""
 
-import os
 import random
 
 import httpx
@@ -10,13 +9,10 @@ from fake import FakeEngine
 from tests.chaos import unruly
 from tests.chaos.soak import Traffic
 from tests.chaos.unruly import BROKEN, UNRULY, Target
+from tests.unit.fuzzed_port import num_descriptors
 from tests.waiting import WAIT_S, eventually
 
 BODY = {"prompt": "the lazy dog", "max_tokens": 4}
-
-
-def num_descriptors():
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from trinity.config.env import (
 )
 from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
-from trinity.config.serve import ADMIN_CLIENT, ANYBODY, DEFAULT_CLIENT, Client, ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
 from trinity.config.tree import Config, merged, preset
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
@@ -23,7 +23,6 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
-    "DEFAULT_CLIENT",
     "PRESETS",
     "RUN_SETTINGS",
     "RUN_TOKENIZER",

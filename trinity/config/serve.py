@@ -101,10 +101,10 @@ class ServeConfig(Frozen):
         return self.api_key is not None or bool(self.clients)
 
     @property
-    def weights_by_client(self) -> dict[str, float]:
-        """The weight of each name that a key has; serve.api_key's is `default`."""
-        named = {name: client.weight for name, client in self.clients.items()}
-        return named if self.api_key is None else {DEFAULT_CLIENT: 1.0, **named}
+    def client_by_key(self) -> dict[str, Client]:
+        """Whoever has each key but the admin's; serve.api_key's is `default`."""
+        found = {} if self.api_key is None else {self.api_key: Client(DEFAULT_CLIENT)}
+        return found | {client.key: Client(name, client.weight) for name, client in self.clients.items()}
 
     @property
     def is_of_run(self) -> bool:
