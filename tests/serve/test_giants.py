@@ -58,6 +58,7 @@ class Verbose(FakeEngine):
     async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
         top = tuple((i, -1.0 - i) for i in range(20))
         for at in range(params.max_tokens):
+            await asyncio.sleep(0)  # an engine hands out a token at a time
             last = at + 1 == params.max_tokens
             yield Delta(
                 request_id,
@@ -159,4 +160,4 @@ async def test_an_answer_of_megabytes_is_written_beside_other_work(start, path):
     json.dumps(answer.json())
     once_s = time.process_time() - began
     assert len(answer.content) > 2 << 20
-    assert longest[0] < 2 * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times writing it"
+    assert longest[0] < once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times writing it"
