@@ -8,7 +8,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -20,13 +21,17 @@ from serving.pool_operator import Operator, Placement
 from trinity.config import Client, ServeConfig
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
-from trinity.text.chat_template import render_chat
+from trinity.text.chat_template import NUM_WORKERS, render_chat
 from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serving")
 Message = dict[str, str]
 T = TypeVar("T")
 INLINE_CHARS = INLINE_IDS = 4096  # about a millisecond of tokenising
+LARGE_CHAT_CHARS, MESSAGE_CHARS = (
+    1 << 16,
+    64,
+)  # some ten milliseconds of a template; what a message costs beside its text
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
 
 
@@ -80,6 +85,10 @@ class Frontend:
         self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
+        self._renderers = ThreadPoolExecutor(
+            NUM_WORKERS, "trinity-chat"
+        )  # as many as processes: they only wait for them
+        self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
         self._cut = False
 
     @property
@@ -104,8 +113,13 @@ class Frontend:
     async def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special: bool = False
     ) -> list[int]:
-        """Token ids of a conversation under the model's own template, which bounds its lines and its output."""
-        return await self.encode(await asyncio.to_thread(self._render, messages, add_generation_prompt), add_special)
+        """Token ids of a conversation under the model's own template. Of large ones one is rendered at a time, so that those
+        of usual size never wait for a process that renders."""
+        is_large = sum(MESSAGE_CHARS + sum(map(len, message.values())) for message in messages) > LARGE_CHAT_CHARS
+        async with self._large_chats if is_large else nullcontext():
+            rendering = self._renderers.submit(self._render, messages, add_generation_prompt)
+            text = await asyncio.wrap_future(rendering)
+        return await self.encode(text, add_special)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         own = self.tokenizer

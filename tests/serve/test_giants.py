@@ -6,6 +6,7 @@ was here before stalled for hundreds of times as long, and took a thousand bytes
 
 import asyncio
 import json
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from fake import FakeEngine
 
+from serving.frontend import INLINE_CHARS, LARGE_CHAT_CHARS
 from serving.http.openai import encoded
 from tests.waiting import WAIT_S
 from trinity.engine.request import Delta, TokenLogprobs
@@ -101,6 +103,30 @@ async def test_a_giant_body_stalls_nobody(server, http, name):
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.text) < 300 or status == 200
     assert longest[0] < MOST_READS * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.0f} times reading it"
+
+
+async def test_large_chats_wait_for_each_other_alone(http, monkeypatch):
+    """Many whose template takes long: a chat of usual size and a long prompt go on beside them."""
+    go = threading.Event()
+
+    def render(template, messages, **options):
+        is_large = len(messages[0]["content"]) > LARGE_CHAT_CHARS
+        return "ab"[go.wait(WAIT_S)] if is_large else "ab"
+
+    monkeypatch.setattr("serving.frontend.render_chat", render)
+
+    def chat(size):
+        return http.post(CHAT, json={"messages": [{"role": "user", "content": "a" * size}], "max_tokens": 1})
+
+    large = [asyncio.create_task(chat(LARGE_CHAT_CHARS + 1)) for _ in range(20)]
+    try:
+        for _ in range(3):
+            assert (await chat(10)).status_code == 200
+        assert (await http.post(COMPLETE, json={"prompt": "a" * (2 * INLINE_CHARS)})).status_code == 400  # too long
+        assert not any(task.done() for task in large)
+    finally:
+        go.set()
+    assert {answer.status_code for answer in await asyncio.gather(*large)} == {200}
 
 
 async def test_one_request_never_holds_more_than_a_quarter_of_the_slots(start):
