@@ -28,10 +28,8 @@ log = logging.getLogger("trinity.serving")
 Message = dict[str, str]
 T = TypeVar("T")
 INLINE_CHARS = INLINE_IDS = 4096  # about a millisecond of tokenising
-LARGE_CHAT_CHARS, MESSAGE_CHARS = (
-    1 << 16,
-    64,
-)  # some ten milliseconds of a template; what a message costs beside its text
+LARGE_CHAT_CHARS = 1 << 16  # some ten milliseconds of a template
+MESSAGE_CHARS = 64  # what a message costs beside its text
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
 
 
