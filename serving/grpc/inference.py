@@ -13,8 +13,8 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
 from serving.grpc.guard import Context, guarded
-from serving.http.schema import MAX_LISTED_TOKENS, MAX_MESSAGES, sampling_params
-from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
+from serving.http.schema import MAX_MESSAGES, sampling_params
+from trinity.engine.request import MAX_LISTED_TOKENS, Delta, SamplingParams, TokenLogprobs
 from trinity.errors import InvalidRequest
 from trinity.text.detokenizer import token_text
 
