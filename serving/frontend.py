@@ -19,7 +19,7 @@ from serving.limits import Admission
 from serving.metrics import Exporter, TokenClock
 from serving.pool_operator import Operator, Placement
 from trinity.config import Client, ServeConfig
-from trinity.engine.request import Delta, SamplingParams
+from trinity.engine.request import Delta, SamplingParams, check_length
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
 from trinity.text.chat_template import NUM_WORKERS, render_chat
 from trinity.text.tokenizer import Tokenizer
@@ -157,15 +157,7 @@ class Frontend:
         self.check_ids(params.stop_token_ids, "stop_token_ids")
 
     def check_length(self, prompt_ids: Sequence[int]) -> None:
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-        limit = self.info.max_model_len
-        if len(prompt_ids) >= limit:
-            raise PromptTooLong(
-                f"{len(prompt_ids)} prompt tokens; this model takes {limit - 1} and one generated. "
-                "Shorten the prompt or serve with a larger engine.max_model_len.",
-                param="prompt",
-            )
+        check_length(prompt_ids, self.info.max_model_len)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that may follow this prompt; at least 1, so that the error about its length is the engine's."""

@@ -217,7 +217,7 @@ async def test_malformed_http(server, http):
         (b"GET / HTTP/1.1" + end, b"400"),
         (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx\0y: 1" + end, b"400"),
         (start + b"y" * 65536 + end, b"431"),
-        (start + b"y" * 33_000, b"400"),
+        (start + b"y" * 33_000, b"431"),
         (b"GET /" + b"y" * 65536 + start[11:] + end, b"431"),
     ):
         answer = await raw(server, data)
