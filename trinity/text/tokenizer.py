@@ -159,9 +159,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are nothing."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
+        """Bytes of `ids`, which may end within a character."""
         skipped = self.special_ids if skip_special else frozenset[int]()
         known = (i for i in ids if 0 <= i < len(self.token_bytes) and i not in skipped)
-        return b"".join(self.token_bytes[i] for i in known).decode("utf-8", "replace")
+        return b"".join(self.token_bytes[i] for i in known)
 
     def _id(self, token: str) -> int:
         found = self._core.token_to_id(token)
