@@ -109,8 +109,9 @@ def keep_to_loopback() -> None:
     """Have this replica's port for other replicas, which nothing here uses, on loopback: Ray Serve 2.60 opens it on all
     interfaces when the constructor is done."""
     if module := sys.modules.get("ray.serve._private.replica"):
-        bind = module.add_port_to_grpc_server
-        module.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
+        names = vars(module)
+        bind = names["add_port_to_grpc_server"]
+        names["add_port_to_grpc_server"] = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 class EngineReplica:

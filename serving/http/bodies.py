@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import sys
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,9 @@ def read_elsewhere(kind: type[M], body: bytes, max_model_len: int) -> M:
     if reply is None:
         raise InvalidRequest(f"the body takes longer than {CPU_S:g} s to read; send less of it")
     if reply.startswith(b"+"):
-        return schema.parse(kind, reply[1:])
+        line, _, packed = reply[1:].partition(b"\n")
+        value = schema.parse(kind, line)
+        return value.model_copy(update={"tokens": array("i", packed)}) if packed else value
     said = json.loads(reply[1:])
     refusal = PromptTooLong if said.pop("too_long") else InvalidRequest
     raise refusal(**said)

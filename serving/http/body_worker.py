@@ -4,12 +4,13 @@ Decisions: what comes back is as short as what it says: a refusal, or a body wit
 prompts no longer than the model takes. This process takes what others leave of a core.
 
 Frames (trinity/utils/boxes.py): the name of the wanted kind and max_model_len in a line, then the body; back come `+` and such
-a body, or `-` and why there is none.
+a body in a line, then ids to be read, 4 bytes each, or `-` and why there is none.
 """
 
 import json
 import os
 import sys
+from array import array
 
 from serving.http import schema
 from trinity.engine.request import check_length
@@ -33,9 +34,12 @@ def answer(request: bytes) -> bytes:
             for prompt in value.prompts():
                 if not isinstance(prompt, str):
                     check_length(prompt, int(max_model_len))
+        packed = b""
+        if isinstance(value, schema.DetokenizeRequest):
+            value, packed = value.model_copy(update={"tokens": []}), array("i", value.tokens).tobytes()
         tree = value.compact().model_dump(mode="json", exclude_defaults=True)
         tree |= tree.pop("sampling", {})
-        return b"+" + json.dumps(tree, ensure_ascii=False).encode()
+        return b"+" + json.dumps(tree, ensure_ascii=False).encode() + b"\n" + packed
     except MemoryError:
         refused = InvalidRequest(f"the body needs more than {MEMORY_BYTES >> 20} MiB of memory to be read")
     except InvalidRequest as error:

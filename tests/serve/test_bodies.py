@@ -47,6 +47,8 @@ GOOD = [
 def test_a_body_says_the_same_elsewhere(kind, tree):
     body = json.dumps(tree).encode()
     here, elsewhere = schema.parse(kind, body), read_elsewhere(kind, body, LONG)
+    if kind is schema.DetokenizeRequest:
+        elsewhere = elsewhere.model_copy(update={"tokens": list(elsewhere.tokens)})
     assert elsewhere == here.compact()
     if kind is schema.ChatRequest:
         assert [message.flat() for message in elsewhere.messages] == [message.flat() for message in here.messages]
