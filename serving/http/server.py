@@ -27,7 +27,8 @@ from trinity.errors import ConfigError, InvalidRequest
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 15
 FED_BYTES = 4 << 10
-FEWEST_CRUMBS, CRUMB_BYTES = 1000, 16  # a body in more pieces than that, of fewer bytes on average, is refused
+FEWEST_CRUMBS, CRUMB_BYTES = 256, 16  # a body in more pieces than that, of fewer bytes on average, is refused
+MOST_HEAD_LINES = 256
 
 
 class Connections:
@@ -51,24 +52,38 @@ class Connections:
 
 
 class Wholesome(h11.Connection):
-    """A connection whose bodies do not come in crumbs: 12 MB of chunks of a byte each would be parsed for seconds."""
+    """A connection without heads of thousands of lines, and without bodies in crumbs: 12 MB of chunks of a byte each would be
+    parsed for seconds."""
 
     status = 400  # of what is refused
-    _num_pieces = _num_bytes = 0
+    _num_lines = _num_pieces = _num_bytes = 0
+
+    def receive_data(self, data: bytes) -> None:
+        super().receive_data(data)
+        if self.their_state is h11.IDLE:
+            heads = data.split(b"\r\n\r\n")
+            self._num_lines = max(self._num_lines + heads[0].count(b"\n"), *(head.count(b"\n") for head in heads))
+        else:
+            self._num_lines = 0
 
     def next_event(self) -> Any:
         try:
+            if self._num_lines > MOST_HEAD_LINES:
+                raise h11.RemoteProtocolError("the head has too many lines", error_status_hint=431)
             event = super().next_event()
+            self._count(event)
         except h11.RemoteProtocolError as error:
             self.status = error.error_status_hint
             raise
+        return event
+
+    def _count(self, event: Any) -> None:
         if isinstance(event, h11.Request):
-            self._num_pieces = self._num_bytes = 0
+            self._num_lines = self._num_pieces = self._num_bytes = 0
         elif isinstance(event, h11.Data):
             self._num_pieces, self._num_bytes = self._num_pieces + 1, self._num_bytes + len(event.data)
             if self._num_pieces > FEWEST_CRUMBS and self._num_bytes < CRUMB_BYTES * self._num_pieces:
                 raise h11.RemoteProtocolError("the body comes in crumbs")
-        return event
 
 
 class BoundedProtocol(H11Protocol):
@@ -123,7 +138,11 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Malformed or oversized head: answer in the API's own shape and close."""
         body = json.dumps(
-            openai_body(InvalidRequest(f"malformed HTTP, a head over {MAX_HEAD_BYTES} bytes, or a body in crumbs"))
+            openai_body(
+                InvalidRequest(
+                    f"malformed HTTP, a head over {MAX_HEAD_BYTES} bytes or {MOST_HEAD_LINES} lines, or a body in crumbs"
+                )
+            )
         ).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
