@@ -56,7 +56,5 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(NUM_WORKERS, "trinity-body")  # they only wait for the processes
 
 
-for cached in (_boxes, _threads):
-    os.register_at_fork(
-        after_in_child=cached.cache_clear
-    )  # threads stay behind, and two processes would read from one pipe
+for cached in (_boxes, _threads):  # threads stay behind, and two processes would read from one pipe
+    os.register_at_fork(after_in_child=cached.cache_clear)
