@@ -83,9 +83,7 @@ class Frontend:
         self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
-        self._renderers = ThreadPoolExecutor(
-            NUM_WORKERS, "trinity-chat"
-        )  # as many as processes: they only wait for them
+        self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process
         self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
         self._cut = False
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,6 +15,15 @@ def listening(pid="self"):
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
                 found.add(decode_address(fields[1]))
+    return found
+
+
+def listening_each(pids):
+    """The same of each that is still there."""
+    found = {}
+    for pid in pids:
+        with suppress(OSError):
+            found[pid] = listening(pid)
     return found
 
 

@@ -21,11 +21,8 @@ from actors.dataplane.connection import Wire, memory_of
 from actors.dataplane.frames import FAILURE, BadFrame, Header
 from trinity.errors import ConfigError
 
-TAG_BYTES, PIECE_BYTES = (
-    16,
-    256 << 10,
-)  # a piece stays in a core's cache, and the peer opens it while the next is sealed
-
+TAG_BYTES = 16
+PIECE_BYTES = 256 << 10  # it stays in a core's cache, and the peer opens it while the next one is sealed
 SINCE = 47  # the first cryptography that has encrypt_into
 
 
