@@ -319,7 +319,9 @@ def test_any_number_of_workers_shares_out_the_whole_step(texts, tmp_path, world)
 
 
 def test_run_evaluates_saves_and_reports(texts, tmp_path):
-    trainer = trainer_for(config_for(texts, tmp_path, steps=4, eval_every=2, save_every=2, keep_checkpoints=1))
+    config = config_for(texts, tmp_path, steps=4, eval_every=2, save_every=2, keep_checkpoints=1)
+    keys = {"api_key": "hidden-1", "admin_key": "hidden-2", "clients": {"ann": {"key": "hidden-3"}}}
+    trainer = trainer_for(config.replace(serve=keys))
     result = trainer.run()
     assert result["version"] == 4
     assert math.isfinite(result["val_loss"])
@@ -327,6 +329,7 @@ def test_run_evaluates_saves_and_reports(texts, tmp_path):
     state = json.loads((tmp_path / "step-000004" / "training" / "state.json").read_text())
     assert (state["position"], state["num_skipped"]) == (4, 0)
     assert "api_key" not in json.dumps(state)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hidden-" in path.read_bytes()]
 
 
 def test_intra_document_masks_change_the_loss(texts, tmp_path):

@@ -308,6 +308,6 @@ class Trainer:
         return not said_by_rank0(self.comm, self.saver.has(self.position))
 
     def _state(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json", exclude={"serve": {"api_key", "admin_key"}})
+        config = self.config.model_dump(mode="json", exclude={"serve"})  # it holds keys
         counts = {"position": self.position, "num_skipped": self.num_skipped, "num_updates": self.backbone.num_updates}
         return {**counts, "order": dict(self.identity.order), "config": config}
