@@ -35,7 +35,6 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
     if cluster.address == "local":
         ray.init(
             address="local",
-            _node_ip_address="127.0.0.1",  # Ray's own servers then listen on loopback only
             _temp_dir=str(private_folder(is_short=True) / "ray"),  # its logs and sockets are nobody else's business
             namespace=cluster.namespace,
             num_cpus=cluster.num_cpus + wanted,

@@ -7,6 +7,7 @@ that it ends with Unavailable, never with a silent gap.
 
 import asyncio
 import importlib
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
@@ -104,10 +105,20 @@ class LocalClient:
         return EngineInfo(self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
 
 
+def keep_to_loopback() -> None:
+    """Have this replica's port for other replicas, which nothing here uses, on loopback: Ray Serve 2.60 opens it on all
+    interfaces when the constructor is done."""
+    if module := sys.modules.get("ray.serve._private.replica"):
+        names = vars(module)
+        bind = names["add_port_to_grpc_server"]
+        names["add_port_to_grpc_server"] = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
+
+
 class EngineReplica:
     """Replica of the engine deployment: one engine, its streams in batches."""
 
     def __init__(self, factory: str, checkpoint: str, config_json: str):
+        keep_to_loopback()
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
     async def generate(

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -18,15 +19,17 @@ from serving.limits import Admission
 from serving.metrics import Exporter, TokenClock
 from serving.pool_operator import Operator, Placement
 from trinity.config import Client, ServeConfig
-from trinity.engine.request import Delta, SamplingParams
+from trinity.engine.request import Delta, SamplingParams, check_length
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
-from trinity.text.chat_template import render_chat
+from trinity.text.chat_template import NUM_WORKERS, render_chat
 from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serving")
 Message = dict[str, str]
 T = TypeVar("T")
 INLINE_CHARS = INLINE_IDS = 4096  # about a millisecond of tokenising
+LARGE_CHAT_CHARS = 1 << 16  # some ten milliseconds of a template
+MESSAGE_CHARS = 64  # what a message costs beside its text
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
 
 
@@ -80,6 +83,8 @@ class Frontend:
         self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
+        self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process
+        self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
         self._cut = False
 
     @property
@@ -104,8 +109,13 @@ class Frontend:
     async def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special: bool = False
     ) -> list[int]:
-        """Token ids of a conversation under the model's own template, which bounds its lines and its output."""
-        return await self.encode(await asyncio.to_thread(self._render, messages, add_generation_prompt), add_special)
+        """Token ids of a conversation under the model's own template. Of large ones one is rendered at a time, so that those
+        of usual size never wait for a process that renders."""
+        is_large = sum(MESSAGE_CHARS + sum(map(len, message.values())) for message in messages) > LARGE_CHAT_CHARS
+        async with self._large_chats if is_large else nullcontext():
+            rendering = self._renderers.submit(self._render, messages, add_generation_prompt)
+            text = await asyncio.wrap_future(rendering)
+        return await self.encode(text, add_special)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         own = self.tokenizer
@@ -124,12 +134,14 @@ class Frontend:
         )
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        return await off_loop(len(token_ids) > INLINE_IDS, self._decode, token_ids)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        self.check_ids(token_ids, "tokens")
-        return self.tokenizer.decode(list(token_ids))
+        """Text of token ids, some at a time: a thread would hold the interpreter for the whole of a million."""
+        parts = []
+        for start in range(0, len(token_ids), INLINE_IDS):
+            ids = token_ids[start : start + INLINE_IDS]
+            self.check_ids(ids, "tokens")
+            parts.append(self.tokenizer.decode_bytes(ids))
+            await asyncio.sleep(0)
+        return b"".join(parts).decode("utf-8", "replace")
 
     def check_ids(self, token_ids: Sequence[int], param: str = "prompt") -> None:
         size = self.tokenizer.vocab_size
@@ -145,15 +157,7 @@ class Frontend:
         self.check_ids(params.stop_token_ids, "stop_token_ids")
 
     def check_length(self, prompt_ids: Sequence[int]) -> None:
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-        limit = self.info.max_model_len
-        if len(prompt_ids) >= limit:
-            raise PromptTooLong(
-                f"{len(prompt_ids)} prompt tokens; this model takes {limit - 1} and one generated. "
-                "Shorten the prompt or serve with a larger engine.max_model_len.",
-                param="prompt",
-            )
+        check_length(prompt_ids, self.info.max_model_len)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that may follow this prompt; at least 1, so that the error about its length is the engine's."""

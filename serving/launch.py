@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from trinity.checkpoint import open_checkpoint
 from trinity.config import RUN_SETTINGS, Config, merge, read_yaml
-from trinity.errors import ConfigError, TrinityError
+from trinity.errors import ConfigError, InvalidRequest, TrinityError
 from trinity.pool.pool import describe
 from trinity.rpc.messages import Load
+from trinity.text.chat_template import render_chat
+from trinity.text.tokenizer import read_template
+from trinity.utils.terminal import say
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
@@ -50,11 +53,22 @@ def check_source(source: str, config: Config) -> None:
     """Check, before anything is started, that a checkpoint is whole and a run is somewhere to be joined."""
     if not config.serve.is_of_run:
         open_checkpoint(source).verify()
+        try_template(source)
     elif config.cluster.address == "local":
         raise ConfigError(
             f"--weights {config.serve.weights} joins the cluster that trains {source}: give --cluster.address auto, or its "
             "host:port"
         )
+
+
+def try_template(source: str) -> None:
+    """Say at once that a checkpoint's template will refuse chats, instead of with the first one."""
+    if (template := read_template(source)) is None:
+        return
+    try:
+        render_chat(template, [{"role": "user", "content": "Hello"}])
+    except InvalidRequest as error:
+        say(f"/v1/chat/completions will answer 400 to most or all: {error.message}")
 
 
 def provide_weights(config: Config, source: str) -> bool:

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from trinity.config import setup_environment
 
-setup_environment(auth="disabled")
+setup_environment(auth="disabled", is_local=False)
 
 import pytest
 import torch

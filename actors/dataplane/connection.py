@@ -68,17 +68,20 @@ class Wire:
     ) -> None:
         """Send all. With `on_readable`, what arrives is taken in meanwhile, so that two peers that send never wait for each
         other's full buffers; one side of a connection must do so."""
-        views = [header, *map(memory_of, tensors)]
-        while True:
-            try:
-                views = _after(views, self.sock.sendmsg(views, (), socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                views = _after(views, 0)
-            if not views:
-                return
+        self.send_all([header, *map(memory_of, tensors)], deadline_s, on_readable)
+
+    def send_all(self, views: list[Any], deadline_s: float, on_readable: Callable[[], None] | None = None) -> None:
+        """Send what lies in `views`, in their order."""
+        while views := _after(views, self._sent(views)):
             events = self._wait(select.POLLOUT | (select.POLLIN if on_readable else 0), deadline_s)
             if on_readable and events & select.POLLIN:
                 on_readable()
+
+    def _sent(self, views: list[Any]) -> int:
+        try:
+            return self.sock.sendmsg(views, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
 
     def receive(self, views: list[Any], deadline_s: float) -> None:
         """Fill all `views`. Raises EOFError when the peer is gone, DeadlineExceeded when the time is up."""

@@ -4,8 +4,10 @@ Decisions: the interceptor checks before any method, reflection included and unk
 balancers. A service that is not listed needs the key.
 """
 
+import asyncio
 import functools
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -16,26 +18,49 @@ from protos.trinity.v1 import placement_pb2
 from serving.access import ASKS, Access, check_access, only
 from serving.errors import grpc_status, grpc_trailers, to_typed
 from serving.frontend import Frontend, new_request_id
-from trinity.config import ServeConfig
-from trinity.errors import InvalidRequest, TrinityError, Unauthenticated
+from trinity.config import Client, ServeConfig
+from trinity.errors import InvalidRequest, Overloaded, TrinityError, Unauthenticated
 
 Context: TypeAlias = grpc.aio.ServicerContext
 PLACEMENT = placement_pb2.DESCRIPTOR.services_by_name["Placement"].full_name
+MOST_OPEN_CALLS = 1024  # that nobody needs a key for: health's, some of which last
 ACCESS: dict[str, Access] = {health.SERVICE_NAME: "open", PLACEMENT: "admin"}
+
+
+class Calls:
+    """Calls under way, by whose they are: a stranger's flood takes so much memory and none of a client's calls."""
+
+    def __init__(self, most: Callable[[Client], int]):
+        self._most, self._num = most, Counter[str]()
+
+    def enter(self, access: Access, client: Client) -> None:
+        """Count the present task, which is a call, until its end. Raises Overloaded where there are too many. A client may
+        have twice as many as it may have slots, so that its newest are told of a full server."""
+        whose = "open" if access == "open" else f"client {client.name!r}"
+        if self._num[whose] >= (most := MOST_OPEN_CALLS if access == "open" else 2 * self._most(client)):
+            raise Overloaded(f"{most} calls are under way as {whose}, the most there may be; end some")
+        task = asyncio.current_task()
+        assert task is not None, "grpc.aio makes a task for each call"
+        self._num[whose] += 1
+        task.add_done_callback(lambda _: self._num.subtract((whose,)))
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
     """UNAUTHENTICATED for every method, known or not, whose service needs a key that the call does not bring."""
 
-    def __init__(self, config: ServeConfig):
-        self.config = config
+    def __init__(self, config: ServeConfig, most: Callable[[Client], int]):
+        """`most`: slots that a client may hold."""
+        self.config, self.calls = config, Calls(most)
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         service = details.method.lstrip("/").rpartition("/")[0]
         sent = [str(value) for key, value in details.invocation_metadata or () if key == "authorization"]
+        access = ACCESS.get(service, "key")
         try:
-            ASKS.set(check_access(ACCESS.get(service, "key"), only("authorization", sent), self.config))
-        except (InvalidRequest, Unauthenticated) as error:
+            client = check_access(access, only("authorization", sent), self.config)
+            self.calls.enter(access, client)
+            ASKS.set(client)
+        except (InvalidRequest, Overloaded, Unauthenticated) as error:
             return _refusal(error)
         return await continuation(details)
 

@@ -13,8 +13,8 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
 from serving.grpc.guard import Context, guarded
-from serving.http.schema import sampling_params
-from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
+from serving.http.schema import MAX_MESSAGES, sampling_params
+from trinity.engine.request import MAX_LISTED_TOKENS, Delta, SamplingParams, TokenLogprobs
 from trinity.errors import InvalidRequest
 from trinity.text.detokenizer import token_text
 
@@ -75,8 +75,9 @@ class InferenceServicer(rpc.InferenceServicer):
         if kind == "text":
             return await self.front.encode(request.text)
         if kind == "chat":
-            return await self.front.encode_chat([to_message(message) for message in request.chat.messages])
+            return await self.front.encode_chat(to_messages(request.chat))
         if isinstance(request, pb.GenerateRequest) and kind == "token_ids":
+            self.front.check_length(request.token_ids.ids)
             return list(request.token_ids.ids)
         raise InvalidRequest("the request has no prompt; set one of its kinds", param="prompt")
 
@@ -92,6 +93,14 @@ class InferenceServicer(rpc.InferenceServicer):
         )
 
 
+def to_messages(chat: pb.Chat) -> list[dict[str, str]]:
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"{len(chat.messages)} messages in a chat, at most {MAX_MESSAGES} are taken", param="messages"
+        )
+    return [to_message(message) for message in chat.messages]
+
+
 def to_message(message: pb.ChatMessage) -> dict[str, str]:
     if message.role not in ROLES:
         raise InvalidRequest(
@@ -103,9 +112,10 @@ def to_message(message: pb.ChatMessage) -> dict[str, str]:
 def to_params(sampling: pb.SamplingParams, default_max_tokens: int) -> SamplingParams:
     """The fields that the client set, over the engine's defaults."""
     fields = {field.name: value for field, value in sampling.ListFields()}
-    for name in ("stop", "stop_token_ids"):
-        fields[name] = tuple(fields.get(name, ()))
-    fields["logit_bias"] = dict(sampling.logit_bias)
+    for name, make in (("stop", tuple), ("stop_token_ids", tuple), ("logit_bias", dict)):
+        if (num := len(given := getattr(sampling, name))) > MAX_LISTED_TOKENS:
+            raise InvalidRequest(f"{name} has {num} entries, at most {MAX_LISTED_TOKENS} are taken", param=name)
+        fields[name] = make(given)
     if (policy := sampling.version_policy) != pb.VERSION_POLICY_UNSPECIFIED:
         fields["version_policy"] = POLICIES.get(policy, str(policy))
     return sampling_params({"max_tokens": default_max_tokens, **fields})

@@ -35,7 +35,7 @@ class GrpcServer:
             ("grpc.max_connection_age_ms", AGE_MS),
             ("grpc.max_connection_age_grace_ms", int(1000 * config.request_timeout_s) + SPARE_MS),
         ]
-        self.server = grpc.aio.server(interceptors=[KeyInterceptor(config)], options=options)
+        self.server = grpc.aio.server(interceptors=[KeyInterceptor(config, front.admission.most)], options=options)
         self.health = health.aio.HealthServicer()
         self.port = 0
         self._config = config

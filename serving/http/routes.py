@@ -18,6 +18,7 @@ from serving.access import Access
 from serving.errors import RouteError, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id, now_s, off_loop
 from serving.http import schema
+from serving.http.bodies import parsed
 from serving.http.edge import REQUEST_ID, Edge, error_response
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.page import dashboard
@@ -28,7 +29,7 @@ from trinity.errors import InvalidRequest, TrinityError, Unavailable
 Handler = Callable[[Frontend, Request], Awaitable[Response]]
 Events = AsyncGenerator[tuple[int, Delta], None]
 M = TypeVar("M", bound=schema.Strict)
-INLINE_BYTES = 64 << 10  # some milliseconds of reading or writing JSON
+INLINE_BYTES = 64 << 10  # some milliseconds of writing JSON
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class EventStream(Response):
 
 
 async def completions(front: Frontend, request: Request) -> Response:
-    body = await parse(schema.CompletionRequest, request)
+    body = await parse(front, schema.CompletionRequest, request)
     front.check_model(body.model)
     given = body.prompts()
     front.check_number(len(given) * body.n)
@@ -83,7 +84,7 @@ async def _echo(front: Frontend, prompt: str | list[int]) -> str:
 
 
 async def chat_completions(front: Frontend, request: Request) -> Response:
-    body = await parse(schema.ChatRequest, request)
+    body = await parse(front, schema.ChatRequest, request)
     front.check_model(body.model)
     front.check_number(body.n)
     messages = [message.flat() for message in body.messages]
@@ -164,7 +165,7 @@ async def _chunks(
 
 
 async def tokenize(front: Frontend, request: Request) -> Response:
-    body = await parse(schema.TokenizeRequest, request)
+    body = await parse(front, schema.TokenizeRequest, request)
     front.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("send either prompt or messages", param="prompt")
@@ -177,7 +178,7 @@ async def tokenize(front: Frontend, request: Request) -> Response:
 
 
 async def detokenize(front: Frontend, request: Request) -> Response:
-    body = await parse(schema.DetokenizeRequest, request)
+    body = await parse(front, schema.DetokenizeRequest, request)
     front.check_model(body.model)
     return JSONResponse({"prompt": await front.decode(body.tokens)})
 
@@ -300,10 +301,9 @@ async def _show(request: Request, error: Exception) -> Response:
     return error_response(error, request.scope[REQUEST_ID])
 
 
-async def parse(kind: type[M], request: Request) -> M:
+async def parse(front: Frontend, kind: type[M], request: Request) -> M:
     """The typed body. Raises RouteError for another content type and InvalidRequest for what is wrong in it."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise RouteError(f"the body's content type is {content_type[:100]!r}; send application/json", 415)
-    given = await request.body()
-    return await off_loop(len(given) > INLINE_BYTES, schema.parse, kind, given)
+    return await parsed(kind, await request.body(), front.info.max_model_len)

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -70,6 +70,10 @@ SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"} -
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def compact(self) -> Self:
+        """The same request with less in it."""
+        return self
 
 
 class StreamOptions(Strict):
@@ -132,6 +136,9 @@ class ChatMessage(Strict):
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
+    def compact(self) -> Self:
+        return self.model_copy(update={**self.flat(), "name": None})
+
 
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
@@ -143,6 +150,9 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
+
+    def compact(self) -> Self:
+        return self.model_copy(update={"messages": [message.compact() for message in self.messages]})
 
     @property
     def limit(self) -> int | None:
@@ -164,6 +174,11 @@ class TokenizeRequest(Strict):
     )
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
+
+    def compact(self) -> Self:
+        if self.messages is None:
+            return self
+        return self.model_copy(update={"messages": [message.compact() for message in self.messages]})
 
 
 class DetokenizeRequest(Strict):

@@ -113,7 +113,8 @@ def wrongs(growth: list[Growth]) -> list[str]:
     return found
 
 
-def report(traffic: Traffic, growth: list[Growth], minutes: float) -> Report:
+def report(traffic: Traffic, meter: Meter, warm_s: float, minutes: float) -> Report:
+    growth = meter.growth(warm_s)
     rows = tuple(
         (g.name, g.rss_mib, g.mib_per_hour, "{} -> {}".format(*g.num_threads), "{} -> {}".format(*g.num_descriptors))
         for g in growth
@@ -121,7 +122,10 @@ def report(traffic: Traffic, growth: list[Growth], minutes: float) -> Report:
     columns = ("process", "RSS, MiB", "MiB an hour", "threads", "descriptors")
     did = (("minutes", minutes), ("answers", traffic.num_answers), ("failed", traffic.failures.total()))
     found = Report("soak", [Table("What processes hold", columns, rows), Table("Traffic", ("", "value"), did)])
-    found.results = [{"growth": [g._asdict() for g in growth], "unruly": traffic.unruly, "failures": traffic.failures}]
+    found.results = [
+        {"growth": [g._asdict() for g in growth], "unruly": traffic.unruly, "failures": traffic.failures},
+        *({"pid": pid, "samples": samples} for pid, samples in meter.samples.items()),
+    ]
     found.failure = "; ".join([*(f"{num} x {what}" for what, num in (+traffic.failures).items()), *wrongs(growth)])
     return found
 
@@ -142,8 +146,7 @@ def main() -> None:
             warm_s = time.monotonic() + 60 * given.warm_up
             with meter.running(EVERY_S):
                 asyncio.run(traffic.run(60 * given.minutes, given.rate, given.unruly))
-            growth = meter.growth(warm_s)
-    report(traffic, growth, given.minutes).write(given.out)
+    report(traffic, meter, warm_s, given.minutes).write(given.out)
 
 
 def made(folder: Path) -> Path:

@@ -16,6 +16,8 @@ import httpx
 import pytest
 from matplotlib.image import imread
 
+from tests.chaos.meter import family
+from tests.sockets import listening_each
 from tests.waiting import have_passed
 from trinity.checkpoint import latest_checkpoint
 
@@ -119,6 +121,9 @@ def test_serve_answers_and_leaves_on_sigterm(demo, tmp_path):
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "import ", "max_tokens": 4}, timeout=60)
         assert answer.status_code == 200
         assert answer.json()["usage"]["completion_tokens"] > 0
+        ports = listening_each(family(server.pid))
+        assert sum(map(len, ports.values())) > 6  # Ray's as well as ours
+        assert {host for found in ports.values() for host, _ in found} == {"127.0.0.1"}, ports
         busy = Running(tmp_path, "serve", checkpoint, "--http-port", url.rsplit(":", 1)[1])
         assert busy.ended() == 2
         assert "choose another" in busy.stderr

@@ -4,8 +4,6 @@ import asyncio
 import datetime
 import ipaddress
 import logging
-import os
-from pathlib import Path
 
 import grpc
 import httpx
@@ -17,6 +15,7 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.access import key_matches
 from serving.http.routes import ROUTES
+from tests.sockets import listening
 from tests.waiting import WAIT_S
 from trinity.config import ServeConfig
 
@@ -141,25 +140,6 @@ async def test_s6_neither_keys_nor_prompts_are_logged(locked, caplog):
     for secret in (KEY, "guess", "secret prompt"):
         assert secret not in caplog.text
     assert KEY not in repr(locked.front.config)
-
-
-def listening(pid="self"):
-    """Local addresses of the TCP sockets that a process listens on."""
-    held = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
-                found.add(decode_address(fields[1]))
-    return found
-
-
-def decode_address(text):
-    host, port = text.split(":")
-    words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
-    address = ipaddress.ip_address(b"".join(words))
-    return str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)
 
 
 async def test_s3_default_listeners_are_on_loopback(start):

@@ -12,6 +12,7 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from tests.waiting import WAIT_S, eventually
 from trinity.config import Client, Config, ServeConfig
+from trinity.config.serve import HIDDEN
 from trinity.errors import ConfigError
 
 KEYS = {"api_key": "key-of-all", "admin_key": "key-of-admin"}
@@ -121,6 +122,9 @@ async def test_one_request_holds_no_more_than_a_quarter_nor_than_its_share(share
         ({"clients": {"ann": {"key": "a", "weight": float("nan")}}}, "clients.ann.weight"),
         ({"clients": {"ann": {"key": "a", "size": 1}}}, "size"),
         ({"clients": {f"c{at}": {"key": f"k{at}"} for at in range(1001)}}, "at most 1000"),
+        ({"clients": {"ann": {"key": HIDDEN}}}, r"clients.ann is '\(set\)', which printed settings show for a key"),
+        ({"api_key": HIDDEN}, "api_key is .*give the key"),
+        ({"admin_key": HIDDEN}, "admin_key is .*give the key"),
         ({"host": "0.0.0.0", "allow_remote": True}, "set serve.allow_remote true and serve.api_key"),
     ],
 )

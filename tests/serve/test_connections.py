@@ -9,10 +9,12 @@ import grpc
 import httpx
 import pytest
 from fake import HeldEngine
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving import limits
+from serving.grpc import guard
 from serving.grpc import server as grpc_server
 from tests.chaos.unruly import HEADERS, PREFACE, RST, SETTINGS, frame
 from tests.waiting import WAIT_S, eventually
@@ -105,6 +107,71 @@ async def test_a_flood_of_resets_is_ended_and_others_are_served(start, monkeypat
             while not flood.done():
                 await rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), wait_for_ready=True)
             await flood
+
+
+async def test_those_who_watch_health_are_bounded(start, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_OPEN_CALLS", 3)
+    async with start(api_key="secret") as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        stub, watching = health_pb2_grpc.HealthStub(channel), []
+        for _ in range(3):
+            watching.append(stub.Watch(health_pb2.HealthCheckRequest()))
+            assert (await watching[-1].read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError, match="3 calls are under way as open"):
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        assert await is_answered(server, "secret")
+        for call in watching:
+            call.cancel()
+
+        async def checked():
+            with suppress(grpc.aio.AioRpcError):
+                return (await stub.Check(health_pb2.HealthCheckRequest())).status
+            return 0
+
+        await comes_true(checked)
+
+
+async def test_calls_that_say_nothing_are_bounded_by_client(start):
+    """Two slots, so four calls under way: streams are opened, and their messages never come."""
+    asked = b"/trinity.v1.Inference/Generate"
+    fields = (
+        b"\x04" + bytes([len(asked)]) + asked,
+        b"\x01\x01x",
+        b"\x0f\x10\x10application/grpc",
+        b"\x00\x02te\x08trailers",
+    )
+    head = b"\x83\x86" + b"".join(fields)
+    async with start(max_concurrent_requests=2) as server:
+        with ExitStack() as stack:
+            for _ in range(8):  # a connection has as many as there are slots, and the server may refuse some of a burst
+                silent = b"".join(frame(HEADERS, 0x4, number, head) for number in (1, 3))
+                sock = stack.enter_context(connected(server.grpc_address))
+                await asyncio.to_thread(sock.sendall, PREFACE + frame(SETTINGS, 0, 0) + silent)
+            await comes_true(lambda: is_refused(server))
+        await comes_true(lambda: is_answered(server))
+
+
+async def comes_true(holds):
+    async with asyncio.timeout(WAIT_S):
+        while not await holds():
+            await asyncio.sleep(0.01)
+
+
+async def is_answered(server, key=""):
+    asking = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=1))
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        with suppress(grpc.aio.AioRpcError):
+            call = rpc.InferenceStub(channel).Generate(asking, metadata=(("authorization", f"Bearer {key}"),))
+            return await call.read() is not None
+    return False
+
+
+async def is_refused(server):
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        try:
+            await rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest())
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "4 calls are under way" in error.details()
+    return False
 
 
 async def test_a_call_goes_on_when_its_connection_is_old(start, monkeypatch):

@@ -138,7 +138,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
         "serving.frontend", "serving.streams",
     },
-    "serving.launch": {"trinity.checkpoint", "trinity.pool", "trinity.rpc", "actors.pool"},
+    "serving.launch": {"trinity.checkpoint", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},
     "serving.deploy": {"serving.app", "serving.launch"},
     "protos": set(),

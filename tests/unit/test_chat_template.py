@@ -19,7 +19,7 @@ USER = [{"role": "user", "content": "hi"}]
 def hasty(monkeypatch):
     """Templates have a quarter of a second: what would go on for ever is found out sooner."""
     monkeypatch.setattr(chat_template, "CPU_S", 0.25)
-    monkeypatch.setattr(chat_template, "_workers", cache(lambda: chat_template._Workers(2)))
+    monkeypatch.setattr(chat_template, "_workers", cache(chat_template._workers.__wrapped__))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,8 @@ def test_a_template_may_use_so_much_memory_and_time(hasty, name):
 def test_a_template_sees_nothing_of_its_server(monkeypatch):
     """Its process has neither our keys nor our folder: it was started without them."""
     monkeypatch.setenv("TRINITY_API_KEY", "very secret")
-    monkeypatch.setattr(chat_template, "_workers", cache(lambda: chat_template._Workers(1)))
+    monkeypatch.setattr(chat_template, "NUM_WORKERS", 1)
+    monkeypatch.setattr(chat_template, "_workers", cache(chat_template._workers.__wrapped__))
     render_chat("{{ 1 }}", USER)
     process = Path("/proc", str(chat_template._workers()._idle.get()._process.pid))
     assert (process / "environ").read_bytes() == b""

@@ -265,7 +265,8 @@ def test_ray_knows_every_variable():
 
 
 def test_the_local_node_offers_what_clouds_offer(start):
-    _, options = start(read("local.yaml")[0], "head")
+    env, options = start(read("local.yaml")[0], "head")
+    assert env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", "else Ray listens on all interfaces"
     (resources,) = [word.removeprefix("--resources=") for word in options if word.startswith("--resources=")]
     assert json.loads(resources) == {EXPERT_SHARD: 8, ENGINE: 8, TRAIN_SLOT: 8}
     assert f"--resources '{resources}'" in (FOLDER / "local.yaml").read_text(), "the command in the comment is the same"

@@ -12,7 +12,7 @@ from actors.dataplane import client, handshake, sealed
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.connection import Wire
 from actors.dataplane.frames import HEADER, BadFrame
-from actors.dataplane.sealed import TAG_BYTES, SealedWire
+from actors.dataplane.sealed import PIECE_BYTES, TAG_BYTES, SealedWire
 from tests.unit.fuzzed_port import LAYER, SECRET, Port, backward_of, call_of
 from trinity.errors import ConfigError, TrinityError
 from trinity.rpc.messages import Fetch
@@ -105,21 +105,23 @@ def test_nothing_of_the_rows_can_be_read_on_the_way(on_the_cable, port):
 
 
 @pytest.mark.parametrize("way", ["there", "back"])
-@pytest.mark.parametrize("at", [0, 60, HEADER.size, HEADER.size + TAG_BYTES + 5, -1])
-def test_a_bit_that_is_changed_ends_the_connection(on_the_cable, way, at):
+@pytest.mark.parametrize(
+    ("num_rows", "at"), [(5, 0), (5, 60), (5, HEADER.size), (5, HEADER.size + TAG_BYTES + 5), (5, -1), (20_000, "late")]
+)
+def test_a_bit_that_is_changed_ends_the_connection(on_the_cable, way, num_rows, at):
     armed = threading.Event()
 
     def tamper(direction, piece):
-        if direction != way or not armed.is_set():
+        if direction != way or not armed.is_set() or (at == "late" and len(cable.passed[way]) < PIECE_BYTES + 9999):
             return piece
         changed = bytearray(piece)
-        changed[at] ^= 1
+        changed[-1 if at == "late" else at] ^= 1
         return bytes(changed)
 
-    _, connection = on_the_cable(tamper)
+    cable, connection = on_the_cable(tamper)
     armed.set()
     with pytest.raises((BadFrame, EOFError, OSError)):
-        connection.take(connection.send(call_of(5)), time.time() + 60)
+        connection.take(connection.send(call_of(num_rows)), time.time() + 60)
 
 
 def test_what_was_sent_before_is_not_believed_again(on_the_cable):
@@ -144,15 +146,17 @@ def test_either_direction_and_every_connection_has_a_key_of_its_own():
     sock, _ = socket.socketpair()
     with sock:
         sides = [SealedWire(Wire(sock), SECRET, known, shard) for known in (b"a", b"b") for shard in (True, False)]
-        words = [side._mine.close(b"the same words") for side in sides]
+        words, opened = [bytes(side._mine.close(b"the same words")) for side in sides], bytearray(14)
         assert len(set(words)) == len(words)
-        assert sides[1]._theirs.open(words[0]) == b"the same words"
+        sides[1]._theirs.open(words[0], opened)
+        assert opened == b"the same words"
         with pytest.raises(BadFrame, match="was changed"):
-            sides[3]._theirs.open(words[0])
+            sides[3]._theirs.open(words[0], opened)
 
 
 def test_without_the_package_the_remedy_is_named(port, monkeypatch):
-    monkeypatch.setattr(sealed, "find_spec", lambda name: None)
-    for needs in (lambda: Port(is_sealed=True), lambda: Connection(far(port), SECRET, time.time() + 60)):
-        with pytest.raises(ConfigError, match="pip install cryptography"):
-            needs()
+    for name, value in (("version", "46.0.7"), ("find_spec", None)):
+        monkeypatch.setattr(sealed, name, lambda package, value=value: value)
+        for needs in (lambda: Port(is_sealed=True), lambda: Connection(far(port), SECRET, time.time() + 60)):
+            with pytest.raises(ConfigError, match="pip install 'cryptography>=47'"):
+                needs()

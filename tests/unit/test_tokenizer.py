@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from trinity.errors import CheckpointError, ConfigError, InvalidRequest
 from trinity.text import tokenizer
 from trinity.text.chat_template import render_chat
 from trinity.text.detokenizer import IncrementalDecoder
-from trinity.text.tokenizer import MARKERS, SPECIALS, Tokenizer, train_tokenizer
+from trinity.text.tokenizer import MARKERS, MAX_TEMPLATE_CHARS, SPECIALS, Tokenizer, train_tokenizer
 
 CORPUS = [Path(module.__file__).read_text() for module in (json, subprocess)] + [
     "家族写真を見る 👩‍👩‍👧 naïve 12345678 ½ x²"
@@ -187,6 +188,20 @@ def test_older_spellings_of_the_config(tmp_path):
     assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
+def _config(content):
+    """Spoils tokenizer_config.json."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    return lambda folder: (folder / "tokenizer_config.json").write_text(text)
+
+
+def _template(value):
+    def spoil(folder):
+        (folder / "chat_template.jinja").unlink()
+        _config({"chat_template": value})(folder)
+
+    return spoil
+
+
 def _word_level(folder):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
 
@@ -196,11 +211,27 @@ def _word_level(folder):
     [
         (lambda d: (d / "tokenizer.json").unlink(), CheckpointError, "tokenizer.json is missing"),
         (lambda d: (d / "tokenizer.json").write_text("{"), CheckpointError, "is not a tokenizer.json"),
-        (lambda d: (d / "tokenizer.json").write_bytes(b"\xff"), CheckpointError, "is not a tokenizer.json"),
+        (lambda d: (d / "tokenizer.json").write_bytes(b"\xff"), CheckpointError, "cannot read .*tokenizer.json"),
         (lambda d: (d / "tokenizer_config.json").write_text("["), CheckpointError, "is not JSON"),
         (lambda d: (d / "tokenizer_config.json").write_text("[]"), CheckpointError, "found list"),
         (lambda d: (d / "tokenizer_config.json").write_text('{"bos_token": "<s>"}'), CheckpointError, "no token '<s>'"),
         (_word_level, CheckpointError, "only byte-level"),
+        (_config("[" * 100_000), CheckpointError, "is not JSON"),
+        (_config('{"a": ' + "1" * 5000 + "}"), CheckpointError, "is not JSON"),
+        (_config({"bos_token": [1]}), CheckpointError, r"names \[1\] as a token"),
+        (_config({"eos_token": {"content": 5}}), CheckpointError, "names 5 as a token"),
+        (_config({"eos_token": "a" * 9999}), CheckpointError, "no token 'a{100}'"),
+        (_template(5), CheckpointError, "is a int; a text is wanted"),
+        (_template([{"name": "default", "template": ["a"]}]), CheckpointError, "is a list"),
+        (_template({"default": "a"}), CheckpointError, "is a dict"),
+        (_template("a" * (MAX_TEMPLATE_CHARS + 1)), CheckpointError, "has 1,048,577 characters"),
+        (
+            lambda d: (d / "chat_template.jinja").write_bytes(b"\xff"),
+            CheckpointError,
+            "cannot read .*chat_template.jinja",
+        ),
+        (lambda d: os.truncate(d / "chat_template.jinja", 1 << 40), CheckpointError, "has 1,099,511,627,776 bytes"),
+        (lambda d: os.truncate(d / "tokenizer_config.json", 1 << 40), CheckpointError, "has 1,099,511,627,776 bytes"),
     ],
 )
 def test_bad_files_are_named(tmp_path, spoil, error, says):

@@ -38,7 +38,7 @@ def setup_threads() -> None:
 def setup_environment(auth: str, is_local: bool = True) -> None:
     """Variables that Ray's processes must see before `import ray`; sets those that are missing.
 
-    A local cluster gets a token of its own, which only its processes inherit and no file keeps.
+    A local cluster gets a token of its own, which only its processes inherit and no file keeps, and is on loopback only.
     """
     wanted = {
         **THREADS,
@@ -54,6 +54,10 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "OMP_NUM_THREADS": "1",
     }
+    if (
+        is_local
+    ):  # named for systems where it is the default; the node's address is then 127.0.0.1, and all of Ray listens there
+        wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if auth == "token" and is_local:
         wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for key, value in wanted.items():

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from trinity.config.yaml import Frozen
 
 DEFAULT_CLIENT, ADMIN_CLIENT = "default", "admin"  # the names of those with serve.api_key and serve.admin_key
+HIDDEN = "(set)"  # in place of a key, where settings are printed
 
 
 class EngineConfig(Frozen):
@@ -158,6 +159,10 @@ class ServeConfig(Frozen):
             if client.key in owners:
                 raise ValueError(f"clients.{name} has the key of {owners[client.key]}; give it one of its own")
             owners[client.key] = f"clients.{name}"
+        if (hidden := owners.get(HIDDEN)) or self.admin_key == HIDDEN:
+            raise ValueError(
+                f"{hidden or 'admin_key'} is {HIDDEN!r}, which printed settings show for a key; give the key itself"
+            )
         if self.admin_key is not None and self.admin_key in owners:
             raise ValueError(
                 f"admin_key is the key of {owners[self.admin_key]}, so that this client could move experts; choose two"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
 from trinity.config.env import admin_key, api_key
 from trinity.config.model import ModelConfig
 from trinity.config.placement import PlacementConfig
-from trinity.config.serve import ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import DataConfig, OptimConfig, TrainConfig
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 from trinity.errors import ConfigError
@@ -67,9 +67,9 @@ class Config(Frozen):
     def to_yaml(self) -> str:
         """All settings as YAML; keys are not shown."""
         tree = self.model_dump(mode="json")
-        tree["serve"] |= {name: "(set)" for name in ("api_key", "admin_key") if tree["serve"][name]}
+        tree["serve"] |= {name: HIDDEN for name in ("api_key", "admin_key") if tree["serve"][name]}
         for client in tree["serve"]["clients"].values():
-            client["key"] = "(set)"
+            client["key"] = HIDDEN
         return yaml.safe_dump(tree, sort_keys=False)
 
 

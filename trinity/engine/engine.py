@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.repeats import Repeats
-from trinity.engine.request import Chunk, Delta, FinishReason, SamplingParams, Sequence
+from trinity.engine.request import Chunk, Delta, FinishReason, SamplingParams, Sequence, check_length
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler
@@ -25,7 +25,6 @@ from trinity.engine.weights import WeightSource
 from trinity.errors import (
     InvalidRequest,
     Overloaded,
-    PromptTooLong,
     StepConflict,
     TrinityError,
     VersionGone,
@@ -119,14 +118,7 @@ class Engine:
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if len(prompt_ids) + 1 > self.max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens; this engine takes {self.max_model_len - 1} "
-                "(engine.max_model_len less one to generate); shorten the prompt or serve with a larger limit",
-                param="prompt",
-            )
+        check_length(prompt_ids, self.max_model_len)
         self._check_ids(prompt_ids, "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         self._check_ids(params.logit_bias, "logit_bias")

@@ -7,6 +7,7 @@ Decision: text is a function of the tokens alone, so what a request gets does no
 
 import math
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from trinity.config import ANYBODY, Client, Frozen
-from trinity.errors import InvalidRequest, TrinityError
+from trinity.errors import InvalidRequest, PromptTooLong, TrinityError
 from trinity.text.detokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -101,6 +102,18 @@ class SamplingParams(Frozen, strict=True):
     @property
     def penalizes(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+def check_length(prompt_ids: Collection[int], max_model_len: int) -> None:
+    """Raise InvalidRequest for no token, PromptTooLong where none could follow."""
+    if not prompt_ids:
+        raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+    if len(prompt_ids) >= max_model_len:
+        raise PromptTooLong(
+            f"{len(prompt_ids)} prompt tokens; this model takes {max_model_len - 1} and one generated. "
+            "Shorten the prompt or serve with a larger engine.max_model_len.",
+            param="prompt",
+        )
 
 
 class TokenLogprobs(NamedTuple):

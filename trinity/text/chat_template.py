@@ -6,18 +6,15 @@ may use so much memory and time; they are kept, so that a chat costs a fraction 
 
 import json
 import os
-import queue
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from trinity.errors import InvalidRequest
 from trinity.text.special_tokens import BOS, EOS
-from trinity.text.template_worker import LENGTH
+from trinity.utils.boxes import Boxes
 
 NUM_WORKERS, CPU_S = 2, 2.0
 WORKER = Path(__file__).with_name("template_worker.py")
@@ -60,66 +57,16 @@ def render_chat(
     exceeds 4 MiB characters of output, 512 MiB of memory or 2 s of processor time."""
     chat = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
     values = {**chat, "bos_token": bos_token, "eos_token": eos_token}
-    reply = _workers().ask({"template": template, "values": values})
-    if "text" in reply:
-        return reply["text"]
-    raise InvalidRequest(f"the chat template refused the messages: {reply['error']}", param="messages")
-
-
-class _Worker:
-    """One such process; started when it is first asked, and again when it was ended. It ends by itself when this one does."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, request: bytes) -> bytes | None:
-        """-> its reply, or None where it has ended over the question."""
-        reply = None
-        try:
-            with suppress(BrokenPipeError):
-                reply = self._exchange(request)
-        finally:
-            if reply is None and self._process is not None:  # ended, or left in the middle of a frame
-                self._process.kill()
-                self._process.communicate()
-                self._process = None
-        return reply
-
-    def _exchange(self, request: bytes) -> bytes | None:
-        if self._process is None:  # nothing of this process's environment is its business
-            command, pipe = [sys.executable, "-I", str(WORKER), str(CPU_S)], subprocess.PIPE
-            self._process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env={}, cwd="/"
-            )
-        source, target = self._process.stdout, self._process.stdin
-        assert source is not None
-        assert target is not None
-        target.write(LENGTH.pack(len(request)) + request)
-        target.flush()
-        head = source.read(LENGTH.size)
-        return source.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else None
-
-
-class _Workers:
-    """Some of them; who asks while all are busy waits."""
-
-    def __init__(self, num: int):
-        self._idle = queue.SimpleQueue[_Worker]()
-        for _ in range(num):
-            self._idle.put(_Worker())
-
-    def ask(self, request: dict[str, Any]) -> dict[str, str]:
-        worker = self._idle.get()
-        try:
-            reply = worker.ask(json.dumps(request).encode())
-        finally:
-            self._idle.put(worker)
-        return {"error": f"it ran for {CPU_S:g} s and longer"} if reply is None else json.loads(reply)
+    reply = _workers().ask(json.dumps({"template": template, "values": values}).encode())
+    said = {"error": f"it ran for {CPU_S:g} s and longer"} if reply is None else json.loads(reply)
+    if "text" in said:
+        return str(said["text"])
+    raise InvalidRequest(f"the chat template refused the messages: {said['error']}", param="messages")
 
 
 @cache
-def _workers() -> _Workers:
-    return _Workers(NUM_WORKERS)
+def _workers() -> Boxes:
+    return Boxes(NUM_WORKERS, [sys.executable, "-I", str(WORKER), str(CPU_S)], {})
 
 
 os.register_at_fork(after_in_child=_workers.cache_clear)  # two processes would read from one pipe

@@ -5,8 +5,7 @@ and processor time are the kernel's to bound, because no list of the ways to was
 out of time is ended by a signal, and its parent starts another. Without imports of ours: it starts in a tenth of a second, and
 nothing is in it that a template could want.
 
-A frame is a length (4 bytes, little-endian) and as much JSON: {"template": ..., "values": {...}} there, {"text": ...} or
-{"error": ...} back.
+Frames (trinity/utils/boxes.py) are JSON: {"template": ..., "values": {...}} there, {"text": ...} or {"error": ...} back.
 """
 
 import datetime
@@ -15,8 +14,9 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -70,29 +70,31 @@ def render(template: str, values: dict[str, Any]) -> str:
     return "".join(done)
 
 
-def answer(request: dict[str, Any], cpu_s: float) -> dict[str, str]:
-    """A text, or why there is none. Where its processor time is up, SIGPROF ends this process."""
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+def answer(request: bytes) -> bytes:
+    """A text, or why there is none."""
+    asked = json.loads(request)
     try:
-        return {"text": render(request["template"], request["values"])}
+        reply = {"text": render(asked["template"], asked["values"])}
     except MemoryError:
-        return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
+        reply = {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except Exception as error:  # a foreign program can raise anything
-        return {"error": str(error)[:1000]}
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        reply = {"error": str(error)[:1000]}
+    return json.dumps(reply).encode()
 
 
-def serve(source: BinaryIO, target: BinaryIO, cpu_s: float) -> None:
-    """Answer until the parent has gone."""
+def serve(answer: Callable[[bytes], bytes], memory_bytes: int, cpu_s: float) -> None:
+    """Answer within these bounds until the parent has gone; SIGPROF ends this process where a request's time is up."""
+    for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        resource.setrlimit(limit, (most, most))
+    source, target = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(LENGTH.size)) == LENGTH.size:
-        reply = json.dumps(answer(json.loads(source.read(*LENGTH.unpack(head))), cpu_s)).encode()
+        request = source.read(*LENGTH.unpack(head))
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        reply = answer(request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         target.write(LENGTH.pack(len(reply)) + reply)
         target.flush()
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
+    serve(answer, MEMORY_BYTES, float(sys.argv[1]))

@@ -26,6 +26,8 @@ SAMPLE_CHARS = 20_000_000
 PIECE_CHARS = 1 << 20
 MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary that is known; a table has an entry for each
 MAX_FILE_BYTES = 256 << 20
+MAX_CONFIG_BYTES = 64 << 20  # of the files beside it: some list each added token
+MAX_TEMPLATE_CHARS = 1 << 20  # fifty times the longest that is known; it goes to a process with each chat
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -117,15 +119,12 @@ class Tokenizer:
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; a checkpoint folder needs its tokenizer.json")
-        if (size := file.stat().st_size) > MAX_FILE_BYTES:
-            raise CheckpointError(f"{file} has {size:,} bytes; a tokenizer may have {MAX_FILE_BYTES:,}")
+        text = _text_of(file, MAX_FILE_BYTES)
         try:
-            core = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
+            core = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file} is not a tokenizer.json: {error}") from None
-        folder = file.parent
-        config = _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
-        return cls(core, config, _read_template(folder, config))
+        return cls(core, _read_config(file.parent), read_template(file.parent))
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load` and transformers' AutoTokenizer read. Not atomic; a checkpoint's manifest is."""
@@ -160,14 +159,18 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are nothing."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
+        """Bytes of `ids`, which may end within a character."""
         skipped = self.special_ids if skip_special else frozenset[int]()
         known = (i for i in ids if 0 <= i < len(self.token_bytes) and i not in skipped)
-        return b"".join(self.token_bytes[i] for i in known).decode("utf-8", "replace")
+        return b"".join(self.token_bytes[i] for i in known)
 
     def _id(self, token: str) -> int:
         found = self._core.token_to_id(token)
         if found is None:
-            raise CheckpointError(f"tokenizer has no token {token!r}; name its own in tokenizer_config.json")
+            raise CheckpointError(f"tokenizer has no token {token[:100]!r}; name its own in tokenizer_config.json")
         return found
 
 
@@ -200,27 +203,50 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _token_name(value: Any, default: str) -> str:
     """Checkpoints write a token as its text or as a mapping with `content`."""
-    return value.get("content", default) if isinstance(value, Mapping) else value or default
+    name = value.get("content", default) if isinstance(value, Mapping) else value or default
+    if not isinstance(name, str):
+        raise CheckpointError(f"tokenizer_config.json names {str(name)[:100]} as a token; a text is wanted")
+    return name
+
+
+def _text_of(file: Path, most_bytes: int) -> str:
+    try:
+        if (size := file.stat().st_size) > most_bytes:
+            raise CheckpointError(f"{file} has {size:,} bytes; it may have {most_bytes:,}")
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from None
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        tree = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+        tree = json.loads(_text_of(file, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file} must hold an object, found {type(tree).__name__}")
     return tree
 
 
-def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the older `chat_template` of tokenizer_config.json: a text or a list of named ones."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
+
+
+def read_template(folder: str | Path) -> str | None:
+    """chat_template.jinja of a checkpoint, or the older `chat_template` of tokenizer_config.json: a text or a list of named
+    ones. Raises CheckpointError for what is no text, or a longer one than there may be."""
+    folder = Path(folder)
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    found = config.get("chat_template")
+    found = _text_of(file, 4 * MAX_TEMPLATE_CHARS) if file.is_file() else _read_config(folder).get("chat_template")
     if isinstance(found, list):
-        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"the chat template in {folder} is a {type(found).__name__}; a text is wanted")
+    if found and len(found) > MAX_TEMPLATE_CHARS:
+        raise CheckpointError(
+            f"the chat template in {folder} has {len(found):,} characters, at most {MAX_TEMPLATE_CHARS:,}"
+        )
     return found

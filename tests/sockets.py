@@ -1,0 +1,34 @@
+"""Which addresses a process listens on, as Linux says it."""
+
+import ipaddress
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def listening(pid="self"):
+    """Local addresses of the TCP sockets that a process listens on."""
+    held = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                found.add(decode_address(fields[1]))
+    return found
+
+
+def listening_each(pids):
+    """The same of each that is still there."""
+    found = {}
+    for pid in pids:
+        with suppress(OSError):
+            found[pid] = listening(pid)
+    return found
+
+
+def decode_address(text):
+    host, port = text.split(":")
+    words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
+    address = ipaddress.ip_address(b"".join(words))
+    return str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)
