@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
-from serving.engine import EngineReplica, connect_client, keep_to_loopback, load_factory
+from serving.engine import EngineReplica, connect_client, keep_to_node_address, load_factory
 from serving.frontend import Frontend
 from serving.gateway import Gateway
 from serving.pool_operator import Operator
@@ -37,7 +37,7 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, engines: Any, config_json: str, ready_timeout_s: float, pool: tuple[str, str] | None
     ):
-        keep_to_loopback()
+        keep_to_node_address()
         config = ServeConfig.model_validate_json(config_json)
         client, tokenizer, info = await connect_client(engines, ready_timeout_s)
         operator = functools.partial(find_operator, *pool) if pool else None

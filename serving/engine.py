@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import ray
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from serving.addresses import bracketed
 from serving.frontend import EngineInfo
 from serving.streams import batched
 from trinity.config import Client, Config
@@ -105,20 +107,20 @@ class LocalClient:
         return EngineInfo(self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
 
 
-def keep_to_loopback() -> None:
-    """Have this replica's port for other replicas, which nothing here uses, on loopback: Ray Serve 2.60 opens it on all
-    interfaces when the constructor is done."""
+def keep_to_node_address() -> None:
+    """Have this replica's port for other replicas on the node's own address, loopback in a local cluster: Ray Serve 2.60
+    opens it on all interfaces when the constructor is done."""
     if module := sys.modules.get("ray.serve._private.replica"):
-        names = vars(module)
+        names, here = vars(module), bracketed(ray.util.get_node_ip_address())
         bind = names["add_port_to_grpc_server"]
-        names["add_port_to_grpc_server"] = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
+        names["add_port_to_grpc_server"] = lambda server, address: bind(server, address.replace("[::]", here))
 
 
 class EngineReplica:
     """Replica of the engine deployment: one engine, its streams in batches."""
 
     def __init__(self, factory: str, checkpoint: str, config_json: str):
-        keep_to_loopback()
+        keep_to_node_address()
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
     async def generate(
