@@ -216,7 +216,7 @@ def test_strangers_are_shown_out(port, monkeypatch):
 
 
 def said_nothing_more(sock):
-    return len(greeted(sock)) == handshake.GREETING_BYTES and sock.recv(1) == b""
+    return len(greeted(sock)) == handshake.GREETING_BYTES and said(sock) == []
 
 
 @contextmanager
