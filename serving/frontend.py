@@ -84,7 +84,7 @@ class Frontend:
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
         self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process
-        self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
+        self._large_chats, self._large_decodes = asyncio.Semaphore(NUM_WORKERS - 1), asyncio.Semaphore(1)
         self._cut = False
 
     @property
@@ -134,14 +134,15 @@ class Frontend:
         )
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, some at a time: a thread would hold the interpreter for the whole of a million."""
+        """Text of token ids, some at a time and of one large list: a thread would hold the interpreter for the whole of it."""
         parts = []
-        for start in range(0, len(token_ids), INLINE_IDS):
-            ids = token_ids[start : start + INLINE_IDS]
-            self.check_ids(ids, "tokens")
-            parts.append(self.tokenizer.decode_bytes(ids))
-            await asyncio.sleep(0)
-        return b"".join(parts).decode("utf-8", "replace")
+        async with self._large_decodes if len(token_ids) > INLINE_IDS else nullcontext():
+            for start in range(0, len(token_ids), INLINE_IDS):
+                ids = token_ids[start : start + INLINE_IDS]
+                self.check_ids(ids, "tokens")
+                parts.append(self.tokenizer.decode_bytes(ids))
+                await asyncio.sleep(0)
+            return b"".join(parts).decode("utf-8", "replace")
 
     def check_ids(self, token_ids: Sequence[int], param: str = "prompt") -> None:
         size = self.tokenizer.vocab_size

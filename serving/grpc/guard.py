@@ -1,15 +1,14 @@
-"""Guards around every rpc: the key before it, typed statuses and a count after it.
+"""The guard around every rpc: key, number and size before it, typed statuses and a count after it.
 
 Decisions: the interceptor checks before any method, reflection included and unknown ones too; health is open, for load
 balancers. A service that is not listed needs the key.
 """
 
 import asyncio
-import functools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health
@@ -18,12 +17,13 @@ from protos.trinity.v1 import placement_pb2
 from serving.access import ASKS, Access, check_access, only
 from serving.errors import grpc_status, grpc_trailers, to_typed
 from serving.frontend import Frontend, new_request_id
-from trinity.config import Client, ServeConfig
+from serving.grpc.messages import KINDS, parsed
+from trinity.config import Client
 from trinity.errors import InvalidRequest, Overloaded, TrinityError, Unauthenticated
 
 Context: TypeAlias = grpc.aio.ServicerContext
 PLACEMENT = placement_pb2.DESCRIPTOR.services_by_name["Placement"].full_name
-MOST_OPEN_CALLS = 1024  # that nobody needs a key for: health's, some of which last
+MOST_OPEN_CALLS, MOST_OPEN_BYTES = 1024, 1024  # that nobody needs a key for: health's, some of which last
 ACCESS: dict[str, Access] = {health.SERVICE_NAME: "open", PLACEMENT: "admin"}
 
 
@@ -45,24 +45,52 @@ class Calls:
         task.add_done_callback(lambda _: self._num.subtract((whose,)))
 
 
-class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """UNAUTHENTICATED for every method, known or not, whose service needs a key that the call does not bring."""
+class Guard(grpc.aio.ServerInterceptor):
+    """UNAUTHENTICATED for every method, known or not, whose service needs a key that the call does not bring. Around the
+    others it is the process edge: bytes become requests, exceptions statuses, and each call is counted."""
 
-    def __init__(self, config: ServeConfig, most: Callable[[Client], int]):
-        """`most`: slots that a client may hold."""
-        self.config, self.calls = config, Calls(most)
+    def __init__(self, front: Frontend):
+        self.front, self.calls = front, Calls(front.admission.most)
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         service = details.method.lstrip("/").rpartition("/")[0]
         sent = [str(value) for key, value in details.invocation_metadata or () if key == "authorization"]
         access = ACCESS.get(service, "key")
         try:
-            client = check_access(access, only("authorization", sent), self.config)
+            client = check_access(access, only("authorization", sent), self.front.config)
             self.calls.enter(access, client)
             ASKS.set(client)
         except (InvalidRequest, Overloaded, Unauthenticated) as error:
             return _refusal(error)
-        return await continuation(details)
+        handler = await continuation(details)
+        return self._guarded(handler, details.method, access) if details.method in KINDS and handler else handler
+
+    def _guarded(self, handler: Any, path: str, access: Access) -> Any:
+        method, is_stream = handler.unary_stream or handler.unary_unary, handler.response_streaming
+
+        async def call(raw: bytes, context: Context) -> Any:
+            started, status = time.perf_counter(), grpc.StatusCode.CANCELLED
+            try:
+                answer = await method(await self._request(path, raw, access), context)
+                status = grpc.StatusCode.OK
+                return answer
+            except grpc.aio.AbortError:  # health's own
+                status = grpc.StatusCode.NOT_FOUND
+                raise
+            except Exception as error:
+                typed = to_typed(error, new_request_id())
+                status = grpc_status(typed)
+                await context.abort(status, typed.message, grpc_trailers(typed))
+            finally:
+                self.front.metrics.answered(path, status.name, time.perf_counter() - started)
+
+        make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+        return make(call, None, handler.response_serializer)
+
+    async def _request(self, path: str, raw: bytes, access: Access) -> Any:
+        if access == "open" and len(raw) > MOST_OPEN_BYTES:
+            raise InvalidRequest(f"the message has {len(raw)} bytes; without a key {MOST_OPEN_BYTES} are taken")
+        return await parsed(path, raw, self.front.info.max_model_len)
 
 
 def _refusal(error: TrinityError) -> Any:
@@ -71,31 +99,3 @@ def _refusal(error: TrinityError) -> Any:
 
     # Stream-stream, so that it answers without waiting for a message of the client's.
     return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-class Servicer(Protocol):
-    """Needs of `guarded` from the class whose methods it surrounds."""
-
-    front: Frontend
-    service: str
-
-
-def guarded(method: Callable[[Any, Any, Context], Awaitable[Any]]) -> Callable[[Any, Any, Context], Awaitable[Any]]:
-    """An rpc method whose exceptions become statuses: the process edge of gRPC."""
-
-    @functools.wraps(method)
-    async def call(self: Servicer, request: Any, context: Context) -> Any:
-        started, status = time.perf_counter(), grpc.StatusCode.CANCELLED
-        try:
-            answer = await method(self, request, context)
-            status = grpc.StatusCode.OK
-            return answer
-        except Exception as error:
-            typed = to_typed(error, new_request_id())
-            status = grpc_status(typed)
-            await context.abort(status, typed.message, grpc_trailers(typed))
-        finally:
-            seconds = time.perf_counter() - started
-            self.front.metrics.answered(f"/{self.service}/{method.__name__}", status.name, seconds)
-
-    return call

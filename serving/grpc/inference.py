@@ -12,9 +12,9 @@ from contextlib import aclosing
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
-from serving.grpc.guard import Context, guarded
-from serving.http.schema import MAX_MESSAGES, sampling_params
-from trinity.engine.request import MAX_LISTED_TOKENS, Delta, SamplingParams, TokenLogprobs
+from serving.grpc.guard import Context
+from serving.http.schema import sampling_params
+from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import InvalidRequest
 from trinity.text.detokenizer import token_text
 
@@ -36,12 +36,9 @@ DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 class InferenceServicer(rpc.InferenceServicer):
     """The rpcs of trinity.v1.Inference, over the Frontend that HTTP uses too."""
 
-    service = SERVICE
-
     def __init__(self, front: Frontend):
         self.front = front
 
-    @guarded
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         front = self.front
         front.check_model(request.model)
@@ -56,17 +53,14 @@ class InferenceServicer(rpc.InferenceServicer):
                     if delta.finish_reason is not None:
                         await context.write(pb.GenerateResponse(final=to_final(delta)))
 
-    @guarded
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         info, size = self.front.info, self.front.tokenizer.vocab_size
         card = pb.Model(name=info.model, max_model_len=info.max_model_len, vocab_size=size, version=info.version)
         return pb.ListModelsResponse(models=[card])
 
-    @guarded
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         return pb.TokenizeResponse(token_ids=await self._prompt(request))
 
-    @guarded
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=await self.front.decode(request.token_ids))
 
@@ -77,7 +71,6 @@ class InferenceServicer(rpc.InferenceServicer):
         if kind == "chat":
             return await self.front.encode_chat(to_messages(request.chat))
         if isinstance(request, pb.GenerateRequest) and kind == "token_ids":
-            self.front.check_length(request.token_ids.ids)
             return list(request.token_ids.ids)
         raise InvalidRequest("the request has no prompt; set one of its kinds", param="prompt")
 
@@ -94,10 +87,6 @@ class InferenceServicer(rpc.InferenceServicer):
 
 
 def to_messages(chat: pb.Chat) -> list[dict[str, str]]:
-    if len(chat.messages) > MAX_MESSAGES:
-        raise InvalidRequest(
-            f"{len(chat.messages)} messages in a chat, at most {MAX_MESSAGES} are taken", param="messages"
-        )
     return [to_message(message) for message in chat.messages]
 
 
@@ -113,9 +102,7 @@ def to_params(sampling: pb.SamplingParams, default_max_tokens: int) -> SamplingP
     """The fields that the client set, over the engine's defaults."""
     fields = {field.name: value for field, value in sampling.ListFields()}
     for name, make in (("stop", tuple), ("stop_token_ids", tuple), ("logit_bias", dict)):
-        if (num := len(given := getattr(sampling, name))) > MAX_LISTED_TOKENS:
-            raise InvalidRequest(f"{name} has {num} entries, at most {MAX_LISTED_TOKENS} are taken", param=name)
-        fields[name] = make(given)
+        fields[name] = make(getattr(sampling, name))
     if (policy := sampling.version_policy) != pb.VERSION_POLICY_UNSPECIFIED:
         fields["version_policy"] = POLICIES.get(policy, str(policy))
     return sampling_params({"max_tokens": default_max_tokens, **fields})

@@ -13,7 +13,7 @@ import numpy as np
 from protos.trinity.v1 import placement_pb2 as pb
 from protos.trinity.v1 import placement_pb2_grpc as rpc
 from serving.frontend import Frontend
-from serving.grpc.guard import PLACEMENT, Context, guarded
+from serving.grpc.guard import Context
 from serving.pool_operator import Operator
 from trinity.errors import InvalidRequest
 from trinity.placement.snapshot import Snapshot
@@ -26,17 +26,13 @@ EVERY_S, SHORTEST_S, LONGEST_S = 5.0, 1.0, 60.0
 class PlacementServicer(rpc.PlacementServicer):
     """Over the Frontend's Placement, which raises what these methods answer with."""
 
-    service = PLACEMENT
-
     def __init__(self, front: Frontend):
         self.front = front
 
-    @guarded
     async def GetPlacement(self, request: pb.GetPlacementRequest, context: Context) -> pb.GetPlacementResponse:
         found = await self.front.placement.ask(lambda operator: operator.snapshot(), context.time_remaining())
         return pb.GetPlacementResponse(snapshot=to_message(found))
 
-    @guarded
     async def WatchPlacement(self, request: pb.WatchPlacementRequest, context: Context) -> None:
         every_s = request.every_s if request.HasField("every_s") else EVERY_S
         if not SHORTEST_S <= every_s <= LONGEST_S:
@@ -45,7 +41,6 @@ class PlacementServicer(rpc.PlacementServicer):
             async for snapshot in snapshots:
                 await context.write(pb.WatchPlacementResponse(snapshot=to_message(snapshot)))
 
-    @guarded
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
         num_shards, reason = at_least_one(request.num_shards, "num_shards"), request.reason or "scale"
         if len(reason) > MAX_REASON or not reason.isprintable():
@@ -53,7 +48,6 @@ class PlacementServicer(rpc.PlacementServicer):
         asked = f"scale to {num_shards} shards: {reason}"
         return pb.ScaleResponse(epoch=await self._change(asked, lambda op: op.scale(num_shards, reason), context))
 
-    @guarded
     async def Replicate(self, request: pb.ReplicateRequest, context: Context) -> pb.ReplicateResponse:
         layer, expert = request.layer, request.expert
         num_replicas = at_least_one(request.num_replicas, "num_replicas")
@@ -61,14 +55,12 @@ class PlacementServicer(rpc.PlacementServicer):
         epoch = await self._change(asked, lambda op: op.replicate(layer, expert, num_replicas), context)
         return pb.ReplicateResponse(epoch=epoch)
 
-    @guarded
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         shard = request.shard
         if not shard:
             raise InvalidRequest("name the shard to drain", param="shard")
         return pb.DrainResponse(epoch=await self._change(f"drain {shard[:100]!r}", lambda op: op.drain(shard), context))
 
-    @guarded
     async def Rebalance(self, request: pb.RebalanceRequest, context: Context) -> pb.RebalanceResponse:
         return pb.RebalanceResponse(epoch=await self._change("rebalance", lambda op: op.rebalance(), context))
 

@@ -10,7 +10,7 @@ from protos.trinity.v1 import inference_pb2_grpc as rpc
 from protos.trinity.v1 import placement_pb2_grpc as placement_rpc
 from serving.addresses import bracketed
 from serving.frontend import Frontend
-from serving.grpc.guard import PLACEMENT, KeyInterceptor
+from serving.grpc.guard import PLACEMENT, Guard
 from serving.grpc.inference import SERVICE, InferenceServicer
 from serving.grpc.placement import PlacementServicer
 from trinity.config import ServeConfig
@@ -35,7 +35,7 @@ class GrpcServer:
             ("grpc.max_connection_age_ms", AGE_MS),
             ("grpc.max_connection_age_grace_ms", int(1000 * config.request_timeout_s) + SPARE_MS),
         ]
-        self.server = grpc.aio.server(interceptors=[KeyInterceptor(config, front.admission.most)], options=options)
+        self.server = grpc.aio.server(interceptors=[Guard(front)], options=options)
         self.health = health.aio.HealthServicer()
         self.port = 0
         self._config = config

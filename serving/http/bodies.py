@@ -1,26 +1,18 @@
-"""Bodies of requests: small ones are read at once, large ones in processes of their own.
+"""Bodies of HTTP requests: small ones are parsed at once, large ones elsewhere (serving/bodies.py).
 
-Decision: reading JSON and checking it holds the interpreter, in whatever thread, for as long as a client's two megabytes
-take, up to a fifth of a second; every stream of the gateway would stand still, and its heap grow by what it refuses.
+Decision: what comes back from there is as short as what it says: a body without what is ignored, its messages flat and its
+prompts no longer than the model takes: JSON in a line, then ids to be read, 4 bytes each.
 """
 
-import asyncio
 import json
-import os
-import sys
 from array import array
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
+from serving.bodies import INLINE_BYTES, read_elsewhere
 from serving.http import schema
-from trinity.errors import InvalidRequest, PromptTooLong
-from trinity.utils.boxes import Boxes
+from trinity.engine.request import check_length
 
-INLINE_BYTES = 64 << 10  # some milliseconds of reading
-NUM_WORKERS, CPU_S = 2, 10.0
-ROOT = Path(__file__).parents[2]  # where the packages lie
+KINDS = (schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
 M = TypeVar("M", bound=schema.Strict)
 
 
@@ -28,33 +20,25 @@ async def parsed(kind: type[M], body: bytes, max_model_len: int) -> M:
     """The typed body. Raises InvalidRequest for what is wrong in it."""
     if len(body) <= INLINE_BYTES:
         return schema.parse(kind, body)
-    return await asyncio.wrap_future(_threads().submit(read_elsewhere, kind, body, max_model_len))
+    return unpack(kind, await read_elsewhere(kind.__name__, body, max_model_len))
 
 
-def read_elsewhere(kind: type[M], body: bytes, max_model_len: int) -> M:
-    """`schema.parse` in another process, for bodies that are not small. Blocks; safe from any thread."""
-    reply = _boxes().ask(f"{kind.__name__} {max_model_len}\n".encode() + body)
-    if reply is None:
-        raise InvalidRequest(f"the body takes longer than {CPU_S:g} s to read; send less of it")
-    if reply.startswith(b"+"):
-        line, _, packed = reply[1:].partition(b"\n")
-        value = schema.parse(kind, line)
-        return value.model_copy(update={"tokens": array("i", packed)}) if packed else value
-    said = json.loads(reply[1:])
-    refusal = PromptTooLong if said.pop("too_long") else InvalidRequest
-    raise refusal(**said)
+def pack(kind: type[schema.Strict], body: bytes, max_model_len: int) -> bytes:
+    """A large body, checked, for `unpack`."""
+    value = schema.parse(kind, body)
+    if isinstance(value, schema.CompletionRequest):
+        for prompt in value.prompts():
+            if not isinstance(prompt, str):
+                check_length(prompt, max_model_len)
+    packed = b""
+    if isinstance(value, schema.DetokenizeRequest):
+        value, packed = value.model_copy(update={"tokens": []}), array("i", value.tokens).tobytes()
+    tree = value.compact().model_dump(mode="json", exclude_defaults=True)
+    tree |= tree.pop("sampling", {})
+    return json.dumps(tree, ensure_ascii=False).encode() + b"\n" + packed
 
 
-@cache
-def _boxes() -> Boxes:
-    env = {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    return Boxes(NUM_WORKERS, [sys.executable, "-P", "-m", "serving.http.body_worker", str(CPU_S)], env)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(NUM_WORKERS, "trinity-body")  # they only wait for the processes
-
-
-for cached in (_boxes, _threads):  # threads stay behind, and two processes would read from one pipe
-    os.register_at_fork(after_in_child=cached.cache_clear)
+def unpack(kind: type[M], reply: bytes) -> M:
+    line, _, packed = reply.partition(b"\n")
+    value = schema.parse(kind, line)
+    return value.model_copy(update={"tokens": array("i", packed)}) if packed else value

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.http import bodies, schema
-from serving.http.bodies import read_elsewhere
+from protos.trinity.v1 import inference_pb2 as pb
+from serving import bodies
+from serving.grpc import messages
+from serving.http import schema
+from serving.http.bodies import unpack
 from trinity.errors import InvalidRequest, PromptTooLong
 from trinity.utils.boxes import Boxes
 
@@ -41,6 +44,10 @@ GOOD = [
     (schema.TokenizeRequest, {"messages": [{"role": "assistant", "content": PARTS}], "add_special_tokens": False}),
     (schema.DetokenizeRequest, {"tokens": [0, 2**31 - 1], "model": "a"}),
 ]
+
+
+def read_elsewhere(kind, body, most):
+    return unpack(kind, bodies.read(kind.__name__, body, most))
 
 
 @pytest.mark.parametrize(("kind", "tree"), GOOD)
@@ -89,6 +96,47 @@ def test_a_prompt_that_cannot_fit_does_not_come_back():
     assert len(read_elsewhere(schema.CompletionRequest, body, 101).prompts()) == 2
     with pytest.raises(PromptTooLong, match="100 prompt tokens; this model takes 99 and one generated"):
         read_elsewhere(schema.CompletionRequest, body, 100)
+
+
+GENERATE = "/trinity.v1.Inference/Generate"
+SAMPLING = pb.SamplingParams(temperature=0, stop=["\u00e9"], stop_token_ids=[0], logit_bias={5: -1.5}, seed=-(2**63))
+CHAT = pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="\U0001f600"), pb.ChatMessage()])
+
+
+@pytest.mark.parametrize(
+    ("rpc", "message"),
+    [
+        ("Generate", pb.GenerateRequest(model="m", text="a\u0000\u00e9", sampling=SAMPLING)),
+        ("Generate", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[0, 2**32 - 1]))),
+        ("Generate", pb.GenerateRequest(chat=CHAT, sampling=pb.SamplingParams())),
+        ("Generate", pb.GenerateRequest()),
+        ("Tokenize", pb.TokenizeRequest(chat=CHAT)),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=range(1000))),
+        ("ListModels", pb.ListModelsRequest()),
+    ],
+)
+def test_a_message_says_the_same_elsewhere(rpc, message):
+    path, raw, unknown = f"/trinity.v1.Inference/{rpc}", message.SerializeToString(), b"\xf8\x07\x01" * 1000
+    reply = bodies.read(path, raw + unknown, LONG)
+    assert messages.parse(path, reply, LONG) == messages.parse(path, raw, LONG) == message
+    assert len(reply) == len(raw), "what nobody knows does not come back"
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 100)), "100 prompt tokens; this model takes 99"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "the prompt is empty"),
+        (pb.GenerateRequest(sampling=pb.SamplingParams(stop=[""] * 1025)), "stop has 1025 entries, at most 1024"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * 1025)), "messages has 1025 entries"),
+        (b"\xff" * 100, "no trinity.v1.GenerateRequest"),
+    ],
+)
+def test_a_message_is_refused_alike_elsewhere(message, says):
+    raw = message if isinstance(message, bytes) else message.SerializeToString()
+    for read in (messages.parse, bodies.read):
+        with pytest.raises(InvalidRequest, match=says):
+            read(GENERATE, raw, 100)
 
 
 @pytest.fixture

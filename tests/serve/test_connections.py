@@ -130,6 +130,19 @@ async def test_those_who_watch_health_are_bounded(start, monkeypatch):
         await comes_true(checked)
 
 
+async def test_who_needs_no_key_sends_little(start):
+    """What a watcher of health sent is kept for as long as it watches."""
+    async with start(api_key="secret") as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for ask in (stub.Check, lambda request: stub.Watch(request).read()):
+            with pytest.raises(grpc.aio.AioRpcError, match="without a key 1024 are taken") as refused:
+                await ask(health_pb2.HealthCheckRequest(service="x" * 1024))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Check(health_pb2.HealthCheckRequest(service="x" * 1000))
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_calls_that_say_nothing_are_bounded_by_client(start):
     """Two slots, so four calls under way: streams are opened, and their messages never come."""
     asked = b"/trinity.v1.Inference/Generate"

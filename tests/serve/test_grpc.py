@@ -197,6 +197,16 @@ async def test_unexpected_errors_are_opaque(start):
     assert "secret" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "name", ["trinity.v1.Inference/Generate", "trinity.v1.Inference/Tokenize", "grpc.health.v1.Health/Check"]
+)
+async def test_a_message_that_is_none_is_refused(server, name):
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"the message is no \S+Request") as refused:
+            await channel.unary_unary(f"/{name}")(b"\xff" * 10)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_f16_draining_says_not_serving_first(start):
     channel_to, engine = grpc.aio.insecure_channel, HeldEngine(num_free=1)
     async with (

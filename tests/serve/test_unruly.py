@@ -6,8 +6,7 @@ import httpx
 import pytest
 from fake import FakeEngine
 
-from serving.http.bodies import NUM_WORKERS, read_elsewhere
-from serving.http.schema import TokenizeRequest
+from serving.bodies import NUM_WORKERS, read
 from tests.chaos import unruly
 from tests.chaos.soak import Traffic
 from tests.chaos.unruly import BROKEN, UNRULY, Target
@@ -21,7 +20,7 @@ BODY = {"prompt": "the lazy dog", "max_tokens": 4}
 async def target(start, monkeypatch):
     monkeypatch.setattr(unruly, "STAY_S", 0.05)
     for _ in range(NUM_WORKERS):  # the processes that read large bodies stay
-        read_elsewhere(TokenizeRequest, b"{}", 1)
+        read("TokenizeRequest", b"{}", 1)
     async with start(FakeEngine(delay_s=0.001)) as server:
         yield server, Target(server.url, server.grpc_address)
 

@@ -29,9 +29,9 @@ ACTORS = {
     "actors.cluster", "actors.train", "actors.train_metrics", "actors.chaos",
 }  # fmt: skip
 SERVING = {
-    "serving.access", "serving.addresses", "serving.app", "serving.deploy", "serving.engine", "serving.errors",
-    "serving.frontend", "serving.gateway", "serving.grpc", "serving.http", "serving.launch", "serving.limits",
-    "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
+    "serving.access", "serving.addresses", "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy",
+    "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
+    "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -125,18 +125,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.frontend": {
         "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "trinity.engine", "trinity.text",
     },
+    "serving.bodies": set(),
     "serving.http": {
-        "serving.access", "serving.addresses", "serving.errors", "serving.frontend", "serving.page", "serving.streams",
-        "trinity", "trinity.engine", "trinity.text",
+        "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend", "serving.page",
+        "serving.streams", "trinity", "trinity.engine", "trinity.text",
     },
     "serving.grpc": {
-        "protos", "serving.access", "serving.addresses", "serving.errors", "serving.frontend", "serving.http",
-        "serving.pool_operator", "trinity.engine", "trinity.placement", "trinity.text",
+        "protos", "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend",
+        "serving.http", "serving.pool_operator", "trinity.engine", "trinity.placement", "trinity.text",
     },
+    "serving.body_worker": {"serving.grpc", "serving.http", "trinity.text"},  # a program of its own
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
     "serving.engine": {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
-        "serving.frontend", "serving.streams",
+        "serving.addresses", "serving.frontend", "serving.streams",
     },
     "serving.launch": {"trinity.checkpoint", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},

@@ -164,8 +164,9 @@ class Tokenizer:
     def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
         """Bytes of `ids`, which may end within a character."""
         skipped = self.special_ids if skip_special else frozenset[int]()
-        known = (i for i in ids if 0 <= i < len(self.token_bytes) and i not in skipped)
-        return b"".join(self.token_bytes[i] for i in known)
+        if skipped or not 0 <= min(ids, default=0) <= max(ids, default=0) < len(self.token_bytes):
+            ids = [i for i in ids if 0 <= i < len(self.token_bytes) and i not in skipped]
+        return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def _id(self, token: str) -> int:
         found = self._core.token_to_id(token)
