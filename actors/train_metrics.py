@@ -1,15 +1,18 @@
 """A training job's own /metrics, from its worker 0, beside the pool's that servers export.
 
 Decisions: off unless train.metrics_port is set. Loopback, unless train.metrics_host says otherwise: then, as with any listener
-of ours, there must be a key, and callers send it. A port that is taken costs the metrics, not the run.
+of ours, there must be a key, and callers send it, any of the server's. A port that is taken costs the metrics, not the run; so
+do those who connect and say nothing: they take MOST_CALLERS threads of a worker, and make room for who comes after them.
 """
 
 import hmac
 import logging
+import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import torch
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
-CLIENT_S = 10.0  # for a request to arrive
+CLIENT_S, MOST_CALLERS = 10.0, 8
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -78,7 +81,7 @@ def _max_vio(metrics: StepMetrics) -> list[float]:
 
 def check_listener(config: Config) -> None:
     """Raises ConfigError for metrics that anybody on the network could read."""
-    if config.train.metrics_port is not None and not _is_loopback(config) and config.serve.api_key is None:
+    if config.train.metrics_port is not None and not _is_loopback(config) and not config.serve.needs_key:
         raise ConfigError(
             f"train.metrics_host {config.train.metrics_host} is reachable by others: set serve.api_key (or TRINITY_API_KEY)"
         )
@@ -91,9 +94,9 @@ def exported(exporter: TrainExporter, config: Config) -> Iterator[int | None]:
     if port is None:
         yield None
         return
-    app = _locked(make_wsgi_app(exporter.registry), config.serve.api_key)
+    app = _locked(make_wsgi_app(exporter.registry), _keys(config))
     try:
-        server = make_server(host, port, app, ThreadingWSGIServer, _Handler)
+        server = make_server(host, port, app, _Server, _Handler)
     except OSError as error:
         log.warning("no metrics at %s:%d: %s; choose another train.metrics_port", host, port, error.strerror)
         yield None
@@ -111,19 +114,67 @@ def _is_loopback(config: Config) -> bool:
     return config.train.metrics_host in LOOPBACK
 
 
-def _locked(app: "WSGIApplication", key: str | None) -> "WSGIApplication":
-    """Serve those alone who send `Authorization: Bearer KEY`, where there is one: it is compared in constant time."""
-    if key is None:
-        return app
-    wanted = f"Bearer {key}".encode()
+def _keys(config: Config) -> list[str]:
+    """Those of clients and operators; empty where clients need none."""
+    serve = config.serve
+    return [*serve.client_by_key, *filter(None, [serve.admin_key])] if serve.needs_key else []
+
+
+def _locked(app: "WSGIApplication", keys: Collection[str]) -> "WSGIApplication":
+    """Serve those alone who send `Authorization: Bearer KEY`, compared in constant time; where there is none, those who call
+    this machine by a name of its own: a page in a browser here may have another one (DNS rebinding)."""
+    wanted = [f"Bearer {key}".encode() for key in keys]
+
+    def refusal(environ: "WSGIEnvironment") -> tuple[str, bytes] | None:
+        sent = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
+        if wanted and not sum(hmac.compare_digest(sent, one) for one in wanted):  # each is compared
+            return "401 Unauthorized", b"send the server's key as `Authorization: Bearer KEY`\n"
+        if not wanted and _name(environ.get("HTTP_HOST", LOOPBACK[0])) not in LOOPBACK:
+            return (
+                "400 Bad Request",
+                b"this server is called localhost; ask it by that name or its address, or set a key\n",
+            )
+        return None
 
     def call(environ: "WSGIEnvironment", start_response: "StartResponse") -> Any:
-        if hmac.compare_digest(environ.get("HTTP_AUTHORIZATION", "").encode("latin-1"), wanted):
+        if (refused := refusal(environ)) is None:
             return app(environ, start_response)
-        start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
-        return [b"send the server's key as `Authorization: Bearer KEY`\n"]
+        start_response(refused[0], [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
+        return [refused[1]]
 
     return call
+
+
+def _name(host: str) -> str | None:
+    with suppress(ValueError):
+        return urlsplit(f"//{host}").hostname
+    return None
+
+
+class _Server(ThreadingWSGIServer):
+    """A thread for each of MOST_CALLERS; for one more, who has been there longest is cut off."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._callers: list[socket.socket] = []
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._callers.append(request)
+            oldest = self._callers.pop(0) if len(self._callers) > MOST_CALLERS else None
+        if oldest is not None:
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock, suppress(ValueError):
+            self._callers.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a reader of metrics was lost", exc_info=True)  # strangers fill no log
 
 
 class _Handler(WSGIRequestHandler):

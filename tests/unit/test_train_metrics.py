@@ -2,13 +2,16 @@
 
 import logging
 import socket
+import threading
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.train_metrics import TrainExporter, check_listener, exported
+from actors.train_metrics import MOST_CALLERS, TrainExporter, check_listener, exported
+from tests.unit.fuzzed_port import eventually
 from trinity.config import Config
 from trinity.errors import ConfigError
 from trinity.observability.prometheus import TRAINING_METRICS
@@ -22,13 +25,13 @@ def metrics(step, **changed):
 
 
 def config(**changed):
-    serve = {"api_key": changed.pop("key", None)}
+    serve = {"api_key": changed.pop("key", None), "clients": changed.pop("clients", {})}
     return Config.from_tree({"model": "tiny", "train": {"metrics_port": 0} | changed, "serve": serve})
 
 
-def scrape(port, key=None):
+def scrape(port, key=None, **headers):
     """-> {name: {labels: value}}"""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
     with urllib.request.urlopen(request, timeout=10) as answer:
         text = answer.read().decode()
@@ -85,10 +88,40 @@ def test_a_key_that_is_set_is_asked_for():
             refused.value.close()
 
 
+def test_a_clients_own_key_opens_it_too():
+    with exported(TrainExporter(()), config(clients={"one": {"key": "1st"}, "other": {"key": "2nd"}})) as port:
+        assert "trinity_train_step" in scrape(port, "2nd")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            scrape(port)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "[", "localhost.evil.example"])
+def test_without_a_key_it_answers_to_its_own_names(host):
+    with exported(TrainExporter(()), config()) as port:
+        scrape(port, Host="localhost:1")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            scrape(port, Host=host)
+
+
+def test_a_crowd_takes_few_threads_and_keeps_nobody_out():
+    before = threading.active_count()
+    with ExitStack() as stack:
+        port = stack.enter_context(exported(TrainExporter(()), config()))
+        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(10 * MOST_CALLERS)]
+        scrape(port)
+        for sock in crowd[:-MOST_CALLERS]:
+            assert sock.recv(1) == b"", "who came first was sent away"
+        assert eventually(lambda: threading.active_count() <= before + 1 + MOST_CALLERS)
+        for sock in crowd[-MOST_CALLERS:]:
+            sock.close()
+        assert eventually(lambda: threading.active_count() == before + 1)
+
+
 def test_it_listens_on_loopback_and_elsewhere_only_with_a_key():
     assert Config.from_tree({"model": "tiny"}).train.metrics_port is None
     check_listener(config())
     check_listener(config(metrics_host="0.0.0.0", key="s3cret"))
+    check_listener(config(metrics_host="0.0.0.0", clients={"one": {"key": "1st"}}))
     check_listener(config(metrics_host="0.0.0.0", metrics_port=None))
     with pytest.raises(ConfigError, match=r"metrics_host 0.0.0.0 is reachable by others: set serve.api_key"):
         check_listener(config(metrics_host="0.0.0.0"))
