@@ -68,3 +68,15 @@ async def test_a_giant_message_stalls_nobody(server, name):
     assert code is (grpc.StatusCode.INVALID_ARGUMENT if says else grpc.StatusCode.OK), said
     assert says in said
     assert longest[0] < once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times reading it"
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_a_message_is_as_large_as_what_it_unpacks_to(server, compression):
+    raw = pb.GenerateRequest(text="a" * (16 << 20)).SerializeToString()
+    options = [("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(server.grpc_address, options, compression) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"[Dd]ecompressed message larger than max") as refused:
+            await channel.unary_stream("/trinity.v1.Inference/Generate")(raw).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        small = pb.TokenizeRequest(text="a" * 1000)
+        assert (await rpc.InferenceStub(channel).Tokenize(small)).token_ids
