@@ -5,6 +5,7 @@ a client chooses is done in a thread where it is large, so that one request does
 """
 
 import asyncio
+import codecs
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -27,7 +28,7 @@ from trinity.text.tokenizer import Tokenizer
 log = logging.getLogger("trinity.serving")
 Message = dict[str, str]
 T = TypeVar("T")
-INLINE_CHARS = INLINE_IDS = 4096  # about a millisecond of tokenising
+INLINE_CHARS, DECODED_IDS = 4096, 1024  # about a millisecond of tokenising, and less of its contrary
 LARGE_CHAT_CHARS = 1 << 16  # some ten milliseconds of a template
 MESSAGE_CHARS = 64  # what a message costs beside its text
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
@@ -84,7 +85,7 @@ class Frontend:
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
         self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process
-        self._large_chats, self._large_decodes = asyncio.Semaphore(NUM_WORKERS - 1), asyncio.Semaphore(1)
+        self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
         self._cut = False
 
     @property
@@ -133,16 +134,27 @@ class Frontend:
             eos_token=own.eos_token,
         )
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, some at a time and of one large list: a thread would hold the interpreter for the whole of it."""
-        parts = []
-        async with self._large_decodes if len(token_ids) > INLINE_IDS else nullcontext():
-            for start in range(0, len(token_ids), INLINE_IDS):
-                ids = token_ids[start : start + INLINE_IDS]
-                self.check_ids(ids, "tokens")
-                parts.append(self.tokenizer.decode_bytes(ids))
-                await asyncio.sleep(0)
-            return b"".join(parts).decode("utf-8", "replace")
+    async def decode(self, token_ids: Sequence[int], most_chars: int) -> str:
+        """Text of token ids. Raises InvalidRequest where it is longer."""
+        texts, size = list[str](), 0
+        async with aclosing(self.decoded(token_ids)) as decoded:
+            async for text in decoded:
+                texts.append(text)
+                size += len(text)
+                if size > most_chars:
+                    raise InvalidRequest(f"the text has over {most_chars:,} characters; send fewer ids", param="tokens")
+        return "".join(texts)
+
+    async def decoded(self, token_ids: Sequence[int]) -> AsyncGenerator[str, None]:
+        """That text, some ids at a time, once all are known to be ids. A thread would hold the interpreter for all of it."""
+        starts, characters = range(0, len(token_ids), DECODED_IDS), codecs.getincrementaldecoder("utf-8")("replace")
+        for start in starts:
+            self.check_ids(token_ids[start : start + DECODED_IDS], "tokens")
+            await asyncio.sleep(0)
+        for start in starts:
+            yield characters.decode(self.tokenizer.decode_bytes(token_ids[start : start + DECODED_IDS]))
+            await asyncio.sleep(0)
+        yield characters.decode(b"", final=True)
 
     def check_ids(self, token_ids: Sequence[int], param: str = "prompt") -> None:
         size = self.tokenizer.vocab_size

@@ -21,6 +21,7 @@ from serving.http import schema
 from serving.http.bodies import parsed
 from serving.http.edge import REQUEST_ID, Edge, error_response
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
+from serving.http.streamed import Streamed, with_numbers, with_text
 from serving.page import dashboard
 from serving.streams import merge
 from trinity.engine.request import Delta, SamplingParams
@@ -28,6 +29,7 @@ from trinity.errors import InvalidRequest, TrinityError, Unavailable
 
 Handler = Callable[[Frontend, Request], Awaitable[Response]]
 Events = AsyncGenerator[tuple[int, Delta], None]
+T = TypeVar("T")
 M = TypeVar("M", bound=schema.Strict)
 INLINE_BYTES = 64 << 10  # some milliseconds of writing JSON
 
@@ -38,22 +40,6 @@ class GenerationRequest:
 
     prompt_ids: list[int]
     params: SamplingParams
-
-
-class EventStream(Response):
-    """Server-sent events; the source is closed however the sending ends."""
-
-    def __init__(self, events: AsyncGenerator[bytes, None]):
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self.events = events
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self.events) as events:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
 
 
 async def completions(front: Frontend, request: Request) -> Response:
@@ -80,7 +66,7 @@ async def _ids(front: Frontend, prompt: str | list[int], add_special: bool) -> l
 
 
 async def _echo(front: Frontend, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else await front.decode(prompt)
+    return prompt if isinstance(prompt, str) else await front.decode(prompt, front.config.max_answer_bytes)
 
 
 async def chat_completions(front: Frontend, request: Request) -> Response:
@@ -106,7 +92,8 @@ async def respond(
     events = merge([front.generate(job.prompt_ids, job.params) for job in jobs])
     if body.stream:
         first = await anext(events)
-        return EventStream(_chunks(_chain(first, events), envelope, form, body, len(jobs), request.scope[REQUEST_ID]))
+        chunks = _chunks(_chain(first, events), envelope, form, body, len(jobs), request.scope[REQUEST_ID])
+        return Streamed(chunks, "text/event-stream", cache_control="no-cache")
     choices = [Choice(index) for index in range(len(jobs))]
     async with aclosing(events):
         async for index, delta in events:
@@ -137,7 +124,7 @@ def _last(choice: Choice) -> Delta:
     return choice.last
 
 
-async def _chain(first: tuple[int, Delta], rest: Events) -> Events:
+async def _chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     async with aclosing(rest):
         yield first
         async for event in rest:
@@ -174,13 +161,15 @@ async def tokenize(front: Frontend, request: Request) -> Response:
         ids = await front.encode_chat(messages, body.add_generation_prompt, bool(body.add_special_tokens))
     else:
         ids = await front.encode(body.prompt or "", body.add_special_tokens is not False)
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": front.info.max_model_len})
+    return Streamed(with_numbers("tokens", ids, {"count": len(ids), "max_model_len": front.info.max_model_len}))
 
 
 async def detokenize(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.DetokenizeRequest, request)
     front.check_model(body.model)
-    return JSONResponse({"prompt": await front.decode(body.tokens)})
+    texts = front.decoded(body.tokens)
+    first = await anext(texts)
+    return Streamed(with_text("prompt", _chain(first, texts)))
 
 
 async def models(front: Frontend, request: Request) -> Response:

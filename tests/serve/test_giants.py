@@ -121,8 +121,7 @@ async def test_a_giant_body_stalls_nobody(server, http, name):
         answer = await http.post(path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.text) < 300 or status == 200
-    most = 3 if name == "ids to be read" else 1  # these are to come back, all of them
-    assert longest[0] < most * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times reading it"
+    assert longest[0] < once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times reading it"
 
 
 async def test_a_body_in_crumbs_is_refused(server, http):
