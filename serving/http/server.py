@@ -1,17 +1,16 @@
 """The HTTP listener: uvicorn inside somebody else's event loop, with bounds that uvicorn leaves open.
 
 Decisions: a connection that has not sent a complete request head within HEAD_TIMEOUT_S is closed (slowloris); heads beyond
-MAX_HEAD_BYTES (431) and malformed ones (400) are answered in OpenAI's shape; connections over serve.max_connections, or over an
-address's share of them, are closed as they come, so that others find descriptors. The pure-Python h11 parser, because it bounds
-the head; the time per request is spent elsewhere. It takes 20 microseconds for each piece of a body, however small: it gets
-FED_BYTES at a time, between which others have their turn, and a body of crumbs is refused. No signal handlers: the process
-belongs to Ray.
+MAX_HEAD_BYTES (431) and malformed ones (400) are answered in OpenAI's shape; for a connection over serve.max_connections, or
+over an address's share of them, the oldest that asks nothing is closed, so that others find descriptors. The pure-Python h11
+parser, because it bounds the head; the time per request is spent elsewhere. It takes 20 microseconds for each piece of a body,
+however small: it gets FED_BYTES at a time, between which others have their turn, and a body of crumbs is refused. No signal
+handlers: the process belongs to Ray.
 """
 
 import asyncio
 import json
 import socket
-from collections import Counter
 from typing import Any
 
 import h11
@@ -32,23 +31,41 @@ MOST_HEAD_LINES = 256
 
 
 class Connections:
-    """Counts a listener's connections, in all and by address."""
+    """A listener's connections, by address, in the order in which they came or were last answered."""
 
     def __init__(self, most: int, most_per_peer: int):
-        self.most, self.most_per_peer = most, most_per_peer
-        self.by_peer = Counter[str]()
+        self.most, self.most_per_peer, self.num = most, most_per_peer, 0
+        self.by_peer: dict[str, dict[BoundedProtocol, None]] = {}
 
-    def enter(self, peer: str) -> bool:
-        """Say whether there is room for one more."""
-        if self.by_peer.total() >= self.most or self.by_peer[peer] >= self.most_per_peer:
-            return False
-        self.by_peer[peer] += 1
+    def enter(self, peer: str, connection: "BoundedProtocol") -> bool:
+        """Say whether there is room for one more; of the address itself, or of the one that most come from, whoever has asked
+        nothing for longest makes some."""
+        own = self.by_peer.get(peer, {})
+        crowd = own if len(own) >= self.most_per_peer else None
+        if crowd is None and self.num >= self.most:
+            crowd = max(self.by_peer.values(), key=len)
+        if crowd is not None:
+            idle = next((one for one in crowd if one.is_idle), None)
+            if idle is None:
+                return False
+            idle.close()
+        self.by_peer.setdefault(peer, {})[connection] = None
+        self.num += 1
         return True
 
-    def leave(self, peer: str) -> None:
-        self.by_peer[peer] -= 1
-        if not self.by_peer[peer]:
-            del self.by_peer[peer]
+    def answered(self, peer: str, connection: "BoundedProtocol") -> None:
+        if connection in (crowd := self.by_peer.get(peer, {})):
+            del crowd[connection]
+            crowd[connection] = None
+
+    def leave(self, peer: str, connection: "BoundedProtocol") -> None:
+        """Harmless when repeated."""
+        crowd = self.by_peer.get(peer, {})
+        if connection in crowd:
+            del crowd[connection]
+            self.num -= 1
+            if not crowd:
+                del self.by_peer[peer]
 
 
 class Wholesome(h11.Connection):
@@ -101,7 +118,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         peer = str((transport.get_extra_info("peername") or ("",))[0])
-        if not self.others.enter(peer):
+        if not self.others.enter(peer, self):
             transport.abort()
             return
         self.peer = peer
@@ -126,12 +143,14 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        assert self.peer is not None
+        self.others.answered(self.peer, self)
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.peer is None:  # it was never let in
             return
-        self.others.leave(self.peer)
+        self.others.leave(self.peer, self)
         self._disarm()
         super().connection_lost(exc)
 
@@ -163,8 +182,19 @@ class BoundedProtocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
 
+    @property
+    def is_idle(self) -> bool:
+        """No request has come, or the last one is answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def close(self) -> None:
+        """Make room at once; the transport's own end takes a turn of the loop."""
+        assert self.peer is not None
+        self.others.leave(self.peer, self)
+        self.transport.close()
+
     def _close_if_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self.is_idle:
             self.transport.close()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import select
 import socket
-from contextlib import ExitStack, closing, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
 
 import grpc
 import httpx
@@ -47,24 +47,42 @@ async def answered(sock, words=HEALTH, end=b"}"):
 
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])
-async def test_one_connection_too_many_is_closed_and_the_others_are_served(start, limit):
+async def test_for_one_connection_too_many_the_oldest_idle_one_goes(start, limit):
     async with start(**{limit: 3}) as server:
         with ExitStack() as stack:
             within = [stack.enter_context(connected(server.url)) for _ in range(3)]
             for sock in within:
                 assert b"200" in await answered(sock)
+            within.append(within.pop(0))
+            assert b"200" in await answered(within[-1])
+            within.insert(0, stack.enter_context(connected(server.url)))
+            assert [await answered(sock) != b"" for sock in within] == [True, False, True, True], (
+                "longest without a word"
+            )
+            crowd = [stack.enter_context(connected(server.url)) for _ in range(50)]
+            assert b"200" in await answered(stack.enter_context(connected(server.url)))
+            for sock in (*within, *crowd[:-2]):
+                assert await answered(sock) == b""
+            assert b"200" in await answered(crowd[-1])
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])
+async def test_one_connection_too_many_beside_busy_ones_is_closed(start, limit):
+    engine = HeldEngine(num_free=1)
+    async with start(engine, **{limit: 3}) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
+        body = {"prompt": "a", "max_tokens": 2, "stream": True}
+        async with AsyncExitStack() as stack:
+            streams = [
+                await stack.enter_async_context(http.stream("POST", "/v1/completions", json=body)) for _ in range(3)
+            ]
             for _ in range(5):
-                assert await answered(stack.enter_context(connected(server.url))) == b""
-            assert b"200" in await answered(within[0])
-            within[1].close()
-
-            async def is_let_in():
                 with connected(server.url) as sock:
-                    return b"200" in await answered(sock)
-
-            async with asyncio.timeout(WAIT_S):
-                while not await is_let_in():  # as soon as the server has noticed
-                    await asyncio.sleep(0.01)
+                    assert await answered(sock) == b""
+            engine.go.set()
+            for stream in streams:
+                assert "[DONE]" in (await stream.aread()).decode()
+        with connected(server.url) as sock:
+            assert b"200" in await answered(sock)
 
 
 async def test_connections_that_never_say_what_they_want_make_room(start, monkeypatch):

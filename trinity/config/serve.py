@@ -89,7 +89,7 @@ class ServeConfig(Frozen):
         default=64 << 20, ge=1024, description="of an answer that is not streamed, at most about"
     )
     max_concurrent_requests: int = Field(default=1024, ge=1)
-    max_connections: int = Field(default=2048, ge=1, description="of each listener; more are closed at once")
+    max_connections: int = Field(default=2048, ge=1, description="of each listener; then idle ones make room")
     max_connections_per_peer: int = Field(default=1024, ge=1, description="from one address, over HTTP")
     allowed_hosts: tuple[str, ...] = Field(
         default=(),
