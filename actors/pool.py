@@ -65,7 +65,7 @@ class RayPool(ExpertPool):
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         """Asks the shard itself: while it starts again, this waits."""
-        return ask(self.shards[shard].address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
+        return ask(self.shards[shard].address.remote(), max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
 
 
 class RayLedger:
@@ -87,7 +87,7 @@ class RayLedger:
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
         decide = partial(self.service.ask, "decide", step, attempt, {**notes, "backbone": self.backbone_at})
-        retrying(decide, time.time() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
+        retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 
     def decided(self) -> Decision | None:
         return self.service.ask("decided")

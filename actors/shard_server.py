@@ -17,7 +17,7 @@ from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.plane import DataPlane
-from actors.dataplane.ray_transport import RayTransport, pack, unpack
+from actors.dataplane.ray_transport import RayTransport, arrived, pack
 from actors.dataplane.server import Combiner, DirectServer
 from actors.names import Handles, PlacementClient, ask, find
 from actors.sync import shm_folders
@@ -90,7 +90,7 @@ class ShardServer:
     def handle(self, verb: str, message: Any) -> Any:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""
         assert verb in VERBS, verb
-        call = unpack(message)
+        call = arrived(message)
         if verb in ROWS:
             return pack(self.combiner.run(call))
         return self.patient.run(self._obey, verb, call) if verb in LONG else self._obey(verb, call)
@@ -123,7 +123,7 @@ class ShardServer:
 
     def _locate(self, shard: str, deadline_s: float) -> Address:
         handle = find(self.pool, shard, self.namespace)
-        return ask(handle.address.remote(), max(0.0, deadline_s - time.time()), f"shard {shard}")
+        return ask(handle.address.remote(), max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
 
     def address(self) -> Address:
         """The address where rows are taken directly."""

@@ -222,7 +222,7 @@ def _title(pid: int) -> bytes:
 
 
 def _until_there(find: Callable[[], T]) -> T:
-    return retrying(find, time.time() + FIND_S)
+    return retrying(find, time.monotonic() + FIND_S)
 
 
 # -- in a training worker

@@ -18,6 +18,7 @@ from trinity.errors import Overloaded, StepConflict, Unavailable, VersionGone
 from trinity.pool.ledger import Decision
 
 MAX_PINNED = 4
+OLD_LEASE_S = 60.0  # of pins in files that had a time of day instead
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class State:
 
 @dataclass(frozen=True)
 class Pin:
+    """Holds until it is not renewed for `lease_s`; after a restart for that long again."""
+
     version: int
-    until_s: float  # time.time()
+    lease_s: float
 
 
 class Ledger:
@@ -46,7 +49,11 @@ class Ledger:
         if is_new:
             self._file.unlink(missing_ok=True)
         tree = json.loads(self._file.read_text()) if self._file.is_file() else {}
-        self._state = State(**tree)
+        pins = {holder: {"lease_s": OLD_LEASE_S, **pin} for holder, pin in tree.get("pins", {}).items()}
+        for pin in pins.values():
+            pin.pop("until_s", None)
+        self._state = replace(State(**tree), pins=pins)
+        self._renewed_s = dict.fromkeys(pins, time.monotonic())
 
     @property
     def decision(self) -> Decision | None:
@@ -106,7 +113,8 @@ class Ledger:
         with self._changed:
             wanted, pins = self.serving if version is None else version, self.pins()
             self._check_pin(wanted, {pin.version for pin in pins.values()})
-            self._hold({**pins, holder: Pin(wanted, time.time() + lease_s)})
+            self._hold({**pins, holder: Pin(wanted, lease_s)})
+            self._renewed_s[holder] = time.monotonic()
             return wanted
 
     def unpin(self, holder: str) -> None:
@@ -115,8 +123,10 @@ class Ledger:
 
     def pins(self) -> dict[str, Pin]:
         """Those whose lease has not ended."""
-        found = {holder: Pin(**pin) for holder, pin in self._state.pins.items()}
-        return {holder: pin for holder, pin in found.items() if pin.until_s > time.time()}
+        found, now_s = {holder: Pin(**pin) for holder, pin in self._state.pins.items()}, time.monotonic()
+        return {
+            holder: pin for holder, pin in found.items() if now_s - self._renewed_s.get(holder, now_s) < pin.lease_s
+        }
 
     def keep(self) -> tuple[int, ...]:
         """Versions before the present one that shards must keep."""
@@ -136,6 +146,7 @@ class Ledger:
 
     def _hold(self, pins: Mapping[str, Pin]) -> None:
         self._become(pins={holder: asdict(pin) for holder, pin in pins.items()})
+        self._renewed_s = {holder: since_s for holder, since_s in self._renewed_s.items() if holder in pins}
 
     def _become(self, **changes: Any) -> None:
         """Write it to the disk first: what could not be written is not so."""

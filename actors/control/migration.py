@@ -40,16 +40,17 @@ class History:
 
     def __init__(self) -> None:
         self.views: tuple[ChangeView, ...] = ()
+        self._began_s = 0.0
 
     def begin(self, change: Change, previous: PlacementTable, num_copies: int) -> None:
-        drops = num_drops(previous, change.table)
+        drops, self._began_s = num_drops(previous, change.table), time.monotonic()
         view = ChangeView(change.table.epoch, time.time(), 0.0, change.reason, "prepare", num_copies, drops, 0)
         self.views = (*self.views[1 - KEPT_CHANGES :], view)
 
     def phase(self, phase: str, copied_bytes: int = 0) -> None:
         """The change under way has come so far."""
         *before, last = self.views
-        seconds = time.time() - last.started_s
+        seconds = time.monotonic() - self._began_s
         self.views = (*before, replace(last, phase=phase, seconds=seconds, copied_bytes=copied_bytes))
 
 

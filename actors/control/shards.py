@@ -37,7 +37,7 @@ class Shards:
         return ask(self.handles[shard].handle.remote(verb, message), timeout_s, f"shard {shard}")
 
     def deadline(self) -> float:
-        return time.time() + self.state.settings.call_timeout_s
+        return time.monotonic() + self.state.settings.call_timeout_s
 
     def make(self, names: Iterable[str]) -> None:
         """New shards, without experts, that know the version of the weights."""

@@ -42,7 +42,7 @@ class Connection:
         self._arrived: dict[int, Any] = {}
         with ExitStack() as undo:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else socket.AF_INET))
-            sock.settimeout(max(0.001, deadline_s - time.time()))
+            sock.settimeout(max(0.001, deadline_s - time.monotonic()))
             with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
                 sock.connect(target)
             self.wire = Wire(sock, device=device)

@@ -43,7 +43,7 @@ def machine_id() -> str:
 
 
 class Wire:
-    """A connected socket that sends and receives whole buffers until a deadline (time.time(), or inf).
+    """A connected socket that sends and receives whole buffers until a deadline (time.monotonic(), or inf).
 
     Receiving blocks in the kernel, which returns every `tick_s` for a look at the clock: one system call for each piece,
     where a poll before each would make three. Deadlines are kept to within a tick. What is received goes to `device`.
@@ -89,13 +89,13 @@ class Wire:
             try:
                 got = self.sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
             except BlockingIOError:
-                if time.time() >= deadline_s:
+                if time.monotonic() >= deadline_s:
                     raise DeadlineExceeded("the peer did not answer in time") from None
                 continue
             if not got:
                 raise EOFError("the peer closed the connection")
             views = _after(views, got)
-            if views and time.time() >= deadline_s:  # a peer that drips is as late as one that is silent
+            if views and time.monotonic() >= deadline_s:  # a peer that drips is as late as one that is silent
                 raise DeadlineExceeded("the peer did not answer in time")
 
     def header(self, deadline_s: float) -> Header:
@@ -138,7 +138,9 @@ class Wire:
     def _wait(self, events: int, deadline_s: float) -> int:
         poll = select.poll()
         poll.register(self.sock, events)
-        left_ms = None if deadline_s == math.inf else 1000 * min(max(0.0, deadline_s - time.time()), LONGEST_WAIT_S)
+        left_ms = (
+            None if deadline_s == math.inf else 1000 * min(max(0.0, deadline_s - time.monotonic()), LONGEST_WAIT_S)
+        )
         ready = poll.poll(left_ms)
         if not ready:
             raise DeadlineExceeded("the peer did not answer in time")

@@ -2,7 +2,8 @@
 
 Legend: R rows, D model, K slots of a row.
 Decisions: everything a receiver must know to allocate is in the header, and is checked against what the shard is before
-a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. The first
+a byte of payload is read; tensors are received into their own memory and sent from it; bf16 travels as bf16. Time that is left
+travels, not a time of day: hosts' clocks differ. The first
 tensor (x, dy, y, dx) may lie in a box of the connection's shared buffer instead of in the stream (shm.py). This is the
 path of every row: what can be done once per connection or by one call into C is.
 """
@@ -10,6 +11,7 @@ path of every row: what can be done once per connection or by one call into C is
 import json
 import math
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from trinity import errors
 from trinity.errors import TrinityError
 from trinity.rpc.messages import REMOTE, Backward, Fetch, Forward, Rows
 
-MAGIC = b"TRN4"  # the last byte is the format's version
+MAGIC = b"TRN5"  # the last byte is the format's version
 INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
 Calls = Forward | Backward | Fetch
 KEEP, HAS_ROWS, IN_SHARED_BUFFER = 1, 2, 4  # flags
@@ -32,7 +34,7 @@ MAX_PAYLOAD_BYTES = 1 << 31
 MAX_FAILURE_BYTES = 1 << 16
 MAX_OP_ID_BYTES = 40
 SLOT_BYTES = 8 + 4  # id and weight
-# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, deadline_s, R, D, K
+# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, left_s, R, D, K
 HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIII")
 
 
@@ -62,7 +64,7 @@ class Header(NamedTuple):
     layer: int
     epoch: int
     version: int
-    deadline_s: float
+    left_s: float  # until nobody waits for the answer, when the frame was sent
     num_rows: int
     dim: int
     num_slots: int
@@ -75,8 +77,8 @@ class Header(NamedTuple):
             raise BadFrame(f"frame starts with {header.magic!r}, this side speaks {MAGIC!r}")
         if not INFER <= header.kind <= FETCH or header.dtype >= len(DTYPES):
             raise BadFrame(f"frame of kind {header.kind} and type {header.dtype} is unknown")
-        if not math.isfinite(header.deadline_s):
-            raise BadFrame(f"deadline {header.deadline_s} is not a time")
+        if not math.isfinite(header.left_s):
+            raise BadFrame(f"{header.left_s} s to the deadline are not a time")
         if header.payload_bytes > (MAX_FAILURE_BYTES if header.kind == FAILURE else MAX_PAYLOAD_BYTES):
             raise BadFrame(f"frame of {header.payload_bytes} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
         return header
@@ -133,8 +135,9 @@ class Header(NamedTuple):
 def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     """A call as a frame: its header, and the tensors whose memory follows. A Fetch has none; its expert and kind stand where
     others have their number of rows and op_id."""
+    left_s = call.deadline_s - time.monotonic()
     if isinstance(call, Fetch):
-        names = (call.kind.encode(), call.layer, 0, call.version, call.deadline_s)
+        names = (call.kind.encode(), call.layer, 0, call.version, left_s)
         return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0), []
     rows = call.rows
     sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
@@ -145,17 +148,17 @@ def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     num_rows, dim = sent[0].shape
     op_id = call.op_id.encode()
     assert len(op_id) <= MAX_OP_ID_BYTES, call.op_id
-    names = (op_id, call.layer, call.epoch, call.version, call.deadline_s)
+    names = (op_id, call.layer, call.epoch, call.version, left_s)
     num_slots = 0 if rows is None else rows.ids_RK.shape[1]
     return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
 
 
 def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits) -> Calls:
-    """The inverse of `request`. Raises BadFrame for ids that are no experts."""
-    op_id = header.op_id.rstrip(b"\0").decode("ascii", "replace")
-    names = (op_id, header.layer, header.epoch, header.version, header.deadline_s)
+    """The inverse of `request`, for this side's clock. Raises BadFrame for ids that are no experts."""
+    op_id, deadline_s = header.op_id.rstrip(b"\0").decode("ascii", "replace"), time.monotonic() + header.left_s
+    names = (op_id, header.layer, header.epoch, header.version, deadline_s)
     if header.kind == FETCH:
-        return Fetch(header.layer, header.num_rows, header.version, header.deadline_s, op_id)
+        return Fetch(header.layer, header.num_rows, header.version, deadline_s, op_id)
     if header.kind == INFER:
         return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP))
     return Backward(*names, buffers[0], _rows(buffers[1:], limits) if header.flags & HAS_ROWS else None)
@@ -201,7 +204,12 @@ def in_shared_buffer(header: bytes, box: int) -> bytes:
     return header[:6] + bytes((header[6] | IN_SHARED_BUFFER, box)) + header[8:]
 
 
-WELCOME = _head(ANSWER, 0, 0)  # what a shard says to a caller that knows the secret
+def welcome(now_s: float) -> bytes:
+    """What a shard says to a caller that knows the secret; its time.time() stands where requests have the time that is left."""
+    return HEADER.pack(MAGIC, ANSWER, 0, 0, 0, 0, b"", 0, 0, 0, now_s, 0, 0, 0)
+
+
+WELCOME = welcome(0.0)
 
 
 def value_of(header: Header, buffers: Sequence[Tensor]) -> Any:

@@ -2,7 +2,7 @@
 
     shard -> caller   HELLO, the shard's nonce
     caller -> shard   HELLO, the caller's nonce, the caller's proof
-    shard -> caller   WELCOME and the shard's proof, or a failure that says why not
+    shard -> caller   WELCOME, with the shard's time, and the shard's proof, or a failure that says why not
 
 A proof is an HMAC-SHA256 over the role of who proves, the address that the caller meant and both nonces. Decisions: a proof
 holds for one role, so none can be reflected; for one connection, because either side's nonce is fresh; and for one address, so
@@ -12,16 +12,21 @@ read and change what follows, unless it is sealed (sealed.py).
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import socket
 import struct
+import time
 from typing import Literal
 
+from actors.dataplane import frames
 from actors.dataplane.connection import Address, Wire
 from actors.dataplane.frames import FAILURE, WELCOME, BadFrame, Header, value_of
 
-HELLO = b"TRH\x02"  # the last byte is the handshake's version
+log = logging.getLogger(__name__)
+MOST_SKEW_S = 1.0
+HELLO = b"TRH\x03"  # the last byte is the handshake's version
 NONCE_BYTES = PROOF_BYTES = 32
 GREETING_BYTES = len(HELLO) + NONCE_BYTES
 REPLY_BYTES = GREETING_BYTES + PROOF_BYTES
@@ -67,7 +72,7 @@ def welcome(secret: bytes, meant: str, mine: bytes, reply: bytes) -> tuple[bytes
     known = transcript(meant, mine, reply[:GREETING_BYTES])
     if not hmac.compare_digest(reply[GREETING_BYTES:], proof(secret, "caller", known)):
         raise BadFrame("the secret is wrong: this is another pool's shard, or another address than the caller meant")
-    return WELCOME + proof(secret, "shard", known), known
+    return frames.welcome(time.time()) + proof(secret, "shard", known), known
 
 
 def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> bytes:
@@ -78,15 +83,29 @@ def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> bytes
     wire.receive([theirs], deadline_s)
     check_version(theirs)
     known = transcript(meant, bytes(theirs), mine)
+    asked_s = time.time()
     wire.send(mine + proof(secret, "caller", known), [], deadline_s)
-    header = wire.header(deadline_s)
+    header, told_s = wire.header(deadline_s), time.time()
     if header.kind == FAILURE:
         raise value_of(header, wire.payload(header, deadline_s))
     proven = bytearray(PROOF_BYTES)
     wire.receive([proven], deadline_s)
-    if header != Header.unpack(WELCOME) or not hmac.compare_digest(bytes(proven), proof(secret, "shard", known)):
+    if header._replace(left_s=0.0) != Header.unpack(WELCOME) or not hmac.compare_digest(
+        bytes(proven), proof(secret, "shard", known)
+    ):
         raise BadFrame(f"who listens at {meant} does not know the pool's secret: it is no shard of this pool")
+    tell_skew(meant, header.left_s, asked_s, told_s)
     return known
+
+
+def tell_skew(meant: str, theirs_s: float, asked_s: float, told_s: float) -> None:
+    """Warn where a peer's time lies more than MOST_SKEW_S outside the moments between which it was asked for."""
+    ahead_s = theirs_s - min(max(theirs_s, asked_s), told_s)
+    if abs(ahead_s) > MOST_SKEW_S:
+        log.warning(
+            "the clock of %s is %.1f s %s this machine's: set both by NTP, or logs and times of files will not match; "
+            "calls are not affected", meant, abs(ahead_s), "ahead of" if ahead_s > 0 else "behind",
+        )  # fmt: skip
 
 
 def check_peer(sock: socket.socket) -> None:

@@ -58,6 +58,22 @@ def _map(function: Any, value: Any) -> Any:
     return value
 
 
+def departing(message: Any) -> Any:
+    """The packed message with the time that is left in place of its deadline: hosts' clocks differ."""
+    return pack(_moved(message, -time.monotonic()))
+
+
+def arrived(message: Any) -> Any:
+    """The inverse, for this process's clock."""
+    return _moved(unpack(message), time.monotonic())
+
+
+def _moved(message: Any, by_s: float) -> Any:
+    if not hasattr(message, "deadline_s"):
+        return message
+    return dataclasses.replace(message, deadline_s=message.deadline_s + by_s)
+
+
 class RayReply:
     def __init__(self, ref: Any, shard: str, verb: str, deadline_s: float):
         self.ref, self.shard, self.verb, self.deadline_s = ref, shard, verb, deadline_s
@@ -65,7 +81,7 @@ class RayReply:
     def result(self) -> Any:
         """Raises DeadlineExceeded when the time is up, Unavailable when the shard's process is away."""
         with translate_ray_errors(f"shard {self.shard}", f"{self.verb!r} in time"):
-            answer = ray.get(self.ref, timeout=max(0.0, self.deadline_s - time.time()))
+            answer = ray.get(self.ref, timeout=max(0.0, self.deadline_s - time.monotonic()))
         if isinstance(answer, TrinityError):
             raise answer
         return unpack(answer)
@@ -79,8 +95,8 @@ class RayTransport:
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         timeout_s = self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s
-        deadline_s = getattr(message, "deadline_s", time.time() + timeout_s)
+        deadline_s = getattr(message, "deadline_s", time.monotonic() + timeout_s)
         actor = tried(partial(self.shards.__getitem__, shard), Unavailable)
         if isinstance(actor, Unavailable):  # it has been ended
             return Done(error=actor)
-        return RayReply(actor.handle.remote(verb, pack(message)), shard, verb, deadline_s)
+        return RayReply(actor.handle.remote(verb, departing(message)), shard, verb, deadline_s)

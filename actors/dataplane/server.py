@@ -196,19 +196,20 @@ class DirectServer:
         try:
             header = wire.header(math.inf)
             if header.kind == OFFER:
-                return consider(wire, header, time.time() + HANDSHAKE_S)
+                return consider(wire, header, time.monotonic() + HANDSHAKE_S)
             header.check(self.limits)
-            call = call_of(header, wire.payload(header, max(header.deadline_s, time.time() + PAYLOAD_S)), self.limits)
+            until_s = time.monotonic() + max(header.left_s, PAYLOAD_S)
+            call = call_of(header, wire.payload(header, until_s), self.limits)
         except BadFrame as error:
             self._refuse(wire, error)
         value = self.combiner.run(call)
         reply, tensors = answer(header.request, value)
         if header.flags & IN_SHARED_BUFFER and header.kind < FAILURE and not isinstance(value, TrinityError):
             reply, tensors = wire.post(header.box, reply, tensors)
-        wire.send(reply, tensors, max(header.deadline_s, time.time() + PAYLOAD_S))
+        wire.send(reply, tensors, max(call.deadline_s, time.monotonic() + PAYLOAD_S))
 
     def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:
         """Say why, then end: after a broken frame nobody knows where the next one starts."""
         reply, tensors = answer(0, error)
-        wire.send(reply, tensors, time.time() + HANDSHAKE_S)
+        wire.send(reply, tensors, time.monotonic() + HANDSHAKE_S)
         raise error

@@ -67,7 +67,7 @@ def _first_decision(pool: LivePool, timeout_s: float) -> Decision:
             raise Unavailable(f"pool {pool.name!r} has no weights after {timeout_s:.0f} s; is anybody training in it?")
         return decision
 
-    return retrying(found, time.time() + timeout_s)
+    return retrying(found, time.monotonic() + timeout_s)
 
 
 class LiveWeights:

@@ -76,7 +76,7 @@ def _hop_s(transport: Transport, x_RD: Tensor, device: str, rounds: int) -> floa
     for _ in range(rounds):
         wait_for(device)
         started = time.perf_counter()
-        y_RD = transport.send("s", "infer", Forward("h:1", 0, 1, 0, time.time() + 30, rows)).result()
+        y_RD = transport.send("s", "infer", Forward("h:1", 0, 1, 0, time.monotonic() + 30, rows)).result()
         wait_for(device)
         laps.append(time.perf_counter() - started)
     if not torch.equal(y_RD, 2 * x_RD):

@@ -78,7 +78,7 @@ def children():
 
 def forward(x_RD, keep=False, op="g:1"):
     slots = torch.zeros(len(x_RD), 2)
-    return Forward(op, 0, 1, 0, time.time() + 60, Rows(x_RD, slots.long(), slots), keep)
+    return Forward(op, 0, 1, 0, time.monotonic() + 60, Rows(x_RD, slots.long(), slots), keep)
 
 
 def ways(transport):
@@ -106,7 +106,9 @@ def test_forward_and_backward_are_the_same_bits(children, mine, theirs, near, wa
         for _ in range(2):  # the box is used again: neither what is kept nor y may change
             transport.send("s", "infer", forward(dy_RD)).result()
         assert (y_RD.device.type, torch.equal(y_RD, 2 * x_RD)) == (mine, True)
-        dx_RD, dweights_RK = transport.send("s", "backward", Backward(op, 0, 1, 0, time.time() + 60, dy_RD)).result()
+        dx_RD, dweights_RK = transport.send(
+            "s", "backward", Backward(op, 0, 1, 0, time.monotonic() + 60, dy_RD)
+        ).result()
         assert (dx_RD.device.type, torch.equal(dx_RD, dy_RD + x_RD)) == (mine, True)
         assert torch.equal(dweights_RK.cpu(), dy_RD[:, :2].float().cpu())
     assert [large for _, large in ways(transport)] == [way]

@@ -33,11 +33,11 @@ def call_of(num_rows=5, op_id="fuzz:1", num_slots=3, **options):
     rng = torch.Generator().manual_seed(num_rows)
     ids_RK = torch.rand(num_rows, 8, generator=rng).topk(num_slots).indices
     rows = Rows(torch.randn(num_rows, 16, generator=rng), ids_RK, torch.rand(num_rows, num_slots, generator=rng))
-    return Forward(op_id, LAYER, 1, 0, time.time() + 60, rows, **options)
+    return Forward(op_id, LAYER, 1, 0, time.monotonic() + 60, rows, **options)
 
 
 def backward_of(rows, op_id="fuzz:1"):
-    return Backward(op_id, LAYER, 1, 0, time.time() + 60, torch.ones(5, 16), rows)
+    return Backward(op_id, LAYER, 1, 0, time.monotonic() + 60, torch.ones(5, 16), rows)
 
 
 def frame_of(call, number=1):
@@ -77,7 +77,7 @@ class Port:
 
     def member(self):
         """A socket whose next byte is read as a frame's first."""
-        sock = Connection(self.address, SECRET, time.time() + 60).wire.sock
+        sock = Connection(self.address, SECRET, time.monotonic() + 60).wire.sock
         sock.settimeout(60)
         return sock
 
@@ -89,7 +89,7 @@ class Port:
             self.ask(AT_ONCE_S)
 
     def ask(self, within_s):
-        deadline_s = time.time() + within_s
+        deadline_s = time.monotonic() + within_s
         connection = Connection(self.address, SECRET, deadline_s)
         call = replace(call_of(op_id="proper:1"), deadline_s=deadline_s)
         got = connection.take(connection.send(call), deadline_s)

@@ -144,7 +144,7 @@ class Caller:
     def again(self):
         """What was sent last, under the same op_id, with more time."""
         shard, verb, message = self.last
-        dx_RD, dweights_RK = self.send(shard, verb, replace(message, deadline_s=time.time() + 20)).result()
+        dx_RD, dweights_RK = self.send(shard, verb, replace(message, deadline_s=time.monotonic() + 20)).result()
         return {"dx": dx_RD.tolist(), "dweights": dweights_RK.tolist()}
 
     def many(self, num, seconds=0.0):

@@ -43,7 +43,7 @@ def forward(num_rows, seed=0, dtype=torch.float32, keep=False, op="m:1"):
     ids_RK = torch.rand(num_rows, 8, generator=rng).topk(3).indices
     x_RD = torch.randn(num_rows, DIM, generator=rng).to(dtype)
     rows = Rows(x_RD, ids_RK, torch.rand(num_rows, 3, generator=rng))
-    return Forward(op, LAYER, 1, 0, time.time() + 60, rows, keep)
+    return Forward(op, LAYER, 1, 0, time.monotonic() + 60, rows, keep)
 
 
 class Served:
@@ -55,7 +55,7 @@ class Served:
         self.transport = DirectTransport(self.oracle, lambda shard, deadline_s: self.server.address, SECRET)
 
     def connect(self):
-        return Connection(self.server.address, SECRET, time.time() + 60)
+        return Connection(self.server.address, SECRET, time.monotonic() + 60)
 
     def both(self, verb, call):
         return [t.send("shard-0", verb, call).result() for t in (self.transport, self.oracle)]
@@ -105,7 +105,7 @@ def child_shard():
 
 
 def child_caller(address):
-    connection = Connection(Address(**json.loads(address)), SECRET, time.time() + 60)
+    connection = Connection(Address(**json.loads(address)), SECRET, time.monotonic() + 60)
     for i in range(NUM_BOXES):
         connection.send(forward(LARGE, seed=i))
     print(json.dumps("sent"), flush=True)

@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.dataplane import frames, ray_transport
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
 from actors.dataplane.server import Combiner, DirectServer, merged
@@ -120,20 +123,20 @@ def served_count(served):
 
 
 def test_requests_may_be_sent_ahead_and_answers_taken_in_any_order(served):
-    connection = Connection(served.servers["shard-0"].address, SECRET, time.time() + 60)
+    connection = Connection(served.servers["shard-0"].address, SECRET, time.monotonic() + 60)
     calls = [replace(forward(f"a:{i}"), rows=rows_of(i + 1, seed=i)) for i in range(6)]
     numbers = [connection.send(call) for call in calls]
     order = random.Random(0).sample(range(6), 6)
     for i in order:
-        got = connection.take(numbers[i], time.time() + 60)
+        got = connection.take(numbers[i], time.monotonic() + 60)
         assert torch.equal(got, served.shards["shard-0"].infer(calls[i]))
 
 
 def test_large_rows_both_ways_do_not_block_each_other(served):
-    connection = Connection(served.servers["shard-0"].address, SECRET, time.time() + 60)
+    connection = Connection(served.servers["shard-0"].address, SECRET, time.monotonic() + 60)
     big = replace(forward(), rows=rows_of(40_000))
     numbers = [connection.send(replace(big, op_id=f"big:{i}")) for i in range(4)]
-    shapes = {connection.take(n, time.time() + 60).shape for n in numbers}
+    shapes = {connection.take(n, time.monotonic() + 60).shape for n in numbers}
     assert shapes == {(40_000, 16)}
 
 
@@ -141,7 +144,7 @@ def test_large_rows_both_ways_do_not_block_each_other(served):
     ("call", "error", "message"),
     [
         (replace(forward(), version=3), StepConflict, "the caller wants 3"),
-        (forward(deadline_s=time.time() - 5), DeadlineExceeded, "did not answer in time|deadline passed"),
+        (forward(deadline_s=time.monotonic() - 5), DeadlineExceeded, "did not answer in time|deadline passed"),
         (Backward("x:1", LAYER, 1, 0, 4e9, torch.zeros(1, 16)), InputGone, "send the rows again"),
         (replace(forward(), rows=replace(rows_of(), x_RD=torch.zeros(5, 8))), BadFrame, "rows have 8 columns"),
         (replace(forward(), rows=rows_of(dtype=torch.bfloat16)), BadFrame, "rows are torch.bfloat16"),
@@ -175,7 +178,7 @@ def test_a_wrong_secret_is_refused_by_name(served):
 def test_nobody_waits_past_the_deadline(served):
     late = pytest.raises(DeadlineExceeded, match="shard-0 did not answer in time")
     with served.servers["shard-0"].combiner.inference.lock, sooner_than(30), late:
-        served.transport.send("shard-0", "infer", forward(deadline_s=time.time() + 0.3)).result()
+        served.transport.send("shard-0", "infer", forward(deadline_s=time.monotonic() + 0.3)).result()
     assert served.transport.send("shard-0", "infer", forward()).result().shape == (5, 16)
 
 
@@ -192,7 +195,7 @@ def test_random_bytes_never_hurt_a_shard(served_once, noise, with_head):
     address = served_once.servers["shard-0"].address
     with socket.create_connection((address.host, address.port), timeout=60) as sock:
         sock.sendall(noise)
-    connection = Connection(address, SECRET, time.time() + 60)
+    connection = Connection(address, SECRET, time.monotonic() + 60)
     head = MAGIC + noise.ljust(HEADER.size, b"\0")[: HEADER.size - 4] if with_head else noise
     connection.wire.sock.setblocking(True)
     connection.wire.sock.sendall(head)
@@ -219,17 +222,17 @@ def test_waiting_inference_is_merged_and_does_not_wait_for_training(served):
     answers = {}
 
     def ask(op):
-        connection = Connection(server.address, SECRET, time.time() + 60)
+        connection = Connection(server.address, SECRET, time.monotonic() + 60)
         call = forward(op, keep=op.startswith("train"))
-        answers[op] = connection.take(connection.send(call), time.time() + 60)
+        answers[op] = connection.take(connection.send(call), time.monotonic() + 60)
 
     threads = [threading.Thread(target=ask, args=(op,)) for op in ("train:1", "a:1", "b:1", "c:1")]
     with server.combiner.others.lock:
         with queue.lock:
             for thread in threads:
                 thread.start()
-            give_up_s = time.time() + 60
-            while len(queue._waiting) < 3 and time.time() < give_up_s:
+            give_up_s = time.monotonic() + 60
+            while len(queue._waiting) < 3 and time.monotonic() < give_up_s:
                 time.sleep(0.005)
             assert len(queue._waiting) == 3
         for thread in threads[1:]:
@@ -288,6 +291,10 @@ def test_training_gives_way_and_inference_does_not():
     assert Combiner(Shard()).run(backward) == usual
 
 
+def clock_at(now_s, module=frames):
+    return mock.patch.object(module, "time", SimpleNamespace(monotonic=lambda: now_s))
+
+
 @given(st.integers(0, 7), st.integers(0, 4), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_frames_round_trip(num_rows, seed, keep, dtype):
     limits = replace(LIMITS, dtype=dtype)
@@ -297,12 +304,14 @@ def test_frames_round_trip(num_rows, seed, keep, dtype):
         Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD),
         Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD, call.rows),
     ):
-        header, tensors = request(4, sent)
+        with clock_at(2.0):
+            header, tensors = request(4, sent)
         head = Header.unpack(header)
         head.check(limits)
         assert head.payload_bytes == sum(t.nbytes for t in tensors)
-        got = call_of(head, tensors, limits)
-        assert flat(got) == flat(sent)
+        with clock_at(1002.0):  # another host's clock
+            got = call_of(head, tensors, limits)
+        assert flat(got) == flat(replace(sent, deadline_s=sent.deadline_s + 1000))
     for value in (call.rows.x_RD, (call.rows.x_RD, call.rows.weights_RK), InputGone("gone")):
         header, tensors = answer(9, value)
         got = value_of(Header.unpack(header), tensors)
@@ -345,3 +354,13 @@ def test_connections_to_shards_that_have_gone_are_closed_when_others_come(served
     transport._connection("shard-1", forward())
     assert list(transport._connections) == ["shard-1"]
     assert gone.wire.sock.fileno() == -1
+
+
+def test_time_that_is_left_travels_through_ray():
+    for sent in (forward(deadline_s=12.5), Fetch(LAYER, 0, 1, 12.5), 5, Load("somewhere")):
+        with clock_at(2.0, ray_transport):
+            packed = ray_transport.departing(sent)
+        with clock_at(1002.0, ray_transport):
+            got = ray_transport.arrived(packed)
+        assert getattr(got, "deadline_s", 1012.5) == 1012.5
+        assert type(got) is type(sent)

@@ -272,7 +272,7 @@ def test_nobody_waits_past_the_deadline_for_an_answer_that_drips():
     connection = Connection.__new__(Connection)  # past its handshake
     connection.wire, connection._expected, connection._arrived = port_wire(client), {1}, {}
     with server, client, dripping([server], answer(1, torch.zeros(5, 16))[0], 0.015), pytest.raises(DeadlineExceeded):
-        connection.take(1, time.time() + 0.3)  # the whole answer would be there in some 6 s
+        connection.take(1, time.monotonic() + 0.3)  # the whole answer would be there in some 6 s
 
 
 def port_wire(sock):
@@ -284,7 +284,7 @@ def port_wire(sock):
 def test_a_peer_that_never_reads(port, monkeypatch):
     """Its answers fill its own socket; then its thread waits alone, and not for ever."""
     monkeypatch.setattr(server, "PAYLOAD_S", 0.5)
-    frame = frame_of(replace(call_of(20_000), deadline_s=time.time() + 0.5))
+    frame = frame_of(replace(call_of(20_000), deadline_s=time.monotonic() + 0.5))
     with port.member() as sock:
         sock.settimeout(0.3)
         with pytest.raises(OSError):  # noqa: PT011  (a timeout, or the shard has had enough)
@@ -352,14 +352,14 @@ def test_calls_that_wait_together_do_not_suffer_from_one_another(port, strange):
     calls = [replace(call_of(op_id="a:1")), replace(call_of(**{"op_id": "b:1", **strange}))]
     wanted = [port.oracle.send("shard-0", "infer", call).result() for call in calls]
     with ExitStack() as stack:
-        connections = [Connection(port.address, SECRET, time.time() + 60) for _ in calls]
+        connections = [Connection(port.address, SECRET, time.monotonic() + 60) for _ in calls]
         for connection in connections:
             stack.callback(connection.wire.close)
         with port.server.combiner.inference.lock:
             numbers = [connection.send(call) for connection, call in zip(connections, calls, strict=True)]
             assert eventually(lambda: len(port.server.combiner.inference._waiting) == 2)
         for connection, number, want in zip(connections, numbers, wanted, strict=True):
-            torch.testing.assert_close(connection.take(number, time.time() + 60), want)
+            torch.testing.assert_close(connection.take(number, time.monotonic() + 60), want)
 
 
 def test_an_address_that_speaks_something_else():
@@ -369,7 +369,7 @@ def test_an_address_that_speaks_something_else():
             threading.Thread(target=greet, args=(other, greeting), daemon=True).start()
             host, number = other.getsockname()
             with pytest.raises(error):
-                Connection(Address("elsewhere", "", host, number), SECRET, time.time() + 60)
+                Connection(Address("elsewhere", "", host, number), SECRET, time.monotonic() + 60)
 
 
 def greet(other, greeting):

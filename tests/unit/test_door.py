@@ -33,7 +33,7 @@ def port():
 
 
 def soon():
-    return time.time() + 60
+    return time.monotonic() + 60
 
 
 # -- who is believed
@@ -117,6 +117,17 @@ def test_a_proof_is_of_one_role_one_address_and_one_pair_of_nonces():
     ]
     proofs = {handshake.proof(secret, role, handshake.transcript(*known)) for secret, role, known in asked}
     assert len(proofs) == len(asked)
+
+
+@pytest.mark.parametrize(("ahead_s", "said"), [(30, "30.0 s ahead of"), (-2, "2.0 s behind"), (0.5, ""), (0, "")])
+def test_clocks_that_differ_are_named(port, monkeypatch, caplog, ahead_s, said):
+    """And change nothing: the answer is the usual one."""
+    shards = handshake.frames.welcome
+    monkeypatch.setattr(handshake.frames, "welcome", lambda now_s: shards(now_s + ahead_s))
+    port.is_well()
+    found = [record.getMessage() for record in caplog.records if "clock" in record.getMessage()]
+    assert len(found) == bool(said)
+    assert said in "".join(found)
 
 
 def test_another_version_is_named(port):

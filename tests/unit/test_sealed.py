@@ -39,7 +39,10 @@ def test_every_verb_gives_what_it_gives_in_this_process(port, num_rows):
         assert torch.equal(got, port.oracle.send("shard-0", "infer", call).result())
     assert transport._connections["shard-0"].ways == ("TCP, sealed", "TCP, sealed")
     if num_rows == 5:
-        for verb, one in (("backward", backward_of(call.rows, "a:1")), ("fetch", Fetch(LAYER, 0, 0, time.time() + 60))):
+        for verb, one in (
+            ("backward", backward_of(call.rows, "a:1")),
+            ("fetch", Fetch(LAYER, 0, 0, time.monotonic() + 60)),
+        ):
             got, want = (where.send("shard-0", verb, one).result() for where in (transport, port.oracle))
             pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
             assert all(torch.equal(a, b) for a, b in pairs)
@@ -49,7 +52,7 @@ def test_every_verb_gives_what_it_gives_in_this_process(port, num_rows):
 
 
 def test_on_one_host_rows_go_as_they_are(port):
-    connection = Connection(port.address, SECRET, time.time() + 60)
+    connection = Connection(port.address, SECRET, time.monotonic() + 60)
     assert not isinstance(connection.wire, SealedWire)
     connection.wire.close()
 
@@ -88,7 +91,7 @@ def on_the_cable(port, monkeypatch):
 
     def make(tamper=lambda way, piece: piece):
         cable = Cable(port, tamper)
-        return cable, Connection(cable.address, SECRET, time.time() + 60)
+        return cable, Connection(cable.address, SECRET, time.monotonic() + 60)
 
     return make
 
@@ -96,7 +99,7 @@ def on_the_cable(port, monkeypatch):
 def test_nothing_of_the_rows_can_be_read_on_the_way(on_the_cable, port):
     cable, connection = on_the_cable()
     call = call_of(50)
-    got = connection.take(connection.send(call), time.time() + 60)
+    got = connection.take(connection.send(call), time.monotonic() + 60)
     assert torch.equal(got, port.oracle.send("shard-0", "infer", call).result())
     for tensor in (call.rows.x_RD, call.rows.weights_RK, got):
         for row in tensor:
@@ -121,7 +124,7 @@ def test_a_bit_that_is_changed_ends_the_connection(on_the_cable, way, num_rows, 
     cable, connection = on_the_cable(tamper)
     armed.set()
     with pytest.raises((BadFrame, EOFError, OSError)):
-        connection.take(connection.send(call_of(num_rows)), time.time() + 60)
+        connection.take(connection.send(call_of(num_rows)), time.monotonic() + 60)
 
 
 def test_what_was_sent_before_is_not_believed_again(on_the_cable):
@@ -137,9 +140,9 @@ def test_what_was_sent_before_is_not_believed_again(on_the_cable):
     _, connection = on_the_cable(tamper)
     armed.set()
     call = call_of(5)
-    connection.take(connection.send(call), time.time() + 60)
+    connection.take(connection.send(call), time.monotonic() + 60)
     with pytest.raises((BadFrame, EOFError, OSError)):
-        connection.take(connection.send(call), time.time() + 60)
+        connection.take(connection.send(call), time.monotonic() + 60)
 
 
 def test_either_direction_and_every_connection_has_a_key_of_its_own():
@@ -157,6 +160,6 @@ def test_either_direction_and_every_connection_has_a_key_of_its_own():
 def test_without_the_package_the_remedy_is_named(port, monkeypatch):
     for name, value in (("version", "46.0.7"), ("find_spec", None)):
         monkeypatch.setattr(sealed, name, lambda package, value=value: value)
-        for needs in (lambda: Port(is_sealed=True), lambda: Connection(far(port), SECRET, time.time() + 60)):
+        for needs in (lambda: Port(is_sealed=True), lambda: Connection(far(port), SECRET, time.monotonic() + 60)):
             with pytest.raises(ConfigError, match="pip install 'cryptography>=47'"):
                 needs()

@@ -92,7 +92,7 @@ def test_what_is_kept_for_the_backward_does_not_change_with_the_box(served, post
         served.both("infer", forward(LARGE, seed=1 + seed))
     assert set(posted) == {NUM_BOXES - 1}  # the box that was used last
     assert torch.equal(kept, want)
-    pairs = served.both("backward", Backward("m:1", LAYER, 1, 0, time.time() + 60, torch.ones(LARGE, DIM)))
+    pairs = served.both("backward", Backward("m:1", LAYER, 1, 0, time.monotonic() + 60, torch.ones(LARGE, DIM)))
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
 
@@ -103,7 +103,7 @@ def test_more_requests_than_boxes_and_answers_nobody_takes(served, posted):
         numbers = [connection.send(call) for call in calls]
     connection.forget(numbers[0])
     for number, call in reversed(list(zip(numbers, calls, strict=True))[1:]):
-        got = connection.take(number, time.time() + 60)
+        got = connection.take(number, time.monotonic() + 60)
         assert torch.equal(got, served.oracle.send("shard-0", "infer", call).result())
     assert sorted(posted) == sorted(2 * list(range(NUM_BOXES)))
     assert sorted(connection.wire.buffer.free) == list(range(NUM_BOXES))
@@ -122,7 +122,7 @@ def test_an_error_comes_back_instead_of_rows(served):
     for _ in range(NUM_BOXES + 1):
         with pytest.raises(InputGone):
             served.transport.send(
-                "shard-0", "backward", Backward("no:1", LAYER, 1, 0, time.time() + 9, torch.ones(LARGE, DIM))
+                "shard-0", "backward", Backward("no:1", LAYER, 1, 0, time.monotonic() + 9, torch.ones(LARGE, DIM))
             ).result()
     served.is_well()
 

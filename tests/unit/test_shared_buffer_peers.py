@@ -56,7 +56,7 @@ def served():
 
 def refusal(connection):
     with pytest.raises(BadFrame) as caught:
-        connection._read(time.time() + 60)
+        connection._read(time.monotonic() + 60)
     with contextlib.suppress(ConnectionResetError):
         assert connection.wire.sock.recv(1) == b""
     connection.wire.close()
@@ -89,7 +89,7 @@ def test_an_answer_that_names_no_box(served):
     for head in (frames.answer(1, torch.zeros(1, DIM))[0], frames.answer(1, InputGone("x"))[0]):
         there.sendall(in_shared_buffer(head, 9))
         with pytest.raises(BadFrame, match="box 9"):
-            connection._read(time.time() + 60)
+            connection._read(time.monotonic() + 60)
     there.close()
 
 
@@ -119,7 +119,7 @@ WRONG = {
 def test_a_descriptor_of_something_else(served, monkeypatch, what):
     monkeypatch.setattr("actors.dataplane.client.possible", lambda *_: [])
     connection, fd = served.connect(), WRONG[what]()
-    connection.wire.send(offer(HostSharedBuffer.kind), [], time.time() + 60)
+    connection.wire.send(offer(HostSharedBuffer.kind), [], time.monotonic() + 60)
     socket.send_fds(connection.wire.sock, [b"\0"], [fd])
     os.close(fd)
     assert "bytes of sealed memory" in refusal(connection)
@@ -134,9 +134,9 @@ def test_no_descriptor_and_many(served, monkeypatch):
     connection.wire.sock.sendall(offer(HostSharedBuffer.kind) + b"\0")
     assert "without its descriptor" in refusal(connection)
     connection, fds = served.connect(), [memory() for _ in range(20)]
-    connection.wire.send(offer(HostSharedBuffer.kind), [], time.time() + 60)
+    connection.wire.send(offer(HostSharedBuffer.kind), [], time.monotonic() + 60)
     socket.send_fds(connection.wire.sock, [b"\0"], fds)
-    assert connection.wire.header(time.time() + 60) == Header.unpack(offer(HostSharedBuffer.kind))
+    assert connection.wire.header(time.monotonic() + 60) == Header.unpack(offer(HostSharedBuffer.kind))
     for fd in fds:
         os.close(fd)
     connection.wire.close()
@@ -154,9 +154,9 @@ def test_descriptors_with_other_frames_are_not_kept(served):
     connection, before = served.connect(), num_descriptors()
     head, tensors = request(1, forward(5))
     socket.send_fds(connection.wire.sock, [head], [0] * 50)
-    connection.wire.send(b"", tensors, time.time() + 60)
+    connection.wire.send(b"", tensors, time.monotonic() + 60)
     connection._expected.add(1)
-    assert connection.take(1, time.time() + 60).shape == (5, DIM)
+    assert connection.take(1, time.monotonic() + 60).shape == (5, DIM)
     assert num_descriptors() == before
 
 

@@ -124,7 +124,7 @@ class Life(RuleBasedStateMachine):
         self.shards[to].prune_to(PruneTo(table.experts_of(to), table.epoch))  # leftovers have missed steps
         for version in (self.version, *self.pinned, self.version - 1):
             if version in self.shards[origin].store.versions:
-                message = Copy(layer, (expert,), (origin,), version, time.time() + 60, updates, new.epoch)
+                message = Copy(layer, (expert,), (origin,), version, time.monotonic() + 60, updates, new.epoch)
                 with nullcontext() if version == self.version else suppress(VersionGone):  # as Migration does
                     migrate_in(self.shards[to], message, LocalTransport(self.shards), SOURCE)
         self.view.table = new
@@ -220,8 +220,8 @@ def test_a_replica_that_came_later_has_nothing_of_older_versions_and_says_so():
     assert home.store.numbers == [0, 1]
     rows = Rows(torch.randn(1, MODEL.hidden_size), torch.full((1, 2), own), torch.rand(1, 2))
     for ask in (
-        lambda: home.fetch(Fetch(layer, own, 0, time.time() + 60, WEIGHT)),
-        lambda: home.infer(Forward("x:1", layer, life.view.table.epoch, 0, time.time() + 60, rows, False)),
+        lambda: home.fetch(Fetch(layer, own, 0, time.monotonic() + 60, WEIGHT)),
+        lambda: home.infer(Forward("x:1", layer, life.view.table.epoch, 0, time.monotonic() + 60, rows, False)),
     ):
         with pytest.raises(VersionGone, match="nothing of its version 0"):
             ask()

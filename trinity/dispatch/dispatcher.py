@@ -157,4 +157,4 @@ class Dispatcher:
             self.view.mark_unreachable(shard)
 
     def deadline(self) -> float:
-        return time.time() + self.timeout_s
+        return time.monotonic() + self.timeout_s

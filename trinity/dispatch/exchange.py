@@ -79,7 +79,7 @@ class Exchange:
         """Send each shard its rows. With replicas, inference gives a shard `attempt_s` and then asks another."""
         deadline_s, self._like_TD, self._keep = self._until_s, x_TD, keep
         if not keep and self.dispatcher.is_replicated:
-            deadline_s = min(deadline_s, time.time() + self.dispatcher.attempt_s)
+            deadline_s = min(deadline_s, time.monotonic() + self.dispatcher.attempt_s)
         self._send("infer", [Forward(*self._names, deadline_s, _rows(r, x_TD, weights_TK), keep) for r in self.routes])
 
     def receive_forward(self) -> Tensor:
@@ -133,7 +133,7 @@ class Exchange:
             return self._replies[i].result()
         except MOVED as error:
             self.dispatcher.note_failure(self.routes[i].shard, error)
-            if self._is_retry or time.time() >= self._until_s:
+            if self._is_retry or time.monotonic() >= self._until_s:
                 raise
         return retrying(lambda: self.dispatcher.again(call, self._until_s).result(), self._until_s, MOVED)
 

@@ -86,7 +86,7 @@ class GradAccumulator:
             at = held[layer].index(expert)
             if (layer, at) not in self._shared:
                 own_ND = self.rows(layer, at, None)
-                call = Fetch(layer, expert, message.step - 1, time.time() + FETCH_S, GRADIENT)
+                call = Fetch(layer, expert, message.step - 1, time.monotonic() + FETCH_S, GRADIENT)
                 parts = [own_ND if s == me else fetched(peers, s, call).to(device) for s in holders]
                 self._shared[layer, at] = holders[0] == me, _added(parts)
 

@@ -38,7 +38,7 @@ def _rows(
 ) -> Tensor:
     """rows_ND of an expert from the shard that holds it, or, where `origin` is "", from the pool's source."""
     if origin:
-        deadline_s = min(message.deadline_s, time.time() + FETCH_S)
+        deadline_s = min(message.deadline_s, time.monotonic() + FETCH_S)
         return fetched(peers, origin, Fetch(message.layer, expert, message.version, deadline_s, kind))
     if source is None or kind != WEIGHT or message.version < shard.version:
         raise StepConflict(

@@ -145,9 +145,9 @@ class WeightVersions:
     # -- inside
 
     def _check_time(self, deadline_s: float) -> None:
-        if time.time() > deadline_s:
+        if time.monotonic() > deadline_s:
             raise DeadlineExceeded(
-                f"shard {self.spec.name}: the call's deadline passed {time.time() - deadline_s:.2f} s ago"
+                f"shard {self.spec.name}: the call's deadline passed {time.monotonic() - deadline_s:.2f} s ago"
             )
 
     def _commit(self) -> None:

@@ -130,7 +130,7 @@ class ExpertPool:
     def _send(self, verb: str, messages: list[Any]) -> Callable[[], list[Any]]:
         pairs = list(zip(self.table.shards, messages, strict=True))
         replies = [self.transport.send(shard, verb, message) for shard, message in pairs]
-        deadline_s = time.time() + (self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s)
+        deadline_s = time.monotonic() + (self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s)
         return lambda: [
             result_with_retry(self.transport, shard, verb, message, reply, deadline_s)
             for (shard, message), reply in zip(pairs, replies, strict=True)

@@ -37,7 +37,7 @@ class Forward:
     layer: int
     epoch: int
     version: int
-    deadline_s: float  # time.time() after which nobody waits for the answer
+    deadline_s: float  # time.monotonic() after which nobody waits for the answer
     rows: Rows
     keep: bool = False
 

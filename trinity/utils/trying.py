@@ -17,7 +17,7 @@ def retrying(
     errors: type[Exception] | tuple[type[Exception], ...] = Unavailable,
     first: Callable[[], T] | None = None,
 ) -> T:
-    """Return what `call` does, calling it again while it raises one of `errors` and there is time (until time.time() is
+    """Return what `call` does, calling it again while it raises one of `errors` and there is time (until time.monotonic() is
     `until_s`); then that error is raised. `call` must be harmless when repeated. `first`: the first try, where it is another.
     """
     attempt, pause_s = first or call, FIRST_PAUSE_S
@@ -25,7 +25,7 @@ def retrying(
         try:
             return attempt()
         except errors:
-            if time.time() + pause_s >= until_s:
+            if time.monotonic() + pause_s >= until_s:
                 raise
         time.sleep(pause_s)
         attempt, pause_s = call, min(2 * pause_s, LAST_PAUSE_S)

@@ -1,0 +1,58 @@
+"""Pins of versions: each holds as long as it is renewed, whatever the time of day does."""
+
+import json
+import threading
+
+import pytest
+
+from actors.control import ledger as ledgers
+from actors.control.ledger import Ledger
+from trinity.errors import VersionGone
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """-> a list with the time of the clock that the ledger sees."""
+    now = [1000.0]
+    monkeypatch.setattr(ledgers.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def opened(tmp_path, clock):
+    """-> open(): the ledger over what is on the disk. Version 5 is the newest."""
+    tree = {"decision": {"version": 5, "notes": {}}, "good": 5}
+    (tmp_path / "record.json").write_text(json.dumps(tree))
+    return lambda: Ledger(tmp_path, threading.Condition())
+
+
+def test_a_pin_holds_until_its_lease_ends_and_longer_where_it_is_renewed(opened, clock):
+    ledger = opened()
+    ledger.pin(4, "one", 10.0)
+    ledger.pin(4, "other", 10.0)
+    clock[0] += 9
+    ledger.pin(4, "other", 10.0)
+    clock[0] += 2
+    assert set(ledger.pins()) == {"other"}
+    assert ledger.keep() == (4,)
+    clock[0] += 9
+    assert ledger.keep() == ()
+
+
+def test_after_a_restart_it_holds_for_as_long_again(opened, clock):
+    opened().pin(4, "one", 10.0)
+    clock[0] = 3.0  # another host's clock
+    again = opened()
+    assert again.keep() == (4,)
+    clock[0] += 11
+    assert again.keep() == ()
+    with pytest.raises(VersionGone):
+        again.pin(3, "one", 10.0)
+
+
+def test_a_file_of_before_is_read(tmp_path, opened):
+    opened()
+    file = tmp_path / "record.json"
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps({**tree, "pins": {"one": {"version": 4, "until_s": 1.7e9}}}))
+    assert opened().keep() == (4,)
