@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from trinity.errors import VersionGone
 def clock(monkeypatch):
     """-> a list with the time of the clock that the ledger sees."""
     now = [1000.0]
-    monkeypatch.setattr(ledgers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ledgers, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

@@ -1,6 +1,7 @@
 """Retries end with an answer, an error of another kind, or the deadline; an error as a value is the one that was raised."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,8 @@ from trinity.utils.trying import retrying, tried
 def clock(monkeypatch):
     """Time passes in `sleep` only; -> the pauses that were made."""
     pauses = []
-    monkeypatch.setattr(trying.time, "time", lambda: 1000.0 + sum(pauses))
-    monkeypatch.setattr(trying.time, "sleep", pauses.append)
+    clock = SimpleNamespace(monotonic=lambda: 1000.0 + sum(pauses), sleep=pauses.append)
+    monkeypatch.setattr(trying, "time", clock)
     return pauses
 
 
