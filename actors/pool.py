@@ -61,11 +61,24 @@ class RayPool(ExpertPool):
         )
 
     def _direct(self, transport: Transport) -> Transport:
-        return DirectTransport(transport, self._locate, self.service.secret())
+        return DirectTransport(transport, Locator(self.shards), self.service.secret())
 
-    def _locate(self, shard: str, deadline_s: float) -> Address:
-        """Asks the shard itself: while it starts again, this waits."""
-        return ask(self.shards[shard].address.remote(), max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
+
+class Locator:
+    """Asks a shard for its address: while it starts again, this waits. Who asks again after a deadline waits for the same
+    answer. For one caller thread."""
+
+    def __init__(self, shards: Handles):
+        self._shards, self._asked = shards, dict[str, Any]()
+
+    def __call__(self, shard: str, deadline_s: float) -> Address:
+        """Raises Unavailable, DeadlineExceeded."""
+        ref = self._asked.pop(shard, None) or self._shards[shard].address.remote()
+        try:
+            return ask(ref, max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
+        except DeadlineExceeded:
+            self._asked[shard] = ref
+            raise
 
 
 class RayLedger:

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ from actors.dataplane.shm import agree, possible
 from trinity.dispatch.transport import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 from trinity.rpc.messages import Backward, Forward
+from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 BROKEN = (EOFError, OSError, TrinityError)  # what ends a connection
+CONNECT_S, HANDSHAKE_S = 0.5, 5.0  # a host that does not answer is asked anew: the kernel would wait longer each time
+LOCATE_S = 0.5  # for a new address where an old one is known, which may be reached before whoever knows the new one
 
 
 class Connection:
@@ -42,11 +46,12 @@ class Connection:
         self._arrived: dict[int, Any] = {}
         with ExitStack() as undo:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else socket.AF_INET))
-            sock.settimeout(max(0.001, deadline_s - time.monotonic()))
+            now_s = time.monotonic()
+            sock.settimeout(max(0.001, min(CONNECT_S, deadline_s - now_s)))
             with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
                 sock.connect(target)
             self.wire = Wire(sock, device=device)
-            transcript = introduce(self.wire, secret, meant(address, near), deadline_s)
+            transcript = introduce(self.wire, secret, meant(address, near), min(deadline_s, now_s + HANDSHAKE_S))
             if address.is_sealed and not near:
                 check_package()
                 self.wire = SealedWire(self.wire, secret, transcript, is_shard=False)
@@ -125,7 +130,7 @@ class DirectReply:
         try:
             value = self.connection.take(self.number, self.deadline_s)
         except BROKEN as error:
-            raise self.transport.given_up(self.shard, self.connection, error) from None
+            raise self.transport.given_up(self.shard, self.connection, error, self.deadline_s) from None
         if isinstance(value, TrinityError):
             raise value
         return value
@@ -141,6 +146,7 @@ class DirectTransport:
     def __init__(self, control: Transport, locate: Callable[[str, float], Address], secret: bytes):
         self.control, self.locate, self.secret = control, locate, secret
         self._connections: dict[str, Connection] = {}
+        self._known: dict[str, Address] = {}
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         if verb not in ("infer", "backward", "fetch"):
@@ -149,11 +155,14 @@ class DirectTransport:
             connection = self._connection(shard, message)
             return DirectReply(self, shard, connection, connection.send(message), message.deadline_s)
         except BROKEN as error:
-            return Done(error=self.given_up(shard, self._connections.get(shard), error))
+            return Done(error=self.given_up(shard, self._connections.get(shard), error, message.deadline_s))
 
-    def given_up(self, shard: str, connection: Connection | None, error: Exception) -> TrinityError:
-        """Drop a connection that failed, maybe in the middle of a frame; -> what to tell the caller."""
+    def given_up(self, shard: str, connection: Connection | None, error: Exception, deadline_s: float) -> TrinityError:
+        """Drop a connection that failed, maybe in the middle of a frame; -> what to tell the caller: to try again, where it is
+        not the caller's deadline that has passed."""
         self.drop(shard, connection)
+        if isinstance(error, DeadlineExceeded) and time.monotonic() < deadline_s:
+            return Unavailable(f"shard {shard} did not take the connection in time")
         if isinstance(error, DeadlineExceeded):
             return DeadlineExceeded(f"shard {shard} did not answer in time; is it overloaded or stopped?")
         return error if isinstance(error, TrinityError) else Unavailable(f"shard {shard} cannot be reached: {error}")
@@ -174,10 +183,18 @@ class DirectTransport:
             for other, connection in list(self._connections.items()):
                 if connection.is_dead:  # shards leave for good; their sockets would stay
                     self.drop(other, connection)
-            device = _device(call)
-            address = self.locate(shard, call.deadline_s)
-            self._connections[shard] = Connection(address, self.secret, call.deadline_s, device)
+            address = self._address(shard, call.deadline_s)
+            self._connections[shard] = Connection(address, self.secret, call.deadline_s, _device(call))
+            self._known[shard] = address
         return self._connections[shard]
+
+    def _address(self, shard: str, deadline_s: float) -> Address:
+        """Where it listens now, or where it did as long as nobody says."""
+        known = self._known.get(shard)
+        if known is None:
+            return self.locate(shard, deadline_s)
+        found = tried(partial(self.locate, shard, min(deadline_s, time.monotonic() + LOCATE_S)), TrinityError)
+        return known if isinstance(found, TrinityError) else found
 
 
 def _device(call: Calls) -> torch.device:

@@ -1,6 +1,5 @@
 """Whole buffers over a socket until a deadline: what both sides of the direct transport stand on."""
 
-import math
 import select
 import socket
 import struct
@@ -18,8 +17,11 @@ from actors.dataplane.shm import SharedBuffer
 from trinity.errors import DeadlineExceeded
 
 CPU = torch.device("cpu")
-LONGEST_WAIT_S = 86400.0
 SOCKET_BUFFER_BYTES = 1 << 20
+SILENCE_S = 3.0  # of a host that is asked every second whether it is there: it has vanished, or the way to it
+KEEPALIVE_S = 1
+# Linux, struct tcp_info: how often in vain it has sent data again, or asked; ms since it was told of anything.
+UNANSWERED = struct.Struct("2xBB52xI")
 TIMEVAL = struct.Struct("ll")
 
 
@@ -46,7 +48,9 @@ class Wire:
     """A connected socket that sends and receives whole buffers until a deadline (time.monotonic(), or inf).
 
     Receiving blocks in the kernel, which returns every `tick_s` for a look at the clock: one system call for each piece,
-    where a poll before each would make three. Deadlines are kept to within a tick. What is received goes to `device`.
+    where a poll before each would make three. Deadlines are kept to within a tick, and so is silence noticed: a host that
+    vanished says no goodbye, and a cable that was mended after a while is not tried by TCP for as long again. A peer that is
+    slow is not silent: its host acknowledges. What is received goes to `device`.
     """
 
     buffer: SharedBuffer | None = None
@@ -59,7 +63,11 @@ class Wire:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEVAL.pack(int(seconds), int(1e6 * part)))
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanished says no goodbye
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE_S)
+        self._is_far = sock.family != socket.AF_UNIX and hasattr(socket, "TCP_INFO")
         self.sock, self.tick_s, self.device, self._staged = sock, tick_s, device, device.type == "cuda"
         self._head = bytearray(HEADER.size)
 
@@ -89,14 +97,13 @@ class Wire:
             try:
                 got = self.sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
             except BlockingIOError:
-                if time.monotonic() >= deadline_s:
-                    raise DeadlineExceeded("the peer did not answer in time") from None
+                self._check(deadline_s)
                 continue
             if not got:
                 raise EOFError("the peer closed the connection")
             views = _after(views, got)
-            if views and time.monotonic() >= deadline_s:  # a peer that drips is as late as one that is silent
-                raise DeadlineExceeded("the peer did not answer in time")
+            if views:  # a peer that drips is as late as one that is silent
+                self._check(deadline_s)
 
     def header(self, deadline_s: float) -> Header:
         """The head of the next frame. Raises BadFrame."""
@@ -138,13 +145,19 @@ class Wire:
     def _wait(self, events: int, deadline_s: float) -> int:
         poll = select.poll()
         poll.register(self.sock, events)
-        left_ms = (
-            None if deadline_s == math.inf else 1000 * min(max(0.0, deadline_s - time.monotonic()), LONGEST_WAIT_S)
-        )
-        ready = poll.poll(left_ms)
-        if not ready:
-            raise DeadlineExceeded("the peer did not answer in time")
+        while not (ready := poll.poll(1000 * self.tick_s)):
+            self._check(deadline_s)
         return ready[0][1]
+
+    def _check(self, deadline_s: float) -> None:
+        if time.monotonic() >= deadline_s:
+            raise DeadlineExceeded("the peer did not answer in time")
+        if self._is_far:
+            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNANSWERED.size)
+            *in_vain, silent_ms = UNANSWERED.unpack(state)
+            # A peer that is full is asked ever less often, and does answer.
+            if max(in_vain) > 1 and silent_ms > 1000 * SILENCE_S:
+                raise TimeoutError(f"its host has said nothing for {silent_ms / 1000:.1f} s")
 
 
 def _after(views: list[Any], done: int) -> list[Any]:

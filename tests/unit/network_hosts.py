@@ -20,12 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors.dataplane import connection
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address, machine_id
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.server import Combiner, DirectServer
 from trinity.config import OptimConfig, PlacementConfig, preset
-from trinity.dispatch.transport import LocalTransport
+from trinity.dispatch.transport import LocalTransport, result_with_retry
 from trinity.dispatch.view import StaticView
 from trinity.errors import TrinityError
 from trinity.pool.local import local_pool
@@ -121,7 +122,7 @@ class Caller:
         return machine_id()
 
     def families(self):
-        return [connection.wire.sock.family.name for connection in self.direct._connections.values()]
+        return [each.wire.sock.family.name for each in self.direct._connections.values()]
 
     def layer(self, seed=0):
         """y, dx and dweights of one layer's call."""
@@ -144,7 +145,9 @@ class Caller:
     def again(self):
         """What was sent last, under the same op_id, with more time."""
         shard, verb, message = self.last
-        dx_RD, dweights_RK = self.send(shard, verb, replace(message, deadline_s=time.monotonic() + 20)).result()
+        message = replace(message, deadline_s=time.monotonic() + 20)
+        reply = self.send(shard, verb, message)
+        dx_RD, dweights_RK = result_with_retry(self, shard, verb, message, reply, message.deadline_s)
         return {"dx": dx_RD.tolist(), "dweights": dweights_RK.tolist()}
 
     def many(self, num, seconds=0.0):
@@ -158,6 +161,14 @@ class Caller:
                 each = batch(len(found), 13 if len(found) % 10 else 300)
                 found.append(torch.equal(there(LAYER, *each), here(LAYER, *each)))
         return [len(found), sum(found)]
+
+    def impatient(self, silence_s=1.0):
+        connection.SILENCE_S = silence_s
+
+    def moved(self, **address):
+        """A layer's call, when the shard that this is connected to listens elsewhere and nobody has said so."""
+        self.address = Address(**address)
+        return self.forward(timeout_s=60.0)
 
     def elsewhere(self, **address):
         """Turn to another address."""
@@ -219,6 +230,7 @@ class Process:
 
     def finish(self):
         answer = json.loads(self.popen.stdout.readline())
+        self.seconds = answer["seconds"]
         if "error" in answer:
             raise Failed(answer)
         return answer["value"]
@@ -303,7 +315,10 @@ class Hosts:
     def mend(self):
         ip("-n", self.shard_at, "link", "set", self.shard_at, "up")
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.caller.close()
         self.shard.close()
 

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.dataplane import frames, ray_transport
+from actors.dataplane import connection, frames, ray_transport
 from actors.dataplane.client import Connection, DirectTransport
+from actors.dataplane.connection import Wire
 from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
 from actors.dataplane.server import Combiner, DirectServer, merged
 from tests.waiting import sooner_than
@@ -364,3 +365,12 @@ def test_time_that_is_left_travels_through_ray():
             got = ray_transport.arrived(packed)
         assert getattr(got, "deadline_s", 1012.5) == 1012.5
         assert type(got) is type(sent)
+
+
+def test_a_peer_that_takes_nothing_is_not_silent(monkeypatch):
+    """Its kernel answers, though it is asked ever less often whether there is room."""
+    monkeypatch.setattr(connection, "SILENCE_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        peer, _ = listener.accept()
+        with peer, pytest.raises(DeadlineExceeded):
+            Wire(sock).send(bytes(64), [torch.zeros(16 << 20)], time.monotonic() + 3.4)

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from actors.dataplane.connection import machine_id
+from tests.chaos import switch
 from tests.unit.network_hosts import (
+    CALLER_HOST,
     LAYER,
     SHARD_HOST,
     TOO_SOON_S,
     Failed,
     Hosts,
+    Process,
     batch,
     ip,
     namespaces,
@@ -21,16 +24,15 @@ from tests.unit.network_hosts import (
     tc,
     why_not,
 )
+from tests.waiting import have_passed
 
 
 @pytest.fixture(scope="module")
 def both():
     if reason := why_not():
         pytest.skip(reason)
-    with namespaces() as (one, two):
-        made = Hosts(one, two)
+    with namespaces() as (one, two), Hosts(one, two) as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
@@ -131,6 +133,60 @@ def test_an_answer_that_is_lost_is_asked_for_again_and_applied_once(hosts):
     hosts.mend()
     assert hosts.caller("again") == gradients(values)
     assert hosts.shard("gathered") == {"num_ops": 1, "grads": grads}
+
+
+def test_a_host_that_vanished_is_not_waited_for(hosts):
+    """It loses power: no word of it arrives. Its shard is started again elsewhere; the kernel would wait for a quarter of an
+    hour, the call's deadline is a minute away."""
+    values, _ = wanted()
+    assert hosts.caller("forward") == values["y"]
+    hosts.caller("impatient")
+    again = Process(hosts.caller_at, "shard", host="127.0.0.1")
+    try:
+        address = again("where")
+        hosts.cut()
+        hosts.caller.start("moved", **{**address, "machine": "another"})
+        assert hosts.caller.finish() == values["y"]
+        assert hosts.caller.seconds < 30
+    finally:
+        again.close()
+        hosts.mend()
+    hosts.caller("elsewhere", **hosts.address)
+    assert hosts.caller("layer") == values
+
+
+def test_a_host_that_computes_for_long_is_not_silent(hosts):
+    """Its kernel says that it is there, for as long as its process says nothing and takes nothing."""
+    values, grads = wanted()
+    assert hosts.caller("forward") == values["y"]
+    seen = hosts.shard("seen")
+    hosts.shard("hold")
+    hosts.caller("impatient")
+    hosts.caller.start("backward", timeout_s=60.0)
+    time.sleep(2.5)
+    hosts.shard("release")
+    assert hosts.caller.finish() == gradients(values)
+    assert hosts.shard("gathered") == {"num_ops": 1, "grads": grads}
+    assert hosts.shard("seen") == seen + 1, "it was not sent again"
+
+
+@pytest.mark.parametrize("ways", ["both", "answers"])
+def test_after_a_silent_cut_a_call_goes_on_at_once(ways):
+    """TCP would try again 3 s after the mending."""
+    if reason := switch.why_not():
+        pytest.skip(reason)
+    with switch.switched(f"{SHARD_HOST}/24", f"{CALLER_HOST}/24") as (cable, (one, two)), Hosts(one, two) as hosts:
+        hosts.caller("impatient")
+        assert hosts.caller("forward") == wanted()[0]["y"]
+        back, there = cable.both(one, two)
+        back.is_cut, there.is_cut = True, ways == "both"
+        hosts.caller.start("forward", timeout_s=60.0)
+        time.sleep(3.2)
+        cable.cut(one, two, False)
+        mended_s = time.monotonic()
+        assert hosts.caller.finish() == wanted()[0]["y"]
+        assert not have_passed(2.0, mended_s)
+        assert back.num_dropped > 0
 
 
 def test_nobody_can_connect_while_the_cable_is_cut(hosts):

@@ -42,7 +42,7 @@ def test_the_first_answer_costs_no_wait(clock):
 def test_pauses_double_up_to_the_longest(clock):
     call = failing(*[Unavailable("away")] * 8, "there")
     assert retrying(call, 1100.0) == "there"
-    assert clock == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
+    assert clock == [0.05, 0.1, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("left_s", [0.0, 0.04, 0.05, 0.06, 0.5, 3.0, 17.3])

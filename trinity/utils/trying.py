@@ -8,7 +8,7 @@ from trinity.errors import Unavailable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0  # doubled from one to the other
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 0.5  # doubled from one to the other
 
 
 def retrying(
