@@ -58,7 +58,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
 
     found = open_checkpoint(checkpoint)
     pool = connect(config.placement, config.cluster.namespace)
-    experts = pool.dispatcher(found.version)
+    experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
     model = build(found.config, experts, device="cuda" if config.engine.num_gpus else "cpu").eval()
     weights = FixedWeights(model, found.load_backbone(model))
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731

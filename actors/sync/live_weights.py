@@ -47,7 +47,7 @@ class LivePool(Protocol):
 
     def decided(self) -> Decision | None: ...
 
-    def dispatcher(self, version: int = 0) -> Dispatcher: ...
+    def dispatcher(self, version: int = 0, timeout_s: float | None = None) -> Dispatcher: ...
 
 
 def live_source(pool: LivePool, config: Config, run_dir: str) -> "tuple[LiveWeights, ModelConfig, Tokenizer]":
@@ -55,7 +55,8 @@ def live_source(pool: LivePool, config: Config, run_dir: str) -> "tuple[LiveWeig
     when there is none, and ConfigError for a version that is not kept."""
     decision = _first_decision(pool, config.placement.ready_timeout_s)
     device = "cuda" if config.engine.num_gpus else "cpu"
-    source = LiveWeights(pool, pool.service.spec().model, decision, device, config.engine.preload)
+    timeout_s = config.serve.request_timeout_s
+    source = LiveWeights(pool, pool.service.spec().model, decision, device, config.engine.preload, timeout_s)
     if config.serve.weights != "live":
         source.pin(config.serve.pinned_step)
     return source, source.config, Tokenizer.load(Path(run_dir) / RUN_TOKENIZER)
@@ -80,8 +81,10 @@ class LiveWeights:
         decision: Decision,
         device: str = "cpu",
         preload: bool = True,
+        timeout_s: float | None = None,
     ):
-        self.pool, self.config, self.device = pool, config, device
+        """`timeout_s`: for a layer's rows; default: the pool's."""
+        self.pool, self.config, self.device, self.timeout_s = pool, config, device, timeout_s
         self._me, self._places = uuid4().hex[:12], decision.notes["backbone"]
         self._lender = shm_state.Lender()
         self._models = ModelDoubleBuffer(self._made, self._load, preload)
@@ -151,7 +154,7 @@ class LiveWeights:
     # -- inside
 
     def _made(self) -> CausalLM:
-        experts = self.pool.dispatcher()
+        experts = self.pool.dispatcher(timeout_s=self.timeout_s)
         self._experts.append(experts)
         return build(self.config, experts, device=self.device).eval()
 

@@ -1,5 +1,6 @@
 """Experts leave one shard and join another with all that is theirs; callers find them wherever they are."""
 
+import math
 import random
 import time
 
@@ -9,8 +10,10 @@ import torch
 
 from tests.waiting import sooner_than
 from trinity.config import OptimConfig, preset
+from trinity.dispatch import patience
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.exchange import replica_hash
+from trinity.dispatch.patience import Patience
 from trinity.dispatch.transport import Done, LocalTransport
 from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
@@ -217,6 +220,38 @@ def test_a_hung_shard_costs_one_attempt(want):
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert time.monotonic() - started > 0.15
     assert transport.asked.count("s1") == 1
+
+
+def test_a_shard_that_was_quick_is_not_waited_for_as_long(want, monkeypatch):
+    """The setting is for shards that nobody knows yet."""
+    monkeypatch.setattr(patience, "LEAST_S", 0.1)
+    table, transport = replicated(3)
+    dispatcher = Dispatcher(MovingView(table), transport, timeout_s=60, attempt_s=50)
+    for _ in range(3):
+        dispatcher(LAYER, *rows_of())
+    transport.hung = {"s1"}
+    with sooner_than(25):
+        torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert dispatcher.num_retries == 1
+
+
+def test_patience_is_a_multiple_of_what_a_shard_usually_takes_for_so_many_rows():
+    known = Patience(5.0)
+    assert known.of("a", 10) == 5.0
+    for _ in range(100):
+        known.took("a", 0, 0.02)  # as a decode
+    assert known.of("a", 0) == patience.LEAST_S
+    assert known.of("a", 640) == pytest.approx(10 * 0.02 * 11)
+    assert known.of("a", 100_000) == 5.0
+    assert known.of("b", 0) == 5.0
+    for _ in range(3):
+        known.was_late("a")
+    assert known.of("a", 0) == pytest.approx(10 * 0.02 * 8), "all that it does takes longer now, maybe"
+    known.took("a", 0, 0.0)
+    assert known.of("a", 0) < 10 * 0.02 * 8
+    forever = Patience(math.inf)
+    forever.took("a", 0, 0.02)
+    assert forever.of("a", 0) == math.inf
 
 
 def test_a_shard_that_no_longer_holds_the_expert_sends_the_caller_to_the_new_table(want):

@@ -56,7 +56,7 @@ class PlacementConfig(Frozen):
         default=120.0, gt=0, description="a shard that is away for so long is given up, and another one made"
     )
     attempt_timeout_s: float = Field(
-        default=5.0, gt=0, description="for a shard to compute rows that another one could compute, too"
+        default=5.0, gt=0, description="at most, for a shard to compute rows that another one could compute, too"
     )
     watch_every_s: float = Field(default=1.0, gt=0, description="how often the placement service looks at its shards")
     window_s: float = Field(default=30.0, gt=0, description="the load of an expert is its rate over about so long")

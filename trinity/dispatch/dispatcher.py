@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from trinity.dispatch.exchange import Exchange, Route, SendRows, replica_hash
+from trinity.dispatch.patience import Patience
 from trinity.dispatch.transport import Transport
 from trinity.dispatch.view import PlacementView, StaticView
-from trinity.errors import TrinityError, WrongEpoch
+from trinity.errors import DeadlineExceeded, TrinityError, WrongEpoch
 from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import REMOTE, Forward, op_name
@@ -62,7 +63,7 @@ class Dispatcher:
         self.caller, self.attempt = uuid.uuid4().hex[:12], 0
         self.failure: TrinityError | None = None
         self.view: PlacementView = StaticView(view) if isinstance(view, PlacementTable) else view
-        self.transport, self.timeout_s, self.attempt_s = transport, timeout_s, attempt_s
+        self.transport, self.timeout_s, self.patience = transport, timeout_s, Patience(attempt_s)
         self._ops = itertools.count()
         self.num_sent_ops: Counter[str] = Counter()
         self.num_retries, self.times = 0, PhaseTimer()
@@ -151,6 +152,8 @@ class Dispatcher:
     def note_failure(self, shard: str, error: TrinityError) -> None:
         """Learn what a failed call says about the placement."""
         self.num_retries += 1
+        if isinstance(error, DeadlineExceeded):
+            self.patience.was_late(shard)
         if isinstance(error, WrongEpoch):
             self.view.refresh()
         else:

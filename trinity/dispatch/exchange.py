@@ -65,7 +65,7 @@ class Exchange:
         self._calls: list[Any] = []
         self._replies: list[Reply] = []
         self._like_TD: Tensor | None = None
-        self._keep = False
+        self._keep, self._sent_s = False, 0.0
         self.sent: Tensor | None = None
 
     def result(self) -> Tensor:
@@ -76,11 +76,17 @@ class Exchange:
         return ReceiveRows.apply(sent, self)
 
     def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
-        """Send each shard its rows. With replicas, inference gives a shard `attempt_s` and then asks another."""
-        deadline_s, self._like_TD, self._keep = self._until_s, x_TD, keep
-        if not keep and self.dispatcher.is_replicated:
-            deadline_s = min(deadline_s, time.monotonic() + self.dispatcher.attempt_s)
-        self._send("infer", [Forward(*self._names, deadline_s, _rows(r, x_TD, weights_TK), keep) for r in self.routes])
+        """Send each shard its rows. With replicas, inference has only so much patience with a shard and then asks another."""
+        self._like_TD, self._keep, self._sent_s = x_TD, keep, time.monotonic()
+        rows = [_rows(route, x_TD, weights_TK) for route in self.routes]
+        until_s = [self._attempt_until_s(*each) for each in zip(self.routes, rows, strict=True)]
+        self._send("infer", [Forward(*self._names, *each, keep) for each in zip(until_s, rows, strict=True)])
+
+    def _attempt_until_s(self, route: Route, rows: Rows) -> float:
+        if self._keep or not self.dispatcher.is_replicated:
+            return self._until_s
+        patience_s = self.dispatcher.patience.of(route.shard, len(rows.x_RD))
+        return min(self._until_s, self._sent_s + patience_s)
 
     def receive_forward(self) -> Tensor:
         assert self._like_TD is not None
@@ -130,12 +136,19 @@ class Exchange:
         if call.keep:
             return self._wait("infer", i)
         try:
-            return self._replies[i].result()
+            y_RD = self._replies[i].result()
+            self._note_time(i)
+            return y_RD
         except MOVED as error:
             self.dispatcher.note_failure(self.routes[i].shard, error)
             if self._is_retry or time.monotonic() >= self._until_s:
                 raise
         return retrying(lambda: self.dispatcher.again(call, self._until_s).result(), self._until_s, MOVED)
+
+    def _note_time(self, i: int) -> None:
+        if self.dispatcher.is_replicated:
+            seconds, num_rows = time.monotonic() - self._sent_s, len(self._calls[i].rows.x_RD)
+            self.dispatcher.patience.took(self.routes[i].shard, num_rows, seconds)
 
     def _wait(self, verb: str, i: int) -> Any:
         call, reply = self._calls[i], self._replies[i]

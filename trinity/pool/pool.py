@@ -26,7 +26,7 @@ class ExpertPool:
 
     ledger: what remembers the steps of a training job; default: that of shards in this process.
     rows_over: what one caller thread sends its rows through, made from the transport; default: the transport itself.
-    attempt_s: for a shard to compute rows that another one could compute, too.
+    attempt_s: at most, for a shard to compute rows that another one could compute, too.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class ExpertPool:
     def table(self) -> PlacementTable:
         return self.view.table
 
-    def dispatcher(self, version: int = 0) -> Dispatcher:
-        """A new caller's expert layer, which follows experts as they move. One per thread."""
-        timeouts = {"timeout_s": self.timeout_s, "attempt_s": self.attempt_s}
+    def dispatcher(self, version: int = 0, timeout_s: float | None = None) -> Dispatcher:
+        """A new caller's expert layer, which follows experts as they move. One per thread. `timeout_s`: for a layer's rows,
+        wherever they have to go; default: the pool's."""
+        timeouts = {"timeout_s": timeout_s or self.timeout_s, "attempt_s": self.attempt_s}
         return Dispatcher(self.view, self._rows_over(self.transport), **timeouts, version=version)
 
     # -- what a training job decides: the ledger's words
