@@ -96,7 +96,8 @@ def exported(exporter: TrainExporter, config: Config) -> Iterator[int | None]:
         return
     app = _locked(make_wsgi_app(exporter.registry), _keys(config))
     try:
-        server = make_server(host, port, app, _Server, _Handler)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        server = make_server(host, port, app, type("Server", (_Server,), {"address_family": family}), _Handler)
     except OSError as error:
         log.warning("no metrics at %s:%d: %s; choose another train.metrics_port", host, port, error.strerror)
         yield None

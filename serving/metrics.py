@@ -42,6 +42,7 @@ COUNTERS = {
     "num_repeats": "trinity_passes_repeated_total",
 }
 STATES = ("starting", "ready", "draining", "away")
+SURVIVES = ("shards", "nodes")
 RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
 
 
@@ -98,6 +99,8 @@ class Exporter:
         held_LE = snapshot.table.num_replicas_LE
         self["trinity_placement_epoch"].set(snapshot.table.epoch)
         self["trinity_placement_imbalance"].set(snapshot.imbalance)
+        for what, num in zip(SURVIVES, snapshot.survives, strict=True):
+            self["trinity_placement_survives"].labels(what).set(num)
         self["trinity_placement_replicas"].set(int(held_LE.sum()))
         self["trinity_placement_max_replicas"].set(int(held_LE.max(initial=0)))
         self._shards(snapshot)

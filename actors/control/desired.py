@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from actors.control.spreading import Relocation, is_together, relocation
 from trinity.errors import ConfigError
 from trinity.placement.planner import PlanGoal, balance, plan, with_floor
 from trinity.placement.table import PlacementTable
@@ -97,6 +98,8 @@ class Seen:
     scaled_LE: np.ndarray | None = None  # replicas that the load asks for, at least
     may_balance: bool = False  # it is time to look for better places
     must_balance: bool = False  # somebody asked for it
+    may_spread: bool = False  # it is time to look for nodes that replicas do not share
+    roomy_nodes: frozenset[str] = frozenset()  # nodes on which one more shard could be
 
 
 @dataclass(frozen=True)
@@ -106,25 +109,33 @@ class Change:
     table: PlacementTable
     fresh: tuple[str, ...]
     reason: str
+    node: str | None = None  # where the fresh shards are to be; None: wherever there is room
 
 
 def desired_change(table: PlacementTable, seen: Seen, desired: DesiredState, rules: Rules) -> Change | None:
     """Return what to change next; None: all is well. Raises ConfigError where experts have no room."""
-    leaving = leaving_shards(table, seen, desired)
+    leaving, moved = leaving_shards(table, seen, desired), None
+    if not leaving and seen.may_spread:
+        moved = relocation(table, seen.node_of, seen.roomy_nodes, rules.redundancy)
+        leaving = (moved.shard,) if moved else ()
     fresh = fresh_names(desired, len(table.shards) - len(leaving))
     num_shards = len(table.shards) - len(leaving) + len(fresh)
     replicas_LE = wanted_replicas_LE(table, seen, desired, rules, num_shards)
     same = not leaving and not fresh and bool((replicas_LE == table.num_replicas_LE).all())
-    if same and not is_worth_balancing(table, seen, rules):
+    if same and not (is_worth_balancing(table, seen, rules) or is_worth_spreading(table, seen, rules)):
         return None
     found = plan(
         with_floor(seen.load_LE * (same or has_seen_enough(table, seen))),
-        _topology(table, seen, leaving, fresh, _room(replicas_LE, num_shards, rules), rules.expert_bytes),
+        _topology(table, seen, leaving, fresh, _room(replicas_LE, num_shards, rules), rules.expert_bytes, moved),
         table,
         PlanGoal(goal=rules.balance_goal if same else WHATEVER_ELSE),
         replicas_LE=replicas_LE,
     )
-    return None if found is table else Change(found, fresh, "balance" if same else desired.reason)
+    if found is table:
+        return None
+    if moved:
+        return Change(found, fresh, "spread", moved.node)
+    return Change(found, fresh, "balance" if same else desired.reason)
 
 
 def leaving_shards(table: PlacementTable, seen: Seen, desired: DesiredState) -> tuple[str, ...]:
@@ -164,6 +175,10 @@ def is_worth_balancing(table: PlacementTable, seen: Seen, rules: Rules) -> bool:
     return may and balance(with_floor(seen.load_LE), table).overall < rules.balance_goal
 
 
+def is_worth_spreading(table: PlacementTable, seen: Seen, rules: Rules) -> bool:
+    return seen.may_spread and is_together(table, seen.node_of, rules.redundancy)
+
+
 def has_seen_enough(table: PlacementTable, seen: Seen) -> bool:
     """Say whether shares of rows mean something; with fewer they are chance, and all experts count the same."""
     return seen.rows_in_window >= MIN_ROWS * len(table.layers)
@@ -176,8 +191,15 @@ def _room(replicas_LE: np.ndarray, num_shards: int, rules: Rules) -> int:
 
 
 def _topology(
-    table: PlacementTable, seen: Seen, leaving: tuple[str, ...], fresh: tuple[str, ...], room: int, expert_bytes: int
+    table: PlacementTable,
+    seen: Seen,
+    leaving: tuple[str, ...],
+    fresh: tuple[str, ...],
+    room: int,
+    expert_bytes: int,
+    moved: Relocation | None,
 ) -> Topology:
-    """New shards are taken to be on hosts of their own until they are seen."""
+    """New shards are taken to be on hosts of their own until they are seen, unless it is said where they are to be."""
     known = [Shard(s, seen.node_of.get(s) or s, slots=room, draining=s in leaving) for s in table.shards]
-    return Topology((*known, *(Shard(name, name, slots=room) for name in fresh)), expert_bytes=expert_bytes)
+    new = (Shard(name, moved.node if moved else name, slots=room) for name in fresh)
+    return Topology((*known, *new), expert_bytes=expert_bytes)

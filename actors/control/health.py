@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.names import Handles, translate_ray_errors
+from trinity.config import PlacementConfig
 from trinity.errors import DeadlineExceeded, TrinityError
 from trinity.placement.snapshot import ShardView
 from trinity.placement.table import PlacementTable
@@ -169,3 +170,11 @@ def draining_nodes() -> frozenset[str]:
     """Nodes that will be gone by a deadline that Ray was told: their experts must move before."""
     state = ray._private.state.state  # Ray has no public call for it (2.60)
     return frozenset(node.hex() if isinstance(node, bytes) else str(node) for node in state.get_draining_nodes())
+
+
+def roomy_nodes(settings: PlacementConfig) -> frozenset[str]:
+    """Nodes on which Ray could start one more shard, and which stay."""
+    wanted = {"CPU": settings.num_cpus_per_shard, "GPU": settings.num_gpus_per_shard, **settings.resources}
+    left = ray._private.state.available_resources_per_node()  # Ray has no public call for it (2.60)
+    roomy = (n for n, free in left.items() if all(free.get(what, 0) >= num for what, num in wanted.items()))
+    return frozenset(roomy) - draining_nodes()

@@ -84,7 +84,7 @@ class Migration:
 
     def prepare(self) -> None:
         """New shards, and copies from shard to shard, while the old replicas serve."""
-        self.shards.make(self.change.fresh)
+        self.shards.make(self.change.fresh, self.change.node)
         self.shards.drop_leftovers(self.previous, {copy.shard for copy in self.moves.copies})
         self.copied_bytes = self._copy_all(self.at)
         self.copied_bytes += self._copy_older()

@@ -15,7 +15,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from actors.control.desired import Change, DesiredState, Rules, Seen, desired_change
-from actors.control.health import Watch, draining_nodes
+from actors.control.health import Watch, draining_nodes, roomy_nodes
 from actors.control.migration import At, History, Migration
 from actors.control.repair import RepairController
 from actors.control.scaling import LoadScaling
@@ -29,6 +29,7 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 AGAIN_S = 10.0  # after a change that failed
+SPREAD_S = 5.0  # between two looks for nodes that replicas do not share
 
 
 class Reconciler:
@@ -42,7 +43,7 @@ class Reconciler:
         self.scaling = LoadScaling(self.settings, self.desired.now.num_shards, state.table.num_replicas_LE)
         self.rules = _rules(state)
         self._wake, self._balance_asked, self._changing = threading.Event(), threading.Event(), threading.Lock()
-        self._balanced_s, self._again_s = time.monotonic(), 0.0
+        self._balanced_s, self._again_s, self._spread_s = time.monotonic(), 0.0, 0.0
         self._tried = -1  # the version that the last attempt at a step started from
 
     def start(self) -> None:
@@ -92,6 +93,7 @@ class Reconciler:
         return change
 
     def _seen(self) -> Seen:
+        may_spread = self._may_spread()
         every_s, scales = self.settings.balance_every_s, self.settings.autoscale.enabled and not self.state.spec.trains
         return Seen(
             load_LE=self.watch.load_LE,
@@ -102,7 +104,16 @@ class Reconciler:
             scaled_LE=self.scaling.replicas_LE if scales else None,
             may_balance=bool(every_s) and time.monotonic() - self._balanced_s >= every_s,
             must_balance=self._balance_asked.is_set(),
+            may_spread=may_spread,
+            roomy_nodes=roomy_nodes(self.settings) if may_spread else frozenset(),
         )
+
+    def _may_spread(self) -> bool:
+        """Now and then, when all shards are there: a node that comes back has room again."""
+        is_time = time.monotonic() >= self._spread_s and self.watch.there >= set(self.state.table.shards)
+        if is_time:
+            self._spread_s = time.monotonic() + SPREAD_S
+        return is_time and self.settings.redundancy > 0
 
     def _scale(self) -> None:
         """Make what the load wants desired, as an operator's wish would be."""

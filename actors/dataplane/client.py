@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from actors.dataplane import unix_socket
-from actors.dataplane.connection import CPU, Address, Wire, machine_id
+from actors.dataplane.connection import CPU, Address, Wire, family_of, machine_id
 from actors.dataplane.frames import BadFrame, Calls, request, value_of
 from actors.dataplane.handshake import introduce, meant
 from actors.dataplane.sealed import SealedWire, check_package
@@ -45,7 +45,7 @@ class Connection:
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
         with ExitStack() as undo:
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else socket.AF_INET))
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else family_of(address.host)))
             now_s = time.monotonic()
             sock.settimeout(max(0.001, min(CONNECT_S, deadline_s - now_s)))
             with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:

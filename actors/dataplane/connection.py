@@ -44,6 +44,11 @@ def machine_id() -> str:
     return "/".join((socket.gethostname(), *([boot.read_text().strip()] if boot.is_file() else []), *known))
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv4 or IPv6, as its address is, or the first that its name has. Raises OSError for a name that has none."""
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+
+
 class Wire:
     """A connected socket that sends and receives whole buffers until a deadline (time.monotonic(), or inf).
 

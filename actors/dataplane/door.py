@@ -20,6 +20,7 @@ from functools import partial
 from actors.dataplane import handshake
 from actors.dataplane.frames import BadFrame, refusal
 from actors.dataplane.handshake import REPLY_BYTES
+from trinity.utils.origins import origin_of
 
 log = logging.getLogger(__name__)
 Admit = Callable[[socket.socket, str, bytes], None]
@@ -33,7 +34,7 @@ class Guest:
     """A peer that was greeted and has not proved anything yet."""
 
     sock: socket.socket
-    origin: str  # its host; "" on the Unix socket
+    origin: str  # trinity/utils/origins.py; "" on the Unix socket
     meant: str
     greeting: bytes
     until_s: float
@@ -93,7 +94,7 @@ class Door:
             time.sleep(ACCEPT_AGAIN_S)
             return
         sock.setblocking(False)
-        origin = peer[0] if isinstance(peer, tuple) else ""
+        origin = origin_of(peer[0] if isinstance(peer, tuple) else "")
         guest = Guest(sock, origin, meant, handshake.greeting(), time.monotonic() + HANDSHAKE_S)
         try:
             handshake.check_peer(sock)

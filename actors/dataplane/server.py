@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from actors.dataplane import unix_socket
-from actors.dataplane.connection import Address, Wire, machine_id
+from actors.dataplane.connection import Address, Wire, family_of, machine_id
 from actors.dataplane.door import HANDSHAKE_S, Door
 from actors.dataplane.frames import (
     FAILURE,
@@ -165,7 +165,7 @@ class DirectServer:
         if is_sealed:
             check_package()
         unix, self._path = unix_socket.listen(BACKLOG)
-        tcp = socket.create_server((host, 0), backlog=BACKLOG)
+        tcp = socket.create_server((host, 0), family=family_of(host), backlog=BACKLOG)
         self.address = Address(machine_id(), str(self._path), host, tcp.getsockname()[1], self.device.type, is_sealed)
         self._door = Door({meant(self.address, True): unix, meant(self.address, False): tcp}, secret, self._admit)
 

@@ -22,6 +22,7 @@ from serving.errors import openai_body
 from serving.http.edge import MAX_HEAD_BYTES
 from trinity.config import ServeConfig
 from trinity.errors import ConfigError, InvalidRequest
+from trinity.utils.origins import origin_of
 
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 15
@@ -117,7 +118,7 @@ class BoundedProtocol(H11Protocol):
         self.access_log = False  # uvicorn turns it on where the root logger has handlers, and logs query strings
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        peer = str((transport.get_extra_info("peername") or ("",))[0])
+        peer = origin_of(str((transport.get_extra_info("peername") or ("",))[0]))
         if not self.others.enter(peer, self):
             transport.abort()
             return

@@ -89,6 +89,7 @@ def to_tree(snapshot: Snapshot) -> dict[str, Any]:
         "shards": [_finite(asdict(shard)) for shard in snapshot.shards],
         "changes": [_finite(asdict(change)) for change in snapshot.changes],
         "num_recoveries": snapshot.num_recoveries,
+        "survives": snapshot.survives,
         **_finite({"imbalance": snapshot.imbalance}),
     }
 

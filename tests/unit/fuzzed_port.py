@@ -62,11 +62,11 @@ def headed(frame, **fields):
 class Port:
     """A real shard behind its sockets, and ways to get at them."""
 
-    def __init__(self, **how):
+    def __init__(self, host="127.0.0.1", **how):
         self.pool = local_pool(MODEL, Load(seed=5), optim=OptimConfig(), backend="torch")
         self.shard = self.pool.transport.shards["shard-0"]
         self.oracle = LocalTransport(self.pool.transport.shards)
-        self.server = DirectServer(Combiner(self.shard), LIMITS, SECRET, "127.0.0.1", **how)
+        self.server = DirectServer(Combiner(self.shard), LIMITS, SECRET, host, **how)
         self.address = self.server.address
 
     def stranger(self):

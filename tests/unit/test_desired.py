@@ -127,6 +127,82 @@ def test_a_balanced_change_parts_the_hot_experts():
     assert desired_change(change.table, seen(HOT, may_balance=True), DesiredState.of(TWO), RULES) is None
 
 
+# -- on different nodes
+
+FOUR = PlacementTable.spread(LAYERS, NUM_EXPERTS, [f"shard-{i}" for i in range(4)])
+
+
+def twice(table):
+    """Two replicas of everything: on the shard that has it, and the next one."""
+    num = len(table.shards)
+    held = tuple(tuple((first, (first + 1) % num) for (first,) in row) for row in table.replicas)
+    return replace(table, replicas=held)
+
+
+def hosts(text):
+    return {f"shard-{i}": host for i, host in enumerate(text)}
+
+
+REDUNDANT = Rules(redundancy=1)
+
+
+def settled(table, node_of, roomy, rules=REDUNDANT):
+    """-> the table in the end, where its shards are, and the reasons for all that was done."""
+    desired, reasons = replace(DesiredState.of(table), num_shards=len(table.shards)), []
+    while True:
+        saw = seen(node_of=node_of, roomy_nodes=frozenset(roomy), may_spread=True)
+        change = desired_change(table, saw, desired, rules)
+        if change is None:
+            return table, node_of, reasons
+        desired, table = replace(desired, next_name=desired.next_name + len(change.fresh)), change.table
+        places = {**node_of, **dict.fromkeys(change.fresh, change.node)}
+        node_of = {shard: places[shard] for shard in table.shards}
+        reasons.append(change.reason)
+        assert len(reasons) < 20, "it ends"
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "moves"),
+    [
+        (doubled(TWO), "aa", 1),
+        (twice(FOUR), "aaaa", 2),
+        (twice(FOUR), "aaab", 1),
+        (twice(FOUR), "aabb", 0),
+    ],
+)
+def test_replicas_that_share_a_node_are_parted_as_soon_as_there_is_another(table, where, moves):
+    """A node was lost, Ray has started its shards on the one that is left; now it is back."""
+    found, node_of, reasons = settled(table, hosts(where), "b")
+    assert found.num_hosts_LE(node_of).min() == 2
+    assert reasons.count("spread") == moves
+    assert settled(found, node_of, "ab") == (found, node_of, [])
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "roomy", "rules"),
+    [
+        pytest.param(doubled(TWO), "aa", "", Rules(redundancy=1), id="there is no other node"),
+        pytest.param(doubled(TWO), "aa", "a", Rules(redundancy=1), id="its own has room"),
+        pytest.param(doubled(TWO), "ab", "c", Rules(redundancy=1), id="they are apart"),
+        pytest.param(TWO, "aa", "b", Rules(), id="no redundancy was asked for"),
+    ],
+)
+def test_nothing_is_spread_where(table, where, roomy, rules):
+    assert settled(table, hosts(where), roomy, rules)[2] == []
+
+
+def test_it_is_not_looked_for_all_the_time():
+    saw = seen(node_of=hosts("aa"), roomy_nodes=frozenset("b"))
+    assert desired_change(doubled(TWO), saw, DesiredState.of(TWO), Rules(redundancy=1)) is None
+
+
+def test_nodes_that_have_an_expert_are_counted():
+    assert twice(FOUR).num_hosts_LE(hosts("aabb")).tolist() == [[1, 1, 2, 1, 1, 2]] * 2
+    assert twice(FOUR).num_hosts_LE({"shard-0": "", "shard-1": "a"}).min() == 2, (
+        "who is not seen is on a node of its own"
+    )
+
+
 def test_what_was_seen_of_too_few_rows_does_not_count():
     more = DesiredState(3, next_name=2)
     few = seen(HOT, rows_in_window=MIN_ROWS * len(LAYERS) - 1)
@@ -228,7 +304,7 @@ class World:
         if error is not None:
             raise error
 
-    def make(self, names):
+    def make(self, names, node=None):
         self._called("make", names)
 
     def drop_leftovers(self, table, shards):

@@ -88,6 +88,14 @@ def test_a_key_that_is_set_is_asked_for():
             refused.value.close()
 
 
+def test_it_listens_over_ipv6_too():
+    with exported(TrainExporter(()), config(metrics_host="::1")) as port:
+        if port is None:
+            pytest.skip("no IPv6 loopback here")
+        with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=10) as answer:
+            assert b"trinity_train_step" in answer.read()
+
+
 def test_a_clients_own_key_opens_it_too():
     with exported(TrainExporter(()), config(clients={"one": {"key": "1st"}, "other": {"key": "2nd"}})) as port:
         assert "trinity_train_step" in scrape(port, "2nd")

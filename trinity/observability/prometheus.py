@@ -58,6 +58,7 @@ PLACEMENT_METRICS = (
     Metric("trinity_placement_up", "gauge", "1 while the placement service answers."),
     Metric("trinity_placement_epoch", "gauge", "Epoch of the placement table."),
     Metric("trinity_placement_imbalance", "gauge", "Largest / mean rows per second of the shards; 1 is even."),
+    Metric("trinity_placement_survives", "gauge", "So many may be lost at once, and no expert with them.", ("what",)),
     Metric("trinity_placement_replicas", "gauge", "Replicas of all experts."),
     Metric("trinity_placement_max_replicas", "gauge", "Replicas of the expert that has most."),
     Metric("trinity_placement_shards", "gauge", "Shards, by what they are doing.", ("state",)),

@@ -47,3 +47,11 @@ class Snapshot:
     imbalance: float  # max / mean of the shards' rows in the same window; 1 is even, 0 without rows
     changes: tuple[ChangeView, ...]  # latest first, at most 50
     num_recoveries: int
+
+    @property
+    def survives(self) -> tuple[int, int]:
+        """Shards, and nodes, of which so many may be lost at once and no expert with them."""
+        host_of = {shard.name: shard.host for shard in self.shards}
+        counts = self.table.num_replicas_LE, self.table.num_hosts_LE(host_of)
+        shards, nodes = (int(num_LE.min(initial=len(self.shards))) - 1 for num_LE in counts)
+        return shards, nodes

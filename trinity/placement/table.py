@@ -68,6 +68,16 @@ class PlacementTable:
         layers = tuple(layers)
         return cls(epoch, names, layers, (row,) * len(layers))
 
+    def num_hosts_LE(self, host_of: Mapping[str, str]) -> np.ndarray:
+        """int64 [L, E]: hosts that have the expert. A shard whose host is not known counts as one of its own."""
+        names = [host_of.get(shard) or shard for shard in self.shards]
+        hosts = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        counts_X, shard_R = self.flat()
+        has_XH = np.zeros((len(counts_X), len(hosts)), dtype=bool)
+        has_XH[np.repeat(np.arange(len(counts_X)), counts_X), np.array([hosts[name] for name in names])[shard_R]] = True
+        num_LE: np.ndarray = has_XH.sum(1).reshape(len(self.layers), self.num_experts)
+        return num_LE
+
     def renewed(self) -> "PlacementTable":
         """The next epoch, with everything where it is: an epoch that shards were told of is never used for another table."""
         return replace(self, epoch=self.epoch + 1)
