@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import torch
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -97,7 +97,9 @@ def exported(exporter: TrainExporter, config: Config) -> Iterator[int | None]:
     app = _locked(make_wsgi_app(exporter.registry), _keys(config))
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        server = make_server(host, port, app, type("Server", (_Server,), {"address_family": family}), _Handler)
+        server: WSGIServer = make_server(
+            host, port, app, type("Server", (_Server,), {"address_family": family}), _Handler
+        )
     except OSError as error:
         log.warning("no metrics at %s:%d: %s; choose another train.metrics_port", host, port, error.strerror)
         yield None

@@ -134,19 +134,19 @@ class Frontend:
             eos_token=own.eos_token,
         )
 
-    async def decode(self, token_ids: Sequence[int], most_chars: int) -> str:
-        """Text of token ids. Raises InvalidRequest where it is longer."""
+    async def decode(self, token_ids: Sequence[int], most_bytes: int) -> str:
+        """Text of token ids. Raises InvalidRequest where it is longer, in UTF-8."""
         texts, size = list[str](), 0
         async with aclosing(self.decoded(token_ids)) as decoded:
             async for text in decoded:
                 texts.append(text)
-                size += len(text)
-                if size > most_chars:
-                    raise InvalidRequest(f"the text has over {most_chars:,} characters; send fewer ids", param="tokens")
+                size += len(text.encode())
+                if size > most_bytes:
+                    raise InvalidRequest(f"the text has over {most_bytes:,} bytes; send fewer ids", param="tokens")
         return "".join(texts)
 
     async def decoded(self, token_ids: Sequence[int]) -> AsyncGenerator[str, None]:
-        """That text, some ids at a time, once all are known to be ids. A thread would hold the interpreter for all of it."""
+        """Parts of that text, once all are known to be ids: a thread would hold the interpreter for the whole of it."""
         starts, characters = range(0, len(token_ids), DECODED_IDS), codecs.getincrementaldecoder("utf-8")("replace")
         for start in starts:
             self.check_ids(token_ids[start : start + DECODED_IDS], "tokens")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from actors.control.spreading import Relocation, is_together, relocation
+from actors.control.spreading import Relocation, num_apart, relocation
 from trinity.errors import ConfigError
 from trinity.placement.planner import PlanGoal, balance, plan, with_floor
 from trinity.placement.table import PlacementTable
@@ -20,6 +20,7 @@ from trinity.placement.topology import Shard, Topology
 
 ROOM = 1.25
 MIN_ROWS = 1000.0  # per layer, in the window: with fewer, balance is chance
+ANY_BALANCE = 1e-9
 WHATEVER_ELSE = 0.985  # the balance to plan for where experts must move anyway
 
 
@@ -115,15 +116,15 @@ class Change:
 def desired_change(table: PlacementTable, seen: Seen, desired: DesiredState, rules: Rules) -> Change | None:
     """Return what to change next; None: all is well. Raises ConfigError where experts have no room."""
     leaving, moved = leaving_shards(table, seen, desired), None
-    if not leaving and seen.may_spread:
+    if not leaving and seen.may_spread and len(table.shards) == desired.num_shards:
         moved = relocation(table, seen.node_of, seen.roomy_nodes, rules.redundancy)
         leaving = (moved.shard,) if moved else ()
     fresh = fresh_names(desired, len(table.shards) - len(leaving))
     num_shards = len(table.shards) - len(leaving) + len(fresh)
     replicas_LE = wanted_replicas_LE(table, seen, desired, rules, num_shards)
     same = not leaving and not fresh and bool((replicas_LE == table.num_replicas_LE).all())
-    if same and not (is_worth_balancing(table, seen, rules) or is_worth_spreading(table, seen, rules)):
-        return None
+    if same and not is_worth_balancing(table, seen, rules):
+        return parted(table, seen, replicas_LE, rules) if seen.may_spread else None
     found = plan(
         with_floor(seen.load_LE * (same or has_seen_enough(table, seen))),
         _topology(table, seen, leaving, fresh, _room(replicas_LE, num_shards, rules), rules.expert_bytes, moved),
@@ -175,8 +176,16 @@ def is_worth_balancing(table: PlacementTable, seen: Seen, rules: Rules) -> bool:
     return may and balance(with_floor(seen.load_LE), table).overall < rules.balance_goal
 
 
-def is_worth_spreading(table: PlacementTable, seen: Seen, rules: Rules) -> bool:
-    return seen.may_spread and is_together(table, seen.node_of, rules.redundancy)
+def parted(table: PlacementTable, seen: Seen, replicas_LE: np.ndarray, rules: Rules) -> Change | None:
+    """Return the change that brings experts to more nodes, with the shards that are there; None where none does. The load is no
+    reason for anything here."""
+    num_before = num_apart(table, seen.node_of, rules.redundancy)
+    if num_before is None:
+        return None
+    topology = _topology(table, seen, (), (), _room(replicas_LE, len(table.shards), rules), rules.expert_bytes, None)
+    found = plan(np.ones_like(seen.load_LE), topology, table, PlanGoal(goal=ANY_BALANCE), replicas_LE=replicas_LE)
+    num_after = num_apart(found, seen.node_of, rules.redundancy)
+    return Change(found, (), "spread") if num_after is None or num_after > num_before else None
 
 
 def has_seen_enough(table: PlacementTable, seen: Seen) -> bool:

@@ -151,7 +151,8 @@ class Ledger:
     def _become(self, **changes: Any) -> None:
         """Write it to the disk first: what could not be written is not so."""
         with self._changed:
-            state = replace(self._state, **changes)
+            live = {holder: asdict(pin) for holder, pin in self.pins().items()}
+            state = replace(self._state, **{"pins": live, **changes})
             partial = self._file.with_name(f".record-{secrets.token_hex(4)}")
             try:
                 partial.write_text(json.dumps(asdict(state)))

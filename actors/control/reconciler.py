@@ -29,7 +29,10 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 AGAIN_S = 10.0  # after a change that failed
-SPREAD_S = 5.0  # between two looks for nodes that replicas do not share
+SPREAD_S, SPREAD_AGAIN_S = (
+    5.0,
+    60.0,
+)  # between two looks for nodes that replicas do not share; after a change that failed
 
 
 class Reconciler:
@@ -83,6 +86,7 @@ class Reconciler:
         finally:
             if not migration.is_published:
                 self._again_s = time.monotonic() + AGAIN_S
+                self._spread_s = time.monotonic() + SPREAD_AGAIN_S
 
     def _wanted(self) -> Change | None:
         seen = self._seen()

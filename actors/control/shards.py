@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.control.state import PoolState
 from actors.dataplane.plane import DataPlane
+from actors.dataplane.ray_transport import departing
 from actors.names import Handles, ask, name_of
 from actors.shard import start_shard
 from trinity.errors import TrinityError
@@ -35,7 +36,7 @@ class Shards:
         """Wait for the answer."""
         settings = self.state.settings
         timeout_s = settings.checkpoint_timeout_s if verb == "load" else settings.call_timeout_s
-        return ask(self.handles[shard].handle.remote(verb, message), timeout_s, f"shard {shard}")
+        return ask(self.handles[shard].handle.remote(verb, departing(message)), timeout_s, f"shard {shard}")
 
     def deadline(self) -> float:
         return time.monotonic() + self.state.settings.call_timeout_s

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from trinity.placement.table import PlacementTable
 
 
@@ -17,10 +19,12 @@ class Relocation(NamedTuple):
     node: str
 
 
-def is_together(table: PlacementTable, node_of: Mapping[str, str], redundancy: int) -> bool:
-    """Say whether some expert is on fewer nodes than it could be, of those that redundancy asks for."""
+def num_apart(table: PlacementTable, node_of: Mapping[str, str], redundancy: int) -> int | None:
+    """The number of nodes that each expert is on, of those that redundancy asks for, summed; None where it could be no more."""
     num_nodes = len({node_of.get(shard) or shard for shard in table.shards})
-    return bool(table.num_hosts_LE(node_of).min() < min(1 + redundancy, num_nodes))
+    wanted = min(1 + redundancy, num_nodes)
+    found_LE = np.minimum(table.num_hosts_LE(node_of), wanted)
+    return None if found_LE.min() == wanted else int(found_LE.sum())
 
 
 def relocation(

@@ -32,6 +32,7 @@ from trinity.utils.trying import tried
 log = logging.getLogger(__name__)
 BROKEN = (EOFError, OSError, TrinityError)  # what ends a connection
 CONNECT_S, HANDSHAKE_S = 0.5, 5.0  # a host that does not answer is asked anew: the kernel would wait longer each time
+ARRIVED_S = 0.2  # for what has come in time, and was not read: others were waited for
 LOCATE_S = 0.5  # for a new address where an old one is known, which may be reached before whoever knows the new one
 
 
@@ -128,7 +129,7 @@ class DirectReply:
     def result(self) -> Any:
         """Raises DeadlineExceeded when the time is up, Unavailable when the shard's process is away."""
         try:
-            value = self.connection.take(self.number, self.deadline_s)
+            value = self.connection.take(self.number, max(self.deadline_s, time.monotonic() + ARRIVED_S))
         except BROKEN as error:
             raise self.transport.given_up(self.shard, self.connection, error, self.deadline_s) from None
         if isinstance(value, TrinityError):
@@ -189,7 +190,7 @@ class DirectTransport:
         return self._connections[shard]
 
     def _address(self, shard: str, deadline_s: float) -> Address:
-        """Where it listens now, or where it did as long as nobody says."""
+        """The address where it listens now, or did, as long as nobody says."""
         known = self._known.get(shard)
         if known is None:
             return self.locate(shard, deadline_s)

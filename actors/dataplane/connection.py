@@ -3,6 +3,7 @@
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Wire:
             for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
                 if hasattr(socket, name):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE_S)
-        self._is_far = sock.family != socket.AF_UNIX and hasattr(socket, "TCP_INFO")
+        self._is_far = sock.family != socket.AF_UNIX and sys.platform == "linux"
         self.sock, self.tick_s, self.device, self._staged = sock, tick_s, device, device.type == "cuda"
         self._head = bytearray(HEADER.size)
 
@@ -86,6 +87,7 @@ class Wire:
     def send_all(self, views: list[Any], deadline_s: float, on_readable: Callable[[], None] | None = None) -> None:
         """Send what lies in `views`, in their order."""
         while views := _after(views, self._sent(views)):
+            self._check(deadline_s)
             events = self._wait(select.POLLOUT | (select.POLLIN if on_readable else 0), deadline_s)
             if on_readable and events & select.POLLIN:
                 on_readable()

@@ -153,9 +153,10 @@ def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
 
 
-def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits) -> Calls:
-    """The inverse of `request`, for this side's clock. Raises BadFrame for ids that are no experts."""
-    op_id, deadline_s = header.op_id.rstrip(b"\0").decode("ascii", "replace"), time.monotonic() + header.left_s
+def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits, came_s: float) -> Calls:
+    """The inverse of `request`; the header came when this side's clock said `came_s`. Raises BadFrame for ids that are no
+    experts."""
+    op_id, deadline_s = header.op_id.rstrip(b"\0").decode("ascii", "replace"), came_s + header.left_s
     names = (op_id, header.layer, header.epoch, header.version, deadline_s)
     if header.kind == FETCH:
         return Fetch(header.layer, header.num_rows, header.version, deadline_s, op_id)
@@ -205,7 +206,7 @@ def in_shared_buffer(header: bytes, box: int) -> bytes:
 
 
 def welcome(now_s: float) -> bytes:
-    """What a shard says to a caller that knows the secret; its time.time() stands where requests have the time that is left."""
+    """First words of a shard to a caller that knows the secret; its time of day stands where requests have what is left."""
     return HEADER.pack(MAGIC, ANSWER, 0, 0, 0, 0, b"", 0, 0, 0, now_s, 0, 0, 0)
 
 

@@ -99,6 +99,7 @@ class SealedWire(Wire):
                 memory[:], together = together[: len(memory)], together[len(memory) :]
         else:
             for piece in _cut(memories):
+                self._check(deadline_s)
                 self._take(piece, deadline_s)
         if self._staged and header.kind < FAILURE:
             buffers[0] = buffers[0].to(self.device, non_blocking=True)

@@ -194,12 +194,12 @@ class DirectServer:
 
     def _answer_one(self, wire: Wire) -> None:
         try:
-            header = wire.header(math.inf)
+            header, came_s = wire.header(math.inf), time.monotonic()
             if header.kind == OFFER:
                 return consider(wire, header, time.monotonic() + HANDSHAKE_S)
             header.check(self.limits)
-            until_s = time.monotonic() + max(header.left_s, PAYLOAD_S)
-            call = call_of(header, wire.payload(header, until_s), self.limits)
+            until_s = came_s + max(header.left_s, PAYLOAD_S)
+            call = call_of(header, wire.payload(header, until_s), self.limits, came_s)
         except BadFrame as error:
             self._refuse(wire, error)
         value = self.combiner.run(call)

@@ -31,7 +31,7 @@ FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
-MOST_CHARS = 4_000_000  # a client takes messages of 4 MiB, unless it says otherwise
+MOST_BYTES = 4_000_000  # a client takes messages of 4 MiB, unless it says otherwise
 
 
 class InferenceServicer(rpc.InferenceServicer):
@@ -63,7 +63,7 @@ class InferenceServicer(rpc.InferenceServicer):
         return pb.TokenizeResponse(token_ids=await self._prompt(request))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=await self.front.decode(request.token_ids, MOST_CHARS))
+        return pb.DetokenizeResponse(text=await self.front.decode(request.token_ids, MOST_BYTES))
 
     async def _prompt(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         kind = request.WhichOneof("prompt")

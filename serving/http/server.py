@@ -39,17 +39,18 @@ class Connections:
         self.by_peer: dict[str, dict[BoundedProtocol, None]] = {}
 
     def enter(self, peer: str, connection: "BoundedProtocol") -> bool:
-        """Say whether there is room for one more; of the address itself, or of the one that most come from, whoever has asked
+        """Say whether there is room for one more; of the address itself, or of those that most come from, whoever has asked
         nothing for longest makes some."""
-        own = self.by_peer.get(peer, {})
-        crowd = own if len(own) >= self.most_per_peer else None
-        if crowd is None and self.num >= self.most:
-            crowd = max(self.by_peer.values(), key=len)
-        if crowd is not None:
-            idle = next((one for one in crowd if one.is_idle), None)
+        own, crowds = self.by_peer.get(peer, {}), list[dict[BoundedProtocol, None]]()
+        if len(own) >= self.most_per_peer:
+            crowds = [own]
+        elif self.num >= self.most:
+            crowds = sorted(self.by_peer.values(), key=len, reverse=True)
+        if crowds:
+            idle = next((one for crowd in crowds for one in crowd if one.is_idle), None)
             if idle is None:
                 return False
-            idle.close()
+            idle.end()
         self.by_peer.setdefault(peer, {})[connection] = None
         self.num += 1
         return True
@@ -186,13 +187,13 @@ class BoundedProtocol(H11Protocol):
     @property
     def is_idle(self) -> bool:
         """No request has come, or the last one is answered."""
-        return self.cycle is None or self.cycle.response_complete
+        return (self.cycle is None or self.cycle.response_complete) and not self._unfed
 
-    def close(self) -> None:
-        """Make room at once; the transport's own end takes a turn of the loop."""
+    def end(self) -> None:
+        """Make room at once: to close it properly would wait for a peer that may not read."""
         assert self.peer is not None
         self.others.leave(self.peer, self)
-        self.transport.close()
+        self.transport.abort()
 
     def _close_if_idle(self) -> None:
         if self.is_idle:

@@ -1,13 +1,12 @@
 """Who may do what: keys on every route and rpc, loopback only, nothing secret in logs or answers, TLS."""
 
 import asyncio
-import datetime
-import ipaddress
 import logging
 
 import grpc
 import httpx
 import pytest
+from certificates import self_signed
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -170,20 +169,3 @@ async def test_tls_on_both(start, tmp_path):
             assert models.models[0].name == "fake"
         async with grpc.aio.insecure_channel(server.grpc_address) as channel:
             assert await status_of(rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest())) == "UNAVAILABLE"
-
-
-def self_signed(folder):
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + datetime.timedelta(days=1))
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    signed = builder.add_extension(alternative, False).sign(private, hashes.SHA256())
-    cert.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    key.write_bytes(private.private_bytes(*form))
-    return cert, key

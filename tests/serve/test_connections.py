@@ -3,11 +3,13 @@
 import asyncio
 import select
 import socket
+import ssl
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
 
 import grpc
 import httpx
 import pytest
+from certificates import self_signed
 from fake import HeldEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -17,6 +19,7 @@ from serving import limits
 from serving.grpc import guard
 from serving.grpc import server as grpc_server
 from tests.chaos.unruly import HEADERS, PREFACE, RST, SETTINGS, frame
+from tests.unit.fuzzed_port import num_descriptors
 from tests.waiting import WAIT_S, eventually
 from trinity.config import ServeConfig
 
@@ -64,6 +67,24 @@ async def test_for_one_connection_too_many_the_oldest_idle_one_goes(start, limit
             for sock in (*within, *crowd[:-2]):
                 assert await answered(sock) == b""
             assert b"200" in await answered(crowd[-1])
+
+
+async def test_who_makes_room_is_gone_whether_it_says_goodbye_or_not(start, tmp_path):
+    """Over TLS, and its peer reads nothing: its descriptor is free all the same."""
+    cert, key = self_signed(tmp_path)
+    context = ssl.create_default_context(cafile=cert)
+    context.check_hostname = False
+    async with start(max_connections=3, tls_cert=str(cert), tls_key=str(key)) as server:
+        before, crowd = num_descriptors(), []
+        with ExitStack() as stack:
+            for _ in range(30):
+                plain = stack.enter_context(connected(server.url.replace("https", "http")))
+                crowd.append(stack.enter_context(await asyncio.to_thread(context.wrap_socket, plain)))
+
+            async def holds():
+                return num_descriptors() <= before + len(crowd) + 3
+
+            await comes_true(holds)
 
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])

@@ -45,7 +45,7 @@ GIANTS = {  # -> rpc, request, what is said of it
     "ids of too long a text": (
         "Detokenize",
         pb.DetokenizeRequest(token_ids=[0] * 1_900_000),
-        "over 4,000,000 characters",
+        "over 4,000,000 bytes",
     ),
     "stop strings": ("Generate", generate(stop=[""] * 1_000_000), "stop has 1000000 entries, at most 1024"),
     "stop ids": ("Generate", generate(stop_token_ids=[1] * 2_000_000), "stop_token_ids has 2000000 entries"),

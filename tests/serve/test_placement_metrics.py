@@ -21,12 +21,31 @@ async def test_metrics_are_the_snapshots(operated, pool):
     assert found["trinity_placement_imbalance",] == pytest.approx(shown.imbalance)
     assert found["trinity_placement_replicas",] == shown.table.num_replicas_LE.sum() > 96
     assert found["trinity_placement_max_replicas",] == 2
+    assert [found["trinity_placement_survives", what] for what in ("shards", "nodes")] == [0, 0]
     assert [found["trinity_placement_shards", s] for s in ("starting", "ready", "draining", "away")] == [0, 3, 0, 0]
     for shard in shown.shards:
         assert found["trinity_shard_rows_per_second", shard.name] == pytest.approx(shard.rows_per_s)
         assert found["trinity_shard_weight_bytes", shard.name] == shard.weight_bytes
     assert found["trinity_placement_change_seconds",] == 0.31
     assert found["trinity_placement_recoveries_total",] == 1
+
+
+def test_what_survives_leaves_out_who_is_away():
+    found = snapshot_of(num_shards=3)
+    table = found.table.num_replicas_LE.shape
+    both = replace(found.table, replicas=(((0, 1),) * table[1],) * table[0])
+    names = [shard.name for shard in found.shards]
+
+    def survives(hosts, states=("ready",) * 3):
+        each = zip(found.shards, hosts, states, strict=True)
+        shards = tuple(replace(shard, host=host, state=state) for shard, host, state in each)
+        return replace(found, table=both, shards=shards).survives
+
+    assert len(names) == 3
+    assert survives("abc") == (1, 1)
+    assert survives("aac") == (1, 0)
+    assert survives("abc", ("ready", "away", "ready")) == (0, 0)
+    assert survives("abc", ("starting", "away", "ready")) == (-1, -1)
 
 
 async def test_each_change_is_counted_once_when_it_has_ended(operated, pool):

@@ -157,7 +157,7 @@ def settled(table, node_of, roomy, rules=REDUNDANT):
         desired, table = replace(desired, next_name=desired.next_name + len(change.fresh)), change.table
         places = {**node_of, **dict.fromkeys(change.fresh, change.node)}
         node_of = {shard: places[shard] for shard in table.shards}
-        reasons.append(change.reason)
+        reasons.append("moved" if change.node else change.reason)
         assert len(reasons) < 20, "it ends"
 
 
@@ -174,7 +174,7 @@ def test_replicas_that_share_a_node_are_parted_as_soon_as_there_is_another(table
     """A node was lost, Ray has started its shards on the one that is left; now it is back."""
     found, node_of, reasons = settled(table, hosts(where), "b")
     assert found.num_hosts_LE(node_of).min() == 2
-    assert reasons.count("spread") == moves
+    assert reasons.count("moved") == moves
     assert settled(found, node_of, "ab") == (found, node_of, [])
 
 
@@ -189,6 +189,23 @@ def test_replicas_that_share_a_node_are_parted_as_soon_as_there_is_another(table
 )
 def test_nothing_is_spread_where(table, where, roomy, rules):
     assert settled(table, hosts(where), roomy, rules)[2] == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_cannot_be_parted_is_left_alone_whatever_the_load(seed):
+    """Three shards on a node, one on the other, which is full: for some experts there is no room there."""
+    table, node_of, _ = settled(twice(FOUR), hosts("aaab"), "")
+    assert table.num_hosts_LE(node_of).min() == 1
+    noise_LE = np.random.default_rng(seed).exponential(1.0, (len(LAYERS), NUM_EXPERTS)) ** 3
+    saw = seen(noise_LE, node_of=node_of, may_spread=True, rows_in_window=10)
+    assert desired_change(table, saw, DesiredState.of(table), REDUNDANT) is None
+
+
+def test_shards_are_added_before_any_is_moved():
+    """All that are made for a move go to its node, and it has room for one."""
+    saw = seen(node_of=hosts("aaaa"), roomy_nodes=frozenset("b"), may_spread=True)
+    change = desired_change(twice(FOUR), saw, DesiredState(6, next_name=4, reason="more"), REDUNDANT)
+    assert (change.reason, change.node, change.fresh) == ("more", None, ("shard-4", "shard-5"))
 
 
 def test_it_is_not_looked_for_all_the_time():

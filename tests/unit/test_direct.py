@@ -310,8 +310,7 @@ def test_frames_round_trip(num_rows, seed, keep, dtype):
         head = Header.unpack(header)
         head.check(limits)
         assert head.payload_bytes == sum(t.nbytes for t in tensors)
-        with clock_at(1002.0):  # another host's clock
-            got = call_of(head, tensors, limits)
+        got = call_of(head, tensors, limits, 1002.0)  # by another host's clock
         assert flat(got) == flat(replace(sent, deadline_s=sent.deadline_s + 1000))
     for value in (call.rows.x_RD, (call.rows.x_RD, call.rows.weights_RK), InputGone("gone")):
         header, tensors = answer(9, value)
@@ -355,6 +354,23 @@ def test_connections_to_shards_that_have_gone_are_closed_when_others_come(served
     transport._connection("shard-1", forward())
     assert list(transport._connections) == ["shard-1"]
     assert gone.wire.sock.fileno() == -1
+
+
+def test_a_send_ends_with_its_deadline_though_the_peer_takes_a_little_now_and_then():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        peer, _ = listener.accept()
+        stop = threading.Event()
+
+        def sip():
+            while not stop.wait(0.01):
+                peer.recv(1 << 16)
+
+        thread = threading.Thread(target=sip)
+        thread.start()
+        with peer, pytest.raises(DeadlineExceeded), sooner_than(10):
+            Wire(sock).send(bytes(64), [torch.zeros(64 << 20)], time.monotonic() + 0.5)  # all of it would take 40 s
+        stop.set()
+        thread.join()
 
 
 def test_time_that_is_left_travels_through_ray():

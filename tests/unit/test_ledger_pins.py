@@ -49,6 +49,8 @@ def test_after_a_restart_it_holds_for_as_long_again(opened, clock):
     assert again.keep() == ()
     with pytest.raises(VersionGone):
         again.pin(3, "one", 10.0)
+    again.unpin("nobody")  # whatever is written next
+    assert opened().keep() == (), "what has ended does not begin again"
 
 
 def test_a_file_of_before_is_read(tmp_path, opened):

@@ -233,6 +233,7 @@ def test_a_shard_that_was_quick_is_not_waited_for_as_long(want, monkeypatch):
     with sooner_than(25):
         torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert dispatcher.num_retries == 1
+    assert dispatcher.patience.of("s2", 0) < 1, "who was waited for later has not taken any longer"
 
 
 def test_patience_is_a_multiple_of_what_a_shard_usually_takes_for_so_many_rows():
@@ -249,6 +250,12 @@ def test_patience_is_a_multiple_of_what_a_shard_usually_takes_for_so_many_rows()
     assert known.of("a", 0) == pytest.approx(10 * 0.02 * 8), "all that it does takes longer now, maybe"
     known.took("a", 0, 0.0)
     assert known.of("a", 0) < 10 * 0.02 * 8
+    for _ in range(5000):
+        known.was_late("a")
+    assert known.of("a", 0) == 5.0
+    for _ in range(200):
+        known.took("a", 0, 0.02)
+    assert known.of("a", 0) == patience.LEAST_S
     forever = Patience(math.inf)
     forever.took("a", 0, 0.02)
     assert forever.of("a", 0) == math.inf

@@ -65,7 +65,7 @@ class Exchange:
         self._calls: list[Any] = []
         self._replies: list[Reply] = []
         self._like_TD: Tensor | None = None
-        self._keep, self._sent_s = False, 0.0
+        self._keep, self._sent_s, self._is_delayed = False, 0.0, False
         self.sent: Tensor | None = None
 
     def result(self) -> Tensor:
@@ -140,13 +140,14 @@ class Exchange:
             self._note_time(i)
             return y_RD
         except MOVED as error:
+            self._is_delayed = True
             self.dispatcher.note_failure(self.routes[i].shard, error)
             if self._is_retry or time.monotonic() >= self._until_s:
                 raise
         return retrying(lambda: self.dispatcher.again(call, self._until_s).result(), self._until_s, MOVED)
 
     def _note_time(self, i: int) -> None:
-        if self.dispatcher.is_replicated:
+        if self.dispatcher.is_replicated and not self._is_delayed:  # by waiting for another shard
             seconds, num_rows = time.monotonic() - self._sent_s, len(self._calls[i].rows.x_RD)
             self.dispatcher.patience.took(self.routes[i].shard, num_rows, seconds)
 

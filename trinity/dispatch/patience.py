@@ -30,4 +30,4 @@ class Patience:
     def was_late(self, shard: str) -> None:
         """Its time was up: it has vanished, or all that it does takes longer now, and it is to have more next time."""
         if shard in self._row_s:
-            self._row_s[shard] *= 2
+            self._row_s[shard] = min(2 * self._row_s[shard], self.most_s / (MULTIPLE * FIXED_ROWS))

@@ -50,8 +50,9 @@ class Snapshot:
 
     @property
     def survives(self) -> tuple[int, int]:
-        """Shards, and nodes, of which so many may be lost at once and no expert with them."""
-        host_of = {shard.name: shard.host for shard in self.shards}
-        counts = self.table.num_replicas_LE, self.table.num_hosts_LE(host_of)
+        """Shards, and nodes, of which so many may be lost at once and no expert with them. Shards that are away count as lost;
+        -1: an expert is nowhere now."""
+        node_of = {shard.name: shard.host for shard in self.shards if shard.state in ("ready", "draining")}
+        counts = [self.table.num_hosts_LE(of, only=node_of) for of in ({}, node_of)]
         shards, nodes = (int(num_LE.min(initial=len(self.shards))) - 1 for num_LE in counts)
         return shards, nodes

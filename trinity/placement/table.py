@@ -68,13 +68,17 @@ class PlacementTable:
         layers = tuple(layers)
         return cls(epoch, names, layers, (row,) * len(layers))
 
-    def num_hosts_LE(self, host_of: Mapping[str, str]) -> np.ndarray:
-        """int64 [L, E]: hosts that have the expert. A shard whose host is not known counts as one of its own."""
+    def num_hosts_LE(self, host_of: Mapping[str, str], only: Collection[str] | None = None) -> np.ndarray:
+        """int64 [L, E]: hosts that have the expert. A shard whose host is not known counts as one of its own. `only`: as if
+        other shards had none."""
         names = [host_of.get(shard) or shard for shard in self.shards]
         hosts = {name: i for i, name in enumerate(dict.fromkeys(names))}
         counts_X, shard_R = self.flat()
         has_XH = np.zeros((len(counts_X), len(hosts)), dtype=bool)
-        has_XH[np.repeat(np.arange(len(counts_X)), counts_X), np.array([hosts[name] for name in names])[shard_R]] = True
+        counts_R = np.array([only is None or shard in only for shard in self.shards])[shard_R]
+        has_XH[np.repeat(np.arange(len(counts_X)), counts_X), np.array([hosts[name] for name in names])[shard_R]] |= (
+            counts_R
+        )
         num_LE: np.ndarray = has_XH.sum(1).reshape(len(self.layers), self.num_experts)
         return num_LE
 
