@@ -17,7 +17,7 @@ from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.plane import DataPlane
-from actors.dataplane.ray_transport import RayTransport, arrived, pack
+from actors.dataplane.ray_transport import RayTransport, pack, unpack
 from actors.dataplane.server import Combiner, DirectServer
 from actors.names import Handles, PlacementClient, ask, find
 from actors.sync import shm_folders
@@ -28,7 +28,7 @@ from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard
 from trinity.experts.spec import ShardSpec
 from trinity.pool.ledger import Decision
-from trinity.rpc.messages import Copy, Load, Prepare, StepReport
+from trinity.rpc.messages import Copy, Load, Prepare, StepReport, arrived
 from trinity.state.versioned_store import Store
 from trinity.utils.hugepages import keep_freed_memory
 from trinity.utils.niceness import LowPriorityExecutor
@@ -90,7 +90,7 @@ class ShardServer:
     def handle(self, verb: str, message: Any) -> Any:
         """Run a verb; -> its packed answer, or the TrinityError it raised."""
         assert verb in VERBS, verb
-        call = arrived(message)
+        call = arrived(unpack(message))
         if verb in ROWS:
             return pack(self.combiner.run(call))
         return self.patient.run(self._obey, verb, call) if verb in LONG else self._obey(verb, call)

@@ -12,13 +12,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.control.state import PoolState
 from actors.dataplane.plane import DataPlane
-from actors.dataplane.ray_transport import departing
 from actors.names import Handles, ask, name_of
 from actors.shard import start_shard
 from trinity.errors import TrinityError
 from trinity.experts.spec import ShardSpec
 from trinity.placement.table import PlacementTable
-from trinity.rpc.messages import PruneTo
+from trinity.rpc.messages import PruneTo, departing
 from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)

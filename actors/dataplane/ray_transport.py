@@ -17,6 +17,7 @@ import torch
 from actors.names import translate_ray_errors
 from trinity.dispatch.transport import Done, Reply
 from trinity.errors import TrinityError, Unavailable
+from trinity.rpc.messages import departing
 from trinity.utils.trying import tried
 
 
@@ -58,22 +59,6 @@ def _map(function: Any, value: Any) -> Any:
     return value
 
 
-def departing(message: Any) -> Any:
-    """The packed message with the time that is left in place of its deadline: hosts' clocks differ."""
-    return pack(_moved(message, -time.monotonic()))
-
-
-def arrived(message: Any) -> Any:
-    """The inverse, for this process's clock."""
-    return _moved(unpack(message), time.monotonic())
-
-
-def _moved(message: Any, by_s: float) -> Any:
-    if not hasattr(message, "deadline_s"):
-        return message
-    return dataclasses.replace(message, deadline_s=message.deadline_s + by_s)
-
-
 class RayReply:
     def __init__(self, ref: Any, shard: str, verb: str, deadline_s: float):
         self.ref, self.shard, self.verb, self.deadline_s = ref, shard, verb, deadline_s
@@ -99,4 +84,4 @@ class RayTransport:
         actor = tried(partial(self.shards.__getitem__, shard), Unavailable)
         if isinstance(actor, Unavailable):  # it has been ended
             return Done(error=actor)
-        return RayReply(actor.handle.remote(verb, departing(message)), shard, verb, deadline_s)
+        return RayReply(actor.handle.remote(verb, pack(departing(message))), shard, verb, deadline_s)

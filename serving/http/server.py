@@ -186,7 +186,7 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """No request has come, or the last one is answered."""
+        """True before a request has come, and when the last one is answered."""
         return (self.cycle is None or self.cycle.response_complete) and not self._unfed
 
     def end(self) -> None:

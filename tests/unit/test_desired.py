@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.control import shards
 from actors.control.desired import MIN_ROWS, Change, DesiredState, Rules, Seen, desired_change
 from actors.control.migration import KEPT_CHANGES, At, History, Migration
-from trinity.config import preset
+from trinity.config import PlacementConfig, preset
 from trinity.errors import ConfigError, StepConflict, Unavailable, VersionGone
 from trinity.placement.table import PlacementTable
+from trinity.rpc.messages import Copy
 
 LAYERS, NUM_EXPERTS = (1, 3), 6
 TWO, THREE = (PlacementTable.spread(LAYERS, NUM_EXPERTS, [f"shard-{i}" for i in range(n)]) for n in (2, 3))
@@ -347,6 +349,15 @@ class World:
 GROWN = Change(
     PlacementTable.spread(LAYERS, NUM_EXPERTS, ("shard-0", "shard-1", "shard-2"), TWO.epoch + 1), ("shard-2",), "more"
 )
+
+
+def test_shards_are_told_how_much_time_is_left(monkeypatch):
+    """Not until when: their clock is another."""
+    monkeypatch.setattr(shards, "ask", lambda ref, timeout_s, who: ref)
+    asking = shards.Shards(SimpleNamespace(settings=PlacementConfig(), namespace="any"), None)
+    asking.handles["shard-0"] = SimpleNamespace(handle=SimpleNamespace(remote=lambda verb, message: message))
+    told = asking.ask("shard-0", "copy", Copy(1, (0,), ("shard-1",), 0, asking.deadline(), 0, 2))
+    assert 0 < told.deadline_s <= PlacementConfig().call_timeout_s
 
 
 def migrated(world, at):

@@ -28,6 +28,7 @@ from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
+from trinity.rpc import messages
 from trinity.rpc.messages import Backward, Fetch, Forward, Load, Rows
 from trinity.utils.niceness import IDLE, LowPriorityExecutor, of_this_thread
 
@@ -375,10 +376,10 @@ def test_a_send_ends_with_its_deadline_though_the_peer_takes_a_little_now_and_th
 
 def test_time_that_is_left_travels_through_ray():
     for sent in (forward(deadline_s=12.5), Fetch(LAYER, 0, 1, 12.5), 5, Load("somewhere")):
-        with clock_at(2.0, ray_transport):
-            packed = ray_transport.departing(sent)
-        with clock_at(1002.0, ray_transport):
-            got = ray_transport.arrived(packed)
+        with clock_at(2.0, messages):
+            packed = ray_transport.pack(messages.departing(sent))
+        with clock_at(1002.0, messages):
+            got = messages.arrived(ray_transport.unpack(packed))
         assert getattr(got, "deadline_s", 1012.5) == 1012.5
         assert type(got) is type(sent)
 

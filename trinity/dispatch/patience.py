@@ -9,7 +9,7 @@ NEWS = 0.1  # weight of the newest call in what is usual
 
 
 class Patience:
-    """Of one caller with each shard. At most `most_s`, which it is before the first answer; inf: without end."""
+    """Patience of one caller with each shard. At most `most_s`, which it is before the first answer; inf: without end."""
 
     def __init__(self, most_s: float):
         self.most_s, self._row_s = most_s, dict[str, float]()

@@ -6,9 +6,10 @@ Every mutation is named (op_id, or the step) and applied once, however often it 
 
 from __future__ import annotations  # so that those who only control need no torch
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ class Forward:
     layer: int
     epoch: int
     version: int
-    deadline_s: float  # time.monotonic() after which nobody waits for the answer
+    deadline_s: float  # this process's time.monotonic() after which nobody waits for the answer
     rows: Rows
     keep: bool = False
 
@@ -53,6 +54,20 @@ class Backward:
     deadline_s: float
     dy_RD: Tensor
     rows: Rows | None = None
+
+
+def departing(message: Any) -> Any:
+    """The message with the time that is left in place of its deadline, if it has one: hosts' clocks differ."""
+    return _moved(message, -time.monotonic())
+
+
+def arrived(message: Any) -> Any:
+    """The inverse, for this process's clock."""
+    return _moved(message, time.monotonic())
+
+
+def _moved(message: Any, by_s: float) -> Any:
+    return replace(message, deadline_s=message.deadline_s + by_s) if hasattr(message, "deadline_s") else message
 
 
 def attempt_of(op_id: str) -> int:

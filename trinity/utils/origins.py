@@ -1,4 +1,4 @@
-"""Where a peer comes from, as far as limits by peer are concerned."""
+"""Origins of peers, as far as limits by peer are concerned."""
 
 from ipaddress import IPv6Address, ip_address, ip_network
 
