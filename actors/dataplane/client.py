@@ -32,6 +32,7 @@ from trinity.utils.trying import tried
 log = logging.getLogger(__name__)
 BROKEN = (EOFError, OSError, TrinityError)  # what ends a connection
 CONNECT_S, HANDSHAKE_S = 0.5, 5.0  # a host that does not answer is asked anew: the kernel would wait longer each time
+NEARLY_S = 0.05  # before a deadline is at it: Ray counts in milliseconds
 ARRIVED_S = 0.2  # for what has come in time, and was not read: others were waited for
 LOCATE_S = 0.5  # for a new address where an old one is known, which may be reached before whoever knows the new one
 
@@ -162,7 +163,7 @@ class DirectTransport:
         """Drop a connection that failed, maybe in the middle of a frame; -> what to tell the caller: to try again, where it is
         not the caller's deadline that has passed."""
         self.drop(shard, connection)
-        if isinstance(error, DeadlineExceeded) and time.monotonic() < deadline_s:
+        if isinstance(error, DeadlineExceeded) and time.monotonic() + NEARLY_S < deadline_s:
             return Unavailable(f"shard {shard} did not take the connection in time")
         if isinstance(error, DeadlineExceeded):
             return DeadlineExceeded(f"shard {shard} did not answer in time; is it overloaded or stopped?")

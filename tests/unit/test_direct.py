@@ -391,3 +391,15 @@ def test_a_peer_that_takes_nothing_is_not_silent(monkeypatch):
         peer, _ = listener.accept()
         with peer, pytest.raises(DeadlineExceeded):
             Wire(sock).send(bytes(64), [torch.zeros(16 << 20)], time.monotonic() + 3.4)
+
+
+@pytest.mark.parametrize(("early_s", "kind"), [(0.001, DeadlineExceeded), (0.0, DeadlineExceeded), (0.6, Unavailable)])
+def test_a_little_before_the_deadline_is_at_it(early_s, kind):
+    """Who says where a shard is may give up a millisecond early, which is no reason to try again."""
+
+    def locate(shard, deadline_s):
+        time.sleep(max(0.0, deadline_s - early_s - time.monotonic()))
+        raise DeadlineExceeded("it does not say")
+
+    with pytest.raises(kind):
+        DirectTransport(None, locate, SECRET).send("a", "infer", forward(deadline_s=time.monotonic() + 0.7)).result()
