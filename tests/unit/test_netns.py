@@ -185,7 +185,7 @@ def test_after_a_silent_cut_a_call_goes_on_at_once(ways):
         cable.cut(one, two, False)
         mended_s = time.monotonic()
         assert hosts.caller.finish() == wanted()[0]["y"]
-        assert not have_passed(2.0, mended_s)
+        assert not have_passed(2.8, mended_s)
         assert back.num_dropped > 0
 
 
