@@ -45,4 +45,4 @@ async def with_numbers(name: str, numbers: Sequence[int], rest: dict[str, Any]) 
     for start in range(0, len(numbers), PIECE):
         yield ("," * (start > 0) + ",".join(map(str, numbers[start : start + PIECE]))).encode()
         await asyncio.sleep(0)
-    yield f"],{json.dumps(rest)[1:]}".encode()
+    yield f"],{json.dumps(rest, separators=(',', ':'))[1:]}".encode()
