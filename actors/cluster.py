@@ -1,5 +1,7 @@
 """Joining a Ray cluster, or starting a private one on this machine."""
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +12,10 @@ from actors.sync import placement_watcher
 from trinity.config import ClusterConfig, TrainConfig, setup_environment
 from trinity.errors import ConfigError, Unauthenticated, Unavailable
 from trinity.utils.private import private_folder
+from trinity.utils.processes import below, command_of, end_those_left
 
+log = logging.getLogger(__name__)
+LEAVE_S = 5.0  # for processes of a private Ray to end by themselves
 LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows; /dev/shm is small in containers
 
 
@@ -26,7 +31,17 @@ def joined(cluster: ClusterConfig, train: TrainConfig | None = None) -> Iterator
         yield
     finally:
         placement_watcher.stop_all()
+        workers = private_workers() if cluster.address == "local" else {}
         ray.shutdown()
+        if left := end_those_left(workers, LEAVE_S):
+            log.info("%d processes of the private Ray did not end by themselves", len(left))
+
+
+def private_workers() -> dict[int, str]:
+    """Processes below the Ray node that this one has started. At its end some wait for their own threads for ever, with 400 MB
+    and the cluster's token."""
+    nodes = [pid for pid in below(os.getpid()) if command_of(pid).endswith("/raylet")]
+    return {pid: start for node in nodes for pid, start in below(node).items()}
 
 
 def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
