@@ -18,9 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.control.service import placement_actor
 from actors.control.state import PoolSpec
 from actors.dataplane.client import DirectTransport
-from actors.dataplane.connection import Address
 from actors.dataplane.plane import DataPlane
-from actors.dataplane.ray_transport import RayTransport
+from actors.dataplane.ray_transport import Locator, RayTransport
 from actors.names import PLACEMENT, SERVICE, Handles, PlacementClient, ask, find, name_of
 from actors.shard import start_shard
 from actors.sync import shm_folders, shm_state
@@ -62,23 +61,6 @@ class RayPool(ExpertPool):
 
     def _direct(self, transport: Transport) -> Transport:
         return DirectTransport(transport, Locator(self.shards), self.service.secret())
-
-
-class Locator:
-    """Asks a shard for its address: while it starts again, this waits. Who asks again after a deadline waits for the same
-    answer. For one caller thread."""
-
-    def __init__(self, shards: Handles):
-        self._shards, self._asked = shards, dict[str, Any]()
-
-    def __call__(self, shard: str, deadline_s: float) -> Address:
-        """Raises Unavailable, DeadlineExceeded."""
-        ref = self._asked.pop(shard, None) or self._shards[shard].address.remote()
-        try:
-            return ask(ref, max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
-        except DeadlineExceeded:
-            self._asked[shard] = ref
-            raise
 
 
 class RayLedger:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +16,9 @@ from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.plane import DataPlane
-from actors.dataplane.ray_transport import RayTransport, pack, unpack
+from actors.dataplane.ray_transport import Locator, RayTransport, pack, unpack
 from actors.dataplane.server import Combiner, DirectServer
-from actors.names import Handles, PlacementClient, ask, find
+from actors.names import Handles, PlacementClient
 from actors.sync import shm_folders
 from trinity.checkpoint import open_checkpoint
 from trinity.config import PlacementConfig
@@ -110,8 +109,9 @@ class ShardServer:
     @contextmanager
     def _peers(self) -> Iterator[DirectTransport]:
         """Connections of its own for each change or step: they are few, and other shards may be gone by the next."""
-        control = RayTransport(Handles(self.pool, self.namespace), SERVICE_TIMEOUT_S, SERVICE_TIMEOUT_S)
-        peers = DirectTransport(control, self._locate, self.secret)
+        handles = Handles(self.pool, self.namespace)
+        control = RayTransport(handles, SERVICE_TIMEOUT_S, SERVICE_TIMEOUT_S)
+        peers = DirectTransport(control, Locator(handles), self.secret)
         try:
             yield peers
         finally:
@@ -120,10 +120,6 @@ class ShardServer:
     def _copy(self, call: Copy) -> int:
         with self._peers() as peers:
             return migrate_in(self.shard, call, peers, self.service.source() if "" in call.sources else None)
-
-    def _locate(self, shard: str, deadline_s: float) -> Address:
-        handle = find(self.pool, shard, self.namespace)
-        return ask(handle.address.remote(), max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
 
     def address(self) -> Address:
         """The address where rows are taken directly."""

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import torch
@@ -26,13 +25,13 @@ from trinity.observability.prometheus import TRAINING_METRICS
 from trinity.observability.registry import registered
 from trinity.observability.train_log import StepMetrics
 from trinity.train.retry import RETRY_REASONS
+from trinity.utils.origins import LOOPBACK, host_name
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
 CLIENT_S, MOST_CALLERS = 10.0, 8
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class TrainExporter:
@@ -132,7 +131,7 @@ def _locked(app: "WSGIApplication", keys: Collection[str]) -> "WSGIApplication":
         sent = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
         if wanted and not sum(hmac.compare_digest(sent, one) for one in wanted):  # each is compared
             return "401 Unauthorized", b"send the server's key as `Authorization: Bearer KEY`\n"
-        if not wanted and _name(environ.get("HTTP_HOST", LOOPBACK[0])) not in LOOPBACK:
+        if not wanted and host_name(environ.get("HTTP_HOST", LOOPBACK[0])) not in LOOPBACK:
             return (
                 "400 Bad Request",
                 b"this server is called localhost; ask it by that name or its address, or set a key\n",
@@ -146,12 +145,6 @@ def _locked(app: "WSGIApplication", keys: Collection[str]) -> "WSGIApplication":
         return [refused[1]]
 
     return call
-
-
-def _name(host: str) -> str | None:
-    with suppress(ValueError):
-        return urlsplit(f"//{host}").hostname
-    return None
 
 
 class _Server(ThreadingWSGIServer):

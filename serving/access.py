@@ -15,14 +15,13 @@ import hmac
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Literal
-from urllib.parse import urlsplit
 
 from trinity.config import ADMIN_CLIENT, ANYBODY, Client, ServeConfig
 from trinity.errors import InvalidRequest, Unauthenticated
+from trinity.utils.origins import LOOPBACK, host_name
 
 Access = Literal["open", "key", "admin"]
 ASKS: ContextVar[Client] = ContextVar("asks", default=ANYBODY)  # whoever's call is being answered
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def only(name: str, values: Sequence[str]) -> str | None:
@@ -37,11 +36,7 @@ def check_host(host: str | None, config: ServeConfig) -> None:
     name, which a browser on this machine shows, would be asking (DNS rebinding)."""
     if config.needs_key or host is None:
         return
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
-    if name not in (*LOOPBACK, config.host, *config.allowed_hosts):
+    if host_name(host) not in (*LOOPBACK, config.host, *config.allowed_hosts):
         raise InvalidRequest(
             f"this server is not called {host[:100]!r}; ask it by its address, "
             "add the name to serve.allowed_hosts, or set a key"

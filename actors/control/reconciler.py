@@ -29,10 +29,8 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 AGAIN_S = 10.0  # after a change that failed
-SPREAD_S, SPREAD_AGAIN_S = (
-    5.0,
-    60.0,
-)  # between two looks for nodes that replicas do not share; after a change that failed
+# Between two looks for nodes that replicas do not share; after a change that failed.
+SPREAD_S, SPREAD_AGAIN_S = 5.0, 60.0
 
 
 class Reconciler:
@@ -113,11 +111,13 @@ class Reconciler:
         )
 
     def _may_spread(self) -> bool:
-        """Now and then, when all shards are there: a node that comes back has room again."""
-        is_time = time.monotonic() >= self._spread_s and self.watch.there >= set(self.state.table.shards)
-        if is_time:
-            self._spread_s = time.monotonic() + SPREAD_S
-        return is_time and self.settings.redundancy > 0
+        """Now and then, when all shards are there and some expert is on fewer nodes than redundancy asks for: a node that comes
+        back has room again."""
+        table, now_s = self.state.table, time.monotonic()
+        if now_s < self._spread_s or not self.settings.redundancy or not self.watch.there >= set(table.shards):
+            return False
+        self._spread_s = now_s + SPREAD_S
+        return bool(table.num_hosts_LE(self.watch.node_of).min() <= self.settings.redundancy)
 
     def _scale(self) -> None:
         """Make what the load wants desired, as an operator's wish would be."""

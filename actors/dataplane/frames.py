@@ -191,8 +191,10 @@ def refusal(error: TrinityError) -> bytes:
     return head + text.numpy().tobytes()
 
 
-def _head(kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0) -> bytes:
-    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, 0.0, num_rows, dim, num_slots)
+def _head(
+    kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0, left_s: float = 0.0
+) -> bytes:
+    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, left_s, num_rows, dim, num_slots)
 
 
 def offer(kind: int) -> bytes:
@@ -207,7 +209,7 @@ def in_shared_buffer(header: bytes, box: int) -> bytes:
 
 def welcome(now_s: float) -> bytes:
     """First words of a shard to a caller that knows the secret; its time of day stands where requests have what is left."""
-    return HEADER.pack(MAGIC, ANSWER, 0, 0, 0, 0, b"", 0, 0, 0, now_s, 0, 0, 0)
+    return _head(ANSWER, 0, 0, left_s=now_s)
 
 
 WELCOME = welcome(0.0)

@@ -14,9 +14,10 @@ import numpy as np
 import ray
 import torch
 
-from actors.names import translate_ray_errors
+from actors.dataplane.connection import Address
+from actors.names import Handles, ask, translate_ray_errors
 from trinity.dispatch.transport import Done, Reply
-from trinity.errors import TrinityError, Unavailable
+from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 from trinity.rpc.messages import departing
 from trinity.utils.trying import tried
 
@@ -85,3 +86,20 @@ class RayTransport:
         if isinstance(actor, Unavailable):  # it has been ended
             return Done(error=actor)
         return RayReply(actor.handle.remote(verb, pack(departing(message))), shard, verb, deadline_s)
+
+
+class Locator:
+    """Asks a shard for its address: while it starts again, this waits. Who asks again after a deadline waits for the same
+    answer. For one caller thread."""
+
+    def __init__(self, shards: Handles):
+        self._shards, self._asked = shards, dict[str, Any]()
+
+    def __call__(self, shard: str, deadline_s: float) -> Address:
+        """Raises Unavailable, DeadlineExceeded."""
+        ref = self._asked.pop(shard, None) or self._shards[shard].address.remote()
+        try:
+            return ask(ref, max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
+        except DeadlineExceeded:
+            self._asked[shard] = ref
+            raise

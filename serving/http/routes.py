@@ -93,7 +93,7 @@ async def respond(
     if body.stream:
         first = await anext(events)
         chunks = _chunks(_chain(first, events), envelope, form, body, len(jobs), request.scope[REQUEST_ID])
-        return Streamed(chunks, "text/event-stream", cache_control="no-cache")
+        return Streamed(chunks, "text/event-stream", {"cache-control": "no-cache"})
     choices = [Choice(index) for index in range(len(jobs))]
     async with aclosing(events):
         async for index, delta in events:

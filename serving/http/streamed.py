@@ -15,10 +15,13 @@ PIECE = 1024  # numbers in one
 class Streamed(Response):
     """The source is closed however the sending ends."""
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], media_type: str = "application/json", **headers: str):
-        super().__init__(
-            media_type=media_type, headers={name.replace("_", "-"): value for name, value in headers.items()}
-        )
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        media_type: str = "application/json",
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(media_type=media_type, headers=headers)
         del self.headers["content-length"]
         self.pieces = pieces
 

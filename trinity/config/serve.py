@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from trinity.config.yaml import Frozen
+from trinity.utils.origins import LOOPBACK
 
 DEFAULT_CLIENT, ADMIN_CLIENT = "default", "admin"  # the names of those with serve.api_key and serve.admin_key
 HIDDEN = "(set)"  # in place of a key, where settings are printed
@@ -138,7 +139,7 @@ class ServeConfig(Frozen):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "::1", "localhost")
+        return self.host in LOOPBACK
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":

@@ -1,6 +1,17 @@
-"""Origins of peers, as far as limits by peer are concerned."""
+"""Names of this machine that only it may use, and origins of peers, as far as limits by peer are concerned."""
 
+from contextlib import suppress
 from ipaddress import IPv6Address, ip_address, ip_network
+from urllib.parse import urlsplit
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def host_name(header: str) -> str | None:
+    """The name in a Host header, without its port; None where there is none to be read."""
+    with suppress(ValueError):
+        return urlsplit(f"//{header}").hostname
+    return None
 
 
 def origin_of(address: str) -> str:
