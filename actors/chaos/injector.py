@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.chaos import outside
 from actors.chaos.faulty_transport import FaultyTransport
 from actors.chaos.plan import SHARE_LOST, Attempt, Fault, Planned, Struck
 from actors.control.admin import PlacementOperator
@@ -41,12 +42,13 @@ WORKER = b"RayTrainWorker"
 
 
 class Chaos:
-    """Faults of one pool, and of the job in `out_dir` that trains in it. Raises Unavailable where the victim is not
-    to be found within a minute."""
+    """Faults of one pool, of the job in `out_dir` that trains in it, and of hosts (see actors/chaos/outside.py). Raises
+    Unavailable where the victim is not to be found within a minute."""
 
-    def __init__(self, pool: RayPool, out_dir: str | Path | None = None):
-        self.pool, self.out_dir = pool, Path(out_dir) if out_dir is not None else None
+    def __init__(self, pool: RayPool, out_dir: str | Path | None = None, hosts: Path | None = None):
+        self.pool, self.out_dir, self.hosts = pool, Path(out_dir) if out_dir is not None else None, hosts
         self._num_shards = self._wanted = len(pool.table.shards)
+        self._survives = (0, 0)
         self._operator = PlacementOperator(pool.name, pool.namespace, pool.timeout_s)
 
     def strike(self, planned: Planned) -> str:
@@ -65,6 +67,9 @@ class Chaos:
                 return self.lose_messages(SHARE_LOST, planned.for_s, seed=int(planned.draw * 2**32))
             case Fault.MOVE_EXPERTS:
                 return self.move_experts()
+            case _:
+                assert self.hosts is not None, "nobody was named who has hosts"
+                return outside.strike(self.hosts, planned)
 
     def where(self, shard: str) -> tuple[str, int]:
         """-> (node, process); waits while the shard is starting again."""
@@ -103,7 +108,7 @@ class Chaos:
     def lose_messages(self, share: float, for_s: float, seed: int) -> str:
         """Lose that share of the workers' requests, and of the replies to them. Their job must run `exposed_loop`."""
         assert self.out_dir is not None, "only a training job can be told to lose messages"
-        order = {"share": share, "until_s": time.time() + for_s, "seed": seed}
+        order = {"share": share, "for_s": for_s, "seed": seed}
         partial = self.out_dir / FOLDER / ".lose"
         partial.write_text(json.dumps(order))
         partial.rename(partial.with_name(LOSE))
@@ -117,15 +122,18 @@ class Chaos:
         return f"to {self._wanted} shards"
 
     def is_whole(self) -> bool:
-        """Say whether all is well: as many shards as wanted, nothing under way, and each says it holds what the table says."""
+        """Say whether all is well: as many shards as wanted, nothing under way, as many losses survived as ever, and each
+        shard says it holds what the table says."""
         both = tried(lambda: (self._operator.snapshot(), self.pool.status()), TrinityError)
         if isinstance(both, TrinityError):  # somebody is away
             return False
         seen, held = both[0], {status.shard: status.rows for status in both[1]}
         table, is_idle = seen.table, all(change.phase in ("done", "rolled back") for change in seen.changes)
         wanted = {shard: table.experts_of(shard) for shard in table.shards}
+        self._survives = max(self._survives, seen.survives)
         return (
             is_idle
+            and seen.survives == self._survives
             and len(wanted) == self._wanted
             and all(
                 shard in held and set(experts) <= held[shard].get(layer, {}).keys()
@@ -151,13 +159,12 @@ def raging(
     ended = threading.Event()
 
     def rage() -> None:
-        _until(has_begun, ended)
+        _first(lambda: has_begun() or None, ended)
         for planned in plan:
             if ended.wait(planned.after_s):
                 return
             struck.append(_struck(chaos, planned))
-            _until(lambda: recovered_s(struck[-1]) is not None, ended)
-            struck[-1] = struck[-1]._replace(recovered_s=recovered_s(struck[-1]))
+            struck[-1] = struck[-1]._replace(recovered_s=_first(lambda: recovered_s(struck[-1]), ended))
 
     thread = threading.Thread(target=rage, name="trinity-chaos", daemon=True)
     thread.start()
@@ -168,13 +175,15 @@ def raging(
         thread.join(FIND_S)
 
 
-def _until(what: Callable[[], bool], ended: threading.Event) -> None:
-    while not ended.is_set() and not what():
-        ended.wait(PAUSE_S)
+def _first(what: Callable[[], T | None], ended: threading.Event) -> T | None:
+    """Its first answer; None if there is none before the end."""
+    while (found := what()) is None and not ended.wait(PAUSE_S):
+        pass
+    return found
 
 
 def _struck(chaos: Chaos, planned: Planned) -> Struck:
-    time_s = time.time()
+    time_s = time.monotonic()
     found = tried(partial(chaos.strike, planned), TrinityError)  # the edge of this thread: the next one may be found
     if isinstance(found, TrinityError):
         return Struck(planned.fault, "", time_s, found.message)
@@ -244,7 +253,7 @@ def expose(trainer: Trainer) -> None:
     note, begin_attempt = (folder / ATTEMPTS).open("a", buffering=1), trainer.pool.begin_attempt
 
     def noted(version: int, num_updates: int) -> Any:
-        note.write(json.dumps([time.time(), trainer.position]) + "\n")
+        note.write(f"{trainer.position}\n")
         return begin_attempt(version, num_updates)
 
     trainer.pool.begin_attempt = noted  # type: ignore[method-assign]
@@ -253,9 +262,12 @@ def expose(trainer: Trainer) -> None:
 
 
 def _obey(file: Path, transports: tuple[FaultyTransport, ...], rank: int) -> None:
+    known, until_s = dict[str, Any](), 0.0
     while True:
-        order = json.loads(file.read_text()) if file.is_file() else {"until_s": 0.0}
-        is_on = time.time() < order["until_s"]
+        order = json.loads(file.read_text()) if file.is_file() else {}
+        if order != known:
+            known, until_s = order, time.monotonic() + order["for_s"]
+        is_on = time.monotonic() < until_s
         for n, each in enumerate(transports):
             if is_on and not each.lose_request:
                 each.rng = random.Random(f"{order['seed']} {rank} {n}")
@@ -263,8 +275,31 @@ def _obey(file: Path, transports: tuple[FaultyTransport, ...], rank: int) -> Non
         time.sleep(LOOK_S)
 
 
-def attempts(out_dir: str | Path) -> list[Attempt]:
-    """Attempts of a job that runs, or ran, `exposed_loop`."""
-    file = Path(out_dir) / FOLDER / ATTEMPTS
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [Attempt(*json.loads(line)) for line in lines if line.endswith("]")]
+class Watch:
+    """Attempts of a job that runs, or ran, `exposed_loop` in `out_dir`, each with the time.monotonic() at which it was seen in
+    this process: the job's hosts may have other clocks. Looks while its block runs."""
+
+    def __init__(self, out_dir: str | Path):
+        self._file, self._seen, self._ended = Path(out_dir) / FOLDER / ATTEMPTS, list[Attempt](), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trinity-chaos-watch", daemon=True)
+
+    def __call__(self) -> list[Attempt]:
+        return list(self._seen)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        lines = self._file.read_text().splitlines(keepends=True) if self._file.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        self._seen += [Attempt(time.monotonic(), int(line)) for line in whole[len(self._seen) :]]

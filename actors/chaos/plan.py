@@ -22,6 +22,23 @@ class Fault(Enum):
     KILL_SERVICE = "kill-service"
     LOSE_MESSAGES = "lose-messages"
     MOVE_EXPERTS = "move-experts"
+    CUT_HOST = "cut-host"
+    CUT_ONE_WAY = "cut-one-way"
+    CUT_BETWEEN = "cut-between"
+    SLOW_HOST = "slow-host"
+    LOSE_POWER = "lose-power"
+    SHIFT_CLOCK = "shift-clock"
+
+
+OF_HOSTS = (
+    Fault.CUT_HOST,
+    Fault.CUT_ONE_WAY,
+    Fault.CUT_BETWEEN,
+    Fault.SLOW_HOST,
+    Fault.LOSE_POWER,
+    Fault.SHIFT_CLOCK,
+)
+OF_PROCESSES = tuple(fault for fault in Fault if fault not in OF_HOSTS)
 
 
 class Planned(NamedTuple):
@@ -39,7 +56,7 @@ class Struck(NamedTuple):
 
     fault: Fault
     target: str
-    time_s: float  # time.time()
+    time_s: float  # time.monotonic() of who strikes, as of attempts
     error: str = ""
     recovered_s: float | None = None
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from actors.chaos.faulty_transport import FaultyTransport
-from actors.chaos.plan import Fault
+from actors.chaos.plan import OF_PROCESSES, Fault
 from tests.ray.runs import config_for, losses_of, train_here, weights_of
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.data.prepare import prepare
@@ -355,22 +355,25 @@ def test_everything_at_once_by_a_plan(three, tmp_path, undisturbed, seed):
     """The command's own plan and hands, every fault but moves, in the job under Ray Train."""
     from actors import pool as pools
     from actors.chaos import plan as plans
-    from actors.chaos.injector import Chaos, attempts, exposed_loop, raging
+    from actors.chaos.injector import Chaos, Watch, exposed_loop, raging
     from actors.train import fit
 
     out_dir, struck = tmp_path / "run", []
     config = three.replace(train={"steps": NUM_STEPS, "out_dir": str(out_dir), "max_failures": -1})
     pool = pools.connect(config.placement, "trinity")
-    faults = tuple(fault for fault in Fault if fault is not Fault.MOVE_EXPERTS)
-    with raging(
-        Chaos(pool, out_dir),
-        plans.plan(seed, math.inf, faults, 1.0),
-        lambda: len(attempts(out_dir)) > 1,
-        lambda one: plans.recovery_s(attempts(out_dir), one.time_s),
-        struck,
+    faults = tuple(fault for fault in OF_PROCESSES if fault is not Fault.MOVE_EXPERTS)
+    with (
+        Watch(out_dir) as seen,
+        raging(
+            Chaos(pool, out_dir),
+            plans.plan(seed, math.inf, faults, 1.0),
+            lambda: len(seen()) > 1,
+            lambda one: plans.recovery_s(seen(), one.time_s),
+            struck,
+        ),
     ):
         fit(config, exposed_loop)
-    noted = attempts(out_dir)
+    noted = seen()
     for one in struck:
         recovered = "-" if one.recovered_s is None else f"{one.recovered_s:.1f} s"
         print(f"\n{one.fault.value}: {one.target or one.error}, got over in {recovered}", end="")

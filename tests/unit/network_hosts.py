@@ -215,11 +215,14 @@ class Failed(Exception):
 
 
 class Process:
-    """One of the programs above, in a namespace."""
+    """One of the programs above, in a network namespace or on a host of tests/chaos/hosts.py."""
 
-    def __init__(self, namespace, kind, **orders):
-        environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-        command = ["ip", "netns", "exec", namespace, sys.executable, __file__, kind]
+    def __init__(self, where, kind, **orders):
+        inside, env = (
+            (["ip", "netns", "exec", where], os.environ) if isinstance(where, str) else (where.inside, where.env({}))
+        )
+        environment = dict(env, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        command = [*inside, sys.executable, __file__, kind]
         self.popen = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )

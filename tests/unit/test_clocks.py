@@ -5,8 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STAMPS = {  # what shows a time of day, or keeps one for the next process
-    "actors/chaos/injector.py", "actors/control/migration.py", "actors/control/reconciler.py",
-    "actors/dataplane/handshake.py", "serving/frontend.py", "trinity/chaos/serve.py",
+    "actors/control/migration.py", "actors/control/reconciler.py", "actors/dataplane/handshake.py", "serving/frontend.py",
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def served(config: Config, source: str, arguments: argparse.Namespace) -> Report
             server = app.start(config, source)
             pool = pools.connect(config.placement, config.cluster.namespace)
             try:
-                return asyncio.run(disturbed(server.http_url, config, Chaos(pool), arguments))
+                return asyncio.run(disturbed(server.http_url, config, Chaos(pool, hosts=arguments.hosts), arguments))
             finally:
                 server.stop()
         finally:
@@ -112,7 +112,7 @@ def raging_at(chaos: "Chaos", arguments: argparse.Namespace, struck: list[Struck
     from actors.chaos.injector import raging
 
     def recovered_s(one: Struck) -> float | None:
-        return time.time() - one.time_s if chaos.is_whole() else None
+        return time.monotonic() - one.time_s if chaos.is_whole() else None
 
     coming = plan(arguments.seed, arguments.seconds, arguments.faults, arguments.every)
     return raging(chaos, coming, lambda: True, recovered_s, struck)

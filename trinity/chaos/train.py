@@ -3,7 +3,8 @@
 Decisions: workers start again as often as they are killed. Steps, times and replays are those that the worker notes itself
 (actors/chaos/), so that the report needs nothing of what is killed. The undisturbed run is one process, this one, with shards
 of the same number as plain objects: whatever the chaos did, its weights are to have the same bits. That is meant for one worker
-whose experts stay on as many shards: rows that are added up in another order round differently.
+whose experts stay on as many shards, without replicas: rows that are added up in another order round differently. A host that
+is lost without redundancy costs the steps since the last checkpoint; then that is no failure.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from actors.chaos.plan import Attempt, Fault, Struck
+from actors.chaos.plan import OF_HOSTS, OF_PROCESSES, Attempt, Fault, Struck
 from trinity.bench.report import Report, Table
 from trinity.config import Config, setup_environment
 from trinity.errors import ConfigError
@@ -22,10 +23,11 @@ from trinity.launch import check_out_dir, load, train
 from trinity.utils.terminal import say
 
 if TYPE_CHECKING:
+    from actors.chaos.injector import Watch
     from actors.pool import RayPool
     from trinity.checkpoint import Checkpoint
 
-FAULTS = tuple(Fault)
+FAULTS = OF_PROCESSES
 GOODPUT = 0.9  # wanted, with faults as rare as on a real cluster
 UNDISTURBED = "undisturbed"  # in train.out_dir: the run to compare with
 
@@ -57,9 +59,9 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if check_out_dir(config) is not None:
         raise ConfigError(f"{config.train.out_dir} holds a run already; chaos needs one of its own: --train.out_dir")
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
-    result, struck = disturbed(config, arguments)
+    result, struck, noted = disturbed(config, arguments)
     compared = compare(config, result["checkpoint"]) if arguments.compare else None
-    report(config, arguments, result, struck, compared).write(config.train.out_dir)
+    report(config, arguments, result, struck, noted, compared).write(config.train.out_dir)
     return 0
 
 
@@ -75,34 +77,35 @@ def configured(arguments: argparse.Namespace, flags: list[str]) -> Config:
     return config.replace(train={"num_threads_per_worker": threads})
 
 
-def disturbed(config: Config, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Struck]]:
-    """Train under chaos; -> the job's result, and what struck it."""
+def disturbed(config: Config, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Struck], list[Attempt]]:
+    """Train under chaos; -> the job's result, what struck it, and its attempts."""
     from actors import pool as pools
-    from actors.chaos.injector import exposed_loop
+    from actors.chaos.injector import Watch, exposed_loop
     from actors.cluster import joined
 
     struck: list[Struck] = []
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    with joined(config.cluster, config.train):
+    with joined(config.cluster, config.train), Watch(config.train.out_dir) as noted:
         try:
-            result = train(config, beside=functools.partial(chaos, config, arguments, struck), loop=exposed_loop)
+            beside = functools.partial(chaos, config, arguments, struck, noted)
+            result = train(config, beside=beside, loop=exposed_loop)
         finally:
             if not config.placement.keep:
                 pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
-    return result, struck
+    return result, struck, noted()
 
 
 def chaos(
-    config: Config, arguments: argparse.Namespace, struck: list[Struck], pool: "RayPool"
+    config: Config, arguments: argparse.Namespace, struck: list[Struck], noted: "Watch", pool: "RayPool"
 ) -> AbstractContextManager[None]:
     """Faults strike inside the block, from the end of the first step on."""
-    from actors.chaos.injector import Chaos, attempts, raging
+    from actors.chaos.injector import Chaos, raging
     from actors.chaos.plan import plan, recovery_s
 
-    out_dir = config.train.out_dir
     coming = plan(arguments.seed, arguments.seconds, arguments.faults, arguments.every)
-    recovered_s = lambda one: recovery_s(attempts(out_dir), one.time_s)  # noqa: E731
-    return raging(Chaos(pool, out_dir), coming, lambda: len(attempts(out_dir)) > 1, recovered_s, struck)
+    recovered_s = lambda one: recovery_s(noted(), one.time_s)  # noqa: E731
+    hurt = Chaos(pool, config.train.out_dir, arguments.hosts)
+    return raging(hurt, coming, lambda: len(noted()) > 1, recovered_s, struck)
 
 
 def compare(config: Config, checkpoint: str) -> Compared:
@@ -145,13 +148,12 @@ def report(
     arguments: argparse.Namespace,
     result: dict[str, Any],
     struck: list[Struck],
+    noted: list[Attempt],
     compared: Compared | None,
 ) -> Report:
     """`failure` where a step was lost, or bits differ that must not."""
     from actors.chaos import plan
-    from actors.chaos.injector import attempts
 
-    noted = attempts(config.train.out_dir)
     lost = plan.num_lost(noted)
     rows = [
         ("steps", result["position"]),
@@ -161,7 +163,9 @@ def report(
         ("final loss", _final_loss(config)),
         ("validation loss", result["val_loss"]),
     ]
-    expected = config.train.num_workers == 1 and not any(each.fault is Fault.MOVE_EXPERTS for each in struck)
+    kinds = {each.fault for each in struck}
+    is_alone = config.train.num_workers == 1 and not config.placement.redundancy
+    expected = is_alone and Fault.MOVE_EXPERTS not in kinds
     if compared is not None:
         rows += _compared_rows(compared, expected)
     tables = [_faults(struck, noted), Table("Training under chaos", ("", "value"), tuple(rows))]
@@ -173,7 +177,7 @@ def report(
     }
     found = Report("chaos", tables, results=[facts])
     found.target("goodput", plan.goodput(noted), at_least=GOODPUT)
-    if lost:
+    if lost and (config.placement.redundancy or not kinds & set(OF_HOSTS)):
         found.failure = f"{lost} steps were lost"
     elif compared is not None and expected and compared.num_different:
         found.failure = f"{compared.num_different} of {compared.num_tensors} tensors differ from the undisturbed run's"
@@ -189,7 +193,7 @@ def _final_loss(config: Config) -> float:
 
 
 def _compared_rows(compared: Compared, expected: bool) -> list[tuple[str, Any]]:
-    why = "" if expected else " (not expected: experts moved, or several workers add up in another order)"
+    why = "" if expected else " (not expected: replicas, moved experts or several workers add up in another order)"
     same = (
         "yes" if not compared.num_different else f"no, {compared.num_different} of {compared.num_tensors} tensors{why}"
     )

@@ -7,8 +7,10 @@ before `run`, so that `--help` stays quick.
 import argparse
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
-from actors.chaos.plan import Fault
+from actors.chaos.plan import OF_HOSTS, Fault
+from trinity.errors import ConfigError
 
 KINDS = {
     "train": "train while shards, workers, the placement service and messages are lost: is a step lost, do weights differ?",
@@ -24,12 +26,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         module = importlib.import_module(f"trinity.chaos.{name}")
         module.flags(sub)
         names = ",".join(fault.value for fault in module.FAULTS)
-        sub.add_argument("--faults", type=_some_of(module.FAULTS), default=module.FAULTS, help=f"(default: {names})")
+        known = (*module.FAULTS, *OF_HOSTS)
+        of_hosts = ", ".join(fault.value for fault in OF_HOSTS)
+        what = f"(default: {names}; of --hosts: {of_hosts})"
+        sub.add_argument("--faults", type=_some_of(known), default=module.FAULTS, help=what)
+        what = "Unix socket of a program that cuts, slows, powers off hosts and shifts their clocks (docs/training.md)"
+        sub.add_argument("--hosts", type=Path, metavar="SOCKET", help=what)
         sub.add_argument("--seed", type=int, default=0, help="of what strikes when, and whom")
         sub.add_argument("--every", type=_positive, default=10.0, metavar="S", help="mean seconds between two faults")
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
+    asked = [fault.value for fault in arguments.faults if fault in OF_HOSTS]
+    if asked and not arguments.hosts:
+        raise ConfigError(f"{asked[0]} needs somebody who has the hosts: --hosts SOCKET")
     code: int = importlib.import_module(f"trinity.chaos.{arguments.what}").run(arguments, flags)
     return code
 
