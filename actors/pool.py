@@ -1,19 +1,18 @@
 """Making, finding and ending a pool of shard actors.
 
 Names: `trinity/<pool>/placement` and `trinity/<pool>/<shard>`, detached, in one namespace: trainers and servers of any
-driver find the same actors. Shards sit in a placement group, spread over nodes.
+driver find the same actors. Shards are spread over nodes. No placement group holds their places: a shard that moved to another
+node would leave its own reserved.
 """
 
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import ray
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.control.service import placement_actor
 from actors.control.state import PoolSpec
@@ -142,12 +141,10 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
     epoch = ask(service.epoch.remote(), settings.call_timeout_s, SERVICE)
     names = shard_names(settings.num_shards)
     table = PlacementTable.spread(spec.model.moe_layers, spec.model.num_experts, names, epoch + 1)
-    group = _reserve(settings)
     plane = DataPlane.of(settings, _data_host(settings), ray.get(service.secret.remote()))
     shards = shard_specs(table, spec.model, spec.optim, settings, spec.device)
-    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at) for at in range(len(shards))]
-    actors = [start_shard(spec, plane, settings, namespace, at) for spec, at in zip(shards, places, strict=True)]
-    _wait([actor.where.remote() for actor in actors], settings, f"{len(actors)} shards")
+    actors = [start_shard(spec, plane, settings, namespace) for spec in shards]
+    _wait([actor.where.remote() for actor in actors], settings)
     ask(service.publish.remote(table), settings.call_timeout_s, SERVICE)
     ask(service.supervise.remote(plane.host), settings.call_timeout_s, SERVICE)
     log.info("pool %s: %d shards ready on %s, epoch %d", settings.pool, len(actors), spec.device, table.epoch)
@@ -175,13 +172,10 @@ def exists(pool: str, namespace: str) -> bool:
 
 def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
     """End every actor of the pool and give its resources back. Harmless when there is nothing."""
-    prefix = name_of(pool, "")
     for entry in _actors(namespace):
-        if entry["name"].startswith(prefix):
+        if entry["name"].startswith(name_of(pool, "")):
             ray.kill(ray.get_actor(entry["name"], namespace=namespace))
     shm_folders.remove(pool, namespace, memory_dir)
-    with suppress(ValueError):  # there is no such group in this namespace
-        remove_placement_group(get_placement_group(prefix))
 
 
 def device_of(settings: PlacementConfig) -> str:
@@ -202,26 +196,16 @@ def _actors(namespace: str) -> list[dict[str, str]]:
     return [entry for entry in ray.util.list_named_actors(all_namespaces=True) if entry["namespace"] == namespace]
 
 
-def _reserve(settings: PlacementConfig) -> Any:
-    """A bundle for each shard, on as many nodes as there are."""
-    bundle = {"CPU": max(settings.num_cpus_per_shard, 0.01), **settings.resources}  # Ray refuses an empty bundle
-    if settings.num_gpus_per_shard:
-        bundle["GPU"] = settings.num_gpus_per_shard
-    group = placement_group(
-        [bundle] * settings.num_shards, strategy="SPREAD", lifetime="detached", name=name_of(settings.pool, "")
-    )
-    _wait([group.ready()], settings, f"{settings.num_shards} x {bundle}")
-    return group
-
-
-def _wait(refs: list[Any], settings: PlacementConfig, what: str) -> None:
-    """Raises what any of them does, and Unavailable when the time is up."""
-    started = time.monotonic()
+def _wait(refs: list[Any], settings: PlacementConfig) -> None:
+    """Wait for the shards to say where they are. Raises what any of them does, and Unavailable when the time is up."""
+    started_s = time.monotonic()
     _, left = ray.wait(refs, num_returns=len(refs), timeout=settings.ready_timeout_s)
     if left:
-        free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
+        wanted = {"CPU": settings.num_cpus_per_shard, "GPU": settings.num_gpus_per_shard, **settings.resources}
+        free = {name: amount for name, amount in ray.available_resources().items() if name in wanted}
+        since_s = time.monotonic() - started_s
         raise Unavailable(
-            f"{what} not ready after {time.monotonic() - started:.0f} s; free in the cluster: {free}. "
-            "Use fewer shards, a larger cluster or a longer placement.ready_timeout_s"
+            f"{len(left)} of {len(refs)} shards, which take {wanted} each, not ready after {since_s:.0f} s; "
+            f"free in the cluster: {free}. Use fewer shards, a larger cluster or a longer placement.ready_timeout_s"
         )
     ray.get(refs)

@@ -7,6 +7,7 @@ here.
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.dataplane.plane import DataPlane
 from actors.names import name_of
@@ -41,8 +42,11 @@ class Shard:
 ShardActor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=8)(Shard)
 
 
-def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str, strategy: Any) -> Any:
-    """-> its handle at once; it may wait for resources. Another call for a shard that is there gives that one."""
+def start_shard(
+    spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, namespace: str, node: str | None = None
+) -> Any:
+    """-> its handle at once; it may wait for resources. On that node, if it is still there; else on another than the shard
+    before it, if there is one. Another call for a shard that is there gives that one."""
     return ShardActor.options(
         name=name_of(settings.pool, spec.name),
         namespace=namespace,
@@ -51,7 +55,7 @@ def start_shard(spec: ShardSpec, plane: DataPlane, settings: PlacementConfig, na
         num_cpus=settings.num_cpus_per_shard,
         num_gpus=settings.num_gpus_per_shard,
         resources=dict(settings.resources),
-        scheduling_strategy=strategy,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD",
         **_environment(spec, settings),
     ).remote(spec, plane, settings, namespace)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.control.state import PoolState
 from actors.dataplane.plane import DataPlane
@@ -42,12 +41,11 @@ class Shards:
 
     def make(self, names: Iterable[str], node: str | None = None) -> None:
         """New shards, without experts, that know the version of the weights; on that node, if it is still there."""
-        strategy = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
         spec, settings = self.state.spec, self.state.settings
         for name in names:
             experts = self.state.experts_of(name)
             made = ShardSpec(name, spec.model, experts, spec.optim, settings.backend, spec.device)
-            self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, strategy)
+            self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, node)
         for name in names:
             ask(self.handles[name].where.remote(), settings.ready_timeout_s, f"the new shard {name}")
             source = self.state.files.source()

@@ -130,7 +130,9 @@ def test_a_pool_that_cannot_start_says_what_is_missing_and_leaves_nothing(ray_se
 
     settings = PlacementConfig(pool="too-big", num_shards=2, num_cpus_per_shard=1000, ready_timeout_s=2)
     for _ in range(2):
-        with pytest.raises(Unavailable, match="not ready after 2 s; free in the cluster"):
+        with pytest.raises(
+            Unavailable, match=r"2 of 2 shards, which take .*1000.* each, not ready after 2 s; free in the cluster"
+        ):
             pools.create(settings, "trinity", MODEL, None, str(tmp_path))
         assert not pools.exists("too-big", "trinity")
 
