@@ -7,8 +7,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
-from trinity.rpc.messages import Load
+from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable
+from trinity.rpc.messages import PROTOCOL, Load, other_release
 
 PLACEMENT = "placement"
 SERVICE = "the placement service"
@@ -76,8 +76,16 @@ class PlacementClient:
 
     @property
     def handle(self) -> Any:
-        """Raises Unavailable when there is no such service."""
-        found = self._handle = self._handle or find(self.pool, PLACEMENT, self.namespace)
+        """Raises Unavailable when there is no such service, ConfigError where it is of a release that this one does not
+        understand."""
+        found = self._handle = self._handle or self._checked(find(self.pool, PLACEMENT, self.namespace))
+        return found
+
+    def _checked(self, found: Any) -> Any:
+        asked = getattr(found, "protocol", None)
+        theirs = None if asked is None else ask(asked.remote(), self.timeout_s, SERVICE)
+        if theirs != PROTOCOL:
+            raise ConfigError(other_release(f"pool {self.pool!r}", theirs))
         return found
 
     def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:

@@ -19,7 +19,7 @@ from actors.control.state import PoolSpec
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.plane import DataPlane
 from actors.dataplane.ray_transport import Locator, RayTransport
-from actors.names import PLACEMENT, SERVICE, Handles, PlacementClient, ask, find, name_of
+from actors.names import PLACEMENT, SERVICE, Handles, PlacementClient, ask, name_of
 from actors.shard import start_shard
 from actors.sync import shm_folders, shm_state
 from actors.sync.placement_watcher import PlacementWatcher
@@ -153,8 +153,7 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
 
 def connect(settings: PlacementConfig, namespace: str) -> RayPool:
     """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none."""
-    service = find(settings.pool, PLACEMENT, namespace)
-    table = ask(service.current.remote(), settings.call_timeout_s, SERVICE)
+    table = PlacementClient(settings.pool, namespace, settings.call_timeout_s).ask("current")
     if table is None:
         raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
     return RayPool(settings, namespace, table)

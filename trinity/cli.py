@@ -24,7 +24,7 @@ COMMANDS = {
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
     "chaos": "train or serve while shards, workers and messages are lost on purpose, and report how it came through",
     "bench": "measure dispatch, experts, training, decoding and serving, against what else there is",
-    "doctor": "versions, devices, ports, memory: what to paste in a bug report",
+    "doctor": "versions, devices, ports, memory, round trips between nodes: what to paste in a bug report",
 }
 
 PLACEMENT = {
@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_flags(made["bench"])
     chaos.add_flags(made["chaos"])
     _placement(made["placement"])
+    made["doctor"].add_argument("--address", help="of a Ray cluster: measure round trips between its nodes, too")
+    made["doctor"].add_argument("--auth", default="token", choices=["token", "disabled"])
     return top
 
 

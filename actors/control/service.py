@@ -19,7 +19,7 @@ from trinity.config import PlacementConfig
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
-from trinity.rpc.messages import Experts, Load
+from trinity.rpc.messages import PROTOCOL, Experts, Load
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class PlacementService:
             self.supervise(self._files.data_host())
 
     # -- what shards and callers ask
+
+    def protocol(self) -> int:
+        return PROTOCOL
 
     def secret(self) -> bytes:
         return self._state.secret()

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from trinity import errors
 from trinity.errors import TrinityError
-from trinity.rpc.messages import REMOTE, Backward, Fetch, Forward, Rows
+from trinity.rpc.messages import PROTOCOL, REMOTE, Backward, Fetch, Forward, Rows
 
-MAGIC = b"TRN5"  # the last byte is the format's version
+MAGIC = b"TRN%d" % PROTOCOL
 INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
 Calls = Forward | Backward | Fetch
 KEEP, HAS_ROWS, IN_SHARED_BUFFER = 1, 2, 4  # flags

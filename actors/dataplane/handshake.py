@@ -23,10 +23,11 @@ from typing import Literal
 from actors.dataplane import frames
 from actors.dataplane.connection import Address, Wire
 from actors.dataplane.frames import FAILURE, WELCOME, BadFrame, Header, value_of
+from trinity.rpc.messages import PROTOCOL, other_release
 
 log = logging.getLogger(__name__)
 MOST_SKEW_S = 1.0
-HELLO = b"TRH\x03"  # the last byte is the handshake's version
+HELLO = b"TRH%c" % PROTOCOL
 NONCE_BYTES = PROOF_BYTES = 32
 GREETING_BYTES = len(HELLO) + NONCE_BYTES
 REPLY_BYTES = GREETING_BYTES + PROOF_BYTES
@@ -59,10 +60,11 @@ def meant(address: Address, near: bool) -> str:
 
 def check_version(greeting: bytes | bytearray) -> None:
     """Raise BadFrame unless the peer speaks this handshake."""
-    if greeting[: len(HELLO)] != HELLO:
-        raise BadFrame(
-            f"the peer says {bytes(greeting[: len(HELLO)])!r}, this side {HELLO!r}: is it a shard of this version?"
-        )
+    said = bytes(greeting[: len(HELLO)])
+    if said[:-1] != HELLO[:-1]:
+        raise BadFrame(f"the peer says {said!r}, this side {HELLO!r}: is it a shard?")
+    if said != HELLO:
+        raise BadFrame(other_release("the peer", said[-1]))
 
 
 def welcome(secret: bytes, meant: str, mine: bytes, reply: bytes) -> tuple[bytes, bytes]:

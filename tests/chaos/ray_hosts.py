@@ -1,6 +1,6 @@
-"""A Ray cluster over hosts: a head and nodes, each started anew when it ends, as `clusters/trinity-node.service` does.
+"""A Ray cluster over hosts: a head and nodes, started as the units of systemd in clusters/ start them, and again when they end.
 
-Flags and environment are those of clusters/ (node.env, health checks), less what one machine cannot have five times over.
+Flags and environment are theirs, less what one machine cannot have five times over.
 """
 
 import json
@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from tests import waiting
 from tests.chaos.hosts import Host, Hosts, hosts
+from tests.units import command, environment, settings
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PORT = 6379
-HEAD = "head"
-AGAIN_S = 2  # RestartSec of the unit
+HEAD, UNITS = "head", ("trinity-node.service", "trinity-head.service")
+GCS = "/tmp/ray/gcs"
+FEW = ("--object-store-memory=80000000", "--include-dashboard=false")
 UNTIL_NODES = """
 import sys, time
 from ray._raylet import GcsClient
@@ -42,13 +42,6 @@ def node_env() -> dict[str, str]:
     return own | SMALL
 
 
-def head_env(folder: str) -> dict[str, str]:
-    """Environment of the head besides, read from the file that `ray up` reads."""
-    command = yaml.safe_load((ROOT / "clusters/aws-p5.yaml").read_text())["head_start_ray_commands"][1]
-    checks = dict(word.rstrip(";").split("=") for word in command.split() if word.startswith("RAY_health_check"))
-    return checks | {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": folder}
-
-
 class RayHosts:
     """The cluster. `resources` of each node by its host's name."""
 
@@ -69,7 +62,7 @@ class RayHosts:
     def address(self) -> str:
         return f"{self.head.address}:{PORT}"
 
-    def command(self, *words: str | Path) -> list[str]:
+    def trinity(self, *words: str | Path) -> list[str]:
         """A command of Trinity's, as on the head."""
         return [str(BIN / "trinity"), *map(str, words), "--cluster.address", self.address, "--cluster.auth", "disabled"]
 
@@ -83,16 +76,18 @@ class RayHosts:
         self.head.run(sys.executable, "-c", UNTIL_NODES, self.address, num, env=self.env)
 
     def _start(self, name: str) -> None:
-        host, is_head = self.hosts[name], name == HEAD
-        where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if is_head else [f"--address={self.address}"]
-        resources = {"CPU": 0.0} if is_head else dict(self._resources[name])
-        words = [f"--num-cpus={resources.pop('CPU', 1):.0f}", f"--resources={json.dumps(resources)}"]
-        words += [f"--node-ip-address={host.address}", "--block", "--object-store-memory=80000000", *where]
-        command = " ".join(f"'{word}'" for word in (str(BIN / "ray"), "start", *words))
-        again = f"while :; do {command} || true; echo ended; sleep {AGAIN_S}; done"
-        env = self.env | (head_env("/tmp/ray/gcs") if is_head else {})
+        """As its unit would: again whenever it ends."""
+        host, unit = self.hosts[name], UNITS[name == HEAD]
+        resources = dict(self._resources.get(name, {}))
+        own = {"HEAD": self.address, "RAY_gcs_storage_path": GCS}
+        own["RESOURCES"] = json.dumps({key: amount for key, amount in resources.items() if key != "CPU"})
+        words = [f"--num-cpus={resources.get('CPU', 0)}", f"--node-ip-address={host.address}", *FEW]
+        again = (
+            f"while :; do {command(unit, BIN / 'ray')} {' '.join(words)}; sleep {settings(unit)['RestartSec'][0]}; done"
+        )
+        env = {**self.env, **environment(unit), **own}
         with (self._logs / f"{name}.log").open("a") as log:
-            host.start("bash", "-c", again, env=env, stdout=log, stderr=log)
+            host.start("bash", "-c", f"mkdir -p {GCS}; {again}", env=env, stdout=log, stderr=log)
 
     def _answers(self) -> bool:
         probe = f"import socket; socket.create_connection(({self.head.address!r}, {PORT}), 1)"

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.hosts import cut, why_not
-from tests.chaos.ray_hosts import ROOT, ray_hosts
+from tests.chaos.ray_hosts import BIN, ROOT, ray_hosts
 from trinity.bench.models import checkpoint
 from trinity.config import preset
 
@@ -176,6 +177,10 @@ def test_slow_and_lossy_hosts_with_small_frames(tmp_path):
         driver("whole", [1, 1])
         for way in cluster.hosts.ways(CALLER):
             way.delay_s, way.loss = 0.010, 0.01
+        doctor = [BIN / "trinity", "doctor", "--address", cluster.address, "--auth", "disabled"]
+        said = cluster.head.run(*doctor, env=cluster.env)
+        print("\n" + said[said.index("round trips") :])
+        assert re.search(r"10\.88\.0\.2 2\d\.\d\d ms", said)
         driver("longest_s")
         driver("more", 200)
         print(f"\nlongest call {driver('longest_s'):.2f} s")

@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
             for name in cluster.hosts:
                 _set(cluster.hosts.ways(name), {"delay_s": own.delay_ms / 1000, "loss": own.loss})
             world = World(cluster, logs / "hosts", own.victims.split(","))
-            words = cluster.command("chaos", *command, "--hosts", logs / "hosts")
+            words = cluster.trinity("chaos", *command, "--hosts", logs / "hosts")
             code = cluster.head.start(*words, env=cluster.env).wait()
             world.close()
     return code

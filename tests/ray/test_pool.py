@@ -12,6 +12,7 @@ from tests.waiting import sooner_than, until
 from trinity.config import Config, OptimConfig, PlacementConfig, preset
 from trinity.errors import ConfigError, DeadlineExceeded, StepConflict, Unavailable
 from trinity.pool.local import local_pool
+from trinity.rpc import messages
 from trinity.rpc.messages import Load
 
 MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
@@ -135,6 +136,16 @@ def test_a_pool_that_cannot_start_says_what_is_missing_and_leaves_nothing(ray_se
         ):
             pools.create(settings, "trinity", MODEL, None, str(tmp_path))
         assert not pools.exists("too-big", "trinity")
+
+
+def test_a_process_of_another_release_is_refused_by_name(kept_pool, monkeypatch):
+    from actors import names
+    from actors import pool as pools
+
+    for module in (messages, names):
+        monkeypatch.setattr(module, "PROTOCOL", 7)
+    with pytest.raises(ConfigError, match=r"speaks protocol 6, this process 7: run one release of Trinity"):
+        pools.connect(kept_pool[1], "trinity")
 
 
 def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, ray_session):

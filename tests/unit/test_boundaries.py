@@ -26,7 +26,7 @@ LIBRARY = {
 }  # fmt: skip
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
-    "actors.cluster", "actors.train", "actors.train_metrics", "actors.chaos",
+    "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy",
@@ -106,6 +106,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.dispatch", "trinity.placement", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",
         "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
     },
+    "actors.round_trips": {"actors.names"},
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.observability", "trinity.state", "trinity.train", "actors.pool",
         "actors.sync", "actors.train_metrics",

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ray.autoscaler._private.fake_multi_node import node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from clusters import fake
+from tests import units
 from tests.unit.cluster_files import (
     ALL,
     BOUGHT,
@@ -38,6 +40,31 @@ from tests.unit.cluster_files import (
     without_minimum,
 )
 from trinity.config import Config, setup_environment
+
+# ---- units of systemd, for machines of one's own ----
+
+
+def test_units_start_what_the_launcher_starts_and_start_it_again():
+    head, node = units.settings("trinity-head.service"), units.settings("trinity-node.service")
+    assert head["Restart"] == node["Restart"] == ["always"]
+    assert head["StartLimitIntervalSec"] == node["StartLimitIntervalSec"] == ["0"], "however often it ends"
+    for unit in (head, node):
+        assert unit["EnvironmentFile"][0] == "/home/ubuntu/trinity/clusters/node.env"
+    assert units.environment("trinity-head.service").items() >= HEAD_ENV.items()
+    launched = read("aws-p5.yaml")[0]["head_start_ray_commands"][1]
+    by_unit = set(head["ExecStart"][0].split()) - {"--block", "--num-cpus=0"}
+    assert {word for word in by_unit if word.startswith("--")} <= set(launched.split())
+
+
+def test_units_are_ones_to_systemd(tmp_path):
+    if not (analyze := shutil.which("systemd-analyze")):
+        pytest.skip("no systemd here")
+    for name in ("trinity-head.service", "trinity-node.service"):
+        text = (FOLDER / name).read_text().replace("/home/ubuntu/trinity/.venv/bin/ray", "/bin/true")
+        (tmp_path / name).write_text(text)
+        done = subprocess.run([analyze, "verify", tmp_path / name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
 
 # ---- the launcher's files ----
 
@@ -321,6 +348,8 @@ def test_files_hold_no_secret_and_the_guide_names_each_of_them():
         "local.yaml",
         "serve.yaml",
         "settings.yaml",
+        "trinity-head.service",
+        "trinity-node.service",
         "node.env",
         "Dockerfile",
         "Dockerfile.dockerignore",

@@ -130,12 +130,15 @@ def test_clocks_that_differ_are_named(port, monkeypatch, caplog, ahead_s, said):
     assert said in "".join(found)
 
 
-def test_another_version_is_named(port):
+@pytest.mark.parametrize(
+    ("said", "answer"), [(b"TRH\x01", b"speaks protocol 1, this process 6"), (b"HTTP", b"is it a shard?")]
+)
+def test_another_release_is_named(port, said, answer):
     with port.stranger() as sock:
         sock.recv(GREETING_BYTES, socket.MSG_WAITALL)
-        sock.sendall(b"TRH\x01".ljust(REPLY_BYTES, b"\0"))
+        sock.sendall(said.ljust(REPLY_BYTES, b"\0"))
         head = Header.unpack(sock.recv(len(WELCOME), socket.MSG_WAITALL))
-        assert b"TRH" in sock.recv(head.payload_bytes, socket.MSG_WAITALL)
+        assert answer in sock.recv(head.payload_bytes, socket.MSG_WAITALL)
 
 
 # -- what strangers cost

@@ -1,20 +1,35 @@
 """`trinity doctor`: what to paste in a bug report. Finds problems before they are met at 3 a.m."""
 
 import argparse
+import math
 import platform
 import shutil
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trinity.commands.placement import cluster_of
+from trinity.config import preset
+from trinity.errors import TrinityError
 from trinity.utils.machine import meminfo, versions
 
+if TYPE_CHECKING:
+    from actors.round_trips import Measured
+
+MOST_SKEW_S = 1.0
 PACKAGES = ["trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers"]
 PACKAGES += ["transformers", "grpcio", "protobuf", "pydantic", "numpy", "fastapi", "uvicorn"]
 PORTS = {"HTTP": 8000, "gRPC": 9000, "Ray": 6379, "Ray dashboard": 8265}
 
 
+LAYERS_OF = ("nano", "mini", "large")
+SLOWEST = 4  # others of a node that are shown
+
+
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     sections = {"system": _system(), "packages": versions(PACKAGES), "devices": _devices(), "ports": _ports()}
+    if arguments.address:
+        sections["round trips, slowest first"] = _round_trips(arguments)
     for title, lines in sections.items():
         print(title)
         for key, value in lines.items():
@@ -61,6 +76,35 @@ def _devices() -> dict[str, str]:
 
 def _ports() -> dict[str, str]:
     return {f"{name} {port}": "free" if _is_free(port) else "in use" for name, port in PORTS.items()}
+
+
+def _round_trips(arguments: argparse.Namespace) -> dict[str, str]:
+    """A line for each node of the cluster, and what the slowest pair costs a token."""
+    with cluster_of(arguments):
+        from actors.round_trips import measured
+
+        found = measured()
+    known = [each for each in found.values() if not isinstance(each, TrinityError)]
+    slowest_s = max((to_s for each in known for to_s in each.to_s.values() if to_s is not None), default=0.0)
+    shown = {
+        address: each.message if isinstance(each, TrinityError) else _shown(each) for address, each in found.items()
+    }
+    return {**shown, "a token then pays": _paid(slowest_s)}
+
+
+def _shown(found: "Measured") -> str:
+    """The others, slowest first; those that cannot be reached before them."""
+    slow = sorted(found.to_s.items(), key=lambda pair: -math.inf if pair[1] is None else -pair[1])
+    others = [f"{other} {'cannot be reached' if to_s is None else f'{1000 * to_s:.2f} ms'}" for other, to_s in slow]
+    clock = [f"clock {found.ahead_s:+.1f} s"] if abs(found.ahead_s) > MOST_SKEW_S else []
+    return ", ".join([*clock, *others[:SLOWEST]]) or "alone"
+
+
+def _paid(round_trip_s: float) -> str:
+    """Cost for each token of engine and shards so far apart: its layers wait one after the other."""
+    layers = {name: len(preset(name).moe_layers) for name in LAYERS_OF}
+    each = ", ".join(f"{1000 * round_trip_s * num:.1f} ms in {name}" for name, num in layers.items())
+    return f"{each} where engine and shards are that far apart (docs/operations.md)"
 
 
 def _is_free(port: int) -> bool:

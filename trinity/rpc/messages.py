@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+PROTOCOL = (
+    6  # of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades)
+)
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
@@ -54,6 +57,12 @@ class Backward:
     deadline_s: float
     dy_RD: Tensor
     rows: Rows | None = None
+
+
+def other_release(who: str, theirs: int | None) -> str:
+    """What to say of a peer that speaks another protocol."""
+    known = "an older protocol" if theirs is None else f"protocol {theirs}"
+    return f"{who} speaks {known}, this process {PROTOCOL}: run one release of Trinity (docs/operations.md, Upgrades)"
 
 
 def departing(message: Any) -> Any:
