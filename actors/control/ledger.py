@@ -68,9 +68,16 @@ class Ledger:
 
     # -- the job
 
-    def new_attempt(self) -> int:
-        """Begin an attempt; whatever older ones still have under way is void from here on."""
+    def new_attempt(self, version: int) -> int:
+        """Begin an attempt at the step after that version; whatever older ones still have under way is void from here on.
+
+        Raises StepConflict where another version was decided last: shards would let go of what they have staged of it.
+        """
         with self._changed:
+            if self.decision is not None and version != self.version:
+                raise StepConflict(
+                    f"version {self.version} is the last that was decided; nobody goes on from {version}"
+                )
             attempt = max(self._state.attempt + 1, time.time_ns() // 1000)
             self._become(attempt=attempt)
             return attempt

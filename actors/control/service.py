@@ -78,7 +78,7 @@ class PlacementService:
 
     def begin_attempt(self, version: int, num_updates: int) -> StepTicket:
         """Begin an attempt at a step, for a trainer. Waits while experts move."""
-        attempt = self._ledger.new_attempt()
+        attempt = self._ledger.new_attempt(version)
         epoch = self._running().begin_attempt(version, num_updates)
         return StepTicket(epoch, attempt, self._ledger.keep())
 

@@ -79,10 +79,14 @@ class GradAccumulator:
 
     def share(self, message: Prepare, held: Experts, peers: Peers | None, device: torch.device | str = "cpu") -> None:
         """Take up the gradients that other replicas of our experts have. They may arrive in the host's memory; they are added
-        on `device`, ours. Raises what the peers raise."""
+        on `device`, ours. Raises what the peers raise, and StepConflict for an expert that is still to be copied to us."""
         me = self._shard
         for layer, expert, holders in _shared_by(message, me):
             assert peers is not None, f"shard {me} shares experts and was given no peers"
+            if expert not in held[layer]:
+                raise StepConflict(
+                    f"shard {me} does not hold expert ({layer}, {expert}) yet; the step must wait for it"
+                )
             at = held[layer].index(expert)
             if (layer, at) not in self._shared:
                 own_ND = self.rows(layer, at, None)
@@ -115,11 +119,13 @@ class GradAccumulator:
         ]
         return sq_norm([*own, *(sum_ND for is_primary, sum_ND in self._shared.values() if is_primary)])
 
-    def take(self, attempt: int, weights: dict[int, LayerWeights]) -> Gradients:
+    def take(self, attempt: int, weights: dict[int, LayerWeights], num_ops: int | None = None) -> Gradients:
         """The step's gradients of these weights, the caller's from here on. Raises StepConflict unless that attempt was
-        prepared."""
+        prepared, and where they are not of so many ops: what was gathered became void, and a late message prepared the rest."""
         if attempt != self.attempt or not self._is_closed or self._is_taken:
             raise StepConflict(f"attempt {attempt:x} is not prepared; {self.attempt:x} is gathering")
+        if num_ops not in (None, self.num_ops):
+            raise StepConflict(f"shard {self._shard} has {self.num_ops} backward ops of the {num_ops} that it prepared")
         total, self._callers, self._is_taken = self._total, {}, True
         for (layer, at), (_, sum_ND) in self._shared.items():
             parts = sum_ND.chunk(3) if sum_ND.numel() else ()

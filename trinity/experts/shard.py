@@ -143,7 +143,8 @@ class ExpertShard:
             if made is not None:
                 return made.notes["is_finite"]
             self.versions.expect_next(message.step)
-            gradients = self.gathered.take(message.attempt, self.versions.present)
+            num_ops = message.num_ops.get(self.spec.name)
+            gradients = self.gathered.take(message.attempt, self.versions.present, num_ops)
             optimizer, target = self.versions.begin_next(message.keep)
         optimizer.step_into(target, gradients, message.lrs, message.grad_scale)
         is_finite = all(bool(torch.isfinite(weight.sum())) for weight in target.params.values())

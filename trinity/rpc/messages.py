@@ -122,13 +122,15 @@ class StepReport:
 class Stage:
     """Verb `stage` -> whether the new weights are finite. Makes the weights of a prepared step beside the present ones, so
     that nothing can prevent its commit any more. Callers go on computing with the present version meanwhile; versions
-    before it are gone, except those to `keep`. `lrs` has the learning rate of each parameter group. Harmless when repeated."""
+    before it are gone, except those to `keep`. `lrs` has the learning rate of each parameter group. `num_ops`: so many
+    backward ops each shard steps with; one that has another number refuses. Harmless when repeated."""
 
     step: int
     lrs: Mapping[str, float]
     grad_scale: float
     attempt: int = 0
     keep: tuple[int, ...] = ()
+    num_ops: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

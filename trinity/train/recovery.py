@@ -114,6 +114,9 @@ class Recovery:
             self.pool.commit(decision.version)
             return found
         except RETRYABLE as error:
+            latest = self.pool.decided()
+            if latest is not None and latest.version > decision.version:  # by the worker that we replace, just now
+                return self._decided_version()
             log.warning("version %d cannot be gone on from: %s", decision.version, error)
             return None
 

@@ -151,7 +151,7 @@ class Trainer:
         lrs = learning_rates(self.position + 1, self.config.optim, self.config.train.steps)
         if not (math.isfinite(norm) and math.isfinite(totals.ce)):
             self._skip(ticket, f"the gradient norm is {norm}")
-        elif not self._stage(norm, lrs, totals.counts_LE, ticket):
+        elif not self._stage(norm, lrs, totals, ticket):
             self._skip(ticket, "the new weights are not finite")
         else:
             self._commit(ticket, totals, norm, lrs)
@@ -212,13 +212,13 @@ class Trainer:
         return {name: p.grad for name, p in self.model.weights().items() if p.grad is not None}
 
     @phase("stage")
-    def _stage(self, norm: float, lrs: Mapping[str, float], counts_LE: Tensor, ticket: StepTicket) -> bool:
+    def _stage(self, norm: float, lrs: Mapping[str, float], totals: Totals, ticket: StepTicket) -> bool:
         """Make the next version, on the shards and here side by side; -> whether it is finite everywhere."""
         scale = min(1.0, self.config.optim.grad_clip / (norm + 1e-12))
         keep = (*ticket.keep, *self.saver.versions) if self.comm.rank == 0 else ()
-        message = Stage(self.version + 1, lrs, scale, ticket.attempt, keep)
+        message = Stage(self.version + 1, lrs, scale, ticket.attempt, keep, totals.num_sent_ops)
         wait = self.pool.stage(message) if self.comm.rank == 0 else lambda: True
-        mine = self.backbone.stage(self._grads(), message, counts_LE)
+        mine = self.backbone.stage(self._grads(), message, totals.counts_LE)
         try:
             return on_rank0(self.comm, lambda: wait() and mine)
         except RetryStep:
