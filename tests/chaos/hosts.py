@@ -24,13 +24,14 @@ from tests.chaos.switch import Switch, Way
 
 NETWORK = "10.88.0"
 MEMORY = "2g"  # of /dev/shm
+MORTAL = ("setpriv", "--pdeathsig", "KILL")  # with whoever started it
 SPACES = ("--net", "--pid", "--mount", "--ipc", "--uts")
 REAPER = "trap : TERM; while :; do sleep 3600 & wait $!; done"
 
 
 def why_not() -> str:
     """Why there can be none here, if so."""
-    missing = [name for name in ("unshare", "nsenter", "bash") if not shutil.which(name)]
+    missing = [name for name in ("unshare", "nsenter", "setpriv", "bash") if not shutil.which(name)]
     return switches.why_not() or (f"hosts need {', '.join(missing)}" if missing else _why_no_spaces())
 
 
@@ -75,7 +76,7 @@ class Host:
         )
         spaces = ["unshare", "--fork", "--kill-child", *SPACES[1:], "--mount-proc", "bash", "-c"]
         self._root = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *spaces, f"set -e; {mounts}; echo on; {REAPER}"],
+            [*MORTAL, "ip", "netns", "exec", self.name, *spaces, f"set -e; {mounts}; echo on; {REAPER}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # it complains of being killed
         )
@@ -107,7 +108,7 @@ class Host:
     @property
     def inside(self) -> list[str]:
         """Command that runs what follows it there."""
-        return ["nsenter", "--target", str(self._pid), *SPACES, "--", "setpriv", "--pdeathsig", "KILL"]
+        return ["nsenter", "--target", str(self._pid), *SPACES, "--", *MORTAL]
 
     def run(self, *command: str | Path | int, timeout_s: float = 120, **options: object) -> str:
         """-> its output. Raises CalledProcessError, whose stderr says why."""

@@ -60,7 +60,7 @@ class Backward:
 
 
 def other_release(who: str, theirs: int | None) -> str:
-    """What to say of a peer that speaks another protocol."""
+    """Sentence about a peer that speaks another protocol."""
     known = "an older protocol" if theirs is None else f"protocol {theirs}"
     return f"{who} speaks {known}, this process {PROTOCOL}: run one release of Trinity (docs/operations.md, Upgrades)"
 
