@@ -36,6 +36,7 @@ from trinity.utils.trying import retrying
 
 log = logging.getLogger(__name__)
 HEAD = "node:__internal_head__"
+ASK_S = 30.0
 
 
 class RayPool(ExpertPool):
@@ -116,7 +117,12 @@ def provide(
 
 
 def create(
-    settings: PlacementConfig, namespace: str, model: ModelConfig, optim: OptimConfig | None, state_dir: str
+    settings: PlacementConfig,
+    namespace: str,
+    model: ModelConfig,
+    optim: OptimConfig | None,
+    state_dir: str,
+    ends_with_server: bool = False,
 ) -> RayPool:
     """Start the placement service and the shards, wait until all answer, publish the table's epoch.
 
@@ -124,7 +130,7 @@ def create(
     """
     with ExitStack() as undo:
         undo.callback(destroy, settings.pool, namespace, settings.memory_dir)
-        spec = PoolSpec(model, optim, settings.num_shards, device_of(settings))
+        spec = PoolSpec(model, optim, settings.num_shards, device_of(settings), ends_with_server)
         made = _create(settings, namespace, spec, state_dir)
         undo.pop_all()
     return made
@@ -167,6 +173,12 @@ def names(namespace: str) -> list[str]:
 
 def exists(pool: str, namespace: str) -> bool:
     return pool in names(namespace)
+
+
+def of_server(namespace: str) -> list[str]:
+    """The pools that were made for the server of this cluster, and end with it."""
+    found = ((name, find(name, PLACEMENT, namespace)) for name in names(namespace))
+    return [name for name, service in found if ask(service.spec.remote(), ASK_S, SERVICE).ends_with_server]
 
 
 def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:

@@ -72,7 +72,7 @@ def try_template(source: str) -> None:
 
 
 def provide_weights(config: Config, source: str) -> bool:
-    """See that the pool is there with what engines will ask it for; -> whether it was made for that."""
+    """See that the pool is there with what engines will ask it for; -> whether it ends with the server."""
     from actors import pool as pools
 
     if not config.serve.is_of_run:
@@ -86,25 +86,27 @@ def provide_weights(config: Config, source: str) -> bool:
 
 
 def provide_pool(config: Config, checkpoint: str) -> bool:
-    """See that the pool of the configured name holds this checkpoint's experts; -> whether it was made for that.
+    """See that the pool of the configured name holds this checkpoint's experts; -> whether it ends with the server: it was
+    made for one, now or by a command that died, and is not to be kept.
 
     A pool that is there is used as it is or refused, never loaded: somebody may be training in it.
     """
     from actors import pool as pools
 
-    name, namespace = config.placement.pool, config.cluster.namespace
+    name, namespace, ends = config.placement.pool, config.cluster.namespace, not config.placement.keep
     if pools.exists(name, namespace):
-        _check_holds(pools.connect(config.placement, namespace), config, checkpoint)
-        return False
+        pool = pools.connect(config.placement, namespace)
+        _check_holds(pool, config, checkpoint)
+        return ends and pool.service.spec().ends_with_server
     state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
-    pool = pools.create(config.placement, namespace, config.model, None, state_dir)
+    pool = pools.create(config.placement, namespace, config.model, None, state_dir, ends_with_server=ends)
     try:
         pool.load(Load(checkpoint, training=False))
     except TrinityError:
         pools.destroy(name, namespace)
         raise
     print(describe(pool.status(), config.model), file=sys.stderr)
-    return True
+    return ends
 
 
 def _check_holds(pool: "RayPool", config: Config, checkpoint: str) -> None:

@@ -4,7 +4,7 @@ Decision: one lock, which is also where those wait who want the news: the table,
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.control.files import PoolFiles
@@ -19,12 +19,14 @@ LONGEST_WAIT_S = 30.0
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """Specification of a pool. `optim` None: it serves and does not train."""
+    """Specification of a pool. `optim` None: it serves and does not train. `ends_with_server`: it was made for the
+    cluster's server, by a command that may be gone before the two of them."""
 
     model: ModelConfig
     optim: OptimConfig | None
     num_shards: int
     device: str
+    ends_with_server: bool = field(default=False, compare=False)
 
     @property
     def trains(self) -> bool:

@@ -73,7 +73,7 @@ def served(config: Config, source: str, arguments: argparse.Namespace) -> Report
 
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
     with joined(config.cluster):
-        made = provide_pool(config, source)
+        ends = provide_pool(config, source)
         try:
             server = app.start(config, source)
             pool = pools.connect(config.placement, config.cluster.namespace)
@@ -82,7 +82,7 @@ def served(config: Config, source: str, arguments: argparse.Namespace) -> Report
             finally:
                 server.stop()
         finally:
-            if made and not config.placement.keep:
+            if ends:
                 pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
 
 
