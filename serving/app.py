@@ -6,8 +6,10 @@ draining are ours; Ray Serve starts, checks, scales and replaces the processes, 
 """
 
 import functools
+import json
 import logging
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,32 +22,55 @@ from serving.engine import EngineReplica, connect_client, keep_to_node_address, 
 from serving.frontend import Frontend
 from serving.gateway import Gateway
 from serving.pool_operator import Operator
-from trinity.config import Config, PlacementConfig, ServeConfig
+from trinity.config import Config, PlacementConfig, ServeConfig, differences
 from trinity.errors import ConfigError, Unavailable
 
 log = logging.getLogger("trinity.serving")
 APP = "trinity"
 FACTORY = "serving.engine:build_engine"
+READY, DRAINING = "ready", "draining"
 SPARE_CALLS = 64  # health probes beside a full house of requests
 SPARE_S = 10.0  # for closing, after the last request
 QUIET = {"enable_access_log": False}
 
 
+@dataclass(frozen=True)
+class About:
+    """Facts that a gateway tells a command which did not start it."""
+
+    source: str
+    model: str
+    http_url: str
+    grpc_address: str
+    namespace: str
+    stop_timeout_s: float
+    state: str  # READY, DRAINING, or what else it is
+
+
 class GatewayReplica:
-    """The ingress deployment: a Gateway in Serve's event loop."""
+    """The ingress deployment: a Gateway in Serve's event loop. `settings_json` is what `settings_of` says of it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engines: Any, config_json: str, ready_timeout_s: float, pool: tuple[str, str] | None
+        self, engines: Any, settings_json: str, ready_timeout_s: float, placement_json: str | None
     ):
         keep_to_node_address()
-        config = ServeConfig.model_validate_json(config_json)
+        self.settings = json.loads(settings_json)
+        self.namespace = self.settings["cluster"]["namespace"]
+        config = ServeConfig.model_validate(self.settings["serve"])
         client, tokenizer, info = await connect_client(engines, ready_timeout_s)
-        operator = functools.partial(find_operator, *pool) if pool else None
+        operator = functools.partial(find_operator, placement_json, self.namespace) if placement_json else None
         self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator))
         await self.gateway.start()
 
-    async def addresses(self) -> tuple[str, str]:
-        return self.gateway.addresses
+    async def about(self) -> About:
+        front = self.gateway.front
+        stop_timeout_s = front.config.drain_timeout_s + SPARE_S
+        facts = (self.settings["SOURCE"], front.info.model, *self.gateway.addresses, self.namespace, stop_timeout_s)
+        return About(*facts, DRAINING if front.admission.draining else READY if front.ready else "without an engine")
+
+    async def differences(self, settings_json: str) -> list[str]:
+        """Differences between its settings and those that are wanted. Keys stay here."""
+        return differences(self.settings, json.loads(settings_json))
 
     async def stop(self) -> None:
         await self.gateway.stop()
@@ -75,6 +100,10 @@ class Server:
     gateway: Any
     stop_timeout_s: float
 
+    @classmethod
+    def of(cls, gateway: Any, about: About) -> "Server":
+        return cls(about.http_url, about.grpc_address, gateway, about.stop_timeout_s)
+
     def stop(self) -> None:
         """Drain, then remove the application; blocks for at most serve.drain_timeout_s and some seconds. Repeatable."""
         try:
@@ -82,6 +111,14 @@ class Server:
         except (RayServeException, RayActorError, TimeoutError) as error:
             log.warning("the gateway did not end by itself: %s", type(error).__name__)
         serve.delete(APP)
+
+
+def settings_of(config: Config, source: str) -> str:
+    """The settings by which one application is the same as another, as JSON."""
+    tree = config.model_dump(mode="json")
+    own = {name: tree[name] for name in ("model", "engine", "serve")}
+    own["placement"] = {name: tree["placement"][name] for name in ("pool", "keep")}
+    return json.dumps({"SOURCE": source, **own, "cluster": {"namespace": config.cluster.namespace}})
 
 
 def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Application:
@@ -111,12 +148,11 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
         health_check_period_s=2,
         logging_config=QUIET,
     )
-    pool = (config.placement.model_dump_json(), config.cluster.namespace) if factory == FACTORY else None
     return gateway.bind(
         engines.bind(factory, checkpoint, config.model_dump_json(exclude={"serve": {"admin_key"}})),
-        settings.model_dump_json(),
+        settings_of(config, checkpoint),
         config.placement.ready_timeout_s,
-        pool,
+        config.placement.model_dump_json() if factory == FACTORY else None,
     )
 
 
@@ -136,15 +172,16 @@ def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
     load_factory(factory)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
-    try:
-        gateway = serve.run(build(config, checkpoint, factory), name=APP, route_prefix=None)
-    except RuntimeError:
-        log.exception("the application did not start")
-        reasons = _last_lines()
-        serve.delete(APP)
-        raise Unavailable(f"the server did not start: {reasons}") from None
-    http_url, grpc_address = gateway.addresses.remote().result(timeout_s=30)
-    return Server(http_url, grpc_address, gateway, config.serve.drain_timeout_s + SPARE_S)
+    with ExitStack() as undo:
+        undo.callback(serve.delete, APP)
+        try:
+            gateway = serve.run(build(config, checkpoint, factory), name=APP, route_prefix=None)
+        except RuntimeError:
+            log.exception("the application did not start")
+            raise Unavailable(f"the server did not start: {_last_lines()}") from None
+        server = Server.of(gateway, gateway.about.remote().result(timeout_s=30))
+        undo.pop_all()
+    return server
 
 
 def _last_lines() -> str:

@@ -50,7 +50,14 @@ def parser() -> argparse.ArgumentParser:
         "--serve", action="store_true", help="answer over HTTP and gRPC meanwhile, with the weights as they become"
     )
     made["serve"].add_argument(
-        "source", help="a checkpoint's folder; with live or pinned weights, a run's train.out_dir"
+        "source",
+        help="a checkpoint's folder; with live or pinned weights, a run's train.out_dir. `stop`: end the server of a cluster "
+        "and its pool (a folder of that name is ./stop)",
+    )
+    made["serve"].add_argument(
+        "--adopt",
+        action="store_true",
+        help="take over the server of this cluster, if it serves the same; else start one",
     )
     _settings(made["serve"], required=False)
     for flag in ("--host", "--http-port", "--grpc-port", "--weights"):

@@ -34,19 +34,19 @@ PROMPTS = [f"word {n} and then some more of it {n * n}" for n in range(16)]
 NUM_TOKENS = 24
 
 
-def write_checkpoint(folder):
+def write_checkpoint(folder, config=MODEL):
     """Random weights large enough that greedy text is no repetition of one token."""
-    pool = local_pool(MODEL, Load(), backend="torch")
-    model = Afmoe(MODEL, pool.dispatcher())
+    pool = local_pool(config, Load(), backend="torch")
+    model = Afmoe(config, pool.dispatcher())
     shard = pool.transport.shards["shard-0"]
-    tensors = {**model.tensors(), **dict(named_matrices(shard.store.current, MODEL, shard.experts, (WEIGHT,)))}
+    tensors = {**model.tensors(), **dict(named_matrices(shard.store.current, config, shard.experts, (WEIGHT,)))}
     with torch.no_grad():
         for name, tensor in tensors.items():
             noise = torch.randn(tensor.shape, generator=named_generator(0, name))
             tensors[name] = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
-    tokenizer = Tokenizer.train(iter([" ".join(PROMPTS) * 5]), MODEL.vocab_size)
+    tokenizer = Tokenizer.train(iter([" ".join(PROMPTS) * 5]), config.vocab_size)
     writer = CheckpointWriter(folder, 9)
-    return writer.finish(write_tensors(writer.folder, "model", tensors.items()), MODEL, tokenizer, None)
+    return writer.finish(write_tensors(writer.folder, "model", tensors.items()), config, tokenizer, None)
 
 
 def wanted(checkpoint):

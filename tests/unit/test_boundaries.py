@@ -29,7 +29,8 @@ ACTORS = {
     "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos",
 }  # fmt: skip
 SERVING = {
-    "serving.access", "serving.addresses", "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy",
+    "serving.access", "serving.addresses", "serving.adoption",
+    "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
     "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
 }  # fmt: skip
@@ -143,12 +144,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serving.launch": {"trinity.checkpoint", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},
+    "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
     "serving.deploy": {"serving.app", "serving.launch"},
     "protos": set(),
 }  # fmt: skip
 
 ONLY_IN = {  # library -> the packages that may say it; others than these are free
-    "ray": ("actors", "serving.app", "serving.deploy", "serving.engine", "trinity.bench"),
+    "ray": ("actors", "serving.adoption", "serving.app", "serving.deploy", "serving.engine", "trinity.bench"),
     "grpc": ("serving.grpc", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),

@@ -17,7 +17,7 @@ from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
-from trinity.config.tree import Config, merged, preset
+from trinity.config.tree import Config, differences, merged, preset
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "admin_key",
     "api_key",
+    "differences",
     "merge",
     "merged",
     "num_cpus",

@@ -23,6 +23,7 @@ RENAMED = {
     "engine.num_in_flight": "engine.num_overlapped_microbatches",
     "train.runaway_nats": "train.loss_spike_threshold",
 }  # refused with the new name
+SECRET = ("key", "api_key", "admin_key")
 
 
 class Config(Frozen):
@@ -81,6 +82,24 @@ def preset(name: str) -> ModelConfig:
 def merged(path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> dict[str, Any]:
     """The plain tree `base` < the YAML file < flags, not yet checked."""
     return merge(merge(base, read_yaml(path) if path else {}), parse_flags(flags))
+
+
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings in which two plain trees differ, each with both values; keys of clients and operators are not shown."""
+    found = []
+    for name in dict.fromkeys((*theirs, *mine)):
+        there, here = theirs.get(name), mine.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            found += differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            told = "another" if _has_key(name, there, here) else f"{there!r}, not {here!r}"
+            found.append(f"{prefix}{name} is {told}")
+    return found
+
+
+def _has_key(name: str, *values: Any) -> bool:
+    inside = [each for value in values if isinstance(value, Mapping) for each in value]
+    return name in SECRET or any(_has_key(each) for each in inside)
 
 
 def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
