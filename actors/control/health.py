@@ -70,14 +70,6 @@ class Watch:
         now_s = time.monotonic()
         return frozenset(n for n, seen in self.seen.items() if not seen.is_there and now_s - seen.since_s > after_s)
 
-    def view(self, name: str, is_drained: bool) -> ShardView:
-        """View of a shard, as operators see it."""
-        seen = self.seen.get(name)
-        if seen is None:
-            return ShardView(name, "", "starting", -1, 0, 0, 0.0)
-        state = "away" if not seen.is_there else "draining" if is_drained else "ready"
-        return ShardView(name, seen.node, state, seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s)
-
     def rows_in_window(self) -> float:
         return float(self.load_LE.sum()) * self.window_s
 
@@ -134,6 +126,14 @@ class Watch:
         if old_LE is None:
             return np.zeros_like(counts_LE)
         return np.where(counts_LE >= old_LE, counts_LE - old_LE, counts_LE)
+
+
+def shard_view(name: str, seen: ShardSeen | None, is_drained: bool) -> ShardView:
+    """View of a shard, as operators see it."""
+    if seen is None:
+        return ShardView(name, "", "starting", -1, 0, 0, 0.0)
+    state = "away" if not seen.is_there else "draining" if is_drained else "ready"
+    return ShardView(name, seen.node, state, seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s)
 
 
 def _asked(handles: Handles, name: str) -> Any:

@@ -100,6 +100,8 @@ class Migration:
     def retire(self) -> None:
         self.history.phase("retire", self.copied_bytes)
         self.shards.tidy(self.state.table)
+        # who waits for the end of a change looks at the shards then
+        self.watch.look(self.state.table, self.shards.handles, self.state.settings.watch_every_s)
         self.history.phase("done", self.copied_bytes)
 
     def roll_back(self) -> None:

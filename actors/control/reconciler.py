@@ -15,7 +15,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from actors.control.desired import Change, DesiredState, Rules, Seen, desired_change
-from actors.control.health import Watch, draining_nodes, roomy_nodes
+from actors.control.health import Watch, draining_nodes, roomy_nodes, shard_view
 from actors.control.migration import At, History, Migration
 from actors.control.repair import RepairController
 from actors.control.scaling import LoadScaling
@@ -152,8 +152,10 @@ class Reconciler:
         return self.state.epoch
 
     def snapshot(self) -> Snapshot:
+        # in this order: a change that is done has been seen, and who leaves meanwhile is not taken for one that starts
+        changes, seen = self.history.views, self.watch.seen
         table, load_LE, drained = self.state.table, self.watch.load_LE, self.desired.now.drained
-        shards = tuple(self.watch.view(name, name in drained) for name in table.shards)
+        shards = tuple(shard_view(name, seen.get(name), name in drained) for name in table.shards)
         rows = np.array([shard.rows_per_s for shard in shards])
         return Snapshot(
             pool=self.settings.pool,
@@ -162,7 +164,7 @@ class Reconciler:
             shards=shards,
             load_LE=tuple(tuple(map(float, row)) for row in load_LE),
             imbalance=float(rows.max() / rows.mean()) if rows.any() else 0.0,
-            changes=tuple(reversed(self.history.views)),
+            changes=tuple(reversed(changes)),
             num_recoveries=self.watch.num_recoveries,
         )
 

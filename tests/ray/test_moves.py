@@ -211,6 +211,7 @@ def test_shards_come_and_go_under_load(pool, operator, load, ray_session):
     epoch = operator.scale(4, "more")
     grown = settled(operator, epoch)
     assert grown.table.shards == ("shard-0", "shard-1", "shard-2", "shard-3")
+    assert {shard.state for shard in grown.shards} == {"ready"}, "a change is done when its shards have been seen"
     assert grown.changes[0].num_copies > 0
     assert grown.changes[0].copied_bytes > 0
     until(lambda: held(pool) == by_table(grown.table))

@@ -310,7 +310,7 @@ class World:
         self.calls, self.fails, self.lock = [], fails or {}, threading.Lock()
         self.state, self.table = self, TWO
         self.spec = SimpleNamespace(trains=trains, expert_bytes=1, model=preset("tiny"))
-        self.settings = SimpleNamespace(drain_s=0.0)
+        self.settings, self.handles = SimpleNamespace(drain_s=0.0, watch_every_s=0.0), {}
         self.ledger = SimpleNamespace(keep=lambda: keep)
         self.there = frozenset({"shard-0"})
         self.tables = [TWO]
@@ -345,6 +345,9 @@ class World:
     def tidy(self, table):
         self._called("tidy", table.epoch)
 
+    def look(self, table, handles, timeout_s):
+        self._called("look", table.epoch)
+
 
 GROWN = Change(
     PlacementTable.spread(LAYERS, NUM_EXPERTS, ("shard-0", "shard-1", "shard-2"), TWO.epoch + 1), ("shard-2",), "more"
@@ -377,9 +380,9 @@ def test_a_migration_copies_then_publishes_then_retires():
     assert error is None
     assert migration.is_published
     names = [name for name, _ in world.calls]
-    assert names == ["make", "drop_leftovers", *["copy"] * names.count("copy"), "publish", "tidy"]
+    assert names == ["make", "drop_leftovers", *["copy"] * names.count("copy"), "publish", "tidy", "look"]
     copied = [
-        (shard, m.layer, e, s) for _, (shard, m) in world.calls[2:-2] for e, s in zip(m.experts, m.sources, strict=True)
+        (shard, m.layer, e, s) for _, (shard, m) in world.calls[2:-3] for e, s in zip(m.experts, m.sources, strict=True)
     ]
     assert {(shard, layer, e) for shard, layer, e, _ in copied} == {
         (copy.shard, *copy.expert) for copy in migration.moves.copies
