@@ -52,7 +52,7 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
             address="local",
             _temp_dir=str(private_folder(is_short=True) / "ray"),  # its logs and sockets are nobody else's business
             namespace=cluster.namespace,
-            num_cpus=cluster.num_cpus + wanted,
+            num_cpus=cluster.num_cpus,
             resources={"train_slot": wanted} if wanted else None,
             include_dashboard=False,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,

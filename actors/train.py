@@ -68,7 +68,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     config = _with_own_tokenizer(config.replace(train={"out_dir": str(out_dir)}))
     prepare(config.data, config.train, config.model, out_dir)
     settings = config.train
-    resources = {"CPU": 1.0, "train_slot": 1.0}
+    resources = {"train_slot": 1.0}  # no CPU: a node's slots say how many workers it takes
     use_gpu = settings.num_gpus_per_worker > 0
     is_elastic = settings.fewest_workers < settings.num_workers
     num_workers = (settings.fewest_workers, settings.num_workers) if is_elastic else settings.num_workers
