@@ -4,7 +4,6 @@ It outlives the command that started it, as its pool does: both are Ray's. The a
 it was made for a server (actors/control/state.py); so another command can end both as the first would have.
 """
 
-import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from actors import pool as pools
 from actors.names import PlacementClient
-from serving.app import APP, DRAINING, READY, About, Server, settings_of
+from serving.app import APP, DRAINING, READY, About, Server, be_quiet, settings_of
 from trinity.config import Config
 from trinity.errors import ConfigError, Unavailable
 from trinity.utils.trying import retrying, tried
@@ -29,7 +28,7 @@ REMEDIES = "`trinity serve SOURCE --adopt` takes it over, `trinity serve stop` e
 
 def overview() -> ApplicationStatusOverview | None:
     """Ray Serve's view of the application; None where there is none."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    be_quiet()
     return serve.status().applications.get(APP)
 
 

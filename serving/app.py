@@ -113,6 +113,11 @@ class Server:
         serve.delete(APP)
 
 
+def be_quiet() -> None:
+    """Have Ray Serve say errors only in this process: its handles warn of each answer of a starting replica over 0.1 s."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
 def settings_of(config: Config, source: str) -> str:
     """The settings by which one application is the same as another, as JSON."""
     tree = config.model_dump(mode="json")
@@ -170,7 +175,7 @@ def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
     """
     check_ports(config.serve)
     load_factory(factory)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    be_quiet()
     serve.start(proxy_location="Disabled")
     with ExitStack() as undo:
         undo.callback(serve.delete, APP)
