@@ -36,6 +36,7 @@ LONGEST = (  # by `pytest --durations=0` of each; where two sides share the file
     "ray/test_train.py",
     "ray/test_chaos.py",
     "ray/test_pool.py",
+    "serve/test_adoption.py",
     "serve/test_app.py",
     "serve/test_real.py",
     "chaos/test_serving.py",

@@ -12,6 +12,7 @@ from tests.commands import Running
 from tests.waiting import WAIT_S, until
 from trinity.cli import main
 
+pytestmark = pytest.mark.timeout(300)  # several commands; one that hangs ends sooner, by its silence
 ENDLESS = MODEL.model_copy(update={"max_position_embeddings": 1 << 15})
 
 
