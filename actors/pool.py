@@ -177,8 +177,7 @@ def exists(pool: str, namespace: str) -> bool:
 
 def of_server(namespace: str) -> list[str]:
     """The pools that were made for the server of this cluster, and end with it."""
-    found = ((name, find(name, PLACEMENT, namespace)) for name in names(namespace))
-    return [name for name, service in found if ask(service.spec.remote(), ASK_S, SERVICE).ends_with_server]
+    return [name for name in names(namespace) if PlacementClient(name, namespace, ASK_S).spec().ends_with_server]
 
 
 def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:

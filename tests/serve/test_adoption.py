@@ -83,7 +83,7 @@ def things_left(serving):
     return overview() is not None, pools.exists(serving[serving.index("--placement.pool") + 1], "trinity")
 
 
-def test_another_command_takes_over_and_ends_what_a_dead_one_left(serving, tmp_path, capsys):
+def test_another_command_takes_over_what_a_dead_one_left_and_a_third_ends_it(serving, shared, tmp_path, capsys):
     first = Running(tmp_path, *serving)
     url = ready(first)
     stream = Stream(url)
@@ -99,23 +99,24 @@ def test_another_command_takes_over_and_ends_what_a_dead_one_left(serving, tmp_p
     assert ready(second) == url
     stream.goes_on()
     stream.close()
-    second.process.send_signal(signal.SIGINT)
-    assert second.ended() == 0, second.stderr
-    assert "draining" in second.stdout
-    assert things_left(serving) == (False, False)
-
-
-def test_stop_ends_what_another_command_serves(serving, shared, tmp_path, capsys):
-    assert main(["serve", "stop", *shared]) == 0
-    assert capsys.readouterr().out == "nothing is served in this cluster\n"
-    running = Running(tmp_path, *serving, "--adopt")
-    url = ready(running)
     assert main(["serve", "stop", *shared]) == 0
     said = capsys.readouterr().out
     assert f"draining: {serving[1]} is served here since" in said
     assert "the application is ended\npool a-" in said
-    assert running.ended() == 0, running.stderr
-    assert "another command has ended it" in running.stdout
+    assert second.ended() == 0, second.stderr
+    assert "another command has ended it" in second.stdout
     assert things_left(serving) == (False, False)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{url}/health")
+
+
+@pytest.mark.chaos
+def test_who_adopts_nothing_starts_it_and_ends_it(serving, shared, tmp_path, capsys):
+    assert main(["serve", "stop", *shared]) == 0
+    assert capsys.readouterr().out == "nothing is served in this cluster\n"
+    running = Running(tmp_path, *serving, "--adopt")
+    ready(running)
+    running.process.send_signal(signal.SIGINT)
+    assert running.ended() == 0, running.stderr
+    assert "draining" in running.stdout
+    assert things_left(serving) == (False, False)
