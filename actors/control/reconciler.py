@@ -46,6 +46,7 @@ class Reconciler:
         self._wake, self._balance_asked, self._changing = threading.Event(), threading.Event(), threading.Lock()
         self._balanced_s, self._again_s, self._spread_s = time.monotonic(), 0.0, 0.0
         self._tried = -1  # the version that the last attempt at a step started from
+        self._num_told = 0  # recoveries that callers know of
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="trinity-reconciler", daemon=True).start()
@@ -63,6 +64,11 @@ class Reconciler:
 
     def _tick(self) -> None:
         self._look()
+        if self._changing.acquire(blocking=False):  # else experts move, and another epoch is next
+            try:
+                self._tell_of_recoveries()
+            finally:
+                self._changing.release()
         if self.state.spec.trains:
             self.repair.restore()
             return
@@ -72,6 +78,14 @@ class Reconciler:
 
     def _look(self) -> None:
         self.watch.look(self.state.table, self.shards.handles, self.settings.watch_every_s)
+
+    def _tell_of_recoveries(self) -> None:
+        """Have callers locate shards anew, by a new epoch: one that started again elsewhere may have left a process behind that
+        is cut off here, and answers them."""
+        found = self.watch.num_recoveries
+        if found > self._num_told:
+            self.state.publish(self.state.table.renewed())
+            self._num_told = found
 
     def _change(self, at: At) -> None:
         """The change that is most wanted, if any is."""
@@ -145,6 +159,7 @@ class Reconciler:
             is_again, self._tried = self._tried == version, version
             if is_again:
                 self._look()
+                self._tell_of_recoveries()
                 self.repair.check_recoverable()
             error = tried(lambda: self._change(At(version, num_updates)), TrinityError, RayError)
             if error is not None:  # training goes on where its experts are

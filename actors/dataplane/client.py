@@ -26,7 +26,7 @@ from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import agree, possible
 from trinity.dispatch.transport import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
-from trinity.rpc.messages import Backward, Forward
+from trinity.rpc.messages import Backward, Fetch, Forward
 from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
@@ -142,13 +142,15 @@ class DirectTransport:
     """Rows over connections of its own, everything else through `control`. For one caller thread.
 
     `locate(shard, deadline_s)` asks where the shard listens now; it may wait for a shard that is starting again, and raises
-    Unavailable.
+    Unavailable. Where a call is of a newer epoch than any before, a shard may have started again elsewhere, while its old
+    process, cut off from who knows of it, is still there and answers: each is located anew.
     """
 
     def __init__(self, control: Transport, locate: Callable[[str, float], Address], secret: bytes):
         self.control, self.locate, self.secret = control, locate, secret
         self._connections: dict[str, Connection] = {}
         self._known: dict[str, Address] = {}
+        self._epoch, self._doubted = 0, set[str]()
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         if verb not in ("infer", "backward", "fetch"):
@@ -181,6 +183,13 @@ class DirectTransport:
             self.drop(shard, connection)
 
     def _connection(self, shard: str, call: Calls) -> Connection:
+        epoch = 0 if isinstance(call, Fetch) else call.epoch
+        if epoch > self._epoch:
+            self._epoch, self._doubted = epoch, set(self._connections)
+        if shard in self._doubted:
+            self._doubted.discard(shard)
+            if self._address(shard, call.deadline_s) != self._known[shard]:
+                self.drop(shard, self._connections.get(shard))
         if shard not in self._connections:
             for other, connection in list(self._connections.items()):
                 if connection.is_dead:  # shards leave for good; their sockets would stay

@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 PORT = 6379
 HEAD, UNITS = "head", ("trinity-node.service", "trinity-head.service")
 GCS = "/tmp/ray/gcs"
-FEW = ("--object-store-memory=80000000", "--include-dashboard=false")
+FEW = "--object-store-memory=80000000"
 UNTIL_NODES = """
 import sys, time
 from ray._raylet import GcsClient
@@ -81,7 +81,8 @@ class RayHosts:
         resources = dict(self._resources.get(name, {}))
         own = {"HEAD": self.address, "RAY_gcs_storage_path": GCS}
         own["RESOURCES"] = json.dumps({key: amount for key, amount in resources.items() if key != "CPU"})
-        words = [f"--num-cpus={resources.get('CPU', 0)}", f"--node-ip-address={host.address}", *FEW]
+        words = [f"--num-cpus={resources.get('CPU', 0)}", f"--node-ip-address={host.address}", FEW]
+        words += ["--include-dashboard=false"] if name == HEAD else []
         again = (
             f"while :; do {command(unit, BIN / 'ray')} {' '.join(words)}; sleep {settings(unit)['RestartSec'][0]}; done"
         )

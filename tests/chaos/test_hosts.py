@@ -16,6 +16,8 @@ import pytest
 
 from tests.chaos.hosts import cut, why_not
 from tests.chaos.ray_hosts import BIN, ROOT, ray_hosts
+from tests.chaos.world import NODES
+from tests.waiting import until
 from trinity.bench.models import checkpoint
 from trinity.config import preset
 
@@ -198,6 +200,27 @@ data: {train: [stdlib], val_fraction: 0.02}
 train: {seq_len: 64, global_batch_size: 4, micro_batch_size: 2, eval_every: 0, save_every: 20, num_threads_per_worker: 1}
 placement: {num_shards: 3, data_host: node, balance_every_s: 0, resources: {expert_shard: 1}, num_threads_per_shard: 1}
 """
+
+
+def test_a_host_that_only_the_head_does_not_hear_is_not_trained_with(tmp_path):
+    """Ray starts its shards elsewhere; the old processes are there and answer the worker, who must not go on with them."""
+    (tmp_path / "train.yaml").write_text(TRAIN)
+    flags = ["--train.out_dir", tmp_path / "run", "--train.steps", 400, "--placement.redundancy", 1]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def num_steps():
+        return metrics.read_text().count('"loss"') if metrics.is_file() else 0
+
+    with ray_hosts(tmp_path, **NODES) as cluster, (tmp_path / "train.log").open("w") as log:
+        words = cluster.trinity("train", tmp_path / "train.yaml", *flags)
+        cluster.head.start(*words, env=cluster.env, stdout=log, stderr=log)
+        until(lambda: num_steps() > 8, 120)
+        before = num_steps()
+        with cut(cluster.hosts.ways("shard0", "head")):
+            time.sleep(40)
+            during = num_steps() - before
+        print(f"\n{during} steps in 40 s of the cut")
+        assert during > 10
 
 
 def raged(tmp_path, *words):

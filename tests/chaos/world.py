@@ -22,7 +22,7 @@ from typing import Any
 
 from actors.chaos.plan import Fault
 from tests.chaos.hosts import cut, why_not
-from tests.chaos.ray_hosts import RayHosts, ray_hosts
+from tests.chaos.ray_hosts import HEAD, RayHosts, ray_hosts
 
 SLOW = {"delay_s": 0.010, "jitter_s": 0.005, "loss": 0.01}
 CLOCK_S = 60.0  # at most, either way
@@ -74,7 +74,7 @@ class World:
                 with cut(hosts.ways_from(name)):
                     time.sleep(for_s)
             case Fault.CUT_BETWEEN:
-                other = self._rng.choice([each for each in NODES if each != name])
+                other = self._rng.choice([each for each in (HEAD, *NODES) if each != name])
                 with cut(hosts.ways_from(name, other)):
                     time.sleep(for_s)
                 return f"{name} to {other} for {for_s:.1f} s"

@@ -118,6 +118,22 @@ def test_a_shard_that_moves_is_found_again_and_ops_are_applied_once(served):
     assert served.pool.prepare(1, served_count(served)) is not None
 
 
+def test_a_newer_epoch_leads_away_from_an_old_process_that_answers(served):
+    """It is cut off from who knows that the shard has started again elsewhere, and not from its caller."""
+
+    def connection(epoch):
+        served.transport.send("shard-0", "infer", replace(forward("a:1"), epoch=epoch)).result()
+        return served.transport._connections["shard-0"]
+
+    old, first = served.servers["shard-0"], connection(epoch=1)
+    assert connection(epoch=2) is first, "it is where it was"
+    served.start("shard-0")
+    assert connection(epoch=2) is first, "nobody has said so"
+    assert connection(epoch=3) is not first
+    old.close()
+    assert connection(epoch=3) is not first
+
+
 def served_count(served):
     from collections import Counter
 
