@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -52,7 +53,7 @@ class PlacementWatcher:
     """
 
     def __init__(self, pool: str, namespace: str, table: PlacementTable, handles: Handles):
-        self.table, self.unreachable = table, frozenset[str]()
+        self.table, self.unreachable, self.distances = table, frozenset[str](), dict[str, int]()
         self.version: int | None = None
         self._pool, self._namespace, self._handles = pool, namespace, handles
         self._news, self._wake, self._stopped = threading.Condition(), threading.Event(), threading.Event()
@@ -92,6 +93,7 @@ class PlacementWatcher:
 
     def _follow(self) -> None:
         with suppress(SystemExit):  # what Ray raises in a process that leaves it
+            tried(self._measure, TrinityError, RayError)
             while not self._stopped.is_set():
                 if tried(self._hear, TrinityError, RayError) is not None:  # the service starts again
                     self._stopped.wait(AGAIN_S)
@@ -108,6 +110,7 @@ class PlacementWatcher:
                     self._serve(served)
                 if table is not None:
                     self._take(table)
+                    self._measure()
                 return
 
     def _serve(self, version: int) -> None:
@@ -120,6 +123,19 @@ class PlacementWatcher:
             self.table, self.unreachable = table, self.unreachable & frozenset(table.shards)
             self._news.notify_all()
         log.info("placement epoch %d: %d shards", table.epoch, len(table.shards))
+
+    def _measure(self) -> None:
+        """Learn on which nodes the shards are, where there are several."""
+        rack_of = {node["NodeID"]: node["Labels"].get("rack") for node in ray.nodes() if node["Alive"]}
+        if len(rack_of) == 1:
+            return
+        refs = {self._handles[shard].where.remote(): shard for shard in self.table.shards}
+        found, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_S)
+        node_of = {refs[ref]: ask(ref, ANSWER_S, f"shard {refs[ref]}")[0] for ref in found}
+        own = ray.get_runtime_context().get_node_id()
+        distances = {shard: distance(node, own, rack_of) for shard, node in node_of.items()}
+        if distances != self.distances:
+            self.distances = distances
 
     def _probe(self) -> None:
         while not self._stopped.is_set():
@@ -140,3 +156,10 @@ class PlacementWatcher:
             return True
 
         return tried(asked, TrinityError, RayError) is True
+
+
+def distance(node: str, own: str, rack_of: Mapping[str, str | None]) -> int:
+    """0 on the own node, 1 in its rack (Ray's node label `rack`), 2 elsewhere."""
+    if node == own:
+        return 0
+    return 1 if rack_of.get(node) is not None and rack_of.get(node) == rack_of.get(own) else 2

@@ -36,10 +36,10 @@ CALLER, HOSTS = "caller", ("node0", "node1", "node2")
 class Driver:
     """The program of that name, on a host without experts. A verb is a method of its class."""
 
-    def __init__(self, cluster, log, settings):
+    def __init__(self, cluster, where, log, settings):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
         command = [sys.executable, DRIVER, cluster.address, json.dumps(settings)]
-        self._process = cluster.hosts[CALLER].start(*command, env=cluster.env, **pipes)
+        self._process = cluster.hosts[where].start(*command, env=cluster.env, **pipes)
         assert self.finish() == "on"
 
     def start(self, verb, *arguments):
@@ -57,7 +57,7 @@ class Driver:
 
 
 @contextmanager
-def driven(tmp_path, num_nodes, mtu=1500, **settings):
+def driven(tmp_path, num_nodes, mtu=1500, where=CALLER, **settings):
     """-> a cluster of a head, a caller's host and nodes with room for two shards each, and the driver of a pool."""
     resources = {name: {"CPU": 1, "expert_shard": 2} for name in HOSTS[:num_nodes]}
     with (
@@ -65,7 +65,7 @@ def driven(tmp_path, num_nodes, mtu=1500, **settings):
         ray_hosts(tmp_path, mtu, caller={"CPU": 0}, **resources) as cluster,
     ):
         try:
-            yield cluster, Driver(cluster, log, {"call_timeout_s": 600, **settings})
+            yield cluster, Driver(cluster, where, log, {"call_timeout_s": 600, **settings})
         except BaseException:
             print((tmp_path / "driver.log").read_text()[-3000:])
             raise
@@ -170,6 +170,20 @@ def test_the_head_loses_power_and_is_back(tmp_path):
         print(f"\nlongest call {longest_s:.2f} s")
         driver("scale", 3)
         assert len(driver("settled", 3)) == 3
+        driver("end")
+
+
+def test_few_rows_go_to_the_replica_on_the_callers_host(tmp_path):
+    with driven(tmp_path, 2, where="node0", num_shards=2, redundancy=1) as (cluster, driver):
+        driver("whole", [1, 1])
+        for way in cluster.hosts.ways("node0", "node1"):
+            way.delay_s = 0.1
+        driver("more", 3)
+        began_s = time.monotonic()
+        driver("more", 50)
+        took_s = time.monotonic() - began_s
+        print(f"\n50 calls in {took_s:.2f} s, beside a replica 200 ms away")
+        assert took_s < 50 * 0.1
         driver("end")
 
 

@@ -146,7 +146,7 @@ class MovingView:
     """A MovingView that a test moves."""
 
     def __init__(self, table):
-        self.table, self.unreachable, self.later = table, frozenset(), None
+        self.table, self.unreachable, self.later, self.distances = table, frozenset(), None, {}
 
     def mark_unreachable(self, shard):
         self.unreachable |= {shard}
@@ -336,6 +336,39 @@ def test_present_leaves_out_who_is_away_but_nobody_alone():
     firsts = [list(shard_LEN[0, e, : num_LE[0, e]]) for e in range(3)]
     assert firsts == [[0], [1], [2, 0]]
     assert np.array_equal(table.present()[1], table.num_replicas_LE)
+
+
+def test_present_takes_the_nearest_of_those_that_are_there():
+    table = PlacementTable(1, ("a", "b", "c"), (0,), (((0, 1), (1,), (2, 0, 1)),))
+
+    def nearest(away, **distance_of):
+        shard_LEN, num_LE = table.present(away, distance_of)
+        return [list(shard_LEN[0, e, : num_LE[0, e]]) for e in range(3)]
+
+    assert nearest((), a=2, b=0, c=1) == [[1], [1], [1]]
+    assert nearest(("b",), a=2, b=0, c=1) == [[0], [1], [2]]
+    assert nearest(("b", "c"), a=2, b=0, c=1) == [[0], [1], [0]]
+    assert nearest((), a=2, b=2, c=2) == [[0, 1], [1], [2, 0, 1]]
+
+
+def test_few_rows_go_to_the_nearest_replica_and_many_to_all(want):
+    table, transport = replicated(2)
+    view = MovingView(table)
+    view.distances = {"s0": 0, "s1": 2}
+    dispatcher = Dispatcher(view, transport, timeout_s=60)
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert set(transport.asked) == {"s0"}
+    transport.asked.clear()
+    dispatcher(LAYER, *rows_of(num_tokens=100))
+    assert set(transport.asked) == {"s0", "s1"}
+    transport.asked.clear()
+    transport.dead = {"s0"}
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    view.distances = {}
+    transport.dead, view.unreachable = set(), frozenset()
+    transport.asked.clear()
+    torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
+    assert set(transport.asked) == {"s0", "s1"}, "a new distance is news"
 
 
 def test_a_pool_of_replicas_still_loads_and_reports():

@@ -34,6 +34,7 @@ class Current:
     """A PlacementView that the test moves."""
 
     unreachable = frozenset()
+    distances = {}
 
     def __init__(self, table):
         self.table = table

@@ -25,6 +25,8 @@ from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import REMOTE, Forward, op_name
 
+NEAR_ROWS = 32  # so few wait for the way to a shard, more for the shard: these are spread over all replicas
+
 
 class PhaseTimer:
     """Durations of the phases of dispatch: counts by bucket, and sums, since the start (trinity/observability/)."""
@@ -71,11 +73,21 @@ class Dispatcher:
         self.follow()
 
     def follow(self) -> None:
-        """Use the newest table, without the shards that are away, from the next call on."""
+        """Use the newest table, without the shards that are away, from the next call on; of replicas the nearest."""
         self.table, self._unreachable = self.view.table, self.view.unreachable
         self._row_of = {layer: i for i, layer in enumerate(self.table.layers)}
-        self._shard_LEN, self._num_LE = self.table.present(self._unreachable)
-        self.is_replicated = bool((self._num_LE > 1).any())
+        self._distances = self.view.distances
+        self._spread = self.table.present(self._unreachable)
+        self._near = self.table.present(self._unreachable, self._distances)
+        self.is_replicated = bool((self._spread[1] > 1).any())
+
+    def _has_news(self) -> bool:
+        view = self.view
+        return (
+            view.table is not self.table
+            or view.unreachable != self._unreachable
+            or view.distances is not self._distances
+        )
 
     def use(self, version: int, attempt: int = 0, rank: int = 0) -> None:
         """Start work on weights of `version`. In a numbered `attempt` at a step, the worker's of that rank, an exchange that
@@ -98,7 +110,7 @@ class Dispatcher:
 
         Slots that are REMOTE are nobody's.
         """
-        if self.view.table is not self.table or self.view.unreachable != self._unreachable:
+        if self._has_news():
             self.follow()
         started_s = time.perf_counter()
         routes = [] if self.failure else self._route(layer, x_TD, ids_TK)
@@ -114,7 +126,7 @@ class Dispatcher:
 
     def again(self, call: Forward, until_s: float) -> "Exchange":
         """Rows that a shard did not compute, to whoever holds their experts now; it fails with the first of them that does."""
-        if self.view.table is not self.table or self.view.unreachable != self._unreachable:
+        if self._has_news():
             self.follow()
         routes = self._route(call.layer, call.rows.x_RD, call.rows.ids_RK)
         exchange = Exchange(self, call.layer, call.op_id, routes, until_s, is_retry=True)
@@ -140,13 +152,14 @@ class Dispatcher:
         return routes
 
     def _shards(self, at: int, x_TD: Tensor, ids_TK: np.ndarray) -> np.ndarray:
-        """The shard of each slot: the token's turn among the expert's replicas."""
-        shard_EN = self._shard_LEN[at]
+        """The shard of each slot: the token's turn among the expert's replicas, or the nearest of them."""
+        shard_LEN, num_LE = self._near if len(ids_TK) <= NEAR_ROWS else self._spread
+        shard_EN = shard_LEN[at]
         if not self.is_replicated:
             shard_TK = shard_EN[:, 0].take(ids_TK)  # REMOTE finds the last expert's
         else:
             turn_T1 = replica_hash(x_TD)[:, None]
-            shard_TK = shard_EN[ids_TK, turn_T1 % self._num_LE[at][ids_TK]]
+            shard_TK = shard_EN[ids_TK, turn_T1 % num_LE[at][ids_TK]]
         return np.where(ids_TK == REMOTE, REMOTE, shard_TK)
 
     def note_failure(self, shard: str, error: TrinityError) -> None:

@@ -1,5 +1,7 @@
 """Knowledge of a caller about the placement."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from trinity.placement.table import PlacementTable
@@ -18,6 +20,11 @@ class PlacementView(Protocol):
         """Shards that did not answer and have not been seen since."""
         ...
 
+    @property
+    def distances(self) -> Mapping[str, int]:
+        """How far shards are from this process: 0 on its node, 1 in its rack, 2 elsewhere. One that is not named is near."""
+        ...
+
     def mark_unreachable(self, shard: str) -> None:
         """It did not answer."""
         ...
@@ -32,6 +39,7 @@ class StaticView(NamedTuple):
 
     table: PlacementTable
     unreachable: frozenset[str] = frozenset()
+    distances: Mapping[str, int] = MappingProxyType({})
 
     def mark_unreachable(self, shard: str) -> None:
         pass

@@ -148,16 +148,19 @@ class PlacementTable:
         shard_XN: np.ndarray = shard_R[first_X[:, None] + np.arange(most) % counts_X[:, None]]
         return shard_XN.reshape(len(self.layers), self.num_experts, most)
 
-    def present(self, away: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """`shard_LEN` and `num_replicas_LE` without what is on the shards that are away. An expert that nobody else has keeps
-        its replicas."""
-        gone = [i for i, name in enumerate(self.shards) if name in away]
-        if not gone:
+    def present(
+        self, away: Collection[str] = (), distance_of: Mapping[str, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`shard_LEN` and `num_replicas_LE` of each expert's nearest replicas alone: those on shards that are away are farther
+        than any other; without a distance a shard is near."""
+        far = distance_of or {}
+        distance_S = np.array([np.iinfo(np.int64).max if name in away else far.get(name, 0) for name in self.shards])
+        if not distance_S.any():
             return self.shard_LEN, self.num_replicas_LE
         shard_LEN, num_LE = self.shard_LEN, self.num_replicas_LE
         is_real_LEN = np.arange(shard_LEN.shape[2]) < num_LE[..., None]
-        is_here_LEN = is_real_LEN & ~np.isin(shard_LEN, gone)
-        is_here_LEN |= is_real_LEN & ~is_here_LEN.any(-1, keepdims=True)
+        least_LE1 = distance_S[shard_LEN].min(-1, initial=np.iinfo(np.int64).max, where=is_real_LEN, keepdims=True)
+        is_here_LEN = is_real_LEN & (distance_S[shard_LEN] == least_LE1)
         order_LEN = np.argsort(~is_here_LEN, axis=-1, kind="stable")
         return np.take_along_axis(shard_LEN, order_LEN, -1), is_here_LEN.sum(-1)
 
