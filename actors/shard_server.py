@@ -27,7 +27,7 @@ from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard
 from trinity.experts.spec import ShardSpec
 from trinity.pool.ledger import Decision
-from trinity.rpc.messages import Copy, Load, Prepare, StepReport, arrived
+from trinity.rpc.messages import Copy, Load, Prepare, Recover, StepReport, arrived
 from trinity.state.versioned_store import Store
 from trinity.utils.hugepages import keep_freed_memory
 from trinity.utils.niceness import LowPriorityExecutor
@@ -35,7 +35,7 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
-STEP = frozenset({"prepare", "stage", "commit", "abort"})
+STEP = frozenset({"prepare", "stage", "commit", "abort", "recover"})
 LONG = STEP | {"load", "save", "copy"}
 VERBS = ROWS | LONG | {"status", "prune_to"}
 SERVICE_TIMEOUT_S = 60.0
@@ -76,7 +76,7 @@ class ShardServer:
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
         decision, source = self.service.ask("decided"), self.service.source()
         if decision is not None:
-            self.shard.recover_to(decision.version, decision.notes.get("attempt"))
+            self.shard.recover(Recover(decision.version, decision.notes.get("attempt")))
         if self.shard.version < 0 and source is not None:
             error = tried(partial(self._load, source, decision), TrinityError)
             if error is not None:

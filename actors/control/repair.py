@@ -1,14 +1,14 @@
 """Gives shards what the table says they hold and they lack, because they died or hung in the middle of something."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from actors.control.health import ShardSeen, Watch
 from actors.control.shards import Shards
-from trinity.errors import StateLost, StepConflict, VersionGone
+from trinity.errors import StateLost
 from trinity.placement.table import Expert, PlacementTable
-from trinity.rpc.messages import Commit, Copy, PruneTo
-from trinity.utils.trying import tried
+from trinity.pool.ledger import Decision
+from trinity.rpc.messages import Copy, PruneTo, Recover
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ class RepairController:
                 self._fill(shard, seen, decision.version, decision.notes.get("num_updates", 0))
 
     def check_recoverable(self) -> None:
-        """Raises StateLost when a shard of a pool that trains can never again be at the version that was decided on."""
+        """Have shards of a pool that trains be at the version that was decided on, or empty, to be filled by others that are.
+        Raises StateLost when an expert is at that version nowhere any more."""
         decision = self.state.ledger.decision
         if decision is None:
             return
-        for shard, seen in self._there():
-            if seen.version >= decision.version:
-                continue
-            alone = [expert for expert in self._experts_of(shard) if not self.source(expert, shard)]
-            if (alone or seen.version >= 0) and not self._catches_up(shard, decision.version):
+        at = {shard: self._recovered(shard, seen, decision) for shard, seen in self._there()}
+        for shard, version in at.items():
+            alone = [] if version >= decision.version else self._alone(shard, at, decision.version)
+            if alone:
                 raise StateLost(
                     f"shard {shard} is not at version {decision.version} any more, and {len(alone)} of its experts are on no "
                     "other shard; going back to the last checkpoint (placement.redundancy 1 spares that)"
@@ -80,10 +80,22 @@ class RepairController:
                 until_s, epoch = self.shards.deadline(), self._table.epoch
                 self.shards.ask(shard, "copy", Copy(layer, missing, sources, version, until_s, num_updates, epoch))
 
-    def _catches_up(self, shard: str, version: int) -> bool:
-        """Say whether it has that version staged."""
-        found = tried(lambda: self.shards.ask(shard, "commit", Commit(version)), StepConflict, VersionGone)
-        return found == version
+    def _recovered(self, shard: str, seen: ShardSeen, decision: Decision) -> int:
+        """The shard's version after it was asked to be at the decided one; -1: it is empty."""
+        if not 0 <= seen.version < decision.version:
+            return seen.version
+        version: int = self.shards.ask(shard, "recover", Recover(decision.version, decision.notes.get("attempt")))
+        return version
+
+    def _alone(self, shard: str, at: Mapping[str, int], version: int) -> list[Expert]:
+        """Experts of the shard that no other has at that version. Who did not answer just now may have them."""
+        has = {
+            s
+            for s, seen in self.watch.seen.items()
+            if seen.is_there and seen.version >= 0 and at.get(s, version) >= version
+        }
+        table = self._table
+        return [e for e in self._experts_of(shard) if not has & {table.shards[i] for i in table.holders(e)} - {shard}]
 
     def _experts_of(self, shard: str) -> list[Expert]:
         return [(layer, expert) for layer, experts in self._table.experts_of(shard).items() for expert in experts]

@@ -1,6 +1,6 @@
 """Hosts that are hurt as `trinity chaos --hosts` asks, and that command over them.
 
-    python -m tests.chaos.world [--victims shard0,shard1] [--mtu 1400] [--delay-ms 10 --loss 0.01] serve|train ...
+    python -m tests.chaos.world [--victims shard0,shard1] [--at-once 2] [--mtu 1400] [--delay-ms 10 --loss 0.01] serve|train ...
 
 Decisions: the command runs on the head, which is never hurt; the others are, one at a time. A host that lost power is back
 after the fault's time, at the same address or, every other time, at a new one; Ray's node on it starts by itself. A clock that
@@ -35,8 +35,10 @@ NODES = {
 class World:
     """The hosts of a cluster and a socket at which faults are asked for."""
 
-    def __init__(self, cluster: RayHosts, path: Path, victims: list[str], log: Callable[[str], None] = print):
-        self._cluster, self._victims, self._log = cluster, victims, log
+    def __init__(
+        self, cluster: RayHosts, path: Path, victims: list[str], at_once: int = 1, log: Callable[[str], None] = print
+    ):
+        self._cluster, self._victims, self._at_once, self._log = cluster, victims, at_once, log
         self._rng = random.Random(0)
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.bind(str(path))
@@ -96,12 +98,17 @@ class World:
         _set(ways, before)
 
     def _lose_power(self, name: str, for_s: float) -> str:
-        hosts = self._cluster.hosts
-        hosts[name].power_off()
+        """Of up to `at_once` hosts, as spot machines are taken back."""
+        hosts, others = self._cluster.hosts, [each for each in self._victims if each != name]
+        names = [name, *self._rng.sample(others, min(len(others), self._rng.randrange(self._at_once)))]
+        for each in names:
+            hosts[each].power_off()
         time.sleep(for_s)
-        address = self._rng.choice([None, hosts.new_address()])
-        self._cluster.return_of(name, address)
-        return f"{name} for {for_s:.1f} s, back at {address or 'the same address'}"
+        back = {each: self._rng.choice([None, hosts.new_address()]) for each in names}
+        for each, address in back.items():
+            self._cluster.return_of(each, address)
+        told = (f"{each} back at {address or 'the same address'}" for each, address in back.items())
+        return f"{', '.join(told)} after {for_s:.1f} s"
 
 
 def _set(ways: list[Any], values: dict[str, float]) -> None:
@@ -114,6 +121,7 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """-> own flags, and the rest."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.world")
     parser.add_argument("--victims", default=",".join(NODES), help="hosts that are hurt (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, default=1, help="hosts that lose power at once, at most (default: 1)")
     parser.add_argument("--mtu", type=int, default=1500, help="of all hosts (default: %(default)s)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of each frame (default: %(default)s)")
     parser.add_argument("--loss", type=float, default=0.0, help="share of the frames (default: %(default)s)")
@@ -129,7 +137,7 @@ def main(argv: list[str]) -> int:
         with ray_hosts(logs, own.mtu, **NODES) as cluster:
             for name in cluster.hosts:
                 _set(cluster.hosts.ways(name), {"delay_s": own.delay_ms / 1000, "loss": own.loss})
-            world = World(cluster, logs / "hosts", own.victims.split(","))
+            world = World(cluster, logs / "hosts", own.victims.split(","), own.at_once)
             words = cluster.trinity("chaos", *command, "--hosts", logs / "hosts")
             code = cluster.head.start(*words, env=cluster.env).wait()
             world.close()

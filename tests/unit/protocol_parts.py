@@ -247,6 +247,7 @@ def _sent(shard: ExpertShard, call: Call) -> Any:
         "prepare": lambda: m.Prepare(step, attempt, {LAYER: dict(shared)} if shared else {}),
         "stage": lambda: m.Stage(step, lrs, 1.0, attempt, (), {shard.spec.name: num_ops}),
         "commit": lambda: m.Commit(step),
+        "recover": lambda: m.Recover(step, attempt or None),
         "abort": lambda: m.Abort(step, attempt),
         "prune_to": lambda: m.PruneTo({LAYER: experts}, epoch),
         "load": lambda: SOURCE,

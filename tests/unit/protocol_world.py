@@ -213,7 +213,8 @@ class Protocol:
 
     def _repair_steps(self, world: World) -> Iterator[Step]:
         """What a shard lacks of the table is copied from another replica, at the version that was decided."""
-        version, _ = decided(world.record)
+        version, attempt = decided(world.record)
+        yield from self._recover_steps(world, version, attempt)
         for process in world.processes if world.move is None else ():
             held = next((h.experts for h in process.state.versions if h.number == process.state.number), ())
             missing = set(world.table.experts_of(process.name)[LAYER]) - {e for e, _ in held}
@@ -222,6 +223,18 @@ class Protocol:
                     call = Call("copy", version, epoch=world.table.epoch, experts=(expert,), source=source)
                     after, answer = self._delivered(world, process.name, call)
                     yield Step(f"{process.name} copies expert {expert} from {source}: {answer}", after)
+
+    def _recover_steps(self, world: World, version: int, attempt: int) -> Iterator[Step]:
+        """Who is at an older version is asked to be at the decided one, or empty, where another replica could fill it."""
+        for process in world.processes:
+            if process.is_up and 0 <= process.state.number < version and self._is_shared(world, process.name):
+                after, answer = self._delivered(world, process.name, Call("recover", version, attempt))
+                yield Step(f"{process.name} is told to be at {version}: {answer}", after)
+
+    def _is_shared(self, world: World, name: str) -> bool:
+        """Say whether another shard has all its experts."""
+        experts = world.table.experts_of(name)[LAYER]
+        return all(self._sources(world, expert, name) for expert in experts)
 
     def _sources(self, world: World, expert: int, target: str) -> list[str]:
         names = {world.table.shards[at] for at in world.table.holders((LAYER, expert))} - {target}

@@ -14,7 +14,7 @@ from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.placement.table import PlacementTable
 from trinity.pool.pool import ExpertPool
-from trinity.rpc.messages import Backward, Copy, Fetch, Forward, Load, PruneTo, Rows, Stage
+from trinity.rpc.messages import Backward, Copy, Fetch, Forward, Load, PruneTo, Recover, Rows, Stage
 from trinity.state.versioned_store import Store
 
 MODEL = preset("tiny").model_copy(
@@ -124,7 +124,7 @@ def test_a_store_in_a_folder_is_taken_up_on_the_device(tmp_path):
         _, shards = replicated_pool(DEVICE, tmp_path)
         shards["a"].prune_to(PruneTo({LAYER: (0, 2)}))
         again = ExpertShard(shards["a"].spec, Store(tmp_path / "a", str(DEVICE)))
-        again.recover_to(0, None)
+        again.recover(Recover(0, None))
         assert again.experts[LAST] == ()
         assert {tensor.device for tensor in again.store.current.tensors.values()} == {DEVICE}
         answers = [trained_rows(shard, DEVICE, 1, 9, layers=(LAYER,)) for shard in (shards["a"], again)]

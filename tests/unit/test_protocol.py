@@ -41,6 +41,7 @@ SMALL = {
     "late while moving": BARELY,
     "shared": SHARED,
     "cut": CUT,
+    "cut between the word that a step is staged and its decision": replace(CUT, num_faults=1, cuts_any_time=True),
 }
 LARGE = {
     "one shard, more faults": replace(ONE, num_faults=3),
@@ -129,10 +130,6 @@ ASSUMED = {
     "who takes over looks again": (replace(TWO, looks_again=False), "cannot be gone on from"),
 }
 LIMITS = {
-    "memory lost between the word that a step is staged and its decision": (
-        replace(CUT, num_faults=1, cuts_any_time=True),
-        "no good state",
-    ),
     "an old process that was cut off with a step staged, and a caller who reaches it": (
         replace(CUT, cuts_any_time=True, old_commits=True),
         "another version's content",
@@ -142,8 +139,8 @@ LIMITS = {
 
 @pytest.mark.parametrize(("setting", "says"), (ASSUMED | LIMITS).values(), ids=ASSUMED | LIMITS)
 def test_beyond_what_is_assumed_it_does(parts, setting, says):
-    """ASSUMED is what callers and trainers do. LIMITS are known ones: the first goes back to the last checkpoint although a
-    replica has the version; in the second, the step that was staged is another one than the one decided after the cut."""
+    """ASSUMED is what callers and trainers do. The LIMIT is a known one: the step that was staged is another than the one that
+    was decided after the cut."""
     found = explore(Protocol(parts, setting))
     print(f"\n{found.told}")
     assert says in found.violation

@@ -22,7 +22,7 @@ class PlacementView(Protocol):
 
     @property
     def distances(self) -> Mapping[str, int]:
-        """How far shards are from this process: 0 on its node, 1 in its rack, 2 elsewhere. One that is not named is near."""
+        """Distance of each shard from this process: 0 on its node, 1 in its rack, 2 elsewhere. One not named is near."""
         ...
 
     def mark_unreachable(self, shard: str) -> None:

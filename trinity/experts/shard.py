@@ -36,6 +36,7 @@ from trinity.rpc.messages import (
     Part,
     Prepare,
     PruneTo,
+    Recover,
     Rows,
     Save,
     ShardStatus,
@@ -182,10 +183,11 @@ class ExpertShard:
     def prune_to(self, message: PruneTo) -> int:
         return self.weights.prune_to(message)
 
-    def recover_to(self, committed: int, attempt: int | None) -> None:
+    def recover(self, message: Recover) -> int:
         """Be at the version that was decided on, made by that attempt, or without any: see WeightVersions."""
         with self.lock:
-            self.versions.recover_to(committed, attempt)
+            self.versions.recover_to(message.version, message.attempt)
+            return self.version
 
     def status(self, message: Status) -> ShardStatus:
         with self.lock:

@@ -149,6 +149,15 @@ class Abort:
 
 
 @dataclass(frozen=True)
+class Recover:
+    """Verb `recover` -> version: the one that was decided on, made by that attempt, if the shard has it; -1 where it has not,
+    and holds nothing from now on. Harmless when repeated."""
+
+    version: int
+    attempt: int | None = None
+
+
+@dataclass(frozen=True)
 class Load:
     """Verb `load` -> version. Weights (and optimizer state, if it has them and `training`) from a checkpoint folder, or,
     without one, the seeded initial weights at version 0."""
