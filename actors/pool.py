@@ -25,14 +25,14 @@ from actors.sync import shm_folders, shm_state
 from actors.sync.placement_watcher import PlacementWatcher
 from trinity.config import ModelConfig, OptimConfig, PlacementConfig
 from trinity.dispatch.transport import Transport
-from trinity.errors import ConfigError, DeadlineExceeded, Unavailable
+from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
 from trinity.pool.local import shard_names, shard_specs
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
-from trinity.utils.trying import retrying
+from trinity.utils.trying import retrying, tried
 
 log = logging.getLogger(__name__)
 HEAD = "node:__internal_head__"
@@ -51,10 +51,11 @@ class RayPool(ExpertPool):
         self.service = PlacementClient(self.name, namespace, settings.call_timeout_s)
         timeouts = (settings.call_timeout_s, settings.checkpoint_timeout_s)
         super().__init__(
-            PlacementWatcher(self.name, namespace, table, self.shards),
+            PlacementWatcher(self.name, namespace, table, self.shards, wants_distances=settings.near_rows > 0),
             RayTransport(self.shards, *timeouts),
             *timeouts,
             settings.attempt_timeout_s,
+            near_rows=settings.near_rows,
             ledger=RayLedger(self.service, settings.checkpoint_timeout_s),
             rows_over=self._direct if settings.transport == "direct" else lambda transport: transport,
         )
@@ -177,7 +178,11 @@ def exists(pool: str, namespace: str) -> bool:
 
 def of_server(namespace: str) -> list[str]:
     """The pools that were made for the server of this cluster, and end with it."""
-    return [name for name in names(namespace) if PlacementClient(name, namespace, ASK_S).spec().ends_with_server]
+    found = {name: tried(PlacementClient(name, namespace, ASK_S).spec, TrinityError) for name in names(namespace)}
+    for name, spec in found.items():
+        if isinstance(spec, TrinityError):  # `trinity placement rm` ends it
+            log.warning("pool %s is left alone: %s", name, spec)
+    return [name for name, spec in found.items() if not isinstance(spec, TrinityError) and spec.ends_with_server]
 
 
 def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:

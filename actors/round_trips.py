@@ -7,18 +7,20 @@ and the network's time alone, and nothing has to listen for it.
 import socket
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.names import ask
-from trinity.errors import TrinityError
+from trinity.errors import TrinityError, Unavailable
 from trinity.utils.trying import tried
 
-TRIES, CONNECT_S, NODE_S = 5, 5.0, 60.0
+TRIES, CONNECT_S, NODE_S = 5, 1.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,18 @@ class Measured:
 
 
 def measured() -> dict[str, Measured | TrinityError]:
-    """Measurements of each node of the cluster that this process has joined, by its address, one node after the other."""
+    """Measurements of each node of the cluster that this process has joined, by its address."""
     nodes = {node["NodeManagerAddress"]: node for node in ray.nodes() if node["Alive"]}
     ports = {address: node["NodeManagerPort"] for address, node in nodes.items()}
-    return {host: tried(partial(_asked, node["NodeID"], ports), TrinityError) for host, node in nodes.items()}
+    with ThreadPoolExecutor(len(nodes)) as threads:
+        asked = {
+            host: threads.submit(tried, partial(_asked, node["NodeID"], ports), TrinityError, RayError)
+            for host, node in nodes.items()
+        }
+        found = {host: answer.result() for host, answer in asked.items()}
+    return {
+        host: Unavailable(f"{host}: {each}") if isinstance(each, RayError) else each for host, each in found.items()
+    }
 
 
 def _asked(node: str, ports: Mapping[str, int]) -> Measured:
@@ -54,8 +64,14 @@ def _measure(ports: Mapping[str, int]) -> Any:
 
 
 def _round_trip_s(host: str, port: int) -> float | None:
-    tries = [tried(partial(_connected_s, host, port), OSError) for _ in range(TRIES)]
-    return min((each for each in tries if isinstance(each, float)), default=None)
+    """None as soon as it cannot be reached."""
+    least_s = None
+    for _ in range(TRIES):
+        found = tried(partial(_connected_s, host, port), OSError)
+        if isinstance(found, OSError):
+            return None
+        least_s = min(found, least_s or found)
+    return least_s
 
 
 def _connected_s(host: str, port: int) -> float:

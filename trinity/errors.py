@@ -121,6 +121,12 @@ class StateLost(TrinityError):
     code = Code.UNAVAILABLE
 
 
+class Superseded(TrinityError):
+    """Another worker of the job has gone on: who raises this starts again, from what was decided last."""
+
+    code = Code.INTERNAL
+
+
 class InputGone(TrinityError):
     """The forward activations of an op are no longer cached; send the rows again and the shard recomputes."""
 

@@ -262,16 +262,18 @@ def expose(trainer: Trainer) -> None:
 
 
 def _obey(file: Path, transports: tuple[FaultyTransport, ...], rank: int) -> None:
-    known, until_s = dict[str, Any](), 0.0
+    def read() -> dict[str, Any]:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+    known, until_s = read(), 0.0  # an order of before was another process's
     while True:
-        order = json.loads(file.read_text()) if file.is_file() else {}
-        if order != known:
+        if (order := read()) != known:
             known, until_s = order, time.monotonic() + order["for_s"]
         is_on = time.monotonic() < until_s
         for n, each in enumerate(transports):
             if is_on and not each.lose_request:
-                each.rng = random.Random(f"{order['seed']} {rank} {n}")
-            each.lose_request = each.lose_reply = order["share"] if is_on else 0.0
+                each.rng = random.Random(f"{known['seed']} {rank} {n}")
+            each.lose_request = each.lose_reply = known["share"] if is_on else 0.0
         time.sleep(LOOK_S)
 
 

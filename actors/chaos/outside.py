@@ -24,8 +24,8 @@ def strike(hosts: Path, planned: Planned) -> str:
             sock.connect(str(hosts))
             sock.sendall(json.dumps(order).encode() + b"\n")
             told = json.loads(sock.makefile("rb").readline() or b'{"error": "it said nothing"}')
-    except OSError as error:
-        raise Unavailable(f"nobody there to hurt hosts at {hosts}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"nobody there to hurt hosts at {hosts}, or nobody who answers in JSON: {error}") from None
     if "target" not in told:
         raise Unavailable(f"{planned.fault.value}: {told.get('error')}")
     return str(told["target"])

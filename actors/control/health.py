@@ -95,7 +95,7 @@ class Watch:
         if found is None or found is LATE:
             return self._missed(name, before, is_late=found is LATE)
         status, (node, pid) = found
-        if before is not None and before.pid and (not before.is_there or before.pid != pid):
+        if before is not None and (not before.is_there or (before.node, before.pid) != (node, pid)):
             self.num_recoveries += 1
         rows_LE = self._new_rows(name, _counts(table, status)) / elapsed_s
         fresh_LE += rows_LE

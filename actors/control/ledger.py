@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trinity.errors import Overloaded, StepConflict, Unavailable, VersionGone
+from trinity.errors import Overloaded, StepConflict, Superseded, Unavailable, VersionGone
 from trinity.pool.ledger import Decision
 
 MAX_PINNED = 4
@@ -71,20 +71,20 @@ class Ledger:
     def new_attempt(self, version: int) -> int:
         """Begin an attempt at the step after that version; whatever older ones still have under way is void from here on.
 
-        Raises StepConflict where another version was decided last: shards would let go of what they have staged of it.
+        Raises Superseded where another version was decided last: shards would let go of what they have staged of it.
         """
         with self._changed:
             if self.decision is not None and version != self.version:
-                raise StepConflict(
-                    f"version {self.version} is the last that was decided; nobody goes on from {version}"
-                )
-            attempt = max(self._state.attempt + 1, time.time_ns() // 1000)
+                raise Superseded(f"version {self.version} is the last that was decided; nobody goes on from {version}")
+            attempt = self._next_attempt()
             self._become(attempt=attempt)
             return attempt
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        """A job starts from that version, whatever there was before."""
-        self._become(decision={"version": version, "notes": dict(notes)}, bad=[], good=version, pins={})
+        """A job starts from that version, whatever there was before; attempts of before are void."""
+        with self._changed:
+            decision, attempt = {"version": version, "notes": dict(notes)}, self._next_attempt()
+            self._become(decision=decision, attempt=attempt, bad=[], good=version, pins={})
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Harmless when repeated. Raises StepConflict for an attempt that was given up, or a step that does not follow."""
@@ -142,6 +142,9 @@ class Ledger:
             return tuple(sorted(n for n in wanted if 0 <= n < self.version))
 
     # -- inside
+
+    def _next_attempt(self) -> int:
+        return max(self._state.attempt + 1, time.time_ns() // 1000)
 
     def _check_pin(self, version: int, pinned: set[int]) -> None:
         if version not in pinned | {self.version, self.version - 1, self._state.good}:

@@ -150,7 +150,10 @@ class DirectTransport:
         self.control, self.locate, self.secret = control, locate, secret
         self._connections: dict[str, Connection] = {}
         self._known: dict[str, Address] = {}
-        self._epoch, self._doubted = 0, set[str]()
+        self._epoch = 0
+        self._doubted: dict[
+            str, float
+        ] = {}  # connections that may lead to an old process; seconds to wait for who knows
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         if verb not in ("infer", "backward", "fetch"):
@@ -185,11 +188,9 @@ class DirectTransport:
     def _connection(self, shard: str, call: Calls) -> Connection:
         epoch = 0 if isinstance(call, Fetch) else call.epoch
         if epoch > self._epoch:
-            self._epoch, self._doubted = epoch, set(self._connections)
+            self._epoch, self._doubted = epoch, dict.fromkeys(self._connections, LOCATE_S)
         if shard in self._doubted:
-            self._doubted.discard(shard)
-            if self._address(shard, call.deadline_s) != self._known[shard]:
-                self.drop(shard, self._connections.get(shard))
+            self._confirm(shard, call.deadline_s)
         if shard not in self._connections:
             for other, connection in list(self._connections.items()):
                 if connection.is_dead:  # shards leave for good; their sockets would stay
@@ -199,13 +200,29 @@ class DirectTransport:
             self._known[shard] = address
         return self._connections[shard]
 
+    def _confirm(self, shard: str, deadline_s: float) -> None:
+        """Leave a connection whose shard is elsewhere now. As long as nobody says, rows go where they went, and each call looks
+        whether there is an answer."""
+        until_s = min(deadline_s, time.monotonic() + self._doubted[shard])
+        found = tried(partial(self.locate, shard, until_s), TrinityError)
+        if isinstance(found, TrinityError):
+            self._doubted[shard] = 0.0
+            return
+        del self._doubted[shard]
+        if found != self._known.get(shard):
+            self.drop(shard, self._connections.get(shard))
+
     def _address(self, shard: str, deadline_s: float) -> Address:
         """The address where it listens now, or did, as long as nobody says."""
         known = self._known.get(shard)
         if known is None:
             return self.locate(shard, deadline_s)
         found = tried(partial(self.locate, shard, min(deadline_s, time.monotonic() + LOCATE_S)), TrinityError)
-        return known if isinstance(found, TrinityError) else found
+        if isinstance(found, TrinityError):
+            self._doubted[shard] = 0.0
+            return known
+        self._doubted.pop(shard, None)
+        return found
 
 
 def _device(call: Calls) -> torch.device:

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import ray
@@ -26,6 +27,7 @@ AGAIN_S = 0.2
 REFRESH_S = 1.0
 ANSWER_S = 1.0  # for a shard that is asked whether it is there
 STOP_S = 2.0
+FAR = 2  # also a shard that does not say where it is
 
 
 class Stoppable(Protocol):
@@ -52,10 +54,13 @@ class PlacementWatcher:
     `version`: to be served, where `watch_version` has been called; None before.
     """
 
-    def __init__(self, pool: str, namespace: str, table: PlacementTable, handles: Handles):
+    def __init__(
+        self, pool: str, namespace: str, table: PlacementTable, handles: Handles, wants_distances: bool = False
+    ):
         self.table, self.unreachable, self.distances = table, frozenset[str](), dict[str, int]()
         self.version: int | None = None
         self._pool, self._namespace, self._handles = pool, namespace, handles
+        self._wants_distances = wants_distances
         self._news, self._wake, self._stopped = threading.Condition(), threading.Event(), threading.Event()
         tasks = (self._follow, self._probe)
         self._threads = [threading.Thread(target=t, name=f"trinity-{t.__name__[1:]}", daemon=True) for t in tasks]
@@ -125,15 +130,17 @@ class PlacementWatcher:
         log.info("placement epoch %d: %d shards", table.epoch, len(table.shards))
 
     def _measure(self) -> None:
-        """Learn on which nodes the shards are, where there are several."""
-        rack_of = {node["NodeID"]: node["Labels"].get("rack") for node in ray.nodes() if node["Alive"]}
-        if len(rack_of) == 1:
+        """Learn on which nodes the shards are, where that is of use."""
+        if not self._wants_distances:
             return
+        rack_of = {node["NodeID"]: node["Labels"].get("rack") for node in ray.nodes() if node["Alive"]}
         refs = {self._handles[shard].where.remote(): shard for shard in self.table.shards}
         found, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_S)
-        node_of = {refs[ref]: ask(ref, ANSWER_S, f"shard {refs[ref]}")[0] for ref in found}
-        own = ray.get_runtime_context().get_node_id()
-        distances = {shard: distance(node, own, rack_of) for shard, node in node_of.items()}
+        said = {refs[ref]: tried(partial(ask, ref, ANSWER_S, refs[ref]), TrinityError) for ref in found}
+        own, distances = ray.get_runtime_context().get_node_id(), dict.fromkeys(self.table.shards, FAR)
+        for shard, where in said.items():
+            if not isinstance(where, TrinityError):
+                distances[shard] = distance(where[0], own, rack_of)
         if distances != self.distances:
             self.distances = distances
 
@@ -162,4 +169,4 @@ def distance(node: str, own: str, rack_of: Mapping[str, str | None]) -> int:
     """0 on the own node, 1 in its rack (Ray's node label `rack`), 2 elsewhere."""
     if node == own:
         return 0
-    return 1 if rack_of.get(node) is not None and rack_of.get(node) == rack_of.get(own) else 2
+    return 1 if rack_of.get(node) is not None and rack_of.get(node) == rack_of.get(own) else FAR

@@ -89,7 +89,8 @@ class Host:
         if self._root is None:
             return
         self._switch.unplug(self.name)
-        os.kill(self._pid, signal.SIGKILL)
+        if self._root.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
         self._root.wait()
         self._root = None
         _ip("netns", "del", self.name)
@@ -102,7 +103,7 @@ class Host:
     def start(
         self, *command: str | Path | int, env: dict[str, str] | None = None, **options: object
     ) -> subprocess.Popen:
-        """A process there. Ending the one that is returned does not end it: the host's power does, or its own child's pid."""
+        """A process there, which ends with the one that is returned, and with the host's power."""
         return subprocess.Popen([*self.inside, *map(str, command)], env=self.env(env or {}), **options)
 
     @property

@@ -63,7 +63,8 @@ def test_units_are_ones_to_systemd(tmp_path):
         text = (FOLDER / name).read_text().replace("/home/ubuntu/trinity/.venv/bin/ray", "/bin/true")
         (tmp_path / name).write_text(text)
         done = subprocess.run([analyze, "verify", tmp_path / name], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0, done.stderr
+        assert name not in done.stderr, "it may complain of other units of this machine"
 
 
 # ---- the launcher's files ----

@@ -355,7 +355,7 @@ def test_few_rows_go_to_the_nearest_replica_and_many_to_all(want):
     table, transport = replicated(2)
     view = MovingView(table)
     view.distances = {"s0": 0, "s1": 2}
-    dispatcher = Dispatcher(view, transport, timeout_s=60)
+    dispatcher = Dispatcher(view, transport, timeout_s=60, near_rows=32)
     torch.testing.assert_close(dispatcher(LAYER, *rows_of()), want)
     assert set(transport.asked) == {"s0"}
     transport.asked.clear()

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from actors.chaos.plan import OF_HOSTS, OF_PROCESSES, Attempt, Fault, Struck
+from actors.chaos.plan import OF_PROCESSES, Attempt, Fault, Struck
 from trinity.bench.report import Report, Table
 from trinity.config import Config, setup_environment
 from trinity.errors import ConfigError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trinity.checkpoint import Checkpoint
 
 FAULTS = OF_PROCESSES
+LOSING = {Fault.CUT_HOST, Fault.CUT_ONE_WAY, Fault.CUT_BETWEEN, Fault.LOSE_POWER}  # memory, without redundancy
 GOODPUT = 0.9  # wanted, with faults as rare as on a real cluster
 UNDISTURBED = "undisturbed"  # in train.out_dir: the run to compare with
 
@@ -163,7 +164,7 @@ def report(
         ("final loss", _final_loss(config)),
         ("validation loss", result["val_loss"]),
     ]
-    kinds = {each.fault for each in struck}
+    kinds = {each.fault for each in struck if not each.error}
     is_alone = config.train.num_workers == 1 and not config.placement.redundancy
     expected = is_alone and Fault.MOVE_EXPERTS not in kinds
     if compared is not None:
@@ -177,7 +178,7 @@ def report(
     }
     found = Report("chaos", tables, results=[facts])
     found.target("goodput", plan.goodput(noted), at_least=GOODPUT)
-    if lost and (config.placement.redundancy or not kinds & set(OF_HOSTS)):
+    if lost and (config.placement.redundancy or not kinds & LOSING):
         found.failure = f"{lost} steps were lost"
     elif compared is not None and expected and compared.num_different:
         found.failure = f"{compared.num_different} of {compared.num_tensors} tensors differ from the undisturbed run's"

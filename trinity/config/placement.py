@@ -58,6 +58,12 @@ class PlacementConfig(Frozen):
     attempt_timeout_s: float = Field(
         default=5.0, gt=0, description="at most, for a shard to compute rows that another one could compute, too"
     )
+    near_rows: int = Field(
+        default=0,
+        ge=0,
+        description="calls of up to so many rows go to replicas on the caller's node, else in its rack; 0: all are spread, "
+        "which gives a token the same bits in any company and on any node",
+    )
     watch_every_s: float = Field(default=1.0, gt=0, description="how often the placement service looks at its shards")
     window_s: float = Field(default=30.0, gt=0, description="the load of an expert is its rate over about so long")
     balance_every_s: float = Field(

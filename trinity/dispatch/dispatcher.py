@@ -25,8 +25,6 @@ from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import REMOTE, Forward, op_name
 
-NEAR_ROWS = 32  # so few wait for the way to a shard, more for the shard: these are spread over all replicas
-
 
 class PhaseTimer:
     """Durations of the phases of dispatch: counts by bucket, and sums, since the start (trinity/observability/)."""
@@ -50,7 +48,7 @@ class Dispatcher:
 
     Differentiable in x and weights; expert gradients stay on their shards. `version` is the version of the weights that
     every shard must hold. `num_sent_ops` counts the backward ops sent to each shard since `begin`, for the two-phase step.
-    Not thread-safe: one dispatcher per caller thread.
+    Calls of up to `near_rows` rows go to the nearest replicas. Not thread-safe: one dispatcher per caller thread.
     """
 
     def __init__(
@@ -61,6 +59,7 @@ class Dispatcher:
         timeout_s: float,
         attempt_s: float = math.inf,
         version: int = 0,
+        near_rows: int = 0,
     ):
         self.caller, self.attempt = uuid.uuid4().hex[:12], 0
         self.failure: TrinityError | None = None
@@ -68,7 +67,7 @@ class Dispatcher:
         self.transport, self.timeout_s, self.patience = transport, timeout_s, Patience(attempt_s)
         self._ops = itertools.count()
         self.num_sent_ops: Counter[str] = Counter()
-        self.num_retries, self.times = 0, PhaseTimer()
+        self.num_retries, self.times, self.near_rows = 0, PhaseTimer(), near_rows
         self.version = version
         self.follow()
 
@@ -153,7 +152,7 @@ class Dispatcher:
 
     def _shards(self, at: int, x_TD: Tensor, ids_TK: np.ndarray) -> np.ndarray:
         """The shard of each slot: the token's turn among the expert's replicas, or the nearest of them."""
-        shard_LEN, num_LE = self._near if len(ids_TK) <= NEAR_ROWS else self._spread
+        shard_LEN, num_LE = self._near if len(ids_TK) <= self.near_rows else self._spread
         shard_EN = shard_LEN[at]
         if not self.is_replicated:
             shard_TK = shard_EN[:, 0].take(ids_TK)  # REMOTE finds the last expert's

@@ -26,6 +26,7 @@ class ExpertPool:
 
     ledger: what remembers the steps of a training job; default: that of shards in this process.
     rows_over: what one caller thread sends its rows through, made from the transport; default: the transport itself.
+    near_rows: calls of up to so many go to the nearest replicas.
     attempt_s: at most, for a shard to compute rows that another one could compute, too.
     """
 
@@ -37,13 +38,14 @@ class ExpertPool:
         checkpoint_timeout_s: float = 3600.0,
         attempt_s: float = math.inf,
         *,
+        near_rows: int = 0,
         ledger: StepLedger | None = None,
         rows_over: Callable[[Transport], Transport] = lambda transport: transport,
     ):
         self.view, self.transport = view, transport
         self.ledger: StepLedger = LocalLedger(view) if ledger is None else ledger
         self.timeout_s, self.checkpoint_timeout_s, self.attempt_s = timeout_s, checkpoint_timeout_s, attempt_s
-        self._rows_over = rows_over
+        self._rows_over, self.near_rows = rows_over, near_rows
 
     @property
     def table(self) -> PlacementTable:
@@ -53,7 +55,8 @@ class ExpertPool:
         """A new caller's expert layer, which follows experts as they move. One per thread. `timeout_s`: for a layer's rows,
         wherever they have to go; default: the pool's."""
         timeouts = {"timeout_s": timeout_s or self.timeout_s, "attempt_s": self.attempt_s}
-        return Dispatcher(self.view, self._rows_over(self.transport), **timeouts, version=version)
+        rows = self._rows_over(self.transport)
+        return Dispatcher(self.view, rows, **timeouts, version=version, near_rows=self.near_rows)
 
     # -- what a training job decides: the ledger's words
 
