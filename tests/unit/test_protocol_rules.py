@@ -8,7 +8,7 @@ import pytest
 from actors.control.ledger import Ledger
 from tests.unit.protocol_parts import LAYER, Call, ShardState, batch_of, real_parts
 from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401
-from trinity.errors import StepConflict
+from trinity.errors import StepConflict, Superseded
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.pool.ledger import Decision
 from trinity.rpc.messages import Prepare
@@ -18,11 +18,13 @@ from trinity.train import trainer as module
 def test_nobody_begins_an_attempt_on_a_version_before_the_last_decided_one(tmp_path):
     """Shards would let go of the decided version that they have staged."""
     ledger = Ledger(tmp_path, threading.Condition())
-    ledger.new_attempt(0)  # nothing is decided yet
+    before = ledger.new_attempt(0)  # nothing is decided yet
     ledger.begin(3, {})
+    with pytest.raises(StepConflict, match="was given up"):
+        ledger.decide(4, before, {})
     attempt = ledger.new_attempt(3)
     ledger.decide(4, attempt, {})
-    with pytest.raises(StepConflict, match="version 4 is the last that was decided; nobody goes on from 3"):
+    with pytest.raises(Superseded, match="version 4 is the last that was decided; nobody goes on from 3"):
         ledger.new_attempt(3)
     assert ledger.new_attempt(4) > attempt
 
