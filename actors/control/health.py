@@ -95,7 +95,7 @@ class Watch:
         if found is None or found is LATE:
             return self._missed(name, before, is_late=found is LATE)
         status, (node, pid) = found
-        if before is not None and (not before.is_there or (before.node, before.pid) != (node, pid)):
+        if before is not None and _was_elsewhere(before, node, pid):
             self.num_recoveries += 1
         rows_LE = self._new_rows(name, _counts(table, status)) / elapsed_s
         fresh_LE += rows_LE
@@ -112,7 +112,7 @@ class Watch:
         )
 
     def _missed(self, name: str, before: ShardSeen | None, is_late: bool) -> ShardSeen:
-        missed = before.missed + 1 if before and is_late else MISSES
+        missed = (before.missed if before else 0) + 1 if is_late else MISSES
         if missed >= MISSES:
             self._counts.pop(name, None)
         there = missed < MISSES and before is not None and before.is_there
@@ -126,6 +126,13 @@ class Watch:
         if old_LE is None:
             return np.zeros_like(counts_LE)
         return np.where(counts_LE >= old_LE, counts_LE - old_LE, counts_LE)
+
+
+def _was_elsewhere(before: ShardSeen, node: str, pid: int) -> bool:
+    """Say whether a shard that is there has started again since; one that only was slow to answer at first has not."""
+    if not before.pid:
+        return before.missed >= MISSES
+    return not before.is_there or (before.node, before.pid) != (node, pid)
 
 
 def shard_view(name: str, seen: ShardSeen | None, is_drained: bool) -> ShardView:

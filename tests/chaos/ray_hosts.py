@@ -49,10 +49,7 @@ class RayHosts:
         self.hosts, self._resources, self._logs = hosts, resources, logs
         self.env = node_env()
         self._start(HEAD)
-        waiting.until(lambda: self._answers(), 60, every_s=0.2)
-        for name in resources:
-            self._start(name)
-        self.until_nodes(1 + len(resources))
+        self._begin()
 
     @property
     def head(self) -> Host:
@@ -65,6 +62,21 @@ class RayHosts:
     def trinity(self, *words: str | Path) -> list[str]:
         """A command of Trinity's, as on the head."""
         return [str(BIN / "trinity"), *map(str, words), "--cluster.address", self.address, "--cluster.auth", "disabled"]
+
+    def _begin(self) -> None:
+        waiting.until(self._answers, 60, every_s=0.2)
+        for name in self._resources:
+            self._start(name)
+        self.until_nodes(1 + len(self._resources))
+
+    def begin_anew(self, address: str) -> None:
+        """The head is back at another address, which an operator tells the nodes, and restarts them."""
+        for name in self.hosts:
+            self.hosts[name].power_off()
+        self.return_of(HEAD, address)
+        for name in self._resources:
+            self.hosts[name].power_on()
+        self._begin()
 
     def return_of(self, name: str, address: str | None = None) -> None:
         """Power is back, and with it what its supervisor starts."""

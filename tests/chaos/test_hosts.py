@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.chaos.hosts import cut, why_not
 from tests.chaos.ray_hosts import BIN, ROOT, ray_hosts
 from tests.chaos.world import NODES
 from tests.waiting import until
 from trinity.bench.models import checkpoint
+from trinity.chaos.train import undisturbed
+from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.config import preset
+from trinity.launch import load
 
 pytestmark = [
     pytest.mark.chaos,
@@ -239,6 +243,22 @@ def test_a_host_that_only_the_head_does_not_hear_is_not_trained_with(tmp_path):
         print(f"\n{during} steps in 40 s of the cut\n{homes}\n{moved}")
         assert during > 10
         assert homes != moved
+
+
+def test_training_goes_on_from_its_checkpoint_when_the_head_is_at_another_address(tmp_path):
+    (tmp_path / "train.yaml").write_text(TRAIN)
+    flags = ["--train.out_dir", str(tmp_path / "run"), "--train.steps", "60"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with ray_hosts(tmp_path, **NODES) as cluster, (tmp_path / "train.log").open("w") as log:
+        words = cluster.trinity("train", tmp_path / "train.yaml", *flags)
+        cluster.head.start(*words, env=cluster.env, stdout=log, stderr=log)
+        until(lambda: metrics.is_file() and metrics.read_text().count('"loss"') > 25, 120)
+        cluster.begin_anew(cluster.hosts.new_address())
+        words = cluster.trinity("train", tmp_path / "train.yaml", *flags, "--resume")
+        print("\n" + cluster.head.run(*words, env=cluster.env, timeout_s=300)[-500:])
+    config = load(str(tmp_path / "train.yaml"), flags)
+    mine, theirs = open_checkpoint(latest_checkpoint(tmp_path / "run")), undisturbed(config)
+    assert [key for key in theirs.weight_map if not torch.equal(mine.tensor(key), theirs.tensor(key))] == []
 
 
 def raged(tmp_path, *words):
