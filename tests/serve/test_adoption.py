@@ -11,6 +11,7 @@ from test_real import MODEL, write_checkpoint
 from tests.commands import Running
 from tests.waiting import WAIT_S, until
 from trinity.cli import main
+from trinity.config import merged
 
 pytestmark = pytest.mark.timeout(300)  # several commands; one that hangs ends sooner, by its silence
 ENDLESS = MODEL.model_copy(update={"max_position_embeddings": 1 << 15})
@@ -83,6 +84,29 @@ def things_left(serving):
     return overview() is not None, pools.exists(serving[serving.index("--placement.pool") + 1], "trinity")
 
 
+def test_what_runs_is_refused_adopted_or_ended(serving, shared, capsys):
+    """A server whose command is gone, as this process leaves it."""
+    from serving import adoption, app
+    from serving.launch import provide_weights, resolve
+
+    checkpoint, flags = str(serving[1]), [str(each) for each in serving[2:]]
+    flags = [
+        f"--serve.{each[2:].replace('-', '_')}" if each in ("--http-port", "--grpc-port") else each for each in flags
+    ]
+    config = resolve(checkpoint, merged(None, flags))
+    provide_weights(config, checkpoint)
+    url = app.start(config, checkpoint).http_url
+    said = refused(capsys, serving)
+    assert all(part in said for part in (checkpoint, url, "'model'", "--adopt", "trinity serve stop")), said
+    said = refused(capsys, [*serving, "--adopt", "--engine.max_num_seqs", 7, "--serve.api_key", "not-to-be-shown"])
+    assert "engine.max_num_seqs is 64, not 7, serve.api_key is another; adopt it with" in said
+    assert adoption.adopted(config, checkpoint).http_url == url
+    assert main(["serve", "stop", *shared]) == 0
+    assert "the application is ended\npool a-" in capsys.readouterr().out
+    assert things_left(serving) == (False, False)
+
+
+@pytest.mark.chaos
 def test_another_command_takes_over_what_a_dead_one_left_and_a_third_ends_it(serving, shared, tmp_path, capsys):
     first = Running(tmp_path, *serving)
     url = ready(first)
@@ -91,10 +115,7 @@ def test_another_command_takes_over_what_a_dead_one_left_and_a_third_ends_it(ser
     first.process.kill()
     first.process.wait()
     stream.goes_on()
-    said = refused(capsys, serving)
-    assert all(part in said for part in (str(serving[1]), url, "'model'", "--adopt", "trinity serve stop")), said
-    said = refused(capsys, [*serving, "--adopt", "--engine.max_num_seqs", 7, "--serve.api_key", "not-to-be-shown"])
-    assert "engine.max_num_seqs is 64, not 7, serve.api_key is another; adopt it with" in said
+    assert "adopt" in refused(capsys, serving)
     second = Running(tmp_path, *serving, "--adopt")
     assert ready(second) == url
     stream.goes_on()
