@@ -1,4 +1,4 @@
-"""Units of systemd in clusters/, as a shell would run them."""
+"""Units of systemd in clusters/, as a shell would run them, and the environment that they name."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -26,3 +26,9 @@ def command(name: str, program: Path) -> str:
     """What it runs, for a shell, with another program in the place of `ray`. A variable is one word, as in systemd."""
     [words] = [value.split() for value in settings(name)["ExecStart"]]
     return " ".join(f'"{word}"' for word in (str(program), *words[1:]))
+
+
+def node_env() -> dict[str, str]:
+    """Content of clusters/node.env."""
+    lines = (FOLDER / "node.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))

@@ -151,9 +151,8 @@ class DirectTransport:
         self._connections: dict[str, Connection] = {}
         self._known: dict[str, Address] = {}
         self._epoch = 0
-        self._doubted: dict[
-            str, float
-        ] = {}  # connections that may lead to an old process; seconds to wait for who knows
+        # Whose connection may lead to an old process; seconds to wait for who knows.
+        self._doubted = dict[str, float]()
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         if verb not in ("infer", "backward", "fetch"):
@@ -203,13 +202,8 @@ class DirectTransport:
     def _confirm(self, shard: str, deadline_s: float) -> None:
         """Leave a connection whose shard is elsewhere now. As long as nobody says, rows go where they went, and each call looks
         whether there is an answer."""
-        until_s = min(deadline_s, time.monotonic() + self._doubted[shard])
-        found = tried(partial(self.locate, shard, until_s), TrinityError)
-        if isinstance(found, TrinityError):
-            self._doubted[shard] = 0.0
-            return
-        del self._doubted[shard]
-        if found != self._known.get(shard):
+        found = self._located(shard, min(deadline_s, time.monotonic() + self._doubted[shard]))
+        if found is not None and found != self._known.get(shard):
             self.drop(shard, self._connections.get(shard))
 
     def _address(self, shard: str, deadline_s: float) -> Address:
@@ -217,10 +211,14 @@ class DirectTransport:
         known = self._known.get(shard)
         if known is None:
             return self.locate(shard, deadline_s)
-        found = tried(partial(self.locate, shard, min(deadline_s, time.monotonic() + LOCATE_S)), TrinityError)
+        return self._located(shard, min(deadline_s, time.monotonic() + LOCATE_S)) or known
+
+    def _located(self, shard: str, until_s: float) -> Address | None:
+        """The address where it listens now; None if nobody says, which leaves its connection in doubt."""
+        found = tried(partial(self.locate, shard, until_s), TrinityError)
         if isinstance(found, TrinityError):
             self._doubted[shard] = 0.0
-            return known
+            return None
         self._doubted.pop(shard, None)
         return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests import waiting
 from tests.chaos.hosts import Host, Hosts, hosts
-from tests.units import command, environment, settings
+from tests.units import command, environment, node_env, settings
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -36,18 +36,12 @@ SMALL = {
 }
 
 
-def node_env() -> dict[str, str]:
-    lines = (ROOT / "clusters/node.env").read_text().splitlines()
-    own = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    return own | SMALL
-
-
 class RayHosts:
     """The cluster. `resources` of each node by its host's name."""
 
     def __init__(self, hosts: Hosts, resources: Mapping[str, Mapping[str, float]], logs: Path):
         self.hosts, self._resources, self._logs = hosts, resources, logs
-        self.env = node_env()
+        self.env = node_env() | SMALL
         self._start(HEAD)
         self._begin()
 

@@ -32,6 +32,7 @@ class Way:
     delay_s: float = 0.0
     jitter_s: float = 0.0  # more of it, drawn for each frame: frames overtake each other
     bytes_per_s: float = float("inf")
+    queue_s: float = float("inf")  # at that rate; what would wait longer is dropped
     num_passed: int = 0
     num_dropped: int = 0
     free_s: float = field(default=0.0, repr=False)  # when the frames before have left
@@ -116,6 +117,9 @@ class Switch:
     def _pass(self, port: int, target: int, frame: bytes) -> None:
         way, now_s = self.way(self._ports[port], self._ports[target]), time.monotonic()
         if way.is_cut or self._rng.random() < way.loss or len(self._late) > MOST_QUEUED:
+            way.num_dropped += 1
+            return
+        if way.free_s - now_s > way.queue_s:
             way.num_dropped += 1
             return
         way.num_passed += 1

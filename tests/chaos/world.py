@@ -39,7 +39,7 @@ class World:
         self, cluster: RayHosts, path: Path, victims: list[str], at_once: int = 1, log: Callable[[str], None] = print
     ):
         self._cluster, self._victims, self._at_once, self._log = cluster, victims, at_once, log
-        self._rng = random.Random(0)
+        self._rng = random.Random()
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.bind(str(path))
         self._sock.listen()
@@ -60,6 +60,7 @@ class World:
                 file.write(json.dumps(told).encode() + b"\n")
 
     def _done(self, order: dict[str, Any]) -> dict[str, str]:
+        self._rng.seed(order["draw"])  # all that is drawn for a fault follows from the plan
         try:
             name = self._victims[int(order["draw"] * len(self._victims))]
             return {"target": self.strike(Fault(order["fault"]), name, float(order["for_s"]))}

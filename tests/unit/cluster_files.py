@@ -75,8 +75,3 @@ def bought(config, demands):
 def without_minimum(config):
     types = {name: {**kind, "min_workers": 0} for name, kind in config["available_node_types"].items()}
     return {**config, "available_node_types": types}
-
-
-def node_env():
-    lines = (FOLDER / "node.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))

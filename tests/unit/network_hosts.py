@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from actors.dataplane import connection
@@ -255,16 +254,6 @@ class Process:
 
 def ip(*words, check=True):
     return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
-
-
-def tc(namespace, verb, *shape, statistics=False):
-    """What shapes the traffic that leaves a namespace. Skips where the kernel cannot."""
-    device = ["dev", namespace] + ["root"] * (verb != "show")
-    command = ["tc", *["-s"] * statistics, "-netns", namespace, "qdisc", verb, *device, *shape]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "unknown" in done.stderr:
-        pytest.skip(f"this kernel has no {shape[0]}: {done.stderr.strip()}")
-    return done.stdout
 
 
 def why_not():

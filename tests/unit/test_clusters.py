@@ -35,10 +35,10 @@ from tests.unit.cluster_files import (
     TRAIN_SLOT,
     bought,
     launcher_config,
-    node_env,
     read,
     without_minimum,
 )
+from tests.units import node_env
 from trinity.config import Config, setup_environment
 
 # ---- units of systemd, for machines of one's own ----

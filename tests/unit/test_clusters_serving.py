@@ -20,11 +20,11 @@ from tests.unit.cluster_files import (
     FOLDER,
     HEAD_ENV,
     KUBERAY,
-    node_env,
     of_kind,
     ray_cluster,
     read,
 )
+from tests.units import node_env
 from trinity.config import Config, preset
 from trinity.errors import ConfigError
 

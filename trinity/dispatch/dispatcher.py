@@ -77,7 +77,7 @@ class Dispatcher:
         self._row_of = {layer: i for i, layer in enumerate(self.table.layers)}
         self._distances = self.view.distances
         self._spread = self.table.present(self._unreachable)
-        self._near = self.table.present(self._unreachable, self._distances)
+        self._near = self.table.present(self._unreachable, self._distances) if self.near_rows else self._spread
         self.is_replicated = bool((self._spread[1] > 1).any())
 
     def _has_news(self) -> bool:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL = (
-    6  # of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades)
-)
+# Of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades).
+PROTOCOL = 6
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
