@@ -95,6 +95,10 @@ class Host:
         self._root = None
         _ip("netns", "del", self.name)
 
+    def logs(self) -> Iterator[Path]:
+        """What Ray wrote there, also before a loss of power."""
+        yield from self._disk.glob("**/session_*/logs")
+
     def set_clock(self, ahead_s: float) -> None:
         """Set its time of day so far before (below 0: behind) this machine's; processes that run see it at once."""
         with open(self._clock, "r+b" if self._clock.exists() else "wb") as file:

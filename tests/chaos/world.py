@@ -1,6 +1,6 @@
 """Hosts that are hurt as `trinity chaos --hosts` asks, and that command over them.
 
-    python -m tests.chaos.world [--victims shard0,shard1] [--at-once 2] [--mtu 1400] [--delay-ms 10 --loss 0.01] serve|train ...
+    python -m tests.chaos.world [--victims shard0,shard1] [--at-once 2] [--mtu 1400] [--keep LOGS] serve|train ...
 
 Decisions: the command runs on the head, which is never hurt; the others are, one at a time. A host that lost power is back
 after the fault's time, at the same address or, by chance, at a new one; Ray's node on it starts by itself. A clock that
@@ -10,6 +10,7 @@ was shifted stays so until the next time.
 import argparse
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.chaos.plan import Fault
-from tests.chaos.hosts import cut, why_not
+from tests.chaos.hosts import Hosts, cut, why_not
 from tests.chaos.ray_hosts import HEAD, RayHosts, ray_hosts
 
 SLOW = {"delay_s": 0.010, "jitter_s": 0.005, "loss": 0.01}
@@ -126,13 +127,27 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mtu", type=int, default=1500, help="of all hosts (default: %(default)s)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of each frame (default: %(default)s)")
     parser.add_argument("--loss", type=float, default=0.0, help="share of the frames (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=Path, help="a new folder for what the hosts and Ray on them wrote (default: nowhere)"
+    )
     return parser.parse_known_args(argv)
+
+
+def keep(hosts: Hosts, logs: Path, folder: Path) -> None:
+    """Copy what was written, by host."""
+    for log in logs.glob("*.log"):
+        shutil.copy(log, folder)
+    for name in hosts:
+        for session in hosts[name].logs():
+            shutil.copytree(session, folder / name / session.parent.name, symlinks=True, dirs_exist_ok=True)
 
 
 def main(argv: list[str]) -> int:
     if reason := why_not():
         raise SystemExit(reason)
     own, command = parsed(argv)
+    if own.keep:
+        own.keep.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="trinity-world-") as folder:
         logs = Path(folder)
         with ray_hosts(logs, own.mtu, **NODES) as cluster:
@@ -142,6 +157,8 @@ def main(argv: list[str]) -> int:
             words = cluster.trinity("chaos", *command, "--hosts", logs / "hosts")
             code = cluster.head.start(*words, env=cluster.env).wait()
             world.close()
+            if own.keep:
+                keep(cluster.hosts, logs, own.keep)
     return code
 
 

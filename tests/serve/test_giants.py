@@ -5,7 +5,9 @@ less than once where the reading is done elsewhere. What was here before stalled
 """
 
 import asyncio
+import functools
 import json
+import math
 import threading
 import time
 from contextlib import asynccontextmanager, suppress
@@ -110,6 +112,17 @@ async def standstill():
     await watching
 
 
+async def least_standstill(ask, most_s):
+    """-> what `ask()` gave, and the least standstill of up to three: a busy machine's caches make any one of them slow."""
+    least_s = math.inf
+    for _ in range(3):
+        async with standstill() as longest:
+            answer = await ask()
+        if (least_s := min(least_s, longest[0])) < most_s:
+            break
+    return answer, least_s
+
+
 @pytest.mark.parametrize("name", GIANTS)
 async def test_a_giant_body_stalls_nobody(server, http, name):
     path, body, status = GIANTS[name]
@@ -117,11 +130,11 @@ async def test_a_giant_body_stalls_nobody(server, http, name):
     began = time.process_time()
     json.loads(body)
     once_s = max(FEWEST_S, time.process_time() - began)
-    async with standstill() as longest:
-        answer = await http.post(path, content=body, headers={"content-type": "application/json"})
+    sent = functools.partial(http.post, path, content=body, headers={"content-type": "application/json"})
+    answer, stall_s = await least_standstill(sent, once_s)
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.text) < 300 or status == 200
-    assert longest[0] < once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.1f} times reading it"
+    assert stall_s < once_s, f"{stall_s:.3f} s, {stall_s / once_s:.1f} times reading it"
 
 
 async def test_a_body_in_crumbs_is_refused(server, http):
@@ -134,15 +147,18 @@ async def test_a_body_in_crumbs_is_refused(server, http):
         pass
     once_s = time.process_time() - began
     url = httpx.URL(server.url)
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    async with standstill() as longest:
+
+    async def sent():
+        reader, writer = await asyncio.open_connection(url.host, url.port)
         writer.write(head + crumbs)
         with suppress(ConnectionResetError):  # where the answer comes while it still sends
             answer = await reader.read()
             assert answer.startswith(b"HTTP/1.1 400 ")
             assert b"crumbs" in answer
         writer.close()
-    assert longest[0] < 10 * once_s, f"{longest[0]:.3f} s, {longest[0] / once_s:.0f} times parsing {FED_BYTES} bytes"
+
+    _, stall_s = await least_standstill(sent, 10 * once_s)
+    assert stall_s < 10 * once_s, f"{stall_s:.3f} s, {stall_s / once_s:.0f} times parsing {FED_BYTES} bytes"
     few = [b'{"prompt": ', *[b" "] * 200, b'"a"}']  # a client that writes small pieces is no attack
 
     async def pieces():
@@ -229,13 +245,10 @@ async def test_an_answer_of_megabytes_is_written_beside_other_work(start, path):
         if path == CHAT:
             given |= {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20}
             del given["prompt"]
-        tries = []
-        for _ in range(3):  # a busy machine's caches make any one of them slow
-            async with standstill() as longest:
-                answer = await http.post(path, json=given)
-            tries.append(longest[0])
-    began = time.process_time()
-    json.dumps(answer.json())
-    once_s = time.process_time() - began
+        tree = (await http.post(path, json=given)).json()
+        began = time.process_time()
+        json.dumps(tree)
+        once_s = time.process_time() - began
+        answer, stall_s = await least_standstill(functools.partial(http.post, path, json=given), once_s)
     assert len(answer.content) > 2 << 20
-    assert min(tries) < once_s, f"{min(tries):.3f} s, {min(tries) / once_s:.1f} times writing it"
+    assert stall_s < once_s, f"{stall_s:.3f} s, {stall_s / once_s:.1f} times writing it"
