@@ -39,6 +39,7 @@ STEP = frozenset({"prepare", "stage", "commit", "abort", "recover"})
 LONG = STEP | {"load", "save", "copy"}
 VERBS = ROWS | LONG | {"status", "prune_to"}
 SERVICE_TIMEOUT_S = 60.0
+PEER_S = 5.0  # for another shard to say where it listens
 
 
 class ShardServer:
@@ -108,10 +109,11 @@ class ShardServer:
 
     @contextmanager
     def _peers(self) -> Iterator[DirectTransport]:
-        """Connections of its own for each change or step: they are few, and other shards may be gone by the next."""
+        """Connections of its own for each change or step: they are few, and other shards may be gone by the next. Nobody waits
+        here for one that starts again: who asked us comes back, and may ask another way by then."""
         handles = Handles(self.pool, self.namespace)
         control = RayTransport(handles, SERVICE_TIMEOUT_S, SERVICE_TIMEOUT_S)
-        peers = DirectTransport(control, Locator(handles), self.secret)
+        peers = DirectTransport(control, Locator(handles, PEER_S), self.secret)
         try:
             yield peers
         finally:

@@ -101,11 +101,12 @@ class Seen:
     must_balance: bool = False  # somebody asked for it
     may_spread: bool = False  # it is time to look for nodes that replicas do not share
     roomy_nodes: frozenset[str] = frozenset()  # nodes on which one more shard could be
+    spares: tuple[str, ...] = ()  # shards that have been started, and no table names yet
 
 
 @dataclass(frozen=True)
 class Change:
-    """The table that is wanted, the shards to be made for it, and why."""
+    """The table that is wanted, the shards that are new in it, and why."""
 
     table: PlacementTable
     fresh: tuple[str, ...]
@@ -114,12 +115,17 @@ class Change:
 
 
 def desired_change(table: PlacementTable, seen: Seen, desired: DesiredState, rules: Rules) -> Change | None:
-    """Return what to change next; None: all is well. Raises ConfigError where experts have no room."""
+    """Return what to change next; None: all is well. Raises ConfigError where experts have no room.
+
+    Shards that are lost are left out at once where others hold all that they held: nothing is copied, and what is to come in
+    their place may find no room for long."""
+    if (gone := seen.lost & set(table.shards)) and (rest := table.without_shards(gone)):
+        return Change(rest, (), "lost")
     leaving, moved = leaving_shards(table, seen, desired), None
     if not leaving and seen.may_spread and len(table.shards) == desired.num_shards:
         moved = relocation(table, seen.node_of, seen.roomy_nodes, rules.redundancy)
         leaving = (moved.shard,) if moved else ()
-    fresh = fresh_names(desired, len(table.shards) - len(leaving))
+    fresh = fresh_names(desired, len(table.shards) - len(leaving), seen.spares)
     num_shards = len(table.shards) - len(leaving) + len(fresh)
     replicas_LE = wanted_replicas_LE(table, seen, desired, rules, num_shards)
     same = not leaving and not fresh and bool((replicas_LE == table.num_replicas_LE).all())
@@ -151,10 +157,10 @@ def leaving_shards(table: PlacementTable, seen: Seen, desired: DesiredState) -> 
     return (*sorted(gone), *left[desired.num_shards :])
 
 
-def fresh_names(desired: DesiredState, num_staying: int) -> tuple[str, ...]:
-    """Names of the shards to be made; never one that was used before."""
+def fresh_names(desired: DesiredState, num_staying: int, spares: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of the shards to be added: of spares, then of shards to be made; never one that was used before."""
     num = max(0, desired.num_shards - num_staying)
-    return tuple(f"shard-{desired.next_name + i}" for i in range(num))
+    return (*spares[:num], *(f"shard-{desired.next_name + i}" for i in range(num - len(spares))))
 
 
 def wanted_replicas_LE(

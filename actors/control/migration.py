@@ -1,8 +1,9 @@
-"""One change of the placement: prepare -> publish -> drain -> retire.
+"""One change of the placement: (start ->) prepare -> publish -> drain -> retire.
 
-Decisions: new shards and copies are made while the old replicas serve; publishing the next epoch is the only step that counts.
-Whatever dies in between, the published table is the truth: what it does not name is dropped, what a shard lacks of it is
-copied again. A change that fails before it is published is taken back, under an epoch of its own: none is used twice.
+Decisions: new shards start before it (actors/control/spares.py), and copies are made while the old replicas serve; publishing
+the next epoch is the only step that counts. Whatever dies in between, the published table is the truth: what it does not name
+is dropped, what a shard lacks of it is copied again. A change that fails before it is published is taken back, under an epoch
+of its own: none is used twice.
 """
 
 import logging
@@ -25,6 +26,7 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 KEPT_CHANGES = 50
+START = "start"  # of a change whose shards are starting
 Batches = dict[str, dict[int, list[tuple[int, str]]]]  # target -> layer -> (expert, source)
 
 
@@ -42,10 +44,31 @@ class History:
         self.views: tuple[ChangeView, ...] = ()
         self._began_s = 0.0
 
+    def expect(self, change: Change) -> None:
+        """Shards that a change needs are starting."""
+        self._add(ChangeView(change.table.epoch, time.time(), 0.0, change.reason, START, 0, 0, 0))
+
     def begin(self, change: Change, previous: PlacementTable, num_copies: int) -> None:
-        drops, self._began_s = num_drops(previous, change.table), time.monotonic()
-        view = ChangeView(change.table.epoch, time.time(), 0.0, change.reason, "prepare", num_copies, drops, 0)
-        self.views = (*self.views[1 - KEPT_CHANGES :], view)
+        """A change is made now, with the shards that were expected, if any were."""
+        drops = num_drops(previous, change.table)
+        if not self._is_expected:
+            self.expect(change)
+        *before, last = self.views
+        last = replace(last, epoch=change.table.epoch, num_copies=num_copies, num_drops=drops, phase="prepare")
+        self.views = (*before, last)
+
+    def give_up(self) -> None:
+        """What was expected, if anything was, is not made."""
+        if self._is_expected:
+            self.phase("rolled back")
+
+    @property
+    def _is_expected(self) -> bool:
+        return bool(self.views) and self.views[-1].phase == START
+
+    def _add(self, view: ChangeView) -> None:
+        self.give_up()
+        self._began_s, self.views = time.monotonic(), (*self.views[1 - KEPT_CHANGES :], view)
 
     def phase(self, phase: str, copied_bytes: int = 0) -> None:
         """The change under way has come so far."""
@@ -83,8 +106,8 @@ class Migration:
         log.info("epoch %d (%s): %d copies", self.change.table.epoch, self.change.reason, len(self.moves.copies))
 
     def prepare(self) -> None:
-        """New shards, and copies from shard to shard, while the old replicas serve."""
-        self.shards.make(self.change.fresh, self.change.node)
+        """Spares become shards, and copies go from shard to shard, while the old replicas serve."""
+        self.shards.take(self.change.fresh)
         self.shards.drop_leftovers(self.previous, {copy.shard for copy in self.moves.copies})
         self.copied_bytes = self._copy_all(self.at)
         self.copied_bytes += self._copy_older()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeGuard
 
 import numpy as np
 from ray.exceptions import RayError
@@ -29,6 +30,7 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 AGAIN_S = 10.0  # after a change that failed
+STARTING_S = 0.5  # between two looks for shards that are starting
 # Between two looks for nodes that replicas do not share; after a change that failed.
 SPREAD_S, SPREAD_AGAIN_S = 5.0, 60.0
 
@@ -88,17 +90,38 @@ class Reconciler:
             self._num_told = found
 
     def _change(self, at: At) -> None:
-        """The change that is most wanted, if any is."""
-        if time.monotonic() < self._again_s or (change := self._wanted()) is None:
+        """The change that is most wanted, if any is, and the shards that are new in it have started."""
+        if time.monotonic() < self._again_s:
             return
-        self.desired.use_names(len(change.fresh))
-        migration = Migration(self.shards, self.watch, change, at, self.history)
+        change = self._wanted()
         try:
-            migration.run()
-        finally:
-            if not migration.is_published:
-                self._again_s = time.monotonic() + AGAIN_S
-                self._spread_s = time.monotonic() + SPREAD_AGAIN_S
+            if self._has_started(change):
+                Migration(self.shards, self.watch, change, at, self.history).run()
+        except Exception:
+            self._try_later()
+            raise
+
+    def _has_started(self, change: Change | None) -> TypeGuard[Change]:
+        """Say whether there is a change and all that it needs. What it lacks begins to start; a later look finds it there."""
+        spares = self.shards.spares
+        spares.keep_only(change.fresh if change else ())
+        if change is None:
+            self.history.give_up()
+            return False
+        if missing := set(change.fresh) - set(spares.names):
+            self.desired.use_names(len(missing))
+            spares.start(sorted(missing), change.node)
+            self.history.expect(change)
+        if spares.are_there(change.fresh):
+            return True
+        self._again_s, self._spread_s = time.monotonic() + STARTING_S, 0.0
+        return False
+
+    def _try_later(self) -> None:
+        self.shards.spares.keep_only(())
+        self.history.give_up()
+        self._again_s = time.monotonic() + AGAIN_S
+        self._spread_s = time.monotonic() + SPREAD_AGAIN_S
 
     def _wanted(self) -> Change | None:
         seen = self._seen()
@@ -109,7 +132,7 @@ class Reconciler:
         return change
 
     def _seen(self) -> Seen:
-        may_spread = self._may_spread()
+        may_spread, spares = self._may_spread(), self.shards.spares
         every_s, scales = self.settings.balance_every_s, self.settings.autoscale.enabled and not self.state.spec.trains
         return Seen(
             load_LE=self.watch.load_LE,
@@ -121,7 +144,8 @@ class Reconciler:
             may_balance=bool(every_s) and time.monotonic() - self._balanced_s >= every_s,
             must_balance=self._balance_asked.is_set(),
             may_spread=may_spread,
-            roomy_nodes=roomy_nodes(self.settings) if may_spread else frozenset(),
+            roomy_nodes=(spares.nodes or roomy_nodes(self.settings)) if may_spread else frozenset(),
+            spares=spares.names,
         )
 
     def _may_spread(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from actors.control.spares import Spares
 from actors.control.state import PoolState
 from actors.dataplane.plane import DataPlane
 from actors.names import Handles, ask, name_of
@@ -29,6 +30,7 @@ class Shards:
     def __init__(self, state: PoolState, plane: DataPlane):
         self.state, self.plane = state, plane
         self.handles = Handles(state.settings.pool, state.namespace)
+        self.spares = Spares(self, state.settings.ready_timeout_s)
 
     def ask(self, shard: str, verb: str, message: Any) -> Any:
         """Wait for the answer."""
@@ -39,18 +41,23 @@ class Shards:
     def deadline(self) -> float:
         return time.monotonic() + self.state.settings.call_timeout_s
 
-    def make(self, names: Iterable[str], node: str | None = None) -> None:
-        """New shards, without experts, that know the version of the weights; on that node, if it is still there."""
+    def start(self, name: str, node: str | None = None) -> Any:
+        """A new shard without experts, on that node, if it is still there; -> its handle at once: it may wait for room."""
         spec, settings = self.state.spec, self.state.settings
-        for name in names:
-            experts = self.state.experts_of(name)
-            made = ShardSpec(name, spec.model, experts, spec.optim, settings.backend, spec.device)
-            self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, node)
-        for name in names:
-            ask(self.handles[name].where.remote(), settings.ready_timeout_s, f"the new shard {name}")
-            source = self.state.files.source()
-            if source is not None:
-                self.ask(name, "load", source)
+        made = ShardSpec(name, spec.model, self.state.experts_of(name), spec.optim, settings.backend, spec.device)
+        self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, node)
+        return self.handles[name]
+
+    def end(self, name: str) -> None:
+        """End a shard. Harmless where it has ended."""
+        ray.kill(self.handles.pop(name))
+
+    def take(self, names: Iterable[str]) -> None:
+        """Make spares that are there shards of the pool, which know the version of the weights."""
+        self.spares.give(names)
+        source = self.state.files.source()
+        for name in names if source else ():
+            self.ask(name, "load", source)
 
     def drop_leftovers(self, table: PlacementTable, names: Iterable[str]) -> None:
         """Drop what a shard still holds from before the present table: it must not pass for a copy."""
@@ -74,6 +81,6 @@ class Shards:
         for entry in ray.util.list_named_actors(all_namespaces=True):
             if entry["namespace"] == self.state.namespace and entry["name"].startswith(prefix):
                 name = entry["name"].rsplit("/", 1)[1]
-                if name not in table.shards:
+                if name not in {*table.shards, *self.spares.names}:
                     ray.kill(ray.get_actor(entry["name"], namespace=entry["namespace"]))
                     self.handles.pop(name, None)

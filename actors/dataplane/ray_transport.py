@@ -6,6 +6,7 @@ applied), and the caller sends the same op again.
 """
 
 import dataclasses
+import math
 import time
 from functools import partial
 from typing import Any
@@ -89,17 +90,17 @@ class RayTransport:
 
 
 class Locator:
-    """Asks a shard for its address: while it starts again, this waits. Who asks again after a deadline waits for the same
-    answer. For one caller thread."""
+    """Asks a shard for its address: while it starts again, this waits, up to `within_s`. Who asks again after a deadline waits
+    for the same answer. For one caller thread."""
 
-    def __init__(self, shards: Handles):
-        self._shards, self._asked = shards, dict[str, Any]()
+    def __init__(self, shards: Handles, within_s: float = math.inf):
+        self._shards, self._within_s, self._asked = shards, within_s, dict[str, Any]()
 
     def __call__(self, shard: str, deadline_s: float) -> Address:
         """Raises Unavailable, DeadlineExceeded."""
         ref = self._asked.pop(shard, None) or self._shards[shard].address.remote()
         try:
-            return ask(ref, max(0.0, deadline_s - time.monotonic()), f"shard {shard}")
+            return ask(ref, max(0.0, min(deadline_s - time.monotonic(), self._within_s)), f"shard {shard}")
         except DeadlineExceeded:
             self._asked[shard] = ref
             raise

@@ -241,6 +241,7 @@ def test_a_shard_that_does_not_come_back_is_replaced(ray_session, tmp_path):
         caller.thread.start()
         os.kill(pid_of(ray_session, pool, "shard-1"), signal.SIGSTOP)
         until(lambda: "shard-1" not in seen.snapshot().table.shards)
+        until(lambda: len(seen.snapshot().table.shards) == 3)
         until(lambda: held(pool) == by_table(seen.snapshot().table))
         table = seen.snapshot().table
         assert table.shards == ("shard-0", "shard-2", "shard-3")

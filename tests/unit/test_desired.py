@@ -82,6 +82,22 @@ def test_nothing_is_to_be_changed(table, saw, desired, rules):
             ("shard-0", "shard-2", "shard-3"), ("shard-3",), "start", id="who does not come back is replaced",
         ),
         pytest.param(
+            doubled(THREE), seen(lost=frozenset({"shard-1"}), spares=("shard-3",)), DesiredState(3, next_name=4),
+            Rules(redundancy=1), ("shard-0", "shard-2"), (), "lost", id="nobody waits where others hold all of it",
+        ),
+        pytest.param(
+            TWO, seen(spares=("shard-4", "shard-5")), DesiredState(4, next_name=6, reason="more"), RULES,
+            ("shard-0", "shard-1", "shard-4", "shard-5"), ("shard-4", "shard-5"), "more", id="what has started is used",
+        ),
+        pytest.param(
+            TWO, seen(spares=("shard-4", "shard-5")), DesiredState(3, next_name=6, reason="more"), RULES,
+            ("shard-0", "shard-1", "shard-4"), ("shard-4",), "more", id="no more of it than is wanted",
+        ),
+        pytest.param(
+            TWO, seen(spares=("shard-4",)), DesiredState(4, next_name=5, reason="more"), RULES,
+            ("shard-0", "shard-1", "shard-4", "shard-5"), ("shard-4", "shard-5"), "more", id="and others are made",
+        ),
+        pytest.param(
             TWO, seen(node_of={"shard-0": "a", "shard-1": "b"}, leaving_nodes=frozenset({"a"})), DesiredState.of(TWO),
             RULES, ("shard-1", "shard-2"), ("shard-2",), "start", id="a node that leaves is emptied before",
         ),
@@ -323,8 +339,8 @@ class World:
         if error is not None:
             raise error
 
-    def make(self, names, node=None):
-        self._called("make", names)
+    def take(self, names):
+        self._called("take", names)
 
     def drop_leftovers(self, table, shards):
         self._called("drop_leftovers", (table.epoch, frozenset(shards)))
@@ -380,7 +396,7 @@ def test_a_migration_copies_then_publishes_then_retires():
     assert error is None
     assert migration.is_published
     names = [name for name, _ in world.calls]
-    assert names == ["make", "drop_leftovers", *["copy"] * names.count("copy"), "publish", "tidy", "look"]
+    assert names == ["take", "drop_leftovers", *["copy"] * names.count("copy"), "publish", "tidy", "look"]
     copied = [
         (shard, m.layer, e, s) for _, (shard, m) in world.calls[2:-3] for e, s in zip(m.experts, m.sources, strict=True)
     ]
@@ -392,7 +408,7 @@ def test_a_migration_copies_then_publishes_then_retires():
     assert world.tables == [TWO, GROWN.table]
 
 
-@pytest.mark.parametrize("name", ["make", "drop_leftovers", "copy", "publish"])
+@pytest.mark.parametrize("name", ["take", "drop_leftovers", "copy", "publish"])
 @pytest.mark.parametrize("error", [Unavailable("away"), RuntimeError("a bug")])
 def test_what_fails_before_it_is_published_is_taken_back_under_an_epoch_of_its_own(name, error):
     world = World(fails={(name, 1): error})

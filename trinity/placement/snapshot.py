@@ -29,7 +29,7 @@ class ChangeView:
     started_s: float  # time.time()
     seconds: float  # so far, while it runs
     reason: str  # why: "scale", "drain", "balance", "recovery", ...
-    phase: str  # prepare, drain, retire, done, rolled back
+    phase: str  # start, prepare, drain, retire, done, rolled back
     num_copies: int
     num_drops: int
     copied_bytes: int

@@ -95,6 +95,15 @@ class PlacementTable:
         """The next epoch, with the replica of `expert` on `shard` gone."""
         return self._with(expert, tuple(s for s in self.holders(expert) if s != self.shards.index(shard)))
 
+    def without_shards(self, names: Collection[str]) -> "PlacementTable | None":
+        """The next epoch, without these shards and what they hold; None where an expert is on no other."""
+        left = tuple(shard for shard in self.shards if shard not in names)
+        at = {self.shards.index(shard): position for position, shard in enumerate(left)}
+        rows = tuple(tuple(tuple(at[s] for s in held if s in at) for held in row) for row in self.replicas)
+        if not all(held for row in rows for held in row):
+            return None
+        return replace(self, epoch=self.epoch + 1, shards=left, replicas=rows)
+
     def holders(self, expert: Expert) -> tuple[int, ...]:
         layer, index = expert
         return self.replicas[self.layers.index(layer)][index]
