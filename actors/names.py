@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavailable
 from trinity.rpc.messages import PROTOCOL, Load, other_release
@@ -34,6 +35,11 @@ def _ours(error: RayError, who: str, within: str) -> Exception:
     if isinstance(error, GetTimeoutError):
         return DeadlineExceeded(f"{who} did not answer {within}; is it overloaded or stopped?")
     return Unavailable(f"{who} is away ({type(error).__name__}); is the cluster healthy?")
+
+
+def on_node(task: Any, node: str) -> Any:
+    """The remote function, to run on that node and no other."""
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
 
 
 def find(pool: str, what: str, namespace: str) -> Any:

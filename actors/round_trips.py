@@ -14,9 +14,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.names import ask
+from actors.names import ask, on_node
 from trinity.errors import TrinityError, Unavailable
 from trinity.utils.trying import tried
 
@@ -48,10 +47,8 @@ def measured() -> dict[str, Measured | TrinityError]:
 
 
 def _asked(node: str, ports: Mapping[str, int]) -> Measured:
-    strategy, asked_s = NodeAffinitySchedulingStrategy(node, soft=False), time.time()
-    to_s, begun_s, ended_s = ask(
-        _measure.options(scheduling_strategy=strategy).remote(ports), NODE_S, f"node {node[:8]}"
-    )
+    asked_s = time.time()
+    to_s, begun_s, ended_s = ask(on_node(_measure, node).remote(ports), NODE_S, f"node {node[:8]}")
     told_s = time.time()
     return Measured(to_s, min(0.0, begun_s - asked_s) or max(0.0, ended_s - told_s))
 

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.chaos import outside
 from actors.chaos.faulty_transport import FaultyTransport
 from actors.chaos.plan import SHARE_LOST, Attempt, Fault, Planned, Struck
 from actors.control.admin import PlacementOperator
-from actors.names import PLACEMENT, ask, find
+from actors.names import PLACEMENT, ask, find, on_node
 from actors.pool import RayPool
 from actors.train import train_loop
 from trinity.errors import TrinityError, Unavailable
@@ -198,8 +197,7 @@ def _on(node: str, function: Callable[..., T], *arguments: Any) -> T:
     if node == ray.get_runtime_context().get_node_id():
         return function(*arguments)
     there = ray.remote(num_cpus=0, max_retries=0)(function)
-    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ask(there.options(scheduling_strategy=strategy).remote(*arguments), FIND_S, f"node {node[:8]}")
+    return ask(on_node(there, node).remote(*arguments), FIND_S, f"node {node[:8]}")
 
 
 def _signal(node: str, pid: int, number: int) -> None:

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.names import on_node
 from trinity.config import PlacementConfig, ray_node_pid
 from trinity.errors import ConfigError
 
@@ -61,8 +61,7 @@ def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
         return
-    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    refs = [_remove.options(scheduling_strategy=each).remote(pool, namespace, memory_dir) for each in strategies]
+    refs = [on_node(_remove, node).remote(pool, namespace, memory_dir) for node in nodes]
     ray.wait(refs, num_returns=len(refs), timeout=REMOVE_S) if refs else None
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.dataplane.ray_transport import pack, unpack
-from actors.names import ask
+from actors.names import ask, on_node
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable, VersionGone
 from trinity.state.reader import Reader, read
 from trinity.state.versioned_store import Version
@@ -32,9 +31,7 @@ def fetched(node: str, path: str, number: int, suffix: str, timeout_s: float) ->
     """A version out of a folder on that node. Raises VersionGone, or Unavailable where the node is gone."""
     if node == ray.get_runtime_context().get_node_id():
         return read(Path(path), number, lambda name: name.endswith(suffix))
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ref = read_there.options(scheduling_strategy=there).remote(path, number, suffix)
-    tensors, notes = ask(ref, timeout_s, f"node {node[:8]}")
+    tensors, notes = ask(on_node(read_there, node).remote(path, number, suffix), timeout_s, f"node {node[:8]}")
     return Version(number, {name: unpack(each) for name, each in tensors.items()}, notes)
 
 

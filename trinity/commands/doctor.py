@@ -16,7 +16,6 @@ from trinity.utils.machine import meminfo, versions
 if TYPE_CHECKING:
     from actors.round_trips import Measured
 
-MOST_SKEW_S = 1.0
 PACKAGES = ["trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers"]
 PACKAGES += ["transformers", "grpcio", "protobuf", "pydantic", "numpy", "fastapi", "uvicorn"]
 PORTS = {"HTTP": 8000, "gRPC": 9000, "Ray": 6379, "Ray dashboard": 8265}
@@ -94,6 +93,8 @@ def _round_trips(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _shown(found: "Measured") -> str:
     """The others, slowest first; those that cannot be reached before them."""
+    from actors.dataplane.handshake import MOST_SKEW_S
+
     slow = sorted(found.to_s.items(), key=lambda pair: -math.inf if pair[1] is None else -pair[1])
     others = [f"{other} {'cannot be reached' if to_s is None else f'{1000 * to_s:.2f} ms'}" for other, to_s in slow]
     clock = [f"clock {found.ahead_s:+.1f} s"] if abs(found.ahead_s) > MOST_SKEW_S else []
