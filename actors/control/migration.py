@@ -58,7 +58,7 @@ class History:
         self.views = (*before, last)
 
     def give_up(self) -> None:
-        """What was expected, if anything was, is not made."""
+        """Close what was expected, if anything was: it is not made."""
         if self._is_expected:
             self.phase("rolled back")
 
