@@ -14,7 +14,7 @@ SAID_S = 1.0  # for an answer that is there
 
 
 class Starts(Protocol):
-    """How they are started and ended (actors/control/shards.py)."""
+    """Whoever starts and ends them (actors/control/shards.py)."""
 
     def start(self, name: str, node: str | None) -> Any: ...
 
