@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from serving.access import ASKS
 from serving.limits import Admission
-from serving.metrics import Exporter, TokenClock
+from serving.metrics import Exporter
 from serving.pool_operator import Operator, Placement
 from trinity.config import Client, ServeConfig
 from trinity.engine.request import Delta, SamplingParams, check_length
@@ -80,7 +80,7 @@ class Frontend:
         self.info = info
         self.config = config
         self.admission = Admission(config)
-        self.metrics = Exporter()
+        self.metrics = Exporter(info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
@@ -188,8 +188,7 @@ class Frontend:
         longest_s = self.config.request_timeout_s
         budget_s = longest_s if deadline_s is None else min(deadline_s, longest_s)
         deadline = asyncio.get_running_loop().time() + budget_s
-        with self.admission.slot(client):
-            clock = TokenClock(self.metrics)
+        with self.admission.slot(client), self.metrics.sequence() as clock:
             stream = self.engine.generate(new_request_id(), prompt_ids, params, budget_s, client)
             async with aclosing(stream):
                 while (delta := await self._next(stream, deadline, budget_s)) is not None:

@@ -5,8 +5,10 @@ Probes reach one engine at a time, so the sums over engines are over those that 
 pool has no placement metrics: zeros would say that all is even and nothing there.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +16,7 @@ import prometheus_client as prometheus
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from serving.vllm_names import VllmNames
 from trinity.engine.request import Delta
 from trinity.observability.prometheus import (
     DISPATCH_METRICS,
@@ -28,6 +31,7 @@ from trinity.observability.registry import registered
 from trinity.placement.snapshot import Snapshot
 
 STALE_S = 60.0
+KV = ("free", "total")
 SUMS = {
     "num_running": "trinity_requests_running",
     "num_waiting": "trinity_requests_waiting",
@@ -49,12 +53,13 @@ RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a ch
 class Exporter:
     """Turns answers, Deltas and engine statistics into the declared metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
         self.registry = prometheus.CollectorRegistry()
         self._metrics: dict[str, Any] = {}
         self._declare(SERVING_METRICS + tuple(metric for metric in DISPATCH_METRICS if metric is not DISPATCH_SECONDS))
         self._dispatch = DispatchSeconds()
         self.registry.register(self._dispatch)
+        self.registry.register(VllmNames(self, model))
         self._engines: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self._changes: Changes | None = None
 
@@ -87,6 +92,18 @@ class Exporter:
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
         for field, name in SUMS.items():
             self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
+        free, total = (sum(found.get(f"num_{what}_blocks", 0) for _, found in self._engines.values()) for what in KV)
+        self["trinity_kv_usage"].set(1 - free / total if total else 0.0)
+
+    @contextmanager
+    def sequence(self) -> Iterator["TokenClock"]:
+        """Time one sequence inside the block, and count how it ends: `abort` where nobody wants more of it."""
+        clock = TokenClock(self)
+        try:
+            yield clock
+        except BaseException as error:
+            clock.end("abort" if isinstance(error, GeneratorExit | asyncio.CancelledError) else "error")
+            raise
 
     def placement(self, snapshot: Snapshot | None) -> None:
         """Count what the placement service said, or that it is away."""
@@ -175,8 +192,8 @@ class TokenClock:
 
     def __init__(self, exporter: Exporter):
         self._exporter = exporter
-        self._previous_s = time.perf_counter()
-        self._seen = False
+        self._began_s = self._previous_s = time.perf_counter()
+        self._seen = self._ended = False
 
     def tick(self, delta: Delta) -> None:
         """A Delta of several tokens counts as so many equal intervals."""
@@ -185,8 +202,18 @@ class TokenClock:
         if not self._seen:
             self._seen = True
             self._exporter["trinity_time_to_first_token_seconds"].observe(elapsed_s)
+            self._exporter["trinity_queue_seconds"].observe(delta.queue_s)
             self._exporter["trinity_prompt_tokens_total"].inc(delta.num_prompt_tokens)
         else:
             for _ in range(count):
                 self._exporter["trinity_inter_token_seconds"].observe(elapsed_s / count)
         self._exporter["trinity_generated_tokens_total"].inc(count)
+        if delta.finish_reason is not None:
+            self.end(delta.finish_reason)
+
+    def end(self, reason: str) -> None:
+        """Count the end of the sequence; only the first one counts."""
+        if not self._ended:
+            self._ended = True
+            self._exporter["trinity_sequence_seconds"].observe(time.perf_counter() - self._began_s)
+            self._exporter["trinity_sequences_total"].labels(reason).inc()

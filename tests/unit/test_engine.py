@@ -134,6 +134,14 @@ def test_first_come_first_served():
     assert order == [str(i) for i in range(10)]
 
 
+def test_how_long_a_sequence_waited_for_its_place():
+    engine = fake_engine(max_num_seqs=1)
+    for name in ("first", "second"):
+        engine.add(name, (1, 2, 3), GREEDY)
+    waited = {name: deltas[-1].queue_s for name, deltas in run_all(engine).items()}
+    assert 0 < waited["first"] < waited["second"]
+
+
 def test_a_long_prompt_does_not_stop_decodes():
     """Every running decode gets its token in every pass while a 60-token prompt is cut into pieces of what is left."""
     engine = fake_engine(max_num_batched_tokens=8)

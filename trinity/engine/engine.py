@@ -214,6 +214,7 @@ class Engine:
             num_generated_tokens=sequence.num_generated,
             version=sequence.version,
             first_version=sequence.first_version,
+            queue_s=sequence.queue_s or 0.0,
             **fields,
         )
 

@@ -7,6 +7,7 @@ Decision: text is a function of the tokens alone, so what a request gets does no
 
 import math
 import secrets
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
@@ -131,7 +132,8 @@ class Delta:
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the
-    first token: from there to here the answer's versions reach. `cause` is the typed error behind `error`.
+    first token: from there to here the answer's versions reach. `queue_s`: until it was first in a batch. `cause` is the typed
+    error behind `error`.
     The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
     layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
     """
@@ -147,6 +149,7 @@ class Delta:
     num_generated_tokens: int = 0
     version: int = 0
     first_version: int = 0
+    queue_s: float = field(default=0.0, compare=False)
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     cause: TrinityError | None = field(default=None, repr=False)
 
@@ -172,6 +175,8 @@ class Sequence:
     version: int = 0
     first_version: int = 0
     pinned: int | None = None
+    added_s: float = field(default_factory=time.monotonic)
+    queue_s: float | None = None  # until it was first in a batch
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
 
     def __post_init__(self) -> None:
@@ -193,6 +198,11 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    def admitted(self) -> None:
+        """It is in a batch now; only the first time counts."""
+        if self.queue_s is None:
+            self.queue_s = time.monotonic() - self.added_s
 
     def computed(self, start: int, end: int, version: int) -> None:
         """A pass of that version has put the tokens [start, end) into the cache."""

@@ -72,6 +72,7 @@ class Scheduler:
             return False
         sequence = self.waiting.take()
         sequence.row = self.cache.open_row()
+        sequence.admitted()
         self.running.append(sequence)
         return True
 
