@@ -19,6 +19,7 @@ from serving.access import ASKS
 from serving.limits import Admission
 from serving.metrics import Exporter
 from serving.pool_operator import Operator, Placement
+from serving.tracing import Tracing
 from trinity.config import Client, ServeConfig
 from trinity.engine.request import Delta, SamplingParams, check_length
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
@@ -81,6 +82,7 @@ class Frontend:
         self.config = config
         self.admission = Admission(config)
         self.metrics = Exporter(info.model)
+        self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
@@ -188,12 +190,18 @@ class Frontend:
         longest_s = self.config.request_timeout_s
         budget_s = longest_s if deadline_s is None else min(deadline_s, longest_s)
         deadline = asyncio.get_running_loop().time() + budget_s
-        with self.admission.slot(client), self.metrics.sequence() as clock:
-            stream = self.engine.generate(new_request_id(), prompt_ids, params, budget_s, client)
+        request_id = new_request_id()
+        with (
+            self.admission.slot(client),
+            self.metrics.sequence() as clock,
+            self.tracing.sequence(request_id, len(prompt_ids), params) as span,
+        ):
+            stream = self.engine.generate(request_id, prompt_ids, params, budget_s, client)
             async with aclosing(stream):
                 while (delta := await self._next(stream, deadline, budget_s)) is not None:
                     _raise_failure(delta)
                     clock.tick(delta)
+                    span.tick(delta)
                     yield delta
                     if delta.finish_reason is not None:
                         return

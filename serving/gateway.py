@@ -66,3 +66,4 @@ class Gateway:
         if self._monitor:
             self._monitor.cancel()
         await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S))
+        await asyncio.to_thread(self.front.tracing.close)

@@ -5,9 +5,11 @@ balancers. A service that is not listed needs the key.
 """
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from logging import DEBUG, INFO
 from typing import Any, TypeAlias
 
 import grpc
@@ -18,9 +20,11 @@ from serving.access import ASKS, Access, check_access, only
 from serving.errors import grpc_status, grpc_trailers, to_typed
 from serving.frontend import Frontend, new_request_id
 from serving.grpc.messages import KINDS, parsed
+from serving.tracing import TRACEPARENT
 from trinity.config import Client
 from trinity.errors import InvalidRequest, Overloaded, TrinityError, Unauthenticated
 
+log = logging.getLogger("trinity.serving")
 Context: TypeAlias = grpc.aio.ServicerContext
 PLACEMENT = placement_pb2.DESCRIPTOR.services_by_name["Placement"].full_name
 MOST_OPEN_CALLS, MOST_OPEN_BYTES = 1024, 1024  # that nobody needs a key for: health's, some of which last
@@ -54,12 +58,14 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         service = details.method.lstrip("/").rpartition("/")[0]
-        sent = [str(value) for key, value in details.invocation_metadata or () if key == "authorization"]
+        metadata = [(key, str(value)) for key, value in details.invocation_metadata or ()]
+        sent = [value for key, value in metadata if key == "authorization"]
         access = ACCESS.get(service, "key")
         try:
             client = check_access(access, only("authorization", sent), self.front.config)
             self.calls.enter(access, client)
             ASKS.set(client)
+            TRACEPARENT.set(dict(metadata).get("traceparent"))
         except (InvalidRequest, Overloaded, Unauthenticated) as error:
             return _refusal(error)
         handler = await continuation(details)
@@ -82,7 +88,9 @@ class Guard(grpc.aio.ServerInterceptor):
                 status = grpc_status(typed)
                 await context.abort(status, typed.message, grpc_trailers(typed))
             finally:
-                self.front.metrics.answered(path, status.name, time.perf_counter() - started)
+                elapsed_s = time.perf_counter() - started
+                self.front.metrics.answered(path, status.name, elapsed_s)
+                log.log(INFO if access != "open" else DEBUG, "%s -> %s in %.0f ms", path, status.name, elapsed_s * 1e3)
 
         make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
         return make(call, None, handler.response_serializer)

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from serving.access import ASKS, Access, check_access, check_host, only
 from serving.errors import RouteError, http_headers, http_status, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id
+from serving.tracing import TRACEPARENT
 from trinity.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 
 log = logging.getLogger("trinity.serving")
@@ -100,6 +101,7 @@ class HttpExchange:
         check_host(self._header("host"), self.edge.config)
         access = self.edge.access.get(self.scope["path"], "key")
         ASKS.set(check_access(access, self._header("authorization"), self.edge.config))
+        TRACEPARENT.set(next((value for key, value in self.headers if key == "traceparent"), None))
 
     def _header(self, name: str) -> str | None:
         return only(name, [value for key, value in self.headers if key == name])

@@ -33,6 +33,7 @@ SERVING = {
     "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
     "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
+    "serving.tracing", "serving.vllm_names",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -122,19 +123,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.errors": set(),
     "serving.limits": set(),
     "serving.page": {"trinity.placement"},
-    "serving.metrics": {"trinity.engine", "trinity.observability", "trinity.placement"},
+    "serving.vllm_names": set(),
+    "serving.tracing": {"trinity.engine"},
+    "serving.metrics": {"serving.vllm_names", "trinity.engine", "trinity.observability", "trinity.placement"},
     "serving.pool_operator": {"serving.errors", "trinity.placement"},
     "serving.frontend": {
-        "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "trinity.engine", "trinity.text",
+        "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "serving.tracing",
+        "trinity.engine", "trinity.text",
     },
     "serving.bodies": set(),
     "serving.http": {
         "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend", "serving.page",
-        "serving.streams", "trinity", "trinity.engine", "trinity.text",
+        "serving.streams", "serving.tracing", "trinity", "trinity.engine", "trinity.text",
     },
     "serving.grpc": {
         "protos", "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend",
-        "serving.http", "serving.pool_operator", "trinity.engine", "trinity.placement", "trinity.text",
+        "serving.http", "serving.pool_operator", "serving.tracing", "trinity.engine", "trinity.placement", "trinity.text",
     },
     "serving.body_worker": {"serving.grpc", "serving.http", "trinity.text"},  # a program of its own
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
@@ -159,7 +163,8 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "uvicorn": ("serving.http",),
     "h11": ("serving.http",),
     "httpx": ("trinity.bench", "trinity.commands"),
-    "prometheus_client": ("serving.metrics", "trinity.observability.registry", "actors.train_metrics"),
+    "opentelemetry": ("serving.tracing",),
+    "prometheus_client": ("serving.metrics", "serving.vllm_names", "trinity.observability.registry", "actors.train_metrics"),
     "transformers": ("trinity.bench",),
     "megablocks": ("trinity.experts",),
     "stk": ("trinity.experts",),

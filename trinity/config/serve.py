@@ -97,6 +97,12 @@ class ServeConfig(Frozen):
         description="names in the Host header besides loopback's and `host`; without a key others are refused",
     )
     drain_timeout_s: float = Field(default=20.0, ge=0)
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="where spans of requests are sent (OTLP over HTTP), such as http://127.0.0.1:4318/v1/traces; needs the "
+        "extra `otlp`",
+    )
 
     @property
     def needs_key(self) -> bool:
