@@ -52,6 +52,7 @@ def build_engine(source: str, config_json: str) -> Built:
 def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from actors.pool import connect
     from trinity.checkpoint import open_checkpoint
+    from trinity.engine.defaults import read_defaults
     from trinity.engine.engine import Engine
     from trinity.engine.weights import FixedWeights
     from trinity.models.registry import build
@@ -62,7 +63,9 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     model = build(found.config, experts, device="cuda" if config.engine.num_gpus else "cpu").eval()
     weights = FixedWeights(model, found.load_backbone(model))
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
-    return Engine(weights, found.config, config.engine, found.tokenizer, counts)
+    tree = found.generation if config.serve.generation_config == "checkpoint" else None
+    defaults = read_defaults(tree, found.path)
+    return Engine(weights, found.config, config.engine, found.tokenizer, counts, defaults)
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
@@ -104,7 +107,8 @@ class LocalClient:
         if not self.engine.healthy:
             raise Unavailable("the engine has stopped")
         stats = asdict(self.engine.stats())
-        return EngineInfo(self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
+        about = (self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
+        return EngineInfo(*about, self.engine.defaults, self.engine.routed_bytes)
 
 
 def keep_to_node_address() -> None:

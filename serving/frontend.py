@@ -21,13 +21,15 @@ from serving.metrics import Exporter
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from trinity.config import Client, ServeConfig
-from trinity.engine.request import Delta, SamplingParams, check_length
+from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
 from trinity.text.chat_template import NUM_WORKERS, render_chat
 from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serving")
 Message = dict[str, str]
+DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 T = TypeVar("T")
 INLINE_CHARS, DECODED_IDS = 4096, 1024  # about a millisecond of tokenising, and less of its contrary
 LARGE_CHAT_CHARS = 1 << 16  # some ten milliseconds of a template
@@ -44,6 +46,8 @@ class EngineInfo:
     version: int
     engine_id: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    routed_bytes: int = 0  # of the experts that one token goes to
 
 
 class EngineClient(Protocol):
@@ -168,11 +172,34 @@ class Frontend:
         """Refuse what the engine would refuse too, before it costs anything."""
         self.check_length(prompt_ids)
         self.check_ids(prompt_ids)
-        self.check_ids(tuple(params.logit_bias), "logit_bias")
-        self.check_ids(params.stop_token_ids, "stop_token_ids")
+        check_numbers(params)
+        for name, ids in params.listed_ids.items():
+            self.check_ids(tuple(ids), name)
 
     def check_length(self, prompt_ids: Sequence[int]) -> None:
         check_length(prompt_ids, self.info.max_model_len)
+
+    def check_routed_experts(self, is_asked: bool) -> None:
+        if is_asked and not self.config.routed_experts:
+            raise InvalidRequest(
+                "this server does not tell to which experts tokens went; it does with serve.routed_experts true",
+                param="return_routed_experts",
+            )
+
+    def truncated(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+        """What the request wants to keep of its prompt."""
+        keep = params.truncate_prompt_tokens
+        return list(truncated(prompt_ids, keep, params.max_tokens, self.info.max_model_len))
+
+    @property
+    def completion_limit(self) -> int:
+        """Tokens after text or ids where the request does not say."""
+        return self.info.defaults.max_tokens or DEFAULT_MAX_TOKENS
+
+    def chat_limit(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens after a conversation where the request does not say."""
+        room = self.room(prompt_ids)
+        return min(room, self.info.defaults.max_tokens or room)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that may follow this prompt; at least 1, so that the error about its length is the engine's."""

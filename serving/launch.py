@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trinity.checkpoint import open_checkpoint
 from trinity.config import RUN_SETTINGS, Config, merge, read_yaml
+from trinity.engine.defaults import read_defaults
 from trinity.errors import ConfigError, InvalidRequest, TrinityError
 from trinity.pool.pool import describe
 from trinity.rpc.messages import Load
@@ -54,6 +55,9 @@ def check_source(source: str, config: Config) -> None:
     if not config.serve.is_of_run:
         open_checkpoint(source).verify()
         try_template(source)
+        if config.serve.generation_config == "checkpoint":
+            for line in read_defaults(open_checkpoint(source).generation, source).sentences():
+                say(line)
     elif config.cluster.address == "local":
         raise ConfigError(
             f"--weights {config.serve.weights} joins the cluster that trains {source}: give --cluster.address auto, or its "

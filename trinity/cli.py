@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         help="take over the server of this cluster, if it serves the same; else start one",
     )
     _settings(made["serve"], required=False)
-    for flag in ("--host", "--http-port", "--grpc-port", "--weights"):
+    for flag in ("--host", "--http-port", "--grpc-port", "--weights", "--generation-config"):
         made["serve"].add_argument(flag, help=f"short for --serve.{flag[2:].replace('-', '_')}")
     _demo(made["demo"])
     _sampling(made["generate"])
@@ -116,9 +116,15 @@ def _sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint")
     sub.add_argument("--prompt", required=True, action="append", help="repeat for several prompts in one batch")
     sub.add_argument("--max-tokens", type=int, default=128)
-    sub.add_argument("--temperature", type=float, default=0.0)
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--top-k", type=int, default=0)
+    sub.add_argument("--temperature", type=float, help="default: the checkpoint's, or 0: the likeliest token")
+    sub.add_argument("--top-p", type=float, help="default: the checkpoint's, or 1: off")
+    sub.add_argument("--top-k", type=int, help="default: the checkpoint's, or 0: off")
+    sub.add_argument(
+        "--generation-config",
+        choices=["checkpoint", "none"],
+        default="checkpoint",
+        help="whether generation_config.json sets defaults (default: %(default)s)",
+    )
     sub.add_argument("--seed", type=int)
     sub.add_argument("--stop", action="append", default=[])
 

@@ -1,5 +1,6 @@
 """LLM: a checkpoint as a Python object, offline. The same engine as the server's, driven until all prompts are done."""
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -12,8 +13,10 @@ import torch
 
 from trinity.checkpoint import open_checkpoint
 from trinity.config import EngineConfig
+from trinity.engine.defaults import GenerationConfig, read_defaults
 from trinity.engine.engine import Engine
-from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs
+from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs, truncated
+from trinity.engine.samples import best, each
 from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.models.registry import build
@@ -23,6 +26,7 @@ from trinity.text.chat_template import render_chat
 if TYPE_CHECKING:
     from trinity.models.common.experts import ExpertLayer
 
+log = logging.getLogger(__name__)
 Params = SamplingParams | Seq[SamplingParams] | None
 
 
@@ -50,14 +54,17 @@ class _Draft:
     params: SamplingParams
     deltas: list[Delta] = field(default_factory=list)
 
-    def completion(self) -> Completion:
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return tuple(lp for d in self.deltas for lp in d.logprobs or ())
+
+    def completion(self, shows_logprobs: bool) -> Completion:
         last = self.deltas[-1]
         assert last.finish_reason is not None
-        logprobs = tuple(lp for d in self.deltas for lp in d.logprobs or ())
         return Completion(
             text="".join(d.text for d in self.deltas),
             token_ids=tuple(t for d in self.deltas for t in d.token_ids),
-            logprobs=logprobs if self.params.logprobs is not None else None,
+            logprobs=self.logprobs if shows_logprobs else None,
             finish_reason=last.finish_reason,
             prompt_token_ids=tuple(self.prompt_ids),
             token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
@@ -70,7 +77,8 @@ class LLM:
     """`LLM("runs/train/step-000300").generate("def add(", SamplingParams(temperature=0))`.
 
     `experts` are the routed experts to call (a dispatcher); without them, shards are made in this process on `device`
-    ("auto": the GPU if there is one) with expert `backend`. Raises CheckpointError or ConfigError.
+    ("auto": the GPU if there is one) with expert `backend`. What sampling parameters do not set has the values of the
+    checkpoint's generation_config.json, unless `generation_config` is "none". Raises CheckpointError or ConfigError.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class LLM:
         backend: str = "auto",
         num_shards: int = 1,
         device: str = "auto",
+        generation_config: GenerationConfig = "checkpoint",
     ):
         settings = engine or EngineConfig()
         torch.set_num_threads(settings.num_threads)
@@ -96,7 +105,11 @@ class LLM:
         model = build(checkpoint.config, experts, device=device).eval()
         self.tokenizer = checkpoint.tokenizer
         self.weights: WeightSource = FixedWeights(model, checkpoint.load_backbone(model))
-        self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer)
+        tree = checkpoint.generation if generation_config == "checkpoint" else None
+        defaults = read_defaults(tree, checkpoint.path)
+        for line in defaults.sentences():
+            log.info("%s", line)
+        self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer, defaults=defaults)
 
     @classmethod
     def over(cls, engine: Engine, weights: WeightSource) -> "LLM":
@@ -105,14 +118,21 @@ class LLM:
         llm.tokenizer, llm.weights, llm.engine = engine.tokenizer, weights, engine
         return llm
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """Parameters of a request that sets none: the checkpoint's, and else OpenAI's."""
+        return self.engine.defaults.params
+
     def generate(self, prompts: str | Seq[str] | Seq[Seq[int]], params: Params = None) -> list[Completion]:
-        """Completions in the order of the prompts (texts, or token ids); `params` for all or one for each.
+        """Completions in the order of the prompts (texts, or token ids), `n` for each; `params` for all or one for each.
 
         Raises InvalidRequest before anything runs if any prompt or parameter is wrong, and the TrinityError of the
         first request that fails; either way nothing stays in the engine.
         """
         ids = [self._ids(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
-        drafts = [_Draft(*pair) for pair in zip(ids, _one_each(params, len(ids)), strict=True)]
+        wanted = [self.engine.defaults.fill(p) for p in _one_each(params, len(ids))]
+        groups = [self._drafts(*pair) for pair in zip(ids, wanted, strict=True)]
+        drafts = [draft for group in groups for draft in group]
         for draft in drafts:
             self.engine.validate(draft.prompt_ids, draft.params)
         try:
@@ -120,7 +140,7 @@ class LLM:
         finally:
             for i in range(len(drafts)):
                 self.engine.abort(str(i))
-        return [draft.completion() for draft in drafts]
+        return [completion for pair in zip(wanted, groups, strict=True) for completion in _answer(*pair)]
 
     def chat(self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
         """The assistant's answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
@@ -135,6 +155,11 @@ class LLM:
     def _ids(self, prompt: str | Seq[int]) -> list[int]:
         return self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
 
+    def _drafts(self, prompt_ids: list[int], params: SamplingParams) -> list[_Draft]:
+        keep = params.truncate_prompt_tokens
+        prompt_ids = list(truncated(prompt_ids, keep, params.max_tokens, self.engine.max_model_len))
+        return [_Draft(prompt_ids, one) for one in each(params)]
+
     def _run(self, drafts: dict[str, _Draft]) -> None:
         """Keep the engine fed without overfilling its queue."""
         later = deque(drafts.items())
@@ -146,6 +171,11 @@ class LLM:
                 if delta.finish_reason == "error":
                     raise delta.cause or TrinityError(delta.error or "the request failed")
                 drafts[delta.request_id].deltas.append(delta)
+
+
+def _answer(params: SamplingParams, drawn: list[_Draft]) -> list[Completion]:
+    chosen = best(params, [draft.logprobs for draft in drawn])
+    return [drawn[i].completion(params.logprobs is not None) for i in chosen]
 
 
 def _one_each(params: Params, num: int) -> list[SamplingParams]:

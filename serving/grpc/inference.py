@@ -7,16 +7,23 @@ serve.request_timeout_s. Cancelling a call cancels its coroutine, which closes t
 
 import asyncio
 import functools
+from collections.abc import AsyncGenerator, MutableMapping, MutableSequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
 from serving.grpc.guard import Context
+from serving.http.extras import npy
 from serving.http.schema import sampling_params
+from serving.streams import merge
+from trinity.engine import samples
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import InvalidRequest
 from trinity.text.detokenizer import token_text
+from trinity.text.tokenizer import Tokenizer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -30,7 +37,7 @@ POLICIES = {pb.VERSION_POLICY_LIVE: "live", pb.VERSION_POLICY_PINNED: "pinned"}
 FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
+BESIDE: tuple[Literal["n", "priority"], ...] = ("n", "priority")  # fields of the request that SamplingParams has, too
 MOST_BYTES = 4_000_000  # a client takes messages of 4 MiB, unless it says otherwise
 
 
@@ -43,16 +50,41 @@ class InferenceServicer(rpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         front = self.front
         front.check_model(request.model)
-        prompt_ids = await self._prompt(request)
-        room = front.room(prompt_ids) if request.WhichOneof("prompt") == "chat" else DEFAULT_MAX_TOKENS
-        params = to_params(request.sampling, room)
+        front.check_routed_experts(request.return_routed_experts)
+        prompt_ids, params = await self._asked(request)
+        front.check_number(params.num_drawn)
+        answer = Answer(front.tokenizer, prompt_ids if request.return_token_ids else [])
         async with asyncio.timeout(front.config.request_timeout_s + 1):  # a client that does not read ends here
-            stream = front.generate(prompt_ids, params, context.time_remaining())
+            stream = self._drawn(prompt_ids, params, context.time_remaining())
             async with aclosing(stream):
-                async for delta in stream:
-                    await context.write(pb.GenerateResponse(delta=self._delta(delta)))
-                    if delta.finish_reason is not None:
-                        await context.write(pb.GenerateResponse(final=to_final(delta)))
+                async for index, delta in stream:
+                    for response in answer.responses(index, delta):
+                        await context.write(response)
+
+    async def _asked(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams]:
+        """The prompt as the request wants it to be cut, and its parameters."""
+        front, is_chat = self.front, request.WhichOneof("prompt") == "chat"
+        prompt_ids = await self._prompt(request)
+        asked = to_params(request, 1 if is_chat else front.completion_limit)
+        prompt_ids = front.truncated(prompt_ids, asked)
+        return prompt_ids, to_params(request, front.chat_limit(prompt_ids)) if is_chat else asked
+
+    async def _drawn(
+        self, prompt_ids: list[int], params: SamplingParams, deadline_s: float | None
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Deltas of every continuation as they come; where the best are chosen, one for each of these at the end."""
+        front, every = self.front, samples.each(params)
+        events = merge([front.generate(prompt_ids, one, deadline_s) for one in every])
+        drawn: list[list[Delta]] = [[] for _ in every]
+        async with aclosing(events):
+            async for index, delta in events:
+                drawn[index].append(delta)
+                if not samples.chooses(params):
+                    yield index, delta
+        if samples.chooses(params):
+            logprobs = [[lp for delta in deltas for lp in delta.logprobs or ()] for deltas in drawn]
+            for place, index in enumerate(samples.best(params, logprobs)):
+                yield place, joined(drawn[index], params.logprobs is not None)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         info, size = self.front.info, self.front.tokenizer.vocab_size
@@ -75,16 +107,45 @@ class InferenceServicer(rpc.InferenceServicer):
             return list(request.token_ids.ids)
         raise InvalidRequest("the request has no prompt; set one of its kinds", param="prompt")
 
-    def _delta(self, delta: Delta) -> pb.Delta:
+
+@dataclass(frozen=True)
+class Answer:
+    """Deltas as messages. `prompt_ids` are those to send with each Final."""
+
+    tokenizer: Tokenizer
+    prompt_ids: list[int]
+
+    def responses(self, index: int, delta: Delta) -> list[pb.GenerateResponse]:
+        part = pb.GenerateResponse(delta=self._delta(index, delta))
+        return [part] if delta.finish_reason is None else [part, pb.GenerateResponse(final=self._final(index, delta))]
+
+    def _delta(self, index: int, delta: Delta) -> pb.Delta:
         logprobs = [self._logprobs(position) for position in delta.logprobs or ()]
-        return pb.Delta(text=delta.text, token_ids=delta.token_ids, logprobs=logprobs, version=delta.version)
+        own = pb.Delta(text=delta.text, token_ids=delta.token_ids, logprobs=logprobs, version=delta.version)
+        own.index = index
+        return own
 
     def _logprobs(self, position: TokenLogprobs) -> pb.TokenLogprobs:
-        name = functools.partial(token_text, self.front.tokenizer)
+        name = functools.partial(token_text, self.tokenizer)
         top = [pb.Alternative(token_id=i, token=name(i), logprob=value) for i, value in position.top]
         return pb.TokenLogprobs(
             token_id=position.token_id, token=name(position.token_id), logprob=position.logprob, top=top
         )
+
+    def _final(self, index: int, delta: Delta) -> pb.Final:
+        final = to_final(delta)
+        final.index = index
+        final.prompt_token_ids.extend(self.prompt_ids)
+        if delta.experts_TLK is not None:
+            final.routed_experts = npy(delta.experts_TLK)
+        return final
+
+
+def joined(deltas: list[Delta], shows_logprobs: bool) -> Delta:
+    """One Delta with all of a continuation."""
+    logprobs = tuple(lp for delta in deltas for lp in delta.logprobs or ()) if shows_logprobs else None
+    text, token_ids = "".join(d.text for d in deltas), tuple(i for d in deltas for i in d.token_ids)
+    return replace(deltas[-1], text=text, token_ids=token_ids, logprobs=logprobs)
 
 
 def to_messages(chat: pb.Chat) -> list[dict[str, str]]:
@@ -99,14 +160,21 @@ def to_message(message: pb.ChatMessage) -> dict[str, str]:
     return {"role": ROLES[message.role], "content": message.content}
 
 
-def to_params(sampling: pb.SamplingParams, default_max_tokens: int) -> SamplingParams:
-    """The fields that the client set, over the engine's defaults."""
-    fields = {field.name: value for field, value in sampling.ListFields()}
-    for name, make in (("stop", tuple), ("stop_token_ids", tuple), ("logit_bias", dict)):
-        fields[name] = make(getattr(sampling, name))
-    if (policy := sampling.version_policy) != pb.VERSION_POLICY_UNSPECIFIED:
+def to_params(request: pb.GenerateRequest, default_max_tokens: int) -> SamplingParams:
+    """The fields that the client set, over the defaults."""
+    fields = {field.name: _plain(value) for field, value in request.sampling.ListFields()}
+    fields |= {name: getattr(request, name) for name in BESIDE if request.HasField(name)}
+    if (policy := fields.pop("version_policy", pb.VERSION_POLICY_UNSPECIFIED)) != pb.VERSION_POLICY_UNSPECIFIED:
         fields["version_policy"] = POLICIES.get(policy, str(policy))
+    fields["trace"] = request.return_routed_experts
     return sampling_params({"max_tokens": default_max_tokens, **fields})
+
+
+def _plain(value: Any) -> Any:
+    """Lists and maps of the library as Python's."""
+    if isinstance(value, MutableMapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, MutableSequence) else value
 
 
 def to_final(delta: Delta) -> pb.Final:

@@ -42,9 +42,9 @@ def parse(path: str, raw: bytes, max_model_len: int) -> Message:
     except DecodeError:
         raise InvalidRequest(f"the message is no {KINDS[path].DESCRIPTOR.full_name}") from None
     if isinstance(request, pb.GenerateRequest):
-        if request.HasField("token_ids"):
+        if request.HasField("token_ids") and not request.sampling.HasField("truncate_prompt_tokens"):
             check_length(request.token_ids.ids, max_model_len)
-        for name in ("stop", "stop_token_ids", "logit_bias"):
+        for name in ("stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"):
             check_number(len(getattr(request.sampling, name)), MAX_LISTED_TOKENS, name)
     if isinstance(request, pb.GenerateRequest | pb.TokenizeRequest):
         check_number(len(request.chat.messages), MAX_MESSAGES, "messages")

@@ -34,7 +34,9 @@ def pack(kind: type[schema.Strict], body: bytes, max_model_len: int) -> bytes:
     if isinstance(value, schema.DetokenizeRequest):
         value, packed = value.model_copy(update={"tokens": []}), array("i", value.tokens).tobytes()
     tree = value.compact().model_dump(mode="json", exclude_defaults=True)
-    tree |= tree.pop("sampling", {})
+    tree.pop("sampling", None)
+    if isinstance(value, schema.Generation):  # a default that is written out is no default
+        tree |= value.sampling.model_dump(mode="json", exclude_unset=True)
     return json.dumps(tree, ensure_ascii=False).encode() + b"\n" + packed
 
 

@@ -6,9 +6,12 @@ changed within one, its choice says so: a chunk has `weights_version`, a whole c
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from trinity.engine.request import Delta, TokenLogprobs
 from trinity.text.detokenizer import token_bytes, token_text
@@ -60,13 +63,19 @@ class Choice:
 
     index: int
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     last: Delta | None = None
 
     @property
     def size(self) -> int:
         """About as many bytes as it will have."""
-        return len(self.text) + LOGPROB_BYTES * sum(1 + len(position.top) for position in self.logprobs)
+        routed = 0 if self.experts_TLK is None else self.experts_TLK.nbytes
+        return len(self.text) + routed + LOGPROB_BYTES * sum(1 + len(position.top) for position in self.logprobs)
+
+    @property
+    def experts_TLK(self) -> np.ndarray | None:
+        return None if self.last is None else self.last.experts_TLK
 
     @staticmethod
     def most_bytes(num_tokens: int, num_logprobs: int | None) -> int:
@@ -75,6 +84,7 @@ class Choice:
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
+        self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
         self.last = delta
 
@@ -103,8 +113,9 @@ class CompletionFormat:
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool, echoes: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool, echoes: Sequence[str], as_ids: bool = False):
         self.tokenizer, self.with_logprobs, self.echoes = tokenizer, with_logprobs, echoes
+        self._name = namer(tokenizer, as_ids)
         self._offsets = [0] * len(echoes)
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -126,12 +137,12 @@ class CompletionFormat:
     def _logprobs(self, index: int, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
-        tokens = [token_text(self.tokenizer, position.token_id) for position in positions]
+        tokens = [self._name(position.token_id) for position in positions]
         offsets = []
-        for token in tokens:
+        for position in positions:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
-        top = [{token_text(self.tokenizer, i): value for i, value in position.top} for position in positions]
+            self._offsets[index] += len(token_text(self.tokenizer, position.token_id))
+        top = [{self._name(i): value for i, value in position.top} for position in positions]
         values = [position.logprob for position in positions]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
@@ -141,8 +152,9 @@ class ChatFormat:
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool):
+    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool, as_ids: bool = False):
         self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
+        self._name = namer(tokenizer, as_ids)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": ""}
@@ -167,11 +179,15 @@ class ChatFormat:
         return self._token(position.token_id, position.logprob) | {"top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(self.tokenizer, token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(token_bytes(self.tokenizer, token_id))}
+        return {"token": self._name(token_id), "logprob": logprob, "bytes": list(token_bytes(self.tokenizer, token_id))}
 
 
 Format = CompletionFormat | ChatFormat
+
+
+def namer(tokenizer: Tokenizer, as_ids: bool) -> Callable[[int], str]:
+    """What log-probabilities call a token: its text, which others may have too, or `token_id:123`."""
+    return "token_id:{}".format if as_ids else partial(token_text, tokenizer)
 
 
 def usage(last: Sequence[Delta], n: int) -> dict[str, int]:

@@ -20,10 +20,12 @@ from serving.frontend import Frontend, new_request_id, now_s, off_loop
 from serving.http import schema
 from serving.http.bodies import parsed
 from serving.http.edge import REQUEST_ID, Edge, error_response
+from serving.http.extras import Extras
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.http.streamed import Streamed, with_numbers, with_text
 from serving.page import dashboard
 from serving.streams import merge
+from trinity.engine import samples
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import InvalidRequest, TrinityError, Unavailable
 
@@ -46,21 +48,22 @@ async def completions(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.CompletionRequest, request)
     front.check_model(body.model)
     given = body.prompts()
-    front.check_number(len(given) * body.n)
-    prompts = [await _ids(front, prompt, body.add_special_tokens) for prompt in given]
-    jobs = [
-        GenerationRequest(ids, body.params(body.max_tokens, body.logprobs, sample))
-        for ids in prompts
-        for sample in range(body.n)
-    ]
+    front.check_number(len(given) * body.sampling.num_drawn)
+    params = body.params(body.max_tokens or front.completion_limit, body.logprobs)
+    prompts = [await _ids(front, prompt, body.add_special_tokens, params) for prompt in given]
     echoes = [await _echo(front, prompt) if body.echo else "" for prompt in given for _ in range(body.n)]
-    form = CompletionFormat(front.tokenizer, body.logprobs is not None, echoes)
-    return await respond(front, request, body, jobs, form)
+    form = CompletionFormat(front.tokenizer, body.logprobs is not None, echoes, body.return_tokens_as_token_ids)
+    return await respond(front, request, body, _jobs(prompts, params), form)
 
 
-async def _ids(front: Frontend, prompt: str | list[int], add_special: bool) -> list[int]:
+def _jobs(prompts: list[list[int]], params: SamplingParams) -> list[GenerationRequest]:
+    return [GenerationRequest(ids, one) for ids in prompts for one in samples.each(params)]
+
+
+async def _ids(front: Frontend, prompt: str | list[int], add_special: bool, params: SamplingParams) -> list[int]:
     if isinstance(prompt, str):
-        return await front.encode(prompt, add_special)
+        return front.truncated(await front.encode(prompt, add_special), params)
+    prompt = front.truncated(prompt, params)
     front.check_length(prompt)
     return prompt
 
@@ -72,12 +75,13 @@ async def _echo(front: Frontend, prompt: str | list[int]) -> str:
 async def chat_completions(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.ChatRequest, request)
     front.check_model(body.model)
-    front.check_number(body.n)
+    front.check_number(body.sampling.num_drawn)
     messages = [message.flat() for message in body.messages]
     ids = await front.encode_chat(messages, body.add_generation_prompt, body.add_special_tokens)
-    limit = body.limit or front.room(ids)
-    jobs = [GenerationRequest(ids, body.params(limit, body.num_logprobs(), sample)) for sample in range(body.n)]
-    return await respond(front, request, body, jobs, ChatFormat(front.tokenizer, body.logprobs))
+    ids = front.truncated(ids, body.params(body.limit or 1, None))
+    params = body.params(body.limit or front.chat_limit(ids), body.num_logprobs())
+    form = ChatFormat(front.tokenizer, body.logprobs, body.return_tokens_as_token_ids)
+    return await respond(front, request, body, _jobs([ids], params), form)
 
 
 async def respond(
@@ -85,33 +89,46 @@ async def respond(
 ) -> Response:
     """Run all jobs side by side and answer as a stream or as a whole."""
     envelope = Envelope(form.prefix + new_request_id(), now_s(), front.info.model)
+    front.check_routed_experts(body.return_routed_experts)
     for job in jobs:
         front.check(job.prompt_ids, job.params)
-    if not body.stream:
-        _check_size(front, jobs)
+    _check_size(front, jobs, body)
+    if body.stream and samples.chooses(body.sampling):
+        raise InvalidRequest("best_of above n cannot be streamed: the best is known at the end", param="best_of")
+    prompts = [job.prompt_ids for job in jobs[:: body.sampling.num_drawn] for _ in range(body.n)]
+    extras = Extras(body, prompts)
     events = merge([front.generate(job.prompt_ids, job.params) for job in jobs])
     if body.stream:
         first = await anext(events)
-        chunks = _chunks(_chain(first, events), envelope, form, body, len(jobs), request.scope[REQUEST_ID])
+        chunks = _chunks(_chain(first, events), envelope, form, extras, request.scope[REQUEST_ID])
         return Streamed(chunks, "text/event-stream", {"cache-control": "no-cache"})
     choices = [Choice(index) for index in range(len(jobs))]
     async with aclosing(events):
         async for index, delta in events:
             choices[index].add(delta)
     is_large = sum(choice.size for choice in choices) > INLINE_BYTES
-    return Response(await off_loop(is_large, _whole, form, envelope, choices, body.n), media_type="application/json")
+    return Response(await off_loop(is_large, _whole, form, envelope, extras, choices), media_type="application/json")
 
 
-def _whole(form: Format, envelope: Envelope, choices: list[Choice], n: int) -> bytes:
-    last = [_last(choice) for choice in choices]
-    full = [form.full(choice) for choice in choices]
-    return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), usage=usage(last, n)))
+def _whole(form: Format, envelope: Envelope, extras: Extras, drawn: list[Choice]) -> bytes:
+    """The best of what was drawn for each prompt; `usage` counts all of it."""
+    sampling = extras.body.sampling
+    groups = [drawn[start : start + sampling.num_drawn] for start in range(0, len(drawn), sampling.num_drawn)]
+    choices = [group[i] for group in groups for i in samples.best(sampling, [choice.logprobs for choice in group])]
+    for index, choice in enumerate(choices):
+        choice.index = index
+    full = [form.full(c) | extras.of_choice(c.index) | extras.of_tokens(c.token_ids, c.experts_TLK) for c in choices]
+    last = [_last(choice) for choice in drawn]
+    counts = {"usage": usage(last, sampling.num_drawn), **extras.of_answer()}
+    return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), **counts))
 
 
-def _check_size(front: Frontend, jobs: list[GenerationRequest]) -> None:
-    """Refuse an answer that is too large to be held before it is sent."""
+def _check_size(front: Frontend, jobs: list[GenerationRequest], body: schema.Generation) -> None:
+    """Refuse an answer that is too large to be held before it is sent. Of a stream only routed experts are held."""
     tokens = [min(job.params.max_tokens, front.room(job.prompt_ids)) for job in jobs]
-    size = sum(Choice.most_bytes(num, job.params.logprobs) for num, job in zip(tokens, jobs, strict=True))
+    held = [0 if body.stream else Choice.most_bytes(n, j.params.logprobs) for n, j in zip(tokens, jobs, strict=True)]
+    routed = [len(job.prompt_ids) + num for num, job in zip(tokens, jobs, strict=True) if job.params.trace]
+    size = sum(held) + 4 * sum(routed) * front.info.routed_bytes // 3
     if size > (most := front.config.max_answer_bytes):
         raise InvalidRequest(
             f"the answer may have {size:,} bytes; serve.max_answer_bytes is {most:,}. Stream it, or ask for less: "
@@ -132,23 +149,31 @@ async def _chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, N
 
 
 async def _chunks(
-    events: Events, envelope: Envelope, form: Format, body: schema.Generation, num: int, request_id: str
+    events: Events, envelope: Envelope, form: Format, extras: Extras, request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Chunks, then usage where asked for, then [DONE]; a failure is one error event instead of the rest."""
     last: dict[int, Delta] = {}
     try:
         async with aclosing(events):
             async for index, delta in events:
-                opening = form.opening(index) if index not in last else None
+                more = {} if last else extras.of_answer()
+                pieces = _pieces(form, extras, index, delta, is_first=index not in last)
                 last[index] = delta
-                for choice in filter(None, (opening, form.piece(index, delta))):
-                    yield sse(envelope.wrap(form.chunk, [choice], delta.version))
-        if body.include_usage:
-            deltas = [last[index] for index in range(num)]
-            yield sse(envelope.wrap(form.chunk, [], deltas[-1].version, usage=usage(deltas, body.n)))
+                for choice in pieces:
+                    yield sse(envelope.wrap(form.chunk, [choice], delta.version, **more, **extras.so_far(delta)))
+        if extras.body.include_usage:
+            deltas = [last[index] for index in range(len(extras.prompts))]
+            yield sse(envelope.wrap(form.chunk, [], deltas[-1].version, usage=usage(deltas, extras.body.n)))
     except Exception as error:
         yield sse(openai_body(to_typed(error, request_id)))
     yield DONE
+
+
+def _pieces(form: Format, extras: Extras, index: int, delta: Delta, is_first: bool) -> list[dict[str, Any]]:
+    """The choices of the chunks that one Delta becomes."""
+    piece = form.piece(index, delta) | extras.of_tokens(delta.token_ids, delta.experts_TLK)
+    first, *rest = [*filter(None, (form.opening(index) if is_first else None, piece))]
+    return [first | (extras.of_choice(index) if is_first else {}), *rest]
 
 
 async def tokenize(front: Frontend, request: Request) -> Response:

@@ -18,17 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
-MAX_N = 16
 MAX_PROMPTS = 64
 MAX_MESSAGES = 1024
-INT64 = 2**63
 
 IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("prediction", "parallel_tool_calls", "request_id", "priority"),
+    *("prediction", "parallel_tool_calls", "request_id"),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "best_of": ((1,), "best_of above 1 is not implemented; use n and choose yourself"),
     "suffix": (("",), "suffix is not implemented; this model completes from the left"),
     "tools": (([],), "tools are not implemented; describe them in a message"),
     "tool_choice": (("none", "auto"), "tools are not implemented; leave tool_choice out"),
@@ -46,10 +43,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "chat_template": ((), "templates from clients are refused; the model's own is used"),
     "chat_template_kwargs": (({},), "the model's chat template takes no arguments"),
     "continue_final_message": ((False,), "not implemented; use /v1/completions to continue a text"),
-    "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
-    "spaces_between_special_tokens": ((True,), "special tokens are always left out of the text"),
-    "include_stop_str_in_output": ((False,), "the stop string is never part of the text"),
-    "min_tokens": ((0,), "min_tokens is not implemented; use ignore_eos with max_tokens"),
+    "spaces_between_special_tokens": (
+        (True,),
+        "a byte-level tokenizer has its spaces in the tokens; none are put between",
+    ),
     "use_beam_search": ((False,), "beam search is not implemented"),
     "length_penalty": ((1, 1.0), "beam search is not implemented"),
     "prompt_logprobs": ((), "log-probabilities of the prompt are not implemented"),
@@ -78,6 +75,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(default=False, description="with include_usage: in every chunk")
     include_obfuscation: bool = Field(default=False, description="ignored: padding against traffic analysis")
 
 
@@ -86,26 +84,35 @@ class Generation(Strict):
 
     sampling: SamplingParams = SamplingParams()
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = Field(default=False, description="in log-probabilities: token_id:123 for a text")
+    return_routed_experts: bool = False
+
+    @property
+    def n(self) -> int:
+        return self.sampling.n
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def params(self, max_tokens: int, logprobs: int | None, sample: int) -> SamplingParams:
-        """Parameters of the `sample`-th of n continuations; each has its own seed, wrapped to 64 bits."""
-        seed = self.sampling.seed
-        own = None if seed is None else (seed + sample + INT64) % (2 * INT64) - INT64
-        return self.sampling.model_copy(update={"max_tokens": max_tokens, "logprobs": logprobs, "seed": own})
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.include_usage and self.stream_options.continuous_usage_stats
+
+    def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """Parameters of all continuations of a prompt (trinity/engine/samples.py draws each)."""
+        more = {"max_tokens": max_tokens, "logprobs": logprobs, "trace": self.return_routed_experts}
+        return self.sampling.model_copy(update=more)
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions"""
 
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
-    max_tokens: int = Field(default=16, ge=1, le=2**31)
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
     echo: bool = False
     add_special_tokens: bool = True
     logprobs: int | None = Field(default=None, ge=0, le=20)

@@ -12,7 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from trinity.config import Client
+from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import Overloaded, Unavailable
 from trinity.text.tokenizer import Tokenizer
@@ -31,14 +34,20 @@ class Stats:
     num_waiting: int = 0
 
 
+NONE = SamplingDefaults()
+
+
 class FakeEngine:
-    def __init__(self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, obeys=False, gate=None):
+    def __init__(
+        self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, obeys=False, gate=None, defaults=NONE
+    ):
         self.max_model_len, self.delay_s, self.obeys, self.gate = max_model_len, delay_s, obeys, gate
         self.fail_after, self.error = fail_after, error or Unavailable("a shard is gone")
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
         self.clients: list[Client | None] = []
         self.healthy, self.version = True, 7
+        self.defaults, self.routed_bytes = defaults, 6
         self.tokenizer = fake_tokenizer()
 
     async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
@@ -80,6 +89,7 @@ class FakeEngine:
             num_generated_tokens=at + 1,
             version=7 + at,
             first_version=7,
+            experts_TLK=np.zeros((len(prompt_ids) + at, 3, 2), np.uint8) if params.trace and last else None,
         )
 
     def _obey(self, text, at):

@@ -30,7 +30,7 @@ GOOD = [
     ),
     (
         schema.CompletionRequest,
-        {"prompt": "a", "top_p": 0.1, "repetition_penalty": 1.0000001, "version_policy": "pinned"},
+        {"prompt": "a", "top_p": 0.1, "temperature": 1.0, "n": 1, "repetition_penalty": 1.0000001, "version_policy": "pinned"},
     ),
     (
         schema.ChatRequest,
@@ -39,6 +39,10 @@ GOOD = [
     (
         schema.ChatRequest,
         {"messages": [{"role": "user", "content": []}], "logprobs": True, "top_logprobs": 3, "max_tokens": 9},
+    ),
+    (
+        schema.CompletionRequest,
+        {"prompt": "a", "bad_words": ["\u00e9"], "allowed_token_ids": [3], "best_of": 3, "min_tokens": 2, "max_tokens": 16},
     ),
     (schema.TokenizeRequest, {"prompt": "a"}),
     (schema.TokenizeRequest, {"messages": [{"role": "assistant", "content": PARTS}], "add_special_tokens": False}),
@@ -62,7 +66,8 @@ def test_a_body_says_the_same_elsewhere(kind, tree):
     else:
         assert elsewhere == here or tree.get("messages")
     if kind in (schema.ChatRequest, schema.CompletionRequest):
-        assert elsewhere.params(5, None, 2) == here.params(5, None, 2)
+        assert elsewhere.params(5, None) == here.params(5, None)
+        assert elsewhere.sampling.model_fields_set == here.sampling.model_fields_set, "of defaults written out, too"
 
 
 @pytest.mark.parametrize(

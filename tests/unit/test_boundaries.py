@@ -138,7 +138,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serving.grpc": {
         "protos", "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend",
-        "serving.http", "serving.pool_operator", "serving.tracing", "trinity.engine", "trinity.placement", "trinity.text",
+        "serving.http", "serving.pool_operator", "serving.streams", "serving.tracing",
+        "trinity.engine", "trinity.placement", "trinity.text",
     },
     "serving.body_worker": {"serving.grpc", "serving.http", "trinity.text"},  # a program of its own
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
@@ -146,7 +147,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
         "serving.addresses", "serving.frontend", "serving.streams",
     },
-    "serving.launch": {"trinity.checkpoint", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
+    "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},
     "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
     "serving.deploy": {"serving.app", "serving.launch"},

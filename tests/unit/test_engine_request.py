@@ -18,6 +18,11 @@ NUMBERS = {  # parameter: (values taken, values refused)
     "min_p": ([0, 1, 0.5], [-1, 1.0001, 1e308]),
     "seed": ([0, -1, (1 << 63) - 1, -(1 << 63), None], [1 << 63, -(1 << 63) - 1, 1.5]),
     "logprobs": ([0, 20, None], [-1, 21, 1.5]),
+    "min_tokens": ([0, 1 << 31], [-1, (1 << 31) + 1, 1.5]),
+    "truncate_prompt_tokens": ([-1, 1, 1 << 31, None], [-2, 0, (1 << 31) + 1, 1.5]),
+    "n": ([1, 128], [0, -1, 129, 1.5]),
+    "best_of": ([1, 128, None], [0, -1, 129, 1.5]),
+    "priority": ([0, -(1 << 63), (1 << 63) - 1], [1 << 63, -(1 << 63) - 1, 1.5]),
     "presence_penalty": ([-2, 0, 2], [-2.1, 2.1, 1e308]),
     "frequency_penalty": ([-2, 0, 2], [-2.1, 2.1, 1e308]),
     "repetition_penalty": ([0.01, 1, 100], [0, -1, 101, 1e308]),
@@ -41,7 +46,7 @@ def test_values_refused_by_name(name, value):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("name", [n for n in NUMBERS if n not in ("seed", "logprobs")])
+@pytest.mark.parametrize("name", [n for n, (good, _) in NUMBERS.items() if None not in good])
 def test_null_is_no_number(name):
     with pytest.raises(InvalidRequest):
         SamplingParams.parse(**{name: None})
@@ -58,7 +63,17 @@ def test_null_is_no_number(name):
         ("stop", None),
         ("stop_token_ids", ["1"]),
         ("stop_token_ids", [True]),
-        ("stop_token_ids", [0] * 1025),
+        ("stop_token_ids", [0] * 129),
+        ("bad_words", ["a"] * 1001),
+        ("bad_words", ["a" * 1001]),
+        ("bad_words", [""]),
+        ("bad_words", ["\ud800"]),
+        ("bad_words", None),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [0] * 1025),
+        ("allowed_token_ids", ["1"]),
+        ("skip_special_tokens", 0),
+        ("include_stop_str_in_output", "true"),
         ("logit_bias", {1: NAN}),
         ("logit_bias", {1: INF}),
         ("logit_bias", {1: 100.1}),
@@ -68,7 +83,7 @@ def test_null_is_no_number(name):
         ("logit_bias", [1]),
         ("ignore_eos", 1),
         ("ignore_eos", "true"),
-        ("best_of", 3),
+        ("nucleus", 3),
     ],
 )
 def test_lists_and_flags_refused_by_name(name, value):

@@ -19,7 +19,15 @@ file names inside an index or a manifest may not leave the folder.
 
 from trinity.checkpoint.layout import all_experts, expert_key, step_path
 from trinity.checkpoint.read import Checkpoint, open_checkpoint
-from trinity.checkpoint.run import latest_checkpoint, list_checkpoints, prune, resume_point, rewind, step_of
+from trinity.checkpoint.run import (
+    kept_generation,
+    latest_checkpoint,
+    list_checkpoints,
+    prune,
+    resume_point,
+    rewind,
+    step_of,
+)
 from trinity.checkpoint.write import CheckpointWriter, write_tensors
 from trinity.models.common.keys import PROJECTIONS
 
@@ -29,6 +37,7 @@ __all__ = [
     "CheckpointWriter",
     "all_experts",
     "expert_key",
+    "kept_generation",
     "latest_checkpoint",
     "list_checkpoints",
     "open_checkpoint",

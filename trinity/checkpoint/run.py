@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from trinity.checkpoint.layout import MANIFEST, REPLACED, replaced, step_path
 from trinity.checkpoint.read import open_checkpoint
@@ -27,6 +28,12 @@ def list_checkpoints(out_dir: str | Path) -> list[Path]:
 def latest_checkpoint(out_dir: str | Path) -> Path | None:
     found = list_checkpoints(out_dir)
     return found[-1] if found else None
+
+
+def kept_generation(out_dir: str | Path, init_from: str | None) -> dict[str, Any] | None:
+    """Content of the generation_config.json that a run goes on with: its newest checkpoint's, or that of its first weights."""
+    source = latest_checkpoint(out_dir) or init_from
+    return open_checkpoint(source).generation if source else None
 
 
 def step_of(path: str | Path) -> int:

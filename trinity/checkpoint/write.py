@@ -110,7 +110,7 @@ class CheckpointWriter:
         made = [_synced(self.folder, name) for name in names if name not in known]
         trees = {
             "config.json": write_config(config),
-            "generation_config.json": generation or _generation_config(config),
+            "generation_config.json": _generation_config(config, generation or {}),
             INDEX: _index(parts),
         }
         if state is None:
@@ -269,9 +269,7 @@ def _index(parts: Iterable[Part]) -> dict[str, Any]:
     return {"metadata": metadata, "weight_map": {t: p.file for p in weights for t in p.tensors}}
 
 
-def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
+def _generation_config(config: ModelConfig, kept: dict[str, Any]) -> dict[str, Any]:
+    """What is kept, with the model's own ids: training may have given it others."""
+    ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    return kept | {key: value for key, value in ids.items() if value is not None or key not in kept}

@@ -2,6 +2,10 @@
 
 import argparse
 
+from trinity.utils.terminal import say
+
+NAMES = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from pydantic import ValidationError
@@ -10,11 +14,16 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     from trinity.engine.request import SamplingParams
     from trinity.errors import ConfigError
 
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    given = {name: getattr(arguments, name) for name in NAMES}
     try:
-        params = SamplingParams(**{name: getattr(arguments, name) for name in names})
+        params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError("; ".join(f"--{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
-    for completion in LLM(arguments.checkpoint).generate(arguments.prompt, params):
+    llm = LLM(arguments.checkpoint, generation_config=arguments.generation_config)
+    for line in llm.engine.defaults.sentences():
+        say(line)
+    if "temperature" not in (params.model_fields_set | llm.engine.defaults.values.keys()):
+        params = params.model_copy(update={"temperature": 0.0})
+    for completion in llm.generate(arguments.prompt, params):
         print(completion.text)
     return 0

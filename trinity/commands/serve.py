@@ -15,7 +15,7 @@ from serving.launch import check_source, provide_weights, resolve
 from trinity.config import Config, merged, setup_environment
 from trinity.errors import ConfigError
 
-SHORT = ("host", "http_port", "grpc_port", "weights")
+SHORT = ("host", "http_port", "grpc_port", "weights", "generation_config")
 STOP = "stop"
 LOOK_S = 2.0
 

@@ -77,6 +77,13 @@ class ServeConfig(Frozen):
         default="checkpoint",
         description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
     )
+    generation_config: Literal["checkpoint", "none"] = Field(
+        default="checkpoint",
+        description="whether a checkpoint's generation_config.json sets the defaults of sampling; a run's weights have none",
+    )
+    routed_experts: bool = Field(
+        default=False, description="whether a request may ask to which experts each of its tokens went"
+    )
     num_engines: int = Field(default=1, ge=1)
     max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
     max_requests_per_engine: int = Field(

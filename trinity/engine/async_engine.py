@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Ids
 from functools import partial
+from typing import Any
 
 import torch
 
 from trinity.config import ANYBODY, Client
+from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine, EngineStats
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
@@ -64,7 +66,8 @@ class AsyncEngine:
         self._enter(stream)
         timer = _deadline(stream, deadline_s) if deadline_s is not None else None
         try:
-            self._post(partial(self._start, stream, list(prompt_ids), params, client))
+            words = await asyncio.to_thread(self._engine.bad_words, params) if params and params.bad_words else None
+            self._post(partial(self._start, stream, list(prompt_ids), params, client, words))
             while not stream.ended:
                 yield await _next(stream)
         finally:
@@ -81,6 +84,17 @@ class AsyncEngine:
     def num_open(self) -> int:
         """Streams that somebody is still reading."""
         return len(self._open)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Of what a request leaves open."""
+        return self._engine.defaults
+
+    @property
+    def routed_bytes(self) -> int:
+        """Bytes of the experts that one token goes to, in a traced request's answer."""
+        config = self._engine.config
+        return len(config.moe_layers) * config.num_experts_per_tok * (1 if config.num_experts <= 256 else 2)
 
     @property
     def max_model_len(self) -> int:
@@ -160,9 +174,9 @@ class AsyncEngine:
         for command in commands:
             command()
 
-    def _start(self, stream: Stream, prompt_ids: list[int], params: SamplingParams | None, client: Client) -> None:
+    def _start(self, stream: Stream, *request: Any) -> None:
         try:
-            self._engine.add(stream.request_id, prompt_ids, params, client)
+            self._engine.add(stream.request_id, *request)
         except TrinityError as error:
             _send({stream: [error]})
             return

@@ -14,12 +14,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
+from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.repeats import Repeats
-from trinity.engine.request import Chunk, Delta, FinishReason, SamplingParams, Sequence, check_length
+from trinity.engine.request import (
+    Chunk,
+    Delta,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    check_length,
+    check_numbers,
+    truncated,
+)
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler
+from trinity.engine.token_rules import BadWords, read_words, rules_of
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
@@ -64,7 +75,8 @@ class Engine:
     """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
-    seconds by phase. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
+    seconds by phase. `defaults` are those of fields that a request does not set. Raises ConfigError if the KV cache cannot hold
+    one longest sequence, and what `source.model` raises.
     """
 
     def __init__(
@@ -74,7 +86,9 @@ class Engine:
         settings: EngineConfig,
         tokenizer: "Tokenizer",
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
+        defaults: SamplingDefaults | None = None,
     ):
+        self.defaults = defaults or SamplingDefaults()
         self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
         itemsize = next(versions.model(versions.live).parameters()).element_size()
         layout = plan_layout(config, settings, itemsize)
@@ -98,10 +112,18 @@ class Engine:
         return self._versions.live
 
     def add(
-        self, request_id: str, prompt_ids: Ids[int], params: SamplingParams | None = None, client: Client = ANYBODY
+        self,
+        request_id: str,
+        prompt_ids: Ids[int],
+        params: SamplingParams | None = None,
+        client: Client = ANYBODY,
+        words: BadWords | None = None,
     ) -> None:
-        """Queue a request of that client. Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
-        params = params or SamplingParams()
+        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before.
+
+        Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
+        params = self.defaults.fill(params or SamplingParams())
+        prompt_ids = truncated(prompt_ids, params.truncate_prompt_tokens, params.max_tokens, self.max_model_len)
         self.validate(prompt_ids, params)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
@@ -111,8 +133,11 @@ class Engine:
                 f"{self.settings.max_num_waiting}; try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
-        text = TextStream(IncrementalDecoder(self.tokenizer, skip_special=True), params.stop)
-        sequence = self._sequences[request_id] = Sequence(request_id, tuple(prompt_ids), params, text, client)
+        decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
+        text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
+        words = self.bad_words(params) if words is None else words
+        rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size)
+        sequence = self._sequences[request_id] = Sequence(request_id, tuple(prompt_ids), params, text, client, rules)
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
 
@@ -120,8 +145,17 @@ class Engine:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
         check_length(prompt_ids, self.max_model_len)
         self._check_ids(prompt_ids, "prompt")
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
-        self._check_ids(params.logit_bias, "logit_bias")
+        check_numbers(params)
+        for name, ids in params.listed_ids.items():
+            self._check_ids(ids, name)
+        if params.num_drawn > 1:
+            raise InvalidRequest(
+                "an engine draws one continuation a request; add what trinity.engine.samples.each gives"
+            )
+
+    def bad_words(self, params: SamplingParams) -> BadWords:
+        """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
+        return read_words(params.bad_words, self.tokenizer)
 
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         vocab = self.config.vocab_size
@@ -174,7 +208,7 @@ class Engine:
         sequence.num_repeats = 0
         self._num_generated_tokens += 1
         ends = token in sequence.params.stop_token_ids or self._is_eos(sequence, token)
-        text = "" if ends else sequence.text.push(token)
+        text = "" if ends and not sequence.params.include_stop_str_in_output else sequence.text.push(token)
         full = sequence.num_generated >= sequence.params.max_tokens or len(sequence.token_ids) >= self.max_model_len
         if ends or full:
             text += sequence.text.finish()

@@ -9,22 +9,30 @@ import math
 import secrets
 import time
 from collections.abc import Collection
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from trinity.config import ANYBODY, Client, Frozen
 from trinity.errors import InvalidRequest, PromptTooLong, TrinityError
 from trinity.text.detokenizer import TextStream
+
+if TYPE_CHECKING:
+    from trinity.engine.token_rules import TokenRules
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VersionPolicy = Literal["live", "pinned"]
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
-MAX_LISTED_TOKENS = 1024  # stop_token_ids, logit_bias
+MAX_STOP_TOKENS = 128
+MAX_LISTED_TOKENS = 1024  # logit_bias, allowed_token_ids
+MAX_BAD_WORDS, MAX_BAD_CHARS = 1000, 1000
+MAX_N = 128
+INT64 = 1 << 63
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy decoding: logits / T would overflow
 
 
@@ -37,6 +45,11 @@ class SamplingParams(Frozen, strict=True):
     change while the request runs are taken up at once ("live") or not at all ("pinned": those of its first pass, to its end).
     `trace` records what a trainer replays (trinity/rl/): the experts of each token, and with `logprobs` how likely the
     draw was after all of the above.
+    Until there are `min_tokens`, neither the end of text nor a stop token can be drawn; stop strings end a text at any time.
+    `bad_words` can never be completed, `allowed_token_ids` are the only ones that can be drawn (trinity/engine/token_rules.py).
+    `truncate_prompt_tokens` keeps the last so many tokens of a prompt; -1: those that leave room for `max_tokens`.
+    `n` continuations are drawn, each with a seed of its own, or `best_of`, of which the n most likely by token are the answer
+    (trinity/engine/samples.py). `priority`: lower is earlier; it is carried, and the engine does not look at it yet.
     """
 
     max_tokens: int = Field(default=16, ge=1, le=1 << 31)
@@ -44,10 +57,21 @@ class SamplingParams(Frozen, strict=True):
     top_k: int = Field(default=0, ge=0, le=1 << 31)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
     stop: Annotated[tuple[str, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_STOP_STRINGS)
-    stop_token_ids: Annotated[tuple[int, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_LISTED_TOKENS)
+    stop_token_ids: Annotated[tuple[int, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_STOP_TOKENS)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
+    min_tokens: int = Field(default=0, ge=0, le=1 << 31)
+    bad_words: Annotated[tuple[str, ...], Field(fail_fast=True)] = Field(default=(), max_length=MAX_BAD_WORDS)
+    allowed_token_ids: Annotated[tuple[int, ...], Field(fail_fast=True)] | None = Field(
+        default=None, min_length=1, max_length=MAX_LISTED_TOKENS
+    )
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=1 << 31)
+    n: int = Field(default=1, ge=1, le=MAX_N)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_N)
+    priority: int = Field(default=0, ge=-INT64, lt=INT64)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     trace: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -56,7 +80,7 @@ class SamplingParams(Frozen, strict=True):
     logit_bias: dict[int, float] = Field(default_factory=dict)
     version_policy: VersionPolicy = "live"
 
-    @field_validator("stop", "stop_token_ids", mode="before")
+    @field_validator("stop", "stop_token_ids", "bad_words", "allowed_token_ids", mode="before")
     @classmethod
     def _to_tuple(cls, value: Any) -> Any:
         """One stop string may come alone; lists are what JSON has."""
@@ -76,6 +100,30 @@ class SamplingParams(Frozen, strict=True):
         for text in value:
             if not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise ValueError(f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARS} are taken")
+        return value
+
+    @field_validator("bad_words")
+    @classmethod
+    def _check_words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not 1 <= len(text) <= MAX_BAD_CHARS:
+                raise ValueError(f"a bad word has {len(text)} characters; 1 to {MAX_BAD_CHARS} are taken")
+            if text.encode("utf-8", "ignore").decode() != text:
+                raise ValueError("a bad word has half of a surrogate pair, which is no character")
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("0 would leave no prompt; give the number of tokens to keep, or -1 for all that fit")
+        return value
+
+    @field_validator("best_of")
+    @classmethod
+    def _check_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < info.data.get("n", 1):
+            raise ValueError(f"the best {info.data['n']} (n) of {value} cannot be chosen; give at least n")
         return value
 
     @field_validator("logit_bias")
@@ -101,6 +149,17 @@ class SamplingParams(Frozen, strict=True):
         return self.temperature < GREEDY_BELOW
 
     @property
+    def listed_ids(self) -> dict[str, Collection[int]]:
+        """Token ids that it names, by field."""
+        allowed = self.allowed_token_ids or ()
+        return {"stop_token_ids": self.stop_token_ids, "logit_bias": self.logit_bias, "allowed_token_ids": allowed}
+
+    @property
+    def num_drawn(self) -> int:
+        """Continuations that are drawn, of which `n` are the answer."""
+        return self.best_of or self.n
+
+    @property
     def penalizes(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
@@ -115,6 +174,23 @@ def check_length(prompt_ids: Collection[int], max_model_len: int) -> None:
             "Shorten the prompt or serve with a larger engine.max_model_len.",
             param="prompt",
         )
+
+
+def check_numbers(params: SamplingParams) -> None:
+    """Raise InvalidRequest where the least number of tokens is above the most."""
+    if params.min_tokens > params.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}; lower it, or raise max_tokens",
+            param="min_tokens",
+        )
+
+
+def truncated(prompt_ids: Ids[int], keep: int | None, max_tokens: int, max_model_len: int) -> Ids[int]:
+    """The last `keep` tokens (`truncate_prompt_tokens`); -1: those that leave room for `max_tokens`, or for one where these
+    would fill the context."""
+    if keep == -1:
+        keep = max_model_len - (max_tokens if max_tokens < max_model_len else 1)
+    return prompt_ids if keep is None else prompt_ids[-keep:]
 
 
 class TokenLogprobs(NamedTuple):
@@ -166,6 +242,7 @@ class Sequence:
     params: SamplingParams
     text: TextStream
     client: Client = ANYBODY
+    rules: "TokenRules | None" = None
     seed: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -186,6 +263,10 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def priority(self) -> int:
+        return self.params.priority
 
     @property
     def num_generated(self) -> int:

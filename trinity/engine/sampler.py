@@ -62,12 +62,12 @@ def uniform(seed: int, position: int) -> float:
 
 
 def steer(logits_BV: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Penalties and bias; a copy if any row has them.
+    """Penalties, bias and masks (token_rules.py); a copy if any row has them.
 
     Repetition divides positive and multiplies negative logits of tokens in prompt or output; presence and frequency
     subtract once, and per occurrence, for tokens in the output (the OpenAI API's definition, and vLLM's order).
     """
-    rows = [i for i, s in enumerate(sequences) if s.params.penalizes or s.params.logit_bias]
+    rows = [i for i, s in enumerate(sequences) if s.params.penalizes or s.params.logit_bias or s.rules]
     if not rows:
         return logits_BV
     logits_BV = logits_BV.clone()
@@ -76,7 +76,20 @@ def steer(logits_BV: Tensor, sequences: list[Sequence]) -> Tensor:
         if bias := sequences[i].params.logit_bias:
             ids = torch.tensor(list(bias), device=logits_BV.device)
             logits_BV[i, ids] += torch.tensor(list(bias.values()), device=logits_BV.device)
+        _restrict(logits_BV[i], sequences[i])
     return logits_BV
+
+
+def _restrict(logits_V: Tensor, sequence: Sequence) -> None:
+    """Leave only tokens that the request's rules let come next."""
+    if sequence.rules is None:
+        return
+    if sequence.rules.allowed is not None:
+        allowed = torch.tensor(list(sequence.rules.allowed), device=logits_V.device)
+        kept = logits_V[allowed]
+        logits_V.fill_(-torch.inf)[allowed] = kept
+    if banned := sequence.rules.banned(sequence.generated_ids):
+        logits_V[torch.tensor(list(banned), device=logits_V.device)] = -torch.inf
 
 
 def _penalize(logits_V: Tensor, sequence: Sequence) -> None:

@@ -15,13 +15,14 @@ class Decoder(Protocol):
 
 
 class TextStream:
-    """The text of one request. Whatever may still become a stop string is held back; a stop string never comes out.
+    """The text of one request. Whatever may still become a stop string is held back; a stop string never comes out,
+    unless it is to be shown; then it is the end of the text.
 
     `stopped_by` is the stop string once one has appeared; nothing is emitted after it.
     """
 
-    def __init__(self, decoder: Decoder, stop: tuple[str, ...] = ()):
-        self._decoder, self._stop = decoder, stop
+    def __init__(self, decoder: Decoder, stop: tuple[str, ...] = (), shows_stop: bool = False):
+        self._decoder, self._stop, self._shows_stop = decoder, stop, shows_stop
         self._longest = max(map(len, stop), default=0)
         self._held = ""
         self.stopped_by: str | None = None
@@ -42,7 +43,7 @@ class TextStream:
         if found:
             end, self.stopped_by = min(found)
             self._held = ""
-            return text[:end]
+            return text[: end + len(self.stopped_by) * self._shows_stop]
         keep = 0 if final else self._possible_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

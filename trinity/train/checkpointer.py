@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trinity.checkpoint import CheckpointWriter, prune, step_path, write_tensors
+from trinity.checkpoint import CheckpointWriter, kept_generation, prune, step_path, write_tensors
 from trinity.config import Config
 from trinity.errors import CheckpointError
 from trinity.pool.pool import ExpertPool
@@ -31,6 +31,7 @@ class AsyncCheckpointer:
 
     def __init__(self, config: Config, pool: ExpertPool, backbone: Backbone, tokenizer: "Tokenizer"):
         self.config, self.pool, self.backbone, self.tokenizer = config, pool, backbone, tokenizer
+        self._generation = kept_generation(config.train.out_dir, config.train.init_from)
         self._thread: threading.Thread | None = None
         self._version = -1  # that is being written
         self._error: Exception | None = None
@@ -103,6 +104,6 @@ class AsyncCheckpointer:
         dtype = getattr(torch, self.config.model.dtype)
         own = write_tensors(writer.folder, "model-backbone", self.backbone.values(dtype, version))
         own += write_tensors(writer.folder, "training/backbone", self.backbone.training_state(version).items())
-        writer.finish([*parts(), *own], self.config.model, self.tokenizer, state)
+        writer.finish([*parts(), *own], self.config.model, self.tokenizer, state, self._generation)
         self.pool.set_source(Load(str(writer.target)))
         prune(writer.target.parent, self.config.train.keep_checkpoints, self.config.train.keep_every)

@@ -60,7 +60,7 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One prompt, one continuation, as a stream: any number of `Delta`, then exactly one `Final`.
+        """One prompt, `n` continuations, as a stream: any number of `Delta` for each, then exactly one `Final` for each.
         Cancelling the call, or its deadline, frees what the request holds on the server at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
