@@ -153,14 +153,15 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     """Chunks, then usage where asked for, then [DONE]; a failure is one error event instead of the rest."""
     last: dict[int, Delta] = {}
+    first = extras.of_answer()
     try:
         async with aclosing(events):
             async for index, delta in events:
-                more = {} if last else extras.of_answer()
                 pieces = _pieces(form, extras, index, delta, is_first=index not in last)
                 last[index] = delta
                 for choice in pieces:
-                    yield sse(envelope.wrap(form.chunk, [choice], delta.version, **more, **extras.so_far(delta)))
+                    yield sse(envelope.wrap(form.chunk, [choice], delta.version, **first, **extras.so_far(delta)))
+                    first = {}
         if extras.body.include_usage:
             deltas = [last[index] for index in range(len(extras.prompts))]
             yield sse(envelope.wrap(form.chunk, [], deltas[-1].version, usage=usage(deltas, extras.body.n)))

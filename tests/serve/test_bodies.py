@@ -30,7 +30,14 @@ GOOD = [
     ),
     (
         schema.CompletionRequest,
-        {"prompt": "a", "top_p": 0.1, "temperature": 1.0, "n": 1, "repetition_penalty": 1.0000001, "version_policy": "pinned"},
+        {
+            "prompt": "a",
+            "top_p": 0.1,
+            "temperature": 1.0,
+            "n": 1,
+            "repetition_penalty": 1.0000001,
+            "version_policy": "pinned",
+        },
     ),
     (
         schema.ChatRequest,
@@ -42,7 +49,14 @@ GOOD = [
     ),
     (
         schema.CompletionRequest,
-        {"prompt": "a", "bad_words": ["\u00e9"], "allowed_token_ids": [3], "best_of": 3, "min_tokens": 2, "max_tokens": 16},
+        {
+            "prompt": "a",
+            "bad_words": ["\u00e9"],
+            "allowed_token_ids": [3],
+            "best_of": 3,
+            "min_tokens": 2,
+            "max_tokens": 16,
+        },
     ),
     (schema.TokenizeRequest, {"prompt": "a"}),
     (schema.TokenizeRequest, {"messages": [{"role": "assistant", "content": PARTS}], "add_special_tokens": False}),

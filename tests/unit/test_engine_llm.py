@@ -1,9 +1,13 @@
 """LLM: a checkpoint folder in, text out. The checkpoint comes from the project's own writer, the experts are real."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
-from trinity.checkpoint import CheckpointWriter, write_tensors
+from trinity.checkpoint import CheckpointWriter, kept_generation, write_tensors
+from trinity.cli import main
 from trinity.config import EngineConfig, preset
 from trinity.dispatch.transport import Done
 from trinity.engine.request import SamplingParams
@@ -117,3 +121,61 @@ def test_a_wrong_folder_and_too_little_memory(folder, tmp_path):
         LLM(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
         LLM(folder, engine=EngineConfig(kv_cache_bytes=1000), backend="reference", device="cpu")
+
+
+def test_several_continuations_and_the_best_of_them(llm):
+    asked = SamplingParams(seed=3, max_tokens=6, ignore_eos=True, n=3)
+    found = llm.generate(["def", "return"], asked)
+    single = [asked.model_copy(update={"n": 1, "seed": seed}) for seed in (3, 4, 5)]
+    assert found == [llm.generate(prompt, one)[0] for prompt in ("def", "return") for one in single]
+    likely = lambda c: sum(lp.logprob for lp in c.logprobs) / len(c.logprobs)  # noqa: E731
+    drawn = llm.generate("def", asked.model_copy(update={"n": 4, "logprobs": 0}))
+    best = llm.generate("def", asked.model_copy(update={"n": 2, "best_of": 4}))
+    assert [c.token_ids for c in best] == [c.token_ids for c in sorted(drawn, key=likely, reverse=True)[:2]]
+    assert [c.logprobs for c in best] == [None, None]
+
+
+def test_a_prompt_is_cut_from_the_left_and_special_tokens_are_shown(llm):
+    ids = llm.tokenizer.encode("def f(x): return x + 1", add_special=True)
+    cut = llm.generate([ids], PARAMS.model_copy(update={"truncate_prompt_tokens": 3}))[0]
+    assert cut.prompt_token_ids == tuple(ids[-3:])
+    assert cut.token_ids == llm.generate([ids[-3:]], PARAMS)[0].token_ids
+    eos = llm.tokenizer.eos_id
+    always = SamplingParams(max_tokens=2, ignore_eos=True, logit_bias={eos: 100.0})
+    assert llm.generate("x", always)[0].text == ""
+    shown = always.model_copy(update={"skip_special_tokens": False})
+    assert llm.generate("x", shown)[0].text == 2 * llm.tokenizer.eos_token
+    stopped = llm.generate("x", shown.model_copy(update={"stop": (llm.tokenizer.eos_token,)}))[0]
+    assert (stopped.text, stopped.finish_reason, len(stopped.token_ids)) == ("", "stop", 1)
+    ended = always.model_copy(update={"ignore_eos": False, "skip_special_tokens": False})
+    assert llm.generate("x", ended)[0].text == ""
+    assert llm.generate("x", ended.model_copy(update={"include_stop_str_in_output": True}))[0].text == "<|im_end|>"
+
+
+def test_what_generation_config_recommends_is_followed(folder, tmp_path, caplog):
+    """Case 16: ten answers without a seed are the same at temperature 0.0001; and a fine-tuned or converted one keeps it."""
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    (copied / "manifest.json").unlink()
+    index = json.loads((copied / "model.safetensors.index.json").read_text())
+    index["metadata"].pop("manifest")
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    recommended = {"temperature": 0.0001, "do_sample": True, "max_new_tokens": 7, "typical_p": 0.9}
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, **recommended}))
+    with caplog.at_level("INFO", "trinity.llm"):
+        llm = LLM(copied, engine=SETTINGS, backend="reference", device="cpu")
+    assert "temperature 0.0001" in caplog.text
+    assert "typical_p: not followed" in caplog.text
+    assert llm.default_params.temperature == 0.0001
+    found = llm.generate(["def f("] * 5) + llm.generate(["def f("] * 5, SamplingParams(max_tokens=7))
+    assert len({completion.token_ids for completion in found}) == 1
+    assert main(["convert", str(copied), str(tmp_path / "converted")]) == 0
+    kept = json.loads((tmp_path / "converted" / "generation_config.json").read_text())
+    assert {name: kept[name] for name in recommended} == recommended
+    assert (kept_generation(tmp_path / "run", str(tmp_path / "converted")), kept["eos_token_id"]) == (kept, 3)
+    assert kept_generation(tmp_path / "run", None) is None
+    (copied / "generation_config.json").write_text('{"temperature": "warm"}')
+    with pytest.raises(CheckpointError, match=r"generation_config.json: temperature"):
+        LLM(copied, engine=SETTINGS, backend="reference", device="cpu")
+    plain = LLM(copied, engine=SETTINGS, backend="reference", device="cpu", generation_config="none")
+    assert plain.default_params == SamplingParams()

@@ -68,7 +68,7 @@ def read_defaults(tree: Mapping[str, Any] | None, where: object) -> SamplingDefa
         params = SamplingParams.parse(**values)
     except InvalidRequest as error:
         raise CheckpointError(
-            f"{where}/{FILE}: {error.message} (found {values.get(error.param or '')!r}); correct the file, or say "
+            f"{where}/{FILE}: {error.message.replace('max_tokens', 'max_new_tokens')} (found {values.get(error.param or '')!r}); correct the file, or say "
             "--generation-config none (serve.generation_config)"
         ) from None
     return SamplingDefaults(
