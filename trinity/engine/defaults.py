@@ -67,10 +67,10 @@ def read_defaults(tree: Mapping[str, Any] | None, where: object) -> SamplingDefa
     try:
         params = SamplingParams.parse(**values)
     except InvalidRequest as error:
+        said, found = error.message.replace("max_tokens", "max_new_tokens"), values.get(error.param or "")
         raise CheckpointError(
-            f"{where}/{FILE}: {error.message.replace('max_tokens', 'max_new_tokens')} (found {values.get(error.param or '')!r}); correct the file, or say "
-            "--generation-config none (serve.generation_config)"
+            f"{where}/{FILE}: {said} (found {found!r}); correct the file, or say --generation-config none "
+            "(serve.generation_config)"
         ) from None
-    return SamplingDefaults(
-        params, tuple(sorted(str(key)[:100] for key in given.keys() - FOLLOWED.keys() - WITHOUT_EFFECT))
-    )
+    ignored = sorted(str(key)[:100] for key in given.keys() - FOLLOWED.keys() - WITHOUT_EFFECT)
+    return SamplingDefaults(params, tuple(ignored))
