@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test chaos soak lint format types protos gpu-kernels clean
+.PHONY: setup demo test chaos soak lint format types protos interop gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ format: setup
 
 protos: setup
 	PYTHON=$(BIN)/python scripts/generate_protos.sh
+
+# Other people's clients, in folders of their own. Tests that need them are skipped by name where they are not.
+interop:
+	npm install --prefix examples/node --no-package-lock --ignore-scripts --no-audit --no-fund
 
 gpu-kernels: setup
 	scripts/gpu_kernels.sh $(BIN)/python

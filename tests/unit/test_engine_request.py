@@ -138,6 +138,9 @@ def test_stop_strings_cut_where_they_first_appear_and_nothing_is_lost(pieces, ta
     else:
         assert not any(s in out for s in stop)
         assert whole.startswith(out + stream.stopped_by)
+    shown = TextStream(Pieces(pieces, tail), tuple(stop), shows_stop=True)
+    text = "".join(map(shown.push, range(len(pieces)))) + shown.finish()
+    assert (text, shown.stopped_by) == (out + (stream.stopped_by or ""), stream.stopped_by)
 
 
 def test_a_stop_string_in_many_pieces():
