@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test chaos soak lint format types protos interop gpu-kernels clean
+.PHONY: setup demo test chaos soak lint format types protos interop interop-lm-eval gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,11 @@ chaos: setup
 soak: export PYTHONDONTWRITEBYTECODE =
 soak: setup
 	$(BIN)/python -m tests.chaos.soak $(if $(MINUTES),--minutes $(MINUTES))
+
+# lm-eval in an environment of its own, over this one's torch and transformers, against our server.
+interop-lm-eval: setup
+	scripts/setup_lm_eval.sh $(BIN)/python .venv-lm-eval
+	LM_EVAL_PYTHON=$(CURDIR)/.venv-lm-eval/bin/python $(BIN)/pytest -m interop tests/interop/test_lm_eval.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "serve a checkpoint, or a run that trains, over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server",
+    "eval": "score a checkpoint or a running server on tasks of lm-eval",
     "placement": "see experts, move them, scale their shards",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
     "chaos": "train or serve while shards, workers and messages are lost on purpose, and report how it came through",
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _demo(made["demo"])
     _sampling(made["generate"])
     _chat(made["chat"])
+    _eval(made["eval"])
     _convert(made["convert"])
     bench.add_flags(made["bench"])
     chaos.add_flags(made["chaos"])
@@ -135,6 +137,19 @@ def _chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--system", help="a system message to start with")
     sub.add_argument("--max-tokens", type=int, default=512)
     sub.add_argument("--temperature", type=float, default=0.7)
+    sub.add_argument("--api-key-file", help="file that holds the key (default: TRINITY_API_KEY)")
+
+
+def _eval(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", help="a checkpoint's folder, or a server: http://127.0.0.1:8000")
+    sub.add_argument("--tasks", required=True, help="names of lm-eval's tasks, or of your own, with commas between")
+    sub.add_argument("--include-path", help="a folder with tasks of your own (YAML)")
+    sub.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
+    sub.add_argument("--limit", type=int, help="the first so many questions of each task")
+    sub.add_argument("--batch-size", type=int, default=8, help="prompts in one request (default: %(default)s)")
+    sub.add_argument("--chat", action="store_true", help="ask /v1/chat/completions: tasks that are answered in words")
+    sub.add_argument("--model", help="default: the first that the server lists")
+    sub.add_argument("--output", help="file for everything that was found, each question with its answers (JSON)")
     sub.add_argument("--api-key-file", help="file that holds the key (default: TRINITY_API_KEY)")
 
 

@@ -35,7 +35,8 @@ class Completion:
     """Result of one prompt. `finish_reason` is "stop" or "length"; an error is raised instead.
 
     `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
-    `versions`: of the weights behind the first token, and of those behind the last.
+    `versions`: of the weights behind the first token, and of those behind the last. `prompt_logprobs`, with
+    `SamplingParams.prompt_logprobs`: one for each token of the prompt, None for its first.
     """
 
     text: str
@@ -46,6 +47,7 @@ class Completion:
     versions: tuple[int, int]
     token_versions: tuple[int, ...]
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass
@@ -61,6 +63,7 @@ class _Draft:
     def completion(self, shows_logprobs: bool) -> Completion:
         last = self.deltas[-1]
         assert last.finish_reason is not None
+        scores = self.deltas[0].prompt_logprobs
         return Completion(
             text="".join(d.text for d in self.deltas),
             token_ids=tuple(t for d in self.deltas for t in d.token_ids),
@@ -70,6 +73,7 @@ class _Draft:
             token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
             experts_TLK=last.experts_TLK,
             versions=(last.first_version, last.version),
+            prompt_logprobs=None if scores is None else tuple(scores.positions()),
         )
 
 

@@ -7,7 +7,8 @@ serve.request_timeout_s. Cancelling a call cancels its coroutine, which closes t
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, MutableMapping, MutableSequence
+import itertools
+from collections.abc import AsyncGenerator, Iterator, MutableMapping, MutableSequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
 from serving.grpc.guard import Context
 from serving.http.extras import npy
+from serving.http.logprobs import in_parts
 from serving.http.schema import sampling_params
 from serving.streams import merge
 from trinity.engine import samples
@@ -115,9 +117,11 @@ class Answer:
     tokenizer: Tokenizer
     prompt_ids: list[int]
 
-    def responses(self, index: int, delta: Delta) -> list[pb.GenerateResponse]:
-        part = pb.GenerateResponse(delta=self._delta(index, delta))
-        return [part] if delta.finish_reason is None else [part, pb.GenerateResponse(final=self._final(index, delta))]
+    def responses(self, index: int, delta: Delta) -> Iterator[pb.GenerateResponse]:
+        for part in itertools.chain(self._prompt_logprobs(index, delta), [self._delta(index, delta)]):
+            yield pb.GenerateResponse(delta=part)
+        if delta.finish_reason is not None:
+            yield pb.GenerateResponse(final=self._final(index, delta))
 
     def _delta(self, index: int, delta: Delta) -> pb.Delta:
         logprobs = [self._logprobs(position) for position in delta.logprobs or ()]
@@ -125,11 +129,20 @@ class Answer:
         own.index = index
         return own
 
+    def _prompt_logprobs(self, index: int, delta: Delta) -> Iterator[pb.Delta]:
+        for _, positions in in_parts(delta.prompt_logprobs) if delta.prompt_logprobs else ():
+            known = [self._logprobs(position) for position in positions if position is not None]
+            yield pb.Delta(prompt_logprobs=known, version=delta.version, index=index)
+
     def _logprobs(self, position: TokenLogprobs) -> pb.TokenLogprobs:
         name = functools.partial(token_text, self.tokenizer)
         top = [pb.Alternative(token_id=i, token=name(i), logprob=value) for i, value in position.top]
         return pb.TokenLogprobs(
-            token_id=position.token_id, token=name(position.token_id), logprob=position.logprob, top=top
+            token_id=position.token_id,
+            token=name(position.token_id),
+            logprob=position.logprob,
+            top=top,
+            rank=position.rank,
         )
 
     def _final(self, index: int, delta: Delta) -> pb.Final:
@@ -145,7 +158,8 @@ def joined(deltas: list[Delta], shows_logprobs: bool) -> Delta:
     """One Delta with all of a continuation."""
     logprobs = tuple(lp for delta in deltas for lp in delta.logprobs or ()) if shows_logprobs else None
     text, token_ids = "".join(d.text for d in deltas), tuple(i for d in deltas for i in d.token_ids)
-    return replace(deltas[-1], text=text, token_ids=token_ids, logprobs=logprobs)
+    scores = deltas[0].prompt_logprobs
+    return replace(deltas[-1], text=text, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=scores)
 
 
 def to_messages(chat: pb.Chat) -> list[dict[str, str]]:

@@ -6,15 +6,17 @@ changed within one, its choice says so: a chunk has `weights_version`, a whole c
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
+from serving.http import schema
+from serving.http.logprobs import Echo, Offsets, in_parts, joined_lists, namer, openai_lists, prompt_entries
+from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, TokenLogprobs
-from trinity.text.detokenizer import token_bytes, token_text
+from trinity.text.detokenizer import token_bytes
 from trinity.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -65,13 +67,16 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scores: PromptLogprobs | None = None
     last: Delta | None = None
 
     @property
     def size(self) -> int:
         """About as many bytes as it will have."""
         routed = 0 if self.experts_TLK is None else self.experts_TLK.nbytes
-        return len(self.text) + routed + LOGPROB_BYTES * sum(1 + len(position.top) for position in self.logprobs)
+        prompt = 0 if self.scores is None else len(self.scores) * (1 + self.scores.top_ids_SN.shape[1])
+        listed = prompt + sum(1 + len(position.top) for position in self.logprobs)
+        return len(self.text) + routed + LOGPROB_BYTES * listed
 
     @property
     def experts_TLK(self) -> np.ndarray | None:
@@ -86,6 +91,7 @@ class Choice:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
+        self.scores = self.scores or delta.prompt_logprobs
         self.last = delta
 
     @property
@@ -109,42 +115,61 @@ class Envelope:
 
 
 class CompletionFormat:
-    """`text_completion`. `echoes` has, for each choice, the text to put before it. Choices keep an offset into the text."""
+    """`text_completion`. `echoes` has, for each choice, the prompt to put before it. Choices keep an offset into the text."""
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool, echoes: Sequence[str], as_ids: bool = False):
-        self.tokenizer, self.with_logprobs, self.echoes = tokenizer, with_logprobs, echoes
-        self._name = namer(tokenizer, as_ids)
-        self._offsets = [0] * len(echoes)
+    def __init__(self, tokenizer: Tokenizer, body: schema.CompletionRequest, echoes: Sequence[Echo | None]):
+        self.tokenizer, self.echoes, self._name = tokenizer, echoes, namer(tokenizer, body.return_tokens_as_token_ids)
+        self.num_logprobs, self.num_prompt_logprobs = body.logprobs, body.sampling.prompt_logprobs
+        starts, skips = (len(echo.text) if echo else 0 for echo in echoes), body.sampling.skip_special_tokens
+        self._offsets = [Offsets(tokenizer, start, skip_special=skips) for start in starts]
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        echo = self.echoes[index]
-        return {"index": index, "text": echo, "logprobs": None, **_finish(None)} if echo else None
+    def openings(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        for part in self._before(index, delta.prompt_logprobs):
+            yield {"choices": [{"index": index, **part, **_finish(None)}]}
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         logprobs = self._logprobs(index, delta.logprobs or ())
         return {"index": index, "text": delta.text, "logprobs": logprobs, **_end(delta)}
 
     def full(self, choice: Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.index, choice.logprobs)
-        return {
-            "index": choice.index,
-            "text": self.echoes[choice.index] + choice.text,
-            "logprobs": logprobs,
-        } | choice.finish
+        index, before = choice.index, list(self._before(choice.index, choice.scores))
+        listed = self._logprobs(index, choice.logprobs)
+        if listed is not None:
+            listed = joined_lists([*(part["logprobs"] for part in before), listed])
+        text = "".join(part["text"] for part in before) + choice.text
+        scores = [entry for part in before for entry in part.get("prompt_logprobs", ())]
+        more = {} if self.num_prompt_logprobs is None else {"prompt_logprobs": scores}
+        return {"index": index, "text": text, "logprobs": listed, **more} | choice.finish
+
+    def more(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Fields of the whole answer beside its choices."""
+        return {}
+
+    def _before(self, index: int, scores: PromptLogprobs | None) -> Iterator[dict[str, Any]]:
+        """Parts of what comes before the answer: the prompt's text, and how likely its tokens are."""
+        echo = self.echoes[index]
+        text = echo.text if echo else ""
+        if scores is None and text:
+            yield {"text": text, "logprobs": None}
+        if scores is None:
+            return
+        offsets = Offsets(self.tokenizer, echo.start if echo else 0, end=len(text))
+        for ids, positions in in_parts(scores):
+            part: dict[str, Any] = {"text": text, "logprobs": None}
+            if echo and self.num_logprobs is not None:
+                part["logprobs"] = openai_lists(self._name, ids, positions, self.num_logprobs, offsets)
+            if self.num_prompt_logprobs is not None:
+                part["prompt_logprobs"] = prompt_entries(self.tokenizer, positions, self.num_prompt_logprobs)
+            yield part
+            text = ""
 
     def _logprobs(self, index: int, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
+        if self.num_logprobs is None:
             return None
-        tokens = [self._name(position.token_id) for position in positions]
-        offsets = []
-        for position in positions:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token_text(self.tokenizer, position.token_id))
-        top = [{self._name(i): value for i, value in position.top} for position in positions]
-        values = [position.logprob for position in positions]
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+        ids = [position.token_id for position in positions]
+        return openai_lists(self._name, ids, positions, self.num_logprobs, self._offsets[index])
 
 
 class ChatFormat:
@@ -152,13 +177,17 @@ class ChatFormat:
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool, as_ids: bool = False):
-        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
-        self._name = namer(tokenizer, as_ids)
+    def __init__(self, tokenizer: Tokenizer, body: schema.ChatRequest):
+        self.tokenizer, self._name = tokenizer, namer(tokenizer, body.return_tokens_as_token_ids)
+        self.with_logprobs, self.num_prompt_logprobs = body.logprobs, body.sampling.prompt_logprobs
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, **_finish(None)}
+    def openings(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The role, and once for all choices how likely the prompt's tokens are, in parts."""
+        first = {"role": "assistant", "content": ""}
+        yield {"choices": [{"index": index, "delta": first, "logprobs": None, **_finish(None)}]}
+        empty = {"index": index, "delta": {}, "logprobs": None, **_finish(None)}
+        for part in self._prompt(delta.prompt_logprobs if index == 0 else None):
+            yield {"choices": [empty], "prompt_logprobs": part}
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text else {}
@@ -168,6 +197,17 @@ class ChatFormat:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         logprobs = self._logprobs(choice.logprobs)
         return {"index": choice.index, "message": message, "logprobs": logprobs} | choice.finish
+
+    def more(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Fields of the whole answer beside its choices."""
+        if self.num_prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": [entry for part in self._prompt(choices[0].scores) for entry in part]}
+
+    def _prompt(self, scores: PromptLogprobs | None) -> Iterator[list[dict[str, Any] | None]]:
+        if scores is not None and self.num_prompt_logprobs is not None:
+            for _, positions in in_parts(scores):
+                yield prompt_entries(self.tokenizer, positions, self.num_prompt_logprobs)
 
     def _logprobs(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self.with_logprobs:
@@ -183,11 +223,6 @@ class ChatFormat:
 
 
 Format = CompletionFormat | ChatFormat
-
-
-def namer(tokenizer: Tokenizer, as_ids: bool) -> Callable[[int], str]:
-    """What log-probabilities call a token: its text, which others may have too, or `token_id:123`."""
-    return "token_id:{}".format if as_ids else partial(token_text, tokenizer)
 
 
 def usage(last: Sequence[Delta], n: int) -> dict[str, int]:

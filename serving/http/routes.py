@@ -4,7 +4,8 @@ Decisions: a route is a line in ROUTES and says there whether it needs the key. 
 answer begins, so that an error that comes at once has its proper status; a later one is an event inside the stream.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,11 +17,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import trinity
 from serving.access import Access
 from serving.errors import RouteError, openai_body, to_typed
-from serving.frontend import Frontend, new_request_id, now_s, off_loop
+from serving.frontend import DECODED_IDS, Frontend, new_request_id, now_s, off_loop
 from serving.http import schema
 from serving.http.bodies import parsed
 from serving.http.edge import REQUEST_ID, Edge, error_response
 from serving.http.extras import Extras
+from serving.http.logprobs import Echo
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.http.streamed import Streamed, with_numbers, with_text
 from serving.page import dashboard
@@ -34,6 +36,7 @@ Events = AsyncGenerator[tuple[int, Delta], None]
 T = TypeVar("T")
 M = TypeVar("M", bound=schema.Strict)
 INLINE_BYTES = 64 << 10  # some milliseconds of writing JSON
+STARTED_S = now_s()
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ async def completions(front: Frontend, request: Request) -> Response:
     front.check_model(body.model)
     given = body.prompts()
     front.check_number(len(given) * body.sampling.num_drawn)
-    params = body.params(body.max_tokens or front.completion_limit, body.logprobs)
+    limit = front.completion_limit if body.max_tokens is None else body.max_tokens
+    params = body.params(limit, body.logprobs)
     prompts = [await _ids(front, prompt, body.add_special_tokens, params) for prompt in given]
-    echoes = [await _echo(front, prompt) if body.echo else "" for prompt in given for _ in range(body.n)]
-    form = CompletionFormat(front.tokenizer, body.logprobs is not None, echoes, body.return_tokens_as_token_ids)
+    echoes = [await _echo(front, body, *each) for each in zip(given, prompts, strict=True)]
+    form = CompletionFormat(front.tokenizer, body, [echo for echo in echoes for _ in range(body.n)])
     return await respond(front, request, body, _jobs(prompts, params), form)
 
 
@@ -68,8 +72,16 @@ async def _ids(front: Frontend, prompt: str | list[int], add_special: bool, para
     return prompt
 
 
-async def _echo(front: Frontend, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else await front.decode(prompt, front.config.max_answer_bytes)
+async def _echo(
+    front: Frontend, body: schema.CompletionRequest, prompt: str | list[int], ids: list[int]
+) -> Echo | None:
+    if not body.echo:
+        return None
+    if not isinstance(prompt, str) or body.sampling.truncate_prompt_tokens:
+        return Echo(await front.decode(ids, front.config.max_answer_bytes))
+    if body.logprobs is None:
+        return Echo(prompt)
+    return await off_loop(len(ids) > DECODED_IDS, Echo.of, front.tokenizer, prompt, ids)
 
 
 async def chat_completions(front: Frontend, request: Request) -> Response:
@@ -78,10 +90,10 @@ async def chat_completions(front: Frontend, request: Request) -> Response:
     front.check_number(body.sampling.num_drawn)
     messages = [message.flat() for message in body.messages]
     ids = await front.encode_chat(messages, body.add_generation_prompt, body.add_special_tokens)
-    ids = front.truncated(ids, body.params(body.limit or 1, None))
-    params = body.params(body.limit or front.chat_limit(ids), body.num_logprobs())
-    form = ChatFormat(front.tokenizer, body.logprobs, body.return_tokens_as_token_ids)
-    return await respond(front, request, body, _jobs([ids], params), form)
+    ids = front.truncated(ids, body.params(1 if body.limit is None else body.limit, None))
+    limit = front.chat_limit(ids) if body.limit is None else body.limit
+    params = body.params(limit, body.num_logprobs())
+    return await respond(front, request, body, _jobs([ids], params), ChatFormat(front.tokenizer, body))
 
 
 async def respond(
@@ -119,20 +131,22 @@ def _whole(form: Format, envelope: Envelope, extras: Extras, drawn: list[Choice]
         choice.index = index
     full = [form.full(c) | extras.of_choice(c.index) | extras.of_tokens(c.token_ids, c.experts_TLK) for c in choices]
     last = [_last(choice) for choice in drawn]
-    counts = {"usage": usage(last, sampling.num_drawn), **extras.of_answer()}
-    return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), **counts))
+    more = {"usage": usage(last, sampling.num_drawn), **form.more(choices), **extras.of_answer()}
+    return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), **more))
 
 
 def _check_size(front: Frontend, jobs: list[GenerationRequest], body: schema.Generation) -> None:
     """Refuse an answer that is too large to be held before it is sent. Of a stream only routed experts are held."""
     tokens = [min(job.params.max_tokens, front.room(job.prompt_ids)) for job in jobs]
     held = [0 if body.stream else Choice.most_bytes(n, j.params.logprobs) for n, j in zip(tokens, jobs, strict=True)]
+    scored = [job for job in jobs if job.params.prompt_logprobs is not None and not body.stream]
+    held += [Choice.most_bytes(len(job.prompt_ids), job.params.prompt_logprobs) for job in scored]
     routed = [len(job.prompt_ids) + num for num, job in zip(tokens, jobs, strict=True) if job.params.trace]
     size = sum(held) + 4 * sum(routed) * front.info.routed_bytes // 3
     if size > (most := front.config.max_answer_bytes):
         raise InvalidRequest(
             f"the answer may have {size:,} bytes; serve.max_answer_bytes is {most:,}. Stream it, or ask for less: "
-            "fewer max_tokens, logprobs, n or prompts."
+            "fewer max_tokens, logprobs, prompt_logprobs, n or prompts."
         )
 
 
@@ -157,11 +171,13 @@ async def _chunks(
     try:
         async with aclosing(events):
             async for index, delta in events:
-                pieces = _pieces(form, extras, index, delta, is_first=index not in last)
+                is_first = index not in last
                 last[index] = delta
-                for choice in pieces:
-                    yield sse(envelope.wrap(form.chunk, [choice], delta.version, **first, **extras.so_far(delta)))
+                for part in _parts(form, extras, index, delta, is_first):
+                    yield sse(envelope.wrap(form.chunk, version=delta.version, **first, **part, **extras.so_far(delta)))
                     first = {}
+                    if is_first:  # what is said of a long prompt has many parts
+                        await asyncio.sleep(0)
         if extras.body.include_usage:
             deltas = [last[index] for index in range(len(extras.prompts))]
             yield sse(envelope.wrap(form.chunk, [], deltas[-1].version, usage=usage(deltas, extras.body.n)))
@@ -170,11 +186,14 @@ async def _chunks(
     yield DONE
 
 
-def _pieces(form: Format, extras: Extras, index: int, delta: Delta, is_first: bool) -> list[dict[str, Any]]:
-    """The choices of the chunks that one Delta becomes."""
-    piece = form.piece(index, delta) | extras.of_tokens(delta.token_ids, delta.experts_TLK)
-    first, *rest = [*filter(None, (form.opening(index) if is_first else None, piece))]
-    return [first | (extras.of_choice(index) if is_first else {}), *rest]
+def _parts(form: Format, extras: Extras, index: int, delta: Delta, is_first: bool) -> Iterator[dict[str, Any]]:
+    """What the chunks that one Delta becomes have: one choice each, and what is said beside it."""
+    own = extras.of_choice(index) if is_first else {}
+    for opening in form.openings(index, delta) if is_first else ():
+        [choice] = opening["choices"]
+        yield opening | {"choices": [choice | own]}
+        own = {}
+    yield {"choices": [form.piece(index, delta) | extras.of_tokens(delta.token_ids, delta.experts_TLK) | own]}
 
 
 async def tokenize(front: Frontend, request: Request) -> Response:
@@ -198,6 +217,14 @@ async def detokenize(front: Frontend, request: Request) -> Response:
     return Streamed(with_text("prompt", _chain(first, texts)))
 
 
+async def tokenizer_info(front: Frontend, request: Request) -> Response:
+    """What a client needs to write prompts as this model's own tokenizer would, by the names that transformers gives."""
+    own = front.tokenizer
+    info = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": front.info.max_model_len}
+    info |= {"bos_token": own.bos_token, "eos_token": own.eos_token, "pad_token": own.pad_token}
+    return JSONResponse(info | {"chat_template": own.chat_template})
+
+
 async def models(front: Frontend, request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_card(front)]})
 
@@ -212,8 +239,10 @@ def _card(front: Frontend) -> dict[str, Any]:
     return {
         "id": info.model,
         "object": "model",
-        "created": 0,
+        "created": STARTED_S,
         "owned_by": "trinity",
+        "root": info.model,
+        "parent": None,
         "max_model_len": info.max_model_len,
     }
 
@@ -277,6 +306,7 @@ ROUTES = (
     Endpoint("GET", "/v1/models/{name:path}", model, "key"),
     Endpoint("POST", "/tokenize", tokenize, "key"),
     Endpoint("POST", "/detokenize", detokenize, "key"),
+    Endpoint("GET", "/tokenizer_info", tokenizer_info, "key"),
     Endpoint("GET", "/version", version, "key"),
     Endpoint("GET", "/metrics", metrics, "key"),
     Endpoint("GET", "/health", health, "open"),

@@ -49,7 +49,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "use_beam_search": ((False,), "beam search is not implemented"),
     "length_penalty": ((1, 1.0), "beam search is not implemented"),
-    "prompt_logprobs": ((), "log-probabilities of the prompt are not implemented"),
     "guided_json": ((), "guided decoding is not implemented"),
     "guided_regex": ((), "guided decoding is not implemented"),
     "guided_choice": ((), "guided decoding is not implemented"),
@@ -112,7 +111,7 @@ class CompletionRequest(Generation):
     """POST /v1/completions"""
 
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    max_tokens: int | None = Field(default=None, ge=0, le=2**31)
     echo: bool = False
     add_special_tokens: bool = True
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -123,9 +122,14 @@ class CompletionRequest(Generation):
         prompts: Any = [self.prompt] if whole else self.prompt
         if not 0 < len(prompts) <= MAX_PROMPTS:
             raise InvalidRequest(f"{len(prompts)} prompts in one request; send 1 to {MAX_PROMPTS}", param="prompt")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo with logprobs is not implemented; leave one of them out", param="echo")
         return list(prompts)
+
+    def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """With `echo`, `logprobs` is about the prompt, too."""
+        found = super().params(max_tokens, logprobs)
+        if not self.echo or logprobs is None:
+            return found
+        return found.model_copy(update={"prompt_logprobs": max(logprobs, found.prompt_logprobs or 0)})
 
 
 class TextPart(Strict):
@@ -151,8 +155,8 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    max_tokens: int | None = Field(default=None, ge=0, le=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=0, le=2**31)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     add_generation_prompt: bool = True
@@ -163,7 +167,7 @@ class ChatRequest(Generation):
 
     @property
     def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:

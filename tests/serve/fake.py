@@ -9,13 +9,14 @@ import asyncio
 import functools
 import os
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from trinity.config import Client
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import Overloaded, Unavailable
 from trinity.text.tokenizer import Tokenizer
@@ -58,6 +59,10 @@ class FakeEngine:
         try:
             if self.gate and "stay" in self.tokenizer.decode(prompt_ids):
                 await self._stay(self.gate / request_id)
+            if not room:
+                yield self._scored(
+                    Delta(request_id, "", (), None, "length", num_prompt_tokens=len(prompt_ids)), prompt_ids, params
+                )
             for at in range(room):
                 await asyncio.sleep(self.delay_s)
                 yield self._delta(request_id, prompt_ids, params, at, at + 1 == room)
@@ -79,7 +84,7 @@ class FakeEngine:
             self._obey(self.tokenizer.decode(prompt_ids), at)
         token = prompt_ids[at % len(prompt_ids)]
         top = tuple((i, -1.0 - i) for i in range(params.logprobs or 0))
-        return Delta(
+        delta = Delta(
             request_id,
             text=self.tokenizer.decode([token], skip_special=True),
             token_ids=(token,),
@@ -91,6 +96,18 @@ class FakeEngine:
             first_version=7,
             experts_TLK=np.zeros((len(prompt_ids) + at, 3, 2), np.uint8) if params.trace and last else None,
         )
+        return delta if at else self._scored(delta, prompt_ids, params)
+
+    def _scored(self, delta, prompt_ids, params):
+        """The token at position p has the log-probability -p / 2 and rank 2; the alternatives are the ids from 0 on."""
+        if params.prompt_logprobs is None:
+            return delta
+        scores = PromptLogprobs.empty(prompt_ids, params.prompt_logprobs)
+        scores.logprob_S[:] = -np.arange(1, len(prompt_ids)) / 2
+        scores.rank_S[:] = 2
+        scores.top_ids_SN[:] = np.arange(params.prompt_logprobs)
+        scores.top_logprobs_SN[:] = -1.0 - np.arange(params.prompt_logprobs)
+        return replace(delta, prompt_logprobs=scores)
 
     def _obey(self, text, at):
         if "crash" in text and at == 3:

@@ -19,7 +19,7 @@ HERE = re.escape(str(Path(__file__).parents[2]))
 LEAK = re.compile(rf"Traceback|File \"|{HERE}|site-packages|0x[0-9a-f]{{6,}}|\.py\b|pid")
 
 SAMPLING = {
-    "max_tokens": [-1, 0, 2**31 + 1, 2.5, 1e308, "1", True, [1]],
+    "max_tokens": [-1, 2**31 + 1, 2.5, 1e308, "1", True, [1]],
     "temperature": [-1, -1e-9, 101, 1e308, "1", True, []],
     "top_p": [-1, 0, 1.0001, 1e308, "1", True],
     "top_k": [-2, 2**31 + 1, 1.5, "1", True],
@@ -27,6 +27,7 @@ SAMPLING = {
     "seed": [2**63, -(2**63) - 1, 1.5, "1", True],
     "n": [-1, 0, 129, 1.5, "1", True],
     "logprobs": [-1, 21, 1.5, "1"],
+    "prompt_logprobs": [-1, 21, 1.5, 1e308, "1", True, [1]],
     "presence_penalty": [-2.1, 2.1, 1e308, "1", True],
     "frequency_penalty": [-2.1, 2.1, 1e308, "1", True],
     "repetition_penalty": [-1, 0, 101, 1e308, "1", True],

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.errors import TABLE
+from serving.http.logprobs import PART
 from tests.waiting import WAIT_S, eventually
 from trinity.errors import Code, Overloaded
 
@@ -68,6 +69,21 @@ async def test_deltas_and_one_final(stub, server):
     assert (final.first_version, final.version) == (7, 12)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_scores_of_a_prompt_come_first_in_parts(start, max_tokens):
+    prompt = [7 + i % 90 for i in range(PART + 9)]
+    async with start(FakeEngine(max_model_len=256)) as server, stubs(server) as stub:
+        asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(max_tokens=max_tokens))
+        asked.sampling.prompt_logprobs = 3
+        *deltas, last = [getattr(r, r.WhichOneof("event")) for r in await collect(stub.Generate(asked))]
+    scores = [position for delta in deltas for position in delta.prompt_logprobs]
+    assert [position.token_id for position in scores] == prompt[1:]
+    assert [position.logprob for position in scores] == [-p / 2 for p in range(1, len(prompt))]
+    assert {(position.rank, len(position.top)) for position in scores} == {(2, 3)}
+    assert [bool(delta.prompt_logprobs) for delta in deltas] == [True, True, *[False] * max(1, max_tokens)]
+    assert sum(len(delta.token_ids) for delta in deltas) == last.usage.completion_tokens == max_tokens
+
+
 async def test_three_kinds_of_prompt(stub, server):
     ids = server.front.tokenizer.encode("fox", add_special=True)
     by_text = await collect(stub.Generate(request("fox")))
@@ -112,11 +128,13 @@ BAD = {
     "no ids": pb.GenerateRequest(token_ids=pb.TokenIds()),
     "id beyond": pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**31])),
     "too long": pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 128)),
-    "max_tokens 0": request(max_tokens=0),
+    "max_tokens -1": request(max_tokens=-1),
     "temperature nan": request(temperature=float("nan")),
     "temperature inf": request(temperature=float("inf")),
     "top_p 0": request(top_p=0),
     "logprobs 21": request(logprobs=21),
+    "prompt_logprobs 21": request(prompt_logprobs=21),
+    "prompt_logprobs -1": request(prompt_logprobs=-1),
     "stops": request(stop=["a"] * 17),
     "empty stop": request(stop=[""]),
     "bias": request(logit_bias={5: 1000}),

@@ -11,7 +11,7 @@ from trinity.text.detokenizer import TextStream
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = {  # parameter: (values taken, values refused)
-    "max_tokens": ([1, 1 << 31], [-1, 0, (1 << 31) + 1, 1.5]),
+    "max_tokens": ([0, 1, 1 << 31], [-1, (1 << 31) + 1, 1.5]),
     "temperature": ([0, 0.5, 2, 100], [-1, -1e-9, 101, 1e308]),
     "top_k": ([0, 1, 1 << 31], [-1, (1 << 31) + 1, 0.5]),
     "top_p": ([1e-9, 1, 0.5], [-1, 0, 1.0001, 1e308]),
@@ -23,6 +23,7 @@ NUMBERS = {  # parameter: (values taken, values refused)
     "n": ([1, 128], [0, -1, 129, 1.5]),
     "best_of": ([1, 128, None], [0, -1, 129, 1.5]),
     "priority": ([0, -(1 << 63), (1 << 63) - 1], [1 << 63, -(1 << 63) - 1, 1.5]),
+    "prompt_logprobs": ([0, 20, None], [-1, 21, 1.5]),
     "presence_penalty": ([-2, 0, 2], [-2.1, 2.1, 1e308]),
     "frequency_penalty": ([-2, 0, 2], [-2.1, 2.1, 1e308]),
     "repetition_penalty": ([0.01, 1, 100], [0, -1, 101, 1e308]),

@@ -17,7 +17,7 @@ OTHERS = re.compile(
     r"(Of|That|So|With|As|By|For|In|Into|Until|When|Without|From|After|Before|If|To|Whether|May|Only|No|Nobody"
     r"|What|Whatever|How|Where|Who|Whose|Why)\b"
 )
-BINARY = {".png", ".safetensors"}
+BINARY = {".binpb", ".png", ".safetensors"}
 AS_WRITTEN = "run_of_before"  # a checkpoint, whose manifest knows each byte
 GENERATED = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 IGNORED = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line)]

@@ -200,9 +200,11 @@ class Engine:
 
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Delta:
         """Append the sampled token and decide whether the sequence ends with it."""
-        if sampled.token_id is None:
-            error = TrinityError("the model's logits are not finite; its weights are damaged")
-            return self._end(sequence, "error", error=error.message, cause=error)
+        scores, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        if sampled.token_id is None or (scores is not None and not scores.is_finite()):
+            return self._end_damaged(sequence)
+        if not sequence.params.max_tokens:
+            return self._end(sequence, "length", prompt_logprobs=scores)
         token = sampled.token_id
         sequence.token_ids.append(token)
         sequence.num_repeats = 0
@@ -216,12 +218,17 @@ class Engine:
             "text": text,
             "token_ids": (token,),
             "logprobs": sampled.logprobs and (sampled.logprobs,),
+            "prompt_logprobs": scores,
         }
         if sequence.text.stopped_by is not None:
             return self._end(sequence, "stop", stop_reason=sequence.text.stopped_by, **got)
         if ends:
             return self._end(sequence, "stop", stop_reason=None if self._is_eos(sequence, token) else token, **got)
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
+
+    def _end_damaged(self, sequence: Sequence) -> Delta:
+        error = TrinityError("the model's logits are not finite; its weights are damaged")
+        return self._end(sequence, "error", error=error.message, cause=error)
 
     def _is_eos(self, sequence: Sequence, token: int) -> bool:
         return token in self.config.eos_token_ids and not sequence.params.ignore_eos

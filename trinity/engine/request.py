@@ -21,6 +21,7 @@ from trinity.errors import InvalidRequest, PromptTooLong, TrinityError
 from trinity.text.detokenizer import TextStream
 
 if TYPE_CHECKING:
+    from trinity.engine.prompt_logprobs import PromptLogprobs
     from trinity.engine.token_rules import TokenRules
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -41,7 +42,8 @@ class SamplingParams(Frozen, strict=True):
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch that filter off. The order is vLLM's: penalties and
     bias, temperature, min_p, top_k, top_p. `seed` makes a request reproducible on any engine. `logprobs` asks for the
-    log-probability of each token and of that many most likely ones, before any of the above. `version_policy`: weights that
+    log-probability of each token and of that many most likely ones, before any of the above; `prompt_logprobs` for the same of
+    the prompt's tokens. With max_tokens 0 nothing is generated: the answer is about the prompt. `version_policy`: weights that
     change while the request runs are taken up at once ("live") or not at all ("pinned": those of its first pass, to its end).
     `trace` records what a trainer replays (trinity/rl/): the experts of each token, and with `logprobs` how likely the
     draw was after all of the above.
@@ -52,7 +54,7 @@ class SamplingParams(Frozen, strict=True):
     (trinity/engine/samples.py). `priority`: lower is earlier; it is carried, and the engine does not look at it yet.
     """
 
-    max_tokens: int = Field(default=16, ge=1, le=1 << 31)
+    max_tokens: int = Field(default=16, ge=0, le=1 << 31)
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_k: int = Field(default=0, ge=0, le=1 << 31)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -73,6 +75,7 @@ class SamplingParams(Frozen, strict=True):
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     priority: int = Field(default=0, ge=-INT64, lt=INT64)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     trace: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -200,6 +203,7 @@ class TokenLogprobs(NamedTuple):
     logprob: float
     top: tuple[tuple[int, float], ...]  # the most likely (token id, logprob), best first
     drawn: float | None = None  # of the distribution it was drawn from, where the request is traced
+    rank: int | None = None  # of a prompt's token: 1 for the most likely
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ class Delta:
     error behind `error`.
     The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
     layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
+    The first one of a request with `prompt_logprobs` has them; it may be the last one, too.
     """
 
     request_id: str
@@ -227,6 +232,7 @@ class Delta:
     first_version: int = 0
     queue_s: float = field(default=0.0, compare=False)
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
+    prompt_logprobs: "PromptLogprobs | None" = field(default=None, repr=False, compare=False)
     cause: TrinityError | None = field(default=None, repr=False)
 
 
@@ -248,6 +254,7 @@ class Sequence:
     num_computed: int = 0
     row: int | None = None
     experts: list[np.ndarray] = field(default_factory=list)  # [L, K] of each token, where `params.trace`
+    prompt_logprobs: "PromptLogprobs | None" = None  # as far as passes have come
     oldest: int = 0
     version: int = 0
     first_version: int = 0
@@ -275,6 +282,11 @@ class Sequence:
     @property
     def experts_TLK(self) -> np.ndarray | None:
         return np.stack(self.experts) if self.experts else None
+
+    @property
+    def is_scored(self) -> bool:
+        """Shall the passes of its prompt say how likely the tokens are? Not again once its first Delta has told."""
+        return self.params.prompt_logprobs is not None and not self.num_generated
 
     @property
     def num_uncomputed(self) -> int:

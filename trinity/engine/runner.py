@@ -17,6 +17,7 @@ from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.sampler import Sampled, sample
 from trinity.engine.scheduler import Pass
+from trinity.engine.scoring import is_damaged, score
 from trinity.engine.versions import Versions
 from trinity.models.common.attention import Attend, is_plain
 from trinity.models.common.decoder import CausalLM, Inputs, Output
@@ -28,11 +29,12 @@ class Result(NamedTuple):
 
     sampled: dict[Sequence, Sampled]
     error: Exception | None = None
+    has_bad_scores: bool = False  # log-probabilities of prompts that are not finite
 
     @property
     def is_damaged(self) -> bool:
         """Say whether logits were not finite."""
-        return any(each.token_id is None for each in self.sampled.values())
+        return self.has_bad_scores or any(each.token_id is None for each in self.sampled.values())
 
 
 class ModelRunner:
@@ -57,7 +59,8 @@ class ModelRunner:
     def _run(self, version: int, chunks: list[Chunk]) -> Result:
         try:
             sequences, logits_BV = self.forward(self._versions.model(version), chunks)
-            return Result(dict(zip(sequences, sample(logits_BV, sequences), strict=True)))
+            sampled = dict(zip(sequences, sample(logits_BV, sequences), strict=True))
+            return Result(sampled, has_bad_scores=any(map(is_damaged, chunks)))
         except Exception as error:  # the edge between requests and weights: shards die, memory runs out
             return Result({}, error)
 
@@ -74,10 +77,17 @@ class ModelRunner:
         hidden_TD = torch.cat([output.hidden_TD for output in outputs])
         if any(chunk.sequence.params.trace for chunk in chunks):
             trace(chunks, chosen(outputs, self._config.num_experts))
+        if any(chunk.sequence.is_scored for chunk in chunks):
+            self._score(model, chunks, hidden_TD)
         last = np.cumsum([c.count for c in chunks]) - 1
         samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
         logits_BV = model.logits(hidden_TD[self._to(last[samples])])
         return [chunks[i].sequence for i in samples], logits_BV
+
+    def _score(self, model: CausalLM, chunks: list[Chunk], hidden_TD: Tensor) -> None:
+        for chunk, own_TD in zip(chunks, hidden_TD.split([chunk.count for chunk in chunks]), strict=True):
+            if chunk.sequence.is_scored:
+                score(chunk, own_TD, self._config.vocab_size, model.logits)
 
     def _inputs(self, chunks: list[Chunk]) -> Inputs:
         flat = flatten(chunks)

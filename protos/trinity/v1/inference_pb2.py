@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/trinity/v1/inference.proto\x12\ntrinity.v1\"\xa8\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.trinity.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.trinity.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08priority\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x10return_token_ids\x18\x08 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\t \x01(\x08\x42\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.trinity.v1.ChatMessage\">\n\x0b\x43hatMessage\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.trinity.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xca\x07\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).trinity.v1.SamplingParams.LogitBiasEntry\x12\x31\n\x0eversion_policy\x18\x0f \x01(\x0e\x32\x19.trinity.v1.VersionPolicy\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x12 \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x14 \x01(\x08H\r\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x15 \x01(\x05H\x0e\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x16 \x01(\x05H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x19\n\x17_truncate_prompt_tokensB\n\n\x08_best_of\"c\n\x10GenerateResponse\x12\"\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.trinity.v1.DeltaH\x00\x12\"\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x11.trinity.v1.FinalH\x00\x42\x07\n\x05\x65vent\"u\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\"g\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.trinity.v1.Alternative\"?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xfb\x01\n\x05\x46inal\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.trinity.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.trinity.v1.Usage\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x15\n\rfirst_version\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x15 \x03(\r\x12\x16\n\x0erouted_experts\x18\x16 \x01(\x0c\x42\r\n\x0bstop_reason\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.trinity.v1.Model\"Q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\x04\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*c\n\rVersionPolicy\x12\x1e\n\x1aVERSION_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13VERSION_POLICY_LIVE\x10\x01\x12\x19\n\x15VERSION_POLICY_PINNED\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.trinity.v1.GenerateRequest\x1a\x1c.trinity.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.trinity.v1.ListModelsRequest\x1a\x1e.trinity.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.trinity.v1.TokenizeRequest\x1a\x1c.trinity.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.trinity.v1.DetokenizeRequest\x1a\x1e.trinity.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/trinity/v1/inference.proto\x12\ntrinity.v1\"\xa8\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.trinity.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.trinity.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08priority\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x10return_token_ids\x18\x08 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\t \x01(\x08\x42\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.trinity.v1.ChatMessage\">\n\x0b\x43hatMessage\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.trinity.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xfc\x07\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).trinity.v1.SamplingParams.LogitBiasEntry\x12\x31\n\x0eversion_policy\x18\x0f \x01(\x0e\x32\x19.trinity.v1.VersionPolicy\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x12 \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x14 \x01(\x08H\r\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x15 \x01(\x05H\x0e\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x16 \x01(\x05H\x0f\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x1f \x01(\x05H\x10\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x19\n\x17_truncate_prompt_tokensB\n\n\x08_best_ofB\x12\n\x10_prompt_logprobs\"c\n\x10GenerateResponse\x12\"\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.trinity.v1.DeltaH\x00\x12\"\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x11.trinity.v1.FinalH\x00\x42\x07\n\x05\x65vent\"\xa9\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\x1e \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\"\x83\x01\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.trinity.v1.Alternative\x12\x11\n\x04rank\x18\x1e \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_rank\"?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xfb\x01\n\x05\x46inal\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.trinity.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.trinity.v1.Usage\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x15\n\rfirst_version\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x15 \x03(\r\x12\x16\n\x0erouted_experts\x18\x16 \x01(\x0c\x42\r\n\x0bstop_reason\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.trinity.v1.Model\"Q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\x04\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*c\n\rVersionPolicy\x12\x1e\n\x1aVERSION_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13VERSION_POLICY_LIVE\x10\x01\x12\x19\n\x15VERSION_POLICY_PINNED\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.trinity.v1.GenerateRequest\x1a\x1c.trinity.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.trinity.v1.ListModelsRequest\x1a\x1e.trinity.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.trinity.v1.TokenizeRequest\x1a\x1c.trinity.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.trinity.v1.DetokenizeRequest\x1a\x1e.trinity.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=2519
-  _globals['_ROLE']._serialized_end=2599
-  _globals['_VERSIONPOLICY']._serialized_start=2601
-  _globals['_VERSIONPOLICY']._serialized_end=2700
-  _globals['_FINISHREASON']._serialized_start=2702
-  _globals['_FINISHREASON']._serialized_end=2797
+  _globals['_ROLE']._serialized_start=2651
+  _globals['_ROLE']._serialized_end=2731
+  _globals['_VERSIONPOLICY']._serialized_start=2733
+  _globals['_VERSIONPOLICY']._serialized_end=2832
+  _globals['_FINISHREASON']._serialized_start=2834
+  _globals['_FINISHREASON']._serialized_end=2929
   _globals['_GENERATEREQUEST']._serialized_start=50
   _globals['_GENERATEREQUEST']._serialized_end=346
   _globals['_TOKENIDS']._serialized_start=348
@@ -48,35 +48,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=424
   _globals['_CHATMESSAGE']._serialized_end=486
   _globals['_SAMPLINGPARAMS']._serialized_start=489
-  _globals['_SAMPLINGPARAMS']._serialized_end=1459
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1138
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1186
-  _globals['_GENERATERESPONSE']._serialized_start=1461
-  _globals['_GENERATERESPONSE']._serialized_end=1560
-  _globals['_DELTA']._serialized_start=1562
-  _globals['_DELTA']._serialized_end=1679
-  _globals['_TOKENLOGPROBS']._serialized_start=1681
-  _globals['_TOKENLOGPROBS']._serialized_end=1784
-  _globals['_ALTERNATIVE']._serialized_start=1786
-  _globals['_ALTERNATIVE']._serialized_end=1849
-  _globals['_FINAL']._serialized_start=1852
-  _globals['_FINAL']._serialized_end=2103
-  _globals['_USAGE']._serialized_start=2105
-  _globals['_USAGE']._serialized_end=2162
-  _globals['_LISTMODELSREQUEST']._serialized_start=2164
-  _globals['_LISTMODELSREQUEST']._serialized_end=2183
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2185
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2240
-  _globals['_MODEL']._serialized_start=2242
-  _globals['_MODEL']._serialized_end=2323
-  _globals['_TOKENIZEREQUEST']._serialized_start=2325
-  _globals['_TOKENIZEREQUEST']._serialized_end=2402
-  _globals['_TOKENIZERESPONSE']._serialized_start=2404
-  _globals['_TOKENIZERESPONSE']._serialized_end=2441
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2443
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2481
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2483
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2517
-  _globals['_INFERENCE']._serialized_start=2800
-  _globals['_INFERENCE']._serialized_end=3109
+  _globals['_SAMPLINGPARAMS']._serialized_end=1509
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1168
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1216
+  _globals['_GENERATERESPONSE']._serialized_start=1511
+  _globals['_GENERATERESPONSE']._serialized_end=1610
+  _globals['_DELTA']._serialized_start=1613
+  _globals['_DELTA']._serialized_end=1782
+  _globals['_TOKENLOGPROBS']._serialized_start=1785
+  _globals['_TOKENLOGPROBS']._serialized_end=1916
+  _globals['_ALTERNATIVE']._serialized_start=1918
+  _globals['_ALTERNATIVE']._serialized_end=1981
+  _globals['_FINAL']._serialized_start=1984
+  _globals['_FINAL']._serialized_end=2235
+  _globals['_USAGE']._serialized_start=2237
+  _globals['_USAGE']._serialized_end=2294
+  _globals['_LISTMODELSREQUEST']._serialized_start=2296
+  _globals['_LISTMODELSREQUEST']._serialized_end=2315
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2317
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2372
+  _globals['_MODEL']._serialized_start=2374
+  _globals['_MODEL']._serialized_end=2455
+  _globals['_TOKENIZEREQUEST']._serialized_start=2457
+  _globals['_TOKENIZEREQUEST']._serialized_end=2534
+  _globals['_TOKENIZERESPONSE']._serialized_start=2536
+  _globals['_TOKENIZERESPONSE']._serialized_end=2573
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2575
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2613
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2615
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2649
+  _globals['_INFERENCE']._serialized_start=2932
+  _globals['_INFERENCE']._serialized_end=3241
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,138 @@
+"""`trinity eval CHECKPOINT|URL --tasks NAMES`: lm-eval's tasks, asked of a server over the OpenAI API that everybody uses.
+
+Decisions: lm-eval is called as its own users call it, so its numbers are those of any other model. A checkpoint gets a server
+in this process, on a loopback port of its own; what is measured is what is served. Multiple choice goes to /v1/completions,
+with `--chat` questions that are answered in words go to /v1/chat/completions.
+"""
+
+import argparse
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
+
+if TYPE_CHECKING:
+    from trinity.llm import LLM
+
+MODELS = {  # of lm-eval, and where they send what they ask
+    False: ("local-completions", "/v1/completions"),
+    True: ("local-chat-completions", "/v1/chat/completions"),
+}
+
+
+def run(arguments: argparse.Namespace, flags: list[str]) -> int:
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval is not installed here; pip install 'trinity-moe[eval]'")
+    is_url = arguments.source.startswith(("http://", "https://"))
+    with nullcontext(arguments.source.rstrip("/")) if is_url else server_of(arguments.source) as url:
+        results = evaluate(url, arguments, _key(arguments.api_key_file) if is_url else None)
+    report(results, arguments.output)
+    return 0
+
+
+@contextmanager
+def server_of(checkpoint: str) -> Iterator[str]:
+    """URL of a server of that checkpoint, in this process for as long."""
+    from anyio.from_thread import start_blocking_portal
+
+    from trinity.llm import LLM
+
+    llm, name = LLM(checkpoint), Path(checkpoint).resolve().name
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(_served(llm, name)) as url:
+        yield url
+
+
+@asynccontextmanager
+async def _served(llm: "LLM", name: str) -> AsyncIterator[str]:
+    from serving.engine import LocalClient
+    from serving.frontend import Frontend
+    from serving.gateway import Gateway
+    from trinity.config import ServeConfig
+    from trinity.engine.async_engine import AsyncEngine
+
+    client = LocalClient(AsyncEngine(llm.engine), llm.tokenizer, name)
+    config = ServeConfig(http_port=0, grpc_port=0)
+    gateway = Gateway(Frontend(client, llm.tokenizer, await client.info(), config))
+    await gateway.start()
+    try:
+        yield gateway.addresses[0]
+    finally:
+        await gateway.stop()
+        client.engine.close()
+
+
+def evaluate(url: str, arguments: argparse.Namespace, key: str | None) -> dict[str, Any]:
+    """What lm-eval found. Raises ConfigError for tasks that it does not know."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=arguments.include_path)
+    tasks = [name for name in arguments.tasks.split(",") if name]
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown or not tasks:
+        raise ConfigError(f"lm-eval knows no task {', '.join(unknown) or '(none given)'}; see `lm-eval ls tasks`")
+    model, model_args = asked_of(url, arguments, key)
+    found: dict[str, Any] = simple_evaluate(
+        model=model,
+        model_args=model_args,
+        tasks=manager.match_tasks(tasks),
+        task_manager=manager,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        batch_size=1 if arguments.chat else arguments.batch_size,
+        apply_chat_template=arguments.chat,
+    )
+    return found
+
+
+def asked_of(url: str, arguments: argparse.Namespace, key: str | None) -> tuple[str, dict[str, Any]]:
+    """lm-eval's name for this kind of server, and its arguments."""
+    card = card_of(url, arguments.model, key)
+    model, path = MODELS[arguments.chat]
+    found = {"model": card["id"], "base_url": url + path, "timeout": 3600}
+    if card.get("max_model_len"):
+        found["max_length"] = card["max_model_len"]
+    if key:
+        found |= {"auth_token": key, "header": {"Authorization": f"Bearer {key}"}}
+    return model, found
+
+
+def card_of(url: str, name: str | None, key: str | None) -> dict[str, Any]:
+    """What the server says of that model, or of the first that it lists."""
+    import httpx
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=30)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(f"no server at {url} ({error}); start one with `trinity serve`") from None
+    if answer.status_code != 200:
+        raise TrinityError(f"the server answered {answer.status_code} when asked for its models: {answer.text[:200]}")
+    cards: list[dict[str, Any]] = answer.json()["data"]
+    found = next((card for card in cards if name in (None, card["id"])), None)
+    if found is None:
+        raise ModelNotFound(f"model {name!r} is not served at {url}; there is {[card['id'] for card in cards]}")
+    return found
+
+
+def report(results: dict[str, Any], output: str | None) -> None:
+    """Print lm-eval's table; with a file's name, write everything there, each question with its answers."""
+    from lm_eval.utils import make_table
+
+    print(make_table(results))
+    if output:
+        Path(output).write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str))
+
+
+def _key(file: str | None) -> str | None:
+    from trinity.config import api_key
+
+    if file is None:
+        return api_key()
+    if not Path(file).is_file():
+        raise ConfigError(f"key file {file} does not exist")
+    return Path(file).read_text().strip()
