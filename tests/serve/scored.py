@@ -9,12 +9,9 @@ from pathlib import Path
 
 import torch
 
-from serving.engine import LocalClient
-from serving.frontend import Frontend
-from serving.gateway import Gateway
 from tests.unit.test_trainer import config_for, trainer_for
-from trinity.config import EngineConfig, ServeConfig
-from trinity.engine.async_engine import AsyncEngine
+from trinity.commands.eval import served as in_process
+from trinity.config import EngineConfig
 from trinity.llm import LLM
 
 NAME = "learned"
@@ -45,18 +42,11 @@ def learned(folder: Path) -> Path:
 
 @asynccontextmanager
 async def served(checkpoint: Path, **serve):
-    """A gateway over an engine in this process; -> its gateway."""
+    """A gateway over an engine in this process, whose passes are shorter than a few prompts."""
     settings = EngineConfig(max_model_len=64, kv_cache_bytes=8 << 20, max_num_seqs=16, max_num_batched_tokens=24)
     llm = LLM(checkpoint, engine=settings, backend="torch", device="cpu")
-    client = LocalClient(AsyncEngine(llm.engine), llm.tokenizer, NAME)
-    config = ServeConfig(**{"http_port": 0, "grpc_port": 0, "drain_timeout_s": 5, **serve})
-    gateway = Gateway(Frontend(client, llm.tokenizer, await client.info(), config))
-    await gateway.start()
-    try:
+    async with in_process(llm, NAME, **serve) as gateway:
         yield gateway
-    finally:
-        await gateway.stop()
-        client.engine.close()
 
 
 def offline(checkpoint: Path):

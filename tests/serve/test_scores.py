@@ -3,6 +3,8 @@
 The harness itself is run by tests/interop/test_lm_eval.py, where it is installed.
 """
 
+from argparse import Namespace
+
 import httpx
 import pytest
 from scored import CONTEXTS, ENDINGS, MIN_RIGHT, NAME, learned, offline, served
@@ -11,7 +13,9 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from tests.waiting import WAIT_S
 from trinity import LLM
+from trinity.commands import eval as command
 from trinity.engine.request import SamplingParams
+from trinity.errors import ConfigError, ModelNotFound, Unavailable
 
 ASKS = {"model": NAME, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
 
@@ -93,3 +97,29 @@ async def test_all_doors_give_the_same_numbers(checkpoint, right):
         assert values == pytest.approx([right(ids[:at], [ids[at]])[0]] * 3, abs=1e-4)
     again = llm.generate([[*ids, *here.token_ids]], params)[0].prompt_logprobs[len(ids) :]
     assert [p.logprob for p in again] == pytest.approx([p.logprob for p in here.logprobs], abs=1e-4)
+
+
+def test_a_checkpoint_to_evaluate_gets_a_server_for_as_long(checkpoint):
+    asked = Namespace(model=None, chat=False)
+    with command.server_of(str(checkpoint)) as url:
+        model, found = command.asked_of(url, asked, None)
+        assert (model, found["base_url"], found["model"]) == (
+            "local-completions",
+            f"{url}/v1/completions",
+            checkpoint.name,
+        )
+        assert found["max_length"] == httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"]
+        assert found["custom_prefix_token_id"] == 0, "which lm-eval itself would take for none"
+        model, found = command.asked_of(url, Namespace(model=None, chat=True), "secret")
+        assert (model, found["base_url"]) == ("local-chat-completions", f"{url}/v1/chat/completions")
+        assert found["header"] == {"Authorization": "Bearer secret"}
+        with pytest.raises(ModelNotFound, match=checkpoint.name):
+            command.asked_of(url, Namespace(model="another", chat=False), None)
+    with pytest.raises(Unavailable, match="trinity serve"):
+        command.card_of(url, None, None)
+
+
+def test_without_lm_eval_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'trinity-moe\[eval\]'"):
+        command.run(Namespace(), [])

@@ -166,6 +166,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "httpx": ("trinity.bench", "trinity.commands"),
     "opentelemetry": ("serving.tracing",),
     "prometheus_client": ("serving.metrics", "serving.vllm_names", "trinity.observability.registry", "actors.train_metrics"),
+    "lm_eval": ("trinity.commands",),
     "transformers": ("trinity.bench",),
     "megablocks": ("trinity.experts",),
     "stk": ("trinity.experts",),

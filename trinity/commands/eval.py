@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
 
 if TYPE_CHECKING:
+    from serving.gateway import Gateway
     from trinity.llm import LLM
 
 MODELS = {  # of lm-eval, and where they send what they ask
@@ -42,12 +43,13 @@ def server_of(checkpoint: str) -> Iterator[str]:
     from trinity.llm import LLM
 
     llm, name = LLM(checkpoint), Path(checkpoint).resolve().name
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(_served(llm, name)) as url:
-        yield url
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(served(llm, name)) as gateway:
+        yield gateway.addresses[0]
 
 
 @asynccontextmanager
-async def _served(llm: "LLM", name: str) -> AsyncIterator[str]:
+async def served(llm: "LLM", name: str, **serve: Any) -> AsyncIterator["Gateway"]:
+    """A gateway to its engine, in this event loop. The engine ends with it."""
     from serving.engine import LocalClient
     from serving.frontend import Frontend
     from serving.gateway import Gateway
@@ -55,11 +57,11 @@ async def _served(llm: "LLM", name: str) -> AsyncIterator[str]:
     from trinity.engine.async_engine import AsyncEngine
 
     client = LocalClient(AsyncEngine(llm.engine), llm.tokenizer, name)
-    config = ServeConfig(http_port=0, grpc_port=0)
+    config = ServeConfig(**{"http_port": 0, "grpc_port": 0} | serve)
     gateway = Gateway(Frontend(client, llm.tokenizer, await client.info(), config))
     await gateway.start()
     try:
-        yield gateway.addresses[0]
+        yield gateway
     finally:
         await gateway.stop()
         client.engine.close()
@@ -96,6 +98,8 @@ def asked_of(url: str, arguments: argparse.Namespace, key: str | None) -> tuple[
     found = {"model": card["id"], "base_url": url + path, "timeout": 3600}
     if card.get("max_model_len"):
         found["max_length"] = card["max_model_len"]
+    if not arguments.chat and (first := first_token(url, key)) is not None:
+        found["custom_prefix_token_id"] = first
     if key:
         found |= {"auth_token": key, "header": {"Authorization": f"Bearer {key}"}}
     return model, found
@@ -105,9 +109,8 @@ def card_of(url: str, name: str | None, key: str | None) -> dict[str, Any]:
     """What the server says of that model, or of the first that it lists."""
     import httpx
 
-    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=30)
+        answer = httpx.get(f"{url}/v1/models", headers=_headers(key), timeout=30)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Unavailable(f"no server at {url} ({error}); start one with `trinity serve`") from None
     if answer.status_code != 200:
@@ -119,6 +122,20 @@ def card_of(url: str, name: str | None, key: str | None) -> dict[str, Any]:
     return found
 
 
+def first_token(url: str, key: str | None) -> int | None:
+    """Id of the token that texts begin with, which lm-eval would not see where it is 0; None where the server does not say."""
+    import httpx
+
+    with httpx.Client(base_url=url, headers=_headers(key), timeout=30) as client:
+        info = client.get("/tokenizer_info")
+        name = info.json().get("bos_token") if info.status_code == 200 else None
+        if name is None:
+            return None
+        answer = client.post("/tokenize", json={"prompt": name, "add_special_tokens": False})
+    ids = answer.json()["tokens"] if answer.status_code == 200 else []
+    return int(ids[0]) if len(ids) == 1 else None
+
+
 def report(results: dict[str, Any], output: str | None) -> None:
     """Print lm-eval's table; with a file's name, write everything there, each question with its answers."""
     from lm_eval.utils import make_table
@@ -126,6 +143,10 @@ def report(results: dict[str, Any], output: str | None) -> None:
     print(make_table(results))
     if output:
         Path(output).write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str))
+
+
+def _headers(key: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def _key(file: str | None) -> str | None:
