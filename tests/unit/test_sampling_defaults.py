@@ -31,6 +31,8 @@ def test_max_new_tokens_is_the_default_of_max_tokens():
 
 def test_the_log_says_what_is_followed_and_what_is_not():
     assert read_defaults({"eos_token_id": 3, "temperature": None}, "here").sentences() == []
+    fresh = {"_from_model_config": True, "output_attentions": False, "output_hidden_states": False, "use_cache": True}
+    assert read_defaults(fresh, "here").sentences() == [], "as transformers writes it for any model"
     first, second = read_defaults({**MINI, "num_beams": 4, "penalty_alpha": 0.6}, "here").sentences()
     assert "temperature 0.15, top_k 50, top_p 0.75, min_p 0.06" in first
     assert "num_beams, penalty_alpha" in second

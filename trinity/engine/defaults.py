@@ -72,5 +72,6 @@ def read_defaults(tree: Mapping[str, Any] | None, where: object) -> SamplingDefa
             f"{where}/{FILE}: {said} (found {found!r}); correct the file, or say --generation-config none "
             "(serve.generation_config)"
         ) from None
-    ignored = sorted(str(key)[:100] for key in given.keys() - FOLLOWED.keys() - WITHOUT_EFFECT)
+    on = {key for key, value in given.items() if value is not False}  # transformers writes what it would not do, too
+    ignored = sorted(str(key)[:100] for key in on - FOLLOWED.keys() - WITHOUT_EFFECT)
     return SamplingDefaults(params, tuple(ignored))
