@@ -187,7 +187,7 @@ class Frontend:
             )
 
     def truncated(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
-        """What the request wants to keep of its prompt."""
+        """The part of its prompt that the request wants to keep."""
         keep = params.truncate_prompt_tokens
         return list(truncated(prompt_ids, keep, params.max_tokens, self.info.max_model_len))
 

@@ -13,7 +13,7 @@ from trinity.errors import InvalidRequest
 
 MANY = 2**31 + 1
 FIELDS = {  # (a value that a float32 and JSON hold exactly, values that are refused at every door)
-    "max_tokens": (7, [0, -1]),
+    "max_tokens": (7, [-1]),
     "temperature": (0.5, [-1.0, 101.0]),
     "top_k": (7, [-2]),
     "top_p": (0.25, [0.0, 1.5]),
@@ -25,6 +25,7 @@ FIELDS = {  # (a value that a float32 and JSON hold exactly, values that are ref
     "skip_special_tokens": (False, []),
     "ignore_eos": (True, []),
     "logprobs": (3, [-1, 21]),
+    "prompt_logprobs": (3, [-1, 21]),
     "min_tokens": (4, [-1]),
     "bad_words": (("a", "b c"), [("",), ("x" * 1001,), ("a",) * 1001]),
     "allowed_token_ids": ((5, 9), [(1,) * 1025]),
