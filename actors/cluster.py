@@ -4,17 +4,19 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
 
 from actors.sync import placement_watcher
-from trinity.config import ClusterConfig, TrainConfig, setup_environment
+from trinity.config import PACKAGES, ClusterConfig, TrainConfig, setup_environment
 from trinity.errors import ConfigError, Unauthenticated, Unavailable
 from trinity.utils.private import private_folder
 from trinity.utils.processes import below, command_of, end_those_left
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).parents[1]  # where our packages lie
 LEAVE_S = 5.0  # for processes of a private Ray to end by themselves
 LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows; /dev/shm is small in containers
 
@@ -44,6 +46,18 @@ def private_workers() -> dict[int, str]:
     return {pid: start for node in nodes for pid, start in below(node).items()}
 
 
+def check_names(folder: str | Path = ".") -> None:
+    """Raise ConfigError where workers of a cluster that others have started would take a file or a package of this folder, the
+    working directory, for one of ours: they look there first. A private cluster's have ours already."""
+    for name in PACKAGES:
+        found = [path for path in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")) if path.is_file()]
+        if found and not found[0].samefile(ROOT / name / "__init__.py"):
+            raise ConfigError(
+                f"workers of the cluster would take {found[0]} for Trinity's own {name!r}; start the command in another "
+                "folder, or rename it"
+            )
+
+
 def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
     setup_environment(cluster.auth, is_local=cluster.address == "local")
     wanted, fewest = (train.num_workers, train.fewest_workers) if train else (0, 0)
@@ -60,6 +74,7 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
             logging_level="ERROR",
         )
         return
+    check_names()
     try:
         ray.init(address=cluster.address, namespace=cluster.namespace, log_to_driver=False, logging_level="ERROR")
     except AuthenticationError:

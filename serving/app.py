@@ -22,7 +22,7 @@ from serving.engine import EngineReplica, connect_client, keep_to_node_address, 
 from serving.frontend import Frontend
 from serving.gateway import Gateway
 from serving.pool_operator import Operator
-from trinity.config import Config, PlacementConfig, ServeConfig, differences
+from trinity.config import Config, PlacementConfig, ServeConfig, differences, setup_grpc
 from trinity.errors import ConfigError, Unavailable
 
 log = logging.getLogger("trinity.serving")
@@ -54,6 +54,7 @@ class GatewayReplica:
         self, engines: Any, settings_json: str, ready_timeout_s: float, placement_json: str | None
     ):
         keep_to_node_address()
+        setup_grpc()
         self.settings = json.loads(settings_json)
         self.namespace = self.settings["cluster"]["namespace"]
         config = ServeConfig.model_validate(self.settings["serve"])

@@ -5,20 +5,19 @@ It is harmless when called again: Serve retries it, and a pool that is there is 
 (gateway on the head, engines on `engine` resources) is the config's to say: clusters/serve.yaml.
 """
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from serving import app
-from serving.launch import check_source, provide_weights, resolve
+from serving.launch import check_source, provide_weights, resolve, source_of
 
 
 class DeployArgs(BaseModel):
     """`args` of the Serve config. `settings` is trinity.config.Config as a tree, without `model`: the checkpoint says that.
 
-    With `serve.weights` live or pinned, `checkpoint` is the folder of the run.
+    `checkpoint` is a folder, or a model's name on the Hub; with `serve.weights` live or pinned, the folder of the run.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,9 +30,9 @@ def build(args: DeployArgs) -> serve.Application:
 
     The API key comes from TRINITY_API_KEY of the head's environment, never from the config file.
     """
-    config = resolve(args.checkpoint, args.settings)
+    source = source_of(args.checkpoint, args.settings)
+    config = resolve(source, args.settings)
     if not config.serve.is_of_run:  # Ray Serve has joined its cluster already
-        check_source(args.checkpoint, config)
-    path = str(Path(args.checkpoint).resolve())
-    provide_weights(config, path)
-    return app.build(config, path)
+        check_source(source, config)
+    provide_weights(config, source)
+    return app.build(config, source)

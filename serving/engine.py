@@ -11,7 +11,6 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -42,11 +41,12 @@ ATTEMPTS = 2
 def build_engine(source: str, config_json: str) -> Built:
     """The real engine: a backbone here, its experts in the pool of shards that the config names."""
     with uncollected():
+        from trinity.checkpoint import title_of
         from trinity.engine.async_engine import AsyncEngine
 
     config = Config.model_validate_json(config_json)
     engine = _engine_of_run(source, config) if config.serve.is_of_run else _engine_of_checkpoint(source, config)
-    return AsyncEngine(engine), engine.tokenizer, config.serve.served_model_name or Path(source).name
+    return AsyncEngine(engine), engine.tokenizer, config.serve.served_model_name or title_of(source)
 
 
 def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trinity.checkpoint import open_checkpoint
+from trinity.checkpoint import located, open_checkpoint
 from trinity.config import RUN_SETTINGS, Config, merge, read_yaml
 from trinity.engine.defaults import read_defaults
 from trinity.errors import ConfigError, InvalidRequest, TrinityError
@@ -25,15 +25,24 @@ if TYPE_CHECKING:
 
 def resolve(source: str, tree: Mapping[str, Any]) -> Config:
     """Settings over what the source itself says: a checkpoint its model; a run its model, pool and namespace, too."""
-    serve = tree.get("serve")
-    weights = serve.get("weights") if isinstance(serve, Mapping) else None
-    if str(weights).startswith(("live", "pinned")):
+    if _is_of_run(tree):
         own = _settings_of_run(Path(source))
     elif (Path(source) / RUN_SETTINGS).is_file():
         raise ConfigError(f"{source} is a run, not a checkpoint: name one of its step folders, or add --weights live")
     else:
         own = {"model": open_checkpoint(source).config.model_dump(mode="json")}
     return Config.from_tree({**merge(own, tree), "model": own["model"]})
+
+
+def source_of(named: str, tree: Mapping[str, Any]) -> str:
+    """Return by what any process finds the source: an absolute path, or a model's name on the Hub at a commit."""
+    return str(Path(named).resolve()) if _is_of_run(tree) else located(named)
+
+
+def _is_of_run(tree: Mapping[str, Any]) -> bool:
+    serve = tree.get("serve")
+    weights = serve.get("weights") if isinstance(serve, Mapping) else None
+    return str(weights).startswith(("live", "pinned"))
 
 
 def _settings_of_run(folder: Path) -> dict[str, Any]:
@@ -53,11 +62,14 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
 def check_source(source: str, config: Config) -> None:
     """Check, before anything is started, that a checkpoint is whole and a run is somewhere to be joined."""
     if not config.serve.is_of_run:
-        open_checkpoint(source).verify()
-        try_template(source)
+        checkpoint = open_checkpoint(source)
+        checkpoint.verify()
+        try_template(checkpoint.path)
         if config.serve.generation_config == "checkpoint":
-            for line in read_defaults(open_checkpoint(source).generation, source).sentences():
+            for line in read_defaults(checkpoint.generation, source).sentences():
                 say(line)
+        if config.cluster.address == "local":  # elsewhere each node fetches what it needs
+            checkpoint.fetch()
     elif config.cluster.address == "local":
         raise ConfigError(
             f"--weights {config.serve.weights} joins the cluster that trains {source}: give --cluster.address auto, or its "
@@ -65,7 +77,7 @@ def check_source(source: str, config: Config) -> None:
         )
 
 
-def try_template(source: str) -> None:
+def try_template(source: str | Path) -> None:
     """Say at once that a checkpoint's template will refuse chats, instead of with the first one."""
     if (template := read_template(source)) is None:
         return

@@ -22,10 +22,11 @@ class Running:
     """A command whose words are kept in two files. One that says no new line for SILENCE_S is killed: the demo repeats what
     the weights of a step answer as long as that step lasts."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, python=("-m", "trinity.cli"), **where):
         self.files = [folder / f"said-{uuid.uuid4().hex}.{name}" for name in ("out", "err")]
         with self.files[0].open("w") as out, self.files[1].open("w") as err:
-            self.process = subprocess.Popen(command(*arguments), stdout=out, stderr=err, text=True, env=ENV)
+            words = [sys.executable, *map(str, (*python, *arguments))]
+            self.process = subprocess.Popen(words, stdout=out, stderr=err, text=True, **{"env": ENV, **where})
 
     @property
     def stdout(self):

@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "versions, devices, ports, memory, round trips between nodes: what to paste in a bug report",
 }
 
+CHECKPOINT = "a folder, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 PLACEMENT = {
     "show": "pools, shards, what they hold and compute",
     "plan": "what a better plan for the present load would move; changes nothing",
@@ -52,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made["serve"].add_argument(
         "source",
-        help="a checkpoint's folder; with live or pinned weights, a run's train.out_dir. `stop`: end the server of a cluster "
-        "and its pool (a folder of that name is ./stop)",
+        help="a checkpoint's folder, or ORG/NAME[@REVISION] on the Hugging Face Hub; with live or pinned weights, a run's "
+        "train.out_dir. `stop`: end the server of a cluster and its pool (a folder of that name is ./stop)",
     )
     made["serve"].add_argument(
         "--adopt",
@@ -102,7 +103,11 @@ def _placement(sub: argparse.ArgumentParser) -> None:
 
 
 def _settings(sub: argparse.ArgumentParser, required: bool) -> None:
-    what = "a YAML file, or a preset such as tiny, nano or glm-4.5-air" if required else "a YAML file"
+    what = (
+        "a YAML file, a preset such as tiny, nano or glm-4.5-air, or a model on the Hub to train on from"
+        if required
+        else "a YAML file"
+    )
     sub.add_argument("config", nargs=None if required else "?", help=what)
     sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     sub.epilog = "Any setting: --section.key value, for example --train.steps 20 --placement.num_shards 4"
@@ -115,7 +120,7 @@ def _demo(sub: argparse.ArgumentParser) -> None:
 
 
 def _sampling(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("checkpoint")
+    sub.add_argument("checkpoint", help=CHECKPOINT)
     sub.add_argument("--prompt", required=True, action="append", help="repeat for several prompts in one batch")
     sub.add_argument("--max-tokens", type=int, default=128)
     sub.add_argument("--temperature", type=float, help="default: the checkpoint's, or 0: the likeliest token")
@@ -154,7 +159,7 @@ def _eval(sub: argparse.ArgumentParser) -> None:
 
 
 def _convert(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source")
+    sub.add_argument("source", help=CHECKPOINT)
     sub.add_argument("target", help="a folder that does not exist yet")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as in the source")
     sub.add_argument("--max-file-gb", type=float, default=4.0)
@@ -163,9 +168,10 @@ def _convert(sub: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; -> exit code."""
     arguments, flags = parser().parse_known_args(argv)
-    from trinity.config import setup_threads  # only here: `--help` is quick
+    from trinity.config import setup_proxies, setup_threads  # only here: `--help` is quick
 
     setup_threads()
+    setup_proxies()
     if flags and arguments.command not in ("train", "serve", "chaos"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     try:

@@ -8,10 +8,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trinity.config import RUN_SETTINGS, RUN_TOKENIZER, Config, ModelConfig, merged, preset_names
+from trinity.config import (
+    RUN_SETTINGS,
+    RUN_TOKENIZER,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    merged,
+    preset_names,
+    read_yaml,
+)
 from trinity.errors import ConfigError, TrinityError
 from trinity.utils.niceness import IDLE, USUAL
 from trinity.utils.terminal import say
@@ -29,16 +39,59 @@ def save_settings(config: Config) -> None:
 
 
 def load(source: str, flags: list[str]) -> Config:
-    """A YAML file or a preset's name, with flags over it. Without a `model` it is that of `train.init_from`."""
-    if source in preset_names() and not Path(source).exists():
-        return Config.load(None, flags, model=source)
-    tree = merged(source, flags)
-    weights = tree["train"].get("init_from") if isinstance(tree.get("train"), dict) else None
+    """A YAML file, a preset's name or a model's on the Hub, with flags over it. Without a `model` it is that of
+    `train.init_from`."""
+    is_preset = source in preset_names() and not Path(source).exists()
+    tree = merged(None, flags, model=source) if is_preset else merged(*_named(source, flags))
+    return Config.from_tree(_with_model(_with_commits(tree)))
+
+
+def _named(source: str, flags: list[str]) -> tuple[str | None, list[str]]:
+    """A file of settings with its flags; or, where `source` names a model on the Hub, flags alone: to train on from there."""
+    from trinity.checkpoint import hub_name
+
+    is_file = Path(source).exists() or source.endswith((".yaml", ".yml")) or hub_name(source) is None
+    return (source, flags) if is_file else (None, [f"--train.init_from={source}", *flags])
+
+
+def _with_commits(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with each model of the Hub at a commit, so that all processes read the same: for a run that goes on the one
+    that it began with, unless another is asked for."""
+    from trinity.checkpoint import hub_name, located
+
+    begun = _begun_with(tree)
+    for section, key in (("train", "init_from"), ("data", "tokenizer")):
+        value, before = (_setting(each, section, key) for each in (tree, begun))
+        if value is None or Path(value).exists() or not hub_name(value):
+            continue
+        is_same = before is not None and before.partition("@")[0] == value
+        tree[section] = {**tree[section], key: before if is_same else located(value)}
+    return tree
+
+
+def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that goes on in train.out_dir; none where none does."""
+    from trinity.checkpoint import latest_checkpoint
+
+    out_dir = Path(expanduser(_setting(tree, "train", "out_dir") or TrainConfig().out_dir))
+    noted = out_dir / RUN_SETTINGS
+    return read_yaml(noted) if noted.is_file() and latest_checkpoint(out_dir) else {}
+
+
+def _setting(tree: dict[str, Any], section: str, key: str) -> str | None:
+    """A setting of a tree that nobody has checked, where it is a text."""
+    value = tree[section].get(key) if isinstance(tree.get(section), dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the model of `train.init_from`, where it says none."""
+    weights = _setting(tree, "train", "init_from")
     if weights and "model" not in tree:
         from trinity.checkpoint import open_checkpoint
 
         tree["model"] = open_checkpoint(weights).config.model_dump()
-    return Config.from_tree(tree)
+    return tree
 
 
 def check_out_dir(config: Config) -> Path | None:
@@ -122,6 +175,7 @@ def train(
     """
     from actors import pool as pools
     from actors.train import STOP, fit
+    from trinity.checkpoint import open_checkpoint
     from trinity.data.prepare import prepare
     from trinity.pool.pool import describe
     from trinity.train.progress import Progress, shown
@@ -129,6 +183,10 @@ def train(
     if config.placement.niceness is None:
         config = config.replace(placement={"niceness": USUAL if served is None else IDLE})
     out_dir, done = Path(config.train.out_dir), steps_done(config)
+    if (
+        config.train.init_from and not done and config.cluster.address == "local"
+    ):  # elsewhere each node fetches its part
+        open_checkpoint(config.train.init_from).fetch()
     say("preparing the data")
     prepare(config.data, config.train, config.model, out_dir).tokenizer.save(out_dir / RUN_TOKENIZER)
     save_settings(config)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trinity.checkpoint import open_checkpoint
+from trinity.checkpoint import located, open_checkpoint
 from trinity.config import EngineConfig
 from trinity.engine.defaults import GenerationConfig, read_defaults
 from trinity.engine.engine import Engine
@@ -78,7 +78,8 @@ class _Draft:
 
 
 class LLM:
-    """`LLM("runs/train/step-000300").generate("def add(", SamplingParams(temperature=0))`.
+    """`LLM("runs/train/step-000300").generate("def add(", SamplingParams(temperature=0))`; a folder, or a model's name on the
+    Hugging Face Hub: `LLM("arcee-ai/Trinity-Nano-Preview")`, `LLM("ORG/NAME@REVISION")`.
 
     `experts` are the routed experts to call (a dispatcher); without them, shards are made in this process on `device`
     ("auto": the GPU if there is one) with expert `backend`. What sampling parameters do not set has the values of the
@@ -99,11 +100,12 @@ class LLM:
         settings = engine or EngineConfig()
         torch.set_num_threads(settings.num_threads)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        checkpoint = open_checkpoint(checkpoint_path)
+        checkpoint = open_checkpoint(located(checkpoint_path))
+        checkpoint.fetch()
         if experts is None:
             from trinity.pool.local import local_pool  # only here: the composition of an offline program
 
-            load = Load(str(checkpoint_path), training=False)
+            load = Load(checkpoint.name, training=False)
             pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
             experts = pool.dispatcher(checkpoint.version)
         model = build(checkpoint.config, experts, device=device).eval()

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from serving.access import ASKS, Access, check_access, check_host, only
 from serving.errors import RouteError, http_headers, http_status, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id
+from serving.http.cors import answer_headers, preflight
 from serving.tracing import TRACEPARENT
 from trinity.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 
@@ -89,6 +90,9 @@ class HttpExchange:
             raise RouteError(f"the request's head has {head_bytes} bytes; {MAX_HEAD_BYTES} are taken", 431)
         if self._header("content-length") is not None and self._header("transfer-encoding") is not None:
             raise InvalidRequest("the request has both content-length and transfer-encoding; send one of them")
+        check_host(self._header("host"), self.edge.config)
+        if (asked := preflight(self.scope["method"], self._header, self.edge.config)) is not None:
+            return await asked(self.scope, self._receive, self.send)
         self._authenticate()
         body = await self._body()
         try:
@@ -98,7 +102,6 @@ class HttpExchange:
             raise ClientGone("the client did not read its answer in time") from None
 
     def _authenticate(self) -> None:
-        check_host(self._header("host"), self.edge.config)
         access = self.edge.access.get(self.scope["path"], "key")
         ASKS.set(check_access(access, self._header("authorization"), self.edge.config))
         TRACEPARENT.set(next((value for key, value in self.headers if key == "traceparent"), None))
@@ -155,7 +158,9 @@ class HttpExchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode())]
+            origin = next((value for key, value in self.headers if key == "origin"), None)
+            own = [(b"x-request-id", self.id.encode()), *answer_headers(origin, self.edge.config)]
+            message["headers"] = [*message["headers"], *own]
         else:
             self.complete = not message.get("more_body", False)
         await self._send(message)

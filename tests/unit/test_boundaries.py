@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.state",  # a pool hands out the backbone of a version
     },
     "trinity.engine": {"trinity.models.common", "trinity.ops", "trinity.text"},  # pool and checkpoint are handed in
-    "trinity.data": {"trinity.text"},
+    "trinity.data": {"trinity.text", "trinity.checkpoint"},  # a tokenizer may be that of a model on the Hub
     "trinity.train": {
         "trinity.pool", "trinity.dispatch", *MODELS, "trinity.checkpoint", "trinity.data", "trinity.optim", "trinity.state",
         "trinity.rpc", "trinity.observability",
@@ -174,6 +174,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "numba": ("trinity.ops",),
     "llvmlite": ("trinity.ops",),
     "safetensors": ("trinity.checkpoint",),
+    "huggingface_hub": ("trinity.checkpoint",),
     "tokenizers": ("trinity.text",),
     "jinja2": ("trinity.text",),
     "pyarrow": ("trinity.data",),

@@ -165,3 +165,18 @@ def test_flags_are_yaml_scalars():
 def test_which_weights_are_served(weights, is_of_run, step):
     serve = Config.load(None, ["--serve.weights", weights], model="tiny").serve
     assert (serve.is_of_run, serve.pinned_step) == (is_of_run, step)
+
+
+def test_a_tilde_in_a_path_is_the_users_home(tmp_path, monkeypatch):
+    """In a file no shell says so; nor in what follows the = of a flag."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "run.yaml").write_text(
+        "model: tiny\ntrain: {out_dir: ~/runs, init_from: ~/weights, resume_from: ~/runs/step-000001}\n"
+        "data: {tokenizer: ~/tokens.json}\nserve: {tls_cert: ~/a.pem, tls_key: ~/b.pem}\n"
+    )
+    config = Config.load("run.yaml", ["--placement.state_dir=~/state", "--placement.memory_dir=~/memory"])
+    found = [config.train.out_dir, config.train.init_from, config.train.resume_from, config.data.tokenizer]
+    found += [config.serve.tls_cert, config.serve.tls_key, config.placement.state_dir, config.placement.memory_dir]
+    assert all(path.startswith(str(tmp_path / "home")) for path in found), found
+    assert Config.load(None, ["--train.resume_from=7"], model="tiny").train.resume_from == 7

@@ -181,17 +181,22 @@ def test_older_spellings_of_the_config(tmp_path):
         "chat_template": templates,
         "auto_map": {"AutoTokenizer": "x.py"},
     }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    _config(config)(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.eos_id, loaded.bos_id, loaded.chat_template) == (1, 0, "yes")
+    assert (loaded.eos_id, loaded.bos_id, loaded.chat_template) == (1, None, "yes")
     loaded.save(tmp_path / "out")
     assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
 def _config(content):
-    """Spoils tokenizer_config.json."""
+    """Spoils tokenizer_config.json, with no older file that would overrule it."""
     text = content if isinstance(content, str) else json.dumps(content)
-    return lambda folder: (folder / "tokenizer_config.json").write_text(text)
+
+    def spoil(folder):
+        (folder / "special_tokens_map.json").unlink()
+        (folder / "tokenizer_config.json").write_text(text)
+
+    return spoil
 
 
 def _template(value):
@@ -214,7 +219,7 @@ def _word_level(folder):
         (lambda d: (d / "tokenizer.json").write_bytes(b"\xff"), CheckpointError, "cannot read .*tokenizer.json"),
         (lambda d: (d / "tokenizer_config.json").write_text("["), CheckpointError, "is not JSON"),
         (lambda d: (d / "tokenizer_config.json").write_text("[]"), CheckpointError, "found list"),
-        (lambda d: (d / "tokenizer_config.json").write_text('{"bos_token": "<s>"}'), CheckpointError, "no token '<s>'"),
+        (_config({"bos_token": "<s>"}), CheckpointError, "no token '<s>'"),
         (_word_level, CheckpointError, "only byte-level"),
         (_config("[" * 100_000), CheckpointError, "is not JSON"),
         (_config('{"a": ' + "1" * 5000 + "}"), CheckpointError, "is not JSON"),

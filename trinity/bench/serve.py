@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 async def _sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from trinity.bench.clients import CLIENTS, Ask
 
-    key = _read_key(Path(arguments.api_key_file)) if arguments.api_key_file else api_key()
+    key = _read_key(Path(arguments.api_key_file).expanduser()) if arguments.api_key_file else api_key()
     how = (arguments.model, arguments.vocab_size, arguments.ignore_eos, arguments.temperature)
     ask = Ask(arguments.url, key, *how)
     async with CLIENTS[arguments.endpoint](ask) as client:

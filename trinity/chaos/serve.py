@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actors.chaos.plan import Fault, Struck, plan
@@ -49,17 +48,19 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    from serving.launch import check_source, resolve
+    from serving.launch import check_source, resolve, source_of
 
-    config = resolve(arguments.source, merged(arguments.config, flags, serve=ANY_PORTS))
+    tree = merged(arguments.config, flags, serve=ANY_PORTS)
+    source = source_of(arguments.source, tree)
+    config = resolve(source, tree)
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
     if config.serve.is_of_run:
         raise ConfigError("the answers of weights that train change by themselves; give a checkpoint")
-    check_source(arguments.source, config)
+    check_source(source, config)
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
-    served(config, str(Path(arguments.source).resolve()), arguments).write(arguments.out)
+    served(config, source, arguments).write(arguments.out)
     return 0
 
 

@@ -14,9 +14,10 @@ A folder is what its name says, and a name changes in one rename:
 
 Decisions: safetensors only; a file is hashed before the first tensor is read from it; a folder without a manifest is a
 plain Hugging Face checkpoint (version 0), unless its index says that it had one; only a save deletes, a reader never;
-file names inside an index or a manifest may not leave the folder.
+file names inside an index or a manifest may not leave the folder. A folder may also be a model's on the Hub (hub.py).
 """
 
+from trinity.checkpoint.hub import hub_name, located, small_files, title_of
 from trinity.checkpoint.layout import all_experts, expert_key, step_path
 from trinity.checkpoint.read import Checkpoint, open_checkpoint
 from trinity.checkpoint.run import (
@@ -37,14 +38,18 @@ __all__ = [
     "CheckpointWriter",
     "all_experts",
     "expert_key",
+    "hub_name",
     "kept_generation",
     "latest_checkpoint",
     "list_checkpoints",
+    "located",
     "open_checkpoint",
     "prune",
     "resume_point",
     "rewind",
+    "small_files",
     "step_of",
     "step_path",
+    "title_of",
     "write_tensors",
 ]

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trinity.checkpoint.hub import folder_of
 from trinity.checkpoint.layout import (
     DELETED,
     FORMAT,
@@ -33,6 +34,7 @@ from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import family_of, read_config
+from trinity.rpc.messages import Experts
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
@@ -42,25 +44,28 @@ MAX_JSON_BYTES = 256 << 20
 MAX_HEADER_BYTES = 32 << 20
 HASH_AHEAD_BYTES = 4 << 30
 MAX_NAME_BYTES = 255
+LFS_POINTER = b"version "  # the first of its words, where a header's length would be
 SMALL_BYTES = 256 << 20
 
 
 class Checkpoint:
-    """A folder opened for reading. Tensors are read on demand; every problem is a CheckpointError that names the file."""
+    """A folder, or a model on the Hub, opened for reading. Tensors are read on demand, and files of the Hub's fetched; every
+    problem is a CheckpointError that names the file. `name` is by what another process opens it."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(f"checkpoint folder {self.path} does not exist")
+    def __init__(self, source: str | Path):
+        self.folder = folder_of(source)
+        self.path, self.name = self.folder.path, self.folder.name
         self._good: set[str] = set()
         self.manifest = self._manifest()
         for file in self._files:
             if not file.endswith(".safetensors"):  # those are checked when they are first read
                 self._verified(file)
         self.config: ModelConfig = read_config({**_read_json(self._verified("config.json")), **self._ends()}, self.path)
-        self.weight_map = self._weight_map()
-        self._check_size()
         self._open: dict[str, Any] = {}
+        self._index = self._read_index()
+        self._check_size()
+        if (self.path / SINGLE).is_file():
+            _ = self.weight_map  # what is wrong with it is said now
 
     def _ends(self) -> dict[str, Any]:
         """The ids that end a text by generation_config.json, which counts where there is one, as it does elsewhere."""
@@ -108,6 +113,23 @@ class Checkpoint:
         path = self.path / "generation_config.json"
         return _read_json(path) if path.is_file() else None
 
+    def fetch(self, experts: Experts | None = None) -> None:
+        """See that the weights are on this node's disk, all or those of these experts: at once, where reading a model of the
+        Hub would fetch file after file. Raises CheckpointError as the Hub does."""
+        if experts is None or self._index is None:
+            return self.folder.fetch(self._weight_files)
+        pairs = ((layer, expert) for layer, held in experts.items() for expert in held)
+        keys = [key for pair in pairs for key in self._expert_keys(*pair)]
+        self.folder.fetch({self._index[key] for key in keys if key in self._index})
+
+    def _expert_keys(self, layer: int, expert: int) -> list[str]:
+        """Return the keys that hold an expert's matrices: the layer's stacks, where it has them, else one for each."""
+        stacked = family_of(self.config).keys.stacked
+        stacks = [stacked.gate_up.format(layer=layer), stacked.down.format(layer=layer)]
+        return (
+            stacks if stacks[0] in self.weight_map else [expert_key(self.config, layer, expert, p) for p in PROJECTIONS]
+        )
+
     def tensor(self, key: str, shape: Iterable[int] | None = None, at: int | None = None) -> Tensor:
         """A tensor of the model, checked to be of a type that holds weights as they are, and of `shape`; `at`: its part of that
         number, read alone."""
@@ -120,13 +142,12 @@ class Checkpoint:
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return gate_FD, up_FD, down_DF of one expert, from a tensor for each or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        stacked = family_of(self.config).keys.stacked
-        if (gate_up := stacked.gate_up.format(layer=layer)) in self.weight_map:
+        keys = self._expert_keys(layer, expert)
+        if len(keys) == 2:
             num = self.config.num_experts
-            gate, up = self.tensor(gate_up, (num, 2 * f, d), expert).chunk(2)
-            return gate, up, self.tensor(stacked.down.format(layer=layer), (num, d, f), expert)
-        shapes = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-        gate, up, down = (self.tensor(expert_key(self.config, layer, expert, p), shapes[p]) for p in PROJECTIONS)
+            gate, up = self.tensor(keys[0], (num, 2 * f, d), expert).chunk(2)
+            return gate, up, self.tensor(keys[1], (num, d, f), expert)
+        gate, up, down = (self.tensor(*each) for each in zip(keys, ((f, d), (f, d), (d, f)), strict=True))
         return gate, up, down
 
     @torch.no_grad()
@@ -179,6 +200,7 @@ class Checkpoint:
 
     def _sized(self, file: str) -> Path:
         """The path of a file of ours, once it is there and as long as the manifest says."""
+        self.folder.fetch([file])
         path, entry = self.path / file, self._files.get(file)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; use another checkpoint")
@@ -224,41 +246,51 @@ class Checkpoint:
         config = self.config
         experts = len(config.moe_layers) * config.num_experts * config.expert_params
         least = (config.vocab_size * config.hidden_size + experts) * min(dtype.itemsize for dtype in STORED)
-        files = [self.path / file for file in set(self.weight_map.values())]
         with _reading(self.path):
-            found = sum(
-                path.stat().st_size for path in files if path.is_file()
-            )  # one that is not is named when it is read
+            found = sum(map(self.folder.size, self._weight_files))  # one that is not there is named when it is read
         if least > found + SMALL_BYTES:  # what lacks a tensor is told which
             raise CheckpointError(
                 f"{self.path}/config.json tells of {least:,} bytes of embeddings and experts at least; the files that "
                 f"the tensors are in have {found:,}: is this a complete checkpoint?"
             )
 
-    def _weight_map(self) -> dict[str, str]:
-        index, single = self.path / INDEX, self.path / SINGLE
-        if index.is_file():
-            tree = _read_json(self._verified(INDEX))
-            self._check_had_none(index, tree)
-            where = tree.get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
-                raise CheckpointError(f"{index}: weight_map is not a mapping of tensor names to files")
-            for file in set(where.values()):
-                _check_inside(file, index)
-                if not file.endswith(".safetensors"):
-                    raise CheckpointError(f"{index} names {file!r}; Trinity reads weights from .safetensors files only")
-            return where
-        if single.is_file():
-            return dict.fromkeys(_opened(self._verified(SINGLE)).keys(), SINGLE)
-        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")):
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """The file of each tensor. Of a model of the Hub in one file: fetches it."""
+        if self._index is not None:
+            return self._index
+        return dict.fromkeys(_opened(self._verified(SINGLE)).keys(), SINGLE)
+
+    @property
+    def _weight_files(self) -> set[str]:
+        return {SINGLE} if self._index is None else set(self._index.values())
+
+    def _read_index(self) -> dict[str, str] | None:
+        """The weight map of the index. None where all weights are in one file, which counts as it does in transformers: an
+        index beside it is of an earlier save."""
+        if self.folder.has(SINGLE):
+            return None
+        if not self.folder.has(INDEX):
             raise CheckpointError(
                 f"{self.path} holds .bin/.pt files, which can run code when loaded; convert it to safetensors"
+                if self.folder.has_pickles()
+                else f"{self.path} has neither {INDEX} nor {SINGLE}"
             )
-        raise CheckpointError(f"{self.path} has neither {INDEX} nor {SINGLE}")
+        index = self._verified(INDEX)
+        tree = _read_json(index)
+        self._check_had_none(index, tree)
+        where = tree.get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+            raise CheckpointError(f"{index}: weight_map is not a mapping of tensor names to files")
+        for file in set(where.values()):
+            _check_inside(file, index)
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(f"{index} names {file!r}; Trinity reads weights from .safetensors files only")
+        return where
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    return Checkpoint(path)
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    return Checkpoint(source)
 
 
 @contextmanager
@@ -274,7 +306,10 @@ def _opened(path: Path) -> Any:
     """A safetensors file whose header says one thing only. The library checks that offsets cover the file without overlap."""
     with _reading(path):
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            if head == LFS_POINTER:
+                raise ValueError("it stands for a file that Git LFS keeps elsewhere; `git lfs pull` fetches it")
+            size = int.from_bytes(head, "little")
             if size > MAX_HEADER_BYTES:
                 raise ValueError(f"its header claims {size:,} bytes; {MAX_HEADER_BYTES:,} is the most there may be")
             json.loads(file.read(size), object_pairs_hook=_unique)

@@ -14,7 +14,7 @@ from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    key = _read_key(Path(arguments.api_key_file)) if arguments.api_key_file else api_key()
+    key = _read_key(Path(arguments.api_key_file).expanduser()) if arguments.api_key_file else api_key()
     headers = {"authorization": f"Bearer {key}"} if key else {}
     failed = False
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []

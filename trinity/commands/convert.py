@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    from trinity.checkpoint import Checkpoint, CheckpointWriter, write_tensors
+    from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
     from trinity.errors import ConfigError
 
     target = Path(arguments.target)
     if target.exists():
         raise ConfigError(f"{target} exists already; name a new folder")
-    source = Checkpoint(arguments.source)
+    source = open_checkpoint(arguments.source)
+    source.fetch()
     config = source.config.model_copy(update={"dtype": arguments.dtype or source.config.dtype})
     limit = int(arguments.max_file_gb * 2**30)
     tokenizer = source.tokenizer if (source.path / "tokenizer.json").is_file() else None

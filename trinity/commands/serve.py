@@ -1,6 +1,7 @@
 """`trinity serve SOURCE`: engines under Ray Serve, experts in shard actors, until SIGTERM or Ctrl-C; `trinity serve stop`.
 
-SOURCE is a checkpoint, whose experts get a pool of their own here, or the folder of a run that trains, whose pool is used.
+SOURCE is a checkpoint, in a folder or by its name on the Hub, whose experts get a pool of their own here, or the folder of a
+run that trains, whose pool is used.
 In a cluster that others use, too, server and pool outlive a command that dies: `--adopt` takes them over, `stop` ends them.
 """
 
@@ -9,9 +10,8 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
-from serving.launch import check_source, provide_weights, resolve
+from serving.launch import check_source, provide_weights, resolve, source_of
 from trinity.config import Config, merged, setup_environment
 from trinity.errors import ConfigError
 
@@ -23,7 +23,9 @@ LOOK_S = 2.0
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     short = [f"--serve.{name}={getattr(arguments, name)}" for name in SHORT if getattr(arguments, name) is not None]
     is_stop, given = arguments.source == STOP, (arguments.config, [*flags, *short])
-    config = _anywhere(*given) if is_stop else resolve(arguments.source, merged(*given))
+    tree = merged(*given)
+    source = STOP if is_stop else source_of(arguments.source, tree)
+    config = _anywhere(*given) if is_stop else resolve(source, tree)
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
@@ -34,9 +36,9 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             "give --cluster.address auto, or the host:port of a cluster"
         )
     if not is_stop:
-        check_source(arguments.source, config)
+        check_source(source, config)
     setup_environment(config.cluster.auth, is_local)
-    stop(config) if is_stop else serve(config, str(Path(arguments.source).resolve()), arguments.adopt)
+    stop(config) if is_stop else serve(config, source, arguments.adopt)
     return 0
 
 

@@ -5,12 +5,15 @@ and nowhere else. Importable without torch and without Ray, so that a configurat
 """
 
 from trinity.config.env import (
+    PACKAGES,
     THREADS,
     admin_key,
     api_key,
     num_cpus,
     ray_node_pid,
     setup_environment,
+    setup_grpc,
+    setup_proxies,
     setup_threads,
 )
 from trinity.config.model import LayerCache, ModelConfig
@@ -23,6 +26,7 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
+    "PACKAGES",
     "PRESETS",
     "RUN_SETTINGS",
     "RUN_TOKENIZER",
@@ -51,5 +55,7 @@ __all__ = [
     "ray_node_pid",
     "read_yaml",
     "setup_environment",
+    "setup_grpc",
+    "setup_proxies",
     "setup_threads",
 ]

@@ -3,6 +3,10 @@
 import os
 import secrets
 
+from trinity.utils.origins import LOOPBACK
+
+PACKAGES = ("trinity", "actors", "serving", "protos")
+
 
 def api_key() -> str | None:
     """The key from the environment, for servers and clients."""
@@ -35,11 +39,40 @@ def setup_threads() -> None:
         os.environ.setdefault(key, value)
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+EXCEPTIONS = ("no_proxy", "NO_PROXY")
+GRPC_EXCEPTIONS = "no_grpc_proxy"  # counts before no_proxy where it is there
+ANY_ADDRESS = ("0.0.0.0/0", "::/0")  # but none that is asked for by a name
+
+
+def setup_proxies() -> None:
+    """Have nobody ask a proxy for this machine itself: where there are proxies, loopback is added to their exceptions."""
+    if any(os.environ.get(name) or os.environ.get(name.upper()) for name in PROXIES):
+        excepted = _excepted()
+        for name in EXCEPTIONS:
+            os.environ[name] = ",".join(dict.fromkeys((*excepted, *LOOPBACK)))
+
+
+def setup_grpc() -> None:
+    """Have processes of one pool, which know each other by address, talk without a proxy over gRPC, as Ray's own do."""
+    own = os.environ.get(GRPC_EXCEPTIONS)
+    excepted = _excepted() if own is None else own.split(",")
+    os.environ[GRPC_EXCEPTIONS] = ",".join(dict.fromkeys((*excepted, *LOOPBACK, *ANY_ADDRESS)))
+
+
+def _excepted() -> list[str]:
+    """What no_proxy names, in either spelling."""
+    both = (os.environ.get(name, "") for name in EXCEPTIONS)
+    return [name.strip() for value in both for name in value.split(",") if name.strip()]
+
+
 def setup_environment(auth: str, is_local: bool = True) -> None:
     """Variables that Ray's processes must see before `import ray`; sets those that are missing.
 
     A local cluster gets a token of its own, which only its processes inherit and no file keeps, and is on loopback only.
     """
+    setup_proxies()
+    setup_grpc()
     wanted = {
         **THREADS,
         "RAY_worker_niceness": "0",  # Ray's 15 lets the driver's own threads starve a shard that it waits for
@@ -59,6 +92,10 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # The head would remember its last 100,000 tasks, 60 MB an hour at first, for `ray list tasks`, which is not there.
         wanted["RAY_task_events_report_interval_ms"] = "0"
+        # Below `uv run`, Ray would pack the working directory for its workers, checkpoints and all.
+        wanted["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+        # Workers look into the working directory first: what is called as our packages there would be taken for them.
+        wanted["RAY_preload_python_modules"] = ",".join(PACKAGES)
     if auth == "token" and is_local:
         wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for key, value in wanted.items():

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from trinity.config.yaml import Frozen
+from trinity.config.yaml import Frozen, at_home
 from trinity.utils.niceness import IDLE
 
 
@@ -96,3 +96,5 @@ class PlacementConfig(Frozen):
     keep: bool = Field(default=False, description="leave the pool alive when the command that made it ends")
     ready_timeout_s: float = Field(default=180.0, gt=0)
     state_dir: str | None = Field(default=None, description="where epochs are persisted")
+
+    _at_home = field_validator("memory_dir", "state_dir")(at_home)

@@ -1,14 +1,16 @@
 """The settings of an engine, its edges and the cluster."""
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from trinity.config.yaml import Frozen
+from trinity.config.yaml import Frozen, at_home
 from trinity.utils.origins import LOOPBACK
 
 DEFAULT_CLIENT, ADMIN_CLIENT = "default", "admin"  # the names of those with serve.api_key and serve.admin_key
+ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@]+")
+DEFAULT_PORT = re.compile(r"^(http(?=://.*:80$)|https(?=://.*:443$))(://.*):\d+$")  # which browsers leave out
 HIDDEN = "(set)"  # in place of a key, where settings are printed
 
 
@@ -103,6 +105,9 @@ class ServeConfig(Frozen):
         default=(),
         description="names in the Host header besides loopback's and `host`; without a key others are refused",
     )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(), description="of pages that may call over HTTP, such as http://localhost:3000; * for all"
+    )
     drain_timeout_s: float = Field(default=20.0, ge=0)
     otlp_endpoint: str | None = Field(
         default=None,
@@ -110,6 +115,21 @@ class ServeConfig(Frozen):
         description="where spans of requests are sent (OTLP over HTTP), such as http://127.0.0.1:4318/v1/traces; needs the "
         "extra `otlp`",
     )
+
+    _at_home = field_validator("tls_cert", "tls_key")(at_home)
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _one_origin_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _as_browsers_say_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin[:100]!r} is no origin; write scheme://host:port, without a path, or *")
+        return tuple(DEFAULT_PORT.sub(r"\1\2", origin.lower()) for origin in value)
 
     @property
     def needs_key(self) -> bool:

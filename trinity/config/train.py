@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trinity.config.yaml import Frozen
+from trinity.config.yaml import Frozen, at_home
 
 RUN_SETTINGS, RUN_TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -54,6 +54,8 @@ class DataConfig(Frozen):
     )
     intra_document_mask: bool = True
     max_documents: int | None = Field(default=None, ge=1)
+
+    _at_home = field_validator("tokenizer")(at_home)
 
     @field_validator("train", "val", mode="before")
     @classmethod
@@ -107,6 +109,8 @@ class TrainConfig(Frozen):
     )
     metrics_host: str = Field(default="127.0.0.1", description="where it listens; anything but loopback needs a key")
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
+
+    _at_home = field_validator("out_dir", "init_from", "resume_from")(at_home)
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

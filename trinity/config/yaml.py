@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ class Frozen(BaseModel):
     """Base of every setting: immutable, no unknown keys, numbers that are numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,))
+
+
+def at_home(path: Any) -> Any:
+    """A path with the user's home for its `~`, which no shell says in a file of settings; another value as it is."""
+    return expanduser(path) if isinstance(path, str) else path
 
 
 def preset_names() -> list[str]:
@@ -64,7 +70,7 @@ def _is_hashable(key: Any) -> bool:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    file = Path(path)
+    file = Path(expanduser(path))
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; name a YAML file in it")
     if not file.is_file():

@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
 from trinity.data.dataset import PackedDataset
 from trinity.data.documents import documents, stamps
@@ -50,14 +51,19 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
         name = f"tokenizer-{fingerprint(stamps(data.train), data.text_field, data.max_documents, model.vocab_size)}"
         texts = documents(data.train, data.text_field, data.max_documents)
         source = str(made_once(folder / name, lambda to: Tokenizer.train(texts, model.vocab_size).save(to)))
-    tokenizer = Tokenizer.load(source)
+    tokenizer = Tokenizer.load(small_files(source))
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"tokenizer {source} has {tokenizer.vocab_size} ids; model.vocab_size is {model.vocab_size}")
+    if tokenizer.eos_id is None:
+        raise ConfigError(
+            f"tokenizer {source} names no token that ends a document; name its own as eos_token in the tokenizer_config.json "
+            "beside it"
+        )
     _require_same("bos", tokenizer.bos_id, model.bos_token_id)
     _require_same("eos", tokenizer.eos_id, model.document_eos_id)
     return tokenizer
 
 
-def _require_same(kind: str, found: int, wanted: int | None) -> None:
-    if wanted is not None and found != wanted:
+def _require_same(kind: str, found: int | None, wanted: int | None) -> None:
+    if None not in (found, wanted) and found != wanted:
         raise ConfigError(f"the tokenizer's {kind} id is {found}; model.{kind}_token_id is {wanted}: set it to {found}")

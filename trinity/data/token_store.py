@@ -48,6 +48,7 @@ def token_stores(
 ) -> tuple[TokenStore, TokenStore]:
     """-> (train, held out), tokenised into `folder` unless they are there already. Raises DataError."""
     facts = [stamps(patterns), data.text_field, data.max_documents, tokenizer.to_json(), val_fraction, seed]
+    facts += ["without bos"] if tokenizer.bos_id is None else []
     texts = documents(patterns, data.text_field, data.max_documents)
     done = made_once(
         folder / f"tokens-{fingerprint(*facts)}", lambda to: _build(to, texts, tokenizer, val_fraction, seed)
@@ -112,10 +113,11 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
 def _tokenise(texts: Iterator[str], tokenizer: Tokenizer, seed: int, raw: Path) -> tuple[np.ndarray, np.ndarray]:
     """Write all tokens to `raw`; -> starts_N (N + 1 of them) and keys_N."""
     ends, keys = [0], []
+    begin, end = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
     with raw.open("wb") as out:
         for batch in _batches(_pieces(texts, seed)):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-                bos, eos = [tokenizer.bos_id] * piece.is_first, [tokenizer.eos_id] * (piece.key is not None)
+                bos, eos = begin * piece.is_first, end * (piece.key is not None)
                 np.array(bos + ids + eos, np.uint32).tofile(out)
                 if piece.key is not None:
                     ends.append(out.tell() // 4)

@@ -17,6 +17,8 @@ def loaded(
 ) -> Version:
     """The version that the message names, of `experts`, in memory of the store; not put there yet. `empty`: stacks of none."""
     source = open_checkpoint(message.checkpoint) if message.checkpoint else None
+    if source is not None:
+        source.fetch(experts)
     version = empty_version(empty, model, 0, 0)
     for layer, held in experts.items():
         rows = {WEIGHT: [read_expert(source, model, layer, expert, message.seed) for expert in held]}

@@ -19,8 +19,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from trinity.errors import CheckpointError, ConfigError, InvalidRequest
+from trinity.text.added_tokens import add_lacking, merged_config, special_names
 from trinity.text.chat_template import CHATML
-from trinity.text.special_tokens import BOS, EOS, MARKERS, PAD, SPECIALS
+from trinity.text.special_tokens import BOS, MARKERS, SPECIALS
 
 SAMPLE_CHARS = 20_000_000
 PIECE_CHARS = 1 << 20
@@ -86,7 +87,8 @@ def cut(text: str) -> list[str]:
 
 
 class Tokenizer:
-    """A byte-level tokenizer with its special ids and its checkpoint's chat template (None: it has none).
+    """A byte-level tokenizer with its special tokens ("", and no id, for one that it lacks) and its checkpoint's chat template
+    (None: it has none).
 
     `vocab_size` is the number of embedding rows it needs: the highest id plus one. Safe to share between threads.
     """
@@ -96,10 +98,7 @@ class Tokenizer:
         self.token_bytes = _token_bytes(core)
         self._config = config
         self.chat_template = chat_template
-        self.bos_token, self.eos_token, self.pad_token = (
-            _token_name(self._config.get(f"{kind}_token"), default)
-            for kind, default in (("bos", BOS), ("eos", EOS), ("pad", PAD))
-        )
+        self.bos_token, self.eos_token, self.pad_token = special_names(config, core)
         self.bos_id, self.eos_id = self._id(self.bos_token), self._id(self.eos_token)
         self.vocab_size = len(self.token_bytes)
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
@@ -111,9 +110,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a checkpoint folder or a tokenizer.json in one, with tokenizer_config.json, special_tokens_map.json
-        and chat_template.jinja beside it. Raises ConfigError if `path` is missing, CheckpointError for its content."""
-        file = Path(path)
+        """Read a checkpoint folder or a tokenizer.json in one, with tokenizer_config.json, special_tokens_map.json,
+        added_tokens.json and chat_template.jinja beside it: ids are those that transformers gives. Raises ConfigError if
+        `path` is missing, CheckpointError for its content."""
+        file = Path(path).expanduser()
         if not file.exists():
             raise ConfigError(f"tokenizer {file} does not exist; give a tokenizer.json or a checkpoint folder")
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -124,18 +124,26 @@ class Tokenizer:
             core = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file} is not a tokenizer.json: {error}") from None
-        return cls(core, _read_config(file.parent), read_template(file.parent))
+        config = _read_config(file.parent)
+        core.no_truncation()  # of somebody's training run
+        core.no_padding()
+        core.encode_special_tokens = config.get("split_special_tokens") is True
+        add_lacking(core, config, _read_object(file.parent / "added_tokens.json"))
+        return cls(core, config, read_template(file.parent))
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load` and transformers' AutoTokenizer read. Not atomic; a checkpoint's manifest is."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
+        kept = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
+        names = {key: name or None for key, name in kept.items()}
         base = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config = base | {k: v for k, v in self._config.items() if k not in ("chat_template", "auto_map")} | names
         (folder / "tokenizer.json").write_text(self.to_json(), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2), "utf-8")
+        (folder / "special_tokens_map.json").write_text(
+            json.dumps({key: name for key, name in kept.items() if name}, indent=2), "utf-8"
+        )
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
 
@@ -168,9 +176,9 @@ class Tokenizer:
             ids = [i for i in ids if 0 <= i < len(self.token_bytes) and i not in skipped]
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
-    def _id(self, token: str) -> int:
-        found = self._core.token_to_id(token)
-        if found is None:
+    def _id(self, token: str) -> int | None:
+        found = self._core.token_to_id(token) if token else None
+        if token and found is None:
             raise CheckpointError(f"tokenizer has no token {token[:100]!r}; name its own in tokenizer_config.json")
         return found
 
@@ -202,14 +210,6 @@ def _byte_alphabet() -> dict[str, int]:
     return itself | dict(zip(alphabet[len(itself) :], hidden, strict=True))
 
 
-def _token_name(value: Any, default: str) -> str:
-    """Checkpoints write a token as its text or as a mapping with `content`."""
-    name = value.get("content", default) if isinstance(value, Mapping) else value or default
-    if not isinstance(name, str):
-        raise CheckpointError(f"tokenizer_config.json names {str(name)[:100]} as a token; a text is wanted")
-    return name
-
-
 def _text_of(file: Path, most_bytes: int) -> str:
     try:
         if (size := file.stat().st_size) > most_bytes:
@@ -232,7 +232,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
+    files = ("tokenizer_config.json", "special_tokens_map.json")
+    return merged_config(*(_read_object(folder / file) for file in files))
 
 
 def read_template(folder: str | Path) -> str | None:

@@ -145,7 +145,7 @@ class Recovery:
             return self._resume(open_checkpoint(found))
         if settings.init_from:
             source = open_checkpoint(settings.init_from)
-            self._load_pool(Load(str(source.path.resolve()), training=False))
+            self._load_pool(Load(source.name, training=False))
             source.load_backbone(self.backbone.model)
         else:
             family_of(self.config.model).init_weights(self.backbone.model, settings.seed)

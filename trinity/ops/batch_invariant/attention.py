@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.elementwise import exp
 from trinity.ops.batch_invariant.simd import COLUMNS, LANES, ROWS, as_array, dots, fma, mixes, widened
 from trinity.ops.batch_invariant.threads import in_threads
@@ -34,7 +35,7 @@ def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first
     lines = num * (heads // k_PGd.shape[1])  # of one key-value head
     tiles = k_PGd.shape[1] * -(-lines // ROWS)
     operations = 4 * heads * dim * int((end_T - first_T).sum())
-    in_threads(tiles, operations, lambda first, last: _tiles(*arrays, first, last))  # type: ignore[call-arg]
+    in_threads(tiles, operations, lambda first, last: _tiles(*arrays, first, last))
     return out_THd.to(q_THd.dtype)
 
 
@@ -62,7 +63,7 @@ class _Attention(Function):
         return *gradients_of(o_THd, do_THd, leaves), None, None, None
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _tiles(q, k, v, slot, first_of, end_of, out, first, last):  # type: ignore[no-untyped-def]
     """Tiles [first, last): tile u is four lines of key-value head u // tiles; line i is head i % R of query i // R."""
     groups = k.shape[1]
@@ -84,7 +85,7 @@ def _tiles(q, k, v, slot, first_of, end_of, out, first, last):  # type: ignore[n
         _mix(v, slot, group, line, rows, begin, end, weights, mixed, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _span(first_of, end_of, query, last):  # type: ignore[no-untyped-def]
     begin, end = first_of[query], end_of[query]
     for other in range(query + 1, last + 1):
@@ -92,7 +93,7 @@ def _span(first_of, end_of, query, last):  # type: ignore[no-untyped-def]
     return begin, end
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _score(q, k, slot, group, line, rows, begin, end, weights):  # type: ignore[no-untyped-def]
     """weights[i, j] = q . k * d**-0.5 for line + i and the j-th key from begin."""
     groups, dim = k.shape[1:]
@@ -118,7 +119,7 @@ def _query(q, line, share, group):  # type: ignore[no-untyped-def]
     return q.ctypes.data + 4 * dim * (line // share * heads + group * share + line % share)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _softmax(weights, begin, end, num):  # type: ignore[no-untyped-def]
     """Scores become probabilities from begin to end, and 0 around. Lane l of the sum has the keys begin + l, + 16, ..."""
     highest = weights[begin]
@@ -135,7 +136,7 @@ def _softmax(weights, begin, end, num):  # type: ignore[no-untyped-def]
         weights[j] = 0
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _total(weights, begin, end):  # type: ignore[no-untyped-def]
     lanes = np.zeros(LANES, np.float32)
     whole = begin + (end - begin) // LANES * LANES
@@ -150,7 +151,7 @@ def _total(weights, begin, end):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _mix(v, slot, group, line, rows, begin, end, weights, mixed, out):  # type: ignore[no-untyped-def]
     groups, dim = v.shape[1:]
     share, stride, whole = out.shape[1] // groups, groups * dim, dim // LANES * LANES

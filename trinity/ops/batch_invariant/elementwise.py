@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.simd import as_float, fma
 from trinity.ops.batch_invariant.threads import in_threads
 
@@ -38,7 +39,7 @@ def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
     num = gate.numel() // max(1, width)
     weight_T, out = torch.ones(num) if weight is None else weight, torch.empty(gate.shape)
     arrays = [t.detach().float().contiguous().view(-1).numpy() for t in (gate, up, weight_T, out)]
-    in_threads(num, OPERATIONS * gate.numel(), lambda first, last: _gated(*arrays, width, first, last))  # type: ignore[call-arg]
+    in_threads(num, OPERATIONS * gate.numel(), lambda first, last: _gated(*arrays, width, first, last))
     return out.to(gate.dtype)
 
 
@@ -95,13 +96,13 @@ def exp(x):  # type: ignore[no-untyped-def]
     return (fma(p, r * r, r) + ONE) * as_float(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _sigmoid(x, y, first, last):  # type: ignore[no-untyped-def]
     for i in range(first, last):
         y[i] = ONE / (ONE + exp(-x[i]))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _gated(gate, up, weight, out, width, first, last):  # type: ignore[no-untyped-def]
     for row in range(first, last):
         w = weight[row]
@@ -109,7 +110,7 @@ def _gated(gate, up, weight, out, width, first, last):  # type: ignore[no-untype
             out[i] = gate[i] / (ONE + exp(-gate[i])) * up[i] * w
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _cos_sin(angle, out):  # type: ignore[no-untyped-def]
     for i in range(len(angle)):
         out[0, i], out[1, i] = math.cos(angle[i]), math.sin(angle[i])

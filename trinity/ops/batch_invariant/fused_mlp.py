@@ -6,11 +6,11 @@ it keeps what lies between. Here threads are handed work once for a layer instea
 in a core's cache: with few rows that is as long as the arithmetic. A weight row of gate and one of up are read side by side.
 """
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.elementwise import ONE, exp
 from trinity.ops.batch_invariant.gemm import PANEL, addresses
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
@@ -33,7 +33,7 @@ def feed_forward(
     in_threads(
         len(expert_U),
         operations,
-        lambda first, last: _units(*arrays, expert_U, first_U, last_U, first, last),  # type: ignore[call-arg]
+        lambda first, last: _units(*arrays, expert_U, first_U, last_U, first, last),
     )
     return y_AN
 
@@ -50,7 +50,7 @@ def _split(end_E: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return expert_U, first_U, np.minimum(first_U + size, end_E[expert_U])
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _units(x, gate, up, down, weight, y, expert, begin, end, first, last):  # type: ignore[no-untyped-def]
     out = np.empty(ROWS * COLUMNS, np.float32)
     dim, f, n = x.shape[1], gate.shape[1], down.shape[1]

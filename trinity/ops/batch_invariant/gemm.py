@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
 from trinity.ops.batch_invariant.threads import in_threads
 
@@ -70,7 +71,7 @@ def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     y_AN = torch.empty(num, n)
     arrays = [as_array(t) for t in (x_AK.float(), w_ENK, end_E, y_AN)]
     units = num_matrices * _num_panels(n)
-    in_threads(units, 2 * num * n * k, lambda first, last: _units(*arrays, first, last))  # type: ignore[call-arg]
+    in_threads(units, 2 * num * n * k, lambda first, last: _units(*arrays, first, last))
     return y_AN
 
 
@@ -103,7 +104,7 @@ def _num_panels(n: int) -> int:
     return -(-pairs // PANEL)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
     """Units [first, last): unit u is panel u % P of matrix u // P, for all rows of that matrix.
 
