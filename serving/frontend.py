@@ -24,16 +24,16 @@ from trinity.config import Client, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
-from trinity.text.chat_template import NUM_WORKERS, render_chat
+from trinity.text.answers import AnswerFormat
+from trinity.text.chat_template import NUM_WORKERS
+from trinity.text.conversation import Chat, render
 from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serving")
-Message = dict[str, str]
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 T = TypeVar("T")
 INLINE_CHARS, DECODED_IDS = 4096, 1024  # about a millisecond of tokenising, and less of its contrary
 LARGE_CHAT_CHARS = 1 << 16  # some ten milliseconds of a template
-MESSAGE_CHARS = 64  # what a message costs beside its text
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
 
 
@@ -84,6 +84,7 @@ class Frontend:
         self.tokenizer = tokenizer
         self.info = info
         self.config = config
+        self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
         self.admission = Admission(config)
         self.metrics = Exporter(info.model)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
@@ -113,32 +114,13 @@ class Frontend:
             raise PromptTooLong(f"the prompt has {len(text)} characters; this model takes at most {limit}. Shorten it.")
         return await off_loop(len(text) > INLINE_CHARS, self.tokenizer.encode, text, add_special)
 
-    async def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special: bool = False
-    ) -> list[int]:
+    async def encode_chat(self, chat: Chat, add_special: bool = False) -> list[int]:
         """Token ids of a conversation under the model's own template. Of large ones one is rendered at a time, so that those
         of usual size never wait for a process that renders."""
-        is_large = sum(MESSAGE_CHARS + sum(map(len, message.values())) for message in messages) > LARGE_CHAT_CHARS
-        async with self._large_chats if is_large else nullcontext():
-            rendering = self._renderers.submit(self._render, messages, add_generation_prompt)
-            text = await asyncio.wrap_future(rendering)
+        self.answers.check_tools(chat.tools)
+        async with self._large_chats if chat.size > LARGE_CHAT_CHARS else nullcontext():
+            text = await asyncio.wrap_future(self._renderers.submit(render, chat, self.tokenizer))
         return await self.encode(text, add_special)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        own = self.tokenizer
-        if own.chat_template is None:
-            raise InvalidRequest(
-                "this model has no chat template; use /v1/completions or a plain prompt", param="messages"
-            )
-        if not messages:
-            raise InvalidRequest("messages is empty; send at least one", param="messages")
-        return render_chat(
-            own.chat_template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=own.bos_token,
-            eos_token=own.eos_token,
-        )
 
     async def decode(self, token_ids: Sequence[int], most_bytes: int) -> str:
         """Text of token ids. Raises InvalidRequest where it is longer, in UTF-8."""

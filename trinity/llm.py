@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.models.registry import build
 from trinity.rpc.messages import Load
-from trinity.text.chat_template import render_chat
+from trinity.text.answers import AnswerFormat, read
+from trinity.text.conversation import Chat, render
+from trinity.text.tool_calls.events import Call, answer_of
 
 if TYPE_CHECKING:
     from trinity.models.common.experts import ExpertLayer
@@ -36,7 +38,8 @@ class Completion:
 
     `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
     `versions`: of the weights behind the first token, and of those behind the last. `prompt_logprobs`, with
-    `SamplingParams.prompt_logprobs`: one for each token of the prompt, None for its first.
+    `SamplingParams.prompt_logprobs`: one for each token of the prompt, None for its first. Of a chat, `text` is the answer
+    without `reasoning` and `tool_calls`.
     """
 
     text: str
@@ -48,6 +51,8 @@ class Completion:
     token_versions: tuple[int, ...]
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[Call, ...] = ()
 
 
 @dataclass
@@ -148,15 +153,23 @@ class LLM:
                 self.engine.abort(str(i))
         return [completion for pair in zip(wanted, groups, strict=True) for completion in _answer(*pair)]
 
-    def chat(self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
-        """The assistant's answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
-            raise InvalidRequest("this checkpoint has no chat template; use generate", param="messages")
-        prompt = render_chat(
-            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-        )
-        return self.generate([tokenizer.encode(prompt)], params)[0]
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Seq[dict[str, Any]] = (),
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """The assistant's answer to a conversation of OpenAI's messages, by the checkpoint's chat template. `tools` are what
+        it may call, as OpenAI's; the template gets `template_arguments` by name. Raises InvalidRequest."""
+        answers, chat = AnswerFormat.of(self.tokenizer), Chat(messages, tools, arguments=template_arguments or {})
+        answers.check_tools(chat.tools)
+        prompt_ids = self.tokenizer.encode(render(chat, self.tokenizer))
+        completion = self.generate([prompt_ids], params)[0]
+        parser = answers.parser(prompt_ids, chat.tools)
+        answer = answer_of(read(parser, completion.token_ids, completion.text, is_last=True))
+        return replace(completion, text=answer.text, reasoning=answer.reasoning, tool_calls=answer.calls)
 
     def _ids(self, prompt: str | Seq[int]) -> list[int]:
         return self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)

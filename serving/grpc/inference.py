@@ -10,27 +10,26 @@ import functools
 import itertools
 from collections.abc import AsyncGenerator, Iterator, MutableMapping, MutableSequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
+from serving.grpc.chat import to_deltas, to_request
 from serving.grpc.guard import Context
 from serving.http.extras import npy
 from serving.http.logprobs import in_parts
-from serving.http.schema import sampling_params
+from serving.http.schema import ChatRequest, sampling_params
 from serving.streams import merge
 from trinity.engine import samples
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import InvalidRequest
+from trinity.text.answers import Parser, Verbatim, read
 from trinity.text.detokenizer import token_text
-from trinity.text.tokenizer import Tokenizer
+from trinity.text.tool_calls.events import Reasoning
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-
-
-ROLES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
 
 POLICIES = {pb.VERSION_POLICY_LIVE: "live", pb.VERSION_POLICY_PINNED: "pinned"}
@@ -53,9 +52,10 @@ class InferenceServicer(rpc.InferenceServicer):
         front = self.front
         front.check_model(request.model)
         front.check_routed_experts(request.return_routed_experts)
-        prompt_ids, params = await self._asked(request)
+        chat = chat_of(request)
+        prompt_ids, params = await self._asked(request, chat)
         front.check_number(params.num_drawn)
-        answer = Answer(front.tokenizer, prompt_ids if request.return_token_ids else [])
+        answer = Answer(front, prompt_ids, params, chat, request.return_token_ids)
         async with asyncio.timeout(front.config.request_timeout_s + 1):  # a client that does not read ends here
             stream = self._drawn(prompt_ids, params, context.time_remaining())
             async with aclosing(stream):
@@ -63,13 +63,13 @@ class InferenceServicer(rpc.InferenceServicer):
                     for response in answer.responses(index, delta):
                         await context.write(response)
 
-    async def _asked(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams]:
+    async def _asked(self, request: pb.GenerateRequest, chat: ChatRequest | None) -> tuple[list[int], SamplingParams]:
         """The prompt as the request wants it to be cut, and its parameters."""
-        front, is_chat = self.front, request.WhichOneof("prompt") == "chat"
-        prompt_ids = await self._prompt(request)
-        asked = to_params(request, 1 if is_chat else front.completion_limit)
+        front = self.front
+        prompt_ids = await self._prompt(request, chat)
+        asked = to_params(request, 1 if chat else front.completion_limit)
         prompt_ids = front.truncated(prompt_ids, asked)
-        return prompt_ids, to_params(request, front.chat_limit(prompt_ids)) if is_chat else asked
+        return prompt_ids, to_params(request, front.chat_limit(prompt_ids)) if chat else asked
 
     async def _drawn(
         self, prompt_ids: list[int], params: SamplingParams, deadline_s: float | None
@@ -94,48 +94,70 @@ class InferenceServicer(rpc.InferenceServicer):
         return pb.ListModelsResponse(models=[card])
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        return pb.TokenizeResponse(token_ids=await self._prompt(request))
+        return pb.TokenizeResponse(token_ids=await self._prompt(request, chat_of(request)))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=await self.front.decode(request.token_ids, MOST_BYTES))
 
-    async def _prompt(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
+    async def _prompt(self, request: pb.GenerateRequest | pb.TokenizeRequest, chat: ChatRequest | None) -> list[int]:
         kind = request.WhichOneof("prompt")
+        if chat is not None:
+            return await self.front.encode_chat(chat.chat)
         if kind == "text":
             return await self.front.encode(request.text)
-        if kind == "chat":
-            return await self.front.encode_chat(to_messages(request.chat))
         if isinstance(request, pb.GenerateRequest) and kind == "token_ids":
             return list(request.token_ids.ids)
         raise InvalidRequest("the request has no prompt; set one of its kinds", param="prompt")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Deltas as messages. `prompt_ids` are those to send with each Final."""
+def chat_of(request: pb.GenerateRequest | pb.TokenizeRequest) -> ChatRequest | None:
+    return to_request(request.chat) if request.WhichOneof("prompt") == "chat" else None
 
-    tokenizer: Tokenizer
-    prompt_ids: list[int]
+
+class Answer:
+    """Deltas as messages. What an answer holds besides text is told where it answers a chat."""
+
+    def __init__(
+        self,
+        front: Frontend,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        chat: ChatRequest | None,
+        sends_prompt: bool,
+    ):
+        self._name = functools.partial(token_text, front.tokenizer)
+        self._prompt_ids = prompt_ids if sends_prompt else []
+        self._shows_reasoning = chat is None or chat.include_reasoning
+        self._parsers: list[Parser] = [Verbatim() for _ in range(params.n)]
+        if chat is not None:
+            asked = (prompt_ids, chat.chat.tools, chat.most_calls, params.skip_special_tokens)
+            self._parsers = [front.answers.parser(*asked) for _ in range(params.n)]
 
     def responses(self, index: int, delta: Delta) -> Iterator[pb.GenerateResponse]:
-        for part in itertools.chain(self._prompt_logprobs(index, delta), [self._delta(index, delta)]):
+        """Deltas about the prompt, then those of the answer, the first of which has the tokens; after the last the Final."""
+        for part in itertools.chain(self._prompt_logprobs(delta), self._deltas(self._parsers[index], delta)):
+            part.index = index
             yield pb.GenerateResponse(delta=part)
         if delta.finish_reason is not None:
             yield pb.GenerateResponse(final=self._final(index, delta))
 
-    def _delta(self, index: int, delta: Delta) -> pb.Delta:
-        logprobs = [self._logprobs(position) for position in delta.logprobs or ()]
-        own = pb.Delta(text=delta.text, token_ids=delta.token_ids, logprobs=logprobs, version=delta.version)
-        own.index = index
-        return own
+    def _deltas(self, parser: Parser, delta: Delta) -> Iterator[pb.Delta]:
+        events = read(parser, delta.token_ids, delta.text, delta.finish_reason is not None)
+        shown = [event for event in events if self._shows_reasoning or not isinstance(event, Reasoning)]
+        first, *others = to_deltas(shown)
+        first.token_ids.extend(delta.token_ids)
+        first.logprobs.extend(map(self._logprobs, delta.logprobs or ()))
+        for each in (first, *others):
+            each.version, each.num_reasoning_tokens = delta.version, parser.num_reasoning_tokens
+            yield each
 
-    def _prompt_logprobs(self, index: int, delta: Delta) -> Iterator[pb.Delta]:
+    def _prompt_logprobs(self, delta: Delta) -> Iterator[pb.Delta]:
         for _, positions in in_parts(delta.prompt_logprobs) if delta.prompt_logprobs else ():
             known = [self._logprobs(position) for position in positions if position is not None]
-            yield pb.Delta(prompt_logprobs=known, version=delta.version, index=index)
+            yield pb.Delta(prompt_logprobs=known, version=delta.version)
 
     def _logprobs(self, position: TokenLogprobs) -> pb.TokenLogprobs:
-        name = functools.partial(token_text, self.tokenizer)
+        name = self._name
         top = [pb.Alternative(token_id=i, token=name(i), logprob=value) for i, value in position.top]
         return pb.TokenLogprobs(
             token_id=position.token_id,
@@ -146,9 +168,9 @@ class Answer:
         )
 
     def _final(self, index: int, delta: Delta) -> pb.Final:
-        final = to_final(delta)
+        final = to_final(delta, self._parsers[index].num_calls > 0)
         final.index = index
-        final.prompt_token_ids.extend(self.prompt_ids)
+        final.prompt_token_ids.extend(self._prompt_ids)
         if delta.experts_TLK is not None:
             final.routed_experts = npy(delta.experts_TLK)
         return final
@@ -160,18 +182,6 @@ def joined(deltas: list[Delta], shows_logprobs: bool) -> Delta:
     text, token_ids = "".join(d.text for d in deltas), tuple(i for d in deltas for i in d.token_ids)
     scores = deltas[0].prompt_logprobs
     return replace(deltas[-1], text=text, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=scores)
-
-
-def to_messages(chat: pb.Chat) -> list[dict[str, str]]:
-    return [to_message(message) for message in chat.messages]
-
-
-def to_message(message: pb.ChatMessage) -> dict[str, str]:
-    if message.role not in ROLES:
-        raise InvalidRequest(
-            f"role {message.role} is unknown; set one of {', '.join(pb.Role.keys()[1:])}", param="role"
-        )
-    return {"role": ROLES[message.role], "content": message.content}
 
 
 def to_params(request: pb.GenerateRequest, default_max_tokens: int) -> SamplingParams:
@@ -191,10 +201,12 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, MutableSequence) else value
 
 
-def to_final(delta: Delta) -> pb.Final:
+def to_final(delta: Delta, has_calls: bool) -> pb.Final:
     assert delta.finish_reason is not None
     usage = pb.Usage(prompt_tokens=delta.num_prompt_tokens, completion_tokens=delta.num_generated_tokens)
     final = pb.Final(finish_reason=FINISH[delta.finish_reason], usage=usage)
+    if has_calls and delta.finish_reason == "stop":
+        final.finish_reason = pb.FINISH_REASON_TOOL_CALLS
     final.version, final.first_version = delta.version, delta.first_version
     if isinstance(delta.stop_reason, str):
         final.stop = delta.stop_reason

@@ -3,6 +3,8 @@
 Decision: a message of two megabytes may hold a million others, so what it lists is counted before anything is made of it.
 """
 
+from collections.abc import Sequence
+
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
@@ -10,9 +12,10 @@ from grpc_health.v1 import health_pb2
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import placement_pb2
 from serving.bodies import INLINE_BYTES, read_elsewhere
-from serving.http.schema import MAX_MESSAGES
+from serving.http.chat import MAX_DOCUMENTS, MAX_MESSAGES
 from trinity.engine.request import MAX_LISTED_TOKENS, check_length
 from trinity.errors import InvalidRequest
+from trinity.text.conversation import MAX_CALLS, MAX_TEMPLATE_BYTES, MAX_TOOLS, MAX_TOOLS_BYTES
 
 KINDS: dict[str, type[Message]] = {  # by the path of its rpc
     f"/{service.full_name}/{method.name}": GetMessageClass(method.input_type)
@@ -47,8 +50,23 @@ def parse(path: str, raw: bytes, max_model_len: int) -> Message:
         for name in ("stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"):
             check_number(len(getattr(request.sampling, name)), MAX_LISTED_TOKENS, name)
     if isinstance(request, pb.GenerateRequest | pb.TokenizeRequest):
-        check_number(len(request.chat.messages), MAX_MESSAGES, "messages")
+        check_chat(request.chat)
     return request
+
+
+def check_chat(chat: pb.Chat) -> None:
+    check_number(len(chat.messages), MAX_MESSAGES, "messages")
+    check_number(len(chat.tools), MAX_TOOLS, "tools")
+    check_number(len(chat.documents_json), MAX_DOCUMENTS, "documents_json")
+    check_number(sum(len(message.tool_calls) for message in chat.messages), MAX_CALLS, "tool_calls")
+    check_size([tool.parameters_json for tool in chat.tools], MAX_TOOLS_BYTES, "parameters_json")
+    check_size([*chat.documents_json, chat.template_arguments_json], MAX_TEMPLATE_BYTES, "the template's arguments")
+
+
+def check_size(texts: Sequence[str], most: int, name: str) -> None:
+    """Refuse JSON that is too large before it is read."""
+    if (size := sum(map(len, texts))) > most:
+        raise InvalidRequest(f"{name} has {size:,} characters, at most {most:,} are taken", param=name)
 
 
 def check_number(num: int, most: int, name: str) -> None:

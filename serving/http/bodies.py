@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from serving.bodies import INLINE_BYTES, read_elsewhere
 from serving.http import schema
+from serving.http.strict import Strict
 from trinity.engine.request import check_length
 
 KINDS = (schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
-M = TypeVar("M", bound=schema.Strict)
+M = TypeVar("M", bound=Strict)
 
 
 async def parsed(kind: type[M], body: bytes, max_model_len: int) -> M:
@@ -23,7 +24,7 @@ async def parsed(kind: type[M], body: bytes, max_model_len: int) -> M:
     return unpack(kind, await read_elsewhere(kind.__name__, body, max_model_len))
 
 
-def pack(kind: type[schema.Strict], body: bytes, max_model_len: int) -> bytes:
+def pack(kind: type[Strict], body: bytes, max_model_len: int) -> bytes:
     """A large body, checked, for `unpack`."""
     value = schema.parse(kind, body)
     if isinstance(value, schema.CompletionRequest):

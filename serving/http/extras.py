@@ -20,7 +20,7 @@ from trinity.engine.request import Delta
 
 @dataclass(frozen=True)
 class Extras:
-    """What one request asks for. `prompts` are the token ids behind each choice."""
+    """Extra fields that one request asks for. `prompts` are the token ids behind each choice."""
 
     body: schema.Generation
     prompts: Sequence[Sequence[int]]

@@ -43,7 +43,7 @@ class Echo:
 
 
 class Offsets:
-    """Where tokens begin in a text, one after the other; within [0, `end`]."""
+    """Places where tokens begin in a text, one after the other; within [0, `end`]."""
 
     def __init__(self, tokenizer: Tokenizer, start: int, end: int | None = None, skip_special: bool = False):
         self._decoder = IncrementalDecoder(tokenizer, skip_special)
@@ -56,7 +56,7 @@ class Offsets:
 
 
 def namer(tokenizer: Tokenizer, as_ids: bool) -> Name:
-    """What log-probabilities call a token: its text, which others may have too, or `token_id:123`."""
+    """Names of tokens in log-probabilities: its text, which others may have too, or `token_id:123`."""
     return "token_id:{}".format if as_ids else partial(token_text, tokenizer)
 
 

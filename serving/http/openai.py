@@ -16,8 +16,10 @@ from serving.http import schema
 from serving.http.logprobs import Echo, Offsets, in_parts, joined_lists, namer, openai_lists, prompt_entries
 from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, TokenLogprobs
+from trinity.text.answers import Parser, read
 from trinity.text.detokenizer import token_bytes
 from trinity.text.tokenizer import Tokenizer
+from trinity.text.tool_calls.events import CallArguments, CallBegan, Event, Reasoning, Text, answer_of
 
 DONE = b"data: [DONE]\n\n"
 NESTED = 4  # the answer, its choices, one of them, its log-probabilities: below these lie the long lists
@@ -129,9 +131,9 @@ class CompletionFormat:
         for part in self._before(index, delta.prompt_logprobs):
             yield {"choices": [{"index": index, **part, **_finish(None)}]}
 
-    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+    def pieces(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         logprobs = self._logprobs(index, delta.logprobs or ())
-        return {"index": index, "text": delta.text, "logprobs": logprobs, **_end(delta)}
+        return [{"index": index, "text": delta.text, "logprobs": logprobs, **_end(delta)}]
 
     def full(self, choice: Choice) -> dict[str, Any]:
         index, before = choice.index, list(self._before(choice.index, choice.scores))
@@ -165,6 +167,9 @@ class CompletionFormat:
             yield part
             text = ""
 
+    def usage_details(self) -> dict[str, Any]:
+        return {}
+
     def _logprobs(self, index: int, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if self.num_logprobs is None:
             return None
@@ -173,13 +178,25 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """`chat.completion` and its chunks; the first chunk of a choice has its role."""
+    """`chat.completion` and its chunks; the first chunk of a choice has its role. Each choice has its parser.
+
+    A chunk holds text, or reasoning, or a piece of one call: clients take what they look for first. Reasoning has both names
+    that clients know; calls are left out where there are none, because an empty list counts as some.
+    """
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, body: schema.ChatRequest):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        body: schema.ChatRequest,
+        parsers: Sequence[Parser],
+        includes_reasoning: bool | None = None,
+    ):
+        """`includes_reasoning`: None where the model has none."""
         self.tokenizer, self._name = tokenizer, namer(tokenizer, body.return_tokens_as_token_ids)
         self.with_logprobs, self.num_prompt_logprobs = body.logprobs, body.sampling.prompt_logprobs
+        self.parsers, self.includes_reasoning = parsers, includes_reasoning
 
     def openings(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """The role, and once for all choices how likely the prompt's tokens are, in parts."""
@@ -189,14 +206,50 @@ class ChatFormat:
         for part in self._prompt(delta.prompt_logprobs if index == 0 else None):
             yield {"choices": [empty], "prompt_logprobs": part}
 
-    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        content = {"content": delta.text} if delta.text else {}
-        return {"index": index, "delta": content, "logprobs": self._logprobs(delta.logprobs or ()), **_end(delta)}
+    def pieces(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        events = read(self.parsers[index], delta.token_ids, delta.text, delta.finish_reason is not None)
+        found = list(filter(None, map(self._piece, events))) or [{}]
+        middle = {"logprobs": None, **_finish(None), "weights_version": delta.version}
+        choices = [{"index": index, "delta": piece, **middle} for piece in found]
+        choices[0] |= {"logprobs": self._logprobs(delta.logprobs or ())}
+        choices[-1] |= self._ending(index, _end(delta))
+        return choices
 
     def full(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        answer = answer_of(read(self.parsers[choice.index], choice.token_ids, choice.text, is_last=True))
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": answer.text or (None if answer.calls else ""),
+            "refusal": None,
+        }
+        if self.includes_reasoning is not None:
+            message |= _reasoning(answer.reasoning or None if self.includes_reasoning else None)
+        if answer.calls:
+            message["tool_calls"] = [_call(call.id, call.name, call.arguments) for call in answer.calls]
         logprobs = self._logprobs(choice.logprobs)
-        return {"index": choice.index, "message": message, "logprobs": logprobs} | choice.finish
+        ending = self._ending(choice.index, choice.finish)
+        return {"index": choice.index, "message": message, "logprobs": logprobs} | ending
+
+    def usage_details(self) -> dict[str, Any]:
+        thought = sum(parser.num_reasoning_tokens for parser in self.parsers)
+        return {"completion_tokens_details": {"reasoning_tokens": thought}}
+
+    def _piece(self, event: Event) -> dict[str, Any] | None:
+        match event:
+            case Text(text):
+                return {"content": text}
+            case Reasoning(text) if self.includes_reasoning:
+                return _reasoning(text)
+            case CallBegan(index, call_id, name):
+                return {"tool_calls": [{"index": index, **_call(call_id, name, "")}]}
+            case CallArguments(index, piece):
+                return {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
+        return None
+
+    def _ending(self, index: int, ending: dict[str, Any]) -> dict[str, Any]:
+        """A stop after calls is theirs; clients act on them, and look for some."""
+        calls = ending["finish_reason"] == "stop" and self.parsers[index].num_calls > 0
+        return ending | ({"finish_reason": "tool_calls"} if calls else {})
 
     def more(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Fields of the whole answer beside its choices."""
@@ -220,6 +273,14 @@ class ChatFormat:
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {"token": self._name(token_id), "logprob": logprob, "bytes": list(token_bytes(self.tokenizer, token_id))}
+
+
+def _reasoning(text: str | None) -> dict[str, Any]:
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 Format = CompletionFormat | ChatFormat

@@ -25,6 +25,7 @@ from serving.http.extras import Extras
 from serving.http.logprobs import Echo
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.http.streamed import Streamed, with_numbers, with_text
+from serving.http.strict import Strict
 from serving.page import dashboard
 from serving.streams import merge
 from trinity.engine import samples
@@ -34,7 +35,7 @@ from trinity.errors import InvalidRequest, TrinityError, Unavailable
 Handler = Callable[[Frontend, Request], Awaitable[Response]]
 Events = AsyncGenerator[tuple[int, Delta], None]
 T = TypeVar("T")
-M = TypeVar("M", bound=schema.Strict)
+M = TypeVar("M", bound=Strict)
 INLINE_BYTES = 64 << 10  # some milliseconds of writing JSON
 STARTED_S = now_s()
 
@@ -88,12 +89,14 @@ async def chat_completions(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.ChatRequest, request)
     front.check_model(body.model)
     front.check_number(body.sampling.num_drawn)
-    messages = [message.flat() for message in body.messages]
-    ids = await front.encode_chat(messages, body.add_generation_prompt, body.add_special_tokens)
+    ids = await front.encode_chat(body.chat, body.add_special_tokens)
     ids = front.truncated(ids, body.params(1 if body.limit is None else body.limit, None))
     limit = front.chat_limit(ids) if body.limit is None else body.limit
-    params = body.params(limit, body.num_logprobs())
-    return await respond(front, request, body, _jobs([ids], params), ChatFormat(front.tokenizer, body))
+    jobs = _jobs([ids], body.params(limit, body.num_logprobs()))
+    skips = body.sampling.skip_special_tokens
+    parsers = [front.answers.parser(ids, body.chat.tools, body.most_calls, skips) for _ in jobs]
+    includes_reasoning = body.include_reasoning if front.answers.reasons else None
+    return await respond(front, request, body, jobs, ChatFormat(front.tokenizer, body, parsers, includes_reasoning))
 
 
 async def respond(
@@ -131,7 +134,8 @@ def _whole(form: Format, envelope: Envelope, extras: Extras, drawn: list[Choice]
         choice.index = index
     full = [form.full(c) | extras.of_choice(c.index) | extras.of_tokens(c.token_ids, c.experts_TLK) for c in choices]
     last = [_last(choice) for choice in drawn]
-    more = {"usage": usage(last, sampling.num_drawn), **form.more(choices), **extras.of_answer()}
+    used = usage(last, sampling.num_drawn) | form.usage_details()
+    more = {"usage": used, **form.more(choices), **extras.of_answer()}
     return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), **more))
 
 
@@ -180,32 +184,34 @@ async def _chunks(
                         await asyncio.sleep(0)
         if extras.body.include_usage:
             deltas = [last[index] for index in range(len(extras.prompts))]
-            yield sse(envelope.wrap(form.chunk, [], deltas[-1].version, usage=usage(deltas, extras.body.n)))
+            used = usage(deltas, extras.body.n) | form.usage_details()
+            yield sse(envelope.wrap(form.chunk, [], deltas[-1].version, usage=used))
     except Exception as error:
         yield sse(openai_body(to_typed(error, request_id)))
     yield DONE
 
 
 def _parts(form: Format, extras: Extras, index: int, delta: Delta, is_first: bool) -> Iterator[dict[str, Any]]:
-    """What the chunks that one Delta becomes have: one choice each, and what is said beside it."""
+    """Parts of the chunks that one Delta becomes: one choice each, and what is said beside it."""
     own = extras.of_choice(index) if is_first else {}
     for opening in form.openings(index, delta) if is_first else ():
         [choice] = opening["choices"]
         yield opening | {"choices": [choice | own]}
         own = {}
-    yield {"choices": [form.piece(index, delta) | extras.of_tokens(delta.token_ids, delta.experts_TLK) | own]}
+    first, *others = form.pieces(index, delta)
+    for choice in (first | own | extras.of_tokens(delta.token_ids, delta.experts_TLK), *others):
+        yield {"choices": [choice]}
 
 
 async def tokenize(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.TokenizeRequest, request)
     front.check_model(body.model)
-    if (body.prompt is None) == (body.messages is None):
+    if (body.prompt is None) == (not body.messages):
         raise InvalidRequest("send either prompt or messages", param="prompt")
-    if body.messages is not None:
-        messages = [message.flat() for message in body.messages]
-        ids = await front.encode_chat(messages, body.add_generation_prompt, bool(body.add_special_tokens))
+    if body.prompt is None:
+        ids = await front.encode_chat(body.chat, bool(body.add_special_tokens))
     else:
-        ids = await front.encode(body.prompt or "", body.add_special_tokens is not False)
+        ids = await front.encode(body.prompt, body.add_special_tokens is not False)
     return Streamed(with_numbers("tokens", ids, {"count": len(ids), "max_model_len": front.info.max_model_len}))
 
 
@@ -218,7 +224,7 @@ async def detokenize(front: Frontend, request: Request) -> Response:
 
 
 async def tokenizer_info(front: Frontend, request: Request) -> Response:
-    """What a client needs to write prompts as this model's own tokenizer would, by the names that transformers gives."""
+    """Tell a client what it needs to write prompts as this model's own tokenizer would, by the names that transformers gives."""
     own = front.tokenizer
     info = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": front.info.max_model_len}
     info |= {"bos_token": own.bos_token, "eos_token": own.eos_token, "pad_token": own.pad_token}

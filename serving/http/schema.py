@@ -11,15 +11,16 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from serving.http.chat import MAX_MESSAGES, Conversation, Messages
+from serving.http.strict import Strict
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
 MAX_PROMPTS = 64
-MAX_MESSAGES = 1024
 
 IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -27,10 +28,10 @@ IGNORED = {
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "suffix is not implemented; this model completes from the left"),
-    "tools": (([],), "tools are not implemented; describe them in a message"),
-    "tool_choice": (("none", "auto"), "tools are not implemented; leave tool_choice out"),
-    "functions": (([],), "functions are not implemented; describe them in a message"),
-    "function_call": (("none", "auto"), "functions are not implemented; leave function_call out"),
+    "tools": (([],), "tools are for /v1/chat/completions"),
+    "tool_choice": (("none", "auto"), "tools are for /v1/chat/completions"),
+    "functions": (([],), "functions are tools today; send them as tools"),
+    "function_call": (("none", "auto"), "functions are tools today; send tool_choice"),
     "response_format": (
         ({"type": "text"},),
         "only response_format {'type': 'text'} is implemented; parse the text yourself",
@@ -38,11 +39,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((["text"],), "only text is implemented"),
     "audio": ((), "audio is not implemented"),
     "web_search_options": ((), "web search is not implemented"),
-    "reasoning_effort": ((), "this model has no reasoning effort to set"),
+    "reasoning_effort": ((), "reasoning is for /v1/chat/completions"),
     "verbosity": (("medium",), "verbosity is not implemented; ask for it in a message"),
     "chat_template": ((), "templates from clients are refused; the model's own is used"),
-    "chat_template_kwargs": (({},), "the model's chat template takes no arguments"),
-    "continue_final_message": ((False,), "not implemented; use /v1/completions to continue a text"),
+    "chat_template_kwargs": (({},), "chat templates are for /v1/chat/completions"),
+    "continue_final_message": ((False,), "messages are for /v1/chat/completions"),
     "spaces_between_special_tokens": (
         (True,),
         "a byte-level tokenizer has its spaces in the tokens; none are put between",
@@ -62,14 +63,6 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 OURS = {"trace"}  # for programs in the engine's process, not for clients
 SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"} - OURS
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def compact(self) -> Self:
-        """The same request with less in it."""
-        return self
 
 
 class StreamOptions(Strict):
@@ -125,45 +118,27 @@ class CompletionRequest(Generation):
         return list(prompts)
 
     def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """With `echo`, `logprobs` is about the prompt, too."""
+        """Parameters as before; with `echo`, `logprobs` is about the prompt, too."""
         found = super().params(max_tokens, logprobs)
         if not self.echo or logprobs is None:
             return found
         return found.model_copy(update={"prompt_logprobs": max(logprobs, found.prompt_logprobs or 0)})
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: str | None = Field(default=None, description="ignored: templates do not show it")
-
-    def flat(self) -> dict[str, str]:
-        """Role and text; `developer` is today's name of `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-    def compact(self) -> Self:
-        return self.model_copy(update={**self.flat(), "name": None})
-
-
-class ChatRequest(Generation):
+class ChatRequest(Conversation, Generation):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(default=None, ge=0, le=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=0, le=2**31)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    add_generation_prompt: bool = True
     add_special_tokens: bool = False
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
-    def compact(self) -> Self:
-        return self.model_copy(update={"messages": [message.compact() for message in self.messages]})
+    @property
+    def most_calls(self) -> int | None:
+        return None if self.parallel_tool_calls else 1
 
     @property
     def limit(self) -> int | None:
@@ -175,21 +150,13 @@ class ChatRequest(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Conversation):
     """POST /tokenize: a text or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = Field(
-        default=None, min_length=1, max_length=MAX_MESSAGES
-    )
-    add_generation_prompt: bool = True
+    messages: Messages = Field(default=[], min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
-
-    def compact(self) -> Self:
-        if self.messages is None:
-            return self
-        return self.model_copy(update={"messages": [message.compact() for message in self.messages]})
 
 
 class DetokenizeRequest(Strict):
@@ -209,6 +176,11 @@ def parse(kind: type[M], body: bytes) -> M:
     if "sampling" in kind.model_fields:
         flat = {key: tree.pop(key) for key in SAMPLING & tree.keys()}
         tree["sampling"] = sampling_params(flat)
+    return validated(kind, tree)
+
+
+def validated(kind: type[M], tree: dict[str, Any]) -> M:
+    """A request from its fields. For both edges."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -285,7 +257,9 @@ def _first(error: ValidationError) -> InvalidRequest:
     if path[:1] == ["prompt"] and len(path) > 1:
         message = "must be a string, a list of strings, a list of token ids, or a list of such lists"
         return InvalidRequest(f"prompt {message}", param="prompt")
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{'.'.join(path)[:100]}: unknown field; leave it out", param=".".join(path)[:100])
     value = first.get("input")
     got = f" (got {value!r})" if isinstance(value, str | int | float) and len(repr(value)) <= 80 else ""
-    message = first["msg"].replace("Input should", "should")
+    message = first["msg"].replace("Input should", "should").removeprefix("Value error, ")
     return InvalidRequest(f"{path[0] if path else 'body'}: {message}{got}", param=".".join(path)[:100] or None)

@@ -71,8 +71,15 @@ MESSAGES = [
     [{"role": "robot", "content": "x"}],
     [{"role": "user", "content": 1}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1"}}]}],
-    [{"role": "user", "content": "x", "tool_calls": []}],
-    [{"role": "tool", "content": "x"}],
+    [{"role": "user", "content": None}],
+    [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}],
+    [{"role": "user", "content": "x", "what": 1}],
+    [{"role": "function", "content": "x"}],
+    [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
+    [{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}],
+    [{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}],
+    [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 1}}]}],
+    [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 1025}],
 ]
 
 

@@ -31,6 +31,14 @@ def message(content):
     return f'{{"messages":[{{"role":"user","content":{content}}}]}}'
 
 
+QUESTION = message('"a"')[:-1]
+CALL = '{"function":{"name":"f","arguments":"x"}}'
+
+
+def tool(parameters):
+    return f'{QUESTION},"tools":[{{"type":"function","function":{{"name":"f","parameters":{parameters}}}}}]}}'
+
+
 def many(piece, num, last=""):
     return f"[{','.join([piece] * num + [last] * bool(last))}]"
 
@@ -59,6 +67,27 @@ GIANTS = {  # -> path, body, status
         CHAT,
         f'{{"messages":{many(message(many("@", 70))[13:-2].replace("@", """{"type":"text","text":"a"}"""), 900)}}}',
         400,
+    ),
+    "tools": (CHAT, f'{QUESTION},"tools":{many("{}", 600_000)}}}', 400),
+    "a deep tool": (CHAT, tool('{"a":' * 900 + "1" + "}" * 900), 400),
+    "a wide tool": (CHAT, tool(f'{{"enum":{many("[]", 600_000)}}}'), 400),
+    "a tool as wide as may be": (CHAT, tool(f'{{"enum":{many("[]", 15_000)}}}'), 400),
+    "a large tool": (CHAT, tool(f'{{"title":"{"x" * 1_900_000}"}}'), 400),
+    "calls": (CHAT, f'{{"messages":[{{"role":"assistant","tool_calls":{many(CALL, 40_000)}}}]}}', 400),
+    "calls of many messages": (
+        CHAT,
+        f'{{"messages":{many(f"""{{"role":"assistant","tool_calls":{many(CALL, 40)}}}""", 1000)}}}',
+        400,
+    ),
+    "arguments of the template": (
+        CHAT,
+        f'{QUESTION},"chat_template_kwargs":{{"a":{many("[]", 600_000)}}}}}',
+        400,
+    ),
+    "hints of a message": (
+        CHAT,
+        json.dumps({"messages": [{"role": "user", "content": "a"} | {f"k{i}": None for i in range(100_000)}]}),
+        200,
     ),
     "stream options": (
         COMPLETE,
@@ -174,11 +203,11 @@ async def test_large_chats_wait_for_each_other_alone(http, monkeypatch):
     """Many whose template takes long: a chat of usual size and a long prompt go on beside them."""
     go = threading.Event()
 
-    def render(template, messages, **options):
-        is_large = len(messages[0]["content"]) > LARGE_CHAT_CHARS
+    def render(chat, tokenizer):
+        is_large = len(chat.messages[0]["content"]) > LARGE_CHAT_CHARS
         return "ab"[go.wait(WAIT_S)] if is_large else "ab"
 
-    monkeypatch.setattr("serving.frontend.render_chat", render)
+    monkeypatch.setattr("serving.frontend.render", render)
 
     def chat(size):
         return http.post(CHAT, json={"messages": [{"role": "user", "content": "a" * size}], "max_tokens": 1})

@@ -23,6 +23,10 @@ def chat(*messages):
     return {"chat": pb.Chat(messages=messages)}
 
 
+def ask(**fields):
+    return pb.GenerateRequest(chat=pb.Chat(messages=[EMPTY], **fields))
+
+
 GIANTS = {  # -> rpc, request, what is said of it
     "messages": (
         "Generate",
@@ -46,6 +50,19 @@ GIANTS = {  # -> rpc, request, what is said of it
         pb.DetokenizeRequest(token_ids=[0] * 1_900_000),
         "over 4,000,000 bytes",
     ),
+    "tools": ("Generate", ask(tools=[pb.Tool()] * 500_000), "tools has 500000 entries, at most 256"),
+    "calls": (
+        "Generate",
+        pb.GenerateRequest(**chat(*[pb.ChatMessage(role=3, tool_calls=[pb.ToolCall(name="f")] * 400)] * 900)),
+        "tool_calls has 360000 entries, at most 1024",
+    ),
+    "a schema": (
+        "Generate",
+        ask(tools=[pb.Tool(name="f", parameters_json=f'{{"a":[{"[]," * 600_000}1]}}')]),
+        "parameters_json has 1,800,009 characters",
+    ),
+    "documents": ("Tokenize", pb.TokenizeRequest(chat=ask(documents_json=["{}"] * 400_000).chat), "documents_json has"),
+    "a document": ("Generate", ask(documents_json=["x" * 1_900_000]), "arguments has 1,900,000 characters"),
     "stop strings": ("Generate", generate(stop=[""] * 1_000_000), "stop has 1000000 entries, at most 1024"),
     "stop ids": ("Generate", generate(stop_token_ids=[1] * 2_000_000), "stop_token_ids has 2000000 entries"),
     "biases": ("Generate", generate(logit_bias=dict.fromkeys(range(150_000), 1.0)), "logit_bias has 150000 entries"),

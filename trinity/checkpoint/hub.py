@@ -90,7 +90,7 @@ def small_files(source: str | Path) -> Path:
 
 
 def title_of(source: str | Path) -> str:
-    """What a model is called where nobody gave it a name: ORG/NAME, or its folder's."""
+    """Name of a model where nobody gave it a name: ORG/NAME, or its folder's."""
     name = None if Path(source).exists() else hub_name(source)
     return name.repo if name else Path(source).name
 
@@ -190,7 +190,7 @@ def _asking(name: HubName, before: str | None = None) -> Iterator[None]:
 
 
 def _reason(error: Exception, name: HubName) -> str:
-    """What was in the way, and what to do."""
+    """The obstacle, and what to do."""
     from huggingface_hub import constants, errors, is_offline_mode
 
     hub, token = constants.ENDPOINT, "`hf auth login`, or HF_TOKEN"

@@ -270,6 +270,6 @@ def _index(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def _generation_config(config: ModelConfig, kept: dict[str, Any]) -> dict[str, Any]:
-    """What is kept, with the model's own ids: training may have given it others."""
+    """The file that is kept, with the model's own ids: training may have given it others."""
     ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return kept | {key: value for key, value in ids.items() if value is not None or key not in kept}

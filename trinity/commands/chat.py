@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             asked = {"model": model, "messages": messages, "stream": True}
             limits = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
             try:
-                answer = _print(_stream(client, {**asked, **limits}))
+                answer = _print(_stream(client, {**asked, **limits}), sys.stdout.isatty())
             except TrinityError as error:
                 print(f"{error.message}\n(your last message is dropped; an empty line ends)", file=sys.stderr)
                 messages.pop()
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
                 continue
             except httpx.HTTPError as error:
                 raise Unavailable(f"the server at {arguments.url} was lost: {error}") from None
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", **answer})
     return 2 if failed else 0
 
 
@@ -64,8 +65,9 @@ def _first_model(client: httpx.Client) -> str:
     return str(listed[0]["id"])
 
 
-def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
-    """Text as it comes. Raises TrinityError with the server's words where it refuses or fails."""
+def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Pieces as they come: of "content", "reasoning", or a "call". Raises TrinityError with the server's words where it
+    refuses or fails."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise TrinityError(f"the server answered {response.status_code}: {_message(response.read().decode())}")
@@ -75,16 +77,33 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
             event = json.loads(line[6:])
             if "error" in event:
                 raise TrinityError(event["error"]["message"])
-            yield from (choice["delta"].get("content") or "" for choice in event["choices"])
+            for choice in event["choices"]:
+                yield from _pieces(choice["delta"])
 
 
-def _print(pieces: Iterator[str]) -> str:
-    answer = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        answer += piece
+def _pieces(delta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for call in delta.get("tool_calls") or ():
+        function = call["function"]
+        yield "call", (f"\n{function['name']}" if function.get("name") else "") + (function.get("arguments") or "")
+    yield "reasoning", delta.get("reasoning") or delta.get("reasoning_content") or ""
+    yield "content", delta.get("content") or ""
+
+
+def _print(pieces: Iterator[tuple[str, str]], in_color: bool) -> dict[str, str]:
+    """Show reasoning dimly and calls in another color, each in its own lines; -> what goes back with the next message."""
+    said, before = defaultdict[str, str](str), ""
+    for kind, text in pieces:
+        if text:
+            print("\n\n" * (before not in ("", kind)), _dyed(kind, text, in_color), sep="", end="", flush=True)
+            said[kind] += text
+            before = kind
     print()
-    return answer
+    return {"content": said["content"], **({"reasoning": said["reasoning"]} if said["reasoning"] else {})}
+
+
+def _dyed(kind: str, text: str, in_color: bool) -> str:
+    color = {"reasoning": "2", "call": "36"}.get(kind)
+    return f"\033[{color}m{text}\033[0m" if in_color and color else text
 
 
 def _message(body: str) -> str:

@@ -68,7 +68,7 @@ async def served(llm: "LLM", name: str, **serve: Any) -> AsyncIterator["Gateway"
 
 
 def evaluate(url: str, arguments: argparse.Namespace, key: str | None) -> dict[str, Any]:
-    """What lm-eval found. Raises ConfigError for tasks that it does not know."""
+    """Findings of lm-eval. Raises ConfigError for tasks that it does not know."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -106,7 +106,7 @@ def asked_of(url: str, arguments: argparse.Namespace, key: str | None) -> tuple[
 
 
 def card_of(url: str, name: str | None, key: str | None) -> dict[str, Any]:
-    """What the server says of that model, or of the first that it lists."""
+    """The server's card of that model, or of the first that it lists."""
     import httpx
 
     try:

@@ -61,7 +61,7 @@ def setup_grpc() -> None:
 
 
 def _excepted() -> list[str]:
-    """What no_proxy names, in either spelling."""
+    """Names in no_proxy, in either spelling."""
     both = (os.environ.get(name, "") for name in EXCEPTIONS)
     return [name.strip() for value in both for name in value.split(",") if name.strip()]
 

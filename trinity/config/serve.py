@@ -86,6 +86,12 @@ class ServeConfig(Frozen):
     routed_experts: bool = Field(
         default=False, description="whether a request may ask to which experts each of its tokens went"
     )
+    tool_format: Literal["auto", "hermes", "qwen3_coder", "glm", "none"] = Field(
+        default="auto", description="how the model writes calls of tools; auto: as its chat template shows"
+    )
+    reasoning_format: Literal["auto", "think", "none"] = Field(
+        default="auto", description="does it reason between <think> and </think>? auto: if its chat template shows them"
+    )
     num_engines: int = Field(default=1, ge=1)
     max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
     max_requests_per_engine: int = Field(

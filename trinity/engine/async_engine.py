@@ -87,7 +87,7 @@ class AsyncEngine:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Of what a request leaves open."""
+        """Defaults of what a request leaves open."""
         return self._engine.defaults
 
     @property

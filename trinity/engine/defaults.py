@@ -60,7 +60,7 @@ class SamplingDefaults:
 
 
 def read_defaults(tree: Mapping[str, Any] | None, where: object) -> SamplingDefaults:
-    """From the content of a generation_config.json in the folder `where`. Raises CheckpointError for a value out of bounds."""
+    """Read the content of a generation_config.json in the folder `where`. Raises CheckpointError for a value out of bounds."""
     given = {key: value for key, value in (tree or {}).items() if value is not None}
     off = {"top_k": 0} if given.get("top_k") == -1 else {}
     values = {FOLLOWED[key]: value for key, value in {**given, **off}.items() if key in FOLLOWED}

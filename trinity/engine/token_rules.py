@@ -18,7 +18,7 @@ NONE = frozenset[int]()
 
 
 class Encoder(Protocol):
-    """What a tokenizer does for bad words."""
+    """The part of a tokenizer that bad words need."""
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = False) -> list[list[int]]: ...
 
@@ -57,7 +57,7 @@ def read_words(words: Sequence[str], encoder: Encoder) -> BadWords:
 
 
 class TokenRules:
-    """What one request may draw next. `ends` are the tokens that would end its text."""
+    """Tokens that one request may draw next. `ends` are the tokens that would end its text."""
 
     def __init__(self, params: SamplingParams, ends: Collection[int], words: BadWords, vocab_size: int):
         self.allowed = None if params.allowed_token_ids is None else frozenset(params.allowed_token_ids)

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer.json say of tokens: names of special ones, and tokens that it lacks.
+"""Tokens in the files beside a tokenizer.json: names of special ones, and tokens that it lacks.
 
 Decisions: as transformers reads them. tokenizer_config.json with `added_tokens_decoder` says all; an older one is overruled by
 special_tokens_map.json and has its further tokens in added_tokens.json. A token that is named and not there gets the next

@@ -34,7 +34,8 @@ CHATML = r"""{{- bos_token }}
         {{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
         {%- for call in message.tool_calls or [] %}
             {%- set arguments = call.function.arguments %}
-            {{- '\n<tool_call>\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
+            {%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}
+            {{- '<tool_call>\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
             {{- (arguments if arguments is string else arguments | tojson) + '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\n' }}
@@ -51,12 +52,14 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     bos_token: str = BOS,
     eos_token: str = EOS,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """The prompt of a chat, as transformers' `apply_chat_template`; encode it without `add_special`. The template must
-    come from the checkpoint. Blocks; safe from any thread. Raises InvalidRequest for what the template refuses, and where it
-    exceeds 4 MiB characters of output, 512 MiB of memory or 2 s of processor time."""
+    come from the checkpoint; `arguments` are what else it may use, by name. Blocks; safe from any thread. Raises
+    InvalidRequest for what the template refuses, and where it exceeds 4 MiB characters of output, 512 MiB of memory or 2 s of
+    processor time."""
     chat = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
-    values = {**chat, "bos_token": bos_token, "eos_token": eos_token}
+    values = {**(arguments or {}), **chat, "bos_token": bos_token, "eos_token": eos_token}
     reply = _workers().ask(json.dumps({"template": template, "values": values}).encode())
     said = {"error": f"it ran for {CPU_S:g} s and longer"} if reply is None else json.loads(reply)
     if "text" in said:

@@ -1,6 +1,7 @@
 """Text that may be shown from token ids: incremental decoding, and stop strings across token boundaries."""
 
 import codecs
+from collections.abc import Collection
 from typing import Protocol
 
 from trinity.text.tokenizer import Tokenizer
@@ -23,7 +24,6 @@ class TextStream:
 
     def __init__(self, decoder: Decoder, stop: tuple[str, ...] = (), shows_stop: bool = False):
         self._decoder, self._stop, self._shows_stop = decoder, stop, shows_stop
-        self._longest = max(map(len, stop), default=0)
         self._held = ""
         self.stopped_by: str | None = None
 
@@ -44,16 +44,9 @@ class TextStream:
             end, self.stopped_by = min(found)
             self._held = ""
             return text[: end + len(self.stopped_by) * self._shows_stop]
-        keep = 0 if final else self._possible_stop(text)
+        keep = 0 if final else possible_end(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-    def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        for size in range(min(len(text), self._longest - 1), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stop):
-                return size
-        return 0
 
 
 class IncrementalDecoder:
@@ -74,6 +67,15 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """The end: an unfinished character becomes U+FFFD."""
         return self._utf8.decode(b"", final=True)
+
+
+def possible_end(text: str, wanted: Collection[str]) -> int:
+    """Length of the longest end of `text` that begins one of the wanted texts, and is not all of it."""
+    longest = max(map(len, wanted), default=0)
+    for size in range(min(len(text), longest - 1), 0, -1):
+        if any(each.startswith(text[-size:]) for each in wanted):
+            return size
+    return 0
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LENGTH = struct.Struct("<I")
@@ -39,17 +40,33 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return left * right
 
 
+class Generation(Extension):
+    """{% generation %} marks what an assistant says for training masks; a prompt shows what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own class says that it is an instance's)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        tag = next(parser.stream)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=tag.lineno)
+
+
 @lru_cache(maxsize=8)
 def compiled(template: str) -> Any:
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": now}
     return environment.from_string(template)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Plain JSON: jinja's own filter escapes for HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON, with transformers' arguments: jinja's own filter escapes for HTML, which a prompt is not."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def refuse(message: str) -> None:

@@ -101,7 +101,9 @@ class Tokenizer:
         self.bos_token, self.eos_token, self.pad_token = special_names(config, core)
         self.bos_id, self.eos_id = self._id(self.bos_token), self._id(self.eos_token)
         self.vocab_size = len(self.token_bytes)
-        self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
+        added = core.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.added_ids = {token.content: i for i, token in added.items()}
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
