@@ -18,6 +18,7 @@ from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.frontend import Frontend
 from serving.grpc.chat import to_deltas, to_request
 from serving.grpc.guard import Context
+from serving.grpc.structured import structured_outputs
 from serving.http.extras import npy
 from serving.http.logprobs import in_parts
 from serving.http.schema import ChatRequest, sampling_params
@@ -69,7 +70,9 @@ class InferenceServicer(rpc.InferenceServicer):
         prompt_ids = await self._prompt(request, chat)
         asked = to_params(request, 1 if chat else front.completion_limit)
         prompt_ids = front.truncated(prompt_ids, asked)
-        return prompt_ids, to_params(request, front.chat_limit(prompt_ids)) if chat else asked
+        if chat is None:
+            return prompt_ids, asked
+        return prompt_ids, chat.bound(to_params(request, front.chat_limit(prompt_ids)), front.answers.tool_format)
 
     async def _drawn(
         self, prompt_ids: list[int], params: SamplingParams, deadline_s: float | None
@@ -188,6 +191,8 @@ def to_params(request: pb.GenerateRequest, default_max_tokens: int) -> SamplingP
     """The fields that the client set, over the defaults."""
     fields = {field.name: _plain(value) for field, value in request.sampling.ListFields()}
     fields |= {name: getattr(request, name) for name in BESIDE if request.HasField(name)}
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = structured_outputs(request.sampling.structured_outputs)
     if (policy := fields.pop("version_policy", pb.VERSION_POLICY_UNSPECIFIED)) != pb.VERSION_POLICY_UNSPECIFIED:
         fields["version_policy"] = POLICIES.get(policy, str(policy))
     fields["trace"] = request.return_routed_experts

@@ -16,6 +16,7 @@ from serving.http.chat import MAX_DOCUMENTS, MAX_MESSAGES
 from trinity.engine.request import MAX_LISTED_TOKENS, check_length
 from trinity.errors import InvalidRequest
 from trinity.text.conversation import MAX_CALLS, MAX_TEMPLATE_BYTES, MAX_TOOLS, MAX_TOOLS_BYTES
+from trinity.text.grammar.constraint import MAX_CHOICES
 
 KINDS: dict[str, type[Message]] = {  # by the path of its rpc
     f"/{service.full_name}/{method.name}": GetMessageClass(method.input_type)
@@ -49,6 +50,7 @@ def parse(path: str, raw: bytes, max_model_len: int) -> Message:
             check_length(request.token_ids.ids, max_model_len)
         for name in ("stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"):
             check_number(len(getattr(request.sampling, name)), MAX_LISTED_TOKENS, name)
+        check_number(len(request.sampling.structured_outputs.choice.texts), MAX_CHOICES, "structured_outputs")
     if isinstance(request, pb.GenerateRequest | pb.TokenizeRequest):
         check_chat(request.chat)
     return request

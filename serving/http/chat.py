@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from serving.http.strict import Strict
 from trinity.errors import InvalidRequest
 from trinity.text.conversation import MAX_CALLS, MAX_TOOLS, Chat
-from trinity.text.tool_calls.choice import Choice, check_choice
+from trinity.text.grammar.constraint import Constraint
+from trinity.text.tool_calls.choice import Choice, check_choice, constraint_of
 
 MAX_MESSAGES, MAX_DOCUMENTS = 1024, 1024
 IGNORED_IN_MESSAGES = frozenset(
@@ -198,7 +199,7 @@ class Conversation(Strict):
 
     @cached_property
     def chat(self) -> Chat:
-        """The chat as a template takes it, without tools where none may be called: their description alone would invite calls."""
+        """The chat as a template takes it, without tools where none may be called: their description would invite calls."""
         tools = [tool.shown() for tool in self.tools]
         check_choice(self._choice, tools)
         return Chat(
@@ -208,6 +209,11 @@ class Conversation(Strict):
             self.continue_final_message,
             template_arguments(self.reasoning_effort, self.documents, self.chat_template_kwargs),
         )
+
+    def calls_constraint(self, form: str | None, parallel: bool) -> Constraint | None:
+        """The grammar of calls that have to be made, and of strict tools' arguments, in the model's format of calls."""
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return constraint_of(self._choice, tools, form, parallel)
 
     @property
     def _choice(self) -> Choice:
@@ -220,7 +226,7 @@ class Conversation(Strict):
 
 
 def template_arguments(effort: str | None, documents: list[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that the chat template gets by name: thinking models' switches after `reasoning_effort`, and the request's own last."""
+    """Arguments of the chat template by name: thinking models' switches after `reasoning_effort`, the request's own last."""
     told: dict[str, Any] = {"documents": documents} if documents else {}
     if effort is not None:
         told |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}

@@ -92,7 +92,7 @@ async def chat_completions(front: Frontend, request: Request) -> Response:
     ids = await front.encode_chat(body.chat, body.add_special_tokens)
     ids = front.truncated(ids, body.params(1 if body.limit is None else body.limit, None))
     limit = front.chat_limit(ids) if body.limit is None else body.limit
-    jobs = _jobs([ids], body.params(limit, body.num_logprobs()))
+    jobs = _jobs([ids], body.bound(body.params(limit, body.num_logprobs()), front.answers.tool_format))
     skips = body.sampling.skip_special_tokens
     parsers = [front.answers.parser(ids, body.chat.tools, body.most_calls, skips) for _ in jobs]
     includes_reasoning = body.include_reasoning if front.answers.reasons else None
@@ -224,7 +224,7 @@ async def detokenize(front: Frontend, request: Request) -> Response:
 
 
 async def tokenizer_info(front: Frontend, request: Request) -> Response:
-    """Tell a client what it needs to write prompts as this model's own tokenizer would, by the names that transformers gives."""
+    """Tell a client how to write prompts as this model's own tokenizer would, by the names that transformers gives."""
     own = front.tokenizer
     info = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": front.info.max_model_len}
     info |= {"bos_token": own.bos_token, "eos_token": own.eos_token, "pad_token": own.pad_token}

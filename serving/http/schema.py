@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from serving.http.chat import MAX_MESSAGES, Conversation, Messages
 from serving.http.strict import Strict
+from serving.http.structured import with_response_format
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
@@ -26,16 +27,13 @@ IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("prediction", "parallel_tool_calls", "request_id"),
 }
+GUIDED = "is called structured_outputs: {{{!r}: ...}} now"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "suffix is not implemented; this model completes from the left"),
     "tools": (([],), "tools are for /v1/chat/completions"),
     "tool_choice": (("none", "auto"), "tools are for /v1/chat/completions"),
     "functions": (([],), "functions are tools today; send them as tools"),
     "function_call": (("none", "auto"), "functions are tools today; send tool_choice"),
-    "response_format": (
-        ({"type": "text"},),
-        "only response_format {'type': 'text'} is implemented; parse the text yourself",
-    ),
     "modalities": ((["text"],), "only text is implemented"),
     "audio": ((), "audio is not implemented"),
     "web_search_options": ((), "web search is not implemented"),
@@ -50,11 +48,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "use_beam_search": ((False,), "beam search is not implemented"),
     "length_penalty": ((1, 1.0), "beam search is not implemented"),
-    "guided_json": ((), "guided decoding is not implemented"),
-    "guided_regex": ((), "guided decoding is not implemented"),
-    "guided_choice": ((), "guided decoding is not implemented"),
-    "guided_grammar": ((), "guided decoding is not implemented"),
-    "structured_outputs": ((), "guided decoding is not implemented"),
+    "guided_json": ((), GUIDED.format("json")),
+    "guided_regex": ((), GUIDED.format("regex")),
+    "guided_choice": ((), GUIDED.format("choice")),
+    "guided_grammar": ((), GUIDED.format("grammar")),
+    "guided_whitespace_pattern": ((), GUIDED.format("whitespace_pattern")),
+    "guided_decoding_backend": ((), "there is one backend; leave it out"),
 }
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -140,6 +139,18 @@ class ChatRequest(Conversation, Generation):
     def most_calls(self) -> int | None:
         return None if self.parallel_tool_calls else 1
 
+    def bound(self, params: SamplingParams, form: str | None) -> SamplingParams:
+        """Parameters with the grammar of calls, where there is one; `form` is the name of the model's format of calls."""
+        constraint = self.calls_constraint(form, self.parallel_tool_calls)
+        if constraint is None:
+            return params
+        if params.structured_outputs is not None and self.tool_choice != "auto":
+            raise InvalidRequest(
+                "a call has to be made, and response_format or structured_outputs say what else the answer must be; send one",
+                param="tool_choice",
+            )
+        return params if params.structured_outputs else params.model_copy(update={"structured_outputs": constraint})
+
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -175,7 +186,7 @@ def parse(kind: type[M], body: bytes) -> M:
     tree = _known_fields(kind, tree)
     if "sampling" in kind.model_fields:
         flat = {key: tree.pop(key) for key in SAMPLING & tree.keys()}
-        tree["sampling"] = sampling_params(flat)
+        tree["sampling"] = sampling_params(with_response_format(flat, tree.pop("response_format", None)))
     return validated(kind, tree)
 
 
@@ -237,7 +248,7 @@ def _known_fields(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
     """The fields of `kind`; harmless extras are dropped, others refused."""
     known = set(kind.model_fields)
     if "sampling" in known:
-        known = known - {"sampling"} | SAMPLING
+        known = known - {"sampling"} | SAMPLING | {"response_format"}
     for key in tree.keys() - known - IGNORED:
         neutral, why = REFUSED.get(key, ((), _unknown(key, known)))
         if not any(type(tree[key]) is type(value) and tree[key] == value for value in neutral):

@@ -100,6 +100,14 @@ GIANTS = {  # -> path, body, status
         json.dumps({"prompt": "a", "metadata": {f"k{i}": "v" for i in range(110_000)}}),
         200,
     ),
+    "a schema": (COMPLETE, json.dumps({"prompt": "a", "structured_outputs": {"json": {"enum": [""] * 400_000}}}), 400),
+    "a schema in a schema": (
+        CHAT,
+        f'{{"messages":[],"response_format":{{"type":"json_schema","json_schema":{{"schema":{many("[1]", 400_000)}}}}}}}',
+        400,
+    ),
+    "a pattern": (COMPLETE, json.dumps({"prompt": "a", "structured_outputs": {"regex": "a" * 1_900_000}}), 400),
+    "choices": (COMPLETE, json.dumps({"prompt": "a", "structured_outputs": {"choice": ["a"] * 300_000}}), 400),
     "unknown fields": (COMPLETE, json.dumps({"prompt": "a"} | {f"n{i}": 1 for i in range(120_000)}), 400),
 }
 

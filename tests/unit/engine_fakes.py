@@ -27,12 +27,15 @@ VOCAB = 40
 
 
 class FakeTokenizer:
-    """Token i is the character chr(65 + i); 3 is eos. Has what IncrementalDecoder needs."""
+    """Token i is the character chr(65 + i); 3 is eos. Has what IncrementalDecoder and grammars need."""
 
     token_bytes = [chr(65 + i).encode() for i in range(VOCAB)]
-    special_ids = frozenset[int]()
+    special_ids, added_ids = frozenset[int](), dict[str, int]()
     vocab_size = VOCAB
     eos_id = 3
+
+    def id_of(self, token):
+        return None
 
 
 def fake_config(window: int = 4, layers: tuple[str, ...] = ("sliding_attention", "full_attention")) -> ModelConfig:

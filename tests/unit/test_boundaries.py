@@ -177,6 +177,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "huggingface_hub": ("trinity.checkpoint",),
     "tokenizers": ("trinity.text",),
     "jinja2": ("trinity.text",),
+    "llguidance": ("trinity.text.grammar", "trinity.engine.grammars"),
     "pyarrow": ("trinity.data",),
     "matplotlib": ("trinity.bench", "trinity.train"),
     "tqdm": ("trinity.train",),

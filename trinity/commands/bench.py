@@ -13,6 +13,7 @@ BENCHES = {
     "train": "training tokens per second: one process, shard actors, transformers",
     "durable": "a training step whose state outlives its processes: what that costs, and what a kill costs then",
     "decode": "decode tokens per second: one process, shard actors, transformers",
+    "grammar": "what structured output adds to a decode step, at Nano's shape",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
     "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }

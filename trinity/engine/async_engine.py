@@ -67,6 +67,9 @@ class AsyncEngine:
         timer = _deadline(stream, deadline_s) if deadline_s is not None else None
         try:
             words = await asyncio.to_thread(self._engine.bad_words, params) if params and params.bad_words else None
+            if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
+                compiled = self._engine.grammars.compiled(params.structured_outputs)
+                await asyncio.shield(asyncio.wrap_future(compiled))
             self._post(partial(self._start, stream, list(prompt_ids), params, client, words))
             while not stream.ended:
                 yield await _next(stream)

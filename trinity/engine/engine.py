@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import (
@@ -42,6 +43,7 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
+from trinity.text.grammar.admission import refusal
 
 if TYPE_CHECKING:
     from trinity.text.tokenizer import Tokenizer
@@ -99,6 +101,7 @@ class Engine:
         self._scheduler = Scheduler(self._cache, versions, settings.max_num_seqs, settings.max_num_batched_tokens)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
+        self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._num_prompt_tokens = self._num_generated_tokens = 0
 
@@ -137,7 +140,10 @@ class Engine:
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size)
-        sequence = self._sequences[request_id] = Sequence(request_id, tuple(prompt_ids), params, text, client, rules)
+        bound = params.structured_outputs
+        progress = self.grammars.progress(bound, prompt_ids) if bound else None
+        sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, progress=progress)
+        self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
 
@@ -152,6 +158,8 @@ class Engine:
             raise InvalidRequest(
                 "an engine draws one continuation a request; add what trinity.engine.samples.each gives"
             )
+        if params.structured_outputs is not None:
+            self.grammars.matcher(params.structured_outputs)
 
     def bad_words(self, params: SamplingParams) -> BadWords:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
@@ -208,11 +216,14 @@ class Engine:
         token = sampled.token_id
         sequence.token_ids.append(token)
         sequence.num_repeats = 0
+        if (stuck := _grammar_error(sequence, token)) is not None:
+            return self._end(sequence, "error", error=stuck.message, cause=stuck)
         self._num_generated_tokens += 1
         ends = token in sequence.params.stop_token_ids or self._is_eos(sequence, token)
         text = "" if ends and not sequence.params.include_stop_str_in_output else sequence.text.push(token)
         full = sequence.num_generated >= sequence.params.max_tokens or len(sequence.token_ids) >= self.max_model_len
-        if ends or full:
+        complete = sequence.progress is not None and sequence.progress.is_complete
+        if ends or full or complete:
             text += sequence.text.finish()
         got = {
             "text": text,
@@ -224,6 +235,8 @@ class Engine:
             return self._end(sequence, "stop", stop_reason=sequence.text.stopped_by, **got)
         if ends:
             return self._end(sequence, "stop", stop_reason=None if self._is_eos(sequence, token) else token, **got)
+        if complete:
+            return self._end(sequence, "stop", **got)
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
@@ -287,3 +300,12 @@ class Engine:
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"
         assert {id(s) for s in [*running, *waiting]} == {id(s) for s in self._sequences.values()}, "a sequence is lost"
         self._versions.check(self._sequences.values())
+
+
+def _grammar_error(sequence: Sequence, token: int) -> InvalidRequest | None:
+    """Error that keeps its grammar from going on with this token: it was too costly in the end."""
+    if sequence.progress is None:
+        return None
+    sequence.progress.take(token)
+    why = sequence.progress.error
+    return refusal(f"after {sequence.num_generated} tokens: {why}") if why else None

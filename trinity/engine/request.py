@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_serializer, field_validator
 
 from trinity.config import ANYBODY, Client, Frozen
 from trinity.errors import InvalidRequest, PromptTooLong, TrinityError
 from trinity.text.detokenizer import TextStream
+from trinity.text.grammar.constraint import Constraint
+
+if TYPE_CHECKING:
+    from trinity.text.grammar.progress import Progress
 
 if TYPE_CHECKING:
     from trinity.engine.prompt_logprobs import PromptLogprobs
@@ -52,6 +56,9 @@ class SamplingParams(Frozen, strict=True):
     `truncate_prompt_tokens` keeps the last so many tokens of a prompt; -1: those that leave room for `max_tokens`.
     `n` continuations are drawn, each with a seed of its own, or `best_of`, of which the n most likely by token are the answer
     (trinity/engine/samples.py). `priority`: lower is earlier; it is carried, and the engine does not look at it yet.
+    `structured_outputs` is a grammar that the answer follows: {"json": a JSON Schema}, {"regex": ...}, {"choice": [...]},
+    {"grammar": in Lark's notation} or {"json_object": True}; text is cut only by max_tokens and stop strings, and ends when no
+    more can follow.
     """
 
     max_tokens: int = Field(default=16, ge=0, le=1 << 31)
@@ -82,6 +89,16 @@ class SamplingParams(Frozen, strict=True):
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     logit_bias: dict[int, float] = Field(default_factory=dict)
     version_policy: VersionPolicy = "live"
+    structured_outputs: InstanceOf[Constraint] | None = None
+
+    @field_validator("structured_outputs", mode="before")
+    @classmethod
+    def _to_constraint(cls, value: Any) -> Any:
+        return Constraint.of(value) if isinstance(value, dict) else value
+
+    @field_serializer("structured_outputs")
+    def _constraint_tree(self, value: Constraint | None) -> dict[str, Any] | None:
+        return None if value is None else value.tree()
 
     @field_validator("stop", "stop_token_ids", "bad_words", "allowed_token_ids", mode="before")
     @classmethod
@@ -261,6 +278,7 @@ class Sequence:
     pinned: int | None = None
     added_s: float = field(default_factory=time.monotonic)
     queue_s: float | None = None  # until it was first in a batch
+    progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
 
     def __post_init__(self) -> None:

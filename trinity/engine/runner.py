@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
+from trinity.engine.grammars import MaskThread
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.sampler import Sampled, sample
@@ -44,6 +45,7 @@ class ModelRunner:
         parameter = next(versions.model(versions.live).parameters())
         self._versions, self._config, self._settings, self._cache = versions, config, settings, cache
         self._device = parameter.device
+        self._masks = MaskThread()
         self._pools = KVPools(cache.layout, parameter.device, parameter.dtype)
         self._is_exact = config.batch_invariant and batch_invariant.is_for(parameter)
         self._is_exact &= all(is_plain(kept) for kept in cache.layout.kinds)
@@ -58,9 +60,13 @@ class ModelRunner:
 
     def _run(self, version: int, chunks: list[Chunk]) -> Result:
         try:
+            sampling = [chunk.sequence for chunk in in_order(chunks) if chunk.samples]
+            masks = self._masks.start(sampling, self._config.vocab_size)
             sequences, logits_BV = self.forward(self._versions.model(version), chunks)
-            sampled = dict(zip(sequences, sample(logits_BV, sequences), strict=True))
-            return Result(sampled, has_bad_scores=any(map(is_damaged, chunks)))
+            assert sequences == sampling, "a mask is another sequence's"
+            sampled = sample(logits_BV, sequences, None if masks is None else masks.result())
+            found = dict(zip(sequences, sampled, strict=True))
+            return Result(found, has_bad_scores=any(map(is_damaged, chunks)))
         except Exception as error:  # the edge between requests and weights: shards die, memory runs out
             return Result({}, error)
 

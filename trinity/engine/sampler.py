@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trinity.engine.grammars import within_grammars
 from trinity.engine.request import SamplingParams, Sequence, TokenLogprobs
 
 CANDIDATES = (64, 1024)  # most top-p sets are as small as this: try before sorting the whole vocabulary
@@ -26,12 +27,14 @@ class Sampled(NamedTuple):
 
 
 @torch.inference_mode()
-def sample(logits_BV: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    """One token for each sequence, in order."""
+def sample(logits_BV: Tensor, sequences: list[Sequence], mask_BV: Tensor | None = None) -> list[Sampled]:
+    """One token for each sequence, in order; `mask_BV`, 0 or -inf, is what grammars allow."""
     if not sequences:
         return []
     raw_BV = logits_BV.float()
     steered_BV = steer(raw_BV, sequences)
+    if mask_BV is not None:
+        steered_BV = within_grammars(steered_BV, raw_BV, mask_BV)
     best_B, token_B = steered_BV.max(dim=-1)
     random = [i for i, s in enumerate(sequences) if not s.params.greedy]
     if random:

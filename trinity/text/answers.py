@@ -57,6 +57,11 @@ class AnswerFormat:
         reasons = reasoning.is_in_template(template) if reasoning_format == "auto" else reasoning_format == "think"
         return cls(tokenizer, format_of(tool_format, template), reasons)
 
+    @property
+    def tool_format(self) -> str | None:
+        """The name of the format of calls."""
+        return self.tools and self.tools.name
+
     def check_tools(self, tools: Tools) -> None:
         """Raise InvalidRequest for tools that the model cannot be told of."""
         if tools and self.tools is None:

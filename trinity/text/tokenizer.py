@@ -178,8 +178,12 @@ class Tokenizer:
             ids = [i for i in ids if 0 <= i < len(self.token_bytes) and i not in skipped]
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+        return self._core.token_to_id(token)
+
     def _id(self, token: str) -> int | None:
-        found = self._core.token_to_id(token) if token else None
+        found = self.id_of(token) if token else None
         if token and found is None:
             raise CheckpointError(f"tokenizer has no token {token[:100]!r}; name its own in tokenizer_config.json")
         return found

@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from trinity.errors import InvalidRequest
+from trinity.text.grammar.constraint import Constraint
+from trinity.text.grammar.tools import ToolFormat, tools_constraint
+from trinity.utils.trying import tried
+
+FORMS = ("hermes", "qwen3_coder")  # formats of calls that have a grammar
 
 
 @dataclass(frozen=True)
@@ -15,22 +20,33 @@ class Choice:
     name: str = ""
 
 
-def needed_tools(choice: Choice, tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tools of which the answer has to call one, for a grammar of just their calls; none where the model is free."""
-    if choice.kind == "required":
-        return list(tools)
-    return [tool for tool in tools if choice.kind == "named" and tool["function"]["name"] == choice.name]
-
-
 def check_choice(choice: Choice, tools: Sequence[dict[str, Any]]) -> None:
-    """Raise InvalidRequest for a choice among no tools, and for one that takes a grammar: there is none yet."""
-    if choice.kind == "named" and not needed_tools(choice, tools):
+    """Raise InvalidRequest for a choice among no tools."""
+    if choice.kind == "named" and choice.name not in [tool["function"]["name"] for tool in tools]:
         raise InvalidRequest(
             f"tool_choice names {choice.name[:100]!r}, which is no tool of this request", param="tool_choice"
         )
     if choice.kind == "required" and not tools:
         raise InvalidRequest("tool_choice is 'required', and there are no tools; send some", param="tool_choice")
-    if needed_tools(choice, tools):
-        raise InvalidRequest(
-            "tool_choice may be 'auto' or 'none'; calls that have to be made are not implemented", param="tool_choice"
-        )
+
+
+def constraint_of(
+    choice: Choice, tools: Sequence[dict[str, Any]], form: str | None, parallel: bool
+) -> Constraint | None:
+    """The grammar that sees to calls that have to be made, and to arguments of strict tools; None where the model is free.
+
+    `form`: the name of the model's format of calls. Raises InvalidRequest where that has no grammar."""
+    is_forced = choice.kind in ("required", "named")
+    if form not in FORMS:
+        if is_forced:
+            raise InvalidRequest(
+                f"tool_choice may be 'auto' or 'none': calls can be seen to in {' and '.join(FORMS)}, and this model's are "
+                f"written in {form or 'no format'}",
+                param="tool_choice",
+            )
+        return None
+    wanted = {"function": {"name": choice.name}} if choice.kind == "named" else choice.kind
+    found = tried(lambda: tools_constraint(cast(ToolFormat, form), tools, wanted, parallel), ValueError)
+    if isinstance(found, ValueError):
+        raise InvalidRequest(f"tools: {found}", param="tools")
+    return found
