@@ -19,9 +19,10 @@ from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serving.addresses import bracketed
+from serving.fitting import num_sharing
 from serving.frontend import EngineInfo
 from serving.streams import batched
-from trinity.config import Client, Config
+from trinity.config import Client, Config, EngineConfig, ModelConfig
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
@@ -55,17 +56,17 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from trinity.engine.defaults import read_defaults
     from trinity.engine.engine import Engine
     from trinity.engine.weights import FixedWeights
-    from trinity.models.registry import build
+    from trinity.models.registry import weight_bytes
 
     found = open_checkpoint(checkpoint)
+    settings = _settled(config, found.config, weights=weight_bytes(found.config)[0])
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
-    model = build(found.config, experts, device="cuda" if config.engine.num_gpus else "cpu").eval()
-    weights = FixedWeights(model, found.load_backbone(model))
+    weights = FixedWeights(found.load_model(experts, _device(config)), found.version)
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
-    return Engine(weights, found.config, config.engine, found.tokenizer, counts, defaults)
+    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults)
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
@@ -75,7 +76,18 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
-    return Engine(weights, model, config.engine, tokenizer, weights.counts)
+    return Engine(weights, model, _settled(config, model), tokenizer, weights.counts)
+
+
+def _device(config: Config) -> str:
+    return "cuda" if config.engine.num_gpus else "cpu"
+
+
+def _settled(config: Config, model: ModelConfig, weights: int = 0) -> EngineConfig:
+    """The engine's settings, with what nobody chose chosen by this node's memory, beside `weights` bytes still to come."""
+    from trinity.engine.memory import settled
+
+    return settled(model, config.engine, model.itemsize, _device(config), num_sharing(config), weights)
 
 
 def load_factory(path: str) -> Factory:

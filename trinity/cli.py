@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "train a model with its experts in Ray actors",
     "serve": "serve a checkpoint, or a run that trains, over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
-    "chat": "talk to a running server",
+    "chat": "talk to a running server, or with --local to a checkpoint",
     "eval": "score a checkpoint or a running server on tasks of lm-eval",
     "placement": "see experts, move them, scale their shards",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
@@ -29,6 +29,8 @@ COMMANDS = {
 }
 
 CHECKPOINT = "a folder, or ORG/NAME[@REVISION] on the Hugging Face Hub"
+OFFLINE = "Any setting of the engine: --engine.max_model_len 4096; of the experts: --placement.backend torch"
+TAKE_SETTINGS = ("train", "serve", "chaos", "generate", "chat")
 PLACEMENT = {
     "show": "pools, shards, what they hold and compute",
     "plan": "what a better plan for the present load would move; changes nothing",
@@ -121,6 +123,7 @@ def _demo(sub: argparse.ArgumentParser) -> None:
 
 def _sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help=CHECKPOINT)
+    sub.epilog = OFFLINE
     sub.add_argument("--prompt", required=True, action="append", help="repeat for several prompts in one batch")
     sub.add_argument("--max-tokens", type=int, default=128)
     sub.add_argument("--temperature", type=float, help="default: the checkpoint's, or 0: the likeliest token")
@@ -137,7 +140,9 @@ def _sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def _chat(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("url", help="for example http://127.0.0.1:8000")
+    sub.add_argument("url", help="for example http://127.0.0.1:8000; with --local a checkpoint")
+    sub.add_argument("--local", action="store_true", help="load the checkpoint into this process: no server is needed")
+    sub.epilog = OFFLINE
     sub.add_argument("--model", help="default: the first that the server lists")
     sub.add_argument("--system", help="a system message to start with")
     sub.add_argument("--max-tokens", type=int, default=512)
@@ -172,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     setup_threads()
     setup_proxies()
-    if flags and arguments.command not in ("train", "serve", "chaos"):
+    if flags and arguments.command not in TAKE_SETTINGS:
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return importlib.import_module(f"trinity.commands.{arguments.command}").run(arguments, flags) or 0

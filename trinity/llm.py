@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,23 +12,25 @@ import numpy as np
 import torch
 
 from trinity.checkpoint import located, open_checkpoint
-from trinity.config import EngineConfig
+from trinity.config import EngineConfig, ModelConfig, section
 from trinity.engine.defaults import GenerationConfig, read_defaults
 from trinity.engine.engine import Engine
+from trinity.engine.memory import memory_of, plan_memory
 from trinity.engine.request import Delta, FinishReason, SamplingParams, TokenLogprobs, truncated
 from trinity.engine.samples import best, each
 from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
-from trinity.models.registry import build
+from trinity.models.registry import weight_bytes
 from trinity.rpc.messages import Load
-from trinity.text.answers import AnswerFormat, read
+from trinity.text.answers import AnswerFormat, Parser, read
 from trinity.text.conversation import Chat, render
-from trinity.text.tool_calls.events import Call, answer_of
+from trinity.text.tool_calls.events import Call, Event, answer_of
 
 if TYPE_CHECKING:
     from trinity.models.common.experts import ExpertLayer
 
 log = logging.getLogger(__name__)
+STREAM = "stream"
 Params = SamplingParams | Seq[SamplingParams] | None
 
 
@@ -83,12 +85,14 @@ class _Draft:
 
 
 class LLM:
-    """`LLM("runs/train/step-000300").generate("def add(", SamplingParams(temperature=0))`; a folder, or a model's name on the
-    Hugging Face Hub: `LLM("arcee-ai/Trinity-Nano-Preview")`, `LLM("ORG/NAME@REVISION")`.
+    """`LLM("runs/train/step-000300", max_model_len=4096).generate("def add(", SamplingParams(temperature=0))`; a folder, or a
+    model's name on the Hugging Face Hub: `LLM("arcee-ai/Trinity-Nano-Preview")`, `LLM("ORG/NAME@REVISION")`.
 
-    `experts` are the routed experts to call (a dispatcher); without them, shards are made in this process on `device`
+    Settings of EngineConfig are given by their names, over those of `engine`; memory that nobody names is chosen by what is
+    free. `experts` are the routed experts to call (a dispatcher); without them, shards are made in this process on `device`
     ("auto": the GPU if there is one) with expert `backend`. What sampling parameters do not set has the values of the
-    checkpoint's generation_config.json, unless `generation_config` is "none". Raises CheckpointError or ConfigError.
+    checkpoint's generation_config.json, unless `generation_config` is "none". Raises CheckpointError or ConfigError, and
+    before a weight is read or fetched where it could not fit into memory.
     """
 
     def __init__(
@@ -101,11 +105,13 @@ class LLM:
         num_shards: int = 1,
         device: str = "auto",
         generation_config: GenerationConfig = "checkpoint",
+        **settings: Any,
     ):
-        settings = engine or EngineConfig()
-        torch.set_num_threads(settings.num_threads)
+        wanted = section(EngineConfig, "engine", (engine or EngineConfig()).model_dump() | settings)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         checkpoint = open_checkpoint(located(checkpoint_path))
+        own = _fitted(wanted, checkpoint.config, device, with_experts=experts is None)
+        torch.set_num_threads(own.num_threads)
         checkpoint.fetch()
         if experts is None:
             from trinity.pool.local import local_pool  # only here: the composition of an offline program
@@ -113,14 +119,13 @@ class LLM:
             load = Load(checkpoint.name, training=False)
             pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
             experts = pool.dispatcher(checkpoint.version)
-        model = build(checkpoint.config, experts, device=device).eval()
         self.tokenizer = checkpoint.tokenizer
-        self.weights: WeightSource = FixedWeights(model, checkpoint.load_backbone(model))
+        self.weights: WeightSource = FixedWeights(checkpoint.load_model(experts, device), checkpoint.version)
         tree = checkpoint.generation if generation_config == "checkpoint" else None
         defaults = read_defaults(tree, checkpoint.path)
         for line in defaults.sentences():
             log.info("%s", line)
-        self.engine = Engine(self.weights, checkpoint.config, settings, self.tokenizer, defaults=defaults)
+        self.engine = Engine(self.weights, checkpoint.config, own, self.tokenizer, defaults=defaults)
 
     @classmethod
     def over(cls, engine: Engine, weights: WeightSource) -> "LLM":
@@ -153,6 +158,11 @@ class LLM:
                 self.engine.abort(str(i))
         return [completion for pair in zip(wanted, groups, strict=True) for completion in _answer(*pair)]
 
+    def stream(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """One prompt's text in the pieces in which it comes. Raises as `generate` does; a caller who stops early ends it."""
+        for delta in self._deltas(self._ids(prompt), params):
+            yield delta.text
+
     def chat(
         self,
         messages: Seq[Mapping[str, Any]],
@@ -163,13 +173,36 @@ class LLM:
     ) -> Completion:
         """The assistant's answer to a conversation of OpenAI's messages, by the checkpoint's chat template. `tools` are what
         it may call, as OpenAI's; the template gets `template_arguments` by name. Raises InvalidRequest."""
-        answers, chat = AnswerFormat.of(self.tokenizer), Chat(messages, tools, arguments=template_arguments or {})
-        answers.check_tools(chat.tools)
-        prompt_ids = self.tokenizer.encode(render(chat, self.tokenizer))
+        prompt_ids, parser = self._chat(Chat(messages, tools, arguments=template_arguments or {}))
         completion = self.generate([prompt_ids], params)[0]
-        parser = answers.parser(prompt_ids, chat.tools)
         answer = answer_of(read(parser, completion.token_ids, completion.text, is_last=True))
         return replace(completion, text=answer.text, reasoning=answer.reasoning, tool_calls=answer.calls)
+
+    def stream_chat(
+        self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, tools: Seq[dict[str, Any]] = ()
+    ) -> Iterator[Event]:
+        """The same answer as it comes: pieces of text, of reasoning and of calls (trinity/text/tool_calls/events.py)."""
+        prompt_ids, parser = self._chat(Chat(messages, tools))
+        for delta in self._deltas(prompt_ids, params):
+            yield from read(parser, delta.token_ids, delta.text, delta.finish_reason is not None)
+
+    def _chat(self, chat: Chat) -> tuple[list[int], Parser]:
+        """The prompt that the chat template makes of it, and what reads the answer."""
+        answers = AnswerFormat.of(self.tokenizer)
+        answers.check_tools(chat.tools)
+        prompt_ids = self.tokenizer.encode(render(chat, self.tokenizer))
+        return prompt_ids, answers.parser(prompt_ids, chat.tools)
+
+    def _deltas(self, prompt_ids: list[int], params: SamplingParams | None) -> Iterator[Delta]:
+        self.engine.add(STREAM, prompt_ids, params)
+        try:
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    if delta.finish_reason == "error":
+                        raise delta.cause or TrinityError(delta.error or "the request failed")
+                    yield delta
+        finally:
+            self.engine.abort(STREAM)
 
     def _ids(self, prompt: str | Seq[int]) -> list[int]:
         return self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
@@ -195,6 +228,15 @@ class LLM:
 def _answer(params: SamplingParams, drawn: list[_Draft]) -> list[Completion]:
     chosen = best(params, [draft.logprobs for draft in drawn])
     return [drawn[i].completion(params.logprobs is not None) for i in chosen]
+
+
+def _fitted(settings: EngineConfig, model: ModelConfig, device: str, with_experts: bool) -> EngineConfig:
+    """The settings with the memory of the cache chosen beside weights that are still to be loaded."""
+    backbone, routed = weight_bytes(model)
+    memory = memory_of(device, weights=backbone + routed * with_experts)
+    plan = plan_memory(model, settings, model.itemsize, memory)
+    log.info("%s", plan.line)
+    return plan.fixed(settings)
 
 
 def _one_each(params: Params, num: int) -> list[SamplingParams]:

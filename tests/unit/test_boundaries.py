@@ -30,7 +30,7 @@ ACTORS = {
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
-    "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy",
+    "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
     "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
     "serving.tracing", "serving.vllm_names",
@@ -145,8 +145,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
     "serving.engine": {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
-        "serving.addresses", "serving.frontend", "serving.streams",
+        "serving.addresses", "serving.fitting", "serving.frontend", "serving.streams",
     },
+    "serving.fitting": {"trinity.engine", "trinity.models.registry"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},
     "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
@@ -180,7 +181,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "llguidance": ("trinity.text.grammar", "trinity.engine.grammars"),
     "pyarrow": ("trinity.data",),
     "matplotlib": ("trinity.bench", "trinity.train"),
-    "tqdm": ("trinity.train",),
+    "tqdm": ("trinity.train", "trinity.utils"),
     "yaml": ("trinity.config", "trinity.launch"),
     "pydantic": ("trinity.config", "trinity.models", "trinity.engine", "trinity.commands", "serving.http", "serving.deploy"),
     "torch": (

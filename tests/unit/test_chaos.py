@@ -6,7 +6,7 @@ import math
 import pytest
 
 from actors.chaos.plan import Attempt, Fault, goodput, longest_step_s, num_lost, num_replays, plan, recovery_s, step_at
-from trinity.bench.load import RequestFailed, Timeline
+from trinity.bench.open_load import RequestFailed, Timeline
 from trinity.chaos.serve import Answers, longest_stall_s, num_wrong
 from trinity.cli import main
 

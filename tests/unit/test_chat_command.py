@@ -49,6 +49,7 @@ def test_reasoning_and_calls_are_shown_apart(monkeypatch, capsys, in_color, show
         "model": None,
         "max_tokens": 9,
         "temperature": 1.0,
+        "local": False,
     }
     assert chat.run(argparse.Namespace(**given), []) == 0
     assert capsys.readouterr().out.startswith(shown)

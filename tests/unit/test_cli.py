@@ -10,7 +10,9 @@ import torch
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.cli import COMMANDS, main
 from trinity.config import Config, preset
+from trinity.engine.request import SamplingParams
 from trinity.launch import save_settings
+from trinity.llm import LLM
 from trinity.models.afmoe.init import init_weights
 from trinity.models.afmoe.model import Afmoe
 from trinity.pool.local import local_pool
@@ -187,6 +189,60 @@ def test_generate_completes_each_prompt_and_says_what_is_wrong(checkpoint, capsy
     assert capsys.readouterr().out == once
     assert main(["generate", str(checkpoint), "--prompt", "x", "--temperature", "-1"]) == 2
     assert "--temperature" in capsys.readouterr().err
+
+
+def test_offline_commands_take_the_engines_settings(checkpoint, capsys):
+    generate = ["generate", str(checkpoint), "--prompt", "some text", "--max-tokens", "4"]
+
+    def refused(*flags):
+        assert main([*generate, *flags]) == 2
+        return capsys.readouterr().err
+
+    assert main([*generate, "--engine.max_model_len", "64", "--placement.backend", "torch"]) == 0
+    found = capsys.readouterr()
+    assert "sequences of up to 64 tokens, engine.max_num_seqs 64 of them at once" in found.err
+    assert main([*generate, "--placement.num_shards", "2"]) == 0
+    assert capsys.readouterr().out == found.out
+    assert "prompt tokens; this model takes 2 and one generated" in refused("--engine.max_model_len", "3")
+    assert "did you mean 'engine.max_model_len'?" in refused("--engine.max_len", "64")
+    assert "needs" in (said := refused("--engine.max_model_len", "1024", "--engine.kv_cache_bytes", "1000"))
+    assert "is 1000; raise engine.kv_cache_bytes to at least" in said
+    assert "--serve.http_port changes nothing without a server" in refused("--serve.http_port", "1")
+    assert "--placement.redundancy changes nothing without a server" in refused("--placement.redundancy", "1")
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["chat", "--local"], ["serve"]])
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(command, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("trinity.engine.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("trinity.checkpoint.tensor_file.TensorFile.read", None)
+    monkeypatch.setattr("serving.app.start", None)
+    assert main([command[0], str(checkpoint), *command[1:]]) == 2
+    said = capsys.readouterr().err
+    assert "of memory, 1,000 bytes is free here" in said
+    assert "the weights take" in said
+
+
+def test_training_that_serves_refuses_a_cache_that_does_not_fit(tmp_path, capsys):
+    flags = ["--train.out_dir", str(tmp_path / "run"), "--engine.kv_cache_bytes", str(1 << 50)]
+    assert main(["train", "tiny", "--serve", *flags]) == 2
+    assert "engine.kv_cache_bytes is 1,125,899,906,842,624" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_conversation_with_a_checkpoint_in_this_process(checkpoint, capsys, monkeypatch):
+    """The answers are the greedy ones of LLM.chat, the second with the first in its history; an error drops one message."""
+    texts = iter(["Hello", "word " * 400, "again", ""])
+    monkeypatch.setattr("trinity.commands.chat._ask", lambda: next(texts))
+    flags = ["--max-tokens", "5", "--temperature", "0", "--engine.max_model_len", "300"]
+    assert main(["chat", "--local", str(checkpoint), *flags]) == 2
+    found, messages = capsys.readouterr(), [{"role": "user", "content": "Hello"}]
+    llm, params = LLM(checkpoint, max_model_len=300), SamplingParams(max_tokens=5, temperature=0)
+    first = llm.chat(messages, params).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "again"}]
+    assert found.out == f"{first}\n{llm.chat(messages, params).text}\n"
+    assert "prompt tokens; this model takes 299" in found.err
+    assert main(["chat", "http://127.0.0.1:9", "--engine.max_model_len", "64"]) == 2
+    assert "a running server has its own settings" in capsys.readouterr().err
 
 
 def test_convert_changes_the_type_and_the_files_but_not_the_weights(checkpoint, tmp_path, capsys):

@@ -179,3 +179,24 @@ def test_what_generation_config_recommends_is_followed(folder, tmp_path, caplog)
         LLM(copied, engine=SETTINGS, backend="reference", device="cpu")
     plain = LLM(copied, engine=SETTINGS, backend="reference", device="cpu", generation_config="none")
     assert plain.default_params == SamplingParams()
+
+
+def test_settings_by_name(folder):
+    llm = LLM(folder, engine=SETTINGS, max_model_len=32, backend="reference", device="cpu")
+    assert (llm.engine.settings.max_model_len, llm.engine.settings.max_num_seqs) == (32, 4)
+    with pytest.raises(ConfigError, match=r"did you mean 'engine.max_model_len'\?"):
+        LLM(folder, max_model_length=32)
+    with pytest.raises(ConfigError, match=r"engine.block_size: Input should be greater than or equal to 1 \(got 0\)"):
+        LLM(folder, block_size=0)
+
+
+def test_a_stream_gives_the_same_text_in_pieces_and_leaves_nothing_when_it_is_left(llm):
+    pieces = list(llm.stream("def f(", PARAMS))
+    assert "".join(pieces) == llm.generate("def f(", PARAMS)[0].text
+    assert len([piece for piece in pieces if piece]) > 1
+    left = llm.stream("def f(", PARAMS)
+    next(left)
+    left.close()
+    assert not llm.engine.has_work
+    with pytest.raises(PromptTooLong):
+        next(llm.stream([1] * 256, PARAMS))

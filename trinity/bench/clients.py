@@ -15,7 +15,7 @@ import httpx
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from trinity.bench.load import Mark, RequestFailed
+from trinity.bench.open_load import Mark, RequestFailed
 from trinity.errors import ConfigError, ModelNotFound, Unavailable
 
 MAX_VOCAB_SIZE = 1 << 24

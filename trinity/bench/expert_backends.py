@@ -25,7 +25,7 @@ from trinity.experts.base import Assignments, ExpertBackend, LayerWeights
 from trinity.experts.reference import ReferenceBackend
 from trinity.experts.registry import resolve
 from trinity.experts.torch_backend import TorchBackend
-from trinity.utils.machine import meminfo
+from trinity.utils.machine import available_bytes
 
 LAYER_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}  # of weights that a shard holds of one layer, unless told
 NAMES = ("y without gradients", "y", "dx", "dweight", "dgate", "dup", "ddown")
@@ -97,7 +97,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return meminfo().get("MemAvailable", 1 << 62)
+    return available_bytes()
 
 
 def no_room(needed: int, device: torch.device) -> str | None:

@@ -22,7 +22,7 @@ from trinity.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
     from trinity.bench.clients import Card, Client
-    from trinity.bench.load import Mark, Timeline
+    from trinity.bench.open_load import Mark, Timeline
 
 USUAL = {"num_prompts": 100, "request_rate": [4.0], "input_len": 128, "output_len": 64}
 QUICK = {"num_prompts": 6, "request_rate": [40.0, 80.0], "input_len": 8, "output_len": 4}
@@ -113,19 +113,23 @@ async def one_load(client: "Client", card: "Card", arguments: argparse.Namespace
     """One rate: draw the load, send it, sum it up."""
     import numpy as np
 
-    from trinity.bench import load
+    from trinity.bench import open_load
 
     num, ratio, rng = arguments.num_prompts, arguments.random_range_ratio, np.random.default_rng(arguments.seed)
-    plan = load.arrivals(num, rate, arguments.burstiness, rng)
-    num_inputs = load.lengths(num, arguments.input_len, ratio, rng)
-    num_outputs = load.lengths(num, arguments.output_len, ratio, rng)
+    plan = open_load.arrivals(num, rate, arguments.burstiness, rng)
+    num_inputs = open_load.lengths(num, arguments.input_len, ratio, rng)
+    num_outputs = open_load.lengths(num, arguments.output_len, ratio, rng)
     print(f"{num} requests, {rate:g} a second: the last leaves after {plan[-1]:.3g} s", file=sys.stderr)
     cpu_s = time.process_time()
     lines, duration_s = await _offer(client, card, arguments, plan, num_inputs, num_outputs)
     used = (time.process_time() - cpu_s) / duration_s
     others = sum(line.failure is None and line.num_output != n for line, n in zip(lines, num_outputs, strict=True))
     own = {"generator_cpu_share": used, "num_other_output_len": others}
-    return {**_settings(arguments, card, rate), **load.summarize(lines, duration_s, dict(arguments.goodput)), **own}
+    return {
+        **_settings(arguments, card, rate),
+        **open_load.summarize(lines, duration_s, dict(arguments.goodput)),
+        **own,
+    }
 
 
 async def _offer(
@@ -139,7 +143,7 @@ async def _offer(
     """Send prompts of new random ids, of these lengths, at these times."""
     import numpy as np
 
-    from trinity.bench import load
+    from trinity.bench import open_load
 
     rng = np.random.default_rng()
     prompts = [rng.integers(card.vocab_size, size=num).tolist() for num in num_inputs]
@@ -147,11 +151,11 @@ async def _offer(
     def send(i: int, mark: "Mark") -> Awaitable[tuple[int, int]]:
         return client.generate(card.model, prompts[i], num_outputs[i], mark)
 
-    return await load.offer(plan, send, arguments.max_concurrency, arguments.timeout_s)
+    return await open_load.offer(plan, send, arguments.max_concurrency, arguments.timeout_s)
 
 
 def _check_fits(arguments: argparse.Namespace, card: "Card") -> None:
-    from trinity.bench.load import bounds
+    from trinity.bench.open_load import bounds
 
     need = sum(bounds(num, arguments.random_range_ratio)[1] for num in (arguments.input_len, arguments.output_len))
     if card.max_model_len and need > card.max_model_len:
@@ -235,7 +239,7 @@ def _against_rate(swept: Sequence[dict[str, Any]], title: str, unit: str, lines:
 
 
 def _distribution(name: str, done: Sequence[dict[str, Any]]) -> Curve:
-    from trinity.bench.load import SHARES
+    from trinity.bench.open_load import SHARES
 
     lines = {f"{result['request_rate']}/s": tuple(result[f"percentiles_{name}_ms"]) for result in done}
     return Curve(name.upper(), "% that took longer", "ms", tuple(100 - share for share in SHARES), lines)

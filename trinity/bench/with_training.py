@@ -1,7 +1,7 @@
 """`trinity bench serve --with-training`: what requests and training cost each other on one pool of shards.
 
 One private Ray, one training run whose live weights are served, three arms that take turns: requests while training pauses,
-training without requests, both. Decisions: the load is open (load.py) and the same in both arms that have it; latencies are
+training without requests, both. Decisions: the load is open (open_load.py), the same in both arms that have it; latencies are
 compared round by round, and so is the rate of training, counted from the end of one step to the end of another within an arm.
 """
 

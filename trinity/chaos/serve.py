@@ -22,7 +22,7 @@ from trinity.utils.terminal import say
 if TYPE_CHECKING:
     from actors.chaos.injector import Chaos
     from trinity.bench.clients import Card, Client
-    from trinity.bench.load import Mark, Timeline
+    from trinity.bench.open_load import Mark, Timeline
 
 FAULTS = (Fault.KILL_SHARD, Fault.STOP_SHARD, Fault.KILL_SERVICE, Fault.MOVE_EXPERTS)
 NUM_PROMPTS, PROMPT_LEN, OUTPUT_LEN = 16, 16, 32
@@ -122,15 +122,15 @@ def raging_at(chaos: "Chaos", arguments: argparse.Namespace, struck: list[Struck
 def arrivals(seconds: float, arguments: argparse.Namespace) -> list[float]:
     import numpy as np
 
-    from trinity.bench import load
+    from trinity.bench import open_load
 
     num = max(1, round(seconds * arguments.rate))
-    return load.arrivals(num, arguments.rate, 1.0, np.random.default_rng(arguments.seed))
+    return open_load.arrivals(num, arguments.rate, 1.0, np.random.default_rng(arguments.seed))
 
 
 async def offered(client: "Client", card: "Card", prompts: Sequence[list[int]], at_s: Sequence[float]) -> Answers:
     """Send the prompts in turn at these times, and read what comes."""
-    from trinity.bench import load
+    from trinity.bench import open_load
 
     pieces: list[list[str]] = [[] for _ in at_s]
 
@@ -141,7 +141,7 @@ async def offered(client: "Client", card: "Card", prompts: Sequence[list[int]], 
 
         return client.generate(card.model, prompts[i % len(prompts)], OUTPUT_LEN, noted)
 
-    lines, _ = await load.offer(at_s, send)
+    lines, _ = await open_load.offer(at_s, send)
     return Answers(lines, ["".join(each) for each in pieces])
 
 

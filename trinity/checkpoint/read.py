@@ -6,7 +6,6 @@ could otherwise see two models; code that a config names (`auto_map`) is never l
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trinity.checkpoint.hub import folder_of
@@ -30,21 +29,23 @@ from trinity.checkpoint.layout import (
     expert_key,
     own_hash,
 )
+from trinity.checkpoint.tensor_file import TYPES, Entry, Part, TensorFile, read_all, unique
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
-from trinity.models.registry import family_of, read_config
+from trinity.models.registry import build, family_of, read_config
 from trinity.rpc.messages import Experts
+from trinity.utils.hugepages import empty
+from trinity.utils.terminal import progress
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
+    from trinity.models.common.experts import ExpertLayer
     from trinity.text.tokenizer import Tokenizer
 
 MAX_JSON_BYTES = 256 << 20
-MAX_HEADER_BYTES = 32 << 20
 HASH_AHEAD_BYTES = 4 << 30
 MAX_NAME_BYTES = 255
-LFS_POINTER = b"version "  # the first of its words, where a header's length would be
 SMALL_BYTES = 256 << 20
 
 
@@ -56,12 +57,12 @@ class Checkpoint:
         self.folder = folder_of(source)
         self.path, self.name = self.folder.path, self.folder.name
         self._good: set[str] = set()
+        self._open: dict[str, TensorFile] = {}
         self.manifest = self._manifest()
         for file in self._files:
             if not file.endswith(".safetensors"):  # those are checked when they are first read
                 self._verified(file)
         self.config: ModelConfig = read_config({**_read_json(self._verified("config.json")), **self._ends()}, self.path)
-        self._open: dict[str, Any] = {}
         self._index = self._read_index()
         self._check_size()
         if (self.path / SINGLE).is_file():
@@ -122,39 +123,59 @@ class Checkpoint:
         keys = [key for pair in pairs for key in self._expert_keys(*pair)]
         self.folder.fetch({self._index[key] for key in keys if key in self._index})
 
-    def _expert_keys(self, layer: int, expert: int) -> list[str]:
-        """Return the keys that hold an expert's matrices: the layer's stacks, where it has them, else one for each."""
-        stacked = family_of(self.config).keys.stacked
-        stacks = [stacked.gate_up.format(layer=layer), stacked.down.format(layer=layer)]
-        return (
-            stacks if stacks[0] in self.weight_map else [expert_key(self.config, layer, expert, p) for p in PROJECTIONS]
-        )
-
-    def tensor(self, key: str, shape: Iterable[int] | None = None, at: int | None = None) -> Tensor:
-        """A tensor of the model, checked to be of a type that holds weights as they are, and of `shape`; `at`: its part of that
-        number, read alone."""
-        if key not in self.weight_map:
-            raise CheckpointError(
-                f"{self.path}: tensor {key!r} is missing; is this a complete {self.config.model_type} checkpoint?"
-            )
-        return self._read(self.weight_map[key], key, shape, at)
+    def tensor(self, key: str, shape: Iterable[int] | None = None) -> Tensor:
+        """A tensor of the model, checked to be of a type that holds weights as they are, and of `shape`."""
+        return self._tensor(self._place(key), key, shape)
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return gate_FD, up_FD, down_DF of one expert, from a tensor for each or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        keys = self._expert_keys(layer, expert)
-        if len(keys) == 2:
-            num = self.config.num_experts
-            gate, up = self.tensor(keys[0], (num, 2 * f, d), expert).chunk(2)
-            return gate, up, self.tensor(keys[1], (num, d, f), expert)
-        gate, up, down = (self.tensor(*each) for each in zip(keys, ((f, d), (f, d), (d, f)), strict=True))
+        dtype = self._entry(self._expert_keys(layer, expert)[0]).dtype
+        gate, up, down = (torch.empty(shape, dtype=TYPES[dtype]) for shape in ((f, d), (f, d), (d, f)))
+        self.fill(self.expert_parts(layer, expert, gate, up, down))
         return gate, up, down
 
-    @torch.no_grad()
+    def expert_parts(self, layer: int, expert: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> list[Part]:
+        """Parts to `fill` that memory with one expert, from a tensor for each matrix or from the layer's stacks."""
+        d, f = self.config.hidden_size, self.config.moe_intermediate_size
+        keys = self._expert_keys(layer, expert)
+        if len(keys) == len(PROJECTIONS):
+            for key, shape in zip(keys, ((f, d), (f, d), (d, f)), strict=True):
+                self._entry(key, shape)
+            return [Part(key, target) for key, target in zip(keys, (gate_FD, up_FD, down_DF), strict=True)]
+        gate_up, down, num = *keys, self.config.num_experts
+        self._entry(gate_up, (num, 2 * f, d))
+        self._entry(down, (num, d, f))
+        first = expert * 2 * f * d
+        return [Part(gate_up, gate_FD, first), Part(gate_up, up_FD, first + f * d), Part(down, down_DF, expert * d * f)]
+
+    def _expert_keys(self, layer: int, expert: int) -> tuple[str, ...]:
+        """The keys of its three matrices, or of the two stacks that it is in."""
+        stacked = family_of(self.config).keys.stacked
+        if (gate_up := stacked.gate_up.format(layer=layer)) in self.weight_map:
+            return gate_up, stacked.down.format(layer=layer)
+        return tuple(expert_key(self.config, layer, expert, projection) for projection in PROJECTIONS)
+
+    def fill(self, parts: Iterable[Part], what: str = "") -> None:
+        """Read each part into its memory, in the order of the files. `what`: words beside a bar on a terminal."""
+        placed = [(self._file(self._place(part.key)), part) for part in parts]
+        with progress(what, sum(part.target.nbytes for _, part in placed)) as told, _reading(self.path):
+            read_all(placed, told)
+
+    def load_model(self, experts: "ExpertLayer", device: str) -> "CausalLM":
+        """The backbone over these experts, with its weights, ready to compute."""
+        model = build(self.config, experts, device="meta")
+        memory = {name: empty(like.shape, like.dtype, device) for name, like in model.state_dict().items()}
+        model.load_state_dict(memory, assign=True)  # not `to_empty`, which imports a compiler: seconds
+        self.load_backbone(model)
+        return model.eval()
+
     def load_backbone(self, model: "CausalLM") -> int:
-        """Copy every tensor of the backbone from the files; -> version."""
-        for key, mine in model.tensors().items():
-            mine.copy_(self.tensor(key, mine.shape))
+        """Fill every tensor of the backbone from the files; -> version."""
+        tensors = model.tensors()
+        for key, mine in tensors.items():
+            self._entry(key, mine.shape)
+        self.fill([Part(key, mine) for key, mine in tensors.items()], "reading the backbone")
         return self.version
 
     def training_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -165,7 +186,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: optimizer state {missing[0]!r} is missing; fine-tune with train.init_from instead"
             )
-        return {name: self._read(where[name], name, None) for name in names}
+        return {name: self._tensor(where[name], name) for name in names}
 
     @cached_property
     def _training_map(self) -> dict[str, str]:
@@ -173,19 +194,43 @@ class Checkpoint:
             t: file for file, entry in self._files.items() if file.startswith("training/") for t in entry["tensors"]
         }
 
-    def _read(self, file: str, key: str, shape: Iterable[int] | None, at: int | None = None) -> Tensor:
-        if file not in self._open:
-            self._open[file] = _opened(self._verified(file))
-        with _reading(self.path / file, f"{key!r} in "):
-            found = self._open[file].get_slice(key).get_shape()
-            if shape is not None and tuple(found) != tuple(shape):
-                raise CheckpointError(f"{self.path / file}: {key} has shape {found}, config.json wants {list(shape)}")
-            tensor = self._open[file].get_tensor(key) if at is None else self._open[file].get_slice(key)[at]
-        if tensor.dtype not in STORED:
+    def _place(self, key: str) -> str:
+        """The file that a tensor of the model is in."""
+        if key not in self.weight_map:
             raise CheckpointError(
-                f"{self.path / file}: {key} has type {tensor.dtype}; weights are floating point, one of {[*STORED.values()]}"
+                f"{self.path}: tensor {key!r} is missing; is this a complete {self.config.model_type} checkpoint?"
             )
+        return self.weight_map[key]
+
+    def _entry(self, key: str, shape: Iterable[int] | None = None) -> Entry:
+        """The header's facts about a tensor of the model."""
+        return self._checked(self._place(key), key, shape)
+
+    def _checked(self, file: str, key: str, shape: Iterable[int] | None) -> Entry:
+        path, opened = self.path / file, self._file(file)
+        with _reading(path, f"{key!r} in "):
+            found = opened.entry(key)
+        if shape is not None and found.shape != tuple(shape):
+            raise CheckpointError(f"{path}: {key} has shape {[*found.shape]}, config.json wants {[*shape]}")
+        if found.dtype not in TYPES:
+            raise CheckpointError(
+                f"{path}: {key} has type {found.dtype}; weights are floating point, one of {[*TYPES]}"
+            )
+        return found
+
+    def _tensor(self, file: str, key: str, shape: Iterable[int] | None = None) -> Tensor:
+        found, opened = self._checked(file, key, shape), self._file(file)
+        tensor = torch.empty(found.shape, dtype=TYPES[found.dtype])
+        with _reading(self.path / file, f"{key!r} in "):
+            opened.read(Part(key, tensor))
         return tensor
+
+    def _file(self, file: str) -> TensorFile:
+        if file not in self._open:
+            path = self._verified(file)
+            with _reading(path):
+                self._open[file] = TensorFile(path)
+        return self._open[file]
 
     def _verified(self, file: str) -> Path:
         """The path of a file of ours, once its size and hash agree with the manifest (if there is one)."""
@@ -257,9 +302,7 @@ class Checkpoint:
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """The file of each tensor. Of a model of the Hub in one file: fetches it."""
-        if self._index is not None:
-            return self._index
-        return dict.fromkeys(_opened(self._verified(SINGLE)).keys(), SINGLE)
+        return dict.fromkeys(self._file(SINGLE).keys, SINGLE) if self._index is None else self._index
 
     @property
     def _weight_files(self) -> set[str]:
@@ -302,20 +345,6 @@ def _reading(path: Path, what: str = "") -> Iterator[None]:
         raise CheckpointError(f"cannot read {what}{path}: {error}") from None
 
 
-def _opened(path: Path) -> Any:
-    """A safetensors file whose header says one thing only. The library checks that offsets cover the file without overlap."""
-    with _reading(path):
-        with path.open("rb") as file:
-            head = file.read(8)
-            if head == LFS_POINTER:
-                raise ValueError("it stands for a file that Git LFS keeps elsewhere; `git lfs pull` fetches it")
-            size = int.from_bytes(head, "little")
-            if size > MAX_HEADER_BYTES:
-                raise ValueError(f"its header claims {size:,} bytes; {MAX_HEADER_BYTES:,} is the most there may be")
-            json.loads(file.read(size), object_pairs_hook=_unique)
-        return safe_open(str(path), framework="pt")
-
-
 def _is_entry(entry: Any) -> bool:
     wanted = {"bytes": int, "sha256": str, "tensors": list}
     return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in wanted.items())
@@ -331,17 +360,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     with _reading(path):
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes; a JSON file may have {MAX_JSON_BYTES:,}")
-        tree = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        tree = json.loads(path.read_bytes(), object_pairs_hook=unique)
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
-    return tree
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        twice = next(key for key, num in Counter(key for key, _ in pairs).items() if num > 1)
-        raise ValueError(f"key {twice!r} is there twice")
     return tree
 
 

@@ -12,6 +12,7 @@ BENCHES = {
     "experts": "the expert layer, forward and backward, backends side by side",
     "train": "training tokens per second: one process, shard actors, transformers",
     "durable": "a training step whose state outlives its processes: what that costs, and what a kill costs then",
+    "load": "a checkpoint's way into memory: seconds and bytes, against transformers and the disk",
     "decode": "decode tokens per second: one process, shard actors, transformers",
     "grammar": "what structured output adds to a decode step, at Nano's shape",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",

@@ -1,41 +1,99 @@
-"""`trinity chat URL`: a conversation with any OpenAI-compatible server, streamed to the terminal."""
+"""`trinity chat URL`: a conversation with any OpenAI-compatible server, streamed to the terminal.
+
+`trinity chat CHECKPOINT --local` talks to a checkpoint in this process.
+"""
 
 import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from trinity.config import api_key
 from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
 
+if TYPE_CHECKING:
+    from trinity.text.tool_calls.events import Event
+
+Piece = tuple[str, str]  # of "content", "reasoning", or a "call"
+Answer = Callable[[list[dict[str, str]]], Iterator[Piece]]
+
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
+    if arguments.local:
+        return _here(arguments, flags)
+    if flags:
+        raise ConfigError(f"{flags[0]}: a running server has its own settings; with --local they are this command's")
     key = _read_key(Path(arguments.api_key_file).expanduser()) if arguments.api_key_file else api_key()
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    failed = False
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with httpx.Client(base_url=arguments.url, headers=headers, timeout=httpx.Timeout(600, connect=5)) as client:
         model = arguments.model or _first_model(client)
-        print(f"{model} at {arguments.url}; an empty line or Ctrl-D ends", file=sys.stderr)
-        while text := _ask():
-            messages.append({"role": "user", "content": text})
-            asked = {"model": model, "messages": messages, "stream": True}
-            limits = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+        limits = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+
+        def answer(messages: list[dict[str, str]]) -> Iterator[Piece]:
             try:
-                answer = _print(_stream(client, {**asked, **limits}), sys.stdout.isatty())
-            except TrinityError as error:
-                print(f"{error.message}\n(your last message is dropped; an empty line ends)", file=sys.stderr)
-                messages.pop()
-                failed = True
-                continue
+                yield from _stream(client, {"model": model, "messages": messages, "stream": True, **limits})
             except httpx.HTTPError as error:
-                raise Unavailable(f"the server at {arguments.url} was lost: {error}") from None
-            messages.append({"role": "assistant", **answer})
+                raise Lost(f"the server at {arguments.url} was lost: {error}") from None
+
+        return _converse(answer, f"{model} at {arguments.url}", arguments.system)
+
+
+def _here(arguments: argparse.Namespace, flags: list[str]) -> int:
+    """Talk to a checkpoint in this process."""
+    from trinity.commands.offline import offline
+    from trinity.engine.request import SamplingParams
+
+    given = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+    params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    llm = offline(arguments.url, flags)
+
+    def answer(messages: list[dict[str, str]]) -> Iterator[Piece]:
+        yield from map(_piece, llm.stream_chat(messages, params))
+
+    return _converse(answer, arguments.url, arguments.system)
+
+
+def _piece(event: "Event") -> Piece:
+    from trinity.text.tool_calls.events import CallArguments, CallBegan, Reasoning, Text
+
+    match event:
+        case Text(text):
+            return "content", text
+        case Reasoning(text):
+            return "reasoning", text
+        case CallBegan(_, _, name):
+            return "call", f"\n{name}"
+        case CallArguments(_, piece):
+            return "call", piece
+    return "content", ""
+
+
+class Lost(Unavailable):
+    """The server has gone: the conversation ends."""
+
+
+def _converse(answer: Answer, who: str, system: str | None) -> int:
+    """Ask and print until an empty line; -> exit code: 2 where a message was refused."""
+    failed = False
+    messages = [{"role": "system", "content": system}] if system else []
+    print(f"{who}; an empty line or Ctrl-D ends", file=sys.stderr)
+    while text := _ask():
+        messages.append({"role": "user", "content": text})
+        try:
+            said = _print(answer(messages), sys.stdout.isatty())
+        except Lost:
+            raise
+        except TrinityError as error:
+            print(f"{error.message}\n(your last message is dropped; an empty line ends)", file=sys.stderr)
+            messages.pop()
+            failed = True
+            continue
+        messages.append({"role": "assistant", **said})
     return 2 if failed else 0
 
 
@@ -65,7 +123,7 @@ def _first_model(client: httpx.Client) -> str:
     return str(listed[0]["id"])
 
 
-def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[Piece]:
     """Pieces as they come: of "content", "reasoning", or a "call". Raises TrinityError with the server's words where it
     refuses or fails."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -81,7 +139,7 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, s
                 yield from _pieces(choice["delta"])
 
 
-def _pieces(delta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _pieces(delta: dict[str, Any]) -> Iterator[Piece]:
     for call in delta.get("tool_calls") or ():
         function = call["function"]
         yield "call", (f"\n{function['name']}" if function.get("name") else "") + (function.get("arguments") or "")
@@ -89,7 +147,7 @@ def _pieces(delta: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "content", delta.get("content") or ""
 
 
-def _print(pieces: Iterator[tuple[str, str]], in_color: bool) -> dict[str, str]:
+def _print(pieces: Iterator[Piece], in_color: bool) -> dict[str, str]:
     """Show reasoning dimly and calls in another color, each in its own lines; -> what goes back with the next message."""
     said, before = defaultdict[str, str](str), ""
     for kind, text in pieces:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trinity.commands.placement import cluster_of
 from trinity.config import preset
 from trinity.errors import TrinityError
-from trinity.utils.machine import meminfo, versions
+from trinity.utils.machine import available_bytes, meminfo, versions
 
 if TYPE_CHECKING:
     from actors.round_trips import Measured
@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 def _system() -> dict[str, str]:
     from trinity.config import num_cpus
 
-    memory = {k: v for k, v in meminfo().items() if k in ("MemTotal", "MemAvailable")}
+    free, total = available_bytes(), meminfo().get("MemTotal", 0)
     shared = Path("/dev", "shm")  # Ray's object store lives there
     shm = shutil.disk_usage(shared) if shared.is_dir() else None
     disk = shutil.disk_usage(".")
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "cpus": str(num_cpus()),
-        "memory": f"{memory.get('MemAvailable', 0) / 2**30:.1f} of {memory.get('MemTotal', 0) / 2**30:.1f} GiB available",
+        "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB available",
         "/dev/shm": f"{shm.free / 2**30:.1f} of {shm.total / 2**30:.1f} GiB free"
         if shm
         else "missing: Ray will be slow",

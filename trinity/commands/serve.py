@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from serving.fitting import fitted
 from serving.launch import check_source, provide_weights, resolve, source_of
 from trinity.config import Config, merged, setup_environment
 from trinity.errors import ConfigError
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
             "give --cluster.address auto, or the host:port of a cluster"
         )
     if not is_stop:
+        config = fitted(config)
         check_source(source, config)
     setup_environment(config.cluster.auth, is_local)
     stop(config) if is_stop else serve(config, source, arguments.adopt)

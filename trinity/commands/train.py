@@ -2,6 +2,7 @@
 
 import argparse
 
+from serving.fitting import fitted
 from trinity.config import setup_environment
 from trinity.launch import check_out_dir, load, rewound, train
 from trinity.utils.terminal import say
@@ -13,6 +14,8 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
+    if arguments.serve:
+        config = fitted(config)
     point = check_out_dir(config)
     if point is not None and not rewound(config, point):
         return 0

@@ -20,7 +20,7 @@ from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
-from trinity.config.tree import Config, differences, merged, preset
+from trinity.config.tree import Config, differences, merged, preset, section
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "preset_names",
     "ray_node_pid",
     "read_yaml",
+    "section",
     "setup_environment",
     "setup_grpc",
     "setup_proxies",

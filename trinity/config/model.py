@@ -108,6 +108,11 @@ class ModelConfig(Frozen):
         return next(iter(self.eos_token_ids), None)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one number of the weights, and of the cache."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts, ascending."""
         raise NotImplementedError

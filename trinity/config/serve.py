@@ -17,7 +17,9 @@ HIDDEN = "(set)"  # in place of a key, where settings are printed
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
-    max_model_len: int | None = Field(default=None, ge=2, description="prompt + generated tokens; default: the model's")
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
+    )
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
     max_num_waiting: int = Field(default=1024, ge=1)
@@ -28,7 +30,18 @@ class EngineConfig(Frozen):
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
     block_size: int = Field(default=16, ge=1)
-    kv_cache_bytes: int = Field(default=256 << 20, ge=1)
+    kv_cache_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="of one engine; default: by memory_fraction, at most what max_num_seqs could use",
+    )
+    memory_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="of a GPU, for weights and KV cache together (default: 0.9); of what the weights leave of the memory that "
+        "is free where the CPU computes, for the KV cache (default: 0.5)",
+    )
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)

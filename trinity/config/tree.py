@@ -5,7 +5,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
@@ -23,6 +23,7 @@ RENAMED = {
     "engine.num_in_flight": "engine.num_overlapped_microbatches",
     "train.runaway_nats": "train.loss_spike_threshold",
 }  # refused with the new name
+S = TypeVar("S", bound=BaseModel)
 SECRET = ("key", "api_key", "admin_key")
 
 
@@ -82,6 +83,15 @@ def preset(name: str) -> ModelConfig:
 def merged(path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> dict[str, Any]:
     """The plain tree `base` < the YAML file < flags, not yet checked."""
     return merge(merge(base, read_yaml(path) if path else {}), parse_flags(flags))
+
+
+def section(kind: type[S], name: str, tree: Mapping[str, Any]) -> S:
+    """One section alone, checked as a part of the whole tree is."""
+    _refuse_unknown(kind, tree, f"{name}.")
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{name}.{_sentence(e)}" for e in error.errors())) from None
 
 
 def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], prefix: str = "") -> list[str]:

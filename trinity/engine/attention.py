@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trinity.config import LayerCache
 from trinity.engine.kv_cache import BlockTable, CacheLayout, KVCache
+from trinity.utils.hugepages import lazy_zeros
 
 PAD_FREELY = 256  # keys; contexts up to this length share one padded call
 MAX_GATHERED = 1 << 18  # padded keys of one decode call: bounds its memory
@@ -36,7 +37,7 @@ class KVPools:
         self.v: dict[LayerCache, Tensor] = {}
         for kind in layout.kinds:
             shape = (layout.num_layers(kind), layout.num_blocks[kind] * layout.block_size, kind.num_heads)
-            k, v = (torch.zeros(*shape, dim, device=device, dtype=dtype) for dim in (kind.key_dim, kind.own_value_dim))
+            k, v = (_zeros((*shape, dim), device, dtype) for dim in (kind.key_dim, kind.own_value_dim))
             self.k[kind], self.v[kind] = k, k[..., : kind.value_dim] if kind.is_latent else v
         self._layers = [(kind, self.k[kind][index], self.v[kind][index]) for kind, index in layout.places]
 
@@ -50,6 +51,10 @@ class KVPools:
         k_PGd.index_copy_(0, slots, k_NGd)
         if v_NGe is not None:
             v_PGe.index_copy_(0, slots, v_NGe)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(*shape, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.memory import settled
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import (
     Chunk,
@@ -92,8 +93,9 @@ class Engine:
     ):
         self.defaults = defaults or SamplingDefaults()
         self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
-        itemsize = next(versions.model(versions.live).parameters()).element_size()
-        layout = plan_layout(config, settings, itemsize)
+        weight = next(versions.model(versions.live).parameters())
+        settings = settled(config, settings, weight.element_size(), str(weight.device))
+        layout = plan_layout(config, settings, weight.element_size())
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.max_model_len = layout.max_model_len
         self._dispatch = dispatch

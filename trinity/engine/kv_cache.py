@@ -9,7 +9,8 @@ the rest at hand). One sequence of `max_model_len` always fits, so preemption al
 a token is the LayerCache's to say: a latent layer is one more kind, of other numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,22 +51,52 @@ class CacheLayout:
         return sum(each == kind for each, _ in self.places)
 
 
+@dataclass(frozen=True)
+class BlockSizes:
+    """Bytes of a block of each kind, over all the layers of the kind."""
+
+    block_size: int
+    block_bytes: Mapping[LayerCache, int]
+
+    @classmethod
+    def of(cls, config: ModelConfig, block_size: int, itemsize: int) -> "BlockSizes":
+        """`itemsize` is the bytes of one cached number. Kinds that see everything come first."""
+        caches = config.layer_caches
+        kinds = sorted(dict.fromkeys(caches), key=lambda kind: kind.window is not None)
+        sizes = {kind: block_size * kind.numbers_per_token * itemsize * caches.count(kind) for kind in kinds}
+        return cls(block_size, sizes)
+
+    def blocks_per_seq(self, num_tokens: int) -> dict[LayerCache, int]:
+        """Blocks of each kind that a sequence of so many tokens takes."""
+        every, size = ceil_div(num_tokens, self.block_size), self.block_size
+        windows = {
+            kind: every if kind.window is None else window_blocks(kind.window, size) for kind in self.block_bytes
+        }
+        return {kind: min(every, blocks) for kind, blocks in windows.items()}
+
+    def bytes_per_seq(self, num_tokens: int) -> int:
+        return sum(num * self.block_bytes[kind] for kind, num in self.blocks_per_seq(num_tokens).items())
+
+    def longest(self, num_bytes: int, most: int) -> int:
+        """Tokens of the longest sequence that fits into so many bytes, and not more than `most`; 0: none does."""
+        counts, size = range(1, ceil_div(most, self.block_size) + 1), self.block_size
+        return min(most, size * bisect_right(counts, num_bytes, key=lambda count: self.bytes_per_seq(count * size)))
+
+
 def plan_layout(config: ModelConfig, settings: EngineConfig, itemsize: int) -> CacheLayout:
-    """Split `kv_cache_bytes` between the kinds; `itemsize` is the bytes of one cached number.
+    """Split `kv_cache_bytes`, which must be a number here (memory.py), between the kinds.
 
     Windowed kinds get the windows of `max_num_seqs` sequences, or as many blocks as the others where memory is scarce;
     kinds that see everything get the rest, up to what all sequences could use. Raises ConfigError when not even one fits.
     """
+    assert settings.kv_cache_bytes is not None, "kv_cache_bytes is chosen in memory.py"
     size, caches = settings.block_size, config.layer_caches
-    max_len = checked_max_len(config, settings)
-    kinds = tuple(sorted(dict.fromkeys(caches), key=lambda kind: kind.window is not None))
-    block_bytes = {kind: size * kind.numbers_per_token * itemsize * caches.count(kind) for kind in kinds}
-    every = ceil_div(max_len, size)
-    per_seq = {k: every if k.window is None else min(every, window_blocks(k.window, size)) for k in kinds}
-    _check_fits(settings.kv_cache_bytes, max_len, size, block_bytes, per_seq)
-    num_blocks = _split(settings.kv_cache_bytes, settings.max_num_seqs, block_bytes, per_seq)
+    sizes, max_len = BlockSizes.of(config, size, itemsize), checked_max_len(config, settings)
+    check_fits(sizes, settings.kv_cache_bytes, max_len)
+    kinds, per_seq = tuple(sizes.block_bytes), sizes.blocks_per_seq(max_len)
+    num_blocks = _split(settings.kv_cache_bytes, settings.max_num_seqs, sizes.block_bytes, per_seq)
     places = tuple((kind, caches[:layer].count(kind)) for layer, kind in enumerate(caches))
-    return CacheLayout(size, max_len, kinds, places, num_blocks, per_seq, block_bytes)
+    return CacheLayout(size, max_len, kinds, places, num_blocks, per_seq, sizes.block_bytes)
 
 
 def checked_max_len(config: ModelConfig, settings: EngineConfig) -> int:
@@ -78,23 +109,12 @@ def checked_max_len(config: ModelConfig, settings: EngineConfig) -> int:
     return wanted
 
 
-def _needed(
-    kinds: Sequence[LayerCache], block_bytes: Mapping[LayerCache, int], per_seq: Mapping[LayerCache, int]
-) -> int:
-    """Bytes that one longest sequence takes of these kinds."""
-    return sum(per_seq[kind] * block_bytes[kind] for kind in kinds)
-
-
-def _check_fits(
-    have: int, max_len: int, size: int, block_bytes: Mapping[LayerCache, int], per_seq: Mapping[LayerCache, int]
-) -> None:
-    need = _needed(tuple(block_bytes), block_bytes, per_seq)
+def check_fits(sizes: BlockSizes, have: int, max_len: int) -> None:
+    """Raise ConfigError where `have`, of engine.kv_cache_bytes, does not hold one sequence of max_len tokens."""
+    need = sizes.bytes_per_seq(max_len)
     if need <= have:
         return
-    windowed = tuple(kind for kind in block_bytes if kind.window is not None)
-    growing = sum(num_bytes for kind, num_bytes in block_bytes.items() if kind.window is None)
-    left = have - _needed(windowed, block_bytes, per_seq)
-    fits = max(0, left // growing * size) if growing else 0
+    fits = sizes.longest(have, max_len)
     remedy = f" or engine.max_model_len to at most {fits}" if fits > 1 else ""
     raise ConfigError(
         f"one sequence of {max_len} tokens needs {need} bytes of KV cache, engine.kv_cache_bytes is {have}; "
@@ -110,7 +130,7 @@ def _split(
     num: dict[LayerCache, int] = {}
     windowed = [kind for kind in block_bytes if kind.window is not None]
     growing = [kind for kind in block_bytes if kind.window is None]
-    left = have - _needed(tuple(block_bytes), block_bytes, per_seq)  # beyond one sequence
+    left = have - sum(per_seq[kind] * block_bytes[kind] for kind in block_bytes)  # beyond one sequence
     for kind in windowed:
         more = min(max(0, min(seqs * per_seq[kind], even) - per_seq[kind]), left // max(1, block_bytes[kind]))
         num[kind], left = per_seq[kind] + more, left - more * block_bytes[kind]

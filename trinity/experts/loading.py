@@ -6,7 +6,15 @@ from torch import Tensor
 from trinity.checkpoint import Checkpoint, open_checkpoint
 from trinity.config import ModelConfig, OptimConfig
 from trinity.experts.base import LayerWeights
-from trinity.experts.stacked import empty_version, kinds_of, make_version, named_matrices, optimizer_of, restacked
+from trinity.experts.stacked import (
+    experts_of,
+    kinds_of,
+    make_version,
+    named_matrices,
+    optimizer_of,
+    stacks_of,
+    unfilled_version,
+)
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
 from trinity.state.versioned_store import Store, Version
@@ -19,10 +27,11 @@ def loaded(
     source = open_checkpoint(message.checkpoint) if message.checkpoint else None
     if source is not None:
         source.fetch(experts)
-    version = empty_version(empty, model, 0, 0)
-    for layer, held in experts.items():
-        rows = {WEIGHT: [read_expert(source, model, layer, expert, message.seed) for expert in held]}
-        version = restacked(store, version, layer, (), held, rows)
+    version = unfilled_version(store, empty, model, experts)
+    if source is None:
+        _draw(version, model, message.seed)
+    else:
+        _read(version, source)
     version = with_state(store, version, model, optim)
     num_updates = 0
     if optim is not None and source is not None and message.training and source.has_training_state:
@@ -33,6 +42,26 @@ def loaded(
     # A run that starts from somebody's weights counts its own steps from 0.
     number = source.version if source and (message.training or optim is None) else 0
     return make_version(number, version.tensors, experts, num_updates)
+
+
+def _read(version: Version, source: Checkpoint) -> None:
+    """Fill the stacks from the files, each number once and straight into its place."""
+    parts = []
+    for layer, held in experts_of(version).items():
+        gate_EFD, up_EFD, down_EFD = stacks_of(version, layer, WEIGHT)
+        for at, expert in enumerate(held):
+            parts += source.expert_parts(layer, expert, gate_EFD[at], up_EFD[at], down_EFD[at].mT)
+    source.fill(parts, "reading the experts")
+
+
+def _draw(version: Version, model: ModelConfig, seed: int) -> None:
+    """Fill the stacks with what a run of that seed starts from."""
+    for layer, held in experts_of(version).items():
+        gate_EFD, up_EFD, down_EFD = stacks_of(version, layer, WEIGHT)
+        for at, expert in enumerate(held):
+            gate_FD, up_FD, down_DF = init_expert(model, layer, expert, seed, torch.float32)
+            for stack, matrix in ((gate_EFD, gate_FD), (up_EFD, up_FD), (down_EFD, down_DF.mT)):
+                stack[at].copy_(matrix)
 
 
 def with_state(store: Store, version: Version, model: ModelConfig, optim: OptimConfig | None) -> Version:

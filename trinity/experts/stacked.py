@@ -101,6 +101,17 @@ def empty_version(empty: LayerWeights, model: ModelConfig, number: int, num_upda
     return make_version(number, stacks, experts, num_updates)
 
 
+def unfilled_version(store: Store, empty: LayerWeights, model: ModelConfig, experts: Experts) -> Version:
+    """Weights of these experts in memory of the store, whose values are anything. `empty`: see `empty_stacks`."""
+    held: Experts = {layer: experts.get(layer, ()) for layer in model.moe_layers}
+    stacks = {
+        f"{name}::{WEIGHT}": store.empty_like(stack, len(ids))
+        for layer, ids in held.items()
+        for name, stack in zip(stack_names(layer), empty, strict=True)
+    }
+    return make_version(0, stacks, held, 0)
+
+
 def restacked(
     store: Store,
     version: Version,

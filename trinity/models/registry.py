@@ -39,6 +39,13 @@ def build(
     return family_of(config).build(config, experts, device=device, dtype=dtype)
 
 
+def weight_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Bytes in memory of the backbone, and of all routed experts."""
+    counts = family_of(config).count_params(config)
+    experts = counts.by_role["experts"]
+    return (counts.total - experts) * config.itemsize, experts * config.itemsize
+
+
 def read_config(tree: Mapping[str, Any], source: str | Path) -> ModelConfig:
     """A checkpoint's `config.json`. Raises CheckpointError naming the file, the field, its value and what it must be."""
     name = tree.get("model_type")

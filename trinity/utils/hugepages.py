@@ -1,17 +1,21 @@
-"""Costs of the kernel's pages, and how not to pay them: huge pages for weights, freed memory kept for the next step.
+"""Costs of the kernel's pages, and how not to pay them: huge pages for weights, freed memory kept for the next step, zeros that
+take none until they are written.
 
-Decisions: both are hints to Linux with glibc and do nothing elsewhere. Huge pages are for what is allocated once and read in
-each pass; zeroing them again and again, as for gradients, costs more than it brings.
+Decisions: the first two are hints to Linux with glibc and do nothing elsewhere. Huge pages are for what is allocated once and
+read in each pass; zeroing them again and again, as for gradients, costs more than it brings.
 """
 
 import ctypes
 import gc
+import math
 import mmap
 import platform
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 HUGE_BYTES = 2 << 20
@@ -31,6 +35,24 @@ def on_huge_pages(tensor: "Tensor") -> "Tensor":
         if size > 0:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def empty(shape: Sequence[int], dtype: "torch.dtype", device: str) -> "Tensor":
+    """Memory whose values are anything, on huge pages where it is the CPU's."""
+    import torch
+
+    return on_huge_pages(torch.empty(*shape, dtype=dtype, device=device))
+
+
+def lazy_zeros(shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+    """Zeros on the CPU whose pages take no memory before they are written to, where the system has such."""
+    import torch
+
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(*shape, dtype=dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def keep_freed_memory() -> None:

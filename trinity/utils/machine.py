@@ -1,15 +1,53 @@
 """Facts about this machine: memory, and versions of installed packages."""
 
 import importlib.metadata
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+ROOT = Path("/")
+FILE_PAGES = ("inactive_file", "active_file")  # memory.stat: the kernel gives them up when memory is wanted
 
-def meminfo() -> dict[str, int]:
+
+def meminfo(root: Path = ROOT) -> dict[str, int]:
     """Bytes by name; empty where there is no /proc."""
-    path = Path("/proc/meminfo")
+    path = root / "proc/meminfo"
     lines = path.read_text().splitlines() if path.is_file() else []
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+
+
+def available_bytes(root: Path = ROOT) -> int:
+    """Memory that this process can still have without swapping: the machine's, and no more than its control groups allow.
+
+    A container's limit is a control group's. Without /proc: all that is installed.
+    """
+    found = meminfo(root).get("MemAvailable")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if found is None else found
+    return max(0, min([machine, *_left_to_groups(root)]))
+
+
+def _left_to_groups(root: Path) -> Iterator[int]:
+    """Bytes that each control group with a limit has left (v2, and v1's memory controller), from the process's own up."""
+    path = root / "proc/self/cgroup"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        own = top / group.strip("/")
+        for folder in (own, *(each for each in own.parents if each.is_relative_to(top))):
+            if all((folder / name).is_file() for name in names):
+                yield from _left(folder, *names)
+
+
+def _left(folder: Path, limit: str, usage: str) -> Iterator[int]:
+    """Bytes that one group has left, if it has a limit. Cached files count as free."""
+    most = (folder / limit).read_text().strip()
+    if most != "max":
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in FILE_PAGES)  # v1 has totals besides
+        yield int(most) - int((folder / usage).read_text()) + cached
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

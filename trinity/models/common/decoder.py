@@ -18,7 +18,7 @@ from trinity.models.common.attention import Attend
 from trinity.models.common.block import Block, Hop, Table
 from trinity.models.common.experts import ExpertLayer
 from trinity.models.common.keys import KeyMap
-from trinity.models.common.layers import Device, Dtype, Linear, RMSNorm, rotary_table
+from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, rotary_table
 from trinity.models.common.router import Router, Routing
 
 
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.rotary, self.embed_scale, self.is_exact = rotary, embed_scale, config.batch_invariant
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
 

@@ -74,6 +74,14 @@ class SwiGLU(nn.Module):
         return y_TD.unflatten(0, x.shape[:-1])
 
 
+class Embedding(nn.Embedding):
+    """torch's, but not drawn on the meta device: numbers of nothing would import a compiler, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """A matrix and, where the family has one, a bias. `is_exact`: see `ModelConfig.batch_invariant`; CausalLM sets it.
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trinity.bench import load, serve
+from trinity.bench import open_load, serve
 from trinity.bench.clients import Ask, http_client
-from trinity.bench.load import RequestFailed, Timeline
+from trinity.bench.open_load import RequestFailed, Timeline
 from trinity.bench.report import Report
 
 
 def gaps(burstiness, num=20_000, rate=50.0, seed=0):
-    return np.diff(load.arrivals(num, rate, burstiness, np.random.default_rng(seed)), prepend=0)
+    return np.diff(open_load.arrivals(num, rate, burstiness, np.random.default_rng(seed)), prepend=0)
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
@@ -42,20 +42,20 @@ def test_burstiness_1_is_a_poisson_process():
 def test_arrivals_are_a_function_of_the_seed():
     assert np.array_equal(gaps(1.0, seed=3), gaps(1.0, seed=3))
     assert not np.array_equal(gaps(1.0, seed=3), gaps(1.0, seed=4))
-    assert load.arrivals(5, float("inf"), 1.0, np.random.default_rng(0)) == [0.0] * 5
+    assert open_load.arrivals(5, float("inf"), 1.0, np.random.default_rng(0)) == [0.0] * 5
 
 
 @given(mean=st.integers(1, 2000), ratio=st.floats(0, 1), seed=st.integers(0, 99))
 def test_lengths_stay_within_their_bounds(mean, ratio, seed):
-    found = load.lengths(50, mean, ratio, np.random.default_rng(seed))
-    low, high = load.bounds(mean, ratio)
+    found = open_load.lengths(50, mean, ratio, np.random.default_rng(seed))
+    low, high = open_load.bounds(mean, ratio)
     assert 1 <= low <= min(found)
     assert max(found) <= high <= 2 * mean
     assert ratio > 0 or set(found) == {mean}
 
 
 def test_lengths_use_the_whole_range():
-    assert set(load.lengths(500, 10, 0.2, np.random.default_rng(0))) == set(range(8, 13))
+    assert set(open_load.lengths(500, 10, 0.2, np.random.default_rng(0))) == set(range(8, 13))
 
 
 LINES = [  # times in seconds
@@ -68,7 +68,7 @@ LINES = [  # times in seconds
 
 
 def test_figures_of_a_load_done_by_hand():
-    found = load.summarize(LINES, 2.0, {"ttft": 250, "tpot": 20})
+    found = open_load.summarize(LINES, 2.0, {"ttft": 250, "tpot": 20})
     want = {
         **{"completed": 3, "failed": 2, "duration": 2.0, "total_input_tokens": 18, "total_output_tokens": 6},
         **{"request_throughput": 1.5, "output_throughput": 3.0, "total_token_throughput": 12.0},
@@ -91,22 +91,24 @@ def test_figures_of_a_load_done_by_hand():
 )
 def test_goodput_counts_what_meets_every_bound(goals, good):
     close = {name: bound + 1e-6 for name, bound in goals.items()}  # sums of decimals are not exact
-    assert load.summarize(LINES, 1.0, close)["request_goodput"] == good
+    assert open_load.summarize(LINES, 1.0, close)["request_goodput"] == good
 
 
 def test_nothing_answered_gives_no_latency_rather_than_none_at_all():
-    found = load.summarize(LINES[3:], 1.0, {})
+    found = open_load.summarize(LINES[3:], 1.0, {})
     assert (found["completed"], found["failed"], found["request_goodput"]) == (0, 2, None)
     assert {found[f"{key}_{name}_ms"] for key in ("mean", "p99") for name in ("ttft", "tpot", "itl", "e2el")} == {None}
 
 
 def test_requests_that_touch_do_not_overlap():
-    assert load.most_at_once([Timeline(0, 0, 0, [1.0]), Timeline(1, 1, 1.0, [2.0]), Timeline(1, 1, 1.5, [2.0])]) == 2
+    assert (
+        open_load.most_at_once([Timeline(0, 0, 0, [1.0]), Timeline(1, 1, 1.0, [2.0]), Timeline(1, 1, 1.5, [2.0])]) == 2
+    )
 
 
 def test_tokens_of_a_chunk_count_in_its_second():
     lines = [Timeline(0, 0, 0.5, [0.6, 1.4, 1.6], num_output=6), Timeline(0, 0, 0.9, [1.7, 9.0], num_output=2)]
-    assert load.busiest_second(lines) == 4  # 0.5 to 1.5 s: two chunks of two tokens
+    assert open_load.busiest_second(lines) == 4  # 0.5 to 1.5 s: two chunks of two tokens
 
 
 class FakeServer:
@@ -144,7 +146,7 @@ WHOLE = head() + TOKEN + TOKEN + END
 
 @asynccontextmanager
 async def offered(answer):
-    """`send` for load.offer towards a FakeServer, and that server."""
+    """`send` for open_load.offer towards a FakeServer, and that server."""
     fake = FakeServer(answer)
     server = await asyncio.start_server(fake, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -163,7 +165,7 @@ async def bare_sleeper(plan):
 
 async def test_a_server_that_stalls_delays_no_later_request():
     """It answers nobody before everybody has asked: a client that waits for an answer would wait for ever."""
-    plan, all_asked = load.arrivals(24, 80, 1.0, np.random.default_rng(1)), asyncio.Event()
+    plan, all_asked = open_load.arrivals(24, 80, 1.0, np.random.default_rng(1)), asyncio.Event()
 
     async def stall(i, write):
         if i + 1 == len(plan):
@@ -174,7 +176,7 @@ async def test_a_server_that_stalls_delays_no_later_request():
     async with offered(stall) as (send, fake):
         began_s = asyncio.get_running_loop().time()
         pace = asyncio.create_task(bare_sleeper(plan))
-        lines, duration_s = await load.offer(plan, send, timeout_s=60)
+        lines, duration_s = await open_load.offer(plan, send, timeout_s=60)
     assert [line.failure for line in lines] == [None] * 24
     assert sorted(body["prompt"][0] for body in fake.bodies) == list(range(24))
     late_s = np.sort(fake.arrived_s) - began_s - plan
@@ -190,8 +192,8 @@ async def test_a_cap_is_kept_and_its_waiting_is_told_apart_from_lag():
         write(WHOLE)
 
     async with offered(slow) as (send, fake):
-        lines, _ = await load.offer([0.0] * 6, send, max_concurrency=2)
-    found = load.summarize(lines, 1.0, {})
+        lines, _ = await open_load.offer([0.0] * 6, send, max_concurrency=2)
+    found = open_load.summarize(lines, 1.0, {})
     assert (found["completed"], fake.most) == (6, 2)
     assert max(line.sent_s - line.due_s for line in lines) > 0.15
     assert found["mean_lag_ms"] < 500 * max(line.sent_s - line.planned_s for line in lines)
@@ -206,7 +208,7 @@ async def test_token_times_and_counts_are_the_servers():
         write(TOKEN + END)
 
     async with offered(paced) as (send, _):
-        (line,), _ = await load.offer([0.0], send)
+        (line,), _ = await open_load.offer([0.0], send)
     assert (line.num_input, line.num_output, len(line.chunks_s)) == (3, 2, 2)
     assert line.ttft_s >= 0.15
     assert line.itls_s == [pytest.approx(line.tpot_s)]
@@ -230,8 +232,8 @@ async def test_each_failure_is_counted_under_its_kind_and_spoils_no_figure():
         write([*ANSWERS.values(), WHOLE][i])
 
     async with offered(one_of_each) as (send, _):
-        lines = [(await load.offer([0.0], send))[0][0] for _ in range(len(ANSWERS) + 1)]
-    found = load.summarize(lines, 1.0, {})
+        lines = [(await open_load.offer([0.0], send))[0][0] for _ in range(len(ANSWERS) + 1)]
+    found = open_load.summarize(lines, 1.0, {})
     assert found["errors_by_kind"] == dict.fromkeys(ANSWERS, 1)
     assert found["error_examples"]["HTTP 429"] == "full"
     assert (found["completed"], found["total_output_tokens"]) == (1, 2)
@@ -239,7 +241,7 @@ async def test_each_failure_is_counted_under_its_kind_and_spoils_no_figure():
 
 async def test_silence_ends_in_a_timeout():
     async with offered(lambda i, write: asyncio.sleep(0.5)) as (send, _):
-        (line,), _ = await load.offer([0.0], send, timeout_s=0.1)
+        (line,), _ = await open_load.offer([0.0], send, timeout_s=0.1)
     assert line.failure.kind == "timeout"
 
 
@@ -248,7 +250,7 @@ async def test_a_server_that_is_gone_fails_each_request_by_itself():
     url = f"http://127.0.0.1:{closed.sockets[0].getsockname()[1]}"
     closed.close()
     async with http_client(Ask(url)) as client:
-        lines, _ = await load.offer([0.0, 0.01], lambda i, mark: client.generate("m", [1], 2, mark))
+        lines, _ = await open_load.offer([0.0, 0.01], lambda i, mark: client.generate("m", [1], 2, mark))
     assert [line.failure.kind for line in lines] == ["ConnectError"] * 2
 
 
@@ -278,7 +280,7 @@ def test_flags_that_make_no_sense_are_refused(words, capsys):
 
 
 def result(rate, lines=LINES):
-    found = load.summarize(lines, 2.0, {})
+    found = open_load.summarize(lines, 2.0, {})
     own = {"model": "m", "endpoint": "grpc", "num_prompts": 5, "max_concurrency": None, "request_rate": rate}
     return {**own, **found, "generator_cpu_share": 0.9, "num_other_output_len": 1}
 

@@ -1,0 +1,46 @@
+"""Memory of a server's engines, checked and shared out before anything is started or read.
+
+Decisions: where one machine has all of it (cluster.address local, no GPU), the command chooses for all engines: they have the
+same numbers, and one that starts again has them, too. Elsewhere each engine looks at the node it comes to, before it reads its
+weights; what contradicts itself is refused here in any case. Training's memory is an estimate.
+"""
+
+from trinity.config import Config
+from trinity.engine.memory import UNBOUNDED, Memory, memory_of, plan_memory
+from trinity.models.registry import weight_bytes
+from trinity.utils.terminal import say
+
+PROCESS_BYTES = 320 << 20  # of a process with torch and Ray in it, beside its weights
+NUM_OTHERS = 4  # Ray's own, the gateway, the controller, the placement service
+TRAINED_EXPERT, TRAINED_BACKBONE = 24, 34  # bytes a parameter: gradient, and weight and optimizer state of two versions
+
+
+def num_sharing(config: Config) -> int:
+    """Engines that share the memory of one device: all of them on a CPU, those that fit on a GPU."""
+    if config.engine.num_gpus:
+        return max(1, int(1 / config.engine.num_gpus))
+    return config.serve.max_engines or config.serve.num_engines
+
+
+def fitted(config: Config) -> Config:
+    """The settings, with the memory of engines chosen where it is this machine's. Raises ConfigError for what cannot fit."""
+    is_here = config.cluster.address == "local" and not config.engine.num_gpus
+    memory = _memory_here(config) if is_here else UNBOUNDED
+    plan = plan_memory(config.model, config.engine, config.model.itemsize, memory)
+    if not is_here:
+        return config
+    say(plan.line)
+    return config.model_copy(update={"engine": plan.fixed(config.engine)})
+
+
+def _memory_here(config: Config) -> Memory:
+    """Memory of this machine, with what its shards, engines and workers are going to load."""
+    backbone, routed = weight_bytes(config.model)
+    num_engines, placed = num_sharing(config), config.placement
+    copies = 0 if placed.num_gpus_per_shard else min(placed.num_shards, 1 + placed.redundancy)
+    workers = config.train.num_workers if config.serve.is_of_run else 0
+    weights = copies * routed + (num_engines + workers) * backbone
+    others = (num_engines + placed.num_shards + workers + NUM_OTHERS) * PROCESS_BYTES
+    if config.serve.is_of_run:
+        others += (TRAINED_EXPERT * copies * routed + TRAINED_BACKBONE * workers * backbone) // config.model.itemsize
+    return memory_of("cpu", weights=weights, others=others, num_engines=num_engines)
