@@ -120,7 +120,7 @@ class LocalClient:
             raise Unavailable("the engine has stopped")
         stats = asdict(self.engine.stats())
         about = (self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
-        return EngineInfo(*about, self.engine.defaults, self.engine.routed_bytes)
+        return EngineInfo(*about, self.engine.defaults, self.engine.routed_bytes, self.engine.moe_layers)
 
 
 def keep_to_node_address() -> None:

@@ -48,6 +48,7 @@ class EngineInfo:
     stats: dict[str, Any] = field(default_factory=dict)
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     routed_bytes: int = 0  # of the experts that one token goes to
+    moe_layers: tuple[int, ...] = ()  # layers with routed experts
 
 
 class EngineClient(Protocol):

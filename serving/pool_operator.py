@@ -71,6 +71,11 @@ class Placement:
         self._waiting = 0
         self._stopped = False
 
+    @property
+    def is_there(self) -> bool:
+        """Has this server's engine a pool?"""
+        return self._connect is not None
+
     def start(self) -> None:
         """Begin, in the event loop that serves."""
         if self._connect is not None:

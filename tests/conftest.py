@@ -54,6 +54,7 @@ LONGEST = (  # by `pytest --durations=0` of each; where two sides share the file
     "unit/test_bench_dispatch.py",
     "gpu/test_compile.py",
     "serve/test_dashboard.py",
+    "serve/test_chat_page.py",
 )
 
 

@@ -18,7 +18,7 @@ import trinity
 from serving.access import Access
 from serving.errors import RouteError, openai_body, to_typed
 from serving.frontend import DECODED_IDS, Frontend, new_request_id, now_s, off_loop
-from serving.http import schema
+from serving.http import pages, schema
 from serving.http.bodies import parsed
 from serving.http.edge import REQUEST_ID, Edge, error_response
 from serving.http.extras import Extras
@@ -26,7 +26,6 @@ from serving.http.logprobs import Echo
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.http.streamed import Streamed, with_numbers, with_text
 from serving.http.strict import Strict
-from serving.page import dashboard
 from serving.streams import merge
 from trinity.engine import samples
 from trinity.engine.request import Delta, SamplingParams
@@ -282,16 +281,6 @@ async def metrics(front: Frontend, request: Request) -> Response:
     return Response(text, headers={"content-type": kind})
 
 
-async def dashboard_page(front: Frontend, request: Request) -> Response:
-    """The page holds no data: it asks for the key, where one is needed, and then for the data."""
-    return Response(dashboard.PAGE, headers=dashboard.HEADERS, media_type="text/html")
-
-
-async def dashboard_data(front: Frontend, request: Request) -> Response:
-    body = dashboard.encode(*front.placement.latest())
-    return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
-
-
 @dataclass(frozen=True)
 class Endpoint:
     method: Literal["GET", "POST"]
@@ -318,8 +307,10 @@ ROUTES = (
     Endpoint("GET", "/health", health, "open"),
     Endpoint("GET", "/ready", ready, "open"),
     Endpoint("GET", "/-/healthz", healthz, "open"),
-    Endpoint("GET", "/dashboard", dashboard_page, "open"),
-    Endpoint("GET", "/dashboard/data", dashboard_data, "admin"),
+    Endpoint("GET", "/", pages.chat_page, "open"),
+    Endpoint("GET", "/page/data", pages.chat_data, "key"),
+    Endpoint("GET", "/dashboard", pages.dashboard_page, "open"),
+    Endpoint("GET", "/dashboard/data", pages.dashboard_data, "admin"),
 )
 
 

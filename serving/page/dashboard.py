@@ -2,53 +2,21 @@
 
 Legend: L layers with routed experts, E experts of a layer.
 
-Decisions: one HTML response made of the files in serving/page/, with nothing from elsewhere. Its policy names its own
-style and script by hash and lets it talk to this server only; the script may not turn text into markup at all, because
-shard names and reasons are text of others. A snapshot is encoded once, however many pages look at it.
+Decision: a snapshot is encoded once, however many pages look at it.
 """
 
-import base64
 import functools
-import hashlib
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from serving.page.assembly import assembled
 from trinity.placement.snapshot import Snapshot
 
-FOLDER = Path(__file__).parent
-STYLE, SCRIPT, FRAME = (
-    "\n".join((FOLDER / name).read_text("utf-8") for name in names)
-    for names in (["page.css"], ["heat.js", "page.js"], ["page.html"])
-)
-PAGE = FRAME.replace("/*style*/", STYLE).replace("/*script*/", SCRIPT)
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-POLICY = {
-    "default-src": "'none'",
-    "script-src": _hash(SCRIPT),
-    "style-src": _hash(STYLE),
-    "connect-src": "'self'",
-    "img-src": "data:",
-    "base-uri": "'none'",
-    "form-action": "'none'",
-    "frame-ancestors": "'none'",
-    "require-trusted-types-for": "'script'",
-}
-HEADERS = {
-    "content-security-policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
+PAGE = assembled("dashboard.html", ["base.css", "dashboard.css"], ["base.js", "heat.js", "dashboard.js"])
 
 
 def encode(snapshot: Snapshot, age_s: float) -> bytes:

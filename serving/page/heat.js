@@ -1,4 +1,4 @@
-// The heat map: layers down, experts across. Reads `seen`, which page.js keeps; one script together with it.
+// The heat map: layers down, experts across. Reads `seen`, which dashboard.js keeps; one script together with it.
 
 const LEFT = 34, ABOVE = 6, BELOW = 18, NARROWEST = 3, LOWEST = 7, HIGHEST = 30, TALL = 470;
 const HOT = 0.995;  // of the experts decide the scale: one that is far hotter than all others would pale them

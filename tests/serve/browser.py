@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
@@ -22,6 +24,11 @@ FLAGS = [
 def find_chromium():
     """The path of a Chromium, or None."""
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
+
+
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium: install the distribution's (Debian: `apt-get install chromium`)"
+)
 
 
 class Browser:
@@ -90,14 +97,14 @@ class Browser:
         end_s = time.monotonic() + within_s
         while not self.value(expression):
             assert time.monotonic() < end_s, (
-                f"never true: {expression}; the page says {self.value('document.body.innerText')!r}"
+                f"never true: {expression}; the page says {self.value('document.body.innerText')[-2000:]!r}"
             )
             time.sleep(0.05)
 
     def press(self, *keys):
         """Keys of the keyboard, by name, into what has the focus; a text is typed."""
         for key in keys:
-            if key.startswith(("Arrow", "Enter", "Tab")):
+            if key in CODES:
                 text = {"text": "\r"} if key == "Enter" else {}
                 for kind in ("keyDown", "keyUp"):
                     self._call(
@@ -108,6 +115,14 @@ class Browser:
 
     def point(self, x, y):
         self._call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
+
+    def click(self, expression):
+        """The left button of the mouse, on the middle of the element that a JavaScript expression gives."""
+        box = f"(({expression}).scrollIntoView({{block: 'nearest'}}), ({expression}).getBoundingClientRect())"
+        x, y = self.value(f"(() => {{ const b = {box}; return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
+        for kind in ("mousePressed", "mouseReleased"):
+            asked = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+            self._call("Input.dispatchMouseEvent", asked)
 
     def screenshot(self, file):
         size = self.value("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
@@ -149,6 +164,11 @@ class Browser:
 CODES = {
     "Enter": {"windowsVirtualKeyCode": 13},
     "Tab": {"windowsVirtualKeyCode": 9},
+    "Escape": {"windowsVirtualKeyCode": 27},
+    "End": {"windowsVirtualKeyCode": 35},
+    "Home": {"windowsVirtualKeyCode": 36},
+    "ArrowLeft": {"windowsVirtualKeyCode": 37},
+    "ArrowUp": {"windowsVirtualKeyCode": 38},
     "ArrowRight": {"windowsVirtualKeyCode": 39},
     "ArrowDown": {"windowsVirtualKeyCode": 40},
 }

@@ -1,5 +1,6 @@
 """A gateway over a fake engine, on loopback ports of its own; `fake` is importable by Ray's workers too."""
 
+import asyncio
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,8 +9,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import httpx
 import pytest
+from browser import Browser
+from chat_page import STORY, show
 from fake import FakeEngine, fake_tokenizer
 from operated import FakeOperator
+from telling import TellingEngine
 
 from serving.engine import LocalClient
 from serving.frontend import Frontend
@@ -56,6 +60,28 @@ async def http(server):
 def start():
     """`async with start(engine, api_key=...) as server` for a gateway with settings of its own."""
     return running
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One Chromium for the tests of a file."""
+    with Browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture
+def telling():
+    return TellingEngine(STORY)
+
+
+@pytest.fixture
+async def chatting(start, pool, telling, browser):
+    """The page of a server without keys, ready to be written into."""
+    async with start(telling, operator=pool, routed_experts=True) as server:
+        browser.server = server
+        await asyncio.to_thread(show, browser, server.url)
+        yield browser
+        await asyncio.to_thread(browser.value, "document.getElementById('stop').click()")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ class FakeEngine:
         self.seen: list[SamplingParams] = []
         self.clients: list[Client | None] = []
         self.healthy, self.version = True, 7
-        self.defaults, self.routed_bytes = defaults, 6
+        self.defaults, self.routed_bytes, self.moe_layers = defaults, 6, (2, 3, 4)
         self.tokenizer = fake_tokenizer()
 
     async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):

@@ -20,7 +20,7 @@ from trinity.config import ServeConfig
 
 KEY = "correct-horse-battery"
 BODY = {"prompt": "the secret prompt", "max_tokens": 2}
-OPEN = {"/health", "/ready", "/-/healthz", "/dashboard"}
+OPEN = {"/health", "/ready", "/-/healthz", "/", "/dashboard"}
 
 
 @pytest.fixture
@@ -50,7 +50,13 @@ async def test_s2_http_without_the_key(locked):
         paths = [
             (route.method, route.path.replace("{name:path}", "fake")) for route in ROUTES if route.path not in OPEN
         ]
-        for method, path in [*paths, ("GET", "/"), ("GET", "/nowhere"), ("PUT", "/health/"), ("GET", "//health")]:
+        for method, path in [
+            *paths,
+            ("GET", "/index.html"),
+            ("GET", "/nowhere"),
+            ("PUT", "/health/"),
+            ("GET", f"{locked.url}//health"),
+        ]:
             for headers in wrong:
                 answer = await http.request(method, path, headers=headers)
                 assert answer.status_code == 401, (method, path)

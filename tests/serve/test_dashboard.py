@@ -1,20 +1,17 @@
-"""The page at /dashboard: its policy, its data, and the page itself in a headless Chromium.
+"""The page at /dashboard: its data, and the page itself in a headless Chromium.
 
 Screenshots, light and dark, small and large, are left in the test's folder: `pytest --basetemp=FOLDER` keeps them.
 """
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 import time
 from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
-from browser import Browser, find_chromium
+from browser import needs_chromium
 from operated import FakeOperator, moved, snapshot_of
 
 from serving.page import dashboard
@@ -23,10 +20,6 @@ from tests.waiting import WAIT_S, eventually
 ADMIN = "operators-key"
 HOSTILE = "<img src=x onerror=alert(1)>"
 
-needs_chromium = pytest.mark.skipif(
-    find_chromium() is None, reason="no Chromium: install the distribution's (Debian: `apt-get install chromium`)"
-)
-
 
 @pytest.fixture
 def pool():
@@ -34,30 +27,6 @@ def pool():
 
 
 # --- without a browser ---
-
-
-async def test_the_page_is_one_answer_with_nothing_from_elsewhere(start, pool):
-    async with (
-        start(operator=pool, admin_key=ADMIN) as server,
-        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
-    ):
-        answer = await http.get("/dashboard")
-    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["cache-control"] == "no-store"
-    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:,")|https?://|@import|url\(""", answer.text)
-    assert not re.findall(r"\bon[a-z]+\s*=\s*[\"']|\sstyle\s*=|innerHTML|eval\(", answer.text)
-    assert ADMIN not in answer.text
-
-
-def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else():
-    rules = dict(rule.split(" ", 1) for rule in dashboard.HEADERS["content-security-policy"].split("; "))
-    assert rules["default-src"] == "'none'"
-    assert "unsafe" not in str(rules)
-    for tag in ("style", "script"):
-        (text,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", dashboard.PAGE, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
 
 
 def test_the_data_are_the_snapshots():
@@ -95,12 +64,6 @@ async def test_the_data_say_how_old_they_are(start, pool, monkeypatch):
 
 
 # --- in a browser ---
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("browser")) as found:
-        yield found
 
 
 @pytest.fixture
@@ -213,6 +176,20 @@ def explore(page, shown):
     data = page.value(PIXEL % {"l": 0, "e": 15, "L": 6, "E": 16})
     assert data[3] < 255
     assert darkness(page, 0, 0) == lone[0]
+
+
+@needs_chromium
+async def test_a_link_names_the_expert_to_look_at(start, pool, browser):
+    async with start(operator=pool) as server:
+        await asyncio.to_thread(browser.open, f"{server.url}/dashboard#expert=3.1")
+        await asyncio.to_thread(
+            browser.until, said := "document.getElementById('readout')?.innerText.startsWith('Layer 3, expert 1: ')"
+        )
+        await asyncio.to_thread(browser.value, "location.hash = '#expert=2.15'")
+        await asyncio.to_thread(browser.until, said.replace("3, expert 1", "2, expert 15"))
+        await asyncio.to_thread(browser.value, "location.hash = '#expert=99.1'")
+        assert await asyncio.to_thread(browser.text, "readout") is not None
+        assert browser.complaints() == []
 
 
 @needs_chromium

@@ -364,7 +364,7 @@ async def test_healthz_says_success_until_the_server_drains(server, http):
     assert (await http.get("/-/healthz")).status_code == 503
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/-/healthz", "/dashboard", "/v1/models", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/-/healthz", "/", "/dashboard", "/v1/models", "/metrics"])
 async def test_head_is_get_without_its_body(server, http, path):
     head, get = await http.head(path), await http.get(path)
     assert head.status_code == get.status_code == 200

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from serving.addresses import doors
 from serving.fitting import fitted
 from serving.launch import check_source, provide_weights, resolve, source_of
 from trinity.config import Config, merged, setup_environment
@@ -74,7 +75,7 @@ def serve(config: Config, source: str, adopt: bool) -> None:
             undo.callback(pools.destroy, config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
         server = server or app.start(config, source)
         undo.callback(server.stop)
-        print(f"HTTP {server.http_url}\ngRPC {server.grpc_address}\nready; Ctrl-C stops it", flush=True)
+        print(f"{doors(server.http_url, server.grpc_address)}\nready; Ctrl-C stops it", flush=True)
         if wait_for_signal(adoption.is_gone):
             print("draining", flush=True)
         else:

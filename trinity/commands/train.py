@@ -2,6 +2,7 @@
 
 import argparse
 
+from serving.addresses import doors
 from serving.fitting import fitted
 from trinity.config import setup_environment
 from trinity.launch import check_out_dir, load, rewound, train
@@ -34,4 +35,4 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def announced(http_url: str, grpc_address: str) -> None:
-    say(f"HTTP {http_url}\ngRPC {grpc_address}\nanswers come from the weights as they are trained")
+    say(f"{doors(http_url, grpc_address)}\nanswers come from the weights as they are trained")

@@ -100,6 +100,11 @@ class AsyncEngine:
         return len(config.moe_layers) * config.num_experts_per_tok * (1 if config.num_experts <= 256 else 2)
 
     @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with routed experts."""
+        return self._engine.config.moe_layers
+
+    @property
     def max_model_len(self) -> int:
         return self._engine.max_model_len
 

@@ -1,11 +1,11 @@
 // Asks for the snapshot every second while the page is seen, and draws it. Text of others goes into textContent only.
 
-const PERIOD_MS = 1000, NO_POOL_MS = 10000, TIMEOUT_MS = 5000, STALE_S = 5, MOVED_MS = 8000, KEY = "trinity-admin-key";
+const PERIOD_MS = 1000, NO_POOL_MS = 10000, TIMEOUT_MS = 5000, STALE_S = 5, MOVED_MS = 8000;
 const PHASES = { done: "good", "rolled back": "bad" };
 const STATES = { ready: "good", draining: "warn", starting: "warn", away: "bad" };
-const $ = (id) => document.getElementById(id);
+const EXPERT = /^#expert=(\d+)\.(\d+)$/;  // layer and expert that a link asks for
 
-let key = sessionStorage.getItem(KEY);
+const key = new TabKey("trinity-admin-key");
 let seen = null;      // the latest snapshot
 let seenAgeS = 0;     // how old it was when it came
 let seenAt = 0;       // when it came, by performance.now()
@@ -28,8 +28,7 @@ async function tick() {
 async function ask() {
   const started = performance.now();
   try {
-    const headers = key ? { authorization: `Bearer ${key}` } : {};
-    const options = { headers, cache: "no-store", credentials: "omit", signal: AbortSignal.timeout(TIMEOUT_MS) };
+    const options = { headers: key.headers, cache: "no-store", credentials: "omit", signal: AbortSignal.timeout(TIMEOUT_MS) };
     const answer = await fetch("dashboard/data", options);
     const body = await answer.json();
     if (!answer.ok) return refused(answer.status, body.error?.message ?? `HTTP ${answer.status}`);
@@ -42,7 +41,7 @@ async function ask() {
 
 function refused(status, message) {
   if (status === 401) {
-    trouble = { state: "locked", text: key ? `This key was refused: ${message}.` : `Locked: ${message}.` };
+    trouble = { state: "locked", text: key.value ? `This key was refused: ${message}.` : `Locked: ${message}.` };
     forget();
     return null;
   }
@@ -52,15 +51,25 @@ function refused(status, message) {
 
 function accept(body) {
   heat.follow(seen, body.snapshot);
+  const isFirst = !seen;
   seen = body.snapshot;
+  if (isFirst) lookAtLinked();
   seenAgeS = body.age_s;
   seenAt = performance.now();
   trouble = null;
 }
 
+/** The expert that the page's address names is looked at, as if the keyboard had chosen it. */
+function lookAtLinked() {
+  const [, layer, expert] = (EXPERT.exec(location.hash) ?? []).map(Number), l = seen.layers.indexOf(layer);
+  if (l < 0 || expert >= seen.load[l].length) return;
+  $("main").hidden = false;
+  $("heat").focus();
+  heat.at = { l, e: expert };
+}
+
 function forget() {
-  key = null;
-  sessionStorage.removeItem(KEY);
+  key.forget();
   seen = null;
 }
 
@@ -90,24 +99,13 @@ function showStanding() {
   set("alert", alert ?? "");
   $("main").hidden = !seen;
   $("main").classList.toggle("old", state === "away" || state === "stale");
-  const locked = state === "locked";
-  if (locked && $("unlock").hidden) queueMicrotask(() => $("key").focus());
-  $("unlock").hidden = !locked;
-  set("why", locked ? trouble.text : "");
-  $("forget").hidden = !key;
+  showLock(state === "locked", trouble?.text);
+  $("forget").hidden = !key.value;
 }
 
 // --- words and numbers ----------------------------------------------------------------------------------------------
 
-const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const sum = (list) => list.reduce((total, value) => total + value, 0);
-const rate = (value) => (value < 9.95 && value > 0 ? value.toFixed(1) : value < 1e5 ? plain.format(value) : compact.format(value));
-const several = (count, one, many) => `${plain.format(count)} ${count === 1 ? one : many}`;
-
-function set(id, text) {
-  if ($(id).textContent !== text) $(id).textContent = text;
-}
 
 function seconds(value) {
   if (value < 9.95) return `${value.toFixed(1)} s`;
@@ -179,22 +177,9 @@ function fill(id, rows, columns, none) {
 
 function made_cell(cell) {
   const { text = cell, kind = "", title = "", word = null, part = null } = typeof cell === "object" ? cell : {};
-  const made = document.createElement("td");
-  made.className = kind;
+  const made = element("td", kind, word === null ? text : element("span", `word ${word}`, text));
   made.title = title;
-  const inner = word === null ? document.createTextNode(text) : document.createElement("span");
-  if (word !== null) {
-    inner.className = `word ${word}`;
-    inner.textContent = text;
-  }
-  made.append(inner);
-  if (part !== null) {
-    const gauge = document.createElement("span"), bar = document.createElement("i");
-    gauge.className = "gauge";
-    bar.style.width = `${100 * part}%`;
-    gauge.append(bar);
-    made.append(gauge);
-  }
+  if (part !== null) made.append(gauge(part));
   return made;
 }
 
@@ -265,18 +250,16 @@ $("shards").addEventListener("pointerleave", () => {
   heat.shard = null;
   heat.draw();
 });
-$("unlock").addEventListener("submit", (event) => {
-  event.preventDefault();
-  key = $("key").value.trim();
-  sessionStorage.setItem(KEY, key);
-  $("key").value = "";
-  tick();
-});
+onUnlock(key, tick);
 $("forget").addEventListener("click", () => {
   forget();
   tick();
 });
 new ResizeObserver(repaint).observe($("frame"));
+addEventListener("hashchange", () => {
+  if (seen) lookAtLinked();
+  heat.draw();
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 document.addEventListener("visibilitychange", tick);
 setInterval(showStanding, PERIOD_MS);
