@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test chaos soak lint format types protos interop interop-lm-eval gpu-kernels clean
+.PHONY: setup demo test chaos soak lint format types protos interop interop-lm-eval interop-clients gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,13 @@ soak: setup
 interop-lm-eval: setup
 	scripts/setup_lm_eval.sh $(BIN)/python .venv-lm-eval
 	LM_EVAL_PYTHON=$(CURDIR)/.venv-lm-eval/bin/python $(BIN)/pytest -m interop tests/interop/test_lm_eval.py
+
+# Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
+CLIENTS := anthropic langchain-openai litellm instructor openai-agents
+interop-clients: setup
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check $(CLIENTS)
+	CLIENTS_PYTHON=$(CURDIR)/.venv-clients/bin/python $(BIN)/pytest -m interop tests/interop/test_clients.py
 
 lint: setup
 	$(BIN)/ruff check .

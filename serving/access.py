@@ -43,6 +43,16 @@ def check_host(host: str | None, config: ServeConfig) -> None:
         )
 
 
+def sent_key(authorization: str | None, x_api_key: str | None) -> str | None:
+    """The `authorization` header, also where the key came as `x-api-key`, as Anthropic's clients send it. Raises InvalidRequest
+    for two that differ: a proxy may have looked at the other one."""
+    if x_api_key is None:
+        return authorization
+    if authorization is not None and not key_matches(authorization, x_api_key):
+        raise InvalidRequest("the request has an authorization and an x-api-key header that differ; send one of them")
+    return f"Bearer {x_api_key}"
+
+
 def key_matches(header: str | None, key: str) -> bool:
     """Is it `Bearer KEY`? Takes the same time wherever the two differ."""
     given = (header or "").encode("utf-8", "replace")
@@ -54,7 +64,7 @@ def check_access(access: Access, header: str | None, config: ServeConfig) -> Cli
     """-> who calls. Raises Unauthenticated unless its `authorization` header opens what it asks for."""
     if access == "key" and config.needs_key:
         keys = config.client_by_key | _admin(config)
-        return _holder(header, keys, "send the server's key as `Authorization: Bearer KEY`")
+        return _holder(header, keys, "send the server's key as `Authorization: Bearer KEY` or `x-api-key: KEY`")
     if access == "admin" and config.admin_key is not None:
         return _holder(header, _admin(config), "send the server's admin key as `Authorization: Bearer KEY`")
     if access == "admin" and not (config.is_loopback and not config.needs_key):

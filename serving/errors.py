@@ -35,6 +35,12 @@ TABLE: dict[Code, Mapping] = {
     Code.CANCELLED: Mapping(499, grpc.StatusCode.CANCELLED, "cancelled_error"),
     Code.INTERNAL: Mapping(500, grpc.StatusCode.INTERNAL, "server_error"),
 }
+ANTHROPIC_KINDS = {  # the `type` of an error of Anthropic's, where it is not the same
+    Code.TOO_LARGE: "request_too_large",
+    Code.UNAVAILABLE: "overloaded_error",
+    Code.CANCELLED: "api_error",
+    Code.INTERNAL: "api_error",
+}
 RETRY_AFTER_S = {Code.OVERLOADED: 1.0, Code.UNAVAILABLE: 1.0}
 
 
@@ -81,6 +87,11 @@ def http_headers(error: TrinityError) -> dict[str, str]:
 def openai_body(error: TrinityError) -> dict[str, Any]:
     kind = TABLE[error.code].kind
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code.value}}
+
+
+def anthropic_body(error: TrinityError, request_id: str) -> dict[str, Any]:
+    kind = ANTHROPIC_KINDS.get(error.code, TABLE[error.code].kind)
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
 
 
 def grpc_trailers(error: TrinityError) -> tuple[tuple[str, str], ...]:

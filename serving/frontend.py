@@ -84,6 +84,7 @@ class Frontend:
         self.engine = engine
         self.tokenizer = tokenizer
         self.info = info
+        self.started_s = now_s()
         self.config = config
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
         self.admission = Admission(config)

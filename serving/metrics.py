@@ -74,6 +74,11 @@ class Exporter:
         self["trinity_requests_total"].labels(route, code).inc()
         self["trinity_request_seconds"].labels(route).observe(seconds)
 
+    def ignored(self, fields: Iterable[str]) -> None:
+        """Count fields of a request that had no effect. They come from a small fixed set."""
+        for field in fields:
+            self["trinity_ignored_fields_total"].labels(field).inc()
+
     def clients(self, held: Mapping[str, int]) -> None:
         """Show how many slots each client holds."""
         for name, num in held.items():

@@ -8,13 +8,32 @@ import json
 from array import array
 from typing import TypeVar
 
+from starlette.requests import Request
+
 from serving.bodies import INLINE_BYTES, read_elsewhere
+from serving.errors import RouteError
+from serving.frontend import Frontend
 from serving.http import schema
+from serving.http.messages.request import CountRequest, MessagesRequest
+from serving.http.responses.request import ResponsesRequest
 from serving.http.strict import Strict
 from trinity.engine.request import check_length
 
-KINDS = (schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
+KINDS = (
+    *(schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest),
+    *(ResponsesRequest, MessagesRequest, CountRequest),
+)
 M = TypeVar("M", bound=Strict)
+
+
+async def parse(front: Frontend, kind: type[M], request: Request) -> M:
+    """The typed body. Raises RouteError for another content type and InvalidRequest for what is wrong in it."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise RouteError(f"the body's content type is {content_type[:100]!r}; send application/json", 415)
+    value = await parsed(kind, await request.body(), front.info.max_model_len)
+    front.metrics.ignored(value.ignored)
+    return value
 
 
 async def parsed(kind: type[M], body: bytes, max_model_len: int) -> M:
@@ -34,8 +53,9 @@ def pack(kind: type[Strict], body: bytes, max_model_len: int) -> bytes:
     packed = b""
     if isinstance(value, schema.DetokenizeRequest):
         value, packed = value.model_copy(update={"tokens": []}), array("i", value.tokens).tobytes()
-    tree = value.compact().model_dump(mode="json", exclude_defaults=True)
+    tree = value.compact().model_dump(mode="json", exclude_defaults=True, by_alias=True)
     tree.pop("sampling", None)
+    tree |= tree.pop("carried", {}) | dict.fromkeys(value.ignored, True)
     if isinstance(value, schema.Generation):  # a default that is written out is no default
         tree |= value.sampling.model_dump(mode="json", exclude_unset=True)
     return json.dumps(tree, ensure_ascii=False).encode() + b"\n" + packed

@@ -16,8 +16,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serving.access import ASKS, Access, check_access, check_host, only
-from serving.errors import RouteError, http_headers, http_status, openai_body, to_typed
+from serving.access import ASKS, Access, check_access, check_host, only, sent_key
+from serving.errors import RouteError, anthropic_body, http_headers, http_status, openai_body, to_typed
 from serving.frontend import Frontend, new_request_id
 from serving.http.cors import answer_headers, preflight
 from serving.tracing import TRACEPARENT
@@ -30,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 REQUEST_ID = "trinity.request_id"
 CLIENT_GONE = 499
+ANTHROPIC = "/v1/messages"  # and what is below it
 ROUTING = {404: "no such path", 405: "this path does not take this method"}
 MAX_HEAD_BYTES = 32 << 10
 BODY_TIMEOUT_S = 30.0
@@ -103,7 +104,8 @@ class HttpExchange:
 
     def _authenticate(self) -> None:
         access = self.edge.access.get(self.scope["path"], "key")
-        ASKS.set(check_access(access, self._header("authorization"), self.edge.config))
+        sent = sent_key(self._header("authorization"), self._header("x-api-key"))
+        ASKS.set(check_access(access, sent, self.edge.config))
         TRACEPARENT.set(next((value for key, value in self.headers if key == "traceparent"), None))
 
     def _header(self, name: str) -> str | None:
@@ -168,7 +170,7 @@ class HttpExchange:
     async def _fail(self, error: Exception) -> None:
         """Answer with the error, unless the app has done so; an answer cut in its middle is left to the server to cut."""
         if self.status is None:
-            response = error_response(error, self.id)
+            response = error_response(error, self.scope)
             if isinstance(error, RequestTooLarge | DeadlineExceeded):
                 response.headers["connection"] = "close"  # the rest of the body is still on its way
             await response(self.scope, self._receive, self.send)
@@ -176,12 +178,15 @@ class HttpExchange:
             raise error
 
 
-def error_response(error: Exception, request_id: str) -> JSONResponse:
-    """An OpenAI-shaped body for any exception."""
+def error_response(error: Exception, scope: Message) -> JSONResponse:
+    """A body for any exception: of OpenAI's shape, or of Anthropic's where the path is theirs."""
     if isinstance(error, HTTPException):
         error = RouteError(ROUTING.get(error.status_code, "refused"), error.status_code)
+    request_id = scope[REQUEST_ID]
     typed = to_typed(error, request_id)
-    return JSONResponse(openai_body(typed), status_code=http_status(typed), headers=http_headers(typed))
+    is_anthropic = scope["path"].startswith(ANTHROPIC)
+    body = anthropic_body(typed, request_id) if is_anthropic else openai_body(typed)
+    return JSONResponse(body, status_code=http_status(typed), headers=http_headers(typed))
 
 
 def _replay(body: bytes) -> Receive:

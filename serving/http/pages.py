@@ -15,7 +15,7 @@ async def chat_page(front: Frontend, request: Request) -> Response:
 
 
 async def chat_data(front: Frontend, request: Request) -> Response:
-    """What the page must know of the model before it asks for an answer."""
+    """Tell the page what it must know of the model before it asks for an answer."""
     own, info = front.tokenizer, front.info
     facts = {
         "model": info.model,

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -16,16 +16,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import trinity
 from serving.access import Access
-from serving.errors import RouteError, openai_body, to_typed
+from serving.errors import openai_body, to_typed
 from serving.frontend import DECODED_IDS, Frontend, new_request_id, now_s, off_loop
 from serving.http import pages, schema
-from serving.http.bodies import parsed
+from serving.http.bodies import parse
 from serving.http.edge import REQUEST_ID, Edge, error_response
 from serving.http.extras import Extras
+from serving.http.jobs import INLINE_BYTES, GenerationRequest, chain, chat_job, check_size
 from serving.http.logprobs import Echo
+from serving.http.models import model_card, model_list
 from serving.http.openai import DONE, ChatFormat, Choice, CompletionFormat, Envelope, Format, encoded, sse, usage
 from serving.http.streamed import Streamed, with_numbers, with_text
-from serving.http.strict import Strict
+from serving.http.turns import count_tokens, messages, responses
 from serving.streams import merge
 from trinity.engine import samples
 from trinity.engine.request import Delta, SamplingParams
@@ -33,18 +35,6 @@ from trinity.errors import InvalidRequest, TrinityError, Unavailable
 
 Handler = Callable[[Frontend, Request], Awaitable[Response]]
 Events = AsyncGenerator[tuple[int, Delta], None]
-T = TypeVar("T")
-M = TypeVar("M", bound=Strict)
-INLINE_BYTES = 64 << 10  # some milliseconds of writing JSON
-STARTED_S = now_s()
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One continuation to generate."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
 
 
 async def completions(front: Frontend, request: Request) -> Response:
@@ -88,10 +78,8 @@ async def chat_completions(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.ChatRequest, request)
     front.check_model(body.model)
     front.check_number(body.sampling.num_drawn)
-    ids = await front.encode_chat(body.chat, body.add_special_tokens)
-    ids = front.truncated(ids, body.params(1 if body.limit is None else body.limit, None))
-    limit = front.chat_limit(ids) if body.limit is None else body.limit
-    jobs = _jobs([ids], body.bound(body.params(limit, body.num_logprobs()), front.answers.tool_format))
+    ids, params = await chat_job(front, body)
+    jobs = _jobs([ids], params)
     skips = body.sampling.skip_special_tokens
     parsers = [front.answers.parser(ids, body.chat.tools, body.most_calls, skips) for _ in jobs]
     includes_reasoning = body.include_reasoning if front.answers.reasons else None
@@ -106,7 +94,7 @@ async def respond(
     front.check_routed_experts(body.return_routed_experts)
     for job in jobs:
         front.check(job.prompt_ids, job.params)
-    _check_size(front, jobs, body)
+    check_size(front, jobs, body.stream)
     if body.stream and samples.chooses(body.sampling):
         raise InvalidRequest("best_of above n cannot be streamed: the best is known at the end", param="best_of")
     prompts = [job.prompt_ids for job in jobs[:: body.sampling.num_drawn] for _ in range(body.n)]
@@ -114,7 +102,7 @@ async def respond(
     events = merge([front.generate(job.prompt_ids, job.params) for job in jobs])
     if body.stream:
         first = await anext(events)
-        chunks = _chunks(_chain(first, events), envelope, form, extras, request.scope[REQUEST_ID])
+        chunks = _chunks(chain(first, events), envelope, form, extras, request.scope[REQUEST_ID])
         return Streamed(chunks, "text/event-stream", {"cache-control": "no-cache"})
     choices = [Choice(index) for index in range(len(jobs))]
     async with aclosing(events):
@@ -138,31 +126,9 @@ def _whole(form: Format, envelope: Envelope, extras: Extras, drawn: list[Choice]
     return encoded(envelope.wrap(form.whole, full, max(d.version for d in last), **more))
 
 
-def _check_size(front: Frontend, jobs: list[GenerationRequest], body: schema.Generation) -> None:
-    """Refuse an answer that is too large to be held before it is sent. Of a stream only routed experts are held."""
-    tokens = [min(job.params.max_tokens, front.room(job.prompt_ids)) for job in jobs]
-    held = [0 if body.stream else Choice.most_bytes(n, j.params.logprobs) for n, j in zip(tokens, jobs, strict=True)]
-    scored = [job for job in jobs if job.params.prompt_logprobs is not None and not body.stream]
-    held += [Choice.most_bytes(len(job.prompt_ids), job.params.prompt_logprobs) for job in scored]
-    routed = [len(job.prompt_ids) + num for num, job in zip(tokens, jobs, strict=True) if job.params.trace]
-    size = sum(held) + 4 * sum(routed) * front.info.routed_bytes // 3
-    if size > (most := front.config.max_answer_bytes):
-        raise InvalidRequest(
-            f"the answer may have {size:,} bytes; serve.max_answer_bytes is {most:,}. Stream it, or ask for less: "
-            "fewer max_tokens, logprobs, prompt_logprobs, n or prompts."
-        )
-
-
 def _last(choice: Choice) -> Delta:
     assert choice.last is not None, "a stream ends with its finish reason or raises"
     return choice.last
-
-
-async def _chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
 
 
 async def _chunks(
@@ -219,7 +185,7 @@ async def detokenize(front: Frontend, request: Request) -> Response:
     front.check_model(body.model)
     texts = front.decoded(body.tokens)
     first = await anext(texts)
-    return Streamed(with_text("prompt", _chain(first, texts)))
+    return Streamed(with_text("prompt", chain(first, texts)))
 
 
 async def tokenizer_info(front: Frontend, request: Request) -> Response:
@@ -231,25 +197,12 @@ async def tokenizer_info(front: Frontend, request: Request) -> Response:
 
 
 async def models(front: Frontend, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_card(front)]})
+    return JSONResponse(model_list(front.info, front.started_s))
 
 
 async def model(front: Frontend, request: Request) -> Response:
     front.check_model(request.path_params["name"])
-    return JSONResponse(_card(front))
-
-
-def _card(front: Frontend) -> dict[str, Any]:
-    info = front.info
-    return {
-        "id": info.model,
-        "object": "model",
-        "created": STARTED_S,
-        "owned_by": "trinity",
-        "root": info.model,
-        "parent": None,
-        "max_model_len": info.max_model_len,
-    }
+    return JSONResponse(model_card(front.info, front.started_s))
 
 
 async def health(front: Frontend, request: Request) -> Response:
@@ -297,6 +250,9 @@ class Endpoint:
 ROUTES = (
     Endpoint("POST", "/v1/completions", completions, "key"),
     Endpoint("POST", "/v1/chat/completions", chat_completions, "key"),
+    Endpoint("POST", "/v1/responses", responses, "key"),
+    Endpoint("POST", "/v1/messages", messages, "key"),
+    Endpoint("POST", "/v1/messages/count_tokens", count_tokens, "key"),
     Endpoint("GET", "/v1/models", models, "key"),
     Endpoint("GET", "/v1/models/{name:path}", model, "key"),
     Endpoint("POST", "/tokenize", tokenize, "key"),
@@ -340,12 +296,4 @@ def _bind(handler: Handler, front: Frontend) -> Callable[[Request], Awaitable[Re
 
 
 async def _show(request: Request, error: Exception) -> Response:
-    return error_response(error, request.scope[REQUEST_ID])
-
-
-async def parse(front: Frontend, kind: type[M], request: Request) -> M:
-    """The typed body. Raises RouteError for another content type and InvalidRequest for what is wrong in it."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RouteError(f"the body's content type is {content_type[:100]!r}; send application/json", 415)
-    return await parsed(kind, await request.body(), front.info.max_model_len)
+    return error_response(error, request.scope)

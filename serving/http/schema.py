@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from serving.http.chat import MAX_MESSAGES, Conversation, Messages
-from serving.http.strict import Strict
+from serving.http.strict import Refusals, Strict
 from serving.http.structured import with_response_format
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
@@ -28,7 +28,7 @@ IGNORED = {
     *("prediction", "parallel_tool_calls", "request_id"),
 }
 GUIDED = "is called structured_outputs: {{{!r}: ...}} now"
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: Refusals = {
     "suffix": (("",), "suffix is not implemented; this model completes from the left"),
     "tools": (([],), "tools are for /v1/chat/completions"),
     "tool_choice": (("none", "auto"), "tools are for /v1/chat/completions"),
@@ -56,12 +56,20 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_decoding_backend": ((), "there is one backend; leave it out"),
 }
 
+# At these doors without effect, beside IGNORED.
+IGNORED_BY_RESPONSES = frozenset({"max_tool_calls", "prompt_cache_options", "stream_options", "client_metadata"})
+IGNORED_BY_MESSAGES = frozenset({"cache_control", "context_management", "diagnostics", "inference_geo", "speed"})
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 # The first complaint ends the check: of a million wrong elements nobody reads the second.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 OURS = {"trace"}  # for programs in the engine's process, not for clients
 SAMPLING = frozenset(SamplingParams.model_fields) - {"max_tokens", "logprobs"} - OURS
+
+
+# Fields of a chat that other doors take as they are.
+CARRIED = SAMPLING - {"n", "best_of", "prompt_logprobs"} | {"chat_template_kwargs"}
 
 
 class StreamOptions(Strict):
@@ -182,12 +190,22 @@ M = TypeVar("M", bound=Strict)
 
 def parse(kind: type[M], body: bytes) -> M:
     """A request from the bytes of a body. Raises InvalidRequest that names the field, the value and the bound."""
-    tree = {key: value for key, value in load_object(body).items() if value is not None}
+    return of_tree(kind, load_object(body))
+
+
+def of_tree(kind: type[M], tree: dict[str, Any]) -> M:
+    """A request from the object that its body is."""
+    tree = {key: value for key, value in tree.items() if value is not None}
+    ignored = frozenset(tree) & (IGNORED | kind.IGNORES) - _names(kind)
     tree = _known_fields(kind, tree)
     if "sampling" in kind.model_fields:
         flat = {key: tree.pop(key) for key in SAMPLING & tree.keys()}
         tree["sampling"] = sampling_params(with_response_format(flat, tree.pop("response_format", None)))
-    return validated(kind, tree)
+    if "carried" in kind.model_fields:
+        tree["carried"] = {key: tree.pop(key) for key in CARRIED & tree.keys()}
+    value = validated(kind, tree)
+    value._ignored = ignored
+    return value
 
 
 def validated(kind: type[M], tree: dict[str, Any]) -> M:
@@ -244,13 +262,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _known_fields(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+def _names(kind: type[BaseModel]) -> frozenset[str]:
+    """The names of fields that a body of this kind may have."""
+    known = frozenset(kind.model_fields)
+    gathered = {"sampling": SAMPLING | {"response_format"}, "carried": CARRIED}
+    return (known - gathered.keys()).union(*(names for field, names in gathered.items() if field in known))
+
+
+def _known_fields(kind: type[Strict], tree: dict[str, Any]) -> dict[str, Any]:
     """The fields of `kind`; harmless extras are dropped, others refused."""
-    known = set(kind.model_fields)
-    if "sampling" in known:
-        known = known - {"sampling"} | SAMPLING | {"response_format"}
-    for key in tree.keys() - known - IGNORED:
-        neutral, why = REFUSED.get(key, ((), _unknown(key, known)))
+    known, refused = _names(kind), {**REFUSED, **kind.REFUSES}
+    for key in tree.keys() - known - IGNORED - kind.IGNORES:
+        neutral, why = refused.get(key, ((), _unknown(key, known)))
         if not any(type(tree[key]) is type(value) and tree[key] == value for value in neutral):
             raise InvalidRequest(why, param=key[:100])
     return {key: value for key, value in tree.items() if key in known}

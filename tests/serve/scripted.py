@@ -17,6 +17,7 @@ class ScriptedEngine(FakeEngine):
 
     async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
         self.prompts.append(self.tokenizer.decode(prompt_ids))
+        self.seen.append(params)
         ids = [*self.tokenizer.encode(self.scripts.pop(0)), self.tokenizer.eos_id]
         cut = ids[: params.max_tokens]
         decoder = IncrementalDecoder(self.tokenizer, skip_special=True)

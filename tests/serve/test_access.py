@@ -45,7 +45,7 @@ async def test_the_scheme_may_be_written_in_any_case(locked):
 
 async def test_s2_http_without_the_key(locked):
     wrong = [{}, {"authorization": KEY}, {"authorization": f"bearer{KEY}"}, {"authorization": f"Bearer {KEY}x"}]
-    wrong += [{"authorization": "Bearer"}, {"authorization": f"Basic {KEY}"}, {"x-api-key": KEY}]
+    wrong += [{"authorization": "Bearer"}, {"authorization": f"Basic {KEY}"}, {"x-api-key": f"{KEY}x"}]
     async with httpx.AsyncClient(base_url=locked.url, timeout=WAIT_S) as http:
         paths = [
             (route.method, route.path.replace("{name:path}", "fake")) for route in ROUTES if route.path not in OPEN

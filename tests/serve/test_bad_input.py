@@ -14,6 +14,11 @@ from tests.waiting import WAIT_S
 
 GOOD = {"prompt": "the lazy dog", "max_tokens": 2}
 CHAT = {"messages": [{"role": "user", "content": "dog"}], "max_tokens": 2}
+RESPONSE, MESSAGE = {"input": "dog", "max_output_tokens": 2}, {**CHAT, "system": "a"}
+PATHS = [
+    *("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+]
 JSON = {"content-type": "application/json"}
 HERE = re.escape(str(Path(__file__).parents[2]))
 LEAK = re.compile(rf"Traceback|File \"|{HERE}|site-packages|0x[0-9a-f]{{6,}}|\.py\b|pid")
@@ -180,7 +185,7 @@ BODIES = {
 
 @pytest.mark.parametrize("name", BODIES)
 async def test_bodies(http, name):
-    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+    for path in PATHS:
         started_s = time.process_time()  # the server is in this process: a body that is costly to refuse costs that
         check_refusal(await http.post(path, content=BODIES[name], headers=JSON))
         assert time.process_time() - started_s < 2
@@ -287,8 +292,19 @@ def random_json(rng, depth=0):
 
 def random_body(rng):
     """A good body with some fields spoilt, and sometimes with its bytes spoilt too."""
-    base = dict(rng.choice([GOOD, CHAT, {"tokens": [1]}]))
+    base = dict(rng.choice([GOOD, CHAT, RESPONSE, MESSAGE, {"tokens": [1]}]))
     names = [*SAMPLING, "prompt", "messages", "tokens", "max_completion_tokens", "top_logprobs", "x" * rng.randrange(9)]
+    names += [
+        "input",
+        "instructions",
+        "text",
+        "reasoning",
+        "metadata",
+        "system",
+        "thinking",
+        "tool_choice",
+        "output_config",
+    ]
     for name in rng.sample(names, rng.randrange(4)):
         base[name] = random_json(rng)
     body = bytearray(json.dumps(base, ensure_ascii=rng.random() < 0.5).encode())
@@ -299,13 +315,12 @@ def random_body(rng):
 
 async def test_two_thousand_random_bodies(server):
     rng = random.Random(7)
-    paths = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
     transport = httpx.ASGITransport(server.gateway.http.server.config.app)
     codes = {}
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         for _ in range(2000):
             body = random_body(rng)
-            answer = await http.post(rng.choice(paths), content=body, headers=JSON)
+            answer = await http.post(rng.choice(PATHS), content=body, headers=JSON)
             assert answer.status_code in (200, 400, 404), (body, answer.text)
             assert not LEAK.search(answer.text) or answer.status_code == 200, (body, answer.text)
             codes[answer.status_code] = codes.get(answer.status_code, 0) + 1

@@ -25,6 +25,7 @@ from trinity.engine.request import Delta, TokenLogprobs
 
 FEWEST_S = 0.03  # what the client of these tests takes in the same process to send megabytes, and more
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 
 
 def message(content):
@@ -43,6 +44,10 @@ def many(piece, num, last=""):
     return f"[{','.join([piece] * num + [last] * bool(last))}]"
 
 
+ITEM, PART = '{"role":"user","content":"a"}', '{"type":"input_text","text":""}'
+FUNCTION, BLOCK = '{"type":"function","name":"f","parameters":{}}', '{"type":"text","text":"","citations":[]}'
+USE = '{"type":"tool_use","id":"a","name":"f","input":{"a":1}}'
+RESULT = '{"type":"tool_result","tool_use_id":"a","content":[{"type":"text","text":"a"}]}'
 GIANTS = {  # -> path, body, status
     "ids, the last one wrong": (COMPLETE, f'{{"prompt":{many("1", 990_000, chr(34) * 2)}}}', 400),
     "ids, the first one wrong": (COMPLETE, f'{{"prompt":[1.5,{many("1", 990_000)[1:]}}}', 400),
@@ -84,6 +89,25 @@ GIANTS = {  # -> path, body, status
         f'{QUESTION},"chat_template_kwargs":{{"a":{many("[]", 600_000)}}}}}',
         400,
     ),
+    "items of nothing": (RESPONSES, f'{{"input":{many("{}", 600_000)}}}', 400),
+    "items that are numbers": (RESPONSES, f'{{"input":{many("1", 990_000)}}}', 400),
+    "more items than are taken": (RESPONSES, f'{{"input":{many(ITEM, 40_000)}}}', 400),
+    "parts of an item": (RESPONSES, f'{{"input":[{{"role":"user","content":{many(PART, 40_000)}}}]}}', 200),
+    "a large instruction": (RESPONSES, f'{{"input":"a","instructions":"{"x" * 1_900_000}"}}', 400),
+    "tools of an agent": (RESPONSES, f'{{"input":"a","tools":{many(FUNCTION, 30_000)}}}', 400),
+    "blocks": (MESSAGES, f'{{"max_tokens":2,"messages":[{{"role":"user","content":{many(BLOCK, 40_000)}}}]}}', 200),
+    "blocks of another kind": (MESSAGES, message(many("[]", 600_000)), 400),
+    "blocks of calls": (
+        MESSAGES,
+        f'{{"max_tokens":2,"messages":[{{"role":"assistant","content":{many(USE, 30_000)}}}]}}',
+        400,
+    ),
+    "blocks of results": (
+        MESSAGES,
+        f'{{"max_tokens":2,"messages":[{{"role":"user","content":{many(RESULT, 20_000)}}}]}}',
+        400,
+    ),
+    "blocks to be counted": ("/v1/messages/count_tokens", f'{{"system":{many("1", 900_000)},{QUESTION[1:]}}}', 400),
     "hints of a message": (
         CHAT,
         json.dumps({"messages": [{"role": "user", "content": "a"} | {f"k{i}": None for i in range(100_000)}]}),

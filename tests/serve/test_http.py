@@ -130,6 +130,23 @@ async def test_small_routes(http, server):
     assert 'trinity_requests_total{code="404",route="/v1/models/{name:path}"} 1.0' in text
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/-/healthz", "/v1/models", "/metrics"])
+async def test_head_is_get_without_its_body(http, path):
+    whole, head = await http.get(path), await http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+async def test_what_clients_read_of_a_model(server, http, client):
+    [model] = (await client.models.list()).data
+    assert (model.id, model.object, model.owned_by) == ("fake", "model", "trinity")
+    assert 1_700_000_000 < model.created == server.front.started_s
+    told = (await http.get("/v1/models")).json()["data"][0]
+    assert (told["root"], told["parent"], told["max_model_len"]) == ("fake", None, 128)
+    assert told["permission"][0]["allow_sampling"] is True
+    assert (await http.get("/v1/models/fake")).json() == told
+
+
 def test_what_engines_say_of_their_weights_is_exported():
     exporter = Exporter()
     for engine in "ab":

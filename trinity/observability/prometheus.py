@@ -19,6 +19,7 @@ SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 SERVING_METRICS = (
     Metric("trinity_requests_total", "counter", "Requests answered, by route and status code.", ("route", "code")),
+    Metric("trinity_ignored_fields_total", "counter", "Fields of requests that had no effect, by name.", ("field",)),
     Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
     Metric("trinity_requests_waiting", "gauge", "Sequences waiting to be scheduled."),
     Metric("trinity_client_requests", "gauge", "Sequences that hold a slot, by the name of their key.", ("client",)),
