@@ -1,6 +1,7 @@
 """Scores of prompts over HTTP: echo with logprobs, prompt_logprobs, max_tokens 0; whole and streamed."""
 
 import json
+from functools import partial
 
 import httpx
 import openai
@@ -171,7 +172,7 @@ def test_tokens_of_one_text_are_one_key_with_the_larger_value():
     assert token_text(tokenizer, one) == token_text(tokenizer, other) == "\ufffd"
     for own in (one, other):
         position = TokenLogprobs(own, -0.1 if own == one else -3.0, ((one, -0.1), (other, -3.0)), rank=1)
-        assert alternatives(tokenizer, position, 2) == {"\ufffd": -0.1}
+        assert alternatives(partial(token_text, tokenizer), position, 2) == {"\ufffd": -0.1}
         assert len(prompt_entries(tokenizer, [None, position], 2)[1]) == 2, "by id they are two"
 
 
