@@ -210,10 +210,10 @@ class Conversation(Strict):
             template_arguments(self.reasoning_effort, self.documents, self.chat_template_kwargs),
         )
 
-    def calls_constraint(self, form: str | None, parallel: bool) -> Constraint | None:
-        """The grammar of calls that have to be made, and of strict tools' arguments, in the model's format of calls."""
+    def calls_constraint(self, form: str | None, parallel: bool, answer: Constraint | None) -> Constraint | None:
+        """The grammar of what may or has to be called, in the model's format of calls, beside that of other answers."""
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
-        return constraint_of(self._choice, tools, form, parallel)
+        return constraint_of(self._choice, tools, form, parallel, answer)
 
     @property
     def _choice(self) -> Choice:

@@ -28,7 +28,7 @@ class Door(Strict):
 
     @cached_property
     def chat(self) -> ChatRequest:
-        """That request, checked. Raises InvalidRequest."""
+        """The chat request of it, checked. Raises InvalidRequest."""
         try:
             return of_tree(ChatRequest, self.carried | self.chat_body())
         except InvalidRequest as error:
@@ -38,7 +38,7 @@ class Door(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """What is wrong with the chat is wrong here. InvalidRequest goes through pydantic as it is."""
+        """Check the chat: its faults are this body's. InvalidRequest goes through pydantic as it is."""
         assert self.chat is not None
         return self
 

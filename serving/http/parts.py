@@ -30,7 +30,7 @@ class Part:
         return "".join(self.pieces)
 
     def shown(self) -> dict[str, Any]:
-        """What it says as a whole: nothing yet when it has begun, and all when it has ended."""
+        """Its content as a whole: nothing yet when it has begun, and all when it has ended."""
         raise NotImplementedError
 
     def begin(self) -> list[Message]:
@@ -52,7 +52,7 @@ class Parts:
         self._make = make
 
     def add(self, event: Event) -> list[Message]:
-        """What a stream says of this event."""
+        """Add an event; -> what a stream says of it."""
         match event:
             case Text(text):
                 return self._into("text", text)

@@ -149,15 +149,8 @@ class ChatRequest(Conversation, Generation):
 
     def bound(self, params: SamplingParams, form: str | None) -> SamplingParams:
         """Parameters with the grammar of calls, where there is one; `form` is the name of the model's format of calls."""
-        constraint = self.calls_constraint(form, self.parallel_tool_calls)
-        if constraint is None:
-            return params
-        if params.structured_outputs is not None and self.tool_choice != "auto":
-            raise InvalidRequest(
-                "a call has to be made, and response_format or structured_outputs say what else the answer must be; send one",
-                param="tool_choice",
-            )
-        return params if params.structured_outputs else params.model_copy(update={"structured_outputs": constraint})
+        found = self.calls_constraint(form, self.parallel_tool_calls, params.structured_outputs)
+        return params if found is None else params.model_copy(update={"structured_outputs": found})
 
     @property
     def limit(self) -> int | None:

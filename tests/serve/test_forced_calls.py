@@ -82,6 +82,32 @@ async def test_over_grpc(server):
     assert events[-1].final.finish_reason == pb.FINISH_REASON_TOOL_CALLS
 
 
+SAID = {
+    "type": "object",
+    "properties": {"answer": {"enum": [1, 2]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("likely", ["{", "<tool_call>"])
+async def test_calls_or_an_answer_in_json(http, strict, likely):
+    """As agents with a type of output send it."""
+    tools = [{**tool, "function": {**tool["function"], "strict": strict}} for tool in BODY["tools"]]
+    shape = {"type": "json_schema", "json_schema": {"name": "said", "schema": SAID}}
+    more = {"response_format": shape, "parallel_tool_calls": False, "tools": tools}
+    more |= {"logit_bias": {str(fake_tokenizer().id_of(likely)): 100.0}}
+    answer = await http.post("/v1/chat/completions", json=BODY | more)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert ("tool_calls" in message) == (likely == "<tool_call>")
+    if likely == "{":
+        jsonschema.validate(json.loads(message["content"]), SAID)
+    elif strict:
+        assert len(checked([call["function"] for call in message["tool_calls"]])) == 1
+
+
 async def test_a_call_and_a_format_are_two_things(http):
     more = {"tool_choice": "required", "response_format": {"type": "json_object"}}
     answer = await http.post("/v1/chat/completions", json=BODY | more)

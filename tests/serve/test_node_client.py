@@ -1,4 +1,4 @@
-"""A client in another language, made from the .proto alone (examples/node): it streams, cancels and meets a full server."""
+"""A client in another language, made from the .proto alone (examples/node): streams, cancels, calls, meets a full server."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake import FakeEngine
+from scripted import ScriptedEngine
 from test_example_clients import PROMPT, answer_of
 
 from tests.waiting import WAIT_S, eventually
@@ -41,6 +42,17 @@ async def test_its_cancelling_frees_the_server(start):
         assert (code, err) == (0, "")
         assert out == f"{answer_of(server, 3)}\n[cancelled]\n"
         await eventually(lambda: not server.engine.held and not server.front.admission.active)
+
+
+async def test_it_answers_a_call_and_shows_what_the_model_says_then(start):
+    call = '<tool_call>\n{"name": "time_in", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    engine = ScriptedEngine(call, "Late.")
+    async with start(engine) as server:
+        code, out, err = await run(server, "--tools", TIME="nine")
+    assert (code, err) == (0, "")
+    assert out.startswith('time_in({"city": "Oslo"}) -> Oslo: nine\nLate.\n[')
+    assert out.endswith("FINISH_REASON_STOP]\n")
+    assert "<tool_response>\nOslo: nine\n</tool_response>" in engine.prompts[1]
 
 
 class FullAtFirst(FakeEngine):

@@ -96,7 +96,7 @@ class MessagesAnswer:
 
 
 def _end(last: Delta, num_calls: int) -> dict[str, Any]:
-    """Why the answer ended. A stop after calls is theirs; clients act on them."""
+    """Reason why the answer ended. A stop after calls is theirs; clients act on them."""
     if last.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if num_calls:

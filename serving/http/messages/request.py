@@ -57,7 +57,7 @@ class ThinkingBlock(Tolerant):
 
 
 class RedactedThinkingBlock(Tolerant):
-    """What another server's model thought; only that server can read it."""
+    """Thoughts of another server's model; only that server can read it."""
 
     type: Literal["redacted_thinking"]
     data: str = ""
@@ -241,7 +241,7 @@ class CountRequest(Door):
         return {"continue_final_message": True, "add_generation_prompt": False} if is_continued else {}
 
     def _thinking(self) -> dict[str, Any]:
-        """Without a word about it the model does as its template says."""
+        """Say whether it thinks: without a word about it the model does as its template says."""
         if self.thinking is None:
             return {}
         thinks = self.thinking.type != "disabled"

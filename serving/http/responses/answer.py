@@ -119,7 +119,7 @@ class ResponsesAnswer:
 
 
 def _asked(body: ResponsesRequest) -> dict[str, Any]:
-    """What a response repeats of its request."""
+    """Fields of its request that a response repeats."""
     choice = body.tool_choice
     return {
         "background": False,

@@ -40,7 +40,7 @@ class InputText(Tolerant):
 
 
 class Refusal(Tolerant):
-    """What a model said instead of an answer."""
+    """A part with what a model said instead of an answer."""
 
     type: Literal["refusal"]
     refusal: str
@@ -87,7 +87,7 @@ class CallItem(Tolerant):
 
 
 class OutputItem(Tolerant):
-    """What a function gave."""
+    """Output of a function."""
 
     type: Literal["function_call_output"]
     call_id: str = Field(max_length=256)

@@ -9,6 +9,7 @@ any other is JSON. Parameters come in the schema's order.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from trinity.text.grammar.constraint import WHITESPACE, Constraint, check_bytes
@@ -22,19 +23,25 @@ NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def tools_constraint(
-    form: ToolFormat, tools: Sequence[dict[str, Any]], choice: str | dict[str, Any], parallel: bool = True
+    form: ToolFormat,
+    tools: Sequence[dict[str, Any]],
+    choice: str | dict[str, Any],
+    parallel: bool = True,
+    answer: Constraint | None = None,
 ) -> Constraint | None:
     """Constraint of an answer with these tools (OpenAI's `tools` and `tool_choice`); None where it is free: with `none`, and
-    with `auto` unless a tool is strict. Raises ValueError for a tool that is not there, and for too many bytes."""
-    functions = [tool["function"] for tool in tools]
+    with `auto` unless a tool is strict. With `answer`, of JSON, and `auto` it is either calls or that. Raises ValueError for a
+    tool that is not there, and for too many bytes."""
+    functions, is_free = [tool["function"] for tool in tools], choice == "auto"
     if isinstance(choice, dict):
         name, parallel = choice["function"]["name"], False
         functions = [function for function in functions if function["name"] == name]
         if not functions:
             raise ValueError(f"tool_choice names {str(name)[:100]!r}, which is not in tools")
-    elif choice == "none" or (choice == "auto" and not any(function.get("strict") for function in functions)):
+    elif choice == "none" or (is_free and answer is None and not any(function.get("strict") for function in functions)):
         return None
-    tree = {"form": form, "functions": functions, "is_free": choice == "auto", "parallel": parallel}
+    said = answer and asdict(answer)
+    tree = {"form": form, "functions": functions, "is_free": is_free, "parallel": parallel, "answer": said}
     text = json.dumps(tree, ensure_ascii=False)
     check_bytes("tools", text)
     return Constraint("tools", text)
@@ -45,14 +52,28 @@ def tools_grammar(tree: dict[str, Any], names: frozenset[str]) -> str:
     our bounds."""
     body = {"hermes": _hermes, "qwen3_coder": _qwen3_coder}[tree["form"]]
     opening, closing = (marker if marker in names else quoted(marker) for marker in (OPENING, CLOSING))
-    more = "*" if tree["parallel"] else "?" if tree["is_free"] else ""
     rules = [f"body_{i}: {body(function, tree['is_free'])}" for i, function in enumerate(tree["functions"])]
     bodies = " | ".join(f"body_{i}" for i in range(len(rules)))
-    lead = "head" if tree["is_free"] else f"GAP {opening}"
-    start = f"call{more} TEXT" if tree["is_free"] else f"call{more.replace('*', '+')}"
+    has_text = tree["is_free"] and tree["answer"] is None
     head = f"head: TEXT {opening}" if OPENING in names else f"head[lazy]: TEXT {opening}"
     rest = [head, f"value[suffix={quoted(END_OF_PARAMETER)}]: TEXT", r"TEXT: /(.|\n)*/", r"GAP: /[ \n]{0,4}/"]
-    return "\n".join([f"start: {start}", f"call: {lead} ({bodies}) {closing}", *rules, *rest])
+    call = f"call: {'head' if has_text else f'GAP {opening}'} ({bodies}) {closing}"
+    return "\n".join([_start(tree, has_text), call, *_answer(tree["answer"]), *rules, *rest])
+
+
+def _start(tree: dict[str, Any], has_text: bool) -> str:
+    if has_text:
+        return f"start: call{'*' if tree['parallel'] else '?'} TEXT"
+    return f"start: call{'+' * tree['parallel']}{' | answer' * (tree['answer'] is not None)}"
+
+
+def _answer(asked: dict[str, Any] | None) -> list[str]:
+    """The rule of what is said instead of calls."""
+    if asked is None:
+        return []
+    answer = Constraint(**asked)
+    schema = OBJECT if answer.kind == "json_object" else bounded(json.loads(answer.text), answer.is_closed)
+    return [f"answer: {embedded(schema, answer.whitespace)}"]
 
 
 def _hermes(function: dict[str, Any], is_free: bool) -> str:

@@ -31,11 +31,17 @@ def check_choice(choice: Choice, tools: Sequence[dict[str, Any]]) -> None:
 
 
 def constraint_of(
-    choice: Choice, tools: Sequence[dict[str, Any]], form: str | None, parallel: bool
+    choice: Choice,
+    tools: Sequence[dict[str, Any]],
+    form: str | None,
+    parallel: bool,
+    answer: Constraint | None = None,
 ) -> Constraint | None:
-    """The grammar that sees to calls that have to be made, and to arguments of strict tools; None where the model is free.
+    """The grammar that sees to calls that have to be made, to arguments of strict tools, and to what is said instead of calls
+    (`answer`); None where there is no more to see to than `answer`.
 
-    `form`: the name of the model's format of calls. Raises InvalidRequest where that has no grammar."""
+    `form`: the name of the model's format of calls. Raises InvalidRequest where that has no grammar, and for calls that have to
+    be made beside another `answer`."""
     is_forced = choice.kind in ("required", "named")
     if form not in FORMS:
         if is_forced:
@@ -45,8 +51,15 @@ def constraint_of(
                 param="tool_choice",
             )
         return None
+    if is_forced and answer is not None:
+        raise InvalidRequest(
+            "a call has to be made, and response_format or structured_outputs say what else the answer must be; send one",
+            param="tool_choice",
+        )
+    if not tools or (answer is not None and answer.kind not in ("json", "json_object")):
+        return None
     wanted = {"function": {"name": choice.name}} if choice.kind == "named" else choice.kind
-    found = tried(lambda: tools_constraint(cast(ToolFormat, form), tools, wanted, parallel), ValueError)
+    found = tried(lambda: tools_constraint(cast(ToolFormat, form), tools, wanted, parallel, answer), ValueError)
     if isinstance(found, ValueError):
         raise InvalidRequest(f"tools: {found}", param="tools")
     return found
