@@ -125,6 +125,8 @@ def test_shards_come_and_go_while_training_and_the_losses_are_the_same(ray_sessi
     The last of those that share a pool: one shard is left."""
     from actors import pool as pools
     from actors.control.admin import operator
+    from actors.control.reconciler import STARTING_S
+    from actors.names import find
 
     pool = pools.connect(config.placement, "trinity")
     seen, out_dir = operator(config.placement, "trinity"), Path(config.train.out_dir)
@@ -137,8 +139,12 @@ def test_shards_come_and_go_while_training_and_the_losses_are_the_same(ray_sessi
                 seen.scale(num, "test")
         losses[step] = trainer.step().loss
         sizes.append(len(pool.table.shards))
+        if step == 3:  # the new ones start beside the steps
+            for name in ("shard-2", "shard-3"):
+                ray_session.get(find(config.placement.pool, name, "trinity").where.remote())
+            time.sleep(STARTING_S)
     saved = open_checkpoint(trainer.save())
-    assert sizes == [2, 2, 4, 4, 1, 1]
+    assert sizes == [2, 2, 2, 4, 1, 1]
     want, reference = train_here(config, tmp_path / "here")
     torch.testing.assert_close(list(losses.values()), list(want.values()), atol=1e-5, rtol=0)
     mine, theirs = weights_of(saved), weights_of(reference)

@@ -310,6 +310,7 @@ async def test_an_answer_of_megabytes_is_written_beside_other_work(start, path):
         began = time.process_time()
         json.dumps(tree)
         once_s = time.process_time() - began
-        answer, stall_s = await least_standstill(functools.partial(http.post, path, json=given), once_s)
+        most_s = 2 * once_s  # in one go on this loop it takes three times as long and more
+        answer, stall_s = await least_standstill(functools.partial(http.post, path, json=given), most_s)
     assert len(answer.content) > 2 << 20
-    assert stall_s < once_s, f"{stall_s:.3f} s, {stall_s / once_s:.1f} times writing it"
+    assert stall_s < most_s, f"{stall_s:.3f} s, {stall_s / once_s:.1f} times writing it"

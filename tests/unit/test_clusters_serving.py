@@ -5,6 +5,7 @@ No operator is asked. What Ray's autoscaler makes of the manifests is in test_cl
 
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -171,7 +172,8 @@ def test_serve_accepts_the_config_and_ray_can_place_it():
 def offline(monkeypatch):
     """A checkpoint that is only a name, and a pool that only counts; -> what `provide_pool` was called with."""
     calls = []
-    fake_checkpoint = SimpleNamespace(config=preset("tiny"), verify=lambda: None)
+    fake_checkpoint = SimpleNamespace(config=preset("tiny"), verify=lambda: None, path=Path("nowhere"), generation=None)
+    monkeypatch.setattr("serving.launch.located", str)
     monkeypatch.setattr("serving.launch.open_checkpoint", lambda path: fake_checkpoint)
     monkeypatch.setattr("serving.launch.provide_pool", lambda config, path: calls.append((config, path)))
     monkeypatch.setenv("TRINITY_API_KEY", "k" * 20)

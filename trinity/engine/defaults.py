@@ -65,6 +65,8 @@ def read_defaults(tree: Mapping[str, Any] | None, where: object) -> SamplingDefa
     off = {"top_k": 0} if given.get("top_k") == -1 else {}
     values = {FOLLOWED[key]: value for key, value in {**given, **off}.items() if key in FOLLOWED}
     try:
+        if values.get("max_tokens") == 0:
+            raise InvalidRequest("max_tokens: 0 would leave every answer empty", param="max_tokens")
         params = SamplingParams.parse(**values)
     except InvalidRequest as error:
         said, found = error.message.replace("max_tokens", "max_new_tokens"), values.get(error.param or "")
