@@ -118,7 +118,10 @@ def test_shards_are_killed_at_random_and_no_step_is_lost(ray_session, config, po
     same_as_undisturbed(undisturbed, trainer, losses)
 
 
-@pytest.mark.parametrize("verb", ["prepare", "stage", "commit"])
+# One by default: tests/unit/test_protocol.py has a shard die between any two of its messages.
+@pytest.mark.parametrize(
+    "verb", ["prepare", *(pytest.param(verb, marks=pytest.mark.chaos) for verb in ("stage", "commit"))]
+)
 def test_a_shard_is_killed_in_any_phase_of_a_step(ray_session, config, pool, undisturbed, verb):
     """F3: killed before it answers one of three shards' verbs. All are at one version after every step."""
     trainer = trainer_of(config.replace(train={"steps": 5}), pool)

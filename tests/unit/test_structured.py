@@ -240,7 +240,7 @@ def answers(engine, requests, disturb=lambda step: None):
     raise AssertionError("requests never ended")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     requests=st.lists(asked, min_size=1, max_size=6),
     faults=st.sets(st.integers(0, 20), max_size=8),
