@@ -197,6 +197,7 @@ class ChatFormat:
         self.tokenizer, self._name = tokenizer, namer(tokenizer, body.return_tokens_as_token_ids)
         self.with_logprobs, self.num_prompt_logprobs = body.logprobs, body.sampling.prompt_logprobs
         self.parsers, self.includes_reasoning = parsers, includes_reasoning
+        self._is_named = not isinstance(body.tool_choice, str)
 
     def openings(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """The role, and once for all choices how likely the prompt's tokens are, in parts."""
@@ -247,8 +248,9 @@ class ChatFormat:
         return None
 
     def _ending(self, index: int, ending: dict[str, Any]) -> dict[str, Any]:
-        """A stop after calls is theirs; clients act on them, and look for some."""
-        calls = ending["finish_reason"] == "stop" and self.parsers[index].num_calls > 0
+        """A stop after calls is theirs, unless one was asked for by name (OpenAI's rule); clients act on them, and look for
+        some."""
+        calls = ending["finish_reason"] == "stop" and self.parsers[index].num_calls > 0 and not self._is_named
         return ending | ({"finish_reason": "tool_calls"} if calls else {})
 
     def more(self, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ async def test_over_http(http, choice, parallel):
         calls = [call["function"] for call in each["message"]["tool_calls"]]
         called = checked(calls[:-1] if each["finish_reason"] == "length" else calls)
         assert called == ["light"] if isinstance(choice, dict) else parallel or len(called) == 1
+        assert each["finish_reason"] in ("length", "stop" if isinstance(choice, dict) else "tool_calls")
         assert each["message"]["content"] in (None, "")
 
 
