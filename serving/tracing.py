@@ -77,7 +77,7 @@ def _provider(endpoint: str) -> Any:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"serve.otlp_endpoint needs {error.name}; install it with `pip install 'trinity[otlp]'`, or leave it out"
+            f"serve.otlp_endpoint needs {error.name}; install it with `pip install 'trinity-moe[otlp]'`, or leave it out"
         ) from None
     provider = TracerProvider(resource=Resource.create({"service.name": "trinity"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=SEND_S)))

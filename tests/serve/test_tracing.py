@@ -110,5 +110,5 @@ async def test_a_collector_that_is_away_holds_nobody_up(start):
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigError, match=r"trinity\[otlp\]"):
+    with pytest.raises(ConfigError, match=r"trinity-moe\[otlp\]"):
         Tracing("http://127.0.0.1:4318/v1/traces", "any")
