@@ -198,9 +198,7 @@ class LLM:
         try:
             while self.engine.has_work:
                 for delta in self.engine.step():
-                    if delta.finish_reason == "error":
-                        raise delta.cause or TrinityError(delta.error or "the request failed")
-                    yield delta
+                    yield _sound(delta)
         finally:
             self.engine.abort(STREAM)
 
@@ -220,9 +218,14 @@ class LLM:
                 request_id, draft = later.popleft()
                 self.engine.add(request_id, draft.prompt_ids, draft.params)
             for delta in self.engine.step():
-                if delta.finish_reason == "error":
-                    raise delta.cause or TrinityError(delta.error or "the request failed")
-                drafts[delta.request_id].deltas.append(delta)
+                drafts[delta.request_id].deltas.append(_sound(delta))
+
+
+def _sound(delta: Delta) -> Delta:
+    """`delta`, unless its request failed: then raise why."""
+    if delta.finish_reason == "error":
+        raise delta.cause or TrinityError(delta.error or "the request failed")
+    return delta
 
 
 def _answer(params: SamplingParams, drawn: list[_Draft]) -> list[Completion]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from trinity.errors import InvalidRequest
 from trinity.text.grammar.constraint import Constraint
 from trinity.text.grammar.tools import ToolFormat, tools_constraint
 from trinity.utils.trying import tried
 
-FORMS = ("hermes", "qwen3_coder")  # formats of calls that have a grammar
+FORMS = get_args(ToolFormat)  # formats of calls that have a grammar
 
 
 @dataclass(frozen=True)
