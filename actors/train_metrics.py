@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
-CLIENT_S, MOST_CALLERS = 10.0, 8
+CLIENT_S, MOST_CALLERS, CALLER = 10.0, 8, "trinity-metrics-caller"
 
 
 class TrainExporter:
@@ -163,6 +163,10 @@ class _Server(ThreadingWSGIServer):
             with suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        threading.current_thread().name = CALLER
+        super().process_request_thread(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock, suppress(ValueError):

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.train_metrics import MOST_CALLERS, TrainExporter, check_listener, exported
+from actors.train_metrics import CALLER, MOST_CALLERS, TrainExporter, check_listener, exported
 from tests.unit.fuzzed_port import eventually
 from trinity.config import Config
 from trinity.errors import ConfigError
@@ -112,8 +112,8 @@ def test_without_a_key_it_answers_to_its_own_names(host):
 
 
 def callers():
-    """Threads that answer one caller each; whatever else lives in this process comes and goes."""
-    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+    """Threads that answer one caller each; other tests' servers have theirs in this process, too."""
+    return sum(thread.name == CALLER for thread in threading.enumerate())
 
 
 def test_a_crowd_takes_few_threads_and_keeps_nobody_out():
