@@ -150,6 +150,8 @@ def _locked(app: "WSGIApplication", keys: Collection[str]) -> "WSGIApplication":
 class _Server(ThreadingWSGIServer):
     """A thread for each of MOST_CALLERS; for one more, who has been there longest is cut off."""
 
+    request_queue_size = 128  # connections that wait to be seen; of one more the kernel takes no notice for a second
+
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._callers: list[socket.socket] = []

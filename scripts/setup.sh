@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
   exit 1
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+pip=("$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check) # compiled below, by all cores
 
 echo "setting up $venv (a few minutes the first time)"
 torch=$(grep '^torch==' constraints.txt)
@@ -19,3 +19,6 @@ torch=$(grep '^torch==' constraints.txt)
 "${pip[@]}" -c constraints.txt setuptools wheel packaging
 "${pip[@]}" -c constraints.txt --no-build-isolation -e '.[dev]'
 scripts/install_megablocks.sh "$venv/bin/python"
+
+# What a package keeps for its own tests, and transformers' hundreds of models, are compiled when somebody needs them.
+"$venv/bin/python" -m compileall -q -j 0 -x '/(tests?|testing/_internal|transformers/models)/' "$venv"/lib/python*/site-packages || true

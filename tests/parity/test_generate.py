@@ -105,14 +105,17 @@ def drive(
     return [got[str(i)] for i in range(len(requests))]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+each_seed = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.chaos)])
+
+
+@each_seed
 def test_alone(seed):
     requests = prompts(seed, 16)[:6]
     got = [drive(engine_of(seed), [request], [0])[0] for request in requests]
     assert got == expected(seed, 16)[:6]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@each_seed
 @pytest.mark.parametrize(("budget", "block_size"), [(5, 4), (17, 1), (17, 16), (1024, 4)])
 def test_sixteen_at_random_times(seed, budget, block_size):
     """A budget of 5 tokens runs at most 5 sequences and cuts every longer prompt; 1024 prefills them whole."""
@@ -129,7 +132,7 @@ def test_parts_side_by_side_change_nothing(parts, least):
     assert drive(engine, requests, [rng.randrange(60) for _ in requests]) == expected(0, 16)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@each_seed
 @pytest.mark.parametrize("budget", [9, 64])
 def test_preemption_changes_nothing(seed, budget):
     """Short prompts with long answers, all admitted, and memory for two whole ones: most are thrown out on the way."""
@@ -144,7 +147,7 @@ def expected_of_short(seed: int) -> list[tuple[int, ...]]:
     return [theirs(seed, prompt, 40) for prompt in SHORT]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@each_seed
 def test_passes_that_shards_of_another_version_refuse_change_nothing(seed):
     """They fail in their last layer: by then a chunk has gone round the rings of the layers before."""
     requests, engine = prompts(seed, 16), engine_of(seed, max_num_batched_tokens=40)

@@ -1,4 +1,6 @@
-"""`trinity bench train` and `decode` with shard actors: the arms agree, are timed, and nothing is left behind."""
+"""`trinity bench train` and `decode` with shard actors: the arms agree, are timed, and nothing is left behind.
+
+By default the one beside serving alone; tests/unit/test_bench_train_decode.py has the commands without actors."""
 
 import json
 
@@ -32,6 +34,7 @@ def run(what, out, *flags):
     }
 
 
+@pytest.mark.chaos
 def test_train_with_shard_actors(ray_session, tmp_path):
     tables = run("train", tmp_path, "--splits", "2:1,1:1", "--without", "transformers")
     arms, first, second = tables["Training with AdamW"], *(models.actor_arm(Split(n, 1)) for n in (2, 1))
@@ -42,6 +45,7 @@ def test_train_with_shard_actors(ray_session, tmp_path):
     assert all(arm["min"] > 0 for arm in arms.values())
 
 
+@pytest.mark.chaos
 def test_decode_with_shard_actors(ray_session, tmp_path):
     tables = run("decode", tmp_path, "--shards", "2")
     arm = models.actor_arm(Split(1, 1))

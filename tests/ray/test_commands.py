@@ -1,20 +1,21 @@
-"""The commands that start processes, run as a person runs them: the whole demo in small, then the server and its end.
+"""The whole demo in small, run as a person runs it, and its run gone on with. tests/ray/test_environments.py has the server.
 
 How long they take is the machine's affair. A command that hangs is one that says nothing new any more.
 """
 
+import os
 import re
 import signal
-from pathlib import Path
+import threading
 
-import httpx
 import pytest
 from matplotlib.image import imread
 
-from tests.chaos.meter import family
 from tests.commands import Running
-from tests.sockets import listening_each
+from tests.ray.runs import any_name
+from tests.waiting import until
 from trinity.checkpoint import latest_checkpoint
+from trinity.cli import main
 
 pytestmark = pytest.mark.timeout(900)  # the demo is the fixture of whoever comes first; a hang ends sooner, by silence
 
@@ -42,51 +43,34 @@ def test_the_demo_trains_serves_and_answers_twice(demo):
     assert latest_checkpoint(out).name == "step-000006"
 
 
-def test_a_run_is_resumed_and_stops_on_sigterm_with_a_checkpoint(demo, tmp_path):
+def test_a_run_is_resumed_and_stops_on_sigterm_with_a_checkpoint(demo, ray_session, capfd):
+    from actors import pool as pools
+
     out, _, _ = demo
-    settings = ["train", "tiny", "--train.out_dir", out, "--train.steps", 5000, "--train.eval_every", 0]
-    settings += ["--placement.niceness", 0]  # other work may have the cores
-    refused = Running(tmp_path, *settings)
-    assert refused.ended() == 2
-    assert "already holds step-000006; continue it with --resume" in refused.stderr
-    run = Running(tmp_path, *settings, "--resume")
-    run.until(lambda: len(steps_of(out)) >= 8)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.ended() == 130, run.stderr
-    stdout, stderr = run.stdout, run.stderr
+    settings = {"train.out_dir": out, "train.steps": 5000, "train.eval_every": 0, "placement.pool": any_name()}
+    pool = settings["placement.pool"]
+    settings |= {"placement.num_shards": 1, "placement.niceness": 0}  # other work may have the cores
+    words = ["train", "tiny", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
+    assert main(words) == 2
+    assert "already holds step-000006; continue it with --resume" in capfd.readouterr().err
+    stopping = threading.Thread(target=stop_after, args=(out, 8), daemon=True)
+    stopping.start()
+    assert main([*words, "--resume"]) == 130
+    stopping.join()
+    stdout, stderr = capfd.readouterr()
     steps = steps_of(out)
     assert steps == list(range(1, len(steps) + 1))
     assert "continuing from step 6" in stderr
     assert f"stopped at step {len(steps)} of 5000; continue with --resume" in stderr
     assert latest_checkpoint(out).name == f"step-{len(steps):06d}"
     assert f"after {len(steps)} steps" in stdout
+    pools.destroy(pool, "trinity")
+
+
+def stop_after(out, step):
+    until(lambda: len(steps_of(out)) >= step, within_s=300)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def steps_of(out):
     return [int(n) for n in re.findall(r'"step": (\d+), "loss"', (out / "metrics.jsonl").read_text())]
-
-
-def test_serve_answers_and_leaves_on_sigterm(demo, tmp_path):
-    checkpoint = latest_checkpoint(demo[0])
-    running = Running(tmp_path, "serve", checkpoint, "--http-port", 0, "--grpc-port", 0)
-    server = running.process
-    try:
-        running.until(lambda: "\nready" in running.stdout)
-        (url,) = re.findall(r"^HTTP (\S+)", running.stdout, re.MULTILINE)
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "import ", "max_tokens": 4}, timeout=60)
-        assert answer.status_code == 200
-        assert answer.json()["usage"]["completion_tokens"] > 0
-        ports = listening_each(family(server.pid))
-        assert sum(map(len, ports.values())) > 6  # Ray's as well as ours
-        assert {host for found in ports.values() for host, _ in found} == {"127.0.0.1"}, ports
-        busy = Running(tmp_path, "serve", checkpoint, "--http-port", url.rsplit(":", 1)[1])
-        assert busy.ended() == 2
-        assert "choose another" in busy.stderr
-        server.send_signal(signal.SIGTERM)
-        assert running.ended() == 0
-    finally:
-        if server.poll() is None:
-            server.kill()
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{url}/health", timeout=5)
-    assert not Path(f"/proc/{server.pid}").exists()

@@ -210,6 +210,7 @@ def test_a_trainer_that_was_replaced_can_decide_nothing(config, pool):
     assert pool.decided().version == 1
 
 
+@pytest.mark.chaos  # tests/ray/test_chaos.py kills one by default
 def test_a_killed_worker_goes_on_from_the_last_step(config, pool, undisturbed, tmp_path):
     """F4: SIGKILL of the training worker; no checkpoint but the last is ever written."""
     from actors.train import fit

@@ -8,9 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.chaos.meter import family
 from tests.commands import ENV, Running
 from tests.hub import Repo, running
+from tests.sockets import listening_each
 from tests.unit.checkpoint_files import MODEL, plain, write
+from trinity.cli import main
 from trinity.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +32,12 @@ def hub(tmp_path, monkeypatch):
     with running() as found:
         found.repos["acme/tiny"] = Repo()
         found.repos["acme/tiny"].push(model)
-        yield found
+        yield found, model
 
 
 @pytest.mark.timeout(600)
-def test_a_model_is_served_by_its_name_whatever_is_around(hub, tmp_path):
+def test_a_model_is_served_by_its_name_whatever_is_around(hub, tmp_path, capsys):
+    hub, model = hub
     work, script = tmp_path / "work", tmp_path / "bin" / "trinity"
     work.mkdir()
     for name in ("serving.py", "actors.py", "protos.py"):
@@ -60,9 +64,16 @@ def test_a_model_is_served_by_its_name_whatever_is_around(hub, tmp_path):
             answer = client.post("/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 4
+        ports = listening_each(family(server.process.pid))
+        assert sum(map(len, ports.values())) > 6  # Ray's as well as ours
+        assert {host for found in ports.values() for host, _ in found} == {"127.0.0.1"}, ports
+        assert main(["serve", str(model), "--http-port", url.rsplit(":", 1)[1]]) == 2
+        assert "choose another" in capsys.readouterr().err
         assert len(hub.fetched()) == len(set(hub.fetched())), "one cache, each file once"
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 0
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health", timeout=5, trust_env=False)
     finally:
         if server.process.poll() is None:
             server.process.kill()

@@ -31,6 +31,7 @@ FIELDS = {  # (a value that a float32 and JSON hold exactly, values that are ref
     "bad_words": (("a", "b c"), [("",), ("x" * 1001,), ("a",) * 1001]),
     "allowed_token_ids": ((5, 9), [(1,) * 1025]),
     "truncate_prompt_tokens": (-1, [0, -2]),
+    "thinking_token_budget": (7, [-1]),
     "n": (3, [0, 129]),
     "best_of": (4, [0, 129]),
     "priority": (-(2**40), []),

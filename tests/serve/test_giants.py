@@ -184,7 +184,18 @@ async def least_standstill(ask, most_s):
     return answer, least_s
 
 
-@pytest.mark.parametrize("name", GIANTS)
+USUAL = (  # of the kinds that are alike, by default; the others with `make chaos`
+    "ids, the last one wrong", "lists of nothing", "lists of ids, one wrong", "more ids than the model takes",
+    "content of objects", "ids to be read", "content of numbers to be counted", "parts of many messages", "a wide tool",
+    "a deep tool", "calls of many messages", "arguments of the template", "parts of an item", "tools of an agent",
+    "blocks of calls", "blocks to be counted", "fields that are ignored", "a schema in a schema", "choices",
+    "unknown fields",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [*USUAL, *(pytest.param(name, marks=pytest.mark.chaos) for name in GIANTS if name not in USUAL)]
+)
 async def test_a_giant_body_stalls_nobody(server, http, name):
     path, body, status = GIANTS[name]
     assert len(body) < server.front.config.max_body_bytes

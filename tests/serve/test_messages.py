@@ -159,6 +159,7 @@ async def test_thinking(start, monkeypatch, thinking, shown, asked):
         answer = (await http.post(URL, json=ASKED | {"thinking": thinking})).json()
     assert [block["type"] for block in answer["content"]] == ["thinking", "text"][not shown :]
     assert engine.prompts[0].endswith(f"|{asked}")
+    assert engine.seen[0].thinking_token_budget == (thinking or {}).get("budget_tokens")
 
 
 @pytest.mark.parametrize("num", [0, 12])

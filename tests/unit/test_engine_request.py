@@ -19,6 +19,7 @@ NUMBERS = {  # parameter: (values taken, values refused)
     "seed": ([0, -1, (1 << 63) - 1, -(1 << 63), None], [1 << 63, -(1 << 63) - 1, 1.5]),
     "logprobs": ([0, 20, None], [-1, 21, 1.5]),
     "min_tokens": ([0, 1 << 31], [-1, (1 << 31) + 1, 1.5]),
+    "thinking_token_budget": ([0, 1, 1 << 31, None], [-1, (1 << 31) + 1, 1.5]),
     "truncate_prompt_tokens": ([-1, 1, 1 << 31, None], [-2, 0, (1 << 31) + 1, 1.5]),
     "n": ([1, 128], [0, -1, 129, 1.5]),
     "best_of": ([1, 128, None], [0, -1, 129, 1.5]),

@@ -166,7 +166,7 @@ def test_a_host_that_computes_for_long_is_not_silent(hosts):
     assert hosts.shard("seen") == seen + 1, "it was not sent again"
 
 
-@pytest.mark.parametrize("ways", ["both", "answers"])
+@pytest.mark.parametrize("ways", ["answers", pytest.param("both", marks=pytest.mark.chaos)])
 def test_after_a_silent_cut_a_call_goes_on_at_once(ways):
     """TCP would try again 3 s after the mending."""
     if reason := switch.why_not():

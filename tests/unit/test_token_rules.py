@@ -117,25 +117,70 @@ def test_a_bad_word_is_never_completed():
     assert not any(held[i : i + 3] == free[4:7] for i in range(12))
 
 
+class Thinking(Reading):
+    def id_of(self, token):
+        return {"<think>": 30, "</think>": 31}[token]
+
+
+def reasoning(prompt, generated):
+    """Tokens between the markers, and whether it is open at the end."""
+    is_open, num = prompt[-1] == 30, 0
+    for token_id in generated:
+        num += is_open and token_id not in (30, 31)
+        is_open = token_id == 30 or (is_open and token_id != 31)
+    return num, is_open
+
+
+@pytest.mark.parametrize("prompt", [[1, 30], [1, 2], [30, 1, 31]])
+@pytest.mark.parametrize("budget", [0, 3, 7])
+def test_reasoning_ends_with_its_budget(prompt, budget):
+    engine = fake_engine()
+    engine.tokenizer = Thinking()
+    common = {"logit_bias": {30: 4.0}, "max_tokens": 40, "ignore_eos": True}
+    asked = {
+        f"r{seed}": (prompt, SamplingParams(seed=seed, **common, thinking_token_budget=budget, bad_words=["]"]))
+        for seed in range(12)
+    }
+    found = {name: reasoning(prompt, generated) for name, generated in answers(engine, asked).items()}
+    assert max(num for num, _ in found.values()) == budget, found
+    free = {name: (prompt, SamplingParams(seed=seed, **common)) for seed, name in enumerate(asked)}
+    assert max(reasoning(prompt, generated)[0] for generated in answers(engine, free).values()) > budget
+
+
+def test_a_budget_changes_nothing_before_it_is_spent():
+    engine = fake_engine()
+    engine.tokenizer = Thinking()
+    ids = {name: ([1, 30], SamplingParams(seed=3, max_tokens=12, bad_words=["_"], thinking_token_budget=budget))
+           for name, budget in (("free", None), ("bound", 5), ("roomy", 12))}  # fmt: skip
+    found = answers(engine, ids)
+    assert found["roomy"] == found["free"]
+    assert found["bound"][:5] == found["free"][:5]
+    assert found["bound"][5] == 31
+
+
+def test_a_model_that_does_not_think_needs_no_budget():
+    assert drawn(fake_engine(), thinking_token_budget=0) == drawn(fake_engine())
+
+
 def test_preemption_and_company_do_not_change_what_rules_leave():
     rng = random.Random(0)
     asked = {
         f"r{i}": (
-            tuple(rng.randrange(VOCAB) for _ in range(5)),
+            tuple(rng.randrange(VOCAB) for _ in range(4)) + (30,),
             SamplingParams(
                 seed=i, max_tokens=18, min_tokens=9 * (i % 2), bad_words=["AB", "C", "DEA"], stop_token_ids=[4, 5, 6],
-                allowed_token_ids=list(range(i % 3, 30)),
+                allowed_token_ids=list(range(i % 3, 30)), thinking_token_budget=i,
             ),
         )
         for i in range(8)
     }  # fmt: skip
     tight = fake_engine(max_model_len=24, block_size=2, kv_cache_bytes=64 * 2 * 20, max_num_seqs=6)
-    tight.tokenizer = Reading()
+    tight.tokenizer = Thinking()
     together = answers(tight, asked)
     assert tight.stats().num_preemptions >= 3
     for name, request in asked.items():
         roomy = fake_engine(max_model_len=24)
-        roomy.tokenizer = Reading()
+        roomy.tokenizer = Thinking()
         assert answers(roomy, {name: request})[name] == together[name]
 
 

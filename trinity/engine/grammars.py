@@ -25,12 +25,12 @@ from trinity.text.grammar.compiler import matcher
 from trinity.text.grammar.constraint import Constraint
 from trinity.text.grammar.progress import Progress, reasoning_end
 from trinity.text.grammar.vocabulary import Vocabulary
+from trinity.text.reasoning import MARKERS
 
 if TYPE_CHECKING:
     from trinity.text.tokenizer import Tokenizer
 
 MAX_KEPT = 64  # compiled grammars
-REASONING = ("<think>", "</think>")
 
 
 class Grammars:
@@ -79,7 +79,7 @@ class Grammars:
     def progress(self, constraint: Constraint, prompt_ids: Ids[int]) -> Progress:
         """An answer to this prompt, at its beginning; where the prompt leaves reasoning open, the grammar waits for its end.
         Blocks, and raises, as `matcher`."""
-        begins, ends = map(self._tokenizer.id_of, REASONING)
+        begins, ends = map(self._tokenizer.id_of, MARKERS)
         after = reasoning_end(prompt_ids, begins, ends, self._eos_ids)
         return Progress(self.matcher(constraint), self._vocabulary, after)
 

@@ -54,6 +54,7 @@ class SamplingParams(Frozen, strict=True):
     Until there are `min_tokens`, neither the end of text nor a stop token can be drawn; stop strings end a text at any time.
     `bad_words` can never be completed, `allowed_token_ids` are the only ones that can be drawn (trinity/engine/token_rules.py).
     `truncate_prompt_tokens` keeps the last so many tokens of a prompt; -1: those that leave room for `max_tokens`.
+    After `thinking_token_budget` tokens of reasoning </think> comes; a model without that token does not think.
     `n` continuations are drawn, each with a seed of its own, or `best_of`, of which the n most likely by token are the answer
     (trinity/engine/samples.py). `priority`: lower is earlier; it is carried, and the engine does not look at it yet.
     `structured_outputs` is a grammar that the answer follows: {"json": a JSON Schema}, {"regex": ...}, {"choice": [...]},
@@ -78,6 +79,7 @@ class SamplingParams(Frozen, strict=True):
         default=None, min_length=1, max_length=MAX_LISTED_TOKENS
     )
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=1 << 31)
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=1 << 31)
     n: int = Field(default=1, ge=1, le=MAX_N)
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     priority: int = Field(default=0, ge=-INT64, lt=INT64)

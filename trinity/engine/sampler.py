@@ -87,6 +87,10 @@ def _restrict(logits_V: Tensor, sequence: Sequence) -> None:
     """Leave only tokens that the request's rules let come next."""
     if sequence.rules is None:
         return
+    if (forced := sequence.rules.forced(sequence.generated_ids)) is not None:
+        kept = logits_V[forced].clone()
+        logits_V.fill_(-torch.inf)[forced] = kept
+        return
     if sequence.rules.allowed is not None:
         allowed = torch.tensor(list(sequence.rules.allowed), device=logits_V.device)
         kept = logits_V[allowed]

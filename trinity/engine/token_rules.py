@@ -1,10 +1,11 @@
-"""Tokens that a request forbids until later, for ever, or but for a few: min_tokens, bad_words, allowed_token_ids.
+"""Tokens that a request forbids until later, for ever, or but for a few: min_tokens, bad_words, allowed_token_ids; and the one
+that must come when its thinking_token_budget is spent.
 
 Host code, without torch: the sampler masks what is said here.
 Decisions: the rules are a function of the generated tokens alone, so batching and preemption do not change an answer. A bad
 word is tokenised with and without a space before it; its last token is forbidden where the others stand at the end of what was
 generated. Rules never forbid everything: bad words give way first, then min_tokens, because a row without any token is what
-damaged weights look like.
+damaged weights look like. The token that a spent budget asks for goes before all of them: it is all that is left.
 """
 
 from array import array
@@ -56,13 +57,43 @@ def read_words(words: Sequence[str], encoder: Encoder) -> BadWords:
     return BadWords({tuple(each) for each in ids if each})
 
 
+class ThinkingBudget:
+    """Tokens of reasoning that an answer may have, over all its blocks. `is_open`: the prompt ends inside one.
+
+    `generated_ids` only grows from call to call, so each token is counted once."""
+
+    def __init__(self, budget: int, begins: int | None, ends: int, is_open: bool):
+        self._left, self._begins, self._ends, self._is_open, self._num_seen = budget, begins, ends, is_open, 0
+
+    def forced(self, generated_ids: Sequence[int]) -> int | None:
+        """The token that ends the reasoning, where that has to come next."""
+        for token_id in generated_ids[self._num_seen :]:
+            if token_id in (self._begins, self._ends):
+                self._is_open = token_id == self._begins
+            elif self._is_open:
+                self._left -= 1
+        self._num_seen = len(generated_ids)
+        return self._ends if self._is_open and self._left <= 0 else None
+
+
 class TokenRules:
     """Tokens that one request may draw next. `ends` are the tokens that would end its text."""
 
-    def __init__(self, params: SamplingParams, ends: Collection[int], words: BadWords, vocab_size: int):
+    def __init__(
+        self,
+        params: SamplingParams,
+        ends: Collection[int],
+        words: BadWords,
+        vocab_size: int,
+        thinking: ThinkingBudget | None = None,
+    ):
         self.allowed = None if params.allowed_token_ids is None else frozenset(params.allowed_token_ids)
         self._ends, self._min_tokens, self._words = frozenset(ends), params.min_tokens, words
-        self._vocab_size = vocab_size
+        self._vocab_size, self._thinking = vocab_size, thinking
+
+    def forced(self, generated_ids: Sequence[int]) -> int | None:
+        """The one token that may come next, whatever else is said here."""
+        return None if self._thinking is None else self._thinking.forced(generated_ids)
 
     def banned(self, generated_ids: Sequence[int]) -> frozenset[int]:
         """Tokens that may not come next, of the allowed ones; never all of them."""
@@ -74,9 +105,15 @@ class TokenRules:
         return len(banned) < self._vocab_size if self.allowed is None else not self.allowed <= banned
 
 
-def rules_of(params: SamplingParams, eos_ids: Collection[int], words: BadWords, vocab_size: int) -> TokenRules | None:
+def rules_of(
+    params: SamplingParams,
+    eos_ids: Collection[int],
+    words: BadWords,
+    vocab_size: int,
+    thinking: ThinkingBudget | None = None,
+) -> TokenRules | None:
     """The rules of a request, if it has any."""
-    if not (params.min_tokens or params.bad_words or params.allowed_token_ids):
+    if not (params.min_tokens or params.bad_words or params.allowed_token_ids or thinking):
         return None
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
-    return TokenRules(params, [i for i in ends if i < vocab_size], words, vocab_size)
+    return TokenRules(params, [i for i in ends if i < vocab_size], words, vocab_size, thinking)

@@ -5,8 +5,10 @@ marker in an earlier turn says nothing about this one.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from trinity.text.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from trinity.text.tokenizer import Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
 MARKERS = (THINK, END_THINK)
@@ -17,7 +19,7 @@ def is_in_template(template: str | None) -> bool:
     return template is not None and any(marker in template for marker in MARKERS)
 
 
-def starts_inside(prompt_ids: Sequence[int], tokenizer: Tokenizer, marker_by_id: Mapping[int, str]) -> bool:
+def starts_inside(prompt_ids: Sequence[int], tokenizer: "Tokenizer", marker_by_id: Mapping[int, str]) -> bool:
     """Does the turn that the prompt ends with (what follows its last special token) end inside reasoning?"""
     turn = list[int]()
     for token_id in reversed(prompt_ids):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/trinity/v1/inference.proto\x12\ntrinity.v1\"\xa8\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.trinity.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.trinity.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08priority\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x10return_token_ids\x18\x08 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\t \x01(\x08\x42\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x02\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.trinity.v1.ChatMessage\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.trinity.v1.Tool\x12\x13\n\x0btool_choice\x18\x03 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x11include_reasoning\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x18\n\x10reasoning_effort\x18\x06 \x01(\t\x12\x1f\n\x17template_arguments_json\x18\x07 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x08 \x01(\x08\x12\x16\n\x0e\x64ocuments_json\x18\t \x03(\tB\x16\n\x14_parallel_tool_callsB\x14\n\x12_include_reasoning\"b\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\x12\x13\n\x06strict\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_strict\"\x9f\x01\n\x0b\x43hatMessage\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.trinity.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.trinity.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x11\n\treasoning\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xb6\x08\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).trinity.v1.SamplingParams.LogitBiasEntry\x12\x31\n\x0eversion_policy\x18\x0f \x01(\x0e\x32\x19.trinity.v1.VersionPolicy\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x12 \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x14 \x01(\x08H\r\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x15 \x01(\x05H\x0e\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x16 \x01(\x05H\x0f\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x1f \x01(\x05H\x10\x88\x01\x01\x12\x38\n\x12structured_outputs\x18\x1e \x01(\x0b\x32\x1c.trinity.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x19\n\x17_truncate_prompt_tokensB\n\n\x08_best_ofB\x12\n\x10_prompt_logprobs\"\xde\x02\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x12.trinity.v1.ChoiceH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x12\x1f\n\x12whitespace_pattern\x18\x06 \x01(\tH\x01\x88\x01\x01\x12#\n\x16\x64isable_any_whitespace\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12*\n\x1d\x64isable_additional_properties\x18\x08 \x01(\x08H\x03\x88\x01\x01\x42\x0c\n\nconstraintB\x15\n\x13_whitespace_patternB\x19\n\x17_disable_any_whitespaceB \n\x1e_disable_additional_properties\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"c\n\x10GenerateResponse\x12\"\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.trinity.v1.DeltaH\x00\x12\"\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x11.trinity.v1.FinalH\x00\x42\x07\n\x05\x65vent\"\x89\x02\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\x1e \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x05 \x01(\t\x12-\n\ntool_calls\x18\x06 \x03(\x0b\x32\x19.trinity.v1.ToolCallPiece\x12\x1c\n\x14num_reasoning_tokens\x18\x07 \x01(\r\"K\n\rToolCallPiece\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x83\x01\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.trinity.v1.Alternative\x12\x11\n\x04rank\x18\x1e \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_rank\"?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xfb\x01\n\x05\x46inal\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.trinity.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.trinity.v1.Usage\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x15\n\rfirst_version\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x15 \x03(\r\x12\x16\n\x0erouted_experts\x18\x16 \x01(\x0c\x42\r\n\x0bstop_reason\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.trinity.v1.Model\"Q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\x04\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04*c\n\rVersionPolicy\x12\x1e\n\x1aVERSION_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13VERSION_POLICY_LIVE\x10\x01\x12\x19\n\x15VERSION_POLICY_PINNED\x10\x02*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.trinity.v1.GenerateRequest\x1a\x1c.trinity.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.trinity.v1.ListModelsRequest\x1a\x1e.trinity.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.trinity.v1.TokenizeRequest\x1a\x1c.trinity.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.trinity.v1.DetokenizeRequest\x1a\x1e.trinity.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/trinity/v1/inference.proto\x12\ntrinity.v1\"\xa8\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.trinity.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.trinity.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08priority\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x10return_token_ids\x18\x08 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\t \x01(\x08\x42\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x02\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.trinity.v1.ChatMessage\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.trinity.v1.Tool\x12\x13\n\x0btool_choice\x18\x03 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x11include_reasoning\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x18\n\x10reasoning_effort\x18\x06 \x01(\t\x12\x1f\n\x17template_arguments_json\x18\x07 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x08 \x01(\x08\x12\x16\n\x0e\x64ocuments_json\x18\t \x03(\tB\x16\n\x14_parallel_tool_callsB\x14\n\x12_include_reasoning\"b\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\x12\x13\n\x06strict\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_strict\"\x9f\x01\n\x0b\x43hatMessage\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.trinity.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.trinity.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x11\n\treasoning\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xf4\x08\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).trinity.v1.SamplingParams.LogitBiasEntry\x12\x31\n\x0eversion_policy\x18\x0f \x01(\x0e\x32\x19.trinity.v1.VersionPolicy\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x12 \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x14 \x01(\x08H\r\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x15 \x01(\x05H\x0e\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x16 \x01(\x05H\x0f\x88\x01\x01\x12\"\n\x15thinking_token_budget\x18\x17 \x01(\x05H\x10\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x1f \x01(\x05H\x11\x88\x01\x01\x12\x38\n\x12structured_outputs\x18\x1e \x01(\x0b\x32\x1c.trinity.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x19\n\x17_truncate_prompt_tokensB\n\n\x08_best_ofB\x18\n\x16_thinking_token_budgetB\x12\n\x10_prompt_logprobs\"\xde\x02\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x12.trinity.v1.ChoiceH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x12\x1f\n\x12whitespace_pattern\x18\x06 \x01(\tH\x01\x88\x01\x01\x12#\n\x16\x64isable_any_whitespace\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12*\n\x1d\x64isable_additional_properties\x18\x08 \x01(\x08H\x03\x88\x01\x01\x42\x0c\n\nconstraintB\x15\n\x13_whitespace_patternB\x19\n\x17_disable_any_whitespaceB \n\x1e_disable_additional_properties\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"c\n\x10GenerateResponse\x12\"\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.trinity.v1.DeltaH\x00\x12\"\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x11.trinity.v1.FinalH\x00\x42\x07\n\x05\x65vent\"\x89\x02\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\x1e \x03(\x0b\x32\x19.trinity.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x05 \x01(\t\x12-\n\ntool_calls\x18\x06 \x03(\x0b\x32\x19.trinity.v1.ToolCallPiece\x12\x1c\n\x14num_reasoning_tokens\x18\x07 \x01(\r\"K\n\rToolCallPiece\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x83\x01\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.trinity.v1.Alternative\x12\x11\n\x04rank\x18\x1e \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_rank\"?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xfb\x01\n\x05\x46inal\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.trinity.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.trinity.v1.Usage\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x15\n\rfirst_version\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x14 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x15 \x03(\r\x12\x16\n\x0erouted_experts\x18\x16 \x01(\x0c\x42\r\n\x0bstop_reason\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.trinity.v1.Model\"Q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\x04\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.trinity.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04*c\n\rVersionPolicy\x12\x1e\n\x1aVERSION_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13VERSION_POLICY_LIVE\x10\x01\x12\x19\n\x15VERSION_POLICY_PINNED\x10\x02*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.trinity.v1.GenerateRequest\x1a\x1c.trinity.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.trinity.v1.ListModelsRequest\x1a\x1e.trinity.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.trinity.v1.TokenizeRequest\x1a\x1c.trinity.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.trinity.v1.DetokenizeRequest\x1a\x1e.trinity.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=3797
-  _globals['_ROLE']._serialized_end=3892
-  _globals['_VERSIONPOLICY']._serialized_start=3894
-  _globals['_VERSIONPOLICY']._serialized_end=3993
-  _globals['_FINISHREASON']._serialized_start=3995
-  _globals['_FINISHREASON']._serialized_end=4120
+  _globals['_ROLE']._serialized_start=3859
+  _globals['_ROLE']._serialized_end=3954
+  _globals['_VERSIONPOLICY']._serialized_start=3956
+  _globals['_VERSIONPOLICY']._serialized_end=4055
+  _globals['_FINISHREASON']._serialized_start=4057
+  _globals['_FINISHREASON']._serialized_end=4182
   _globals['_GENERATEREQUEST']._serialized_start=50
   _globals['_GENERATEREQUEST']._serialized_end=346
   _globals['_TOKENIDS']._serialized_start=348
@@ -52,41 +52,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_start=968
   _globals['_TOOLCALL']._serialized_end=1023
   _globals['_SAMPLINGPARAMS']._serialized_start=1026
-  _globals['_SAMPLINGPARAMS']._serialized_end=2104
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1763
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1811
-  _globals['_STRUCTUREDOUTPUT']._serialized_start=2107
-  _globals['_STRUCTUREDOUTPUT']._serialized_end=2457
-  _globals['_CHOICE']._serialized_start=2459
-  _globals['_CHOICE']._serialized_end=2482
-  _globals['_GENERATERESPONSE']._serialized_start=2484
-  _globals['_GENERATERESPONSE']._serialized_end=2583
-  _globals['_DELTA']._serialized_start=2586
-  _globals['_DELTA']._serialized_end=2851
-  _globals['_TOOLCALLPIECE']._serialized_start=2853
-  _globals['_TOOLCALLPIECE']._serialized_end=2928
-  _globals['_TOKENLOGPROBS']._serialized_start=2931
-  _globals['_TOKENLOGPROBS']._serialized_end=3062
-  _globals['_ALTERNATIVE']._serialized_start=3064
-  _globals['_ALTERNATIVE']._serialized_end=3127
-  _globals['_FINAL']._serialized_start=3130
-  _globals['_FINAL']._serialized_end=3381
-  _globals['_USAGE']._serialized_start=3383
-  _globals['_USAGE']._serialized_end=3440
-  _globals['_LISTMODELSREQUEST']._serialized_start=3442
-  _globals['_LISTMODELSREQUEST']._serialized_end=3461
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3463
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3518
-  _globals['_MODEL']._serialized_start=3520
-  _globals['_MODEL']._serialized_end=3601
-  _globals['_TOKENIZEREQUEST']._serialized_start=3603
-  _globals['_TOKENIZEREQUEST']._serialized_end=3680
-  _globals['_TOKENIZERESPONSE']._serialized_start=3682
-  _globals['_TOKENIZERESPONSE']._serialized_end=3719
-  _globals['_DETOKENIZEREQUEST']._serialized_start=3721
-  _globals['_DETOKENIZEREQUEST']._serialized_end=3759
-  _globals['_DETOKENIZERESPONSE']._serialized_start=3761
-  _globals['_DETOKENIZERESPONSE']._serialized_end=3795
-  _globals['_INFERENCE']._serialized_start=4123
-  _globals['_INFERENCE']._serialized_end=4432
+  _globals['_SAMPLINGPARAMS']._serialized_end=2166
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1799
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1847
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=2169
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=2519
+  _globals['_CHOICE']._serialized_start=2521
+  _globals['_CHOICE']._serialized_end=2544
+  _globals['_GENERATERESPONSE']._serialized_start=2546
+  _globals['_GENERATERESPONSE']._serialized_end=2645
+  _globals['_DELTA']._serialized_start=2648
+  _globals['_DELTA']._serialized_end=2913
+  _globals['_TOOLCALLPIECE']._serialized_start=2915
+  _globals['_TOOLCALLPIECE']._serialized_end=2990
+  _globals['_TOKENLOGPROBS']._serialized_start=2993
+  _globals['_TOKENLOGPROBS']._serialized_end=3124
+  _globals['_ALTERNATIVE']._serialized_start=3126
+  _globals['_ALTERNATIVE']._serialized_end=3189
+  _globals['_FINAL']._serialized_start=3192
+  _globals['_FINAL']._serialized_end=3443
+  _globals['_USAGE']._serialized_start=3445
+  _globals['_USAGE']._serialized_end=3502
+  _globals['_LISTMODELSREQUEST']._serialized_start=3504
+  _globals['_LISTMODELSREQUEST']._serialized_end=3523
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3525
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3580
+  _globals['_MODEL']._serialized_start=3582
+  _globals['_MODEL']._serialized_end=3663
+  _globals['_TOKENIZEREQUEST']._serialized_start=3665
+  _globals['_TOKENIZEREQUEST']._serialized_end=3742
+  _globals['_TOKENIZERESPONSE']._serialized_start=3744
+  _globals['_TOKENIZERESPONSE']._serialized_end=3781
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3783
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3821
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3823
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3857
+  _globals['_INFERENCE']._serialized_start=4185
+  _globals['_INFERENCE']._serialized_end=4494
 # @@protoc_insertion_point(module_scope)

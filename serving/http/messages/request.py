@@ -246,7 +246,8 @@ class CountRequest(Door):
             return {}
         thinks = self.thinking.type != "disabled"
         own = {"enable_thinking": thinks} | self.carried.get("chat_template_kwargs", {})
-        return {"chat_template_kwargs": own, "include_reasoning": thinks and self.thinking.display != "omitted"}
+        shown = {"chat_template_kwargs": own, "include_reasoning": thinks and self.thinking.display != "omitted"}
+        return {"thinking_token_budget": self.thinking.budget_tokens, **self.carried, **shown}
 
     def _format(self) -> dict[str, Any]:
         form = self.output_config.format
