@@ -6,6 +6,7 @@ less than once where the reading is done elsewhere. What was here before stalled
 
 import asyncio
 import functools
+import gc
 import json
 import math
 import threading
@@ -176,6 +177,7 @@ async def standstill():
 async def least_standstill(ask, most_s):
     """-> what `ask()` gave, and the least standstill of up to three: a busy machine's caches make any one of them slow."""
     least_s = math.inf
+    gc.freeze()  # what hundreds of other tests left in this process is not walked through while we look
     for _ in range(3):
         async with standstill() as longest:
             answer = await ask()
