@@ -140,10 +140,12 @@ async def _chunks(
     try:
         async with aclosing(events):
             async for index, delta in events:
-                is_first = index not in last
+                is_first, is_large = index not in last, _is_large(delta)
                 last[index] = delta
-                for part in _parts(form, extras, index, delta, is_first):
-                    yield sse(envelope.wrap(form.chunk, version=delta.version, **first, **part, **extras.so_far(delta)))
+                parts = _parts(form, extras, index, delta, is_first)
+                for part in await off_loop(is_large, list, parts) if is_large else parts:
+                    chunk = envelope.wrap(form.chunk, version=delta.version, **first, **part, **extras.so_far(delta))
+                    yield await off_loop(is_large, sse, chunk)
                     first = {}
                     if is_first:  # what is said of a long prompt has many parts
                         await asyncio.sleep(0)
@@ -154,6 +156,11 @@ async def _chunks(
     except Exception as error:
         yield sse(openai_body(to_typed(error, request_id)))
     yield DONE
+
+
+def _is_large(delta: Delta) -> bool:
+    """Would what is made of it hold up other streams? The last Delta may have the experts of every token."""
+    return delta.experts_TLK is not None and delta.experts_TLK.nbytes > INLINE_BYTES
 
 
 def _parts(form: Format, extras: Extras, index: int, delta: Delta, is_first: bool) -> Iterator[dict[str, Any]]:

@@ -5,8 +5,10 @@ less than once where the reading is done elsewhere. What was here before stalled
 """
 
 import asyncio
+import base64
 import functools
 import gc
+import io
 import json
 import math
 import threading
@@ -15,11 +17,13 @@ from contextlib import asynccontextmanager, suppress
 
 import h11
 import httpx
+import numpy as np
 import pytest
 from fake import FakeEngine
 
 from serving.frontend import INLINE_CHARS, LARGE_CHAT_CHARS
-from serving.http.openai import encoded
+from serving.http import routes
+from serving.http.openai import encoded, sse
 from serving.http.server import FED_BYTES
 from tests.waiting import WAIT_S
 from trinity.engine.request import Delta, TokenLogprobs
@@ -327,3 +331,36 @@ async def test_an_answer_of_megabytes_is_written_beside_other_work(start, path):
         answer, stall_s = await least_standstill(functools.partial(http.post, path, json=given), most_s)
     assert len(answer.content) > 2 << 20
     assert stall_s < most_s, f"{stall_s:.3f} s, {stall_s / once_s:.1f} times writing it"
+
+
+EXPERTS_TLK = np.zeros((20_000, 54, 8), np.uint8)
+EXPERTS_TLK[-1] = 7
+
+
+class Routed(FakeEngine):
+    """Few tokens, and the experts of a long prompt."""
+
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
+        yield Delta(request_id, "a", (5,), num_prompt_tokens=1, num_generated_tokens=1)
+        yield Delta(
+            request_id, "a", (5,), finish_reason="length", num_prompt_tokens=1, num_generated_tokens=2, experts_TLK=EXPERTS_TLK
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+async def test_the_experts_of_a_long_prompt_are_written_on_a_thread(start, path, monkeypatch):
+    threads = set()
+    monkeypatch.setattr(routes, "sse", lambda event: threads.add(threading.current_thread()) or sse(event))
+    given = {"prompt": "a"} if path == COMPLETE else {"messages": [{"role": "user", "content": "a"}]}
+    given |= {"stream": True, "return_routed_experts": True}
+    async with (
+        start(Routed(max_model_len=4096), routed_experts=True) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+    ):
+        answer = await http.post(path, json=given)
+    *_, last, done = answer.text.split("\n\n")[:-1]
+    assert done == "data: [DONE]"
+    told = json.loads(last.removeprefix("data: "))["choices"][0]
+    found = np.load(io.BytesIO(base64.b64decode(told["routed_experts"])))
+    assert (found.shape, int(found[-1, -1, -1])) == (EXPERTS_TLK.shape, 7)
+    assert threads - {threading.main_thread()}

@@ -213,7 +213,7 @@ def test_offline_commands_take_the_engines_settings(checkpoint, capsys):
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["chat", "--local"], ["serve"]])
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(command, checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("trinity.engine.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("trinity.engine.memory.free_and_total", lambda device: (1000, 1000))
     monkeypatch.setattr("trinity.checkpoint.tensor_file.TensorFile.read", None)
     monkeypatch.setattr("serving.app.start", None)
     assert main([command[0], str(checkpoint), *command[1:]]) == 2

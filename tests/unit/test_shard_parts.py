@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trinity.config import OptimConfig, preset
-from trinity.errors import InvalidRequest, StepConflict, Unavailable, VersionGone, WrongEpoch
+from trinity.errors import ConfigError, InvalidRequest, StepConflict, Unavailable, VersionGone, WrongEpoch
 from trinity.experts.activation_cache import ActivationCache, Activations
 from trinity.experts.base import LayerWeights
 from trinity.experts.grad_accumulator import FUTURE_US, GradAccumulator
@@ -245,3 +245,15 @@ def test_what_was_gathered_is_void_when_experts_come_or_go():
     gradient_ND = shard.fetch(Fetch(LAYER, 3, 0, FOREVER, GRADIENT))
     assert torch.equal(gradient_ND, torch.zeros(24, 16))
     assert torch.equal(shard.fetch(Fetch(LAYER, 3, 0, FOREVER)), torch.ones(24, 16))
+
+
+def test_experts_that_do_not_fit_are_refused_before_one_is_read(monkeypatch):
+    monkeypatch.setattr("trinity.experts.loading.free_and_total", lambda device: (2000, 2000))
+    shard = ExpertShard(ShardSpec("s", MODEL, {LAYER: (0, 1)}, None, backend="reference"))
+    with pytest.raises(
+        ConfigError, match=r"2 experts take 3,072 bytes of memory, 2,000 bytes is free on the node of this shard"
+    ):
+        shard.load(Load(seed=0))
+    assert shard.version == -1
+    monkeypatch.setattr("trinity.experts.loading.free_and_total", lambda device: (3072, 3072))
+    assert shard.load(Load(seed=0)) == 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.kv_cache import BlockSizes, check_fits, checked_max_len
 from trinity.errors import ConfigError
-from trinity.utils.machine import available_bytes
+from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,7 @@ class Memory:
 
 def memory_of(device: str, weights: int = 0, others: int = 0, num_engines: int = 1) -> Memory:
     """The memory of a device as it is now."""
-    if device == "cpu":
-        free = total = available_bytes()
-    else:
-        import torch  # only here: on a CPU the numbers need none
-
-        free, total = torch.cuda.mem_get_info(device)
+    free, total = free_and_total(device)
     return Memory(free, total, device != "cpu", weights, others, num_engines)
 
 

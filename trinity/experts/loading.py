@@ -1,10 +1,13 @@
 """A shard's weights and optimizer state from a checkpoint, or from the seed."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from trinity.checkpoint import Checkpoint, open_checkpoint
 from trinity.config import ModelConfig, OptimConfig
+from trinity.errors import ConfigError
 from trinity.experts.base import LayerWeights
 from trinity.experts.stacked import (
     experts_of,
@@ -18,6 +21,8 @@ from trinity.experts.stacked import (
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
 from trinity.state.versioned_store import Store, Version
+from trinity.utils.machine import free_and_total
+from trinity.utils.units import size
 
 
 def loaded(
@@ -27,6 +32,7 @@ def loaded(
     source = open_checkpoint(message.checkpoint) if message.checkpoint else None
     if source is not None:
         source.fetch(experts)
+    check_room(empty, experts)
     version = unfilled_version(store, empty, model, experts)
     if source is None:
         _draw(version, model, message.seed)
@@ -42,6 +48,18 @@ def loaded(
     # A run that starts from somebody's weights counts its own steps from 0.
     number = source.version if source and (message.training or optim is None) else 0
     return make_version(number, version.tensors, experts, num_updates)
+
+
+def check_room(empty: LayerWeights, experts: Experts) -> None:
+    """Raise ConfigError where the weights of these experts do not fit into what is free here. `empty`: stacks of none."""
+    stack_EFD, num = empty.gate_EFD, sum(map(len, experts.values()))
+    need = num * len(empty) * math.prod(stack_EFD.shape[1:]) * stack_EFD.itemsize
+    free, _ = free_and_total(str(stack_EFD.device))
+    if need > free:
+        raise ConfigError(
+            f"{num} experts take {size(need)} of memory, {size(free)} is free on the node of this shard: raise "
+            "placement.num_shards, lower placement.redundancy, or let the node have more"
+        )
 
 
 def _read(version: Version, source: Checkpoint) -> None:

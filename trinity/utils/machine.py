@@ -26,6 +26,16 @@ def available_bytes(root: Path = ROOT) -> int:
     return max(0, min([machine, *_left_to_groups(root)]))
 
 
+def free_and_total(device: str) -> tuple[int, int]:
+    """Bytes of the device's memory that nobody uses yet, and all of them; on a CPU both are what this process can have."""
+    if device == "cpu":
+        return (available_bytes(),) * 2
+    import torch  # only here: on a CPU the numbers need none
+
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free), int(total)
+
+
 def _left_to_groups(root: Path) -> Iterator[int]:
     """Bytes that each control group with a limit has left (v2, and v1's memory controller), from the process's own up."""
     path = root / "proc/self/cgroup"

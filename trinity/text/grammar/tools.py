@@ -16,14 +16,14 @@ from trinity.text.grammar.constraint import WHITESPACE, Constraint, check_bytes
 from trinity.text.grammar.lark import embedded, quoted
 from trinity.text.grammar.schemas import OBJECT, bounded
 
-ToolFormat = Literal["hermes", "qwen3_coder"]
+CallForm = Literal["hermes", "qwen3_coder"]
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 END_OF_PARAMETER = "\n</parameter>\n"
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def tools_constraint(
-    form: ToolFormat,
+    form: CallForm,
     tools: Sequence[dict[str, Any]],
     choice: str | dict[str, Any],
     parallel: bool = True,

@@ -6,10 +6,10 @@ from typing import Any, Literal, cast, get_args
 
 from trinity.errors import InvalidRequest
 from trinity.text.grammar.constraint import Constraint
-from trinity.text.grammar.tools import ToolFormat, tools_constraint
+from trinity.text.grammar.tools import CallForm, tools_constraint
 from trinity.utils.trying import tried
 
-FORMS = get_args(ToolFormat)  # formats of calls that have a grammar
+FORMS = get_args(CallForm)  # formats of calls that have a grammar
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def constraint_of(
     if not tools or (answer is not None and answer.kind not in ("json", "json_object")):
         return None
     wanted = {"function": {"name": choice.name}} if choice.kind == "named" else choice.kind
-    found = tried(lambda: tools_constraint(cast(ToolFormat, form), tools, wanted, parallel, answer), ValueError)
+    found = tried(lambda: tools_constraint(cast(CallForm, form), tools, wanted, parallel, answer), ValueError)
     if isinstance(found, ValueError):
         raise InvalidRequest(f"tools: {found}", param="tools")
     return found
