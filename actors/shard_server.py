@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
 STEP = frozenset({"prepare", "stage", "commit", "abort", "recover"})
 LONG = STEP | {"load", "save", "copy"}
-VERBS = ROWS | LONG | {"status", "prune_to"}
+VERBS = ROWS | LONG | {"status", "progress", "prune_to"}
 SERVICE_TIMEOUT_S = 60.0
 PEER_S = 5.0  # for another shard to say where it listens
 

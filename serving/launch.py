@@ -6,6 +6,7 @@ Ray is imported where it is used: settings are resolved, and the environment is 
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from trinity.pool.pool import describe
 from trinity.rpc.messages import Load
 from trinity.text.chat_template import render_chat
 from trinity.text.tokenizer import read_template
-from trinity.utils.terminal import say
+from trinity.utils.terminal import say, watched
+from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
@@ -117,7 +119,8 @@ def provide_pool(config: Config, checkpoint: str) -> bool:
     state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
     pool = pools.create(config.placement, namespace, config.model, None, state_dir, ends_with_server=ends)
     try:
-        pool.load(Load(checkpoint, training=False))
+        with watched("reading the experts", partial(tried, pool.progress, TrinityError)):
+            pool.load(Load(checkpoint, training=False))
     except TrinityError:
         pools.destroy(name, namespace)
         raise

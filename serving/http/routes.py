@@ -143,7 +143,7 @@ async def _chunks(
                 is_first, is_large = index not in last, _is_large(delta)
                 last[index] = delta
                 parts = _parts(form, extras, index, delta, is_first)
-                for part in await off_loop(is_large, list, parts) if is_large else parts:
+                for part in await off_loop(True, list[dict[str, Any]], parts) if is_large else parts:
                     chunk = envelope.wrap(form.chunk, version=delta.version, **first, **part, **extras.so_far(delta))
                     yield await off_loop(is_large, sse, chunk)
                     first = {}

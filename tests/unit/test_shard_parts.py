@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from trinity.bench.random_weights import write as write_random
+from trinity.checkpoint.tensor_file import TensorFile
 from trinity.config import OptimConfig, preset
 from trinity.errors import ConfigError, InvalidRequest, StepConflict, Unavailable, VersionGone, WrongEpoch
 from trinity.experts.activation_cache import ActivationCache, Activations
@@ -16,7 +18,21 @@ from trinity.experts.published import PublishedVersions
 from trinity.experts.row_counts import RowCounts
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.experts.stacked import empty_stacks, empty_version, kinds_of, restacked, stack_names
-from trinity.rpc.messages import GRADIENT, WEIGHT, Abort, Fetch, Forward, Install, Load, Prepare, Rows, Stage
+from trinity.rpc.messages import (
+    GRADIENT,
+    WEIGHT,
+    Abort,
+    BytesRead,
+    Fetch,
+    Forward,
+    Install,
+    Load,
+    Prepare,
+    Progress,
+    Rows,
+    Stage,
+    Status,
+)  # fmt: skip
 from trinity.state.versioned_store import Store
 
 MODEL = preset("tiny").model_copy(
@@ -257,3 +273,16 @@ def test_experts_that_do_not_fit_are_refused_before_one_is_read(monkeypatch):
     assert shard.version == -1
     monkeypatch.setattr("trinity.experts.loading.free_and_total", lambda device: (3072, 3072))
     assert shard.load(Load(seed=0)) == 0
+
+
+def test_how_far_a_load_has_come_is_told_while_it_runs(tmp_path, monkeypatch):
+    write_random(model := preset("tiny"), tmp_path, seed=0)
+    spec = ShardSpec("s", model, {model.moe_layers[0]: (0, 1)}, None, backend="reference")
+    shard, seen = ExpertShard(spec), []
+    assert shard.progress(Progress()) == BytesRead(0, 0)
+    read = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda *args: (read(*args), seen.append(shard.progress(Progress()))))
+    shard.load(Load(str(tmp_path), training=False))
+    assert {each.total for each in seen} == {shard.status(Status()).weight_bytes}
+    assert len({each.done for each in seen}) > 0
+    assert shard.progress(Progress()) == BytesRead(*[seen[0].total] * 2)

@@ -1,6 +1,5 @@
 """Reading weights into place: what the safetensors library reads, without mapped pages, with a bar on terminals."""
 
-import io
 import os
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from trinity.checkpoint.tensor_file import Part, TensorFile, read_all
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.models.common.family import Nobody
 from trinity.rpc.messages import WEIGHT, Fetch, Load
-from trinity.utils import terminal
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,19 +99,3 @@ def checkpoint_of_transformers(request, tmp_path):
     model = AfmoeForCausalLM(config).to(getattr(torch, request.param))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     return tmp_path, {k: v.clone() for path in tmp_path.glob("*.safetensors") for k, v in load_file(path).items()}
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
-def test_a_bar_is_shown_on_a_terminal_and_nothing_elsewhere(kind, monkeypatch):
-    screen = kind()
-    monkeypatch.setattr(terminal.sys, "stderr", screen)
-    with terminal.progress("reading the experts", 3 << 20) as told:
-        told(1 << 20)
-        told(2 << 20)
-    shown = screen.getvalue()
-    assert ("reading the experts: 100%" in shown and "3.00M/3.00M" in shown) if kind is Terminal else not shown

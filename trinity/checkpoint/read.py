@@ -6,7 +6,7 @@ could otherwise see two models; code that a config names (`auto_map`) is never l
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -156,11 +156,12 @@ class Checkpoint:
             return gate_up, stacked.down.format(layer=layer)
         return tuple(expert_key(self.config, layer, expert, projection) for projection in PROJECTIONS)
 
-    def fill(self, parts: Iterable[Part], what: str = "") -> None:
-        """Read each part into its memory, in the order of the files. `what`: words beside a bar on a terminal."""
+    def fill(self, parts: Iterable[Part], what: str = "", told: Callable[[int], object] = int) -> None:
+        """Read each part into its memory, in the order of the files. `what`: words beside a bar on a terminal; `told`: hears of
+        each part's bytes, on any thread."""
         placed = [(self._file(self._place(part.key)), part) for part in parts]
-        with progress(what, sum(part.target.nbytes for _, part in placed)) as told, _reading(self.path):
-            read_all(placed, told)
+        with progress(what, sum(part.target.nbytes for _, part in placed)) as bar, _reading(self.path):
+            read_all(placed, lambda num: (bar(num), told(num)))
 
     def load_model(self, experts: "ExpertLayer", device: str) -> "CausalLM":
         """The backbone over these experts, with its weights, ready to compute."""

@@ -1,6 +1,7 @@
 """A shard's weights and optimizer state from a checkpoint, or from the seed."""
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -25,8 +26,26 @@ from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
 
 
+class Reading:
+    """Bytes of one load, counted on any thread."""
+
+    def __init__(self) -> None:
+        self.done = self.total = 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.done += num_bytes
+
+
 def loaded(
-    store: Store, empty: LayerWeights, model: ModelConfig, optim: OptimConfig | None, experts: Experts, message: Load
+    store: Store,
+    empty: LayerWeights,
+    model: ModelConfig,
+    optim: OptimConfig | None,
+    experts: Experts,
+    message: Load,
+    reading: Reading,
 ) -> Version:
     """The version that the message names, of `experts`, in memory of the store; not put there yet. `empty`: stacks of none."""
     source = open_checkpoint(message.checkpoint) if message.checkpoint else None
@@ -37,7 +56,7 @@ def loaded(
     if source is None:
         _draw(version, model, message.seed)
     else:
-        _read(version, source)
+        _read(version, source, reading)
     version = with_state(store, version, model, optim)
     num_updates = 0
     if optim is not None and source is not None and message.training and source.has_training_state:
@@ -62,14 +81,15 @@ def check_room(empty: LayerWeights, experts: Experts) -> None:
         )
 
 
-def _read(version: Version, source: Checkpoint) -> None:
+def _read(version: Version, source: Checkpoint, reading: Reading) -> None:
     """Fill the stacks from the files, each number once and straight into its place."""
     parts = []
     for layer, held in experts_of(version).items():
         gate_EFD, up_EFD, down_EFD = stacks_of(version, layer, WEIGHT)
         for at, expert in enumerate(held):
             parts += source.expert_parts(layer, expert, gate_EFD[at], up_EFD[at], down_EFD[at].mT)
-    source.fill(parts, "reading the experts")
+    reading.total = sum(part.target.nbytes for part in parts)
+    source.fill(parts, "reading the experts", reading.add)
 
 
 def _draw(version: Version, model: ModelConfig, seed: int) -> None:

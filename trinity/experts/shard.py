@@ -27,6 +27,7 @@ from trinity.rpc.messages import (
     GRADIENT,
     Abort,
     Backward,
+    BytesRead,
     Commit,
     Experts,
     Fetch,
@@ -35,6 +36,7 @@ from trinity.rpc.messages import (
     Load,
     Part,
     Prepare,
+    Progress,
     PruneTo,
     Recover,
     Rows,
@@ -188,6 +190,10 @@ class ExpertShard:
         with self.lock:
             self.versions.recover_to(message.version, message.attempt)
             return self.version
+
+    def progress(self, message: Progress) -> BytesRead:
+        """Takes no lock: a load has it."""
+        return BytesRead(self.weights.reading.done, self.weights.reading.total)
 
     def status(self, message: Status) -> ShardStatus:
         with self.lock:

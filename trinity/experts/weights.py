@@ -10,7 +10,7 @@ from torch import Tensor
 from trinity.checkpoint import write_tensors
 from trinity.errors import InvalidRequest, StepConflict, VersionGone
 from trinity.experts.base import Assignments, ExpertBackend, LayerWeights
-from trinity.experts.loading import loaded, with_state
+from trinity.experts.loading import Reading, loaded, with_state
 from trinity.experts.row_counts import RowCounts
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import (
@@ -35,6 +35,7 @@ class ExpertWeights:
         self.spec, self.versions = spec, versions
         self.row_counts = RowCounts(spec.model.moe_layers, spec.model.num_experts)
         self._store, self._backend = versions.store, backend
+        self.reading = Reading()
         self._epoch = 0  # of the newest table that was acted on
 
     @property
@@ -144,7 +145,9 @@ class ExpertWeights:
             self.versions.on_change()
             experts = self.experts
             self.versions.clear()
-            version = loaded(self._store, self._empty_stacks(), self.spec.model, self.spec.optim, experts, message)
+            self.reading, model = Reading(), self.spec.model
+            empty = self._empty_stacks()
+            version = loaded(self._store, empty, model, self.spec.optim, experts, message, self.reading)
             self.versions.put(version, commit=True)
             self._warm_up()
             return version.number

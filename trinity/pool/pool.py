@@ -17,7 +17,20 @@ from trinity.dispatch.view import PlacementView
 from trinity.errors import StepConflict, Unavailable
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, LocalLedger, StepLedger, StepTicket
-from trinity.rpc.messages import Abort, Commit, Load, Part, Prepare, Save, ShardStatus, Stage, Status, StepReport
+from trinity.rpc.messages import (
+    Abort,
+    BytesRead,
+    Commit,
+    Load,
+    Part,
+    Prepare,
+    Progress,
+    Save,
+    ShardStatus,
+    Stage,
+    Status,
+    StepReport,
+)
 from trinity.state.versioned_store import Version
 
 
@@ -100,6 +113,11 @@ class ExpertPool:
 
     def status(self, reset_counts: bool = False) -> list[ShardStatus]:
         return self._all("status", Status(reset_counts))
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes that the load under way has read, and all that it will, where all shards have begun."""
+        each: list[BytesRead] = self._all("progress", Progress())
+        return sum(read.done for read in each), sum(read.total for read in each)
 
     def prepare(self, step: int, num_sent_ops: Counter[str], attempt: int = 0) -> list[StepReport]:
         """Ask every shard what it has for `step`. Raises StepConflict when one has not applied exactly so many."""

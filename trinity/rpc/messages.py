@@ -240,6 +240,17 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Verb `progress` -> BytesRead of the load that is under way, or was the last one. Answered while it runs."""
+
+
+@dataclass(frozen=True)
+class BytesRead:
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Status:
     """Verb `status` -> ShardStatus; `reset_counts` starts the row counters anew."""
 

@@ -2,8 +2,12 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+LOOK_S = 0.25
 
 
 def say(text: str) -> None:
@@ -21,6 +25,35 @@ def progress(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
 
     with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
         yield bar.update
+
+
+@contextmanager
+def watched(what: str, look: Callable[[], tuple[int, int] | Exception]) -> Iterator[None]:
+    """While the block runs, show on a terminal a bar of the bytes that are done, of how many: `look()`, asked on a thread of
+    its own. An error of it is not shown. Elsewhere nothing is asked."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+        ended = threading.Event()
+        thread = threading.Thread(target=_follow, args=(bar, look, ended), name="trinity-bar", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(LOOK_S)  # it may wait for one who is away
+        bar.n = bar.total or 0
+
+
+def _follow(bar: Any, look: Callable[[], tuple[int, int] | Exception], ended: threading.Event) -> None:
+    while not ended.wait(LOOK_S):
+        found = look()
+        if not isinstance(found, Exception) and not ended.is_set():
+            bar.n, bar.total = found
+            bar.refresh()
 
 
 class _Said(logging.Handler):
