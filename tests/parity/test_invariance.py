@@ -181,7 +181,7 @@ def test_the_loss_is_that_of_the_logprobs():
     ids_BS = torch.randint(20, 300, (2, 24), generator=rng)
     docs_BS = torch.tensor([[0] * 10 + [1] * 13, [0] * 23])
     config = Config(model=model.config, train=TrainConfig(global_batch_size=2, micro_batch_size=2))
-    ce = Objective(model, config)([Batch(ids_BS[:, :-1], ids_BS[:, 1:], docs_BS)])[0].ce
+    ce = Objective(model, config)([Batch(ids_BS[:, :-1], ids_BS[:, 1:], docs_BS)], num_tokens=46)[0].ce
     documents = [(0, slice(0, 11)), (0, slice(10, 24)), (1, slice(0, 24))]  # the last target of one begins the next
     logprobs = [token_logprobs(model, ids_BS[row : row + 1, part]) for row, part in documents]
     assert ce.item() == pytest.approx(-torch.cat(logprobs, 1).mean().item(), rel=1e-6)

@@ -150,7 +150,7 @@ def test_a_step_is_what_the_next_rollout_uses(texts, tmp_path, dtype, atol):
     for sample in third:  # the trainer's ratio p / p_drawn is 1: both compute with the same weights, of the same type
         batch = policy_batch([sample], [1 / 12])
         with torch.no_grad():
-            assert float(trainer.objective([batch])[0].ce) == pytest.approx(-1, abs=atol)
+            assert float(trainer.objective([batch], 1)[0].ce) == pytest.approx(-1, abs=atol)
         if dtype == "float32":
             assert_is_direct(trainer, sample)
 
@@ -258,10 +258,10 @@ def test_replayed_routing_is_the_engines_whatever_the_router_would_choose(texts,
         drawn_T = half.weights_BS[0] != 0
         torch.testing.assert_close(logprobs_T[drawn_T], half.logprobs_BS[0][drawn_T], atol=2e-5, rtol=0)
     assert all(set(r.ids_TK.unique().tolist()) == {0, 1} for r in trainer.model.forward_all(inputs)[0].routing)
-    counts_LE = sum(losses.counts_LE for losses in trainer.objective(halves))
+    counts_LE = sum(losses.counts_LE for losses in trainer.objective(halves, 1))
     assert counts_LE[:, 2:].sum() > 0
     plain = PolicyObjective(trainer.model, trainer.config, clip=0.2, replay=False)
-    assert not sum(losses.counts_LE for losses in plain(halves))[:, 2:].any()
+    assert not sum(losses.counts_LE for losses in plain(halves, 1))[:, 2:].any()
 
 
 def test_the_surrogate_is_clipped_the_way_its_weight_points():

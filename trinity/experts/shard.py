@@ -20,7 +20,7 @@ from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.peers import Peers
 from trinity.experts.registry import resolve
 from trinity.experts.spec import ShardSpec
-from trinity.experts.stacked import stack_names
+from trinity.experts.stacked import places_of, stack_names
 from trinity.experts.weight_versions import WeightVersions
 from trinity.experts.weights import ExpertWeights
 from trinity.rpc.messages import (
@@ -149,7 +149,8 @@ class ExpertShard:
             num_ops = message.num_ops.get(self.spec.name)
             gradients = self.gathered.take(message.attempt, self.versions.present, num_ops)
             optimizer, target = self.versions.begin_next(message.keep)
-        optimizer.step_into(target, gradients, message.lrs, message.grad_scale)
+        idle = places_of(self.store.current, message.idle)
+        optimizer.step_into(target, gradients, message.lrs, message.grad_scale, idle)
         is_finite = all(bool(torch.isfinite(weight.sum())) for weight in target.params.values())
         with self.lock:
             if self.gathered.attempt != message.attempt or self.version != message.step - 1:

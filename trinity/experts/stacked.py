@@ -39,6 +39,16 @@ def experts_of(version: Version) -> Experts:
     return {int(layer): tuple(held) for layer, held in version.notes["experts"].items()}
 
 
+def places_of(version: Version, experts: Experts) -> dict[str, list[int]]:
+    """Places of those of the experts that the version has, by the name of the stack."""
+    held = experts_of(version).items()
+    return {
+        name: [at for at, expert in enumerate(ids) if expert in set(experts.get(layer, ()))]
+        for layer, ids in held
+        for name in stack_names(layer)
+    }
+
+
 def stacks_of(version: Version, layer: int, kind: str) -> tuple[Tensor, ...]:
     """The stacks of a layer: gate, up and down. Raises InvalidRequest for a kind that the version does not have."""
     try:

@@ -6,7 +6,8 @@ An update may go beside the old values instead of over them: a step is made befo
 A group is called after its rule; hidden matrices are of the group `optim.matrices`, everything else of AdamW's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -81,18 +82,28 @@ class Optimizer:
 
     @torch.no_grad()
     def step_into(
-        self, target: "Optimizer", grads: Mapping[str, Tensor], lrs: Mapping[str, float], grad_scale: float = 1.0
+        self,
+        target: "Optimizer",
+        grads: Mapping[str, Tensor],
+        lrs: Mapping[str, float],
+        grad_scale: float = 1.0,
+        idle: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         """Like `step`, but the new values go to the tensors of `target`, whose old ones do not matter; nothing of this one
-        is written, unless it is the target itself. The same bits either way."""
+        is written, unless it is the target itself. The same bits either way. `idle`: by name the places of a stack that stay as
+        they are, state and all: a rule that is blind to scale would move them for ever by what is left of their momentum."""
         target.num_updates = self.num_updates + 1
         for name, param in target.params.items():
-            found, group = grads.get(name), self.group(name)
-            grad = torch.zeros_like(param, dtype=torch.float32) if found is None else found.float().mul_(grad_scale)
-            change = Change(
-                grad, lrs[group], target.num_updates, self.matrices.get(name), self._values(name), target._values(name)
-            )
-            self.rules[group].update(change)
+            old, new, resting = self._values(name), target._values(name), list(idle.get(name, ()))
+            kept = {kind: values[resting] for kind, values in old.items()}  # a copy: new may lie over old
+            if not resting or len(resting) < len(param):
+                found = grads.get(name)
+                grad = torch.zeros_like(param, dtype=torch.float32) if found is None else found.float().mul_(grad_scale)
+                group = self.group(name)
+                change = Change(grad, lrs[group], target.num_updates, self.matrices.get(name), old, new)
+                self.rules[group].update(change)
+            for kind, values in kept.items():
+                new[kind][resting] = values
             if MASTER in target.state[name]:
                 param.copy_(target.state[name][MASTER])
 

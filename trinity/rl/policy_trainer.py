@@ -78,19 +78,19 @@ class PolicyObjective(Objective):
         super().__init__(model, config)
         self.clip, self.replay = clip, replay
 
-    def forward(self, batches: Sequence[Any]) -> list[Losses]:
+    def forward(self, batches: Sequence[Any], num_tokens: int) -> list[Losses]:
         old = [batch.experts_BSLK[0] for batch in batches if isinstance(batch, PolicyBatch)]
         with replayed(self.model, old) if old and self.replay else nullcontext():
-            return super().forward(batches)
+            return super().forward(batches, num_tokens)
 
     def _inputs(self, batch: Any) -> Inputs:
         if not isinstance(batch, PolicyBatch):
             return super()._inputs(batch)
         return packed_inputs(self.config.model, batch.ids_BS, batch.docs_BS)
 
-    def _losses(self, head_VD: Tensor, batch: Any, out: Output) -> Losses:
-        if not isinstance(batch, PolicyBatch):
-            return super()._losses(head_VD, batch, out)
+    def _losses(self, head_VD: Tensor, batch: Any, out: Output, num_tokens: int) -> Losses:
+        if not isinstance(batch, PolicyBatch):  # the weights of one have their share in them
+            return super()._losses(head_VD, batch, out, num_tokens)
         logprobs_T = target_logprobs(head_VD, out.hidden_TD, batch.targets_BS[0], self.config.model.batch_invariant)
         loss = surrogate(logprobs_T, batch.logprobs_BS[0], batch.weights_BS[0], self.clip)
         share = (int(batch.docs_BS.max()) + 1) / self.config.train.global_batch_size

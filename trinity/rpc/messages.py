@@ -122,7 +122,8 @@ class Stage:
     """Verb `stage` -> whether the new weights are finite. Makes the weights of a prepared step beside the present ones, so
     that nothing can prevent its commit any more. Callers go on computing with the present version meanwhile; versions
     before it are gone, except those to `keep`. `lrs` has the learning rate of each parameter group. `num_ops`: so many
-    backward ops each shard steps with; one that has another number refuses. Harmless when repeated."""
+    backward ops each shard steps with; one that has another number refuses. `idle`: experts that no row of the step came to,
+    anywhere; they stay as they are. Harmless when repeated."""
 
     step: int
     lrs: Mapping[str, float]
@@ -130,6 +131,7 @@ class Stage:
     attempt: int = 0
     keep: tuple[int, ...] = ()
     num_ops: Mapping[str, int] = field(default_factory=dict)
+    idle: Experts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

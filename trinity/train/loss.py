@@ -16,13 +16,14 @@ from trinity.data.dataset import Batch
 from trinity.models.common.attention import PackedAttention, document_positions
 from trinity.models.common.balance import expert_counts
 from trinity.models.common.decoder import CausalLM, Inputs, Output
-from trinity.models.common.losses import loss_from_hidden, sequence_balance_loss
+from trinity.models.common.losses import IGNORE, loss_from_hidden, sequence_balance_loss
 
 CHUNK = 512  # tokens whose logits are held at a time
 
 
 class Losses(NamedTuple):
-    """Sums of one micro-batch, already divided by the step's totals: adding them up over all gives the step's means."""
+    """Sums of one micro-batch, already divided by the step's totals: added up over all they are the step's means, of `ce` and
+    `z` over the tokens that are trained, of `balance` over the sequences."""
 
     ce: Tensor
     z: Tensor
@@ -32,6 +33,11 @@ class Losses(NamedTuple):
     @property
     def total(self) -> Tensor:
         return self.ce + self.z + self.balance
+
+
+def num_trained(batch: Batch) -> int:
+    """The targets that count in the loss."""
+    return int((batch.targets_BS != IGNORE).sum())
 
 
 def packed_inputs(config: ModelConfig, ids_BS: Tensor, docs_BS: Tensor | None) -> Inputs:
@@ -76,27 +82,28 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, batches: Sequence[Batch]) -> list[Losses]:
-        """Losses of each micro-batch; they are computed side by side."""
+    def forward(self, batches: Sequence[Batch], num_tokens: int) -> list[Losses]:
+        """Losses of each micro-batch; they are computed side by side. `num_tokens` are trained in the whole step: a mean over
+        those of one micro-batch would make a token count more the more of its neighbours are masked."""
         dtype = getattr(torch, self.config.model.dtype)
         weights = {f"model.{name}": parameter.to(dtype) for name, parameter in self.model.named_parameters()}
         passes = [self._inputs(batch) for batch in batches]
         outputs = torch.func.functional_call(_Passes(self.model), weights, (passes,))
         head = weights["model.lm_head.weight"]
-        return [self._losses(head, batch, out) for batch, out in zip(batches, outputs, strict=True)]
+        return [self._losses(head, batch, out, num_tokens) for batch, out in zip(batches, outputs, strict=True)]
 
     def _inputs(self, batch: Batch) -> Inputs:
         docs_BS = batch.docs_BS if self.config.data.intra_document_mask else None
         return packed_inputs(self.config.model, batch.ids_BS, docs_BS)
 
-    def _losses(self, head_VD: Tensor, batch: Batch, out: Output) -> Losses:
+    def _losses(self, head_VD: Tensor, batch: Batch, out: Output, num_tokens: int) -> Losses:
         num, seq = batch.ids_BS.shape
-        share = 1.0 / self.config.train.global_batch_size
         z_coef = self.config.optim.z_loss
         is_exact = self.config.model.batch_invariant
         ce, z = loss_from_hidden(head_VD, out.hidden_TD, batch.targets_BS.flatten(), z_coef, is_exact=is_exact)
         balance = sequence_balance_loss(out.routing, self.config.model, num, seq, self.config.optim.balance_loss)
-        return Losses(ce * share / seq, z * share / seq, balance * share * num, self._counts(out))
+        share = num / self.config.train.global_batch_size
+        return Losses(ce / num_tokens, z / num_tokens, balance * share, self._counts(out))
 
     def _counts(self, out: Output) -> Tensor:
         """int64 counts_LE: the tokens that chose each expert."""

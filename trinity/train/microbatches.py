@@ -1,7 +1,8 @@
 """Forward and backward of one worker's share of a step: micro-batches, some of them side by side.
 
 Legend: B sequences of a micro-batch, S sequence length, L layers with experts, E experts.
-Decisions: gradients are summed over micro-batches and workers, never averaged; DDP reduces once, with the last backward.
+Decisions: gradients are summed over micro-batches and workers, never averaged; DDP reduces once, with the last backward. All
+micro-batches of a step are there before the first is computed: the loss of each token is its share of all that are trained.
 """
 
 from collections import Counter
@@ -15,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trinity.config import Config
 from trinity.data.dataset import Batch, PackedDataset
+from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
-from trinity.train.loss import Losses
+from trinity.train.loss import Losses, num_trained
 
 BatchOf = Callable[[int], Any]  # the number of a micro-batch of this worker -> what the objective takes
 
@@ -30,6 +32,11 @@ class Totals(NamedTuple):
     num_failed: int  # workers whose exchanges with a shard failed: the attempt is void
     counts_LE: Tensor
     num_sent_ops: Counter[str]
+
+    def idle(self, layers: Sequence[int]) -> Experts:
+        """The experts of each of these layers, those of counts_LE, that no row came to."""
+        found = zip(layers, self.counts_LE == 0, strict=True)
+        return {layer: tuple(idle_E.nonzero()[:, 0].tolist()) for layer, idle_E in found}
 
 
 class MicroBatches:
@@ -50,13 +57,20 @@ class MicroBatches:
         num = len(range(self.comm.rank, num_of_all, self.comm.world))
         side = self.config.train.num_overlapped_microbatches
         self.objective.zero_grad(set_to_none=True)
-        parts = [range(first, min(num, first + side)) for first in range(0, num, side)]
-        return [losses for part in parts for losses in self._side_by_side(batch_of, part, is_last=part.stop == num)]
+        batches = [batch_of(micro) for micro in range(num)]
+        num_tokens = self._num_trained(batches)
+        parts = [batches[first : first + side] for first in range(0, num, side)]
+        return [losses for part in parts for losses in self._side_by_side(part, num_tokens, is_last=part is parts[-1])]
 
-    def _side_by_side(self, batch_of: BatchOf, part: Sequence[int], is_last: bool) -> list[Losses]:
-        batches = [self.on_device(batch_of(micro)) for micro in part]
+    def _num_trained(self, batches: Sequence[Any]) -> int:
+        """Number of targets that count, of all workers' micro-batches; 1 where none does, so that their losses are 0."""
+        mine = torch.tensor([sum(map(num_trained, batches))], dtype=torch.float64)
+        return max(1, int(self.comm.all_reduce(mine)))
+
+    def _side_by_side(self, part: Sequence[Any], num_tokens: int, is_last: bool) -> list[Losses]:
+        batches = [self.on_device(batch) for batch in part]
         with nullcontext() if is_last else self._no_sync():
-            found = self.objective(batches)
+            found = self.objective(batches, num_tokens)
             torch.stack([losses.total for losses in found]).sum().backward()
         return [Losses(*(value.detach() for value in losses)) for losses in found]
 

@@ -216,7 +216,8 @@ class Trainer:
         """Make the next version, on the shards and here side by side; -> whether it is finite everywhere."""
         scale = min(1.0, self.config.optim.grad_clip / (norm + 1e-12))
         keep = (*ticket.keep, *self.saver.versions) if self.comm.rank == 0 else ()
-        message = Stage(self.version + 1, lrs, scale, ticket.attempt, keep, totals.num_sent_ops)
+        idle = totals.idle(self.config.model.moe_layers)
+        message = Stage(self.version + 1, lrs, scale, ticket.attempt, keep, totals.num_sent_ops, idle)
         wait = self.pool.stage(message) if self.comm.rank == 0 else lambda: True
         mine = self.backbone.stage(self._grads(), message, totals.counts_LE)
         try:

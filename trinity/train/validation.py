@@ -13,7 +13,7 @@ from trinity.config import Config
 from trinity.data.dataset import PackedDataset
 from trinity.models.common.decoder import CausalLM
 from trinity.train.collectives import Comm
-from trinity.train.loss import Objective
+from trinity.train.loss import Objective, num_trained
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
@@ -26,11 +26,13 @@ def validation_loss(model: CausalLM, config: Config, held_out: PackedDataset, co
     device = next(model.parameters()).device
     num = min(settings.eval_sequences, held_out.num_sequences)
     mine = np.arange(comm.rank, num, comm.world)
-    ce = torch.zeros(1, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
     for start in range(0, len(mine), settings.micro_batch_size):
         batch = held_out.take(mine[start : start + settings.micro_batch_size])
-        ce += objective([type(batch)(*(tensor.to(device) for tensor in batch))])[0].ce.double().cpu()
-    return float(comm.all_reduce(ce)) * settings.global_batch_size / num if num else math.nan
+        losses = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens=1)
+        sums += torch.tensor([float(losses[0].ce), num_trained(batch)], dtype=torch.float64)
+    ce, num_tokens = comm.all_reduce(sums).tolist()
+    return ce / num_tokens if num_tokens else math.nan
 
 
 class UsualLoss:
