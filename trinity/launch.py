@@ -179,10 +179,13 @@ def train(
     from trinity.data.prepare import prepare
     from trinity.pool.pool import describe
     from trinity.train.progress import Progress, shown
+    from trinity.train.recovery import rates_changed
 
     if config.placement.niceness is None:
         config = config.replace(placement={"niceness": USUAL if served is None else IDLE})
     out_dir, done = Path(config.train.out_dir), steps_done(config)
+    if changed := rates_changed(config):
+        say(changed)
     if (
         config.train.init_from and not done and config.cluster.address == "local"
     ):  # elsewhere each node fetches its part

@@ -38,7 +38,7 @@ def model_and_pool(seed=1, num_shards=2):
     return model, pool
 
 
-def save(target, step, model, pool, tokenizer=None):
+def save(target, step, model, pool, tokenizer=None, **state):
     """Everything a trainer saves, in the same way."""
     with CheckpointWriter(target, step) as writer:
         parts = [
@@ -46,7 +46,7 @@ def save(target, step, model, pool, tokenizer=None):
             *write_tensors(writer.folder, "model-backbone", model.tensors().items()),
             *write_tensors(writer.folder, "training/backbone", [("x::momentum", torch.arange(7.0))]),
         ]
-        return writer.finish(parts, MODEL, tokenizer, {"num_updates": step, "position": step})
+        return writer.finish(parts, MODEL, tokenizer, {"num_updates": step, "position": step, **state})
 
 
 def write(out_dir, step=3, seed=1, num_shards=2, tokenizer=None):

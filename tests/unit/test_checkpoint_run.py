@@ -21,6 +21,7 @@ from trinity.commands.train import run
 from trinity.config import Config
 from trinity.errors import CheckpointError, ConfigError
 from trinity.launch import check_out_dir, steps_done
+from trinity.train.recovery import rates_changed
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +208,19 @@ def command(folder, *flags):
     from trinity.cli import parser
 
     return run(*parser().parse_known_args(["train", str(folder / "run.yaml"), *flags]))
+
+
+def test_a_learning_rate_that_jumps_is_said(tmp_path):
+    """`train.steps` is raised at the end of a linear decay, as the command itself advises."""
+    optim = {"warmup_steps": 2, "final_lr_ratio": 0}
+    done = config_for(tmp_path, steps=6, resume=True).replace(optim=optim)
+    model, pool = model_and_pool()
+    save(step_path(tmp_path, 5), 5, model, pool)
+    assert rates_changed(done) == "", "an old checkpoint does not say which it was"
+    save(step_path(tmp_path, 6), 6, model, pool, config=done.model_dump(mode="json"))
+    assert rates_changed(config_for(tmp_path / "new")) == rates_changed(done) == ""
+    said = rates_changed(done.replace(train={"steps": 12}))
+    assert said == (
+        "step 7 has the learning rate of another schedule than before: muon 0.0005 after 0, not 0, adamw 0.00015 after 0, not 0"
+    )
+    assert "muon 0.005 after 0, not 0" in rates_changed(done.replace(train={"steps": 12}, optim={"muon_lr": 0.01}))

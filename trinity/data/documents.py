@@ -1,27 +1,36 @@
-"""Find documents: files, folders and globs of text, JSON lines and Parquet."""
+"""Find documents: files, folders and globs of text, JSON, Parquet, Arrow and archives (formats.py)."""
 
 import glob
 import itertools
-import json
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from trinity.data.formats import HEAD_BYTES, kind_of, opened, other_than_text, say_once, texts
 from trinity.errors import DataError
 
-MAX_DOCUMENT_BYTES = 1 << 30
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}  # the last two are tables
+ABOUT_DATA = {"readme.md", "license", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+SPLIT = re.compile(r"(?P<split>[A-Za-z]\w*)-\d{5}-of-\d{5}")  # of a file of a dataset as the Hub has them
+TRAIN, MOST_NAMED = "train", 3
 
 
 def documents(patterns: Sequence[str], text_field: str = "text", max_documents: int | None = None) -> Iterator[str]:
-    """Non-empty texts of files, folders (without hidden and binary files) and globs, in sorted order: `text_field` of
-    each line of a .jsonl and row of a .parquet file, the whole of any other file as UTF-8 with errors replaced; the
-    word `stdlib` is the modules of Python's standard library, about 10 MB without its tests and tables. Streams.
-    Raises DataError."""
-    found = (text for pattern in patterns for file in _files(pattern) for text in _read(file, text_field))
+    """Non-empty texts of files, folders and globs, in sorted order: `text_field` of each row of a file of rows, the whole of
+    any other file as UTF-8 with errors replaced; the word `stdlib` is the modules of Python's standard library, about
+    10 MB without its tests and tables. In folders, hidden files and what is no text are left out, as are the card and the
+    other splits of a dataset. Streams; says what it leaves out. Raises DataError."""
+    found = (
+        text for pattern in patterns for file in _files(pattern) for text in texts(file, text_field, _is_named(pattern))
+    )
     yield from itertools.islice(filter(None, found), max_documents)
+
+
+def _is_named(pattern: str) -> bool:
+    return Path(pattern).expanduser().is_file()
 
 
 def _files(pattern: str) -> list[Path]:
@@ -31,11 +40,11 @@ def _files(pattern: str) -> list[Path]:
     elif path.is_file():
         return [path]
     elif path.is_dir():
-        files = [file for file in path.rglob("*") if _is_text(file, path)]
+        files = _of_dataset(_without_others(path.rglob("*"), path), path)
     else:
         root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         below = path.relative_to(root) / ("*" if path.name == "**" else "")
-        files = [file for file in root.glob(str(below)) if _is_text(file, root)]  # enters no links
+        files = _without_others(root.glob(str(below)), root)  # enters no links
     if not files:
         raise DataError(f"no text file matches {pattern!r}; give files, folders, globs or the word stdlib")
     return sorted(files)
@@ -47,71 +56,41 @@ def _standard_library() -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-def _is_text(file: Path, root: Path) -> bool:
-    """Say whether a file that was found, not named, holds text: not hidden below `root`, no NUL in its first 8 KiB."""
-    hidden = file.is_relative_to(root) and any(part.startswith(".") for part in file.relative_to(root).parts)
-    if hidden or not file.is_file():
-        return False
-    with _opened(file) as stream:
-        return file.suffix == ".parquet" or b"\0" not in stream.read(8192)
+def _without_others(found: Iterator[Path], root: Path) -> list[Path]:
+    """Those of the files that were found, not named, which hold documents: not hidden below `root`."""
+    files = [file for file in found if not _is_hidden(file, root) and file.is_file()]
+    others = [file for file in files if not _holds_documents(file)]
+    _say_left_out(others, root, "hold no text")
+    return [file for file in files if file not in set(others)]
 
 
-def _opened(file: Path) -> Any:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise DataError(f"{file} cannot be opened: {error.strerror}") from None
+def _is_hidden(file: Path, root: Path) -> bool:
+    return file.is_relative_to(root) and any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def _read(file: Path, field: str) -> Iterator[str]:
-    with _opened(file) as stream:
-        if file.suffix == ".jsonl":
-            lines = enumerate(iter(lambda: _piece(stream.readline, file), b""), 1)
-            yield from (_json_text(line, field, f"{file}:{i}") for i, line in lines if line.strip())
-        elif file.suffix == ".parquet":
-            yield from _parquet(stream, field, file)
-        else:
-            yield _piece(stream.read, file).decode("utf-8", "replace")
+def _holds_documents(file: Path) -> bool:
+    if kind_of(file) != ("", ""):
+        return True
+    with opened(file) as stream:
+        return not other_than_text(stream.read(HEAD_BYTES))
 
 
-def _piece(read: Callable[[int], bytes], file: Path) -> bytes:
-    """A whole document, or none at the end. Raises DataError for one that is too large to be held, or cannot be read."""
-    try:
-        found = read(MAX_DOCUMENT_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    if len(found) > MAX_DOCUMENT_BYTES:
-        raise DataError(f"{file} has a document of more than {MAX_DOCUMENT_BYTES:,} bytes; cut it into several")
-    return found
+def _of_dataset(files: list[Path], root: Path) -> list[Path]:
+    """Files of a folder but, where it is a dataset (it has files of rows), what describes it and its other splits."""
+    rows = [file for file in files if kind_of(file)[0] not in ("", ".json")]
+    about = {file for file in files if rows and file.name.lower() in ABOUT_DATA}
+    splits = {file: found["split"].lower() for file in rows if (found := SPLIT.match(file.name))}
+    held = {file for file, split in splits.items() if TRAIN in splits.values() and split != TRAIN}
+    _say_left_out(sorted(about), root, "describe the data")
+    _say_left_out(sorted(held), root, f"are of other splits than {TRAIN}; name them to train on them")
+    return [file for file in files if file not in about | held]
 
 
-def _json_text(line: bytes, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}); repair or remove the line") from None
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{where} has no text in {field!r}, only {found or 'nothing'}; set data.text_field")
-    return text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, which is no character
-
-
-def _parquet(stream: Any, field: str, file: Path) -> Iterator[str]:
-    """Row group by row group; rows without a value are no documents."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(stream)
-        names = table.schema_arrow.names
-        if field not in names:
-            raise DataError(f"{file} has no column {field!r}, only {', '.join(names)}; set data.text_field")
-        for group in range(table.num_row_groups):
-            column = table.read_row_group(group, columns=[field]).column(field)
-            yield from (text for text in column.cast(pyarrow.string()).to_pylist() if text)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file with text in {field!r}: {error}") from None
+def _say_left_out(files: Sequence[Path], root: Path, why: str) -> None:
+    if files:
+        named = ", ".join(str(file.relative_to(root)) for file in sorted(files)[:MOST_NAMED])
+        more = ", ..." if len(files) > MOST_NAMED else ""
+        say_once(f"{root}: {len(files)} files are left out, they {why}: {named}{more}")
 
 
 def stamps(patterns: Sequence[str]) -> list[Any]:

@@ -3,7 +3,8 @@
 Legend: N documents, P pieces.
 
 Decisions.
-- Documents are bos, text, eos, laid end to end in one uint32 array, in an order shuffled by the seed.
+- Documents are bos, text, eos, laid end to end in one uint32 array, in the order of seeded hashes of their content: shuffled,
+  and the same however files are called, listed and cut. `content` tells two stores apart; a run goes on with its own alone.
 - What is prepared lies in a folder named by a fingerprint of everything it was made from, is renamed into place when
   complete, and is made once: other processes wait for a file lock, and where locks do not work the first rename wins.
 """
@@ -25,7 +26,7 @@ from trinity.data.documents import documents, stamps
 from trinity.errors import DataError
 from trinity.text.tokenizer import Tokenizer, cut
 
-FORMAT = 1  # of the stores on disk; part of every fingerprint
+FORMAT = 2  # of the stores on disk; part of every fingerprint
 BATCH_CHARS = 4 << 20  # tokenised at a time; longer documents in pieces, so that memory stays bounded
 
 
@@ -39,6 +40,7 @@ class TokenStore:
         try:
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
             self.starts_N = np.load(folder / "starts.npy")
+            self.content = (folder / "content").read_text()
         except (OSError, ValueError) as error:
             raise DataError(f"prepared data in {folder} is damaged ({error}); delete that folder") from None
 
@@ -61,7 +63,7 @@ def _build(folder: Path, texts: Iterator[str], tokenizer: Tokenizer, val_fractio
     raw = folder / "raw.bin"
     starts_N, keys_N = _tokenise(texts, tokenizer, seed, raw)
     tokens = np.memmap(raw, np.uint32, "r")
-    order_N = np.random.default_rng(seed % 2**64).permutation(len(keys_N))
+    order_N = np.argsort(keys_N, kind="stable")
     held_N = split(keys_N, val_fraction)[order_N]
     for name, chosen in (("train", order_N[~held_N]), ("val", order_N[held_N])):
         _write_part(folder / name, tokens, starts_N, chosen)
@@ -132,10 +134,14 @@ def _write_part(folder: Path, tokens: np.ndarray, starts_N: np.ndarray, chosen: 
     new_starts_N = np.concatenate([[0], np.cumsum(np.diff(starts_N)[chosen])]).astype(np.int64)
     np.save(folder / "starts.npy", new_starts_N)
     header = {"descr": "<u4", "fortran_order": False, "shape": (int(new_starts_N[-1]),)}
+    content = hashlib.blake2b(new_starts_N.tobytes(), digest_size=16)
     with (folder / "tokens.npy").open("wb") as out:
         np.lib.format.write_array_header_1_0(out, header)
         for n in chosen:
-            tokens[starts_N[n] : starts_N[n + 1]].tofile(out)
+            document = tokens[starts_N[n] : starts_N[n + 1]]
+            content.update(document.data)
+            document.tofile(out)
+    (folder / "content").write_text(content.hexdigest())
 
 
 def fingerprint(*facts: Any) -> str:

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 
 from trinity.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, step_of
-from trinity.config import Config
+from trinity.config import Config, OptimConfig
 from trinity.data.prepare import Prepared
 from trinity.errors import ConfigError, VersionGone
 from trinity.models.registry import family_of
+from trinity.optim.schedule import learning_rates
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
 from trinity.train.backbone import Backbone
 from trinity.train.collectives import Comm, barrier, said_by_rank0
 from trinity.train.retry import RETRYABLE
+from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +44,14 @@ class RunIdentity:
 
     job: str
     run: str
-    order: Mapping[str, int]
+    order: Mapping[str, int | str]
 
     @classmethod
     def of(cls, config: Config, data: Prepared, job: str) -> "RunIdentity":
         settings = config.train
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
-        order = {**batches, "num_tokens": len(data.train.store.tokens)}
+        store = data.train.store
+        order = {**batches, "num_tokens": len(store.tokens), "content": store.content}
         return cls(job, str(Path(settings.out_dir).resolve()), order)
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
@@ -155,9 +158,9 @@ class Recovery:
 
     def _resume(self, source: Checkpoint) -> RunCounts:
         """Raises ConfigError where the order of the data would be another one."""
-        if source.state["order"] != self.identity.order:
+        if (before := source.state["order"]) != self.identity.order:
             raise ConfigError(
-                f"{source.path} was trained on other data or batches, {source.state['order']} instead of "
+                f"{source.path} was trained on other data or batches, {before} instead of "
                 f"{self.identity.order}; restore these settings, or start a new run with train.init_from"
             )
         self._load_pool(Load(str(source.path.resolve()), training=True))
@@ -168,3 +171,24 @@ class Recovery:
         if self.comm.rank == 0:
             self.pool.load(message)
         barrier(self.comm)  # nobody sends a row before the shards have their weights
+
+
+def rates_changed(config: Config) -> str:
+    """Return words for who resumes a run with another schedule of the learning rate than it had so far; empty for nobody."""
+    if (found := latest_checkpoint(config.train.out_dir)) is None:
+        return ""
+    state = open_checkpoint(found).state
+    before = tried(lambda: OptimConfig.model_validate(state["config"]["optim"]), ValueError, KeyError)
+    if isinstance(before, Exception):  # of a version with other settings
+        return ""
+    done, steps = int(state["position"]), state["config"]["train"]["steps"]
+    last, usual = (learning_rates(step, before, steps) for step in (done, done + 1))
+    now = learning_rates(done + 1, config.optim, config.train.steps)
+    rates = (
+        f"{name} {rate:.3g} after {last.get(name, 0):.3g}, not {usual.get(name, 0):.3g}" for name, rate in now.items()
+    )
+    return (
+        ""
+        if now == usual
+        else f"step {done + 1} has the learning rate of another schedule than before: {', '.join(rates)}"
+    )
