@@ -286,3 +286,12 @@ def test_how_far_a_load_has_come_is_told_while_it_runs(tmp_path, monkeypatch):
     assert {each.total for each in seen} == {shard.status(Status()).weight_bytes}
     assert len({each.done for each in seen}) > 0
     assert shard.progress(Progress()) == BytesRead(*[seen[0].total] * 2)
+
+
+def test_whoever_lost_its_weights_has_lost_its_gradients():
+    """Weights may come again, so who wants those waits; a step whose gradients are gone is void at once."""
+    shard = ExpertShard(ShardSpec("s", MODEL, {LAYER: (0, 1)}, OptimConfig(), backend="reference"))
+    with pytest.raises(Unavailable, match="has no weights yet"):
+        shard.fetch(Fetch(LAYER, 0, 4, FOREVER, WEIGHT))
+    with pytest.raises(StepConflict, match="shard s has lost its weights, and what step 5 gathered"):
+        shard.fetch(Fetch(LAYER, 0, 4, FOREVER, GRADIENT))

@@ -119,6 +119,10 @@ class ExpertShard:
         if message.kind != GRADIENT:
             return self.weights.fetch(message)
         with self.lock:
+            if self.version < 0:  # weights may come again, what was gathered with them does not
+                raise StepConflict(
+                    f"shard {self.spec.name} has lost its weights, and what step {message.version + 1} gathered"
+                )
             at = self.weights.position(message)
             return self.gathered.rows(message.layer, at, self.versions.present[message.layer])
 

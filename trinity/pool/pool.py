@@ -8,11 +8,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from trinity.config import ModelConfig
 from trinity.dispatch.dispatcher import Dispatcher
-from trinity.dispatch.transport import Transport, result_with_retry
+from trinity.dispatch.transport import Transport
 from trinity.dispatch.view import PlacementView
 from trinity.errors import StepConflict, Unavailable
 from trinity.placement.table import PlacementTable
@@ -32,6 +33,7 @@ from trinity.rpc.messages import (
     StepReport,
 )
 from trinity.state.versioned_store import Version
+from trinity.utils.trying import retrying
 
 
 class ExpertPool:
@@ -121,8 +123,9 @@ class ExpertPool:
 
     def prepare(self, step: int, num_sent_ops: Counter[str], attempt: int = 0) -> list[StepReport]:
         """Ask every shard what it has for `step`. Raises StepConflict when one has not applied exactly so many."""
-        reports = self._all("prepare", Prepare(step, attempt, self.table.shared))
-        for shard, report in zip(self.table.shards, reports, strict=True):
+        table = self.table  # another one may come while they are asked
+        reports = self._send("prepare", dict.fromkeys(table.shards, Prepare(step, attempt, table.shared)))()
+        for shard, report in zip(table.shards, reports, strict=True):
             if report.num_ops != num_sent_ops[shard]:
                 raise StepConflict(
                     f"step {step}: shard {shard} applied {report.num_ops} backward ops of {num_sent_ops[shard]} sent"
@@ -131,7 +134,7 @@ class ExpertPool:
 
     def stage(self, message: Stage) -> Callable[[], bool]:
         """Every shard makes the next weights; call the answer to wait: are all finite?"""
-        wait = self._send("stage", [message] * len(self.table.shards))
+        wait = self._send("stage", dict.fromkeys(self.table.shards, message))
         return lambda: all(wait())
 
     def commit(self, step: int) -> int:
@@ -143,24 +146,32 @@ class ExpertPool:
     def save(self, folder: str, version: int) -> Callable[[], list[Part]]:
         """Every shard writes the experts it is the primary of, in parallel; call the answer to wait for the files. Steps may go
         on once the shards have seen the message: it is theirs before any later one."""
-        wait = self._send("save", [Save(folder, self.table.primaries_of(s), version) for s in self.table.shards])
+        table = self.table
+        wait = self._send("save", {s: Save(folder, table.primaries_of(s), version) for s in table.shards})
         return lambda: [part for parts in wait() for part in parts]
 
     def _all(self, verb: str, message: Any) -> list[Any]:
-        return self._send(verb, [message] * len(self.table.shards))()
+        return self._send(verb, dict.fromkeys(self.table.shards, message))()
 
-    def _send(self, verb: str, messages: list[Any]) -> Callable[[], list[Any]]:
-        pairs = list(zip(self.table.shards, messages, strict=True))
-        replies = [self.transport.send(shard, verb, message) for shard, message in pairs]
+    def _send(self, verb: str, messages: Mapping[str, Any]) -> Callable[[], list[Any]]:
+        """Begin to ask shards; call the answer to wait for theirs, in the order of the messages."""
+        replies = {shard: self.transport.send(shard, verb, message) for shard, message in messages.items()}
         deadline_s = time.monotonic() + (self.checkpoint_timeout_s if verb in ("load", "save") else self.timeout_s)
         return lambda: [
-            result_with_retry(self.transport, shard, verb, message, reply, deadline_s)
-            for (shard, message), reply in zip(pairs, replies, strict=True)
+            retrying(partial(self._ask, shard, verb, messages), deadline_s, first=reply.result)
+            for shard, reply in replies.items()
         ]
+
+    def _ask(self, shard: str, verb: str, messages: Mapping[str, Any]) -> Any:
+        """Send it once more. Where one of those that were asked has left the table since, nobody waits for it, nor for another
+        that needs it."""
+        if gone := messages.keys() - set(self.table.shards):
+            raise StepConflict(f"{', '.join(sorted(gone))} left the pool while {shard} was asked to {verb}")
+        return self.transport.send(shard, verb, messages[shard]).result()
 
     def _agree(self, versions: list[int]) -> int:
         if len(set(versions)) != 1:
-            held = ", ".join(f"{s}: {v}" for s, v in zip(self.table.shards, versions, strict=True))
+            held = ", ".join(f"{s}: {v}" for s, v in zip(self.table.shards, versions, strict=False))
             raise StepConflict(f"shards hold different versions ({held}); restart from the last checkpoint")
         return versions[0]
 
