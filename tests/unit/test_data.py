@@ -228,8 +228,9 @@ def test_characters_that_are_lost_are_counted(tmp_path, caplog):
 
 def test_json_beside_other_text_is_text(tmp_path):
     (tmp_path / "package.json").write_text('{"name": "x"}')
+    (tmp_path / "tsconfig.json").write_text("{// with a comment\n}")
     (tmp_path / "a.py").write_text("import x")
-    assert list(documents([str(tmp_path)])) == ["import x", '{"name": "x"}']
+    assert list(documents([str(tmp_path)])) == ["import x", '{"name": "x"}', "{// with a comment\n}"]
     with pytest.raises(DataError, match="has no text in 'text', only name"):
         list(documents([str(tmp_path / "package.json")]))
 
@@ -452,6 +453,17 @@ def test_a_second_run_reuses_and_a_changed_one_does_not(corpus, tmp_path, monkey
     assert len(folders()) == 6
 
 
+def test_what_an_older_release_has_prepared_is_gone_on_with(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(token_store.fingerprint, "__kwdefaults__", {"form": 1})
+        before = prepared(corpus, tmp_path / "out")
+    for file in (tmp_path / "out").rglob("content"):
+        file.unlink()
+    again = prepared(corpus, tmp_path / "out")
+    assert again.train.store.tokens.filename == before.train.store.tokens.filename
+    assert again.train.store.content == ""
+
+
 def test_the_order_of_documents_is_of_their_content_alone(corpus, tmp_path):
     """Files listed in another order, renamed, cut and joined: the same run."""
     first = prepared(corpus, tmp_path / "out")
@@ -552,7 +564,7 @@ def test_an_interrupted_preparation_leaves_nothing(corpus, tmp_path, monkeypatch
         raise failure
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_store, "_write_part", fail)
+        patched.setattr(token_store, "write_documents", fail)
         with pytest.raises((DataError, KeyboardInterrupt)):
             prepared(corpus, tmp_path / "out")
     assert [entry.name for entry in (tmp_path / "out" / "data").iterdir()] == [".lock"]

@@ -242,12 +242,12 @@ def random_text(config: Config, num_steps: int) -> "Prepared":
     """Random tokens for that many steps, as one document."""
     import numpy as np
 
+    from trinity.data.token_store import write_documents
+
     settings = config.train
     num_tokens = num_steps * settings.global_batch_size * settings.seq_len + 1
-    folder = Path(settings.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", np.array(models.random_ids(config.model, num_tokens), np.uint32))
-    np.save(folder / "starts.npy", np.array([0, num_tokens]))
+    ids = np.array(models.random_ids(config.model, num_tokens), np.uint32)
+    write_documents(Path(settings.out_dir), [ids], np.array([num_tokens]))
     return text_of(config)
 
 

@@ -48,6 +48,12 @@ class DataConfig(Frozen):
     train: tuple[str, ...] = ("stdlib",)
     val: tuple[str, ...] = ()
     val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
+    format: Literal["text", "chats"] = Field(
+        default="text", description="chats: rows are conversations, and what the assistant says is trained"
+    )
+    train_on: Literal["answers", "last"] = Field(
+        default="answers", description="of each conversation, with format chats"
+    )
     text_field: str = "text"
     tokenizer: str | None = Field(
         default=None, description="a tokenizer.json or a checkpoint folder; default: train one"

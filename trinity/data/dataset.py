@@ -6,6 +6,7 @@ save, the same text for any number of workers.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -24,21 +25,26 @@ class Batch(NamedTuple):
     docs_BS: Tensor
 
 
-class PackedDataset:
-    """Sequences of `seq_len` tokens from a store, in an order shuffled anew in each epoch."""
+class Packed(ABC):
+    """Sequences of at most `seq_len` tokens from a store, in an order shuffled anew in each epoch."""
 
     def __init__(self, store: TokenStore, seq_len: int, seed: int):
         self.store, self.seq_len, self.seed = store, seq_len, seed % 2**64
-        self.num_sequences = max(len(store.tokens) - 1, 0) // seq_len
         self._permutation = functools.lru_cache(maxsize=2)(self._new_permutation)
 
+    num_sequences: int
+
     def require_text(self) -> None:
-        """Raise DataError unless there is one whole sequence."""
+        """Raise DataError unless there is one sequence."""
         if not self.num_sequences:
-            raise DataError(
-                f"{len(self.store.tokens)} tokens of text are less than one sequence of train.seq_len + 1 = "
-                f"{self.seq_len + 1}; give more text or a smaller train.seq_len"
-            )
+            raise DataError(self._too_little())
+
+    @abstractmethod
+    def _too_little(self) -> str: ...
+
+    @abstractmethod
+    def take(self, sequences_B: np.ndarray) -> Batch:
+        """The sequences with these indices."""
 
     def sequences(self, step: int, global_batch: int) -> np.ndarray:
         """Indices of the sequences of `step` (0, 1, …), int64 [global_batch]. Every run of num_sequences of them,
@@ -57,12 +63,26 @@ class PackedDataset:
         assert first + micro_batch_size <= global_batch_size, "this micro-batch lies outside the global batch"
         return self.take(self.sequences(step, global_batch_size)[first : first + micro_batch_size])
 
+    def _new_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+
+
+class PackedDataset(Packed):
+    """Documents laid end to end and cut into sequences."""
+
+    def __init__(self, store: TokenStore, seq_len: int, seed: int):
+        super().__init__(store, seq_len, seed)
+        self.num_sequences = max(len(store.tokens) - 1, 0) // seq_len
+
+    def _too_little(self) -> str:
+        return (
+            f"{len(self.store.tokens)} tokens of text are less than one sequence of train.seq_len + 1 = "
+            f"{self.seq_len + 1}; give more text or a smaller train.seq_len"
+        )
+
     def take(self, sequences_B: np.ndarray) -> Batch:
         """The sequences with these indices."""
         at_BS = sequences_B[:, None] * self.seq_len + np.arange(self.seq_len)
         docs_BS = np.searchsorted(self.store.starts_N, at_BS, side="right")
         arrays = self.store.tokens[at_BS], self.store.tokens[at_BS + 1], docs_BS - docs_BS[:, :1]
         return Batch(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
-
-    def _new_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)

@@ -24,7 +24,7 @@ def documents(patterns: Sequence[str], text_field: str = "text", max_documents: 
     10 MB without its tests and tables. In folders, hidden files and what is no text are left out, as are the card and the
     other splits of a dataset. Streams; says what it leaves out. Raises DataError."""
     found = (
-        text for pattern in patterns for file in _files(pattern) for text in texts(file, text_field, _is_named(pattern))
+        text for pattern in patterns for file in files(pattern) for text in texts(file, text_field, _is_named(pattern))
     )
     yield from itertools.islice(filter(None, found), max_documents)
 
@@ -33,21 +33,22 @@ def _is_named(pattern: str) -> bool:
     return Path(pattern).expanduser().is_file()
 
 
-def _files(pattern: str) -> list[Path]:
+def files(pattern: str) -> list[Path]:
+    """The files that a pattern means, in sorted order. Raises DataError where there is none."""
     path = Path(pattern).expanduser()
     if pattern == "stdlib":
-        files = list(_standard_library())
+        found = list(_standard_library())
     elif path.is_file():
         return [path]
     elif path.is_dir():
-        files = _of_dataset(_without_others(path.rglob("*"), path), path)
+        found = _of_dataset(_without_others(path.rglob("*"), path), path)
     else:
         root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         below = path.relative_to(root) / ("*" if path.name == "**" else "")
-        files = _without_others(root.glob(str(below)), root)  # enters no links
-    if not files:
+        found = _without_others(root.glob(str(below)), root)  # enters no links
+    if not found:
         raise DataError(f"no text file matches {pattern!r}; give files, folders, globs or the word stdlib")
-    return sorted(files)
+    return sorted(found)
 
 
 def _standard_library() -> Iterator[Path]:
@@ -101,5 +102,5 @@ def stamps(patterns: Sequence[str]) -> list[Any]:
         if pattern == "stdlib"
         else [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
         for pattern in patterns
-        for file in _files(pattern)
+        for file in files(pattern)
     ]

@@ -18,10 +18,13 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trinity.errors import DataError
+from trinity.utils.trying import tried
 
 MAX_DOCUMENT_BYTES = 1 << 30
 HEAD_BYTES, MOST_NAMES = 8192, 100
@@ -60,10 +63,25 @@ def kind_of(file: Path) -> tuple[str, str]:
 
 def texts(file: Path, field: str, is_named: bool = True) -> Iterator[str]:
     """Documents of a file, in its order: `field` of each row that has one, or the whole of a text. Raises DataError."""
-    kind, packing = kind_of(file)
+    with _unpacked(file) as stream:
+        yield from READERS[kind_of(file)[0]](stream, field, file, is_named)
+
+
+def rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a file of rows, in its order. Raises DataError."""
+    read = ROWS.get(kind_of(file)[0])
+    if read is None:
+        raise DataError(f"{file} is no file of rows; give {', '.join(ROWS)}, packed or not")
+    with _unpacked(file) as stream:
+        yield from read(stream, file)
+
+
+@contextmanager
+def _unpacked(file: Path) -> Iterator[Any]:
+    packing = kind_of(file)[1]
     with opened(file) as raw:
         try:
-            yield from READERS[kind](PACKED[packing](raw) if packing else raw, field, file, is_named)
+            yield PACKED[packing](raw) if packing else raw
         except BROKEN as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{file} cannot be read: {reason}") from None
@@ -109,27 +127,36 @@ def _decoded(data: bytes, file: Path) -> str:
 
 
 def _json_lines(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
-    lines = enumerate(iter(lambda: _piece(stream.readline, file), b""), 1)
-    rows = ((f"{file}:{i}", _json(line, f"{file}:{i}")) for i, line in lines if line.strip())
-    yield from _of_rows(rows, field, file)
+    yield from _of_rows(_rows_of_lines(stream, file), field, file)
 
 
 def _json_file(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
-    """A list of rows, or a row in each line, or one row. What is none of these is a text where nobody named it."""
+    """Rows where they have the field. What is no JSON, or other JSON, is a text where nobody named it."""
     data = _piece(stream.read, file)
-    rows = _rows_of_json(data, file)
-    if not is_named and not any(isinstance(row, dict) and field in row for row in rows):
+    found = tried(lambda: list(_rows_of_json(io.BytesIO(data), file)), DataError)
+    if not is_named and (
+        isinstance(found, DataError) or not any(isinstance(row, dict) and field in row for _, row in found)
+    ):
         yield _decoded(data, file)
         return
-    yield from _of_rows(((f"{file}: row {i}", row) for i, row in enumerate(rows, 1)), field, file)
+    yield from _of_rows(_rows_of_json(io.BytesIO(data), file), field, file)
 
 
-def _rows_of_json(data: bytes, file: Path) -> list[Any]:
-    try:
-        found = json.loads(data)
-        return found if isinstance(found, list) else [found]
-    except (ValueError, RecursionError):
-        return [_json(line, f"{file}:{i}") for i, line in enumerate(data.splitlines(), 1) if line.strip()]
+def _rows_of_lines(stream: Any, file: Path) -> Iterator[tuple[str, Any]]:
+    for i, line in enumerate(iter(lambda: _piece(stream.readline, file), b""), 1):
+        if line.strip():
+            yield f"{file}:{i}", _json(line, f"{file}:{i}")
+
+
+def _rows_of_json(stream: Any, file: Path) -> Iterator[tuple[str, Any]]:
+    """A list of rows, or one in each line, or a single one."""
+    data = _piece(stream.read, file)
+    found = tried(partial(json.loads, data), ValueError, RecursionError)
+    if isinstance(found, Exception):
+        yield from _rows_of_lines(io.BytesIO(data), file)
+        return
+    for i, row in enumerate(found if isinstance(found, list) else [found], 1):
+        yield f"{file}: row {i}", row
 
 
 def _json(line: bytes, where: str) -> Any:
@@ -173,28 +200,31 @@ def _say_left_out(file: Path, num_left_out: int, num: int, field: str) -> None:
 
 
 def _parquet(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
-    import pyarrow.parquet
-
-    def tables() -> Iterator[Any]:
-        found = pyarrow.parquet.ParquetFile(stream)
-        _check_column(field, found.schema_arrow.names, file)
-        for group in range(found.num_row_groups):
-            yield found.read_row_group(group, columns=[field])
-
-    yield from _of_tables(tables(), field, file, "Parquet")
+    yield from _of_tables(_parquet_tables(stream, file, field), field, file, "Parquet")
 
 
 def _arrow(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
-    """Read the file format, and the stream's, which is what datasets on disk have."""
+    yield from _of_tables(_arrow_tables(stream, file, field), field, file, "Arrow")
+
+
+def _parquet_tables(stream: Any, file: Path, field: str | None = None) -> Iterator[Any]:
+    """Row groups, of that column or of all."""
+    import pyarrow.parquet
+
+    found = pyarrow.parquet.ParquetFile(stream)
+    _check_column(field, found.schema_arrow.names, file)
+    for group in range(found.num_row_groups):
+        yield found.read_row_group(group, columns=field and [field])
+
+
+def _arrow_tables(stream: Any, file: Path, field: str | None = None) -> Iterator[Any]:
+    """Batches of the file format, and of the stream's, which is what datasets on disk have."""
     import pyarrow
 
-    def tables() -> Iterator[Any]:
-        is_file = stream.peek(6)[:6] == b"ARROW1"
-        found = pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
-        _check_column(field, found.schema.names, file)
-        yield from (found.get_batch(i) for i in range(found.num_record_batches)) if is_file else found
-
-    yield from _of_tables(tables(), field, file, "Arrow")
+    is_file = stream.peek(6)[:6] == b"ARROW1"
+    found = pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
+    _check_column(field, found.schema.names, file)
+    yield from (found.get_batch(i) for i in range(found.num_record_batches)) if is_file else found
 
 
 def _of_tables(tables: Iterator[Any], field: str, file: Path, name: str) -> Iterator[str]:
@@ -202,18 +232,34 @@ def _of_tables(tables: Iterator[Any], field: str, file: Path, name: str) -> Iter
     import pyarrow
 
     num = num_left_out = 0
-    try:
+    with _readable(file, f"{name} file with text in {field!r}"):
         for table in tables:
             found = table.column(field).cast(pyarrow.large_string()).to_pylist()
             num, num_left_out = num + len(found), num_left_out + sum(not text for text in found)
             yield from filter(None, found)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a readable {name} file with text in {field!r}: {error}") from None
     _say_left_out(file, num_left_out, num, field)
 
 
-def _check_column(field: str, names: list[str], file: Path) -> None:
-    if field not in names:
+def _rows_of_tables(
+    tables_of: Callable[[Any, Path], Iterator[Any]], name: str, stream: Any, file: Path
+) -> Iterator[tuple[str, Any]]:
+    with _readable(file, f"{name} file"):
+        rows = (row for table in tables_of(stream, file) for row in table.to_pylist())
+        yield from ((f"{file}: row {i}", row) for i, row in enumerate(rows, 1))
+
+
+@contextmanager
+def _readable(file: Path, what: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable {what}: {error}") from None
+
+
+def _check_column(field: str | None, names: list[str], file: Path) -> None:
+    if field is not None and field not in names:
         raise DataError(f"{file} has no column {field!r}, only {', '.join(names)}; set data.text_field")
 
 
@@ -249,4 +295,10 @@ READERS: dict[str, Reader] = {
     ".json": _json_file,
     **dict(zip(COLUMNS, itertools.chain([_parquet] * 3, [_arrow] * 3), strict=True)),
     ".tar": _tar,
+}
+ROWS: dict[str, Callable[[Any, Path], Iterator[tuple[str, Any]]]] = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _rows_of_lines),
+    ".json": _rows_of_json,
+    **dict.fromkeys(COLUMNS[:3], partial(_rows_of_tables, _parquet_tables, "Parquet")),
+    **dict.fromkeys(COLUMNS[3:], partial(_rows_of_tables, _arrow_tables, "Arrow")),
 }

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
-from trinity.data.dataset import PackedDataset
+from trinity.data.chat_store import chat_stores
+from trinity.data.dataset import Packed, PackedDataset
 from trinity.data.documents import documents, stamps
+from trinity.data.packed_chats import PackedChats
 from trinity.data.token_store import fingerprint, logger, made_once, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
@@ -22,8 +24,8 @@ class Prepared(NamedTuple):
     """`val` may hold no sequence (`val.num_sequences == 0`) when the held-out documents are shorter than one."""
 
     tokenizer: Tokenizer
-    train: "PackedDataset"
-    val: "PackedDataset"
+    train: Packed
+    val: Packed
 
 
 def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: str | Path) -> Prepared:
@@ -34,11 +36,12 @@ def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
     """
     folder = Path(out_dir) / "data"
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
-    make = functools.partial(token_stores, data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
+    kind, made = (PackedChats, chat_stores) if data.format == "chats" else (PackedDataset, token_stores)
+    make = functools.partial(made, data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
     train_store, val_store = make(data.train, val_fraction=0.0 if data.val else data.val_fraction)
     if data.val:
         val_store, _ = make(data.val, val_fraction=0.0)
-    packed = [PackedDataset(store, train.seq_len, train.seed) for store in (train_store, val_store)]
+    packed = [kind(store, train.seq_len, train.seed) for store in (train_store, val_store)]
     for dataset in packed if data.val else packed[:1]:
         dataset.require_text()
     if not packed[1].num_sequences:
@@ -47,6 +50,10 @@ def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
 
 
 def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder: Path) -> Tokenizer:
+    if source is None and data.format == "chats":
+        raise ConfigError(
+            "chats need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
+        )
     if source is None:
         name = f"tokenizer-{fingerprint(stamps(data.train), data.text_field, data.max_documents, model.vocab_size)}"
         texts = documents(data.train, data.text_field, data.max_documents)

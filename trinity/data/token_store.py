@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,16 @@ logger = logging.getLogger(__name__)
 
 
 class TokenStore:
-    """Tokenised documents in `folder`: `tokens` uint32 (memory-mapped), document n at starts_N[n] : starts_N[n + 1]."""
+    """Tokenised documents in `folder`: `tokens` uint32 (memory-mapped), document n at starts_N[n] : starts_N[n + 1]; `trained`
+    bool says of each whether it is a target, None: all are."""
 
     def __init__(self, folder: Path):
         try:
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
             self.starts_N = np.load(folder / "starts.npy")
-            self.content = (folder / "content").read_text()
+            self.content = (folder / "content").read_text() if (folder / "content").is_file() else ""
+            has_some = (folder / "trained.npy").is_file()
+            self.trained = np.load(folder / "trained.npy", mmap_mode="r") if has_some else None
         except (OSError, ValueError) as error:
             raise DataError(f"prepared data in {folder} is damaged ({error}); delete that folder") from None
 
@@ -52,9 +55,9 @@ def token_stores(
     facts = [stamps(patterns), data.text_field, data.max_documents, tokenizer.to_json(), val_fraction, seed]
     facts += ["without bos"] if tokenizer.bos_id is None else []
     texts = documents(patterns, data.text_field, data.max_documents)
-    done = made_once(
-        folder / f"tokens-{fingerprint(*facts)}", lambda to: _build(to, texts, tokenizer, val_fraction, seed)
-    )
+    before = folder / f"tokens-{fingerprint(*facts, form=1)}"  # of a run that began when documents had another order
+    name = before.name if before.is_dir() else f"tokens-{fingerprint(*facts)}"
+    done = made_once(folder / name, lambda to: _build(to, texts, tokenizer, val_fraction, seed))
     return TokenStore(done / "train"), TokenStore(done / "val")
 
 
@@ -66,7 +69,8 @@ def _build(folder: Path, texts: Iterator[str], tokenizer: Tokenizer, val_fractio
     order_N = np.argsort(keys_N, kind="stable")
     held_N = split(keys_N, val_fraction)[order_N]
     for name, chosen in (("train", order_N[~held_N]), ("val", order_N[held_N])):
-        _write_part(folder / name, tokens, starts_N, chosen)
+        documents = (tokens[starts_N[n] : starts_N[n + 1]] for n in chosen)
+        write_documents(folder / name, documents, np.diff(starts_N)[chosen])
     raw.unlink()
     facts = {"documents": len(keys_N), "held_out_documents": int(held_N.sum()), "tokens": len(tokens)}
     (folder / "store.json").write_text(json.dumps(facts))
@@ -129,23 +133,31 @@ def _tokenise(texts: Iterator[str], tokenizer: Tokenizer, seed: int, raw: Path) 
     return np.array(ends, np.int64), np.array(keys, np.uint64)
 
 
-def _write_part(folder: Path, tokens: np.ndarray, starts_N: np.ndarray, chosen: np.ndarray) -> None:
-    folder.mkdir()
-    new_starts_N = np.concatenate([[0], np.cumsum(np.diff(starts_N)[chosen])]).astype(np.int64)
-    np.save(folder / "starts.npy", new_starts_N)
-    header = {"descr": "<u4", "fortran_order": False, "shape": (int(new_starts_N[-1]),)}
-    content = hashlib.blake2b(new_starts_N.tobytes(), digest_size=16)
-    with (folder / "tokens.npy").open("wb") as out:
-        np.lib.format.write_array_header_1_0(out, header)
-        for n in chosen:
-            document = tokens[starts_N[n] : starts_N[n + 1]]
-            content.update(document.data)
-            document.tofile(out)
+def write_documents(
+    folder: Path, documents: Iterable[np.ndarray], lengths_N: np.ndarray, trained: Iterable[np.ndarray] | None = None
+) -> None:
+    """Write what a TokenStore reads: uint32 tokens of documents of these lengths, and for each whether it is trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts_N = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int64)
+    np.save(folder / "starts.npy", starts_N)
+    content = hashlib.blake2b(starts_N.tobytes(), digest_size=16)
+    _write(folder / "tokens.npy", "<u4", documents, int(starts_N[-1]), content.update)
+    if trained is not None:
+        _write(folder / "trained.npy", "|b1", trained, int(starts_N[-1]), content.update)
     (folder / "content").write_text(content.hexdigest())
 
 
-def fingerprint(*facts: Any) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, *facts]).encode()).hexdigest()[:16]
+def _write(file: Path, kind: str, pieces: Iterable[np.ndarray], num: int, told: Callable[[memoryview], object]) -> None:
+    """One array of all pieces, which are never held together; `told` hears of their bytes."""
+    with file.open("wb") as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": kind, "fortran_order": False, "shape": (num,)})
+        for piece in pieces:
+            told(np.ascontiguousarray(piece).data)
+            piece.tofile(out)
+
+
+def fingerprint(*facts: Any, form: int = FORMAT) -> str:
+    return hashlib.sha256(json.dumps([form, *facts]).encode()).hexdigest()[:16]
 
 
 def made_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -102,7 +102,8 @@ class Objective(nn.Module):
         is_exact = self.config.model.batch_invariant
         ce, z = loss_from_hidden(head_VD, out.hidden_TD, batch.targets_BS.flatten(), z_coef, is_exact=is_exact)
         balance = sequence_balance_loss(out.routing, self.config.model, num, seq, self.config.optim.balance_loss)
-        share = num / self.config.train.global_batch_size
+        settings = self.config.train
+        share = num * seq / (settings.global_batch_size * settings.seq_len)  # of the room that a step has
         return Losses(ce / num_tokens, z / num_tokens, balance * share, self._counts(out))
 
     def _counts(self, out: Output) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trinity.config import Config
-from trinity.data.dataset import Batch, PackedDataset
+from trinity.data.dataset import Batch, Packed
 from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
 from trinity.train.loss import Losses, num_trained
@@ -45,7 +45,7 @@ class MicroBatches:
     def __init__(self, config: Config, comm: Comm, objective: nn.Module, device: torch.device):
         self.config, self.comm, self.objective, self.device = config, comm, objective, device
 
-    def batch(self, data: PackedDataset, position: int, micro: int) -> Batch:
+    def batch(self, data: Packed, position: int, micro: int) -> Batch:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
         settings, comm = self.config.train, self.comm
         place = (comm.rank, comm.world, micro, settings.micro_batch_size)

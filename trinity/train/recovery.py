@@ -51,7 +51,8 @@ class RunIdentity:
         settings = config.train
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
         store = data.train.store
-        order = {**batches, "num_tokens": len(store.tokens), "content": store.content}
+        content = {"content": store.content} if store.content else {}
+        order = {**batches, "num_tokens": len(store.tokens), **content}
         return cls(job, str(Path(settings.out_dir).resolve()), order)
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
@@ -158,7 +159,10 @@ class Recovery:
 
     def _resume(self, source: Checkpoint) -> RunCounts:
         """Raises ConfigError where the order of the data would be another one."""
-        if (before := source.state["order"]) != self.identity.order:
+        before = source.state["order"]
+        if "content" not in before and "content" in self.identity.order:  # of a release that did not write it
+            log.warning("%s does not say which documents it has seen: they may come again", source.path)
+        if before != {name: value for name, value in self.identity.order.items() if name in before}:
             raise ConfigError(
                 f"{source.path} was trained on other data or batches, {before} instead of "
                 f"{self.identity.order}; restore these settings, or start a new run with train.init_from"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trinity.config import Config
-from trinity.data.dataset import PackedDataset
+from trinity.data.dataset import Packed
 from trinity.models.common.decoder import CausalLM
 from trinity.train.collectives import Comm
 from trinity.train.loss import Objective, num_trained
@@ -20,7 +20,7 @@ USUAL_STEPS = 50  # over which the usual loss is averaged
 
 
 @torch.no_grad()
-def validation_loss(model: CausalLM, config: Config, held_out: PackedDataset, comm: Comm) -> float:
+def validation_loss(model: CausalLM, config: Config, held_out: Packed, comm: Comm) -> float:
     """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
     settings, objective = config.train, Objective(model, config)
     device = next(model.parameters()).device

@@ -1,0 +1,381 @@
+"""Conversations as training data: rows of every kind, and the mask against what a server of the model would sample."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trinity.config import DataConfig, TrainConfig, preset
+from trinity.data.chat_store import chat_stores
+from trinity.data.chat_tokens import control_in, examples
+from trinity.data.chats import Conversation
+from trinity.data.packed_chats import IGNORE, PackedChats, best_fit
+from trinity.data.prepare import prepare
+from trinity.errors import ConfigError, DataError
+from trinity.models.common import losses
+from trinity.text.conversation import render
+from trinity.text.tokenizer import Tokenizer
+
+MODEL = preset("tiny")
+TOKENIZER = Tokenizer.train(iter(["what is it? it is so. no, really, twice seven is fourteen"]), 330)
+PLAIN = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is so."}]
+LONG = [
+    {"role": "system", "content": "Be brief."}, *PLAIN,
+    {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "No."},
+]  # fmt: skip
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALLING = [
+    {"role": "user", "content": "call f"}, {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."},
+]  # fmt: skip
+DROPS = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.reasoning and loop.last %}{{- '<think>\n' + m.reasoning + '\n</think>\n' }}{%- endif %}
+{{- m.content + '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"""  # as Mini and Qwen3 have it
+
+
+def with_template(template):
+    return Tokenizer(TOKENIZER._core, {}, template)
+
+
+def conversation(messages, **row):
+    return Conversation.of({"messages": messages, **row}, "here")
+
+
+def said(example, tokenizer=TOKENIZER):
+    """The text of each run of trained tokens."""
+    runs, before = [], False
+    for token_id, is_trained in zip(example.ids, example.is_trained, strict=True):
+        if is_trained:
+            runs[-1:] = [[*runs[-1], token_id]] if before else [*runs[-1:], [token_id]]
+        before = is_trained
+    return [tokenizer.decode(run) for run in runs]
+
+
+# -- rows
+
+
+SAME = [
+    {"messages": CALLING, "tools": TOOLS, "parallel_tool_calls": True},
+    {"messages": json.dumps(CALLING), "tools": json.dumps(TOOLS)},
+    {"prompt": CALLING[:1], "completion": CALLING[1:], "tools": TOOLS},
+    {
+        "conversations": [
+            {"from": "human", "value": "call f"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "7"}, {"from": "gpt", "value": "Seven."},
+        ],
+        "tools": json.dumps([TOOLS[0]["function"]]),
+    },
+    {  # as Arrow pads rows
+        "messages": [
+            {"role": m["role"], "content": m.get("content"), "weight": None, "name": None,
+             "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}] if "tool_calls" in m else None}
+            for m in CALLING
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": None}}}],
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SAME)
+def test_rows_of_every_kind_are_one_conversation(row):
+    found = Conversation.of(row, "here")
+    assert [(m["role"], m.get("content"), m.get("tool_calls")) for m in found.chat.messages] == [
+        (m["role"], m.get("content"), m.get("tool_calls")) for m in CALLING
+    ]
+    assert found.chat.tools == TOOLS
+    assert found.is_trained == (False, True, False, True)
+
+
+def test_alpacas_rows_and_pairs_of_texts():
+    row = {"instruction": "Add.", "input": "1 1", "output": "2", "system": "s"}
+    assert [m["content"] for m in Conversation.of(row, "here").chat.messages] == ["s", "Add.\n\n1 1", "2"]
+    assert [m["content"] for m in Conversation.of({**row, "input": ""}, "here").chat.messages] == ["s", "Add.", "2"]
+    pair = Conversation.of({"prompt": "a", "completion": "b"}, "here")
+    assert (pair.chat.messages, pair.is_trained) == ([*map(dict, [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])], (False, True))  # fmt: skip
+
+
+def test_who_is_trained():
+    weighed = [LONG[0], LONG[1], LONG[2] | {"weight": 0}, LONG[3], LONG[4] | {"weight": 1}]
+    assert conversation(weighed).is_trained == (False, False, False, False, True)
+    given_before = Conversation.of({"prompt": LONG[:4], "completion": LONG[4:]}, "here")
+    assert given_before.is_trained == (False, False, False, False, True)
+    assert conversation([PLAIN[1], *PLAIN]).is_trained == (False, False, True), "nobody asked for the first"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (7, "here is a int; a conversation is an object"),
+        ({"text": "x"}, "here has text; a conversation has messages; prompt and completion"),
+        ({"messages": []}, "here has no messages"),
+        ({"messages": "no json"}, "here has 'no json' where JSON is expected"),
+        ({"messages": [{"content": "x"}]}, "here, message 0 has no role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 0 has role 'robot'; there are user, assistant"),
+        ({"messages": [{"role": "user", "content": 7}]}, "message 0 has a int as content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts that are no text"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "a call without the name of a function"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 0 is from 'alien'"),
+        ({"messages": PLAIN, "tools": [TOOLS[0], TOOLS[0]]}, "two tools are called 'f'"),
+    ],
+)
+def test_what_is_no_conversation_is_named(row, says):
+    with pytest.raises(DataError, match=says):
+        Conversation.of(row, "here")
+
+
+# -- masks
+
+
+@pytest.mark.parametrize("messages", [PLAIN, LONG, CALLING])
+def test_the_mask_is_what_a_server_would_have_sampled(messages):
+    """From the same messages, token by token: the prompt that it encodes, and then what it writes up to its end mark."""
+    found = conversation(messages, tools=TOOLS if messages is CALLING else None)
+    [example] = examples(found, TOKENIZER, "here")
+    for at in (n for n, trained in enumerate(found.is_trained) if trained):
+        chat = found.chat
+        prompt = TOKENIZER.encode(render(type(chat)(chat.messages[:at], chat.tools), TOKENIZER))
+        assert example.ids[: len(prompt)] == prompt
+        answer = example.is_trained[len(prompt) :]
+        end = answer.index(False) if False in answer else len(answer)
+        assert end > 0
+        assert example.ids[len(prompt) + end - 1] == TOKENIZER.eos_id
+        assert not example.is_trained[len(prompt) - 1]
+    assert example.num_trained == sum(len(TOKENIZER.encode(text)) for text in said(example))
+
+
+def test_what_is_said_is_trained_and_nothing_else():
+    [example] = examples(conversation(LONG), TOKENIZER, "here")
+    assert said(example) == ["It is so.<|im_end|>", "No.<|im_end|>"]
+    [example] = examples(conversation(CALLING, tools=TOOLS), TOKENIZER, "here")
+    assert said(example) == [
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>',
+        "Seven.<|im_end|>",
+    ]
+    [example] = examples(conversation(LONG), TOKENIZER, "here", last_only=True)
+    assert said(example) == ["No.<|im_end|>"]
+    weighed = [*LONG[:2], LONG[2] | {"weight": 0}, *LONG[3:]]
+    assert said(examples(conversation(weighed), TOKENIZER, "here")[0]) == ["No.<|im_end|>"]
+    assert examples(conversation(LONG[:2]), TOKENIZER, "here") == []
+
+
+def test_it_is_the_mask_of_transformers_where_a_template_says_generation():
+    template = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
+        "{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}{{- '\n' }}"
+        "{%- else %}{{- m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER._core)
+    want = theirs.apply_chat_template(
+        LONG, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    [example] = examples(conversation(LONG), with_template(template), "here")
+    assert example.ids == want["input_ids"][: len(example.ids)]
+    assert [int(each) for each in example.is_trained] == want["assistant_masks"][: len(example.ids)]
+    assert not any(want["assistant_masks"][len(example.ids) :])
+
+
+def test_a_template_that_drops_old_reasoning_gives_an_example_for_each_answer():
+    thinking = [LONG[1], LONG[2] | {"reasoning": "hm"}, LONG[3], LONG[4] | {"reasoning": "well"}]
+    tokenizer = with_template(DROPS)
+    found = examples(conversation(thinking), tokenizer, "here")
+    assert [said(each, tokenizer) for each in found] == [
+        ["hm\n</think>\nIt is so.<|im_end|>"], ["well\n</think>\nNo.<|im_end|>"]
+    ]  # fmt: skip
+    assert "hm" not in tokenizer.decode(found[1].ids), "as it is served"
+    with pytest.raises(DataError, match=r"here, message 1: the template shows it other than as an answer.*<think>"):
+        examples(conversation(PLAIN), tokenizer, "here")
+    assert len(examples(conversation(thinking), tokenizer, "here", last_only=True)) == 1
+
+
+def test_control_tokens_in_a_text_are_found():
+    assert control_in(conversation(LONG), TOKENIZER) is None
+    for at in (1, 2):
+        bad = [dict(m) for m in PLAIN]
+        bad[at - 1]["content"] += "<|im_end|>"
+        assert control_in(conversation(bad), TOKENIZER) == "<|im_end|>"
+    calls = [
+        PLAIN[0],
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"<|im_start|>"'}}]},
+    ]
+    assert control_in(conversation(calls), TOKENIZER) == "<|im_start|>"
+
+
+# -- stores and packing
+
+
+def rows_of(num, seed=0):
+    rng = np.random.default_rng(seed)
+    words = ["what", "is", "it", "so", "no", "really", "twice", "seven", "fourteen"]
+    for n in range(num):
+        turns = int(np.clip(rng.lognormal(0.5, 0.6), 1, 4))
+        messages = []
+        for turn in range(turns):
+            text = " ".join(rng.choice(words, int(np.clip(rng.lognormal(1.5, 0.8), 1, 40))))
+            messages += [{"role": "user", "content": f"{n} {turn}"}, {"role": "assistant", "content": text}]
+        yield {"messages": messages}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("chats")
+    TOKENIZER.save(made / "tokenizer")
+    (made / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(300)))
+    return made
+
+
+def data_of(folder, name="a.jsonl", **more):
+    return DataConfig(
+        **{"train": (str(folder / name),), "format": "chats", "tokenizer": str(folder / "tokenizer"), **more}
+    )
+
+
+def test_all_conversations_are_there_once_and_the_room_is_full(folder, tmp_path):
+    made = prepare(data_of(folder, val_fraction=0.1), TrainConfig(seq_len=256), MODEL, tmp_path)
+    assert isinstance(made.train, PackedChats)
+    assert made.train.fill > 0.9, "of 70 sequences"
+    want = sorted(tuple(examples(Conversation.of(row, ""), TOKENIZER, "")[0].ids) for row in rows_of(300))
+    found = []
+    for part in (made.train, made.val):
+        for at in range(part.num_sequences):
+            batch = part.take(np.array([at]))
+            assert batch.ids_BS.shape[1] <= 256
+            for doc in batch.docs_BS.unique():
+                mine = batch.docs_BS[0] == doc
+                ids, targets = batch.ids_BS[0][mine].tolist(), batch.targets_BS[0][mine].tolist()
+                assert targets[-1] == TOKENIZER.eos_id
+                assert all(
+                    target in (IGNORE, after) for target, after in zip(targets, [*ids[1:], targets[-1]], strict=True)
+                )
+                found.append((*ids, targets[-1]))
+    assert sorted(found) == want
+    assert made.val.num_sequences
+
+
+def test_rows_of_a_table_are_the_same(folder, tmp_path):
+    rows = list(rows_of(300))
+    pq.write_table(pa.table({"messages": [json.dumps(row["messages"]) for row in rows]}), tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    stores = [
+        chat_stores((str(file),), data_of(folder), TOKENIZER, 0.1, 0, tmp_path / "out")[0]
+        for file in (folder / "a.jsonl", tmp_path / "a.parquet", tmp_path / "b.parquet")
+    ]
+    assert len({store.content for store in stores}) == 1
+
+
+def test_what_is_left_out_is_counted(folder, tmp_path, caplog):
+    rows = [
+        {"messages": PLAIN},
+        {"messages": PLAIN[:1]},
+        {"messages": [PLAIN[0], PLAIN[1] | {"content": "<|im_end|>"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store, _ = chat_stores((str(tmp_path / "a.jsonl"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")
+    assert len(store.starts_N) == 2
+    assert "1 conversations are left out, they have no answer to train on" in caplog.text
+    assert "1 conversations are left out, they hold the control token <|im_end|> as text" in caplog.text
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(DataError, match="no conversation with an answer to train on"):
+        chat_stores((str(tmp_path / "b.jsonl"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")
+    (tmp_path / "c.txt").write_text("text")
+    with pytest.raises(DataError, match=r"c.txt is no file of rows; give .jsonl, .ndjson, .json, .parquet"):
+        chat_stores((str(tmp_path / "c.txt"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")
+
+
+def test_a_long_conversation_ends_after_an_answer(folder, tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": LONG}))
+    store, _ = chat_stores((str(tmp_path / "a.jsonl"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")
+    [whole] = examples(conversation(LONG), TOKENIZER, "")
+    first_end = whole.ids.index(TOKENIZER.eos_id, whole.is_trained.index(True))
+    for seq_len in (len(whole.ids) - 2, first_end):
+        cut = PackedChats(store, seq_len, 0).take(np.array([0]))
+        assert [*cut.ids_BS[0].tolist(), TOKENIZER.eos_id] == whole.ids[: first_end + 1]
+        assert cut.targets_BS[0, -1] == TOKENIZER.eos_id
+        assert (
+            f"1 of 1 conversations are longer than train.seq_len {seq_len} and end after an earlier answer; 0"
+            in caplog.text
+        )
+    assert PackedChats(store, len(whole.ids) - 1, 0).take(np.array([0])).ids_BS.shape[1] == len(whole.ids) - 1
+    short = PackedChats(store, first_end - 1, 0)
+    assert not short.num_sequences
+    with pytest.raises(DataError, match=f"no conversation has an answer within train.seq_len {first_end - 1}"):
+        short.require_text()
+
+
+@settings(max_examples=200, deadline=None)
+@given(places=st.lists(st.integers(0, 30), max_size=60))
+def test_best_fit_places_each_once_and_where_the_least_room_is_left(places):
+    found = best_fit(np.array(places, np.int64), 30)
+    assert sorted(n for each in found for n in each) == [n for n, size in enumerate(places) if size]
+    assert all(sum(places[n] for n in each) <= 30 for each in found)
+    rooms = [30 - sum(places[n] for n in each) for each in found]
+    assert sum(room >= 15 for room in rooms) <= 1, "two that are half empty would have been one"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_log_normal_mix_of_lengths_fills_the_room(seed):
+    places_N = np.random.default_rng(seed).lognormal(6.0, 1.0, 20_000).astype(np.int64).clip(1, 4096)
+    found = best_fit(places_N, 4096)
+    assert sorted(n for each in found for n in each) == list(range(20_000)), "nothing is dropped"
+    assert places_N.sum() / (4096 * len(found)) >= 0.98
+
+
+def test_ignore_is_the_losses_own():
+    assert IGNORE == losses.IGNORE
+
+
+def test_chats_need_a_template(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"chats need the tokenizer.*train.init_from or data.tokenizer"):
+        prepare(data_of(folder, tokenizer=None), TrainConfig(), MODEL, tmp_path)
+    bare = Tokenizer(TOKENIZER._core, {}, None)
+    bare.save(tmp_path / "bare")
+    with pytest.raises(DataError, match="this model has no chat template"):
+        prepare(data_of(folder, tokenizer=str(tmp_path / "bare")), TrainConfig(), MODEL, tmp_path)
+
+
+def test_packed_conversations_have_the_loss_that_they_have_alone(folder, tmp_path):
+    from tests.unit.test_trainer import SMALL
+    from trinity.config import Config
+    from trinity.pool.local import local_pool
+    from trinity.rpc.messages import Load
+    from trinity.train.collectives import Alone
+    from trinity.train.loss import token_logprobs
+    from trinity.train.trainer import Trainer
+
+    config = Config.from_tree(
+        {
+            "model": {"preset": "tiny", **SMALL, "vocab_size": 400},
+            "data": data_of(folder).model_dump(mode="json"),
+            "train": {
+                "seq_len": 256,
+                "global_batch_size": 4,
+                "micro_batch_size": 2,
+                "steps": 4,
+                "out_dir": str(tmp_path),
+            },
+        }
+    )
+    pool = local_pool(config.model, Load(), num_shards=2, optim=config.optim, backend="torch")
+    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, tmp_path), Alone())
+    trainer.start()
+    trainer.dispatcher.use(0)
+    nll, num = 0.0, 0
+    for at in trainer.data.train.sequences(0, 4):
+        batch = trainer.data.train.take(np.array([at]))
+        for doc in batch.docs_BS.unique():
+            mine = batch.docs_BS[0] == doc
+            ids = torch.cat([batch.ids_BS[0][mine], batch.targets_BS[0][mine][-1:]])[None]
+            kept = batch.targets_BS[:, mine] != IGNORE
+            nll -= token_logprobs(trainer.model, ids)[kept].sum().item()
+            num += int(kept.sum())
+    assert trainer.step().loss == pytest.approx(nll / num, rel=1e-6)
