@@ -152,8 +152,8 @@ function showTiles(now) {
   set("num-replicas", plain.format(sum(counts)));
   set("most", `of ${several(counts.length, "expert", "experts")}; at most ${most} of one`);
   const [shards, nodes] = now.survives;
-  set("survives", several(shards, "shard", "shards"));
-  set("survives-nodes", `lost at once; ${several(nodes, "node", "nodes")}`);
+  set("survives", shards < 0 ? "experts away" : several(shards, "shard", "shards"));
+  set("survives-nodes", shards < 0 ? "their rows wait" : `lost at once; ${several(nodes, "node", "nodes")}`);
   set("recoveries", plain.format(now.num_recoveries));
   set("version", range(now.shards.filter((shard) => shard.state !== "starting").map((shard) => shard.version)));
   set("shape", `${several(now.layers.length, "layer", "layers")} × ${plain.format(now.load[0]?.length ?? 0)} experts`);

@@ -46,6 +46,7 @@ class Switch:
         self._ways, self._port_of = dict[tuple[str, str], Way](), dict[bytes, int]()
         self._late: list[tuple[float, int, int, bytes]] = []
         self._number, self._poll = 0, select.poll()
+        self._lock = threading.Lock()  # of the ports: hosts come and go while frames are on their way
         self._woken, self._waker = os.pipe()
         self._poll.register(self._woken, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="switch", daemon=True)
@@ -61,16 +62,18 @@ class Switch:
             ("-n", namespace, "link", "set", name, "up"),
         ):
             subprocess.run(["ip", *words], check=True, capture_output=True)
-        self._ports[port] = name
+        with self._lock:
+            self._ports[port] = name
         self._poll.register(port, select.POLLIN)
         os.write(self._waker, b"x")
 
     def unplug(self, name: str) -> None:
         """The device vanishes, as where a host loses power."""
-        [port] = [port for port, known in self._ports.items() if known == name]
-        self._poll.unregister(port)
-        del self._ports[port]
-        os.close(port)
+        with self._lock:
+            [port] = [port for port, known in self._ports.items() if known == name]
+            self._poll.unregister(port)
+            del self._ports[port]
+            os.close(port)
 
     def way(self, source: str, target: str) -> Way:
         return self._ways.setdefault((source, target), Way())
@@ -93,18 +96,22 @@ class Switch:
     def _run(self) -> None:
         while True:
             now_s = time.monotonic()
-            while self._late and self._late[0][0] <= now_s:
-                self._write(*heapq.heappop(self._late)[2:])
+            with self._lock:
+                while self._late and self._late[0][0] <= now_s:
+                    self._write(*heapq.heappop(self._late)[2:])
             wait_ms = 1000 * (self._late[0][0] - now_s) if self._late else None
             for port, event in self._poll.poll(wait_ms):
                 if port == self._woken and event & select.POLLIN:
                     os.read(port, 1)
                 elif port == self._woken:  # the other end is closed
                     return
-                elif port in self._ports:
-                    self._take(port)
+                else:
+                    with self._lock:
+                        self._take(port)
 
     def _take(self, port: int) -> None:
+        if port not in self._ports:  # it was unplugged since
+            return
         try:
             frame = os.read(port, FRAME_BYTES)
         except OSError:  # nothing, or the namespace is gone

@@ -1,17 +1,20 @@
 """Other people's clients, unmodified, each in a short program of its own against our server.
 
-`make interop-clients` installs them. The engine says what it is told: a call, and then an answer. What the programs print is
-what they made of it.
+`make interop-clients` installs them. The engine says what it is told: a call, and then an answer; or it is a tiny model's that
+has learned to say so where the clients ask. What the programs print is what they made of it.
 """
 
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.serve.conftest import running
 from tests.serve.scripted import ScriptedEngine
+from tests.serve.trained import serving, trained
+from trinity.text.special_tokens import BOS
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("CLIENTS_PYTHON", ROOT / ".venv-clients/bin/python"))
@@ -50,6 +53,29 @@ async def test_an_agent_calls_a_tool_and_answers(program):
     async with running(engine) as server:
         assert await printed(server, *program) == ["weather dog", "It rains."]
     assert "<tool_response>\nrain\n</tool_response>" in engine.prompts[1]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """A model that was trained on what each of the clients asks, as our server renders it, and knows no other text."""
+    asked = dict.fromkeys(pair for program in AGENTS for pair in asyncio.run(asked_by(program)))
+    texts = [f"{prompt.removeprefix(BOS)}{answer}<|im_end|>\n" for prompt, answer in asked]
+    return trained(tmp_path_factory.mktemp("clients"), texts, steps=150, seq_len=512)
+
+
+async def asked_by(program):
+    """(prompt, answer) of each request."""
+    engine = ScriptedEngine(CALL, "It rains.", per_step=3)
+    async with running(engine) as server:
+        await printed(server, *program)
+    return zip(engine.prompts, (CALL, "It rains."), strict=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("program", AGENTS, ids=" ".join)
+async def test_an_agent_over_a_model_that_learned_to_call(llm, program):
+    async with serving(llm) as url:
+        assert await printed(SimpleNamespace(url=url), *program) == ["weather dog", "It rains."]
 
 
 OBJECT = '{"city": "dog", "days": 2}'

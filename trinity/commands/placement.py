@@ -91,7 +91,10 @@ def show(snapshot: "Snapshot") -> None:
         f"pool {snapshot.pool}, epoch {table.epoch}, {int(held.sum())} replicas, {most}, max/mean {snapshot.imbalance:.2f}"
     )
     shards, nodes = snapshot.survives
-    print(f"  no expert is lost with any {shards} of the shards, nor with any {nodes} of their nodes")
+    if shards < 0:
+        print("  some experts are on no shard that answers now: their rows wait")
+    else:
+        print(f"  no expert is lost with any {shards} of the shards, nor with any {nodes} of their nodes")
     print(f"  {'shard':<12} {'state':<9} {'version':>8} {'experts':>8} {'MiB':>8} {'rows/s':>10}  node")
     for shard in snapshot.shards:
         size = shard.weight_bytes / 2**20
