@@ -6,7 +6,7 @@ The composition root of training: the one place beside the commands that knows t
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os.path import expanduser
 from pathlib import Path
@@ -25,6 +25,8 @@ from trinity.config import (
 from trinity.errors import ConfigError, TrinityError
 from trinity.utils.niceness import IDLE, USUAL
 from trinity.utils.terminal import say
+
+CONTEXT = ("max_position_embeddings", "rope_theta", "rope_scaling")  # a stage may have others than the one before
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
@@ -85,12 +87,12 @@ def _setting(tree: dict[str, Any], section: str, key: str) -> str | None:
 
 
 def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with the model of `train.init_from`, where it says none."""
-    weights = _setting(tree, "train", "init_from")
-    if weights and "model" not in tree:
+    """The tree with the model of `train.init_from`, where it says none, or only some fields of it."""
+    weights, given = _setting(tree, "train", "init_from"), tree.get("model", {})
+    if weights and isinstance(given, dict) and "preset" not in given:
         from trinity.checkpoint import open_checkpoint
 
-        tree["model"] = open_checkpoint(weights).config.model_dump()
+        tree["model"] = {**open_checkpoint(weights).config.model_dump(), **given}
     return tree
 
 
@@ -108,7 +110,10 @@ def check_out_dir(config: Config) -> Path | None:
             f"{settings.out_dir} already holds {found.name}; continue it with --resume, or choose another --train.out_dir"
         )
     _check_writable(Path(settings.out_dir))
-    _check_same(settings.init_from if found is None else str(found), config)
+    if found is None:
+        _check_same(settings.init_from, config, but=("dtype", *CONTEXT))
+    else:
+        _check_same(str(found), config, but=("dtype",))
     if found is not None:
         open_checkpoint(found).verify()
     return found
@@ -126,13 +131,13 @@ def rewound(config: Config, point: Path) -> bool:
     return True
 
 
-def _check_same(checkpoint: str | None, config: Config) -> None:
+def _check_same(checkpoint: str | None, config: Config, but: Sequence[str]) -> None:
     from trinity.checkpoint import open_checkpoint
 
     if checkpoint is None:
         return
     theirs, mine = _architecture(open_checkpoint(checkpoint).config), _architecture(config.model)
-    differs = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if theirs[k] != mine[k] and k != "dtype"]
+    differs = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if theirs[k] != mine[k] and k not in but]
     if differs:
         raise ConfigError(f"{checkpoint} is of another architecture than this configuration: {', '.join(differs)}")
 

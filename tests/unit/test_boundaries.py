@@ -82,10 +82,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.checkpoint", "trinity.data", "trinity.observability", "trinity.pool", "trinity.train", "actors.pool",
         "actors.train", "serving.app",
     },
+    "trinity.stages": {"trinity.checkpoint", "trinity.data"},
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
-        *LIBRARY, "trinity", "trinity.llm", "trinity.launch", "trinity.bench", "trinity.chaos", *ACTORS, *SERVING, "protos",
+        *LIBRARY, "trinity", "trinity.llm", "trinity.launch", "trinity.stages", "trinity.bench", "trinity.chaos", *ACTORS,
+        *SERVING, "protos",
     },
     "trinity.cli": {"trinity", "trinity.commands"},
     "actors.names": {"trinity.rpc"},

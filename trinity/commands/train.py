@@ -1,25 +1,43 @@
-"""`trinity train CONFIG`: the job under Ray Train, until its last step, SIGTERM or Ctrl-C."""
+"""`trinity train CONFIG`: the job under Ray Train, until its last step, SIGTERM or Ctrl-C; or its stages, one by one."""
 
 import argparse
+import json
+from collections.abc import Callable
+from math import nan
+from pathlib import Path
+from typing import Any
 
 from serving.addresses import doors
 from serving.fitting import fitted
-from trinity.config import setup_environment
+from trinity.checkpoint import latest_checkpoint
+from trinity.checkpoint.export import card_of, export
+from trinity.config import Config, merged, setup_environment
 from trinity.launch import check_out_dir, load, rewound, train
+from trinity.stages import Stage, read_stages
 from trinity.utils.terminal import say
+
+Served = Callable[[str, str], None] | None
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    serving = ["--serve.weights", "live"] if arguments.serve else []
-    config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else []), *serving])
+    flags = [*flags, *(["--serve.weights", "live"] if arguments.serve else [])]
+    served = announced if arguments.serve else None
+    path = Path(arguments.config)
+    if path.is_file() and "stages" in (tree := merged(path, flags)):
+        return _run_stages(read_stages(tree), arguments, served)
+    config = load(arguments.config, [*flags, *(["--train.resume", "true"] if arguments.resume else [])])
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
-    if arguments.serve:
-        config = fitted(config)
+    result = _trained(fitted(config) if served else config, served)
+    return 130 if result is not None and result["stopped"] else 0
+
+
+def _trained(config: Config, served: Served) -> dict[str, Any] | None:
+    """Train a run to its end; -> its result, None where it had got there before."""
     point = check_out_dir(config)
     if point is not None and not rewound(config, point):
-        return 0
+        return None
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors import pool as pools
     from actors.cluster import joined
@@ -27,11 +45,43 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
     with joined(config.cluster, config.train):
         try:
-            result = train(config, announced if arguments.serve else None)
+            return train(config, served)
         finally:
             if not config.placement.keep:
                 pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
-    return 130 if result["stopped"] else 0
+
+
+def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served) -> int:
+    """Each that is not done yet; with --resume the one that was under way goes on."""
+    if arguments.dry_run:
+        for stage in stages:
+            print(f"# stage {stage.name}\n{stage.config.to_yaml()}", end="---\n")
+        return 0
+    for number, stage in enumerate(stages, 1):
+        say(f"stage {number} of {len(stages)}, {stage.name}: {stage.config.train.steps} steps")
+        found = latest_checkpoint(stage.config.train.out_dir)
+        config = stage.config.replace(train={"resume": arguments.resume and found is not None})
+        result = _trained(fitted(config) if served else config, served)
+        if result is not None and result["stopped"]:
+            return 130
+        if stage.export is not None and not (result is None and stage.export.exists()):
+            print(f"export {export(stage.checkpoint, stage.export, card_of(stage.export.name, _facts(stage)))}")
+    return 0
+
+
+def _facts(stage: Stage) -> dict[str, object]:
+    settings = stage.config.train
+    tokens = settings.steps * settings.global_batch_size * settings.seq_len
+    rows = [json.loads(line) for line in Path(settings.out_dir, "metrics.jsonl").read_text().splitlines()]
+    last = {name: next((row[name] for row in reversed(rows) if name in row), nan) for name in ("loss", "val_loss")}
+    return {
+        "stage": stage.name,
+        "begun from": settings.init_from or "the seed",
+        "data": ", ".join(stage.config.data.train),
+        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {settings.seq_len:,} tokens, {tokens:,} in all",
+        "loss": f"{last['loss']:.4f}",
+        "validation loss": f"{last['val_loss']:.4f}",
+    }
 
 
 def announced(http_url: str, grpc_address: str) -> None:

@@ -99,6 +99,10 @@ class TrainConfig(Frozen):
     keep_checkpoints: int = Field(default=2, ge=1, description="so many of the newest; older ones are deleted")
     keep_every: int = Field(default=0, ge=0, description="steps; checkpoints at multiples of it are kept for good")
     init_from: str | None = Field(default=None, description="checkpoint whose weights start this run (fine-tuning)")
+    carry: Literal["weights", "all"] = Field(
+        default="weights",
+        description="what goes on from init_from; all: optimizer state and the number of the version, too",
+    )
     resume: bool = Field(default=False, description="go on from the newest checkpoint in out_dir")
     resume_from: int | str | None = Field(
         default=None,

@@ -149,12 +149,25 @@ class Recovery:
             return self._resume(open_checkpoint(found))
         if settings.init_from:
             source = open_checkpoint(settings.init_from)
+            if settings.carry == "all":
+                return self._carry_on(source)
             self._load_pool(Load(source.name, training=False))
             source.load_backbone(self.backbone.model)
         else:
             family_of(self.config.model).init_weights(self.backbone.model, settings.seed)
             self._load_pool(Load(None, settings.seed))
         self.backbone.begin(0)
+        return RunCounts()
+
+    def _carry_on(self, source: Checkpoint) -> RunCounts:
+        """Begin the next stage of a run: data, schedule and shape of a step anew, everything else as it was."""
+        if not source.has_training_state:
+            raise ConfigError(
+                f"{source.name} has no optimizer state, which train.carry all asks for; take a checkpoint that training "
+                "wrote, or carry weights"
+            )
+        self._load_pool(Load(source.name, training=True))
+        self.backbone.restore(source)
         return RunCounts()
 
     def _resume(self, source: Checkpoint) -> RunCounts:

@@ -1,0 +1,90 @@
+"""Stages of a run, one after the other: pretraining, annealing, a longer context, chats.
+
+Decisions: a stage is a run of its own, in a folder of its own, that begins from the last checkpoint of the stage before. So a
+kill costs what it costs any run, and in a switch nothing. What goes on is all of the optimizer's state, unless the stage says
+`train.carry: weights`; data, length, batch, schedule and context are its own. All stages are checked before the first step.
+"""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trinity.checkpoint import step_path
+from trinity.config import Config, merge
+from trinity.data.documents import files
+from trinity.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OWN = ("name", "export")
+SECTIONS = ("model", "data", "train", "optim", "placement")
+
+
+class Stage(NamedTuple):
+    """`config` is that of its run; `export` the folder of its weights at the end, if it has one."""
+
+    name: str
+    config: Config
+    export: Path | None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The one that it ends with."""
+        return step_path(self.config.train.out_dir, self.config.train.steps)
+
+
+def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages that a file's `stages` names, in their order, over its other settings. Raises ConfigError, DataError."""
+    base = {key: value for key, value in tree.items() if key != "stages"}
+    given = tree["stages"]
+    if not isinstance(given, list) or not given:
+        raise ConfigError("stages is a list of sections, each with a name; leave it out for a run of one stage")
+    found: list[Stage] = []
+    for number, own in enumerate(given, 1):
+        name = _checked_name(own, number, [stage.name for stage in found])
+        found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
+    for stage in found:
+        for pattern in (*stage.config.data.train, *stage.config.data.val):
+            files(pattern)  # a source that is not there is named before a step is spent
+    return tuple(found)
+
+
+def _checked_name(own: Any, number: int, taken: list[str]) -> str:
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"stage {number} is {own!r}; a stage is a section of settings with a name")
+    name = own.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"stage {number} is called {name!r}; a name has 1 to 64 letters, digits, dots, dashes and lines"
+        )
+    if name in taken:
+        raise ConfigError(f"two stages are called {name!r}; give each a name of its own")
+    if unknown := [str(key) for key in own if key not in (*OWN, *SECTIONS)]:
+        near = get_close_matches(unknown[0], (*OWN, *SECTIONS), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join((*OWN, *SECTIONS))}"
+        raise ConfigError(f"stage {name!r} has an unknown setting {unknown[0]!r}; {hint}")
+    if not isinstance(own.get("export", ""), str | bool):
+        raise ConfigError(f"stage {name!r} has export {own['export']!r}; give the name of a folder, or false for none")
+    return name
+
+
+def _stage(base: dict[str, Any], own: Mapping[str, Any], folder: str, name: str, before: Stage | None) -> Stage:
+    sections = {key: value for key, value in own.items() if key in SECTIONS}
+    tree = merge(base, sections)
+    out_dir = Path(Config.from_tree(merge(base, {})).train.out_dir)
+    tree["train"] = {**tree.get("train", {}), "out_dir": str(out_dir / folder)}
+    if before is not None:
+        tree["model"] = {**before.config.model.model_dump(), **_fields(sections.get("model", {}), name)}
+        goes_on = {"init_from": str(before.checkpoint), "carry": sections.get("train", {}).get("carry", "all")}
+        tree["train"] |= goes_on
+    export = own.get("export", name)
+    return Stage(name, Config.from_tree(tree), out_dir / str(export) if export else None)
+
+
+def _fields(given: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping) or "preset" in given:
+        raise ConfigError(
+            f"stage {name!r} has a model of its own; a later stage may change fields of the first one's alone"
+        )
+    return given
