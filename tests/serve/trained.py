@@ -35,7 +35,7 @@ def trained(folder, texts, steps=80, seq_len=160):
     trainer.start()
     for _ in range(steps):
         trainer.step()
-    settings = EngineConfig(max_model_len=2048, kv_cache_bytes=16 << 20)
+    settings = EngineConfig(max_model_len=1024, kv_cache_bytes=16 << 20)
     return LLM(trainer.save(), engine=settings, backend="torch", device="cpu")
 
 
