@@ -74,7 +74,7 @@ async def asked_by(program):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("program", AGENTS, ids=" ".join)
 async def test_an_agent_over_a_model_that_learned_to_call(llm, program):
-    async with serving(llm) as url:
+    async with serving(llm, "fake") as url:
         assert await printed(SimpleNamespace(url=url), *program) == ["weather dog", "It rains."]
 
 

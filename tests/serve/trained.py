@@ -40,10 +40,10 @@ def trained(folder, texts, steps=80, seq_len=160):
 
 
 @asynccontextmanager
-async def serving(llm):
+async def serving(llm, name="tiny"):
     """-> the address of a server of it."""
     engine = AsyncEngine(llm.engine)
-    client = LocalClient(engine, llm.tokenizer, "tiny")
+    client = LocalClient(engine, llm.tokenizer, name)
     gateway = Gateway(Frontend(client, llm.tokenizer, await client.info(), ServeConfig(http_port=0, grpc_port=0)))
     await gateway.start()
     try:
