@@ -316,7 +316,7 @@ class Seen(torch.nn.Module):
 
     def forward(self, batches, num_tokens):
         self.batches += batches
-        return [Losses(self.zero, self.zero, self.zero, torch.zeros(1, 4)) for _ in batches]
+        return [Losses(self.zero, self.zero, self.zero, torch.zeros(1, 4), self.zero) for _ in batches]
 
 
 @pytest.mark.parametrize("world", range(1, 7))

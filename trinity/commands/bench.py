@@ -15,6 +15,7 @@ BENCHES = {
     "load": "a checkpoint's way into memory: seconds and bytes, against transformers and the disk",
     "decode": "decode tokens per second: one process, shard actors, transformers",
     "grammar": "what structured output adds to a decode step, at Nano's shape",
+    "packing": "how unlike the micro-batches of a step are: documents end to end, and a buffer of them",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
     "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }

@@ -54,6 +54,13 @@ class DataConfig(Frozen):
     train_on: Literal["answers", "last"] = Field(
         default="answers", description="of each conversation, with format chats"
     )
+    packing: Literal["stream", "rsdb"] = Field(
+        default="stream",
+        description="of text; rsdb: each sequence from many documents, read on where they were left",
+    )
+    rsdb_documents: int = Field(
+        default=256, ge=1, description="that each sequence of a step has to pick from, at least"
+    )
     text_field: str = "text"
     tokenizer: str | None = Field(
         default=None, description="a tokenizer.json or a checkpoint folder; default: train one"

@@ -16,6 +16,8 @@ from torch import Tensor
 from trinity.data.token_store import TokenStore
 from trinity.errors import DataError
 
+IGNORE = -100  # a target that does not count (trinity/models/common/losses.py)
+
 
 class Batch(NamedTuple):
     """int64. targets_BS[b, s] follows ids_BS[b, s]; docs_BS numbers the documents of each sequence from 0."""

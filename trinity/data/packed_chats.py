@@ -10,11 +10,9 @@ sequences lie end to end, and its number of tokens varies.
 import numpy as np
 import torch
 
-from trinity.data.dataset import Batch, Packed
+from trinity.data.dataset import IGNORE, Batch, Packed
 from trinity.data.formats import say_once
 from trinity.data.token_store import TokenStore
-
-IGNORE = -100  # a target that does not count (trinity/models/common/losses.py)
 
 
 class PackedChats(Packed):

@@ -15,7 +15,8 @@ from trinity.data.chat_store import chat_stores
 from trinity.data.dataset import Packed, PackedDataset
 from trinity.data.documents import documents, stamps
 from trinity.data.packed_chats import PackedChats
-from trinity.data.token_store import fingerprint, logger, made_once, token_stores
+from trinity.data.rsdb import BufferedDocuments
+from trinity.data.token_store import TokenStore, fingerprint, logger, made_once, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
@@ -36,17 +37,26 @@ def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
     """
     folder = Path(out_dir) / "data"
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
-    kind, made = (PackedChats, chat_stores) if data.format == "chats" else (PackedDataset, token_stores)
+    made = chat_stores if data.format == "chats" else token_stores
     make = functools.partial(made, data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
     train_store, val_store = make(data.train, val_fraction=0.0 if data.val else data.val_fraction)
     if data.val:
         val_store, _ = make(data.val, val_fraction=0.0)
-    packed = [kind(store, train.seq_len, train.seed) for store in (train_store, val_store)]
+    kind = PackedChats if data.format == "chats" else PackedDataset
+    packed: list[Packed] = [_in_training(data, train, train_store), kind(val_store, train.seq_len, train.seed)]
     for dataset in packed if data.val else packed[:1]:
         dataset.require_text()
     if not packed[1].num_sequences:
         logger.warning("%d held-out tokens are no sequence of %d: no validation", len(val_store.tokens), train.seq_len)
     return Prepared(tokenizer, *packed)
+
+
+def _in_training(data: DataConfig, train: TrainConfig, store: TokenStore) -> Packed:
+    if data.format == "chats":
+        return PackedChats(store, train.seq_len, train.seed)
+    if data.packing == "rsdb":
+        return BufferedDocuments(store, train.seq_len, train.seed, train.global_batch_size, data.rsdb_documents)
+    return PackedDataset(store, train.seq_len, train.seed)
 
 
 def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder: Path) -> Tokenizer:

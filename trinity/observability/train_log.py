@@ -43,6 +43,8 @@ class StepMetrics:
     phases_s: Mapping[str, float] = field(default_factory=dict)
     checkpoint_s: float | None = None
     counts_LE: Sequence[Sequence[int]] | None = None
+    batch_het: float | None = None  # the highest mean loss of a micro-batch over the mean of all
+    norm_kurtosis: float | None = None  # of the gradient norms of the last steps
 
     def row(self) -> dict[str, Any]:
         """Plain values, without counts_LE and without what there is nothing to say of."""

@@ -96,7 +96,7 @@ class PolicyObjective(Objective):
         share = (int(batch.docs_BS.max()) + 1) / self.config.train.global_batch_size
         seq, coef = batch.ids_BS.shape[1], self.config.optim.balance_loss
         balance = sequence_balance_loss(out.routing, self.config.model, 1, seq, coef)
-        return Losses(loss, torch.zeros_like(loss), balance * share, self._counts(out))
+        return Losses(loss, torch.zeros_like(loss), balance * share, self._counts(out), loss.detach())
 
 
 def surrogate(logprobs_T: Tensor, old_T: Tensor, weights_T: Tensor, clip: float) -> Tensor:

@@ -29,6 +29,7 @@ class Losses(NamedTuple):
     z: Tensor
     balance: Tensor
     counts_LE: Tensor
+    mean: Tensor  # cross-entropy over this micro-batch's own trained tokens
 
     @property
     def total(self) -> Tensor:
@@ -104,7 +105,8 @@ class Objective(nn.Module):
         balance = sequence_balance_loss(out.routing, self.config.model, num, seq, self.config.optim.balance_loss)
         settings = self.config.train
         share = num * seq / (settings.global_batch_size * settings.seq_len)  # of the room that a step has
-        return Losses(ce / num_tokens, z / num_tokens, balance * share, self._counts(out))
+        own = (batch.targets_BS != IGNORE).sum().clamp_min(1)
+        return Losses(ce / num_tokens, z / num_tokens, balance * share, self._counts(out), ce.detach() / own)
 
     def _counts(self, out: Output) -> Tensor:
         """int64 counts_LE: the tokens that chose each expert."""

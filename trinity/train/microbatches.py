@@ -32,6 +32,12 @@ class Totals(NamedTuple):
     num_failed: int  # workers whose exchanges with a shard failed: the attempt is void
     counts_LE: Tensor
     num_sent_ops: Counter[str]
+    means: Tensor  # cross-entropy of each micro-batch, over its own trained tokens
+
+    @property
+    def batch_het(self) -> float:
+        """Heterogeneity of the batch: the highest mean loss of a micro-batch over the mean of all (arXiv 2602.17004)."""
+        return float(self.means.max() - self.means.mean()) if self.means.numel() else 0.0
 
     def idle(self, layers: Sequence[int]) -> Experts:
         """The experts of each of these layers, those of counts_LE, that no row came to."""
@@ -86,10 +92,17 @@ class MicroBatches:
         scalars = [torch.stack([getattr(m, name) for m in micros]).sum() for name in ("ce", "z", "balance")]
         scalars.append(torch.tensor(float(has_failed), device=scalars[0].device))
         counts_LE = torch.stack([m.counts_LE for m in micros]).sum(0)
-        num_sent = list(num_sent_ops.values())
-        parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(num_sent)]
+        num_sent, means = list(num_sent_ops.values()), self._placed([m.mean for m in micros])
+        parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(num_sent), means]
         flat = self.comm.all_reduce(torch.cat([part.double().cpu() for part in parts]))
         ce, z, balance, num_failed = flat[:4].tolist()
-        counts, ops = flat[4:].split([counts_LE.numel(), len(num_sent)])
+        counts, ops, means = flat[4:].split([counts_LE.numel(), len(num_sent), len(means)])
         named = Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True)))
-        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named)
+        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named, means)
+
+    def _placed(self, means: Sequence[Tensor]) -> Tensor:
+        """Those of this worker's micro-batches at their places among all of the step's, and 0 elsewhere."""
+        num_of_all = self.config.train.global_batch_size // self.config.train.micro_batch_size
+        placed = torch.zeros(num_of_all, dtype=torch.float64)
+        placed[self.comm.rank :: self.comm.world] = torch.stack(list(means)).double().cpu()
+        return placed

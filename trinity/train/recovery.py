@@ -52,7 +52,12 @@ class RunIdentity:
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
         store = data.train.store
         content = {"content": store.content} if store.content else {}
-        order = {**batches, "num_tokens": len(store.tokens), **content}
+        packing = (
+            {}
+            if config.data.packing == "stream"
+            else {"packing": config.data.packing, "rsdb": config.data.rsdb_documents}
+        )
+        order = {**batches, "num_tokens": len(store.tokens), **content, **packing}
         return cls(job, str(Path(settings.out_dir).resolve()), order)
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:

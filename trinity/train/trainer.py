@@ -44,7 +44,7 @@ from trinity.train.microbatches import BatchOf, MicroBatches, Totals
 from trinity.train.phases import PhaseClock, phase
 from trinity.train.recovery import Recovery, RunCounts, RunIdentity
 from trinity.train.retry import RETRYABLE, RetryStep, WorkerFailed
-from trinity.train.validation import UsualLoss, validation_loss
+from trinity.train.validation import RecentNorms, UsualLoss, validation_loss
 from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Trainer:
             self.objective.register_comm_hook(None, sum_gradients)
         self.micro_batches = MicroBatches(config, comm, self.objective, self.device)
         self.clock, self.usual_loss = PhaseClock(), UsualLoss(config.train.loss_spike_threshold)
+        self.norms = RecentNorms()
         self.logs: list[RunLog] = []  # told of every step, retry and validation, on worker 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
@@ -230,6 +231,7 @@ class Trainer:
     def _commit(self, ticket: StepTicket, totals: Totals, norm: float, lrs: Mapping[str, float]) -> None:
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
         is_good = self.usual_loss.is_good(self.version + 1, totals.ce)
+        self.norms.add(norm)
         self.position += 1
         if self.comm.rank == 0:
             notes = self.identity.notes(RunCounts(self.position, self.num_skipped), self.backbone.num_updates + 1)
@@ -279,6 +281,8 @@ class Trainer:
             retries=dict(self._retries),
             phases_s=dict(self.clock.phases_s),
             counts_LE=totals.counts_LE.tolist(),
+            batch_het=totals.batch_het,
+            norm_kurtosis=self.norms.kurtosis,
         )
 
     # -- validation and checkpoints

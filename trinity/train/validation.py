@@ -1,10 +1,11 @@
-"""The loss on held-out text, and which losses are usual.
+"""The loss on held-out text, and which losses and gradients are usual.
 
 Legend: B sequences of a batch, S sequence length.
 """
 
 import logging
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from trinity.train.loss import Objective, num_trained
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
+NUM_NORMS, FEWEST_NORMS = 128, 16
 
 
 @torch.no_grad()
@@ -50,3 +52,22 @@ class UsualLoss:
             return True
         log.error("version %d is not served: its loss was %.3f, usual is %.3f", version, loss, usual)
         return False
+
+
+class RecentNorms:
+    """Gradient norms of the last steps, and how heavy their tail is."""
+
+    def __init__(self, num: int = NUM_NORMS):
+        self._norms = deque[float](maxlen=num)
+
+    def add(self, norm: float) -> None:
+        self._norms.append(norm)
+
+    @property
+    def kurtosis(self) -> float | None:
+        """Fourth moment about the mean over the squared variance: 3 where norms are normal. None of few."""
+        if len(self._norms) < FEWEST_NORMS:
+            return None
+        centred = np.array(self._norms) - np.mean(self._norms)
+        variance = float((centred**2).mean())
+        return float((centred**4).mean()) / variance**2 if variance else None

@@ -1,0 +1,153 @@
+"""A random sequential document buffer: everything once, in an order that lengths and the seed give, mixed as it should be."""
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401  a fixture
+from trinity.data.dataset import IGNORE, PackedDataset
+from trinity.data.rsdb import BufferedDocuments
+from trinity.errors import ConfigError, DataError
+from trinity.train.validation import RecentNorms
+
+
+def store_of(lengths):
+    """Documents of these lengths whose tokens are all different; the one before last of each is not its end."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return SimpleNamespace(tokens=np.arange(100, 100 + starts[-1], dtype=np.uint32), starts_N=starts)
+
+
+@st.composite
+def buffers(draw):
+    seq_len, num_slots = draw(st.integers(2, 9)), draw(st.integers(1, 4))
+    lengths = draw(st.lists(st.integers(1, 25), min_size=num_slots + seq_len, max_size=40))
+    return BufferedDocuments(store_of(lengths), seq_len, draw(st.integers(0, 99)), num_slots, draw(st.integers(1, 8)))
+
+
+def spans(dataset, slot, num):
+    return [dataset._slots.setdefault(slot, _slot(dataset, slot)).sequence(n) for n in range(num)]
+
+
+def _slot(dataset, slot):
+    from trinity.data.rsdb import Slot
+
+    return Slot(dataset, slot)
+
+
+@settings(deadline=None, max_examples=60)
+@given(buffers())
+def test_each_document_is_read_whole_and_in_order(dataset):
+    """As often as it was begun, but for what is in the buffer still: so tokens out are tokens in."""
+    for slot in range(dataset.num_slots):
+        found = list(itertools.chain(*spans(dataset, slot, 40)))
+        begun = [document for document, head, _ in found if head == 0]
+        assert sum(num for *_, num in found) == 40 * dataset.seq_len
+        read = Counter()
+        for document, head, num in found:
+            read.update((document, place) for place in range(head, head + num))
+        for document in set(begun):
+            times = [read[document, place] for place in range(dataset.lengths_N[document])]
+            assert times == sorted(times, reverse=True), "from its beginning on"
+        unread = sum(read[document, 0] - read[document, dataset.lengths_N[document] - 1] for document in set(begun))
+        assert unread <= 2 * dataset.num_buffered
+        handed_out = itertools.islice(dataset.documents_of(slot), len(begun) + 2 * dataset.num_buffered)
+        assert not Counter(begun) - Counter(handed_out)
+    each = len(dataset.lengths_N) // dataset.num_slots
+    owned = [set(itertools.islice(dataset.documents_of(slot), each)) for slot in range(dataset.num_slots)]
+    assert all(not one & other for one, other in itertools.combinations(owned, 2)), (
+        "slots share no document of an epoch"
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(buffers(), st.integers(0, 12))
+def test_an_order_is_replayed_from_lengths_and_the_seed(dataset, later):
+    """As a worker that takes over does, which has read nothing of what came before."""
+    numbers = np.arange(8 * dataset.num_slots)
+    first = dataset.take(numbers)
+    again = BufferedDocuments(dataset.store, dataset.seq_len, dataset.seed, dataset.num_slots, dataset.num_buffered)
+    at = later * dataset.num_slots % len(numbers)
+    assert torch.equal(again.take(numbers[at : at + 1]).ids_BS, first.ids_BS[at : at + 1])
+    assert torch.equal(again.take(numbers[:1]).ids_BS, first.ids_BS[:1]), "and back"
+
+
+@settings(deadline=None, max_examples=60)
+@given(buffers(), st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]))
+def test_targets_are_what_follows_and_workers_share_the_step(dataset, shape):
+    world, size = shape
+    total = 4 * dataset.num_slots
+    alone = dataset.batch(3, total, 0, 1, 0, total)
+    for ids_S, targets_S, docs_S in zip(*alone, strict=True):
+        for document in docs_S.unique():
+            ids, targets = ids_S[docs_S == document].tolist(), targets_S[docs_S == document].tolist()
+            assert ids == list(range(ids[0], ids[0] + len(ids)))
+            ends = ids[-1] - 99 in dataset.store.starts_N
+            assert targets == [*ids[1:], IGNORE if ends else ids[-1] + 1]
+    if total % (world * size) == 0:
+        parts = {
+            (micro, rank): dataset.batch(3, total, rank, world, micro, size)
+            for micro in range(total // (world * size))
+            for rank in range(world)
+        }
+        assert torch.equal(torch.cat([parts[key].ids_BS for key in sorted(parts)]), alone.ids_BS)
+
+
+def test_a_sequence_is_of_many_documents():
+    lengths = np.random.default_rng(0).integers(500, 5000, 400)
+    stream, buffered = PackedDataset(store_of(lengths), 256, 0), BufferedDocuments(store_of(lengths), 256, 0, 8, 32)
+    shares = []
+    for dataset in (stream, buffered):
+        batches = [dataset.batch(step, 8, 0, 1, 0, 8) for step in range(200)]
+        shares.append(len({(ids // 1000).item() for batch in batches for ids in batch.ids_BS[:, 0]}))
+    per_step = [len(set(buffered.batch(step, 8, 0, 1, 0, 8).ids_BS[:, 0].tolist())) for step in range(4)]
+    assert min(per_step) == 8
+    assert shares[1] > 100
+
+
+def test_too_little_text_names_the_numbers():
+    with pytest.raises(DataError, match=r"8 tokens of text are less than one sequence of train.seq_len 9"):
+        BufferedDocuments(store_of([4, 4]), 9, 0, 1, 1).sequences(0, 1)
+
+
+def test_a_run_with_it_resumes_bitwise_and_logs_how_unlike_its_batches_are(texts, tmp_path):  # noqa: F811
+    def config(out, **train):
+        return config_for(texts, tmp_path / out, **train).replace(data={"packing": "rsdb", "rsdb_documents": 4})
+
+    whole = trainer_for(config("whole"))
+    metrics = [whole.step() for _ in range(4)]
+    assert all(each.batch_het >= 0 for each in metrics)
+    assert metrics[0].row()["batch_het"] == metrics[0].batch_het
+    first = trainer_for(config("cut"))
+    found = [first.step().loss for _ in range(2)]
+    first.save()
+    second = trainer_for(config("cut"))
+    assert found + [second.step().loss for _ in range(2)] == [each.loss for each in metrics]
+    with pytest.raises(ConfigError, match="other data or batches"):
+        trainer_for(config_for(texts, tmp_path / "cut"))
+
+
+def test_how_unlike_batches_are(texts, tmp_path):  # noqa: F811
+    """The highest mean loss of a micro-batch over the mean of all, as the report has it."""
+    trainer = trainer_for(config_for(texts, tmp_path, micro_batch_size=1))
+    batches = [trainer.micro_batches.batch(trainer.data.train, 0, micro) for micro in range(4)]
+    trainer.dispatcher.use(0)
+    with torch.no_grad():
+        losses = [trainer.objective([batch], 32)[0].ce.item() for batch in batches]
+    metrics = trainer.step()
+    assert metrics.batch_het == pytest.approx(max(losses) - sum(losses) / 4, abs=1e-4)
+
+
+def test_the_tail_of_gradient_norms():
+    norms = RecentNorms(200)
+    for norm in np.random.default_rng(0).normal(1, 0.1, 200):
+        norms.add(norm)
+    assert norms.kurtosis == pytest.approx(3, abs=0.6)
+    norms.add(9.0)
+    assert norms.kurtosis > 50
+    assert RecentNorms().kurtosis is None
