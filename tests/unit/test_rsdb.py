@@ -14,7 +14,7 @@ from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401
 from trinity.data.dataset import IGNORE, PackedDataset
 from trinity.data.rsdb import BufferedDocuments
 from trinity.errors import ConfigError, DataError
-from trinity.train.validation import RecentNorms
+from trinity.train.validation import Recent
 
 
 def store_of(lengths):
@@ -144,10 +144,25 @@ def test_how_unlike_batches_are(texts, tmp_path):  # noqa: F811
 
 
 def test_the_tail_of_gradient_norms():
-    norms = RecentNorms(200)
+    norms = Recent(200)
     for norm in np.random.default_rng(0).normal(1, 0.1, 200):
-        norms.add(norm)
+        norms.add(1.0, norm)
     assert norms.kurtosis == pytest.approx(3, abs=0.6)
-    norms.add(9.0)
+    norms.add(1.0, 9.0)
     assert norms.kurtosis > 50
-    assert RecentNorms().kurtosis is None
+    assert Recent().kurtosis is None
+
+
+def test_a_step_that_sticks_out_is_skipped_and_a_level_that_stays_is_not(texts, tmp_path, caplog):  # noqa: F811
+    config = config_for(texts, tmp_path, steps=99)
+    for rule in (None, 6.0):
+        trainer = trainer_for(config.replace(optim={"skip_above_sigma": rule}))
+        for n in range(20):
+            trainer.recent.add(2.0 + 0.01 * (n % 3), 1.0)
+        before = trainer.version
+        for _ in range(5):  # its loss is above 5
+            trainer.step()
+        assert trainer.version - before == (5 if rule is None else 2)
+        assert trainer.num_skipped == (0 if rule is None else 3)
+    assert "the loss is 5." in caplog.text
+    assert "usual is 2.01 +- 0.0" in caplog.text

@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 
 def documents(num: int, chars: int) -> Iterator[str]:
-    """So many of each domain, of so many characters; always the same."""
+    """Texts of each domain, so many of so many characters; always the same."""
     rng = random.Random(0)
     source = "\n".join(
         path.read_text("utf-8", "replace") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py"))

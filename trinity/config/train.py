@@ -28,6 +28,11 @@ class OptimConfig(Frozen):
     adamw_betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     adamw_eps: float = 1e-8
     grad_clip: float = Field(default=1.0, gt=0)
+    skip_above_sigma: float | None = Field(
+        default=None,
+        gt=0,
+        description="skip steps whose loss or gradient norm is so many standard deviations above the usual; default: none",
+    )
     warmup_steps: int = Field(default=100, ge=0)
     decay: Literal["linear", "cosine", "none"] = "linear"
     decay_start: int | None = Field(default=None, description="first step of the decay; default: right after warmup")

@@ -44,11 +44,11 @@ from trinity.train.microbatches import BatchOf, MicroBatches, Totals
 from trinity.train.phases import PhaseClock, phase
 from trinity.train.recovery import Recovery, RunCounts, RunIdentity
 from trinity.train.retry import RETRYABLE, RetryStep, WorkerFailed
-from trinity.train.validation import RecentNorms, UsualLoss, validation_loss
+from trinity.train.validation import Recent, UsualLoss, validation_loss
 from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
-MAX_SKIPPED_IN_A_ROW = 20
+MAX_SKIPPED_IN_A_ROW, MOST_SPIKES_IN_A_ROW = 20, 3
 PAUSE_S = 0.2  # before a step is tried again
 
 
@@ -84,7 +84,7 @@ class Trainer:
             self.objective.register_comm_hook(None, sum_gradients)
         self.micro_batches = MicroBatches(config, comm, self.objective, self.device)
         self.clock, self.usual_loss = PhaseClock(), UsualLoss(config.train.loss_spike_threshold)
-        self.norms = RecentNorms()
+        self.recent = Recent()
         self.logs: list[RunLog] = []  # told of every step, retry and validation, on worker 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
@@ -152,6 +152,8 @@ class Trainer:
         lrs = learning_rates(self.position + 1, self.config.optim, self.config.train.steps)
         if not (math.isfinite(norm) and math.isfinite(totals.ce)):
             self._skip(ticket, f"the gradient norm is {norm}")
+        elif spike := self._spike(totals.ce, norm):
+            self._skip(ticket, spike)
         elif not self._stage(norm, lrs, totals, ticket):
             self._skip(ticket, "the new weights are not finite")
         else:
@@ -231,7 +233,7 @@ class Trainer:
     def _commit(self, ticket: StepTicket, totals: Totals, norm: float, lrs: Mapping[str, float]) -> None:
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
         is_good = self.usual_loss.is_good(self.version + 1, totals.ce)
-        self.norms.add(norm)
+        self.recent.add(totals.ce, norm)
         self.position += 1
         if self.comm.rank == 0:
             notes = self.identity.notes(RunCounts(self.position, self.num_skipped), self.backbone.num_updates + 1)
@@ -250,6 +252,11 @@ class Trainer:
         except RETRYABLE as error:
             log.warning("not every shard knows yet how step %d ended: %s", self.version, error)
 
+    def _spike(self, loss: float, norm: float) -> str:
+        """Words for a step that sticks out and is to be skipped; a level that stays is no spike."""
+        most_sigma = self.config.optim.skip_above_sigma if self._skipped_in_a_row < MOST_SPIKES_IN_A_ROW else None
+        return self.recent.spike(loss, norm, most_sigma)
+
     def _skip(self, ticket: StepTicket, why: str) -> None:
         log.warning("step skipped: %s; its batch is consumed, the weights stay at %d", why, self.version)
         self.position += 1
@@ -261,7 +268,7 @@ class Trainer:
         barrier(self.comm)
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise TrinityError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite, up to step {self.position}; "
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, up to step {self.position}: {why}; "
                 "lower the learning rates or go back to an earlier checkpoint"
             )
 
@@ -282,7 +289,7 @@ class Trainer:
             phases_s=dict(self.clock.phases_s),
             counts_LE=totals.counts_LE.tolist(),
             batch_het=totals.batch_het,
-            norm_kurtosis=self.norms.kurtosis,
+            norm_kurtosis=self.recent.kurtosis,
         )
 
     # -- validation and checkpoints

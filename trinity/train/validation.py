@@ -18,7 +18,7 @@ from trinity.train.loss import Objective, num_trained
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
-NUM_NORMS, FEWEST_NORMS = 128, 16
+NUM_RECENT, FEWEST_RECENT = 128, 16
 
 
 @torch.no_grad()
@@ -54,19 +54,31 @@ class UsualLoss:
         return False
 
 
-class RecentNorms:
-    """Gradient norms of the last steps, and how heavy their tail is."""
+class Recent:
+    """Losses and gradient norms of the last steps: how heavy the tail of the norms is, and what sticks out."""
 
-    def __init__(self, num: int = NUM_NORMS):
-        self._norms = deque[float](maxlen=num)
+    def __init__(self, num: int = NUM_RECENT):
+        self._losses, self._norms = deque[float](maxlen=num), deque[float](maxlen=num)
 
-    def add(self, norm: float) -> None:
+    def add(self, loss: float, norm: float) -> None:
+        self._losses.append(loss)
         self._norms.append(norm)
+
+    def spike(self, loss: float, norm: float, most_sigma: float | None) -> str:
+        """Words for a step whose loss or norm is so many standard deviations above the mean; empty for a usual one, and while
+        there are few."""
+        if most_sigma is None or len(self._norms) < FEWEST_RECENT:
+            return ""
+        for what, value, before in (("loss", loss, self._losses), ("gradient norm", norm, self._norms)):
+            mean, deviation = float(np.mean(before)), float(np.std(before))
+            if value > mean + most_sigma * deviation:
+                return f"the {what} is {value:.4g}, usual is {mean:.4g} +- {deviation:.2g}"
+        return ""
 
     @property
     def kurtosis(self) -> float | None:
         """Fourth moment about the mean over the squared variance: 3 where norms are normal. None of few."""
-        if len(self._norms) < FEWEST_NORMS:
+        if len(self._norms) < FEWEST_RECENT:
             return None
         centred = np.array(self._norms) - np.mean(self._norms)
         variance = float((centred**2).mean())
