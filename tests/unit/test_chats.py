@@ -378,4 +378,7 @@ def test_packed_conversations_have_the_loss_that_they_have_alone(folder, tmp_pat
             kept = batch.targets_BS[:, mine] != IGNORE
             nll -= token_logprobs(trainer.model, ids)[kept].sum().item()
             num += int(kept.sum())
-    assert trainer.step().loss == pytest.approx(nll / num, rel=1e-6)
+    want = sum(trainer.data.train.take(np.array([at])).ids_BS.numel() for at in trainer.data.train.sequences(0, 4))
+    metrics = trainer.step()
+    assert metrics.loss == pytest.approx(nll / num, rel=1e-6)
+    assert metrics.tokens == want < 4 * 256

@@ -33,6 +33,7 @@ class Totals(NamedTuple):
     counts_LE: Tensor
     num_sent_ops: Counter[str]
     means: Tensor  # cross-entropy of each micro-batch, over its own trained tokens
+    num_tokens: int  # that were read, trained or not
 
     @property
     def batch_het(self) -> float:
@@ -50,6 +51,7 @@ class MicroBatches:
 
     def __init__(self, config: Config, comm: Comm, objective: nn.Module, device: torch.device):
         self.config, self.comm, self.objective, self.device = config, comm, objective, device
+        self.num_read = 0  # tokens of this worker's share of the last step
 
     def batch(self, data: Packed, position: int, micro: int) -> Batch:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
@@ -65,6 +67,7 @@ class MicroBatches:
         self.objective.zero_grad(set_to_none=True)
         batches = [batch_of(micro) for micro in range(num)]
         num_tokens = self._num_trained(batches)
+        self.num_read = sum(batch.ids_BS.numel() for batch in batches)
         parts = [batches[first : first + side] for first in range(0, num, side)]
         return [losses for part in parts for losses in self._side_by_side(part, num_tokens, is_last=part is parts[-1])]
 
@@ -93,12 +96,18 @@ class MicroBatches:
         scalars.append(torch.tensor(float(has_failed), device=scalars[0].device))
         counts_LE = torch.stack([m.counts_LE for m in micros]).sum(0)
         num_sent, means = list(num_sent_ops.values()), self._placed([m.mean for m in micros])
-        parts = [torch.stack(scalars), counts_LE.flatten(), torch.tensor(num_sent), means]
+        parts = [
+            torch.stack(scalars),
+            counts_LE.flatten(),
+            torch.tensor(num_sent),
+            means,
+            torch.tensor([self.num_read]),
+        ]
         flat = self.comm.all_reduce(torch.cat([part.double().cpu() for part in parts]))
         ce, z, balance, num_failed = flat[:4].tolist()
-        counts, ops, means = flat[4:].split([counts_LE.numel(), len(num_sent), len(means)])
+        counts, ops, means, num_read = flat[4:].split([counts_LE.numel(), len(num_sent), len(means), 1])
         named = Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True)))
-        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named, means)
+        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named, means, int(num_read))
 
     def _placed(self, means: Sequence[Tensor]) -> Tensor:
         """Those of this worker's micro-batches at their places among all of the step's, and 0 elsewhere."""

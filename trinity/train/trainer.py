@@ -280,7 +280,7 @@ class Trainer:
             z_loss=totals.z,
             balance_loss=totals.balance,
             grad_norm=norm,
-            tokens=self.config.train.global_batch_size * self.config.train.seq_len,
+            tokens=totals.num_tokens,
             seconds=self.clock.seconds,
             max_vio=float(max_vio(totals.counts_LE).max()) if totals.counts_LE.numel() else 0.0,
             lrs=lrs,
