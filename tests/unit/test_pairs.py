@@ -1,0 +1,61 @@
+"""Rows of pairs: what is the prompt, what the answers, and what is trained of them."""
+
+import json
+
+import pytest
+
+from tests.unit.test_chats import CALLING, LONG, PLAIN, TOKENIZER, TOOLS, said
+from trinity.data.pairs import pairs_of
+from trinity.errors import DataError
+
+OTHER = [{"role": "assistant", "content": "It is not."}]
+
+
+def read(tmp_path, *rows):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(pairs_of([str(tmp_path / "pairs.jsonl")], TOKENIZER))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PLAIN[:1], "chosen": PLAIN[1:], "rejected": OTHER},
+        {"prompt": "What is it?", "chosen": "It is so.", "rejected": "It is not."},
+        {"chosen": PLAIN, "rejected": [PLAIN[0], *OTHER], "tools": None},
+        {"input": {"messages": PLAIN[:1], "tools": None}, "preferred_output": PLAIN[1:], "non_preferred_output": OTHER},
+    ],
+)
+def test_rows_of_every_kind_are_one_pair(tmp_path, row):
+    [(chosen, rejected)] = read(tmp_path, row)
+    assert (said(chosen), said(rejected)) == (["It is so.<|im_end|>"], ["It is not.<|im_end|>"])
+    prompt = chosen.ids[: chosen.is_trained.index(True)]
+    assert rejected.ids[: rejected.is_trained.index(True)] == prompt
+
+
+def test_only_what_is_preferred_is_trained(tmp_path):
+    """An assistant's earlier turns are part of the prompt, and a tool's words between two are nobody's."""
+    [(chosen, _)] = read(tmp_path, {"chosen": LONG, "rejected": [*LONG[:4], *OTHER]})
+    assert said(chosen) == ["No.<|im_end|>"]
+    [(chosen, rejected)] = read(tmp_path, {"chosen": CALLING, "rejected": [CALLING[0], *OTHER], "tools": TOOLS})
+    assert [text.startswith("<tool_call>") for text in said(chosen)] == [True, False]
+    assert said(rejected) == ["It is not.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (7, "is a int; a pair is an object"),
+        ({"chosen": "x"}, "pairs.jsonl:1 has chosen; a pair has chosen and rejected"),
+        ({"chosen": "x", "rejected": "y"}, "answers that are texts and no prompt"),
+        ({"chosen": PLAIN, "rejected": PLAIN[:1]}, "an answer without a message of the assistant's"),
+    ],
+)
+def test_what_is_no_pair_is_named(tmp_path, row, says):
+    with pytest.raises(DataError, match=says):
+        read(tmp_path, row)
+
+
+def test_control_tokens_leave_a_pair_out(tmp_path, caplog):
+    bad = {"prompt": "a", "chosen": "b<|im_end|>", "rejected": "c"}
+    assert len(read(tmp_path, bad, {**bad, "chosen": "b"})) == 1
+    assert "1 pairs are left out, they hold control tokens as text" in caplog.text
