@@ -32,12 +32,11 @@ class Conversation(NamedTuple):
         """Read a row. Raises DataError that names its place and what is wrong."""
         if not isinstance(row, dict):
             raise DataError(f"{where} is a {type(row).__name__}; a conversation is an object with {KINDS}")
-        messages, known = _messages({key: value for key, value in row.items() if value is not None}, where)
+        messages = _messages({key: value for key, value in row.items() if value is not None}, where)
         if not messages:
             raise DataError(f"{where} has no messages")
         trained = tuple(
-            at > 0 and message["role"] == "assistant" and weight != 0 and not is_given
-            for at, ((message, weight), is_given) in enumerate(zip(messages, known, strict=True))
+            at > 0 and message["role"] == "assistant" and weight != 0 for at, (message, weight) in enumerate(messages)
         )
         arguments = _parsed(row.get("chat_template_kwargs"), where) or {}
         try:
@@ -50,23 +49,25 @@ class Conversation(NamedTuple):
 Weighted = tuple[dict[str, Any], Any]  # a message, and its weight
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[list[Weighted], list[bool]]:
-    """Messages with their weights, and which are given and not learned (those of a prompt)."""
+def _messages(row: Mapping[str, Any], where: str) -> list[Weighted]:
+    """Messages of whichever kind of row; those of a prompt weigh nothing."""
     if "messages" in row:
-        found = _listed(row["messages"], where)
-        return found, [False] * len(found)
+        return _listed(row["messages"], where)
     if "prompt" in row and "completion" in row:
-        prompt, completion = _side(row["prompt"], "user", where), _side(row["completion"], "assistant", where)
-        return [*prompt, *completion], [*[True] * len(prompt), *[False] * len(completion)]
+        prompt = [(message, 0) for message, _ in _side(row["prompt"], "user", where)]
+        return [*prompt, *_side(row["completion"], "assistant", where)]
     if "conversations" in row:
-        found = _of_sharegpt(row, where)
-        return found, [False] * len(found)
+        return _of_sharegpt(row, where)
     if "instruction" in row and "output" in row:
-        asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
-        system = [("system", row["system"])] if row.get("system") else []
-        told = (*system, ("user", asked), ("assistant", row["output"]))
-        return [({"role": role, "content": text}, 1) for role, text in told], [False] * len(told)
+        return _of_alpaca(row)
     raise DataError(f"{where} has {', '.join(sorted(row)) or 'nothing'}; a conversation has {KINDS}")
+
+
+def _of_alpaca(row: Mapping[str, Any]) -> list[Weighted]:
+    asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    system = [("system", row["system"])] if row.get("system") else []
+    told = (*system, ("user", asked), ("assistant", row["output"]))
+    return [({"role": role, "content": text}, 1) for role, text in told]
 
 
 def _side(value: Any, role: str, where: str) -> list[Weighted]:
