@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.config import DataConfig, TrainConfig, preset
+from tests.unit.test_trainer import SMALL
+from trinity.config import Config, DataConfig, TrainConfig, preset
 from trinity.data.chat_store import chat_stores
 from trinity.data.chat_tokens import control_in, examples
 from trinity.data.chats import Conversation
@@ -18,8 +19,13 @@ from trinity.data.packed_chats import IGNORE, PackedChats, best_fit
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
 from trinity.models.common import losses
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
 from trinity.text.conversation import render
 from trinity.text.tokenizer import Tokenizer
+from trinity.train.collectives import Alone
+from trinity.train.loss import token_logprobs
+from trinity.train.trainer import Trainer
 
 MODEL = preset("tiny")
 TOKENIZER = Tokenizer.train(iter(["what is it? it is so. no, really, twice seven is fourteen"]), 330)
@@ -343,31 +349,27 @@ def test_chats_need_a_template(folder, tmp_path):
         prepare(data_of(folder, tokenizer=str(tmp_path / "bare")), TrainConfig(), MODEL, tmp_path)
 
 
-def test_packed_conversations_have_the_loss_that_they_have_alone(folder, tmp_path):
-    from tests.unit.test_trainer import SMALL
-    from trinity.config import Config
-    from trinity.pool.local import local_pool
-    from trinity.rpc.messages import Load
-    from trinity.train.collectives import Alone
-    from trinity.train.loss import token_logprobs
-    from trinity.train.trainer import Trainer
-
-    config = Config.from_tree(
-        {
-            "model": {"preset": "tiny", **SMALL, "vocab_size": 400},
-            "data": data_of(folder).model_dump(mode="json"),
-            "train": {
-                "seq_len": 256,
-                "global_batch_size": 4,
-                "micro_batch_size": 2,
-                "steps": 4,
-                "out_dir": str(tmp_path),
-            },
-        }
-    )
+def trainer_of(folder, out_dir, micro):
+    train = {"seq_len": 256, "global_batch_size": 4, "micro_batch_size": micro, "steps": 4, "out_dir": str(out_dir)}
+    tree = {"model": {"preset": "tiny", **SMALL, "vocab_size": 400}, "data": data_of(folder).model_dump(mode="json")}
+    config = Config.from_tree({**tree, "train": train, "optim": {"balance_loss": 0.1, "warmup_steps": 1}})
     pool = local_pool(config.model, Load(), num_shards=2, optim=config.optim, backend="torch")
-    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, tmp_path), Alone())
+    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, out_dir), Alone())
     trainer.start()
+    return trainer
+
+
+def test_sequences_side_by_side_are_the_same_step(folder, tmp_path):
+    found = []
+    for micro in (1, 2, 4):
+        metrics = trainer_of(folder, tmp_path / str(micro), micro).step()
+        found.append([metrics.loss, metrics.balance_loss, metrics.grad_norm])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_packed_conversations_have_the_loss_that_they_have_alone(folder, tmp_path):
+    trainer = trainer_of(folder, tmp_path, micro=2)
     trainer.dispatcher.use(0)
     nll, num = 0.0, 0
     for at in trainer.data.train.sequences(0, 4):

@@ -7,10 +7,10 @@ import torch
 from tests.unit.test_trainer import all_weights, assert_close, config_for, texts, trainer_for  # noqa: F401  a fixture
 from trinity.data.dataset import Batch
 from trinity.experts.stacked import experts_of, kinds_of, named_matrices, places_of
-from trinity.models.common.losses import IGNORE
+from trinity.models.common.losses import IGNORE, document_balance_loss, sequence_balance_loss
 from trinity.rpc.messages import WEIGHT
 from trinity.train.collectives import Alone
-from trinity.train.loss import token_logprobs
+from trinity.train.loss import packed_inputs, token_logprobs
 from trinity.train.microbatches import MicroBatches
 
 LIKE_LAST_TIME = torch.Generator().manual_seed(3)
@@ -122,3 +122,19 @@ def test_places_are_those_of_the_stacks(texts, tmp_path):  # noqa: F811
     held = shard.experts[layer]
     found = places_of(shard.store.current, {layer: (held[1], 99)})
     assert {name: at for name, at in found.items() if at} == {f"{layer}.{part}": [1] for part in ("gate", "up", "down")}
+
+
+def test_documents_end_to_end_are_balanced_as_they_are_alone(texts, tmp_path):  # noqa: F811
+    """The loss of each is that of a sequence of its own, weighed as the caller says."""
+    trainer = trainer_for(config_for(texts, tmp_path))
+    trainer.dispatcher.use(0)
+    model, config, lengths = trainer.model, trainer.config.model, (5, 12, 1, 9)
+    weights_D = torch.tensor([0.5, 1.0, 2.0, 0.0])
+    docs_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    ids = IDS.flatten()[: len(docs_T)]
+    with torch.no_grad():
+        together = model(*packed_inputs(config, ids[None], docs_T[None])).routing
+        found = document_balance_loss(together, config, docs_T, weights_D, 0.1)
+        each = [model(*packed_inputs(config, part[None], None)).routing for part in ids.split(lengths)]
+    alone = [sequence_balance_loss(routing, config, 1, n, 0.1) for routing, n in zip(each, lengths, strict=True)]
+    assert float(found) == pytest.approx(float(weights_D @ torch.stack(alone)), rel=1e-5)

@@ -31,9 +31,7 @@ PAIRS = [Pair(example(prompt, 4 + n), example(prompt, 9 - n)) for n, prompt in e
 
 
 def trainer_for(texts, out_dir, micro=2, dtype="float32", **how):  # noqa: F811
-    """Without the balance loss, whose sequences are the micro-batches here."""
-    config = config_for(texts, out_dir, micro_batch_size=micro)
-    config = config.replace(model={"dtype": dtype}, optim={"balance_loss": 0.0})
+    config = config_for(texts, out_dir, micro_batch_size=micro).replace(model={"dtype": dtype})
     pool = local_pool(config.model, Load(), num_shards=2, optim=config.optim, backend="torch")
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = PreferenceTrainer(config, pool, data, Alone(), **how)

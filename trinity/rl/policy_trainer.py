@@ -24,7 +24,7 @@ from trinity.data.prepare import Prepared
 from trinity.errors import InvalidRequest
 from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.models.common.layers import product
-from trinity.models.common.losses import sequence_balance_loss
+from trinity.models.common.losses import document_balance_loss
 from trinity.models.common.router import Routing
 from trinity.observability.train_log import StepMetrics
 from trinity.pool.pool import ExpertPool
@@ -93,10 +93,10 @@ class PolicyObjective(Objective):
             return super()._losses(head_VD, batch, out, num_tokens)
         logprobs_T = target_logprobs(head_VD, out.hidden_TD, batch.targets_BS[0], self.config.model.batch_invariant)
         loss = surrogate(logprobs_T, batch.logprobs_BS[0], batch.weights_BS[0], self.clip)
-        share = (int(batch.docs_BS.max()) + 1) / self.config.train.global_batch_size
-        seq, coef = batch.ids_BS.shape[1], self.config.optim.balance_loss
-        balance = sequence_balance_loss(out.routing, self.config.model, 1, seq, coef)
-        return Losses(loss, torch.zeros_like(loss), balance * share, self._counts(out), loss.detach())
+        num, coef = int(batch.docs_BS.max()) + 1, self.config.optim.balance_loss
+        weights_D = torch.full((num,), 1 / self.config.train.global_batch_size, device=loss.device)
+        balance = document_balance_loss(out.routing, self.config.model, batch.docs_BS[0], weights_D, coef)
+        return Losses(loss, torch.zeros_like(loss), balance, self._counts(out), loss.detach())
 
 
 def surrogate(logprobs_T: Tensor, old_T: Tensor, weights_T: Tensor, clip: float) -> Tensor:

@@ -23,7 +23,7 @@ from trinity.data.dataset import IGNORE
 from trinity.data.prepare import Prepared
 from trinity.errors import InvalidRequest
 from trinity.models.common.decoder import CausalLM, Inputs, Output
-from trinity.models.common.losses import sequence_balance_loss
+from trinity.models.common.losses import document_balance_loss
 from trinity.observability.train_log import StepMetrics
 from trinity.pool.pool import ExpertPool
 from trinity.rl.policy_trainer import target_logprobs
@@ -95,14 +95,17 @@ class PreferenceObjective(Objective):
     def _losses(self, head_VD: Tensor, batch: Any, out: Output, num_tokens: int) -> Losses:
         if not isinstance(batch, PairBatch):
             return super()._losses(head_VD, batch, out, num_tokens)
-        config, seq = self.config, batch.ids_BS.shape[1]
+        config = self.config
         score_P2, nll = scores(head_VD, out.hidden_TD, batch, config.model.batch_invariant, self.is_mean)
         gain_P = (score_P2 - batch.reference_P2) @ score_P2.new_tensor([1.0, -1.0])
         loss = -F.logsigmoid(self.beta * gain_P).sum() / config.train.global_batch_size
         loss = loss + self.nll * nll * batch.share
-        balance = sequence_balance_loss(out.routing, config.model, 1, seq, config.optim.balance_loss)
         share = len(gain_P) / config.train.global_batch_size
-        return Losses(loss, torch.zeros_like(loss), balance * share, self._counts(out), loss.detach() / share)
+        weights_D = torch.full((2 * len(gain_P),), 0.5 / config.train.global_batch_size, device=loss.device)
+        balance = document_balance_loss(
+            out.routing, config.model, batch.docs_BS[0], weights_D, config.optim.balance_loss
+        )
+        return Losses(loss, torch.zeros_like(loss), balance, self._counts(out), loss.detach() / share)
 
 
 class PreferenceTrainer(Trainer):

@@ -16,7 +16,12 @@ from trinity.data.dataset import Batch
 from trinity.models.common.attention import PackedAttention, document_positions
 from trinity.models.common.balance import expert_counts
 from trinity.models.common.decoder import CausalLM, Inputs, Output
-from trinity.models.common.losses import IGNORE, loss_from_hidden, sequence_balance_loss
+from trinity.models.common.losses import (
+    IGNORE,
+    document_balance_loss,
+    loss_from_hidden,
+    sequence_balance_loss,
+)
 
 CHUNK = 512  # tokens whose logits are held at a time
 
@@ -102,11 +107,19 @@ class Objective(nn.Module):
         z_coef = self.config.optim.z_loss
         is_exact = self.config.model.batch_invariant
         ce, z = loss_from_hidden(head_VD, out.hidden_TD, batch.targets_BS.flatten(), z_coef, is_exact=is_exact)
-        balance = sequence_balance_loss(out.routing, self.config.model, num, seq, self.config.optim.balance_loss)
-        settings = self.config.train
-        share = num * seq / (settings.global_batch_size * settings.seq_len)  # of the room that a step has
         own = (batch.targets_BS != IGNORE).sum().clamp_min(1)
-        return Losses(ce / num_tokens, z / num_tokens, balance * share, self._counts(out), ce.detach() / own)
+        balance = self._balance(batch, out, num, seq)
+        return Losses(ce / num_tokens, z / num_tokens, balance, self._counts(out), ce.detach() / own)
+
+    def _balance(self, batch: Batch, out: Output, num: int, seq: int) -> Tensor:
+        """A mean over the sequences of the step; of conversations, which have no sequences of one length, over their tokens."""
+        settings, alpha = self.config.train, self.config.optim.balance_loss
+        if self.config.data.format == "chats":
+            docs_T = batch.docs_BS[0]
+            weights_D = torch.bincount(docs_T).float() / (settings.global_batch_size * settings.seq_len)
+            return document_balance_loss(out.routing, self.config.model, docs_T, weights_D, alpha)
+        balance = sequence_balance_loss(out.routing, self.config.model, num, seq, alpha)
+        return balance * num / settings.global_batch_size
 
     def _counts(self, out: Output) -> Tensor:
         """int64 counts_LE: the tokens that chose each expert."""

@@ -121,6 +121,24 @@ def _layer_balance(routing: Routing, num_experts: int, batch: int, seq: int) -> 
     return (f_BE * p_BE).sum(-1).mean()
 
 
+def document_balance_loss(
+    routing: Sequence[Routing], config: ModelConfig, docs_T: Tensor, weights_D: Tensor, alpha: float
+) -> Tensor:
+    """The same of documents that lie end to end: alpha * sum_d w_d sum_i f_di P_di, mean over MoE layers. `docs_T` numbers them
+    from 0. So what one adds depends on its own tokens, whatever else is in the micro-batch."""
+    if not routing:
+        return torch.zeros(())
+    num, lengths_D1 = config.num_experts, torch.bincount(docs_T, minlength=len(weights_D))[:, None]
+    per_layer = []
+    for each in routing:
+        share_TE, top_k = each.scores_TE / each.scores_TE.sum(-1, keepdim=True), each.ids_TK.shape[-1]
+        sums_DE = share_TE.new_zeros(len(weights_D), num).index_add(0, docs_T, share_TE)
+        counts_DE = expert_counts(each.ids_TK + num * docs_T[:, None], len(weights_D) * num).view(-1, num)
+        f_DE, p_DE = counts_DE * num / (top_k * lengths_D1), sums_DE / lengths_D1
+        per_layer.append(weights_D @ (f_DE * p_DE).sum(-1))
+    return alpha * torch.stack(per_layer).mean()
+
+
 def max_vio(counts_LE: Tensor) -> Tensor:
     """float32 [L]: (max - mean) / mean of the tokens per expert of each layer; 0 is balance, and 0 without tokens."""
     counts = counts_LE.float()
