@@ -24,7 +24,7 @@ from trinity.config import Config, num_cpus
 if TYPE_CHECKING:
     from trinity.data.dataset import PackedDataset
 
-USUAL: dict[str, Any] = {"steps": 120, "seeds": 3, "documents": 100, "chars": 3000, "seq_len": 256}
+USUAL: dict[str, Any] = {"steps": 120, "seeds": 3, "documents": 200, "chars": 800, "seq_len": 64}
 QUICK: dict[str, Any] = {"steps": 4, "seeds": 1, "documents": 3, "chars": 500, "seq_len": 64}
 IN_ORDER, STREAM, BUFFER = "documents as they come", "stream", "rsdb"
 ARMS: dict[str, dict[str, Any]] = {IN_ORDER: {}, STREAM: {}, BUFFER: {"packing": "rsdb", "rsdb_documents": 8}}
