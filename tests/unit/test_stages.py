@@ -187,7 +187,7 @@ def test_a_stage_that_was_stopped_goes_on(texts, tmp_path, monkeypatch):  # noqa
         ([{"train": {}}], "stage 1 is called None"),
         ([{"name": "../x"}], r"stage 1 is called '\.\./x'"),
         ([{"name": "a"}, {"name": "a"}], "two stages are called 'a'"),
-        ([{"name": "a", "trian": {}}], "stage 'a' has an unknown setting 'trian'; did you mean 'train'?"),
+        ([{"name": "a", "dats": {}}], "stage 'a' has an unknown setting 'dats'; did you mean 'data'?"),
         ([{"name": "a", "train": {"stepz": 1}}], r"unknown setting 'train\.stepz'; did you mean 'train\.steps'"),
         ([{"name": "a", "export": 7}], "stage 'a' has export 7"),
         ([{"name": "a"}, {"name": "b", "model": {"preset": "nano"}}], "stage 'b' has a model of its own"),
