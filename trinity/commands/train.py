@@ -73,7 +73,7 @@ def _facts(stage: Stage) -> dict[str, object]:
     settings = stage.config.train
     tokens = settings.steps * settings.global_batch_size * settings.seq_len
     rows = [json.loads(line) for line in Path(settings.out_dir, "metrics.jsonl").read_text().splitlines()]
-    last = {name: next((row[name] for row in reversed(rows) if name in row), nan) for name in ("loss", "val_loss")}
+    last = {name: _last(rows, name) for name in ("loss", "val_loss")}
     return {
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
@@ -82,6 +82,11 @@ def _facts(stage: Stage) -> dict[str, object]:
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",
     }
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> float:
+    """The last number of that name; nan without any."""
+    return next((float(row[name]) for row in reversed(rows) if row.get(name) is not None), nan)
 
 
 def announced(http_url: str, grpc_address: str) -> None:
