@@ -58,10 +58,12 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
             print(f"# stage {stage.name}\n{stage.config.to_yaml()}", end="---\n")
         return 0
     for number, stage in enumerate(stages, 1):
-        say(f"stage {number} of {len(stages)}, {stage.name}: {stage.config.train.steps} steps")
         found = latest_checkpoint(stage.config.train.out_dir)
+        before = " (done before)" if stage.checkpoint == found else ""
+        say(f"stage {number} of {len(stages)}, {stage.name}: {stage.config.train.steps} steps{before}")
         config = stage.config.replace(train={"resume": arguments.resume and found is not None})
-        result = _trained(fitted(config) if served else config, served)
+        is_done = config.train.resume and stage.checkpoint == found
+        result = None if is_done else _trained(fitted(config) if served else config, served)
         if result is not None and result["stopped"]:
             return 130
         if stage.export is not None and not (result is None and stage.export.exists()):
