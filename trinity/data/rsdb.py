@@ -90,14 +90,14 @@ class BufferedDocuments(Packed):
         the slots that would have none are all of them."""
         epoch = 0
         while True:
-            order_N = self._orders(epoch)
+            order_N = self._permutation(epoch)
             mine = order_N[slot :: self.num_slots]
             yield from (int(n) for n in (mine if len(mine) else order_N))
             epoch += 1
 
-    def _orders(self, epoch: int) -> np.ndarray:
-        with_text = np.flatnonzero(self.lengths_N)
-        return np.random.default_rng([self.seed, epoch]).permutation(with_text)
+    def _new_permutation(self, epoch: int) -> np.ndarray:
+        """Permute the documents, not the sequences."""
+        return np.random.default_rng([self.seed, epoch]).permutation(np.flatnonzero(self.lengths_N))
 
     def take(self, sequences_B: np.ndarray) -> Batch:
         rows = [self._row(int(number)) for number in sequences_B]
@@ -106,7 +106,9 @@ class BufferedDocuments(Packed):
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, targets, documents) of a sequence, int64 [S]."""
         slot, nth = number % self.num_slots, number // self.num_slots
-        spans = self._slots.setdefault(slot, Slot(self, slot)).sequence(nth)
+        if slot not in self._slots:
+            self._slots[slot] = Slot(self, slot)
+        spans = self._slots[slot].sequence(nth)
         parts = [self._span(span) for span in spans]
         ids, targets = (np.concatenate(side) for side in zip(*parts, strict=True))
         return ids, targets, np.repeat(np.arange(len(spans)), [span.num for span in spans])

@@ -87,7 +87,8 @@ def _restrict(logits_V: Tensor, sequence: Sequence) -> None:
     """Leave only tokens that the request's rules let come next."""
     if sequence.rules is None:
         return
-    if (forced := sequence.rules.forced(sequence.generated_ids)) is not None:
+    generated_ids = sequence.generated_ids  # a copy
+    if (forced := sequence.rules.forced(generated_ids)) is not None:
         kept = logits_V[forced].clone()
         logits_V.fill_(-torch.inf)[forced] = kept
         return
@@ -95,7 +96,7 @@ def _restrict(logits_V: Tensor, sequence: Sequence) -> None:
         allowed = torch.tensor(list(sequence.rules.allowed), device=logits_V.device)
         kept = logits_V[allowed]
         logits_V.fill_(-torch.inf)[allowed] = kept
-    if banned := sequence.rules.banned(sequence.generated_ids):
+    if banned := sequence.rules.banned(generated_ids):
         logits_V[torch.tensor(list(banned), device=logits_V.device)] = -torch.inf
 
 

@@ -52,11 +52,7 @@ class RunIdentity:
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
         store = data.train.store
         content = {"content": store.content} if store.content else {}
-        packing = (
-            {}
-            if config.data.packing == "stream"
-            else {"packing": config.data.packing, "rsdb": config.data.rsdb_documents}
-        )
+        packing = {"rsdb_documents": config.data.rsdb_documents} if config.data.packing == "rsdb" else {}
         order = {**batches, "num_tokens": len(store.tokens), **content, **packing}
         return cls(job, str(Path(settings.out_dir).resolve()), order)
 
