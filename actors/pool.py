@@ -85,6 +85,9 @@ class RayLedger:
         decide = partial(self.service.ask, "decide", step, attempt, {**notes, "backbone": self.backbone_at})
         retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 
+    def approve(self, version: int) -> None:
+        self.service.ask("approve", version)
+
     def decided(self) -> Decision | None:
         return self.service.ask("decided")
 

@@ -25,6 +25,7 @@ from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.config import Config, num_cpus
 from trinity.data.prepare import prepare
 from trinity.errors import TrinityError
+from trinity.evaluate.exam import exam_of
 from trinity.observability.train_log import StepMetrics, TrainLog
 from trinity.state.versioned_store import Store
 from trinity.train.collectives import Alone, Comm, Distributed
@@ -126,6 +127,7 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
     trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, device), job=settings["job"])
     trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
+    trainer.examine_with(exam_of(trainer))
     prepared(trainer)
     trainer.start()
     with _logged(trainer) if comm.rank == 0 else nullcontext():

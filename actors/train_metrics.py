@@ -9,7 +9,7 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -71,6 +71,13 @@ class TrainExporter:
     def validation(self, step: int, loss: float) -> None:
         """The weights after `step` have that loss on held-out text."""
         self["validation_loss"].set(loss)
+
+    def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The weights after `step` have these scores."""
+        for row in rows:
+            self["score"].labels(row["task"]).set(row["mean"])
+            if "passes" in row:
+                self["gate_open"].labels(row["task"]).set(row["passes"])
 
 
 def _max_vio(metrics: StepMetrics) -> list[float]:

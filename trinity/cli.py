@@ -20,7 +20,7 @@ COMMANDS = {
     "serve": "serve a checkpoint, or a run that trains, over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server, or with --local to a checkpoint",
-    "eval": "score a checkpoint or a running server on tasks of lm-eval",
+    "eval": "score a checkpoint or a running server: needles in a haystack (niah), tasks of lm-eval",
     "placement": "see experts, move them, scale their shards",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
     "chaos": "train or serve while shards, workers and messages are lost on purpose, and report how it came through",
@@ -152,7 +152,13 @@ def _chat(sub: argparse.ArgumentParser) -> None:
 
 def _eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help="a checkpoint's folder, or a server: http://127.0.0.1:8000")
-    sub.add_argument("--tasks", required=True, help="names of lm-eval's tasks, or of your own, with commas between")
+    sub.add_argument(
+        "--tasks", required=True, help="niah, and names of lm-eval's tasks, or of your own, with commas between"
+    )
+    sub.add_argument(
+        "--lengths", help="of niah: tokens of a question, with commas between (default: all that is taken)"
+    )
+    sub.add_argument("--questions", type=int, default=64, help="of niah: of each length (default: %(default)s)")
     sub.add_argument("--include-path", help="a folder with tasks of your own (YAML)")
     sub.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
     sub.add_argument("--limit", type=int, help="the first so many questions of each task")

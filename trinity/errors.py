@@ -97,6 +97,12 @@ class DataError(TrinityError):
     code = Code.INVALID
 
 
+class GateClosed(TrinityError):
+    """Weights score less than a task's gate asks for."""
+
+    code = Code.INVALID
+
+
 class WrongEpoch(TrinityError):
     """A shard was asked for an expert it does not hold; the caller's placement is stale or the plan is wrong."""
 

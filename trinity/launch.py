@@ -97,10 +97,12 @@ def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_out_dir(config: Config) -> Path | None:
-    """Refuse to mix two runs in one folder, and to start from another architecture or a damaged checkpoint; -> the checkpoint
-    that the run goes on from, None for a new run."""
+    """Refuse tasks that cannot be asked, to mix two runs in one folder, and to start from another architecture or a damaged
+    checkpoint; -> the checkpoint that the run goes on from, None for a new run."""
     from trinity.checkpoint import open_checkpoint, resume_point
+    from trinity.evaluate.tasks import check
 
+    check(config.evaluate.tasks, config.train.seq_len, config.model.max_position_embeddings)
     settings = config.train
     found = resume_point(settings.out_dir, settings.resume_from)
     if found is None and settings.resume:

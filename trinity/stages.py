@@ -15,10 +15,11 @@ from trinity.checkpoint import step_path
 from trinity.config import Config, merge
 from trinity.data.documents import files
 from trinity.errors import ConfigError
+from trinity.evaluate.tasks import check
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OWN = ("name", "export")
-SECTIONS = ("model", "data", "train", "optim", "placement")
+SECTIONS = ("model", "data", "train", "optim", "evaluate", "placement")
 
 
 class Stage(NamedTuple):
@@ -45,6 +46,7 @@ def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
         name = _checked_name(own, number, [stage.name for stage in found])
         found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
     for stage in found:
+        check(stage.config.evaluate.tasks, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
         for pattern in (*stage.config.data.train, *stage.config.data.val):
             files(pattern)  # a source that is not there is named before a step is spent
     return tuple(found)

@@ -98,6 +98,13 @@ class Ledger:
             good = step if notes.get("is_good", True) else self._state.good
             self._become(decision={"version": step, "notes": dict(notes)}, good=good)
 
+    def approve(self, version: int) -> None:
+        """Serve that version, the last one. Harmless when repeated, and for one that has been trained on or gave numbers that
+        are none."""
+        with self._changed:
+            if version == self.version and version not in self._state.bad:
+                self._become(good=version)
+
     # -- those who compute with its versions
 
     @property

@@ -88,6 +88,9 @@ class PlacementService:
     def decide(self, step: int, attempt: int, notes: dict[str, Any]) -> None:
         self._ledger.decide(step, attempt, notes)
 
+    def approve(self, version: int) -> None:
+        self._ledger.approve(version)
+
     def decided(self) -> Decision | None:
         return self._ledger.decision
 

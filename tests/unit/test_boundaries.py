@@ -78,16 +78,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.data", "trinity.engine", "trinity.llm", *MODELS, "trinity.observability", "trinity.pool", "trinity.state",
         "trinity.train",
     },
-    "trinity.launch": {
-        "trinity.checkpoint", "trinity.data", "trinity.observability", "trinity.pool", "trinity.train", "actors.pool",
-        "actors.train", "serving.app",
+    "trinity.evaluate": {  # an engine over a trainer's weights asks what a user would
+        "trinity.engine", "trinity.observability", "trinity.rl", "trinity.train",
     },
-    "trinity.stages": {"trinity.checkpoint", "trinity.data"},
+    "trinity.launch": {
+        "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.train",
+        "actors.pool", "actors.train", "serving.app",
+    },
+    "trinity.stages": {"trinity.checkpoint", "trinity.data", "trinity.evaluate"},
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
-        *LIBRARY, "trinity", "trinity.llm", "trinity.launch", "trinity.stages", "trinity.bench", "trinity.chaos", *ACTORS,
-        *SERVING, "protos",
+        *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.stages", "trinity.bench",
+        "trinity.chaos", *ACTORS, *SERVING, "protos",
     },
     "trinity.cli": {"trinity", "trinity.commands"},
     "actors.names": {"trinity.rpc"},
@@ -112,8 +115,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "actors.round_trips": {"actors.names"},
     "actors.train": {
-        "trinity.checkpoint", "trinity.data", "trinity.observability", "trinity.state", "trinity.train", "actors.pool",
-        "actors.sync", "actors.train_metrics",
+        "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
+        "actors.pool", "actors.sync", "actors.train_metrics",
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
     "actors.chaos": {

@@ -52,10 +52,13 @@ def test_every_declared_metric_is_served(tmp_path):
         exporter.step(metrics(1, retries={"deadline": 2}, phases_s={"begin": 0.01, "prepare": 0.2}))
         exporter.step(metrics(2, skipped=1, checkpoint_s=3.0, phases_s={"begin": 0.02}))
         exporter.validation(2, 4.25)
+        exporter.scores(2, [{"task": "niah", "mean": 0.75, "passes": False}, {"task": "quiz", "mean": 0.5}])
         found = scrape(port)
     assert {name: found[f"trinity_train_{name}"][()] for name in ("step", "loss", "grad_norm", "validation_loss")} == {
         "step": 2, "loss": 4.5, "grad_norm": 0.8, "validation_loss": 4.25
     }  # fmt: skip
+    assert found["trinity_train_score"] == {("niah",): 0.75, ("quiz",): 0.5}
+    assert found["trinity_train_gate_open"] == {("niah",): 0}
     assert found["trinity_train_tokens_total"] == {(): 2000}
     assert found["trinity_train_tokens_per_second"] == {(): 2000}
     assert found["trinity_train_retries_total"][("deadline",)] == 2

@@ -51,7 +51,7 @@ def _index(tree: dict[str, object]) -> dict[str, object]:
     return {**tree, "metadata": kept}
 
 
-def card_of(name: str, facts: Mapping[str, object]) -> str:
-    """The text of a model card: YAML that hubs read, and what the weights come from."""
+def card_of(name: str, facts: Mapping[str, object], scores: str = "") -> str:
+    """The text of a model card: YAML that hubs read, what the weights come from, and a table of what they score."""
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    return f"---\nlibrary_name: transformers\ntags: [mixture-of-experts]\n---\n\n# {name}\n\n| | |\n|---|---|\n{rows}"
+    return f"---\nlibrary_name: transformers\ntags: [mixture-of-experts]\n---\n\n# {name}\n\n| | |\n|---|---|\n{rows}\n{scores}"

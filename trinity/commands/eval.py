@@ -1,4 +1,4 @@
-"""`trinity eval CHECKPOINT|URL --tasks NAMES`: lm-eval's tasks, asked of a server over the OpenAI API that everybody uses.
+"""`trinity eval CHECKPOINT|URL --tasks NAMES`: our own tasks and lm-eval's, asked of a server over the OpenAI API.
 
 Decisions: lm-eval is called as its own users call it, so its numbers are those of any other model. A checkpoint gets a server
 in this process, on a loopback port of its own; what is measured is what is served. Multiple choice goes to /v1/completions,
@@ -7,18 +7,23 @@ with `--chat` questions that are answered in words go to /v1/chat/completions.
 
 import argparse
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trinity.config import TaskConfig
 from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
+from trinity.evaluate.lm_eval import with_chance
+from trinity.evaluate.tasks import OWN, Wanted, measure
+from trinity.observability.scores import Score, table
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
     from trinity.llm import LLM
 
+USUAL_LENGTH = 1024  # of a question to a server that does not say what it takes
 MODELS = {  # of lm-eval, and where they send what they ask
     False: ("local-completions", "/v1/completions"),
     True: ("local-chat-completions", "/v1/chat/completions"),
@@ -26,13 +31,68 @@ MODELS = {  # of lm-eval, and where they send what they ask
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed here; pip install 'trinity-moe[eval]'")
+    names = [name for name in arguments.tasks.split(",") if name]
+    own, others = [name for name in names if name in OWN], [name for name in names if name not in OWN]
+    if others and find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"{others[0]} is none of our own tasks ({', '.join(OWN)}), and lm-eval is not installed here; "
+            "pip install 'trinity-moe[eval]'"
+        )
     is_url = arguments.source.startswith(("http://", "https://"))
     with nullcontext(arguments.source.rstrip("/")) if is_url else server_of(arguments.source) as url:
-        results = evaluate(url, arguments, _key(arguments.api_key_file) if is_url else None)
-    report(results, arguments.output)
+        key = _key(arguments.api_key_file) if is_url else None
+        found = own_scores(own, url, arguments, key)
+        results = evaluate(others, url, arguments, key) if others or not names else None
+    report(found, results, arguments.output)
     return 0
+
+
+def own_scores(tasks: Sequence[str], url: str, arguments: argparse.Namespace, key: str | None) -> list[Score]:
+    """Scores of our own tasks. Raises ConfigError for a question that is longer than the server takes."""
+    if not tasks:
+        return []
+    card = card_of(url, arguments.model, key)
+    most = card.get("max_model_len") or USUAL_LENGTH
+    lengths = tuple(int(each) for each in arguments.lengths.split(",")) if arguments.lengths else (most,)
+    if too_long := [length for length in lengths if length > most]:
+        raise ConfigError(
+            f"niah of {too_long[0]:,} tokens is longer than the {most:,} that {card['id']} is served with"
+        )
+    asker = ServerAsker(url, card["id"], key, arguments.batch_size)
+    settings = [TaskConfig(task=name, lengths=lengths, questions=arguments.questions) for name in tasks]
+    return [score for task in settings for score in measure(task, asker.texts, asker.num_tokens, most)]
+
+
+class ServerAsker:
+    """Completions and counts of tokens by a server."""
+
+    def __init__(self, url: str, model: str, key: str | None, batch_size: int):
+        import httpx
+
+        self._client, self._model = httpx.Client(base_url=url, headers=_headers(key), timeout=3600), model
+        self._batch_size = batch_size
+
+    def texts(self, wanted: Wanted) -> list[str]:
+        """An `Ask`."""
+        asked = {"model": self._model, "max_tokens": wanted.max_tokens, "temperature": 0, "stop": wanted.stop}
+        starts = range(0, len(wanted.prompts), self._batch_size)
+        parts = [wanted.prompts[start : start + self._batch_size] for start in starts]
+        return [
+            choice["text"]
+            for part in parts
+            for choice in self._post("/v1/completions", {**asked, "prompt": list(part)})["choices"]
+        ]
+
+    def num_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt as the server counts them."""
+        return int(self._post("/tokenize", {"model": self._model, "prompt": prompt})["count"])
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._client.post(path, json=body)
+        if answer.status_code != 200:
+            raise TrinityError(f"the server answered {answer.status_code} to {path}: {answer.text[:200]}")
+        found: dict[str, Any] = answer.json()
+        return found
 
 
 @contextmanager
@@ -67,13 +127,12 @@ async def served(llm: "LLM", name: str, **serve: Any) -> AsyncIterator["Gateway"
         client.engine.close()
 
 
-def evaluate(url: str, arguments: argparse.Namespace, key: str | None) -> dict[str, Any]:
+def evaluate(tasks: Sequence[str], url: str, arguments: argparse.Namespace, key: str | None) -> dict[str, Any]:
     """Findings of lm-eval. Raises ConfigError for tasks that it does not know."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=arguments.include_path)
-    tasks = [name for name in arguments.tasks.split(",") if name]
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown or not tasks:
         raise ConfigError(f"lm-eval knows no task {', '.join(unknown) or '(none given)'}; see `lm-eval ls tasks`")
@@ -136,13 +195,18 @@ def first_token(url: str, key: str | None) -> int | None:
     return int(ids[0]) if len(ids) == 1 else None
 
 
-def report(results: dict[str, Any], output: str | None) -> None:
-    """Print lm-eval's table; with a file's name, write everything there, each question with its answers."""
-    from lm_eval.utils import make_table
+def report(scores: Sequence[Score], results: dict[str, Any] | None, output: str | None) -> None:
+    """Print our table and lm-eval's; with a file's name, write everything there, lm-eval's questions with their answers."""
+    found: dict[str, Any] = {"scores": [score.row() for score in scores]}
+    if results is not None:
+        from lm_eval.utils import make_table
 
-    print(make_table(results))
+        print(make_table(results))
+        scores, found = [*scores, *with_chance(results)], {**found, **results}
+    if scores:
+        print(table(scores))
     if output:
-        Path(output).write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str))
+        Path(output).write_text(json.dumps(found, indent=2, ensure_ascii=False, default=str))
 
 
 def _headers(key: str | None) -> dict[str, str]:

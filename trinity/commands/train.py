@@ -1,7 +1,6 @@
 """`trinity train CONFIG`: the job under Ray Train, until its last step, SIGTERM or Ctrl-C; or its stages, one by one."""
 
 import argparse
-import json
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
@@ -12,7 +11,10 @@ from serving.fitting import fitted
 from trinity.checkpoint import latest_checkpoint
 from trinity.checkpoint.export import card_of, export
 from trinity.config import Config, merged, setup_environment
+from trinity.errors import GateClosed
 from trinity.launch import check_out_dir, load, rewound, train
+from trinity.observability.scores import Score, of_rows, table
+from trinity.observability.train_log import read_rows
 from trinity.stages import Stage, read_stages
 from trinity.utils.terminal import say
 
@@ -66,15 +68,37 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         result = None if is_done else _trained(fitted(config) if served else config, served)
         if result is not None and result["stopped"]:
             return 130
+        _require_gates(stage)
         if stage.export is not None and not (result is None and stage.export.exists()):
-            print(f"export {export(stage.checkpoint, stage.export, card_of(stage.export.name, _facts(stage)))}")
+            card = card_of(stage.export.name, _facts(stage), table(_scores(stage)))
+            print(f"export {export(stage.checkpoint, stage.export, card)}")
     return 0
+
+
+def _require_gates(stage: Stage) -> None:
+    """Raise GateClosed where the weights at the stage's end are below one: they are not exported, and no stage follows."""
+    if below := [score for score in _scores(stage) if not score.passes]:
+        raise GateClosed(
+            f"stage {stage.name} ends with {'; '.join(score.sentence for score in below)}. It is not exported, and the stages "
+            "after it are not begun: train it longer (train.steps, with --resume), or lower evaluate.tasks' at_least"
+        )
+
+
+def _scores(stage: Stage) -> list[Score]:
+    """Those of the weights that it ends with."""
+    settings = stage.config.train
+    rows = [row for row in _rows(stage) if row["step"] == settings.steps and "scores" in row]
+    return of_rows(rows[-1]["scores"]) if rows else []
+
+
+def _rows(stage: Stage) -> list[dict[str, Any]]:
+    return read_rows(Path(stage.config.train.out_dir, "metrics.jsonl"))
 
 
 def _facts(stage: Stage) -> dict[str, object]:
     settings = stage.config.train
     tokens = settings.steps * settings.global_batch_size * settings.seq_len
-    rows = [json.loads(line) for line in Path(settings.out_dir, "metrics.jsonl").read_text().splitlines()]
+    rows = _rows(stage)
     last = {name: _last(rows, name) for name in ("loss", "val_loss")}
     return {
         "stage": stage.name,

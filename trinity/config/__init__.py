@@ -16,6 +16,7 @@ from trinity.config.env import (
     setup_proxies,
     setup_threads,
 )
+from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
@@ -36,12 +37,14 @@ __all__ = [
     "Config",
     "DataConfig",
     "EngineConfig",
+    "EvaluateConfig",
     "Frozen",
     "LayerCache",
     "ModelConfig",
     "OptimConfig",
     "PlacementConfig",
     "ServeConfig",
+    "TaskConfig",
     "TrainConfig",
     "admin_key",
     "api_key",

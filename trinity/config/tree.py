@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
 
 from trinity.config.env import admin_key, api_key
+from trinity.config.evaluate import EvaluateConfig
 from trinity.config.model import ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
@@ -34,6 +35,7 @@ class Config(Frozen):
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     placement: PlacementConfig = PlacementConfig()
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()

@@ -82,6 +82,8 @@ TRAINING_METRICS = (
     Metric("trinity_train_step", "gauge", "Steps taken or skipped: batches consumed."),
     Metric("trinity_train_loss", "gauge", "Cross-entropy of the last step, nats per token."),
     Metric("trinity_train_validation_loss", "gauge", "Cross-entropy of the last validation, nats per token."),
+    Metric("trinity_train_score", "gauge", "Of the last weights that were asked, by task.", ("task",)),
+    Metric("trinity_train_gate_open", "gauge", "1 where they passed the task's gate, 0 where not.", ("task",)),
     Metric("trinity_train_grad_norm", "gauge", "Norm of the last step's gradient, before it is clipped."),
     Metric("trinity_train_tokens_total", "counter", "Tokens trained on."),
     Metric("trinity_train_tokens_per_second", "gauge", "Tokens of the last step over its seconds, retries apart."),

@@ -3,7 +3,7 @@
 Legend: L layers with experts, E experts.
 
 Decisions.
-- A run writes metrics.jsonl (one object a line: a step, or a validation), expert_load.jsonl (rows per expert, at most
+- A run writes metrics.jsonl (one object a line: a step, a validation, or scores), expert_load.jsonl (rows per expert, at most
   about 200 times in a run) and TensorBoard events. A number that is not finite is null; a field that has nothing to say
   (no step was tried again) is left out.
 - The first step that is logged says where a run resumes: lines from there on are dropped, so each step is there once,
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 LOADS_PER_RUN = 200
+AFTER = {"val_loss", "scores"}  # in rows of what was found out after a step
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class RunLog(Protocol):
     def validation(self, step: int, loss: float) -> None:
         """The weights after `step` have that loss on held-out text."""
 
+    def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The weights after `step` have these scores in the run's tasks (trinity/evaluate/score.py)."""
+
 
 class TrainLog:
     """The log of one run, written by one process. Steps count from 1 and come in order; call `close` at the end.
@@ -114,6 +118,10 @@ class TrainLog:
         """Record the validation loss of the weights after `step`."""
         self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss})
 
+    def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record the scores of the weights after `step`."""
+        self._opened(step, is_validation=True).write_scores(step, rows)
+
     def close(self) -> None:
         """Finish the files. Harmless when repeated."""
         if self._files is not None:
@@ -143,6 +151,12 @@ class _Files:
         for name, value in _scalars(row):
             self._board.add_scalar("val/loss" if name == "val_loss" else f"train/{name}", value, row["step"])
 
+    def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._rows.write(json.dumps({"step": step, "scores": [_finite(row) for row in rows]}, allow_nan=False) + "\n")
+        self._rows.flush()
+        for row in rows:
+            self._board.add_scalar(f"score/{row['task']}", row["mean"], step)
+
     def write_load(self, row: dict[str, Any]) -> None:
         self._loads.write(json.dumps(row) + "\n")
         self._loads.flush()
@@ -170,7 +184,7 @@ def parse_row(line: str) -> dict[str, Any] | None:
 def _cut(path: Path, first_step: int, is_validation: bool = False) -> TextIO:
     """Keep the rows before `first_step` (or before its validation), replacing the file in one move; open it for appending."""
     first = first_step, is_validation
-    kept = [row for row in read_rows(path) if (row["step"], "val_loss" in row) < first]
+    kept = [row for row in read_rows(path) if (row["step"], bool(row.keys() & AFTER)) < first]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     os.replace(scratch, path)

@@ -51,6 +51,10 @@ class StepLedger(Protocol):
         given up. `notes` are what the job needs to go on from there."""
         ...
 
+    def approve(self, version: int) -> None:
+        """Serve the version that was decided last, whatever was said of it then: it has passed its gates."""
+        ...
+
     def decided(self) -> Decision | None:
         """The last decision; None before the first."""
         ...
@@ -77,6 +81,9 @@ class LocalLedger:
         pass
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
+        pass
+
+    def approve(self, version: int) -> None:
         pass
 
     def decided(self) -> Decision | None:

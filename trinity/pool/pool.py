@@ -87,6 +87,9 @@ class ExpertPool:
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         self.ledger.decide(step, attempt, notes)
 
+    def approve(self, version: int) -> None:
+        self.ledger.approve(version)
+
     def decided(self) -> Decision | None:
         return self.ledger.decided()
 

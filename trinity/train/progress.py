@@ -8,13 +8,14 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from trinity.observability.scores import of_rows
 from trinity.observability.train_log import main_lr, parse_row
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -36,10 +37,11 @@ class Progress:
         self._clock_s, self._shown_s = clock_s, -math.inf
         self._recent: deque[dict[str, Any]] = deque(maxlen=20)
         self._last_step = self._last_eval = done
+        self._last_scores = done if done else -1
         self._bar: tqdm | None = None
 
     def row(self, row: dict[str, Any]) -> None:
-        """A step or a validation; the first one is preceded by a line on the whole run."""
+        """A step, a validation or scores; the first one is preceded by a line on the whole run."""
         if row["step"] > self._last_step and not self._recent:
             steps, tokens = self.total_steps, self.tokens_per_step
             self._print(f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all")
@@ -47,6 +49,8 @@ class Progress:
                 self._bar = tqdm(total=steps, initial=self._last_step, file=self._screen, unit="step")
         if "val_loss" in row:
             self._eval(row["step"], row["val_loss"])
+        elif "scores" in row:
+            self._scores(row["step"], row["scores"])
         elif row["step"] > self._last_step:
             self._step(row)
 
@@ -72,6 +76,12 @@ class Progress:
             self._last_eval = step
             perplexity = math.exp(min(loss, 700.0))
             self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {perplexity:.1f}")
+
+    def _scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if step > self._last_scores:
+            self._last_scores = step
+            for score in of_rows(rows):
+                self._print(f"step {step}/{self.total_steps}  {score.sentence}")
 
     def _numbers(self) -> str:
         """The last step's, and the throughput of the last 20. A number that was not finite shows as nan."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from trinity.state.versioned_store import Store
 from trinity.train.backbone import Backbone
 from trinity.train.checkpointer import AsyncCheckpointer
 from trinity.train.collectives import Comm, barrier, on_rank0, said_by_rank0, sum_gradients
+from trinity.train.exam import Exam, Gate, NoExam
 from trinity.train.loss import Objective
 from trinity.train.microbatches import BatchOf, MicroBatches, Totals
 from trinity.train.phases import PhaseClock, phase
@@ -48,6 +49,7 @@ from trinity.train.validation import Recent, UsualLoss, validation_loss
 from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 MAX_SKIPPED_IN_A_ROW, MOST_SPIKES_IN_A_ROW = 20, 3
 PAUSE_S = 0.2  # before a step is tried again
 
@@ -84,7 +86,8 @@ class Trainer:
             self.objective.register_comm_hook(None, sum_gradients)
         self.micro_batches = MicroBatches(config, comm, self.objective, self.device)
         self.clock, self.usual_loss = PhaseClock(), UsualLoss(config.train.loss_spike_threshold)
-        self.recent = Recent()
+        self.recent, self.is_usual = Recent(), True
+        self.examine_with(NoExam())
         self.logs: list[RunLog] = []  # told of every step, retry and validation, on worker 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
@@ -94,6 +97,10 @@ class Trainer:
     @property
     def version(self) -> int:
         return self.backbone.version
+
+    def examine_with(self, exam: Exam) -> None:
+        """Have that exam decide, with `run`, what is served; before the first step."""
+        self.exam, self.gate = exam, Gate(exam)
 
     # -- the loop
 
@@ -107,11 +114,15 @@ class Trainer:
         settings, loss, val_loss = self.config.train, math.nan, math.nan
         if self.position and self.saver.is_due(self.position) and self._lacks_checkpoint():  # a worker died in between
             self.begin_save()
+        if self.exam.is_due(self.position) or (self.position and self.exam.has_gates):  # a gate may have been closed
+            self.examine()
         while self.position < settings.steps and not self.stopped:
             loss = self.step().loss
             last = self.position == settings.steps
             if last or (settings.eval_every and self.position % settings.eval_every == 0):
                 val_loss = self.evaluate()
+            if self.exam.is_due(self.position):
+                self.examine()
             if last or self.stopped or self.saver.is_due(self.position):
                 self.begin_save()
         if self.position == settings.steps and math.isnan(loss):  # the worker before died after its last step
@@ -232,7 +243,8 @@ class Trainer:
     @phase("commit")
     def _commit(self, ticket: StepTicket, totals: Totals, norm: float, lrs: Mapping[str, float]) -> None:
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
-        is_good = self.usual_loss.is_good(self.version + 1, totals.ce)
+        self.is_usual = self.usual_loss.is_good(self.version + 1, totals.ce)
+        is_good = self.is_usual and self.gate.is_open(self.position + 1)
         self.recent.add(totals.ce, norm)
         self.position += 1
         if self.comm.rank == 0:
@@ -301,6 +313,26 @@ class Trainer:
         for each in self.logs:
             each.validation(self.position, loss)
         return loss
+
+    def examine(self) -> None:
+        """Ask the present weights the run's tasks; from now on they are served if they pass every gate."""
+        rows = self._until_done(self.exam.ask)
+        for each in self.logs:
+            each.scores(self.position, rows)
+        if not self.gate.heed(rows):
+            log.error("version %d is not served: below its gate in %s", self.version, ", ".join(self.gate.failed))
+        elif self.exam.has_gates and self.is_usual:
+            self._until_done(lambda: self.pool.approve(self.version))
+
+    def _until_done(self, what: Callable[[], T]) -> T:
+        """Worker 0 does it, again and again for as long as a step would be tried; -> what all learn of it."""
+        deadline = Deadline(self.config.placement.recover_timeout_s)
+        while True:
+            is_last = deadline.expired
+            try:
+                return on_rank0(self.comm, what)
+            except RetryStep as retry:
+                self._wait_or_give_up(retry, is_last)
 
     def save(self) -> Path:
         """Write checkpoint `step-<position>` and wait for it; -> its folder."""

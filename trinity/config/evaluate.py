@@ -1,0 +1,50 @@
+"""The settings of evaluation while a run trains: tasks, when they are asked, and the bounds that its weights must reach."""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from trinity.config.yaml import Frozen
+
+
+class TaskConfig(Frozen):
+    """One task: `niah`, or a task of lm-eval by its name."""
+
+    task: str = Field(min_length=1)
+    lengths: tuple[int, ...] = Field(default=(), description="of niah: tokens of a question; default: train.seq_len")
+    questions: int = Field(
+        default=64, ge=1, le=100_000, description="of each length of niah; of lm-eval's task, at most"
+    )
+    seed: int = 0
+    num_fewshot: int | None = Field(default=None, ge=0, description="of a task of lm-eval; default: its own")
+    at_least: float | None = Field(
+        default=None, description="gate: weights that score less are not served, and their stage is not exported"
+    )
+
+    @field_validator("lengths", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "TaskConfig":
+        if self.lengths and self.task != "niah":
+            raise ValueError(f"task {self.task!r} has lengths; only niah has them")
+        if any(length < 32 for length in self.lengths):
+            raise ValueError(f"niah has lengths {self.lengths}; a question takes 32 tokens or more")
+        return self
+
+
+class EvaluateConfig(Frozen):
+    """Tasks that the weights of a run are asked while it trains, by the engine that would serve them."""
+
+    tasks: tuple[TaskConfig, ...] = ()
+    every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
+    at_start: bool = Field(default=False, description="ask before the first step, too")
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        names = [task.task for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluate.tasks names a task twice: {', '.join(names)}; niah takes several lengths")
+        return self

@@ -1,0 +1,64 @@
+"""The exam of a run: its tasks, asked of the weights that it trains, by the engine that would serve them.
+
+Decision: the engine computes with the trainer's own tensors and the same shards, so that what is asked is what would be served.
+It is made with the first exam, with a cache for the longest question, and kept.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+from trinity.config import Config, EngineConfig
+from trinity.engine.memory import memory_of, plan_memory
+from trinity.engine.request import SamplingParams
+from trinity.evaluate.tasks import Wanted, longest, measure
+from trinity.rl.rollout import Rollout
+from trinity.train.exam import Exam, NoExam, Row
+
+if TYPE_CHECKING:
+    from trinity.train.trainer import Trainer
+
+SIDE_BY_SIDE = 16  # questions in one batch of the engine
+
+
+class RunExam:
+    """An Exam (trinity/train/exam.py) of a trainer's weights."""
+
+    def __init__(self, trainer: "Trainer"):
+        self._trainer, self._config = trainer, trainer.config
+        self.has_gates = any(task.at_least is not None for task in self._config.evaluate.tasks)
+
+    def is_due(self, position: int) -> bool:
+        """Say whether it is after so many steps."""
+        settings = self._config.evaluate
+        if position in (0, self._config.train.steps):
+            return position > 0 or settings.at_start
+        return bool(settings.every) and position % settings.every == 0
+
+    def ask(self) -> list[Row]:
+        """Ask the weights as they are. Raises what an engine does."""
+        tasks, length = self._config.evaluate.tasks, self._config.train.seq_len
+        scores = [score for task in tasks for score in measure(task, self._texts, self._num_tokens, length)]
+        return [score.row() for score in scores]
+
+    def _num_tokens(self, prompt: str) -> int:
+        return len(self._trainer.data.tokenizer.encode(prompt, add_special=True))
+
+    def _texts(self, wanted: Wanted) -> list[str]:
+        params = SamplingParams(max_tokens=wanted.max_tokens, stop=(wanted.stop,), temperature=0)
+        return [done.text for done in self._rollout.llm.generate(list(wanted.prompts), params)]
+
+    @functools.cached_property
+    def _rollout(self) -> Rollout:
+        return Rollout.following(self._trainer, engine_for(self._config, str(self._trainer.device)))
+
+
+def engine_for(config: Config, device: str) -> EngineConfig:
+    """The run's engine, no larger than its tasks need. Raises ConfigError for a question that is longer than the model."""
+    length = longest(config.evaluate.tasks, config.train.seq_len)
+    wanted = config.engine.model_copy(update={"max_model_len": length, "max_num_seqs": SIDE_BY_SIDE})
+    return plan_memory(config.model, wanted, config.model.itemsize, memory_of(device)).fixed(wanted)
+
+
+def exam_of(trainer: "Trainer") -> Exam:
+    """The exam that the trainer's settings ask for."""
+    return RunExam(trainer) if trainer.config.evaluate.tasks else NoExam()

@@ -1,0 +1,55 @@
+"""Tasks, asked of whoever completes prompts: an engine in this process, or a server.
+
+Decision: the one seam is `Ask`. Our own tasks need nothing else; those of lm-eval go to lm-eval.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from trinity.config import TaskConfig
+from trinity.errors import ConfigError
+from trinity.evaluate import niah
+from trinity.evaluate.niah import Count
+from trinity.observability.scores import Score, of_right
+
+OWN = ("niah",)
+
+
+class Wanted(NamedTuple):
+    """Greedy completions of prompts, of up to `max_tokens` each, without what follows `stop`."""
+
+    prompts: Sequence[str]
+    max_tokens: int
+    stop: str
+
+
+Ask = Callable[[Wanted], list[str]]
+
+
+def measure(task: TaskConfig, ask: Ask, count: Count, usual_length: int) -> list[Score]:
+    """Scores of one of our own tasks, one for each length. Raises ConfigError for a length that is no question's."""
+    return [_needles(task, length, ask, count) for length in task.lengths or (usual_length,)]
+
+
+def _needles(task: TaskConfig, length: int, ask: Ask, count: Count) -> Score:
+    asked = niah.questions(task.questions, length, count, task.seed)
+    texts = ask(Wanted([question.prompt for question in asked], niah.MAX_TOKENS, "\n"))
+    num_right = sum(niah.is_right(*pair) for pair in zip(asked, texts, strict=True))
+    return of_right(f"niah, {length:,} tokens", num_right, len(asked), niah.CHANCE, task.at_least)
+
+
+def longest(tasks: Sequence[TaskConfig], usual_length: int) -> int:
+    """Tokens of the longest question of our own tasks."""
+    return max((length for task in tasks for length in task.lengths or (usual_length,)), default=usual_length)
+
+
+def check(tasks: Sequence[TaskConfig], usual_length: int, max_length: int) -> None:
+    """Raise ConfigError for a task that nobody knows, or a question longer than the model reaches."""
+    for task in tasks:
+        if task.task not in OWN:
+            raise ConfigError(f"evaluate.tasks has {task.task!r}; known: {', '.join(OWN)}")
+    if (length := longest(tasks, usual_length)) > max_length:
+        raise ConfigError(
+            f"evaluate.tasks asks niah of {length:,} tokens; model.max_position_embeddings is {max_length:,}: shorter "
+            "lengths, or more positions"
+        )
