@@ -39,7 +39,7 @@ class NoExam:
 
 
 class Gate:
-    """Whether the versions of a run may be served."""
+    """Admission of a run's versions to being served."""
 
     def __init__(self, exam: Exam):
         self._exam, self.failed = exam, list[str]()  # tasks below their bounds when they were asked last
