@@ -158,6 +158,7 @@ def _eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--lengths", help="of niah: tokens of a question, with commas between (default: all that is taken)"
     )
+    sub.add_argument("--keys", type=int, default=1024, help="of niah: that there are (default: %(default)s)")
     sub.add_argument("--questions", type=int, default=64, help="of niah: of each length (default: %(default)s)")
     sub.add_argument("--include-path", help="a folder with tasks of your own (YAML)")
     sub.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")

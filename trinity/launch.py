@@ -102,7 +102,7 @@ def check_out_dir(config: Config) -> Path | None:
     from trinity.checkpoint import open_checkpoint, resume_point
     from trinity.evaluate.tasks import check
 
-    check(config.evaluate.tasks, config.train.seq_len, config.model.max_position_embeddings)
+    check(config.evaluate, config.train.seq_len, config.model.max_position_embeddings)
     settings = config.train
     found = resume_point(settings.out_dir, settings.resume_from)
     if found is None and settings.resume:

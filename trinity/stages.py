@@ -46,7 +46,7 @@ def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
         name = _checked_name(own, number, [stage.name for stage in found])
         found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
     for stage in found:
-        check(stage.config.evaluate.tasks, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
+        check(stage.config.evaluate, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
         for pattern in (*stage.config.data.train, *stage.config.data.val):
             files(pattern)  # a source that is not there is named before a step is spent
     return tuple(found)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trinity.config import TaskConfig
 from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
-from trinity.evaluate.lm_eval import with_chance
+from trinity.evaluate.lm_eval import scores_of
 from trinity.evaluate.tasks import OWN, Wanted, measure
 from trinity.observability.scores import Score, table
 
@@ -59,7 +59,9 @@ def own_scores(tasks: Sequence[str], url: str, arguments: argparse.Namespace, ke
             f"niah of {too_long[0]:,} tokens is longer than the {most:,} that {card['id']} is served with"
         )
     asker = ServerAsker(url, card["id"], key, arguments.batch_size)
-    settings = [TaskConfig(task=name, lengths=lengths, questions=arguments.questions) for name in tasks]
+    settings = [
+        TaskConfig(task=name, lengths=lengths, questions=arguments.questions, keys=arguments.keys) for name in tasks
+    ]
     return [score for task in settings for score in measure(task, asker.texts, asker.num_tokens, most)]
 
 
@@ -202,7 +204,7 @@ def report(scores: Sequence[Score], results: dict[str, Any] | None, output: str 
         from lm_eval.utils import make_table
 
         print(make_table(results))
-        scores, found = [*scores, *with_chance(results)], {**found, **results}
+        scores, found = [*scores, *scores_of(results)], {**found, **results}
     if scores:
         print(table(scores))
     if output:

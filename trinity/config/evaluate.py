@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from trinity.config.yaml import Frozen
+from trinity.config.yaml import Frozen, at_home
 
 
 class TaskConfig(Frozen):
@@ -14,6 +14,9 @@ class TaskConfig(Frozen):
     lengths: tuple[int, ...] = Field(default=(), description="of niah: tokens of a question; default: train.seq_len")
     questions: int = Field(
         default=64, ge=1, le=100_000, description="of each length of niah; of lm-eval's task, at most"
+    )
+    keys: int = Field(
+        default=1024, ge=4, le=4096, description="of niah: that there are; lines of one question are fewer"
     )
     seed: int = 0
     num_fewshot: int | None = Field(default=None, ge=0, description="of a task of lm-eval; default: its own")
@@ -40,7 +43,10 @@ class EvaluateConfig(Frozen):
 
     tasks: tuple[TaskConfig, ...] = ()
     every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
+    include_path: str | None = Field(default=None, description="a folder with tasks for lm-eval (YAML)")
     at_start: bool = Field(default=False, description="ask before the first step, too")
+
+    _at_home = field_validator("include_path")(at_home)
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":

@@ -7,10 +7,12 @@ It is made with the first exam, with a cache for the longest question, and kept.
 import functools
 from typing import TYPE_CHECKING
 
-from trinity.config import Config, EngineConfig
+from trinity.config import Config, EngineConfig, TaskConfig
 from trinity.engine.memory import memory_of, plan_memory
 from trinity.engine.request import SamplingParams
-from trinity.evaluate.tasks import Wanted, longest, measure
+from trinity.evaluate import lm_eval
+from trinity.evaluate.tasks import OWN, Wanted, longest, measure
+from trinity.observability.scores import Score
 from trinity.rl.rollout import Rollout
 from trinity.train.exam import Exam, NoExam, Row
 
@@ -36,9 +38,12 @@ class RunExam:
 
     def ask(self) -> list[Row]:
         """Ask the weights as they are. Raises what an engine does."""
-        tasks, length = self._config.evaluate.tasks, self._config.train.seq_len
-        scores = [score for task in tasks for score in measure(task, self._texts, self._num_tokens, length)]
-        return [score.row() for score in scores]
+        return [score.row() for task in self._config.evaluate.tasks for score in self._scores(task)]
+
+    def _scores(self, task: TaskConfig) -> list[Score]:
+        if task.task in OWN:
+            return measure(task, self._texts, self._num_tokens, self._config.train.seq_len)
+        return lm_eval.measure(task, self._rollout, self._config.evaluate.include_path)
 
     def _num_tokens(self, prompt: str) -> int:
         return len(self._trainer.data.tokenizer.encode(prompt, add_special=True))
@@ -53,8 +58,9 @@ class RunExam:
 
 
 def engine_for(config: Config, device: str) -> EngineConfig:
-    """The run's engine, no larger than its tasks need. Raises ConfigError for a question that is longer than the model."""
-    length = longest(config.evaluate.tasks, config.train.seq_len)
+    """The run's engine, no larger than its tasks need: lm-eval's may be as long as the model reaches."""
+    tasks, reach = config.evaluate.tasks, config.model.max_position_embeddings
+    length = longest(tasks, config.train.seq_len) if all(task.task in OWN for task in tasks) else reach
     wanted = config.engine.model_copy(update={"max_model_len": length, "max_num_seqs": SIDE_BY_SIDE})
     return plan_memory(config.model, wanted, config.model.itemsize, memory_of(device)).fixed(wanted)
 

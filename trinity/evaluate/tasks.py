@@ -6,9 +6,9 @@ Decision: the one seam is `Ask`. Our own tasks need nothing else; those of lm-ev
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from trinity.config import TaskConfig
+from trinity.config import EvaluateConfig, TaskConfig
 from trinity.errors import ConfigError
-from trinity.evaluate import niah
+from trinity.evaluate import lm_eval, niah
 from trinity.evaluate.niah import Count
 from trinity.observability.scores import Score, of_right
 
@@ -32,7 +32,7 @@ def measure(task: TaskConfig, ask: Ask, count: Count, usual_length: int) -> list
 
 
 def _needles(task: TaskConfig, length: int, ask: Ask, count: Count) -> Score:
-    asked = niah.questions(task.questions, length, count, task.seed)
+    asked = niah.questions(task.questions, length, count, task.seed, task.keys)
     texts = ask(Wanted([question.prompt for question in asked], niah.MAX_TOKENS, "\n"))
     num_right = sum(niah.is_right(*pair) for pair in zip(asked, texts, strict=True))
     return of_right(f"niah, {length:,} tokens", num_right, len(asked), niah.CHANCE, task.at_least)
@@ -40,15 +40,15 @@ def _needles(task: TaskConfig, length: int, ask: Ask, count: Count) -> Score:
 
 def longest(tasks: Sequence[TaskConfig], usual_length: int) -> int:
     """Tokens of the longest question of our own tasks."""
-    return max((length for task in tasks for length in task.lengths or (usual_length,)), default=usual_length)
+    return max((length for task in tasks if task.task in OWN for length in task.lengths or (usual_length,)), default=0)
 
 
-def check(tasks: Sequence[TaskConfig], usual_length: int, max_length: int) -> None:
+def check(settings: EvaluateConfig, usual_length: int, max_length: int) -> None:
     """Raise ConfigError for a task that nobody knows, or a question longer than the model reaches."""
-    for task in tasks:
+    for task in settings.tasks:
         if task.task not in OWN:
-            raise ConfigError(f"evaluate.tasks has {task.task!r}; known: {', '.join(OWN)}")
-    if (length := longest(tasks, usual_length)) > max_length:
+            lm_eval.check_task(task.task, settings.include_path)
+    if settings.tasks and (length := longest(settings.tasks, usual_length)) > max_length:
         raise ConfigError(
             f"evaluate.tasks asks niah of {length:,} tokens; model.max_position_embeddings is {max_length:,}: shorter "
             "lengths, or more positions"
