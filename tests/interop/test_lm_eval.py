@@ -158,3 +158,28 @@ async def test_trinity_eval_says_what_the_harness_says(checkpoint, tasks, tmp_pa
             found = json.loads(output.read_text())
             assert found["results"]["colours"]["acc,none"] >= MIN_RIGHT / len(CONTEXTS)
             assert "|colours|" in said
+
+
+async def test_a_runs_exam_scores_as_the_harness_does(checkpoint, tasks):
+    """What is asked of weights while they train, without a server: choices, words, whole texts."""
+    names = ("colours", "colours_in_words", "colours_rolling")
+    said = await harness("tests.interop.programs.in_the_loop", checkpoint, tasks, *names)
+    found = json.loads(said.splitlines()[-1])
+    args = offline(checkpoint)
+    for name, metric in zip(names, ("acc", "exact_match", "bits_per_byte"), strict=True):
+        want = await asked_offline(checkpoint, tasks, name, args)
+        [score] = found[name]
+        assert score["mean"] == pytest.approx(want[f"{metric},none"], abs=1e-3), name
+    [choices] = found["colours"]
+    assert choices["chance"] == 1 / len(ENDINGS)
+    assert choices["low"] > choices["chance"]
+
+
+async def asked_offline(checkpoint, tasks, task, model_args):
+    """lm-eval's own results of a task by transformers."""
+    args = ",".join(f"{key}={value}" for key, value in model_args.items())
+    output = tasks / f"results-{task}"
+    asked = ["--model", "hf", "--model_args", args, "--tasks", task, "--include_path", tasks, "--device", "cpu"]
+    await harness("lm_eval", "run", *asked, "--output_path", output)
+    (file,) = output.rglob("results_*.json")
+    return json.loads(file.read_text())["results"][task]

@@ -10,6 +10,7 @@ import yaml
 
 from tests.unit.checkpoint_files import plain
 from tests.unit.test_trainer import all_weights, config_for, texts, trainer_for  # noqa: F401  a fixture
+from trinity import __version__
 from trinity.checkpoint import open_checkpoint
 from trinity.checkpoint.export import export
 from trinity.cli import main
@@ -159,6 +160,7 @@ def test_stages_follow_one_another_and_their_exports_load_in_transformers(texts,
         card = (folder / "README.md").read_text()
         assert f"# {name}\n" in card
         assert "| validation loss |" in card
+        assert f"| code | trinity-moe {__version__}, commit " in card
         stage = next((tmp_path / "run").glob(f"*-{'long' if name == 'Base' else name}"))
         [checkpoint] = stage.glob("step-*")
         assert open_checkpoint(checkpoint).version == version

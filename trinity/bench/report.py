@@ -7,7 +7,6 @@ import dataclasses
 import json
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 from trinity.config import num_cpus
 from trinity.errors import TrinityError
-from trinity.utils.machine import meminfo, versions
+from trinity.utils.machine import commit, meminfo, versions
 
 VERSIONS = ("trinity-moe", "ray", "torch", "triton", "megablocks", "transformers", "numpy")
 K = TypeVar("K")
@@ -141,13 +140,6 @@ def machine() -> str:
     memory = f"{meminfo().get('MemTotal', 0) / 2**30:.0f} GiB"
     gpu = [f"{torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return ", ".join([f"{num_cpus()} cores of {cpu}", memory, *(gpu or ["no GPU"])])
-
-
-def commit() -> str:
-    """Commit of the source tree this runs from; with `+` when it has changes."""
-    here = Path(__file__).parent
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)  # noqa: S607
-    return f"commit {run.stdout.strip()}" if run.returncode == 0 else "commit unknown"
 
 
 def _cell(value: Any) -> str:

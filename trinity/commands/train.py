@@ -8,6 +8,7 @@ from typing import Any
 
 from serving.addresses import doors
 from serving.fitting import fitted
+from trinity import __version__
 from trinity.checkpoint import latest_checkpoint
 from trinity.checkpoint.export import card_of, export
 from trinity.config import Config, merged, setup_environment
@@ -16,6 +17,7 @@ from trinity.launch import check_out_dir, load, rewound, train
 from trinity.observability.scores import Score, of_rows, table
 from trinity.observability.train_log import read_rows
 from trinity.stages import Stage, read_stages
+from trinity.utils.machine import commit
 from trinity.utils.terminal import say
 
 Served = Callable[[str, str], None] | None
@@ -107,6 +109,7 @@ def _facts(stage: Stage) -> dict[str, object]:
         "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {settings.seq_len:,} tokens, {tokens:,} in all",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",
+        "code": f"trinity-moe {__version__}, {commit()}",
     }
 
 

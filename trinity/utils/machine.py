@@ -1,7 +1,9 @@
-"""Facts about this machine: memory, and versions of installed packages."""
+"""Facts about this machine: memory, versions of installed packages, the commit that runs."""
 
 import importlib.metadata
 import os
+import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -69,3 +71,12 @@ def versions(names: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def commit() -> str:
+    """Commit of the source tree this runs from; with `+` when it has changes."""
+    if shutil.which("git") is None:
+        return "commit unknown"
+    here = Path(__file__).parent
+    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)  # noqa: S607
+    return f"commit {run.stdout.strip()}" if run.returncode == 0 else "commit unknown"
