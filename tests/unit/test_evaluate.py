@@ -56,9 +56,14 @@ def test_what_is_at_chance_says_so():
 def test_choices_of_lm_eval_have_their_chance():
     quiz = [{"resps": [[-1.0]] * 4, "acc": float(at % 4 == 0), "metrics": ["acc", "acc_norm"]} for at in range(20)]
     words = [{"resps": [["blue"]], "exact_match": 1.0, "metrics": ["exact_match"]}] * 3
-    first, second = scores_of({"samples": {"quiz": quiz, "words": words}}, at_least=0.5)
+    better = {"quiz": {"acc": True}, "words": {"exact_match": True}}
+    first, second = scores_of({"samples": {"quiz": quiz, "words": words}, "higher_is_better": better}, at_least=0.5)
     assert (first.task, first.mean, first.chance, first.is_at_chance, first.passes) == ("quiz", 0.25, 0.25, True, False)
     assert (second.task, second.mean, second.chance, second.passes) == ("words, exact_match", 1.0, None, True)
+    lower = {"samples": {"text": [{"bits": 2.0, "metrics": ["bits"]}]}, "higher_is_better": {"text": {"bits": False}}}
+    assert [score.mean for score in scores_of(lower)] == [2.0]
+    with pytest.raises(ConfigError, match="its bits is the better the lower it is"):
+        list(scores_of(lower, at_least=1.0))
 
 
 # -- needles

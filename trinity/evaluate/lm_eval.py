@@ -5,6 +5,7 @@ log-probabilities are those of the training path, which on CPUs in float32 are a
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -54,15 +55,22 @@ def measure(task: TaskConfig, rollout: "Rollout", include_path: str | None) -> l
 
 
 def scores_of(results: Mapping[str, Any], at_least: float | None = None) -> Iterator[Score]:
-    """Scores of each task that was asked. Of choices, somebody who guesses has one in so many right."""
+    """Scores of each task that was asked. Of choices, somebody who guesses has one in so many right. Raises ConfigError for a
+    gate on what is better when it is lower."""
     for task, samples in results.get("samples", {}).items():
         metric = ACCURACY if all(ACCURACY in sample for sample in samples) else samples[0]["metrics"][0]
-        values = [float(sample[metric]) for sample in samples]
-        if metric != ACCURACY:
-            yield of_values(f"{task}, {metric}", values, at_least)
-            continue
-        chance = sum(1 / max(1, len(sample["resps"])) for sample in samples) / len(samples)
-        yield of_right(task, round(sum(values)), len(values), chance, at_least)
+        if at_least is not None and not results["higher_is_better"][task].get(metric, True):
+            raise ConfigError(f"{task} has a gate, at_least {at_least:g}; its {metric} is the better the lower it is")
+        if metric == ACCURACY:
+            chance = sum(1 / max(1, len(sample["resps"])) for sample in samples) / len(samples)
+            yield of_right(task, round(sum(sample[ACCURACY] for sample in samples)), len(samples), chance, at_least)
+        elif isinstance(
+            samples[0][metric], tuple
+        ):  # (sum, weight) of each text, which lm-eval puts together in its own way
+            mean = float(results["results"][task][f"{metric},none"])
+            yield Score(f"{task}, {metric}", mean, math.nan, math.nan, len(samples))
+        else:
+            yield of_values(f"{task}, {metric}", [float(sample[metric]) for sample in samples], at_least)
 
 
 def _model(rollout: "Rollout") -> Any:

@@ -56,7 +56,8 @@ class Score:
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Score]:
     """The inverse of `row`, of several."""
-    return [Score(**{key: value for key, value in row.items() if key != "passes"}) for row in rows]
+    known = [{key: value for key, value in row.items() if key != "passes"} for row in rows]
+    return [Score(**{key: math.nan if value is None else value for key, value in row.items()}) for row in known]
 
 
 def of_right(task: str, num_right: int, num: int, chance: float | None = None, at_least: float | None = None) -> Score:
