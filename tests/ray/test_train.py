@@ -15,6 +15,7 @@ import torch
 from tests.ray.runs import config_for, losses_of, train_here, weights_of
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.data.prepare import prepare
+from trinity.observability.train_log import read_rows
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
 
@@ -63,6 +64,15 @@ def scraped(config, found):
         thread.join(20)
 
 
+def served_version(config):
+    """The version that an engine would serve of a pool."""
+    from actors import pool as pools
+
+    view = pools.connect(config.placement, "trinity").view
+    view.watch_version(-1)
+    return view.other_version(-1, 20)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,9 +84,14 @@ def test_training_through_actors_equals_training_in_one_process(ray_session, con
     from actors.train import fit
 
     config, found = config.replace(train={"num_workers": num_workers, "metrics_port": free_port()}), []
+    closed = {"task": "niah", "lengths": [64], "questions": 2, "at_least": 2.0}  # a gate that nobody passes
+    config = config.replace(evaluate={"every": 3, "tasks": [closed]})
     with scraped(config, found):
         result = fit(config)
     assert 'trinity_train_retries_total{reason="unavailable"} 0.0' in found[0], "worker 0 serves its metrics"
+    assert served_version(config) == 2, "the last one before an exam was due"
+    rows = [row for row in read_rows(tmp_path / "ray" / "metrics.jsonl") if "scores" in row]
+    assert [(row["step"], row["scores"][0]["passes"]) for row in rows] == [(3, False), (6, False)]
     want, reference = train_here(config, tmp_path / "here")
     got = losses_of(tmp_path / "ray")
     assert list(got) == list(want)

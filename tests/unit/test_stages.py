@@ -1,7 +1,10 @@
 """One stage of a run after another: what goes on, and what begins anew."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from trinity.experts.stacked import kinds_of, named_matrices
 from trinity.launch import check_out_dir, rewound
 from trinity.stages import read_stages
 
+ROOT = Path(__file__).parents[2]
 FLAT = {"warmup_steps": 1, "decay": "none"}
 
 
@@ -215,3 +219,16 @@ def test_an_export_takes_no_others_place(texts, tmp_path):  # noqa: F811
         export(checkpoint, tmp_path / "mine", "card")
     for text in ("one", "two"):
         assert (export(checkpoint, tmp_path / "yours", text) / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("num", [2, pytest.param(40, marks=pytest.mark.chaos)])
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(tmp_path, num):
+    """In a stage, a save, a switch, an export: the checkpoints and exports are those of a run that nobody killed."""
+    program, environment = Path(__file__).with_name("killed_stages.py"), {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, program, tmp_path, str(num), "5"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    operations, hit = json.loads(done.stdout.splitlines()[-1])
+    assert operations > 100
+    assert len(hit) >= num // 2
