@@ -1,4 +1,4 @@
-"""Runs in stages that are killed: `python killed_stages.py FOLDER NUM SEED`, a process of its own because it forks one for each kill.
+"""Runs in stages that are killed: `python killed_stages.py FOLDER NUM SEED`, in a process that forks one for each kill.
 
 A child runs the command of a file with stages, training in its own process, and kills itself right before its k-th file
 operation; its successors go on with --resume, some of them killed as well. Whatever was hit, data, steps, saves or a switch of
