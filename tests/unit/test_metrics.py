@@ -1,8 +1,10 @@
 """The training log has each step once whatever happened, says what it should on screen, and draws readable pictures."""
 
+import errno
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import prometheus_client
@@ -17,7 +19,7 @@ from trinity.errors import DataError
 from trinity.models.common.losses import max_vio
 from trinity.observability.prometheus import ALL_METRICS
 from trinity.observability.registry import registered
-from trinity.observability.train_log import StepMetrics, TrainLog, _cut, main_lr, read_rows
+from trinity.observability.train_log import Lines, StepMetrics, TrainLog, _cut, main_lr, read_rows
 from trinity.train.plots import _relative, expert_load_png, loss_curve_png, reward_curves_png
 from trinity.train.progress import Follower, Progress
 
@@ -298,3 +300,27 @@ def test_pictures_of_a_log_and_of_nothing(tmp_path):
     for empty in (tmp_path / "missing.jsonl", np.zeros((0, 2, 4))):
         with pytest.raises(DataError, match="holds no expert loads"):
             expert_load_png(empty, tmp_path / "x.png")
+
+
+def test_rows_that_a_full_disk_does_not_take_come_when_there_is_room(tmp_path, caplog):
+    """A part of a line was taken before the disk was full: it is finished, not repeated."""
+    lines = Lines(tmp_path / "rows.jsonl")
+    lines.write({"step": 1})
+    whole, room = lines._file, [5]
+
+    def write(data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, room[0] = whole.write(data[: room[0]]), 0
+        return taken
+
+    lines._file = SimpleNamespace(write=write, close=whole.close)
+    for step in (2, 3, 4):
+        lines.write({"step": step})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cannot write {tmp_path / 'rows.jsonl'}: No space left on device; rows wait until there is room"
+    ]
+    lines._file = whole
+    lines.write({"step": 5})
+    lines.close()
+    assert [row["step"] for row in read_rows(tmp_path / "rows.jsonl")] == [1, 2, 3, 4, 5]

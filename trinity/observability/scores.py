@@ -56,8 +56,12 @@ class Score:
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Score]:
     """The inverse of `row`, of several."""
-    known = [{key: value for key, value in row.items() if key != "passes"} for row in rows]
-    return [Score(**{key: math.nan if value is None else value for key, value in row.items()}) for row in known]
+    return [Score(**{key: _number(value) for key, value in row.items() if key != "passes"}) for row in rows]
+
+
+def _number(value: Any) -> Any:
+    """The value; nan where a log has null."""
+    return math.nan if value is None else value
 
 
 def of_right(task: str, num_right: int, num: int, chance: float | None = None, at_least: float | None = None) -> Score:

@@ -11,13 +11,16 @@ Decisions.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
+log = logging.getLogger(__name__)
 LOADS_PER_RUN = 200
 AFTER = {"val_loss", "scores"}  # in rows of what was found out after a step
 
@@ -146,24 +149,50 @@ class _Files:
         self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step + is_validation)
 
     def write_row(self, row: dict[str, Any]) -> None:
-        self._rows.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        self._rows.flush()
-        for name, value in _scalars(row):
-            self._board.add_scalar("val/loss" if name == "val_loss" else f"train/{name}", value, row["step"])
+        self._rows.write({key: _finite(value) for key, value in row.items()})
+        self._draw(
+            {"val/loss" if key == "val_loss" else f"train/{key}": value for key, value in _scalars(row)}, row["step"]
+        )
 
     def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._rows.write(json.dumps({"step": step, "scores": [_finite(row) for row in rows]}, allow_nan=False) + "\n")
-        self._rows.flush()
-        for row in rows:
-            self._board.add_scalar(f"score/{row['task']}", row["mean"], step)
+        self._rows.write({"step": step, "scores": [_finite(row) for row in rows]})
+        self._draw({f"score/{row['task']}": row["mean"] for row in rows}, step)
 
     def write_load(self, row: dict[str, Any]) -> None:
-        self._loads.write(json.dumps(row) + "\n")
-        self._loads.flush()
+        self._loads.write(row)
 
     def close(self) -> None:
-        for file in (self._rows, self._loads, self._board):
+        for file in (self._rows, self._loads):
             file.close()
+        with suppress(OSError):
+            self._board.close()
+
+    def _draw(self, values: Mapping[str, float], step: int) -> None:
+        """TensorBoard's copy; what a full disk does not take is left out."""
+        with suppress(OSError):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+
+class Lines:
+    """Rows appended to a file. Those that a full disk does not take are written, whole and in order, once there is room."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._left = path, path.open("ab", buffering=0), b""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row. Never raises: training goes on without its log."""
+        had_room = not self._left
+        self._left += json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            if had_room:
+                log.error("cannot write %s: %s; rows wait until there is room", self._path, error.strerror)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_rows(file: str | Path) -> list[dict[str, Any]]:
@@ -181,14 +210,14 @@ def parse_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _cut(path: Path, first_step: int, is_validation: bool = False) -> TextIO:
+def _cut(path: Path, first_step: int, is_validation: bool = False) -> Lines:
     """Keep the rows before `first_step` (or before its validation), replacing the file in one move; open it for appending."""
     first = first_step, is_validation
     kept = [row for row in read_rows(path) if (row["step"], bool(row.keys() & AFTER)) < first]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     os.replace(scratch, path)
-    return path.open("a", encoding="utf-8")
+    return Lines(path)
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
