@@ -135,7 +135,8 @@ def _order(given: dict[str, Any], replayed: float) -> Table:
     seconds, _ = _timed(lambda: len(permutation(ORDER, [0, 0])[places]))
     tracemalloc.start()
     permutation(ORDER, [0, 0])[places[: given["global_batch"]]]
-    peak, _ = tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     rows = (
         (f"order of {ORDER:,} sequences: indices per second", len(places) / seconds),
         ("the same: memory to look up those of a step, KiB", peak / 1024),

@@ -22,6 +22,7 @@ from trinity.data.length_bias import drawn
 from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
 from trinity.data.rsdb import BufferedDocuments
+from trinity.data.slot_states import SlotStates
 from trinity.data.token_store import TokenStore, fingerprint, logger, made_once, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def _packed(
     if data.val:
         val_store, _ = make(data.val, val_fraction=0.0)
     kind = PackedChats if data.format == "chats" else PackedDataset
-    packed = _in_training(data, train, train_store, share, train.seed + seed)
+    packed = _in_training(data, train, train_store, folder, share, train.seed + seed)
     held_out = kind(val_store, train.seq_len, train.seed)
     for dataset in (packed, held_out) if data.val else (packed,):
         dataset.require_text()
@@ -77,13 +78,17 @@ def _packed(
     return packed, held_out
 
 
-def _in_training(data: DataConfig, train: TrainConfig, store: TokenStore, share: float, seed: int) -> Packed:
+def _in_training(
+    data: DataConfig, train: TrainConfig, store: TokenStore, folder: Path, share: float, seed: int
+) -> Packed:
     if data.format == "chats":
         return PackedChats(store, train.seq_len, seed)
     found = drawn(np.diff(store.starts_N), data.length_bias, seed) if data.length_bias else None
     if data.packing == "rsdb":
         num_slots = max(1, round(share * train.global_batch_size))
-        return BufferedDocuments(store, train.seq_len, seed, num_slots, data.rsdb_documents, found)
+        shape = train.seq_len, seed, num_slots, data.rsdb_documents
+        name = f"slots-{fingerprint(store.content, len(store.tokens), *shape, found.words if found else '')}"
+        return BufferedDocuments(store, *shape, found, SlotStates(folder / name))
     kind = PackedDocuments if data.packing == "best_fit" else PackedDataset
     return kind(store, train.seq_len, seed, found)
 
