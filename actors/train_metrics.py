@@ -58,6 +58,8 @@ class TrainExporter:
         self["loss"].set(metrics.loss)
         self["grad_norm"].set(metrics.grad_norm)
         self["tokens_total"].inc(metrics.tokens)
+        for name, num in metrics.source_tokens.items():
+            self["source_tokens_total"].labels(name).inc(num)
         self["tokens_per_second"].set(metrics.tokens / max(metrics.seconds, 1e-9))
         for phase, seconds in metrics.phases_s.items():
             self["phase_seconds"].labels(phase).observe(seconds)
@@ -68,9 +70,11 @@ class TrainExporter:
         for layer, violation in zip(self.layers, _max_vio(metrics), strict=False):  # none without counts
             self["max_vio"].labels(str(layer)).set(violation)
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, by_source: Mapping[str, float] | None = None) -> None:
         """The weights after `step` have that loss on held-out text."""
         self["validation_loss"].set(loss)
+        for name, each in (by_source or {}).items():
+            self["source_validation_loss"].labels(name).set(each)
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The weights after `step` have these scores."""

@@ -47,8 +47,9 @@ def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
         found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
     for stage in found:
         check(stage.config.evaluate, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
-        for pattern in (*stage.config.data.train, *stage.config.data.val):
-            files(pattern)  # a source that is not there is named before a step is spent
+        for part in stage.config.data.parts:
+            for pattern in (*part.train, *part.val):
+                files(pattern)  # a source that is not there is named before a step is spent
     return tuple(found)
 
 
@@ -73,7 +74,7 @@ def _checked_name(own: Any, number: int, taken: list[str]) -> str:
 
 def _stage(base: dict[str, Any], own: Mapping[str, Any], folder: str, name: str, before: Stage | None) -> Stage:
     sections = {key: value for key, value in own.items() if key in SECTIONS}
-    tree = merge(base, sections)
+    tree = merge(_without_replaced(base, sections.get("data")), sections)
     out_dir = Path(Config.from_tree(merge(base, {})).train.out_dir)
     tree["train"] = {**tree.get("train", {}), "out_dir": str(out_dir / folder)}
     if before is not None:
@@ -82,6 +83,14 @@ def _stage(base: dict[str, Any], own: Mapping[str, Any], folder: str, name: str,
         tree["train"] |= goes_on
     export = own.get("export", name)
     return Stage(name, Config.from_tree(tree), out_dir / str(export) if export else None)
+
+
+def _without_replaced(base: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The file's settings without its files, where the stage has a mixture, and the other way round."""
+    given = data.keys() if isinstance(data, Mapping) else ()
+    replaced = [*(("train", "val") if "sources" in given else ()), *(("sources",) if "train" in given else ())]
+    kept = base.get("data", {})
+    return {**base, "data": {key: value for key, value in kept.items() if key not in replaced}} if replaced else base
 
 
 def _fields(given: Any, name: str) -> Mapping[str, Any]:

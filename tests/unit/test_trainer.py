@@ -303,7 +303,7 @@ def test_validation_is_the_same_for_any_number_of_workers_and_uses_what_there_is
     for rank in range(2):
         trainer.comm = Two(rank)
         trainer.evaluate()
-        parts.append(trainer.comm.sent[0])
+        parts.append(trainer.comm.sent[0][0])
     assert sum(parts)[0] / sum(parts)[1] == pytest.approx(alone, rel=1e-5)
 
 

@@ -105,7 +105,7 @@ def _facts(stage: Stage) -> dict[str, object]:
     return {
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
-        "data": ", ".join(stage.config.data.train),
+        "data": stage.config.data.described,
         "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {settings.seq_len:,} tokens, {tokens:,} in all",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",

@@ -141,6 +141,8 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
             inner = ModelConfig.family(value)
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown(inner, value, f"{prefix}{key}.")
+        for number, item in _items(annotation, value):
+            _refuse_unknown(typing.get_args(annotation)[0], item, f"{prefix}{key}.{number}.")
         if isinstance(value, bool) and inner is None and bool not in (annotation, *typing.get_args(annotation)):
             raise ConfigError(f"{prefix}{key} needs a value, such as {kind.model_fields[key].default!r}")
 
@@ -164,6 +166,13 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _items(annotation: Any, value: Any) -> list[tuple[int, Mapping[str, Any]]]:
+    """The sections in a list of them, with their places; none of other settings."""
+    is_list = typing.get_origin(annotation) is tuple and _section(typing.get_args(annotation)[0]) is not None
+    given = value if is_list and isinstance(value, list | tuple) else ()
+    return [(number, item) for number, item in enumerate(given) if isinstance(item, Mapping)]
 
 
 def _sentence(error: Any) -> str:

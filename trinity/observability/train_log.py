@@ -49,6 +49,7 @@ class StepMetrics:
     counts_LE: Sequence[Sequence[int]] | None = None
     batch_het: float | None = None  # the highest mean loss of a micro-batch over the mean of all
     norm_kurtosis: float | None = None  # of the gradient norms of the last steps
+    source_tokens: Mapping[str, int] = field(default_factory=dict)  # of the tokens, those of each source of a mixture
 
     def row(self) -> dict[str, Any]:
         """Plain values, without counts_LE and without what there is nothing to say of."""
@@ -82,8 +83,8 @@ class RunLog(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
 
-    def validation(self, step: int, loss: float) -> None:
-        """The weights after `step` have that loss on held-out text."""
+    def validation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
+        """The weights after `step` have that loss on held-out text, and those on each source's, where there are several."""
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The weights after `step` have these scores in the run's tasks (trinity/evaluate/score.py)."""
@@ -117,9 +118,10 @@ class TrainLog:
         if not any(row["step"] == metrics.step and "loss" in row for row in rows):
             self.step(metrics)
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, by_source: Mapping[str, float] | None = None) -> None:
         """Record the validation loss of the weights after `step`."""
-        self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss})
+        row = {"step": step, "val_loss": loss, **({"val_losses": by_source} if by_source else {})}
+        self._opened(step, is_validation=True).write_row(row)
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record the scores of the weights after `step`."""
@@ -150,9 +152,7 @@ class _Files:
 
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write({key: _finite(value) for key, value in row.items()})
-        self._draw(
-            {"val/loss" if key == "val_loss" else f"train/{key}": value for key, value in _scalars(row)}, row["step"]
-        )
+        self._draw({_tag(key): value for key, value in _scalars(row)}, row["step"])
 
     def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows.write({"step": step, "scores": [_finite(row) for row in rows]})
@@ -227,6 +227,15 @@ def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{key}/{name}", number) for name, number in value.items())
         elif key != "step":
             yield key, value
+
+
+def _tag(name: str) -> str:
+    """A number's name in TensorBoard."""
+    return (
+        f"val/loss{name.removeprefix('val_loss').removeprefix('es')}"
+        if name.startswith("val_loss")
+        else f"train/{name}"
+    )
 
 
 def _finite(value: Any) -> Any:

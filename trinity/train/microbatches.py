@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trinity.config import Config
-from trinity.data.dataset import Batch, Packed
+from trinity.data.dataset import Batch, Dataset
 from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
 from trinity.train.loss import Losses, num_trained
@@ -53,7 +53,7 @@ class MicroBatches:
         self.config, self.comm, self.objective, self.device = config, comm, objective, device
         self.num_read = 0  # tokens of this worker's share of the last step
 
-    def batch(self, data: Packed, position: int, micro: int) -> Batch:
+    def batch(self, data: Dataset, position: int, micro: int) -> Batch:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
         settings, comm = self.config.train, self.comm
         place = (comm.rank, comm.world, micro, settings.micro_batch_size)

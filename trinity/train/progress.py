@@ -48,7 +48,7 @@ class Progress:
             if self._screen.isatty():
                 self._bar = tqdm(total=steps, initial=self._last_step, file=self._screen, unit="step")
         if "val_loss" in row:
-            self._eval(row["step"], row["val_loss"])
+            self._eval(row["step"], row["val_loss"], row.get("val_losses", {}))
         elif "scores" in row:
             self._scores(row["step"], row["scores"])
         elif row["step"] > self._last_step:
@@ -71,11 +71,12 @@ class Progress:
             self._print(f"step {step}/{self.total_steps}  {self._numbers()}  eta {self._eta()}")
         self._last_step = step
 
-    def _eval(self, step: int, loss: float | None) -> None:
+    def _eval(self, step: int, loss: float | None, by_source: Mapping[str, float | None]) -> None:
         if step > self._last_eval and loss is not None:
             self._last_eval = step
             perplexity = math.exp(min(loss, 700.0))
-            self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {perplexity:.1f}")
+            each = "".join(f"  {name} {math.nan if own is None else own:.4f}" for name, own in by_source.items())
+            self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {perplexity:.1f}{each}")
 
     def _scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if step > self._last_scores:

@@ -45,7 +45,7 @@ from trinity.train.microbatches import BatchOf, MicroBatches, Totals
 from trinity.train.phases import PhaseClock, phase
 from trinity.train.recovery import Recovery, RunCounts, RunIdentity
 from trinity.train.retry import RETRYABLE, RetryStep, WorkerFailed
-from trinity.train.validation import Recent, UsualLoss, validation_loss
+from trinity.train.validation import Recent, UsualLoss, validation
 from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class Trainer:
         self.stopped = False
         self.position = self.num_skipped = self.num_replays = self._skipped_in_a_row = 0
         self._retries: Counter[str] = Counter()  # of the step under way, by reason
+        self._source_tokens: Mapping[str, int] = {}  # of the step under way
 
     @property
     def version(self) -> int:
@@ -143,6 +144,8 @@ class Trainer:
         worker 0 raises the reason when it has not for placement.recover_timeout_s."""
         deadline, metrics = Deadline(self.config.placement.recover_timeout_s), None
         self._retries.clear()
+        shape = self.position, self.config.train.global_batch_size
+        self._source_tokens = {} if batch_of else self.data.train.source_tokens(*shape)
         while metrics is None:
             is_last = deadline.expired
             try:
@@ -302,6 +305,7 @@ class Trainer:
             counts_LE=totals.counts_LE.tolist(),
             batch_het=totals.batch_het,
             norm_kurtosis=self.recent.kurtosis,
+            source_tokens=self._source_tokens,
         )
 
     # -- validation and checkpoints
@@ -309,10 +313,10 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
         self.dispatcher.use(self.version)
-        loss = validation_loss(self.model, self.config, self.data.val, self.comm)
+        found = validation(self.model, self.config, self.data.val, self.comm)
         for each in self.logs:
-            each.validation(self.position, loss)
-        return loss
+            each.validation(self.position, found.loss, found.by_source)
+        return found.loss
 
     def examine(self) -> None:
         """Ask the present weights the run's tasks; from now on they are served if they pass every gate."""

@@ -6,12 +6,14 @@ Legend: B sequences of a batch, S sequence length.
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from trinity.config import Config
-from trinity.data.dataset import Packed
+from trinity.data.dataset import Dataset, Source
 from trinity.models.common.decoder import CausalLM
 from trinity.train.collectives import Comm
 from trinity.train.loss import Objective, num_trained
@@ -21,20 +23,38 @@ USUAL_STEPS = 50  # over which the usual loss is averaged
 NUM_RECENT, FEWEST_RECENT = 128, 16
 
 
+class Validation(NamedTuple):
+    """Mean cross-entropy in nats on held-out text, nan without any; of a mixture the mean by share, and each."""
+
+    loss: float
+    by_source: Mapping[str, float]
+
+
 @torch.no_grad()
-def validation_loss(model: CausalLM, config: Config, held_out: Packed, comm: Comm) -> float:
-    """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
+def validation(model: CausalLM, config: Config, held_out: Dataset, comm: Comm) -> Validation:
+    """The losses over the same sequences for any number of workers: train.eval_sequences, shared out as in training, but of
+    each source one."""
+    sums = [_sums(model, config, source, comm) for source in held_out.by_source]
+    found = comm.all_reduce(torch.stack(sums)).tolist()
+    losses = [ce / num_tokens if num_tokens else math.nan for ce, num_tokens in found]
+    known = [(each.share, loss) for each, loss in zip(held_out.by_source, losses, strict=True) if not math.isnan(loss)]
+    total = sum(share for share, _ in known)
+    whole = sum(share * loss for share, loss in known) / total if total else math.nan
+    names = [source.name for source in held_out.by_source]
+    return Validation(whole, dict(zip(names, losses, strict=True)) if names != [""] else {})
+
+
+def _sums(model: CausalLM, config: Config, source: Source, comm: Comm) -> torch.Tensor:
+    """(losses, tokens), float64: of this worker's share of a source's sequences."""
     settings, objective = config.train, Objective(model, config)
-    device = next(model.parameters()).device
-    num = min(settings.eval_sequences, held_out.num_sequences)
-    mine = np.arange(comm.rank, num, comm.world)
-    sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
+    device, sums = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
+    wanted = max(min(1, settings.eval_sequences), round(source.share * settings.eval_sequences))
+    mine = np.arange(comm.rank, min(wanted, source.dataset.num_sequences), comm.world)
     for start in range(0, len(mine), settings.micro_batch_size):
-        batch = held_out.take(mine[start : start + settings.micro_batch_size])
+        batch = source.dataset.take(mine[start : start + settings.micro_batch_size])
         losses = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens=1)
         sums += torch.tensor([float(losses[0].ce), num_trained(batch)], dtype=torch.float64)
-    ce, num_tokens = comm.all_reduce(sums).tolist()
-    return ce / num_tokens if num_tokens else math.nan
+    return sums
 
 
 class UsualLoss:
