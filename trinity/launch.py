@@ -99,7 +99,7 @@ def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
 def check_out_dir(config: Config) -> Path | None:
     """Refuse tasks that cannot be asked, to mix two runs in one folder, and to start from another architecture or a damaged
     checkpoint; -> the checkpoint that the run goes on from, None for a new run."""
-    from trinity.checkpoint import open_checkpoint, resume_point
+    from trinity.checkpoint import resume_point
     from trinity.evaluate.tasks import check
 
     check(config.evaluate, config.train.seq_len, config.model.max_position_embeddings)
@@ -116,9 +116,21 @@ def check_out_dir(config: Config) -> Path | None:
         _check_same(settings.init_from, config, but=("dtype", *CONTEXT))
     else:
         _check_same(str(found), config, but=("dtype",))
-    if found is not None:
-        open_checkpoint(found).verify()
+    _check_source(config, found)
     return found
+
+
+def _check_source(config: Config, found: Path | None) -> None:
+    """Refuse a damaged checkpoint, an adapter of another shape than the run's, or of another base than train.init_from."""
+    from trinity.checkpoint import check_adapter, open_checkpoint
+
+    begun = config.train.init_from
+    source = open_checkpoint(path) if (path := found or begun) else None
+    check_adapter(source, config.optim, is_own=found is not None)
+    if source is not None and (found or source.adapter is not None):
+        source.verify()
+    if source is not None and source.adapter is not None and begun:
+        source.adapter.check_base(open_checkpoint(begun).base)
 
 
 def rewound(config: Config, point: Path) -> bool:

@@ -2,7 +2,8 @@
 
 Decisions: a stage is a run of its own, in a folder of its own, that begins from the last checkpoint of the stage before. So a
 kill costs what it costs any run, and in a switch nothing. What goes on is all of the optimizer's state, unless the stage says
-`train.carry: weights`; data, length, batch, schedule and context are its own. All stages are checked before the first step.
+`train.carry: weights` or trains other parts than the one before; data, length, batch, schedule and context are its own. All
+stages are checked before the first step.
 """
 
 import re
@@ -79,8 +80,10 @@ def _stage(base: dict[str, Any], own: Mapping[str, Any], folder: str, name: str,
     tree["train"] = {**tree.get("train", {}), "out_dir": str(out_dir / folder)}
     if before is not None:
         tree["model"] = {**before.config.model.model_dump(), **_fields(sections.get("model", {}), name)}
-        goes_on = {"init_from": str(before.checkpoint), "carry": sections.get("train", {}).get("carry", "all")}
-        tree["train"] |= goes_on
+        optim, was = Config.from_tree(tree).optim, before.config.optim
+        carry = "all" if (optim.lora, optim.freeze) == (was.lora, was.freeze) else "weights"
+        tree["train"] |= {"init_from": str(before.checkpoint)}
+        tree["train"] |= {"carry": sections.get("train", {}).get("carry", carry)}
     export = own.get("export", name)
     return Stage(name, Config.from_tree(tree), out_dir / str(export) if export else None)
 

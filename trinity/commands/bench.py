@@ -11,6 +11,7 @@ BENCHES = {
     "dispatch": "a row's way to an expert and back: direct transport, raw socket, Ray call",
     "experts": "the expert layer, forward and backward, backends side by side",
     "train": "training tokens per second: one process, shard actors, transformers",
+    "lora": "a training step of adapters, and its memory, against one of all weights",
     "durable": "a training step whose state outlives its processes: what that costs, and what a kill costs then",
     "load": "a checkpoint's way into memory: seconds and bytes, against transformers and the disk",
     "decode": "decode tokens per second: one process, shard actors, transformers",

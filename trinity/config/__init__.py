@@ -21,7 +21,7 @@ from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
-from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
+from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, LoraConfig, OptimConfig, Target, TrainConfig
 from trinity.config.tree import Config, differences, merged, preset, section
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 
@@ -42,11 +42,13 @@ __all__ = [
     "Frozen",
     "LayerCache",
     "LengthBias",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "PlacementConfig",
     "ServeConfig",
     "SourceConfig",
+    "Target",
     "TaskConfig",
     "TrainConfig",
     "admin_key",

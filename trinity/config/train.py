@@ -1,6 +1,7 @@
 """The settings of training: optimizer, data, and the loop."""
 
 import math
+import typing
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -12,6 +13,26 @@ from trinity.config.yaml import Frozen, at_home
 
 RUN_SETTINGS, RUN_TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Target = Literal["attention", "dense", "shared", "experts"]
+Role = Literal["embedding", "head", "norm", "router", Target]  # what a tensor is for; experts: the routed ones
+
+
+class LoraConfig(Frozen):
+    """Adapters of low rank (arXiv 2106.09685): with them nothing else is trained."""
+
+    rank: int = Field(
+        default=0, ge=0, le=4096, description="of the adapters that are trained in place of weights; 0: none"
+    )
+    alpha: float = Field(default=16.0, gt=0, description="an adapter's share is alpha / rank")
+    targets: tuple[Target, ...] = Field(
+        default=("attention", "dense", "shared", "experts"),
+        min_length=1,
+        description="which matrices get one, of those that the model has",
+    )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class OptimConfig(Frozen):
@@ -48,6 +69,27 @@ class OptimConfig(Frozen):
     sign_gamma: float = 1e-3
     z_loss: float = Field(default=1e-6, ge=0)
     balance_loss: float = Field(default=1e-4, ge=0)
+    freeze: tuple[Role, ...] = Field(
+        default=(), description="parts that stay bit for bit as they are; router: with its selection bias"
+    )
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _check_trained(self) -> "OptimConfig":
+        if self.lora.rank and self.freeze:
+            raise ValueError("freeze and lora exclude each other: with adapters all other weights stay as they are")
+        if set(typing.get_args(Role)) <= {*self.freeze}:
+            raise ValueError("freeze names all parts of the model; leave one to be trained")
+        return self
+
+    def trains(self, role: str) -> bool:
+        """Say whether weights of that role take steps themselves."""
+        return not self.lora.rank and role not in self.freeze
+
+    @property
+    def trains_experts(self) -> bool:
+        """Say whether routed experts have anything that takes steps: weights or adapters."""
+        return "experts" in self.lora.targets if self.lora.rank else self.trains("experts")
 
 
 class DataConfig(Frozen):

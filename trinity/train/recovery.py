@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trinity.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, step_of
+from trinity.checkpoint import Checkpoint, check_adapter, latest_checkpoint, open_checkpoint, step_of
 from trinity.config import Config, OptimConfig, differences
 from trinity.data.dataset import Facts
 from trinity.data.prepare import Prepared
@@ -145,12 +145,13 @@ class Recovery:
         settings = self.config.train
         if (found := latest_checkpoint(settings.out_dir)) is not None:
             return self._resume(open_checkpoint(found))
-        if settings.init_from:
-            source = open_checkpoint(settings.init_from)
+        source = open_checkpoint(settings.init_from) if settings.init_from else None
+        check_adapter(source, self.config.optim, is_own=False)
+        if source is not None:
             if settings.carry == "all":
                 return self._carry_on(source)
-            self._load_pool(Load(source.name, training=False))
-            source.load_backbone(self.backbone.model)
+            self._load_pool(Load(source.name, settings.seed, training=False))
+            self.backbone.load(source)
         else:
             family_of(self.config.model).init_weights(self.backbone.model, settings.seed)
             self._load_pool(Load(None, settings.seed))
@@ -170,6 +171,7 @@ class Recovery:
 
     def _resume(self, source: Checkpoint) -> RunCounts:
         """Raises ConfigError where the order of the data would be another one."""
+        check_adapter(source, self.config.optim, is_own=True)
         before = source.state["order"]
         if "content" not in before and "content" in self.identity.order:  # of a release that did not write it
             log.warning("%s does not say which documents it has seen: they may come again", source.path)

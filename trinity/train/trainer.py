@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trinity.adapters.lora import choose_trained
 from trinity.checkpoint import latest_checkpoint
 from trinity.config import Config
 from trinity.data.dataset import Batch
@@ -76,12 +77,13 @@ class Trainer:
         self.device = torch.device(device)
         self.dispatcher = pool.dispatcher()
         self.model = build(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
+        choose_trained(self.model, config.optim, config.train.seed)
         self.backbone = Backbone(self.model, config.optim, store)
         self.identity = RunIdentity.of(config, data, job)
         self.recovery = Recovery(config, pool, comm, self.backbone, self.identity)
         self.saver = AsyncCheckpointer(config, pool, self.backbone, data.tokenizer)
         self.objective: nn.Module = objective(self.model, config)
-        if comm.world > 1:
+        if comm.world > 1 and self.backbone.trained:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
         self.micro_batches = MicroBatches(config, comm, self.objective, self.device)
@@ -226,7 +228,7 @@ class Trainer:
         return math.sqrt(squares) if math.isfinite(squares) else math.inf
 
     def _grads(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.model.weights().items() if p.grad is not None}
+        return {name: p.grad for name, p in self.backbone.trained.items() if p.grad is not None}
 
     @phase("stage")
     def _stage(self, norm: float, lrs: Mapping[str, float], totals: Totals, ticket: StepTicket) -> bool:
