@@ -49,7 +49,7 @@ class TrainExporter:
         return self._metrics[f"trinity_train_{name}"]
 
     def _set_gpu(self, name: str, value: float | None) -> None:
-        """Without GPUs there is no such metric: 0 would be one."""
+        """Set a gauge that is there with GPUs only: without, 0 would be a value."""
         full = f"trinity_train_{name}"
         if value is not None and full not in self._metrics:
             [declared] = [metric for metric in TRAINING_METRICS if metric.name == full]
