@@ -96,8 +96,9 @@ def run_png(root: str | Path, path: str | Path) -> Path:
     parts = np.atleast_1d(figure.subplots(len(drawn), 1, height_ratios=heights, sharex=True))
     for axes, (_, draw) in zip(parts, drawn, strict=True):
         draw(axes)
-        _mark_stages(axes, spans, is_named=axes is figure.axes[0])
-    figure.axes[-1].set_xlabel("step")
+        _mark_stages(axes, [span for span in spans if span.first < steps[-1]["step"]], is_named=axes is parts[0])
+    parts[-1].set_xlim(0, max(2, steps[-1]["step"]))
+    parts[-1].set_xlabel("step")
     return _saved(figure, path)
 
 
