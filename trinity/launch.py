@@ -196,6 +196,7 @@ def train(
     from actors.train import STOP, fit
     from trinity.checkpoint import open_checkpoint
     from trinity.data.prepare import prepare
+    from trinity.observability.run_history import stages_after
     from trinity.pool.pool import describe
     from trinity.train.progress import Progress, shown
     from trinity.train.recovery import rates_changed
@@ -218,7 +219,11 @@ def train(
     say(describe(pool.status(), config.model))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     tokens_per_step = config.train.global_batch_size * config.train.seq_len
-    progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
+    stage, later = stages_after(out_dir)
+    tokens_after = sum((each.steps or 0) * each.tokens_per_step for each in later)
+    progress = Progress(
+        config.train.steps, tokens_per_step, sys.stderr, done, stage=stage.words, tokens_after=tokens_after
+    )
     meanwhile = serving(config, pool, served) if served else nullcontext()
     with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):
         result = stoppable(lambda: fit(config, loop), out_dir / STOP)
@@ -297,10 +302,13 @@ def stoppable(work: Callable[[], dict[str, Any]], stop_file: Path) -> dict[str, 
 
 
 def _draw(out_dir: Path) -> list[Path]:
+    from trinity.observability.run_history import stages_after
     from trinity.observability.train_log import read_rows
-    from trinity.train.plots import expert_load_png, loss_curve_png
+    from trinity.train.plots import expert_load_png, loss_curve_png, run_png
 
     pictures = [loss_curve_png(out_dir / "metrics.jsonl", out_dir / "loss.png")]
     if any(row["counts_LE"] for row in read_rows(out_dir / "expert_load.jsonl")):
         pictures.append(expert_load_png(out_dir / "expert_load.jsonl", out_dir / "expert_load.png"))
-    return pictures
+    stage, _ = stages_after(out_dir)
+    root = out_dir.parent if stage.is_one_of_many else out_dir
+    return [*pictures, run_png(root, root / "run.png")]

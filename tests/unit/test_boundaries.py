@@ -33,7 +33,7 @@ SERVING = {
     "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
     "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
-    "serving.tracing", "serving.vllm_names",
+    "serving.tracing", "serving.training_run", "serving.vllm_names",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -135,16 +135,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.page": {"trinity.placement"},
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
+    "serving.training_run": {"trinity.observability"},  # the log of the run that is served
     "serving.metrics": {"serving.vllm_names", "trinity.engine", "trinity.observability", "trinity.placement"},
     "serving.pool_operator": {"serving.errors", "trinity.placement"},
     "serving.frontend": {
         "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "serving.tracing",
-        "trinity.engine", "trinity.text",
+        "serving.training_run", "trinity.engine", "trinity.text",
     },
     "serving.bodies": set(),
     "serving.http": {
         "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend", "serving.page",
-        "serving.streams", "serving.tracing", "trinity", "trinity.engine", "trinity.text",
+        "serving.streams", "serving.tracing", "serving.training_run", "trinity", "trinity.engine", "trinity.text",
     },
     "serving.grpc": {
         "protos", "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend",
@@ -177,7 +178,10 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "httpx": ("trinity.bench", "trinity.commands"),
     "opentelemetry": ("serving.tracing",),
     "prometheus_client": ("serving.metrics", "serving.vllm_names", "trinity.observability.registry", "actors.train_metrics"),
-    "lm_eval": ("trinity.commands",),
+    "lm_eval": ("trinity.commands", "trinity.evaluate"),
+    "trackio": ("trinity.observability",),
+    "wandb": ("trinity.observability",),
+    "mlflow": ("trinity.observability",),
     "transformers": ("trinity.bench",),
     "megablocks": ("trinity.experts",),
     "stk": ("trinity.experts",),

@@ -21,6 +21,7 @@ from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
+from trinity.config.track import TrackConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, LoraConfig, OptimConfig, Target, TrainConfig
 from trinity.config.tree import Config, differences, merged, preset, section
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
@@ -50,6 +51,7 @@ __all__ = [
     "SourceConfig",
     "Target",
     "TaskConfig",
+    "TrackConfig",
     "TrainConfig",
     "admin_key",
     "api_key",

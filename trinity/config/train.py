@@ -220,6 +220,9 @@ class TrainConfig(Frozen):
         description="worker 0 serves Prometheus metrics there; 0: any free one; default: none",
     )
     metrics_host: str = Field(default="127.0.0.1", description="where it listens; anything but loopback needs a key")
+    peak_tflops_per_gpu: float | None = Field(
+        default=None, gt=0, description="of a GPU that MFU is measured by; default: dense bf16, by the device's name"
+    )
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
 
     _at_home = field_validator("out_dir", "init_from", "resume_from")(at_home)

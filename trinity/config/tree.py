@@ -15,6 +15,7 @@ from trinity.config.evaluate import EvaluateConfig
 from trinity.config.model import ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.track import TrackConfig
 from trinity.config.train import DataConfig, OptimConfig, TrainConfig
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 from trinity.errors import ConfigError
@@ -36,6 +37,7 @@ class Config(Frozen):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    track: TrackConfig = TrackConfig()
     placement: PlacementConfig = PlacementConfig()
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()

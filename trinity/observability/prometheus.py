@@ -89,6 +89,10 @@ TRAINING_METRICS = (
     Metric("trinity_train_tokens_total", "counter", "Tokens trained on."),
     Metric("trinity_train_source_tokens_total", "counter", "Those of each source of a mixture.", ("source",)),
     Metric("trinity_train_tokens_per_second", "gauge", "Tokens of the last step over its seconds, retries apart."),
+    Metric(
+        "trinity_train_tokens_per_second_per_gpu", "gauge", "The same over workers' and shards' GPUs, where it has any."
+    ),
+    Metric("trinity_train_mfu", "gauge", "Model FLOPs utilisation of the last step, of 1, where GPUs' peak is known."),
     Metric("trinity_train_phase_seconds", "histogram", "Of a step, by phase.", ("phase",), LONG_S),
     Metric("trinity_train_retries_total", "counter", "Attempts at a step that came to nothing.", ("reason",)),
     Metric("trinity_train_skipped_total", "counter", "Steps skipped for numbers that are not finite."),
@@ -97,4 +101,5 @@ TRAINING_METRICS = (
 )
 
 
+GPU_METRICS = ("trinity_train_tokens_per_second_per_gpu", "trinity_train_mfu")  # exported once there is a value
 ALL_METRICS = SERVING_METRICS + DISPATCH_METRICS + PLACEMENT_METRICS + TRAINING_METRICS

@@ -50,6 +50,8 @@ class StepMetrics:
     batch_het: float | None = None  # the highest mean loss of a micro-batch over the mean of all
     norm_kurtosis: float | None = None  # of the gradient norms of the last steps
     source_tokens: Mapping[str, int] = field(default_factory=dict)  # of the tokens, those of each source of a mixture
+    tokens_per_s_per_gpu: float | None = None  # None without GPUs
+    mfu: float | None = None  # of 1; None also where the GPUs' peak is not known
 
     def row(self) -> dict[str, Any]:
         """Plain values, without counts_LE and without what there is nothing to say of."""
@@ -152,7 +154,7 @@ class _Files:
 
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write({key: _finite(value) for key, value in row.items()})
-        self._draw({_tag(key): value for key, value in _scalars(row)}, row["step"])
+        self._draw({_tag(key): value for key, value in scalars(row)}, row["step"])
 
     def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows.write({"step": step, "scores": [_finite(row) for row in rows]})
@@ -220,7 +222,7 @@ def _cut(path: Path, first_step: int, is_validation: bool = False) -> Lines:
     return Lines(path)
 
 
-def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a row but its step: those of {"retries": {"deadline": 1}} are called retries/deadline."""
     for key, value in row.items():
         if isinstance(value, Mapping):

@@ -41,6 +41,7 @@ from trinity.train.backbone import Backbone
 from trinity.train.checkpointer import AsyncCheckpointer
 from trinity.train.collectives import Comm, barrier, on_rank0, said_by_rank0, sum_gradients
 from trinity.train.exam import Exam, Gate, NoExam
+from trinity.train.flops import Utilization
 from trinity.train.loss import Objective
 from trinity.train.microbatches import BatchOf, MicroBatches, Totals
 from trinity.train.phases import PhaseClock, phase
@@ -90,6 +91,8 @@ class Trainer:
         self.clock, self.usual_loss = PhaseClock(), UsualLoss(config.train.loss_spike_threshold)
         self.recent, self.is_usual = Recent(), True
         self.examine_with(NoExam())
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        self.utilization = Utilization(config, comm.world, name)
         self.logs: list[RunLog] = []  # told of every step, retry and validation, on worker 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
@@ -308,6 +311,7 @@ class Trainer:
             batch_het=totals.batch_het,
             norm_kurtosis=self.recent.kurtosis,
             source_tokens=self._source_tokens,
+            **self.utilization.of(totals.num_tokens / max(self.clock.seconds, 1e-9)),
         )
 
     # -- validation and checkpoints
