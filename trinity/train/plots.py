@@ -139,7 +139,7 @@ def _label(name: str) -> str:
 
 
 def _draw_load(axes: "Axes", loads: list[tuple[int, Any]]) -> None:
-    """Of all experts of all layers, from the least to the most loaded."""
+    """Loads of all experts of all layers, from the least to the most loaded."""
     at = [step for step, _ in loads]
     load_SX = np.array([_relative(np.array(counts_LE, float)).ravel() for _, counts_LE in loads])
     low, tenth, middle, ninth, high = np.quantile(load_SX, [0, 0.1, 0.5, 0.9, 1], axis=1)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker calls a run, and its settings, without keys. `folder` is for files of the tracker's own."""
+    """Names by which a tracker knows a run, and its settings, without keys. `folder` is for files of the tracker's own."""
 
     folder: Path
     project: str

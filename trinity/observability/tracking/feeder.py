@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Told(NamedTuple):
-    """What a tracker knows: the run's name there, and the place of the last event."""
+    """Knowledge of a tracker: the run's name there, and the place of the last event."""
 
     known_as: str | None = None
     place: Place = (0, 0, 0)
@@ -57,7 +57,7 @@ class Feeder:
         self._thread.start()
 
     def end(self) -> None:
-        """No more comes; it finishes with what is there. Harmless when repeated."""
+        """End: no more comes; it finishes with what is there. Harmless when repeated."""
         self._ended.set()
 
     def join(self, timeout_s: float) -> None:
@@ -149,7 +149,7 @@ def _told(tracker: Tracker, event: Event) -> None:
 
 
 def _read(file: Path) -> Told:
-    """What was noted; nothing where the file is not there or torn, so that all is told again."""
+    """Read what was noted; nothing where the file is not there or torn, so that all is told again."""
     try:
         row = json.loads(file.read_text("utf-8"))
         stage, step, order = map(int, row["place"])
