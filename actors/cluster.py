@@ -25,7 +25,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 << 20  # control messages and single layers' rows
 def joined(cluster: ClusterConfig, train: TrainConfig | None = None) -> Iterator[None]:
     """Be connected inside the block. `train_slot` is what Ray Train counts workers by, so that it leaves alone the
     CPUs and GPUs that shards hold; a local cluster gets as many as `train` wants, another one must have the fewest of them."""
-    if ray.is_initialized():  # an embedding program or a test has its own
+    if is_joined():  # an embedding program or a test has its own
         yield
         return
     start(cluster, train)
@@ -37,6 +37,11 @@ def joined(cluster: ClusterConfig, train: TrainConfig | None = None) -> Iterator
         ray.shutdown()
         if left := end_those_left(workers, LEAVE_S):
             log.info("%d processes of the private Ray did not end by themselves", len(left))
+
+
+def is_joined() -> bool:
+    """Say whether this process is connected to a cluster."""
+    return bool(ray.is_initialized())
 
 
 def private_workers() -> dict[int, str]:

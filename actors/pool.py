@@ -37,6 +37,7 @@ from trinity.utils.trying import retrying, tried
 log = logging.getLogger(__name__)
 HEAD = "node:__internal_head__"
 ASK_S = 30.0
+GONE_S = 10.0  # until actors that were ended have no names any more
 
 
 class RayPool(ExpertPool):
@@ -189,11 +190,23 @@ def of_server(namespace: str) -> list[str]:
 
 
 def destroy(pool: str, namespace: str, memory_dir: str | None = None) -> None:
-    """End every actor of the pool and give its resources back. Harmless when there is nothing."""
-    for entry in _actors(namespace):
-        if entry["name"].startswith(name_of(pool, "")):
-            ray.kill(ray.get_actor(entry["name"], namespace=namespace))
+    """End every actor of the pool and give its resources back; then another of its name may be made. Harmless when there is
+    nothing."""
+    for name in _names_of(pool, namespace):
+        ray.kill(ray.get_actor(name, namespace=namespace))
+    left = tried(lambda: retrying(partial(_require_none, pool, namespace), time.monotonic() + GONE_S), Unavailable)
+    if left is not None:
+        log.warning("%s", left)
     shm_folders.remove(pool, namespace, memory_dir)
+
+
+def _require_none(pool: str, namespace: str) -> None:
+    if left := _names_of(pool, namespace):
+        raise Unavailable(f"pool {pool!r} is being ended; there still are {', '.join(left)}")
+
+
+def _names_of(pool: str, namespace: str) -> list[str]:
+    return [entry["name"] for entry in _actors(namespace) if entry["name"].startswith(name_of(pool, ""))]
 
 
 def device_of(settings: PlacementConfig) -> str:

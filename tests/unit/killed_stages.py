@@ -52,7 +52,7 @@ def main(folder, num, seed):
     print(json.dumps([len(names), hit]))
 
 
-def train_here(config, served):
+def train_here(config, served, cluster, num_workers):
     """A stage in this process, in the place of Ray's."""
     point = check_out_dir(config)
     if point is not None and not rewound(config, point):

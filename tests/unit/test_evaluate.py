@@ -264,7 +264,7 @@ def staged(texts, tmp_path, monkeypatch, *flags, at_least, steps=3):  # noqa: F8
     """-> (exit code, stages that ran) of the command, with runs in this process."""
     made = []
 
-    def run_here(config, served):
+    def run_here(config, served, cluster, num_workers):
         from trinity.launch import check_out_dir, rewound
 
         point = check_out_dir(config)

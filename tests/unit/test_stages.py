@@ -126,7 +126,7 @@ def told(tmp_path, texts, monkeypatch, *flags, stop_in=None):  # noqa: F811
     """-> (exit code, the runs that were made) of the command, with a run in this process in the place of Ray's."""
     made = []
 
-    def run_here(config, served):
+    def run_here(config, served, cluster, num_workers):
         point = check_out_dir(config)
         if point is not None and not rewound(config, point):
             return None

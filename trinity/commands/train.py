@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -36,27 +37,33 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         print(config.to_yaml(), end="")
         return 0
     goes_on = config.train.resume and config.train.resume_from is None
-    with tracked(config.track, Path(config.train.out_dir), told_of([("", config)]), goes_on):
-        result = _trained(fitted(config) if served else config, served)
+    told = tracked(config.track, Path(config.train.out_dir), told_of([("", config)]), goes_on)
+    with told, ExitStack() as cluster:
+        result = _trained(fitted(config) if served else config, served, cluster)
     return 130 if result is not None and result["stopped"] else 0
 
 
-def _trained(config: Config, served: Served) -> dict[str, Any] | None:
-    """Train a run to its end; -> its result, None where it had got there before."""
+def _trained(config: Config, served: Served, cluster: ExitStack, num_workers: int = 0) -> dict[str, Any] | None:
+    """Train a run to its end; -> its result, None where it had got there before. What it joins is left with `cluster`, and has
+    room for `num_workers`."""
     point = check_out_dir(config)
     if point is not None and not rewound(config, point):
         return None
     setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors import pool as pools
-    from actors.cluster import joined
+    from actors.cluster import is_joined, joined
+    from actors.sync import placement_watcher
 
-    say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    with joined(config.cluster, config.train):
-        try:
-            return train(config, served)
-        finally:
-            if not config.placement.keep:
-                pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
+    if not is_joined():
+        say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
+    most = max(num_workers, config.train.num_workers)
+    cluster.enter_context(joined(config.cluster, config.train.model_copy(update={"num_workers": most})))
+    try:
+        return train(config, served)
+    finally:
+        placement_watcher.stop_all()
+        if not config.placement.keep:
+            pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
 
 
 def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served) -> int:
@@ -67,8 +74,9 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         return 0
     first, root = stages[0].config, Path(stages[0].config.train.out_dir).parent
     write_stages(root, [_noted(stage) for stage in stages])
-    with tracked(first.track, root, told_of([(stage.name, stage.config) for stage in stages]), arguments.resume):
-        return _go_through(stages, arguments, served, root)
+    told = tracked(first.track, root, told_of([(stage.name, stage.config) for stage in stages]), arguments.resume)
+    with told, ExitStack() as cluster:
+        return _go_through(stages, arguments, served, root, cluster)
 
 
 def _noted(stage: Stage) -> tuple[str, Path, int, int]:
@@ -76,15 +84,18 @@ def _noted(stage: Stage) -> tuple[str, Path, int, int]:
     return stage.name, Path(settings.out_dir), settings.steps, settings.global_batch_size * settings.seq_len
 
 
-def _go_through(stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served, root: Path) -> int:
+def _go_through(
+    stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served, root: Path, cluster: ExitStack
+) -> int:
     done, is_first = 0, not arguments.resume
+    most = max(stage.config.train.num_workers for stage in stages)
     for number, stage in enumerate(stages, 1):
         found = latest_checkpoint(stage.config.train.out_dir)
         before = " (done before)" if stage.checkpoint == found else ""
         say(f"stage {number} of {len(stages)}, {stage.name}: {stage.config.train.steps} steps{before}")
         config = stage.config.replace(train={"resume": arguments.resume and found is not None})
         is_done = config.train.resume and stage.checkpoint == found
-        result = None if is_done else _trained(fitted(config) if served else config, served)
+        result = None if is_done else _trained(fitted(config) if served else config, served, cluster, most)
         if result is not None and result["stopped"]:
             return 130
         _require_gates(stage)

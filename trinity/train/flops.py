@@ -65,8 +65,9 @@ class Utilization:
         self.flops = flops_per_token(config.model, settings.seq_len).total if self.num_gpus else 0.0
 
     def of(self, tokens_per_s: float) -> dict[str, float]:
-        """Values by the names of StepMetrics. MFU is the model's operations alone by the peak (arXiv 2204.02311, appendix B): what is
-        computed twice to save memory does not count. It is left out where the peak is not known, all of it without GPUs."""
+        """Values by the names of StepMetrics. MFU is the model's operations alone by the peak (arXiv 2204.02311, appendix B):
+        what is computed twice to save memory does not count. It is left out where the peak is not known, all of it without
+        GPUs."""
         if not self.num_gpus:
             return {}
         per_gpu = tokens_per_s / self.num_gpus
