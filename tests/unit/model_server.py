@@ -1,7 +1,7 @@
 """A server of the OpenAI API without a model: it answers by rule, and fails when it is told to.
 
 Its rule writes each word of the passage backwards, which is as long, of the same script and no copy. `faults` has, for the
-n-th question, a status, a reply of its own, or DROP; `asked` is every question that came.
+n-th question, a status, a reply of its own, or DROP; `asked` is every question that came, `most` how many were there at a time.
 """
 
 import json
@@ -22,7 +22,7 @@ class ModelServer:
 
     def __init__(self, answer=backwards, faults=None, is_met=lambda number: None):
         self.answer, self.faults, self.is_met = answer, dict(faults or {}), is_met
-        self.asked, self.keys, self._lock = [], [], threading.Lock()
+        self.asked, self.keys, self.here, self.most, self._lock = [], [], 0, 0, threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
         self._http.daemon_threads = True
         self._http.handle_error = lambda *_: None  # of a client that was killed
@@ -39,9 +39,12 @@ class ModelServer:
     def reply(self, body):
         """-> (status, what is said) or DROP."""
         with self._lock:
-            number = len(self.asked)
+            number, self.here = len(self.asked), self.here + 1
+            self.most = max(self.most, self.here)
             self.asked.append(body)
         self.is_met(number)
+        with self._lock:
+            self.here -= 1
         fault = self.faults.get(number, self.faults.get("all"))
         if isinstance(fault, int):
             return fault, {"error": {"message": f"fault {fault}"}}

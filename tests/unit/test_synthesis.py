@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 
 from tests.commands import ENV, command
 from tests.unit.model_server import DROP, VERSIONS, ModelServer, backwards
+from tests.waiting import WAIT_S
 from trinity.cli import main
 from trinity.config import SynthesisConfig
 from trinity.config.tree import section
@@ -236,6 +238,14 @@ def test_what_passes_is_asked_again_as_before(inputs, tokenizer, tmp_path, capsy
     said = capsys.readouterr().err
     assert "is away or full" in said
     assert "answers again" in said
+
+
+def test_as_many_questions_at_a_time_as_are_allowed(inputs, tokenizer, tmp_path):
+    """The first three wait for one another; there is never a fourth."""
+    together = threading.Barrier(3)
+    with ModelServer(is_met=lambda number: number < 3 and together.wait(WAIT_S)) as server:
+        synthesized(config_of(inputs, tokenizer, server.url, tmp_path / "out"))
+    assert server.most == 3
 
 
 def test_a_server_that_is_gone_is_named_and_nothing_is_lost(inputs, tokenizer, tmp_path, capsys):
