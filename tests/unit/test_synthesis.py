@@ -417,6 +417,10 @@ def test_a_dry_run_shows_prompts_and_asks_nobody(inputs, tokenizer, tmp_path, ca
         ({"templates": {"backwards": {"prompt": "{text}", "length_ratio": [2, 1]}}}, "length_ratio [2.0, 1.0]"),
         ({"server": {"url": None}}, "give either url, a server's address, or checkpoint"),
         ({"server": {"url": "127.0.0.1:8000"}}, "server.url: should begin with http://"),
+        (
+            {"server": {"url": None, "checkpoint": "x"}, "workers": 2, "cluster": {"address": "auto"}},
+            "a checkpoint is served on this machine's loopback only",
+        ),
         ({"server": {"urll": "x"}}, "unknown setting 'server.urll'; did you mean 'server.url'?"),
         ({"input": {"tokenizer": None}}, "input.tokenizer must say by which tokens"),
         ({"input": {"tokenizer": "/nowhere"}}, "tokenizer /nowhere does not exist"),
