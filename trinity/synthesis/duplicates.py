@@ -8,6 +8,7 @@ with a standard error of sqrt(s (1 - s) / P) <= 0.045, reaches the threshold. R 
 at the threshold shares a band with a probability of 0.95 or more. The index holds 1 KB a document in memory, in this process.
 """
 
+import functools
 import hashlib
 from collections import defaultdict
 
@@ -58,6 +59,7 @@ def rows_for(threshold: float) -> int:
     return max(rows for rows in (1, 2, 4, 8, 16, 32) if rows == 1 or 1 - (1 - threshold**rows) ** (P // rows) >= FOUND)
 
 
+@functools.lru_cache(maxsize=1)  # asked about, then taken in
 def signature_P(text: str) -> np.ndarray:
     """The least value of each function over the runs of words: uint32. A short text is one run."""
     words = units(text)
