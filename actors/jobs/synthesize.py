@@ -14,6 +14,7 @@ def made_by_workers(
 ) -> Generator[str, None, None]:
     """-> names of shards as they become whole. As many questions at a time as in one process. Raises Unavailable with what
     ended a worker."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
     each = max(1, config.server.concurrency // config.workers)
     found = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards)).map_batches(
         Maker, fn_constructor_args=(config, url, key, model, each), concurrency=config.workers, batch_size=OPEN_SHARDS

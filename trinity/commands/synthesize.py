@@ -27,11 +27,13 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
         show(planner)
         return 0
     key, job = _key(config.server.api_key_file), Run(config)
+    say(f"{planner.num_documents(job.missing):,} documents are to be asked about")
+    if config.workers:  # before a server of a checkpoint imports Ray
+        setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     with _interrupted_by_sigterm(), _server(config) as url:
         card = card_at(url, config.server.model, key)
         check_room(planner, card)
         with job.owned(card.name), _made(config, url, key, card.name) as made:
-            say(f"{planner.num_documents(job.missing):,} documents are to be asked about")
             try:
                 job.synthesize(made)
             finally:
@@ -75,7 +77,6 @@ def _made(config: SynthesisConfig, url: str, key: str | None, model: str) -> Ite
         maker = Maker(config, url, key, model, config.server.concurrency)
         yield lambda shards: made_here(maker, shards)
         return
-    setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
     from actors.cluster import joined
     from actors.jobs.synthesize import made_by_workers
 

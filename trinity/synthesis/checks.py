@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from trinity.config import ChecksConfig, Template
-from trinity.data.documents import files
-from trinity.data.formats import ROWS, kind_of, rows, texts
+from trinity.data.documents import documents, files
+from trinity.data.formats import ROWS, kind_of, rows
 from trinity.synthesis.words import grams_G, units
 
 LEAST_SHARE = 0.1  # a script with fewer of a passage's letters is not the passage's
@@ -122,7 +122,7 @@ def _any_in(found_G: np.ndarray, known_G: np.ndarray) -> bool:
 
 def _texts(file: Any) -> Iterator[str]:
     if kind_of(file)[0] not in ROWS:
-        yield from texts(file, "text")
+        yield from documents([str(file)])
         return
     for _, row in rows(file):
         yield from _inside(row)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from trinity.checkpoint import small_files
 from trinity.config import SynthesisConfig
-from trinity.data.documents import files
-from trinity.data.formats import opened, texts
+from trinity.data.documents import documents, files
+from trinity.data.formats import opened
 from trinity.errors import TrinityError
 from trinity.synthesis.asking import Answer, Asker, Failed
 from trinity.synthesis.checks import Benchmarks, left_out
@@ -31,11 +31,10 @@ T = TypeVar("T")
 
 
 class Shard(NamedTuple):
-    """An input file, and the name of what is made from it. `is_named`: the user named the file itself, not its folder."""
+    """An input file, and the name of what is made from it."""
 
     name: str
     file: str
-    is_named: bool
 
     @property
     def journal(self) -> Path:
@@ -48,8 +47,7 @@ def shards_of(patterns: Sequence[str]) -> list[Shard]:
     for pattern in patterns:
         for file in files(pattern):
             digest = hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()
-            is_named = str(file) in (pattern, str(Path(pattern).expanduser()))
-            found.setdefault(str(file), Shard(f"{file.name.partition('.')[0]}-{digest}", str(file), is_named))
+            found.setdefault(str(file), Shard(f"{file.name.partition('.')[0]}-{digest}", str(file)))
     return list(found.values())
 
 
@@ -91,11 +89,7 @@ class Planner:
         return sum(1 for shard in shards for _ in self._documents(shard))
 
     def _documents(self, shard: Shard) -> Iterator[str]:
-        found = texts(files(shard.file)[0], self.config.input.text_field, shard.is_named)
-        for number, text in enumerate(filter(None, found)):
-            if number == self.config.input.max_documents:
-                return
-            yield text
+        yield from documents([shard.file], self.config.input.text_field, self.config.input.max_documents)
 
     def _left_out(self, passage: str, seen: set[bytes]) -> str | None:
         if len(self.tokenizer.encode(passage.strip())) < self.config.input.min_chunk_tokens:
@@ -125,9 +119,7 @@ class Maker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make a batch of shards, for Ray Data: columns of Shard in, `name` and `error` (empty: whole) out."""
-        shards = [Shard(str(name), str(file), bool(is_named)) for name, file, is_named in zip(
-            batch["name"], batch["file"], batch["is_named"], strict=True
-        )]  # fmt: skip
+        shards = [Shard(str(name), str(file)) for name, file in zip(batch["name"], batch["file"], strict=True)]
         error = tried(lambda: asyncio.run(self.make(shards, lambda _: None)), TrinityError)
         said = error.message if isinstance(error, TrinityError) else ""
         return {"name": [shard.name for shard in shards], "error": [said] * len(shards)}
