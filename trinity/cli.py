@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server, or with --local to a checkpoint",
     "eval": "score a checkpoint or a running server: needles in a haystack (niah), tasks of lm-eval",
+    "synthesize": "make documents or chats from documents, by prompts to a model, checked and with their provenance",
     "placement": "see experts, move them, scale their shards",
     "convert": "rewrite a checkpoint: type, file sizes, without training state",
     "chaos": "train or serve while shards, workers and messages are lost on purpose, and report how it came through",
@@ -30,7 +31,7 @@ COMMANDS = {
 
 CHECKPOINT = "a folder, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 OFFLINE = "Any setting of the engine: --engine.max_model_len 4096; of the experts: --placement.backend torch"
-TAKE_SETTINGS = ("train", "serve", "chaos", "generate", "chat")
+TAKE_SETTINGS = ("train", "serve", "chaos", "generate", "chat", "synthesize")
 PLACEMENT = {
     "show": "pools, shards, what they hold and compute",
     "plan": "what a better plan for the present load would move; changes nothing",
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     _sampling(made["generate"])
     _chat(made["chat"])
     _eval(made["eval"])
+    _synthesize(made["synthesize"])
     _convert(made["convert"])
     bench.add_flags(made["bench"])
     chaos.add_flags(made["chaos"])
@@ -168,6 +170,14 @@ def _eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", help="default: the first that the server lists")
     sub.add_argument("--output", help="file for everything that was found, each question with its answers (JSON)")
     sub.add_argument("--api-key-file", help="file that holds the key (default: TRINITY_API_KEY)")
+
+
+def _synthesize(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", help="a YAML file")
+    sub.add_argument("--dry-run", action="store_true", help="print some of the prompts and stop; nobody is asked")
+    sub.epilog = (
+        "Any setting: --section.key value, for example --server.url http://127.0.0.1:8000 --output.dir runs/synthetic"
+    )
 
 
 def _convert(sub: argparse.ArgumentParser) -> None:

@@ -22,11 +22,11 @@ MODELS = {"trinity.models.common", "trinity.models.rules", "trinity.models.regis
 LIBRARY = {
     "trinity.rpc", "trinity.ops", *MODELS, "trinity.state", "trinity.optim", "trinity.placement", "trinity.dispatch",
     "trinity.text", "trinity.checkpoint", "trinity.experts", "trinity.observability", "trinity.pool", "trinity.engine",
-    "trinity.data", "trinity.train", "trinity.adapters",
+    "trinity.data", "trinity.synthesis", "trinity.train", "trinity.adapters",
 }  # fmt: skip
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
-    "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos",
+    "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos", "actors.jobs",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
@@ -91,6 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "actors.pool", "actors.train", "serving.app",
     },
     "trinity.stages": {"trinity.checkpoint", "trinity.data", "trinity.evaluate"},
+    "trinity.synthesis": {"trinity.checkpoint", "trinity.data", "trinity.text"},  # tokenizers of models, too
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
@@ -124,6 +125,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "actors.pool", "actors.sync", "actors.train_metrics",
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
+    "actors.jobs": {"trinity.synthesis"},
     "actors.chaos": {
         "trinity.dispatch", "trinity.train", "actors.control", "actors.names", "actors.pool", "actors.train",
     },
@@ -175,7 +177,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "starlette": ("serving.http",),
     "uvicorn": ("serving.http",),
     "h11": ("serving.http",),
-    "httpx": ("trinity.bench", "trinity.commands"),
+    "httpx": ("trinity.bench", "trinity.commands", "trinity.synthesis"),
     "opentelemetry": ("serving.tracing",),
     "prometheus_client": ("serving.metrics", "serving.vllm_names", "trinity.observability.registry", "actors.train_metrics"),
     "lm_eval": ("trinity.commands", "trinity.evaluate"),
@@ -193,7 +195,7 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "tokenizers": ("trinity.text",),
     "jinja2": ("trinity.text",),
     "llguidance": ("trinity.text.grammar", "trinity.engine.grammars"),
-    "pyarrow": ("trinity.data",),
+    "pyarrow": ("trinity.data", "trinity.synthesis"),
     "matplotlib": ("trinity.bench", "trinity.train"),
     "tqdm": ("trinity.train", "trinity.utils"),
     "yaml": ("trinity.config", "trinity.launch"),

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trinity.cli import parser
-from trinity.config import Config
+from trinity.config import Config, SynthesisConfig
 from trinity.config.model import ModelConfig
 from trinity.config.tree import RENAMED
 from trinity.errors import ConfigError
@@ -28,7 +28,8 @@ REMEDY = "if that was meant: python -m tests.unit.test_surface"
 
 def surface() -> list[str]:
     families = (settings(kind, f"model ({name}).") for name, kind in sorted(ModelConfig.families.items()))
-    return [*commands(parser()), *settings(Config, ""), *itertools.chain(*families)]
+    own = settings(SynthesisConfig, "synthesize: ")  # of a file of its own
+    return [*commands(parser()), *settings(Config, ""), *itertools.chain(*families), *own]
 
 
 def commands(sub: argparse.ArgumentParser) -> Iterator[str]:

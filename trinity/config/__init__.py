@@ -21,6 +21,16 @@ from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
+from trinity.config.synthesis import (
+    PASSAGE,
+    AskedConfig,
+    ChecksConfig,
+    DedupConfig,
+    InputConfig,
+    OutputConfig,
+    SynthesisConfig,
+    Template,
+)
 from trinity.config.track import TrackConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, LoraConfig, OptimConfig, Target, TrainConfig
 from trinity.config.tree import Config, differences, merged, preset, section
@@ -30,27 +40,35 @@ __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
     "PACKAGES",
+    "PASSAGE",
     "PRESETS",
     "RUN_SETTINGS",
     "RUN_TOKENIZER",
     "THREADS",
+    "AskedConfig",
+    "ChecksConfig",
     "Client",
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "DedupConfig",
     "EngineConfig",
     "EvaluateConfig",
     "Frozen",
+    "InputConfig",
     "LayerCache",
     "LengthBias",
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
+    "OutputConfig",
     "PlacementConfig",
     "ServeConfig",
     "SourceConfig",
+    "SynthesisConfig",
     "Target",
     "TaskConfig",
+    "Template",
     "TrackConfig",
     "TrainConfig",
     "admin_key",

@@ -90,12 +90,13 @@ def merged(path: str | Path | None = None, flags: Sequence[str] = (), **base: An
 
 
 def section(kind: type[S], name: str, tree: Mapping[str, Any]) -> S:
-    """One section alone, checked as a part of the whole tree is."""
-    _refuse_unknown(kind, tree, f"{name}.")
+    """One section alone, checked as a part of the whole tree is; `name` is empty for a tree of its own."""
+    prefix = f"{name}." if name else ""
+    _refuse_unknown(kind, tree, prefix)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{name}.{_sentence(e)}" for e in error.errors())) from None
+        raise ConfigError("; ".join(f"{prefix}{_sentence(e)}" for e in error.errors())) from None
 
 
 def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -154,7 +155,7 @@ def _hint(kind: type[BaseModel], prefix: str, key: str) -> str:
     if prefix + key in RENAMED:
         return f"it is called {RENAMED[prefix + key]!r} now"
     near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.6)
-    found = ([] if prefix else _elsewhere(key)) or [prefix + name for name in near]
+    found = (_elsewhere(key) if kind is Config else []) or [prefix + name for name in near]
     return f"did you mean {found[0]!r}?" if found else f"known: {', '.join(kind.model_fields)}"
 
 
