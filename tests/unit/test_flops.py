@@ -106,5 +106,11 @@ def test_the_peak_may_be_given_and_must_be_known():
     assert Utilization(job(num_gpus_per_worker=1), 1, "a new one").of(5.0) == {"tokens_per_s_per_gpu": 5}
 
 
+@pytest.mark.parametrize("optim", [{"lora": {"rank": 4}}, {"freeze": ("experts",)}])
+def test_who_trains_a_part_has_no_mfu(optim):
+    config = job(num_gpus_per_worker=1).replace(optim=optim)
+    assert Utilization(config, 1, "NVIDIA H100 80GB HBM3").of(5.0) == {"tokens_per_s_per_gpu": 5}
+
+
 def test_cpus_have_no_mfu():
     assert Utilization(job(peak_tflops_per_gpu=1), 2, None).of(1e6) == {}

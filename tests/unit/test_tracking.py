@@ -190,7 +190,13 @@ def at(library, root, goes_on=False, **settings):
 
 def test_a_library_hears_of_a_run(library, tmp_path):
     with at(library, tmp_path / "mine"):
-        write(tmp_path / "mine", row(1), row(2, retries={"deadline": 1}), {"step": 2, "val_loss": 4.5}, row(3))
+        write(
+            tmp_path / "mine",
+            row(1),
+            row(2, retries={"deadline": 1}),
+            {"step": 2, "val_loss": 4.5, "val_losses": {"web": 4.0}},
+            row(3),
+        )
     [run] = library.runs
     assert run.facts == ("essays", "mine", ["toy", "first"], 3)
     assert [step for step, _ in run.rows] == [1, 2, 2, 3]
@@ -198,7 +204,7 @@ def test_a_library_hears_of_a_run(library, tmp_path):
         "train/loss": 5, "train/tokens": 1024, "train/seconds": 0.5, "train/lrs/muon": 1e-3, "train/tokens_per_s": 2048
     }  # fmt: skip
     assert run.rows[1][1]["train/retries/deadline"] == 1
-    assert run.rows[2][1] == {"val/loss": 4.5}
+    assert run.rows[2][1] == {"val/loss": 4.5, "val/loss/web": 4.0}
     assert run.ends == 1
 
 

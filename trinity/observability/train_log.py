@@ -154,7 +154,7 @@ class _Files:
 
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write({key: _finite(value) for key, value in row.items()})
-        self._draw({_tag(key): value for key, value in scalars(row)}, row["step"])
+        self._draw({tag(key): value for key, value in scalars(row)}, row["step"])
 
     def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows.write({"step": step, "scores": [_finite(row) for row in rows]})
@@ -231,7 +231,7 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, value
 
 
-def _tag(name: str) -> str:
+def tag(name: str) -> str:
     """A number's name in TensorBoard."""
     return (
         f"val/loss{name.removeprefix('val_loss').removeprefix('es')}"

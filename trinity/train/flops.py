@@ -63,12 +63,16 @@ class Utilization:
         given = settings.peak_tflops_per_gpu
         self.peak = 1e12 * given if given else peak_flops(device_name) if device_name else None
         self.flops = flops_per_token(config.model, settings.seq_len).total if self.num_gpus else 0.0
+        self.trains_all = not (config.optim.lora.rank or config.optim.freeze)
 
     def of(self, tokens_per_s: float) -> dict[str, float]:
-        """Values by the names of StepMetrics. MFU is the model's operations alone by the peak (arXiv 2204.02311, appendix B):
-        what is computed twice to save memory does not count. It is left out where the peak is not known, all of it without
-        GPUs."""
+        """Return them by the names of StepMetrics. MFU is the model's operations alone by the peak (arXiv 2204.02311,
+        appendix B): what is computed twice to save memory does not count. It is left out where the peak is not known or parts
+        are frozen, whose gradients nobody computes; all of it without GPUs."""
         if not self.num_gpus:
             return {}
         per_gpu = tokens_per_s / self.num_gpus
-        return {"tokens_per_s_per_gpu": per_gpu, **({"mfu": per_gpu * self.flops / self.peak} if self.peak else {})}
+        return {
+            "tokens_per_s_per_gpu": per_gpu,
+            **({"mfu": per_gpu * self.flops / self.peak} if self.peak and self.trains_all else {}),
+        }

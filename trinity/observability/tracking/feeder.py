@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 from trinity.observability.run_history import Event, Place, RunHistory
 from trinity.observability.tracking.base import TrackedRun, Tracker
-from trinity.observability.train_log import scalars
+from trinity.observability.train_log import scalars, tag
 from trinity.utils.terminal import say
 
 POLL_S, CLOSE_S = 0.5, 30.0
@@ -129,9 +129,7 @@ def values_of(event: Event) -> dict[str, float]:
         gates = {f"gate/{each['task']}": float(each["passes"]) for each in scores if "passes" in each}
         return {f"score/{each['task']}": each["mean"] for each in scores if each["mean"] is not None} | gates
     found = {name: value for name, value in scalars(event.row) if isinstance(value, int | float)}
-    if (loss := found.pop("val_loss", None)) is not None:
-        return {"val/loss": loss}
-    values = {f"train/{name}": value for name, value in found.items()}
+    values = {tag(name): value for name, value in found.items()}
     if found.get("seconds"):
         values["train/tokens_per_s"] = found["tokens"] / found["seconds"]
     if event.kind == "step" and event.stage.is_one_of_many:
