@@ -2,9 +2,13 @@
 
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.unit.killed_stages import train_here
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -39,6 +43,31 @@ def test_prompts_are_completed_offline(trained, capsys):
     assert len(texts) == 2
     out = capsys.readouterr().out
     assert all(repr(prompt) in out for prompt in prompts)
+
+
+def test_the_recipe_goes_from_text_to_a_model_that_chats(tmp_path, monkeypatch, capsys):
+    """All its stages with a step or two each, in this process: files, stages, gates, exports, scores, a chat."""
+    recipe = load("recipe")
+    tree = yaml.safe_load(recipe.RECIPE.read_text())
+    (tmp_path / "code.txt").write_text(" ".join(f"def f{i % 7}(x): return x + {i}" for i in range(3000)))
+    for part in (tree, *tree["stages"]):
+        part["train"] = {**part.get("train", {}), **({"steps": 2} if part is not tree else {"save_every": 0})}
+        for task in part.get("evaluate", {}).get("tasks", ()):
+            task |= {"questions": 2} | ({"at_least": 0.0} if "at_least" in task else {})
+    text = yaml.safe_dump(tree).replace("stdlib", str(tmp_path / "code.txt"))
+    (tmp_path / "recipe.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "RECIPE", tmp_path / "recipe.yaml")
+    monkeypatch.setattr(recipe, "QUESTIONS", 2)
+    monkeypatch.setattr(recipe, "write_data", partial(recipe.write_data, scale=0.01))
+    monkeypatch.setattr("trinity.commands.train._trained", train_here)
+    assert recipe.main([]) == 0
+    shown = capsys.readouterr().out
+    for name in recipe.EXPORTS:
+        assert f"transformers loads {name} and goes on: " in shown
+        assert f"### {name}" in shown
+        assert "niah" in (tmp_path / "runs" / "recipe" / name / "README.md").read_text() or name == "Preview"
+    assert "> who are you?" in shown
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
