@@ -119,13 +119,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.dispatch", "trinity.placement", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",
         "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
     },
+    "actors.jobs": {"trinity.data", "trinity.synthesis"},
     "actors.round_trips": {"actors.names"},
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
         "actors.pool", "actors.sync", "actors.train_metrics",
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
-    "actors.jobs": {"trinity.synthesis"},
     "actors.chaos": {
         "trinity.dispatch", "trinity.train", "actors.control", "actors.names", "actors.pool", "actors.train",
     },
@@ -196,6 +196,8 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "jinja2": ("trinity.text",),
     "llguidance": ("trinity.text.grammar", "trinity.engine.grammars"),
     "pyarrow": ("trinity.data", "trinity.synthesis"),
+    "fsspec": ("trinity.data.remote",),
+    "aiohttp": ("trinity.data.remote",),
     "matplotlib": ("trinity.bench", "trinity.train"),
     "tqdm": ("trinity.train", "trinity.utils"),
     "yaml": ("trinity.config", "trinity.launch"),
@@ -275,6 +277,11 @@ def test_libraries_stay_where_they_belong(path):
         assert homes is None or f"{here}.".startswith(tuple(f"{home}." for home in homes)), (
             f"{ids(path)} imports {module}"
         )
+
+
+def test_only_jobs_use_ray_data():
+    users = {module_of(path) for path in SOURCES if any(m.startswith("ray.data") for m in imports(path))}
+    assert {package(user) for user in users} == {"actors.jobs"}
 
 
 def test_no_package_imports_itself_through_others():
