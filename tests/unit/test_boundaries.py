@@ -194,6 +194,8 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "jinja2": ("trinity.text",),
     "llguidance": ("trinity.text.grammar", "trinity.engine.grammars"),
     "pyarrow": ("trinity.data",),
+    "fsspec": ("trinity.data.remote",),
+    "aiohttp": ("trinity.data.remote",),
     "matplotlib": ("trinity.bench", "trinity.train"),
     "tqdm": ("trinity.train", "trinity.utils"),
     "yaml": ("trinity.config", "trinity.launch"),

@@ -1,15 +1,18 @@
-"""Find documents: files, folders and globs of text, JSON, Parquet, Arrow and archives (formats.py)."""
+"""Find documents: files, folders and globs, here or at addresses (remote.py), of every format (formats.py)."""
 
+import functools
 import glob
 import itertools
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trinity.data.formats import HEAD_BYTES, kind_of, opened, other_than_text, say_once, texts
+from trinity.data import remote
+from trinity.data.formats import HEAD_BYTES, DataFile, kind_of, opened, other_than_text, say_once, texts
+from trinity.data.remote import RemoteFile
 from trinity.errors import DataError
 
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}  # the last two are tables
@@ -23,23 +26,26 @@ def documents(patterns: Sequence[str], text_field: str = "text", max_documents: 
     any other file as UTF-8 with errors replaced; the word `stdlib` is the modules of Python's standard library, about
     10 MB without its tests and tables. In folders, hidden files and what is no text are left out, as are the card and the
     other splits of a dataset. Streams; says what it leaves out. Raises DataError."""
-    found = (
-        text for pattern in patterns for file in files(pattern) for text in texts(file, text_field, _is_named(pattern))
-    )
+    named = ((file, is_named) for found, is_named in map(found_by, patterns) for file in found)
+    found = (text for file, is_named in named for text in texts(file, text_field, is_named))
     yield from itertools.islice(filter(None, found), max_documents)
 
 
-def _is_named(pattern: str) -> bool:
-    return Path(pattern).expanduser().is_file()
-
-
-def files(pattern: str) -> list[Path]:
+def files(pattern: str) -> list[DataFile]:
     """The files that a pattern means, in sorted order. Raises DataError where there is none."""
-    path = Path(pattern).expanduser()
+    return found_by(pattern)[0]
+
+
+def found_by(pattern: str) -> tuple[list[DataFile], bool]:
+    """-> (files, is_named): in sorted order, and whether the pattern names that one file. Raises DataError."""
+    pattern = pattern.removeprefix("file://")
+    path, is_named = Path(pattern).expanduser(), False
     if pattern == "stdlib":
-        found = list(_standard_library())
+        found: list[DataFile] = list(_standard_library())
+    elif remote.is_address(pattern):
+        found, is_named = _remote(pattern)
     elif path.is_file():
-        return [path]
+        found, is_named = [path], True
     elif path.is_dir():
         found = _of_dataset(_without_others(path.rglob("*"), path), path)
     else:
@@ -47,8 +53,19 @@ def files(pattern: str) -> list[Path]:
         below = path.relative_to(root) / ("*" if path.name == "**" else "")
         found = _without_others(root.glob(str(below)), root)  # enters no links
     if not found:
-        raise DataError(f"no text file matches {pattern!r}; give files, folders, globs or the word stdlib")
-    return sorted(found)
+        raise DataError(
+            f"no text file matches {pattern!r}; give files, folders, globs, addresses such as s3://BUCKET/FOLDER, or the "
+            "word stdlib"
+        )
+    return sorted(found, key=str), is_named
+
+
+def _remote(pattern: str) -> tuple[list[DataFile], bool]:
+    found, root = remote.listed(pattern)
+    if not root:
+        return list(found), True
+    texts = _without_others(iter(found), root)
+    return (texts if remote.has_magic(pattern) else _of_dataset(texts, root)), False
 
 
 def _standard_library() -> Iterator[Path]:
@@ -57,50 +74,69 @@ def _standard_library() -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-def _without_others(found: Iterator[Path], root: Path) -> list[Path]:
+def _without_others(found: Iterator[DataFile], root: Path | str) -> list[DataFile]:
     """Those of the files that were found, not named, which hold documents: not hidden below `root`."""
-    files = [file for file in found if not _is_hidden(file, root) and file.is_file()]
+    files = [file for file in found if not _is_hidden(file, root) and (isinstance(file, RemoteFile) or file.is_file())]
     others = [file for file in files if not _holds_documents(file)]
     _say_left_out(others, root, "hold no text")
     return [file for file in files if file not in set(others)]
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    return file.is_relative_to(root) and any(part.startswith(".") for part in file.relative_to(root).parts)
+def _is_hidden(file: DataFile, root: Path | str) -> bool:
+    is_below = isinstance(file, RemoteFile) or file.is_relative_to(root)
+    return is_below and any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def _holds_documents(file: Path) -> bool:
+def _holds_documents(file: DataFile) -> bool:
     if kind_of(file) != ("", ""):
         return True
-    with opened(file) as stream:
+    return _remote_text(file) if isinstance(file, RemoteFile) else _begins_as_text(file)
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _remote_text(file: RemoteFile) -> bool:
+    """Asked for once: the file is told by what it was when it was listed."""
+    return _begins_as_text(file)
+
+
+def _begins_as_text(file: DataFile) -> bool:
+    with opened(file, HEAD_BYTES) as stream:
         return not other_than_text(stream.read(HEAD_BYTES))
 
 
-def _of_dataset(files: list[Path], root: Path) -> list[Path]:
+def _of_dataset(files: list[DataFile], root: Path | str) -> list[DataFile]:
     """Files of a folder but, where it is a dataset (it has files of rows), what describes it and its other splits."""
     rows = [file for file in files if kind_of(file)[0] not in ("", ".json")]
     about = {file for file in files if rows and file.name.lower() in ABOUT_DATA}
     splits = {file: found["split"].lower() for file in rows if (found := SPLIT.match(file.name))}
     held = {file for file, split in splits.items() if TRAIN in splits.values() and split != TRAIN}
-    _say_left_out(sorted(about), root, "describe the data")
-    _say_left_out(sorted(held), root, f"are of other splits than {TRAIN}; name them to train on them")
+    _say_left_out(about, root, "describe the data")
+    _say_left_out(held, root, f"are of other splits than {TRAIN}; name them to train on them")
     return [file for file in files if file not in about | held]
 
 
-def _say_left_out(files: Sequence[Path], root: Path, why: str) -> None:
+def _say_left_out(files: Collection[DataFile], root: Path | str, why: str) -> None:
     if files:
-        named = ", ".join(str(file.relative_to(root)) for file in sorted(files)[:MOST_NAMED])
+        named = ", ".join(str(file.relative_to(root)) for file in sorted(files, key=str)[:MOST_NAMED])
         more = ", ..." if len(files) > MOST_NAMED else ""
         say_once(f"{root}: {len(files)} files are left out, they {why}: {named}{more}")
 
 
 def stamps(patterns: Sequence[str]) -> list[Any]:
-    """Stamps that tell whether the files changed. Python's own are told by size: their dates differ between machines."""
+    """Stamps that tell whether the files changed."""
+    return [stamp(file) for pattern in patterns for file in files(pattern)]
+
+
+def stamp(file: DataFile) -> list[Any]:
+    """Tells whether a file changed: address or path, size, and hash or date. Python's own are told by size: their dates differ
+    between machines. Raises DataError."""
+    if isinstance(file, RemoteFile):
+        return file.stamp
     own = sysconfig.get_path("stdlib")
-    return [
-        [str(file.relative_to(own)), file.stat().st_size]
-        if pattern == "stdlib"
-        else [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
-        for pattern in patterns
-        for file in files(pattern)
-    ]
+    try:
+        told = file.stat()
+    except OSError as error:
+        raise DataError(f"{file} was listed and cannot be found any more: {error.strerror}") from None
+    if file.is_relative_to(own):
+        return [str(file.relative_to(own)), told.st_size]
+    return [str(file.absolute()), told.st_size, told.st_mtime_ns]

@@ -23,9 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trinity.data.remote import RemoteFile
 from trinity.errors import DataError
 from trinity.utils.trying import tried
 
+DataFile = Path | RemoteFile
 MAX_DOCUMENT_BYTES = 1 << 30
 HEAD_BYTES, MOST_NAMES = 8192, 100
 PACKED: dict[str, Callable[[Any], Any]] = {
@@ -53,7 +55,7 @@ def say_once(text: str) -> None:
     log.warning("%s", text)
 
 
-def kind_of(file: Path) -> tuple[str, str]:
+def kind_of(file: DataFile) -> tuple[str, str]:
     """(format, packing) by the name's ends, as `.jsonl` and `.gz`; empty where they say nothing."""
     ends = [end.lower() for end in file.suffixes]
     packing = ends.pop() if ends and ends[-1] in PACKED else ""
@@ -61,13 +63,13 @@ def kind_of(file: Path) -> tuple[str, str]:
     return (".tar", ".gz") if last == ".tgz" else (last if last in READERS else "", packing)
 
 
-def texts(file: Path, field: str, is_named: bool = True) -> Iterator[str]:
+def texts(file: DataFile, field: str, is_named: bool = True) -> Iterator[str]:
     """Documents of a file, in its order: `field` of each row that has one, or the whole of a text. Raises DataError."""
     with _unpacked(file) as stream:
         yield from READERS[kind_of(file)[0]](stream, field, file, is_named)
 
 
-def rows(file: Path) -> Iterator[tuple[str, Any]]:
+def rows(file: DataFile) -> Iterator[tuple[str, Any]]:
     """(place, row) of a file of rows, in its order. Raises DataError."""
     read = ROWS.get(kind_of(file)[0])
     if read is None:
@@ -77,7 +79,7 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _unpacked(file: Path) -> Iterator[Any]:
+def _unpacked(file: DataFile) -> Iterator[Any]:
     packing = kind_of(file)[1]
     with opened(file) as raw:
         try:
@@ -87,9 +89,9 @@ def _unpacked(file: Path) -> Iterator[Any]:
             raise DataError(f"{file} cannot be read: {reason}") from None
 
 
-def opened(file: Path) -> Any:
+def opened(file: DataFile, buffering: int = -1) -> Any:
     try:
-        return file.open("rb")
+        return file.open("rb", buffering)
     except OSError as error:
         raise DataError(f"{file} cannot be opened: {error.strerror}") from None
 
@@ -111,11 +113,11 @@ def _unzstd(file: Any) -> Any:
 # -- readers: (stream, field, file, is_named) -> texts
 
 
-def _text(stream: Any, _: str, file: Path, is_named: bool) -> Iterator[str]:
+def _text(stream: Any, _: str, file: DataFile, is_named: bool) -> Iterator[str]:
     yield _decoded(_piece(stream.read, file), file)
 
 
-def _decoded(data: bytes, file: Path) -> str:
+def _decoded(data: bytes, file: DataFile) -> str:
     if what := other_than_text(data[:HEAD_BYTES]):
         ends = ", ".join(filter(None, READERS))
         raise DataError(f"{file} is {what}, no text; leave it out, or give it the end of its format ({ends})")
@@ -126,11 +128,11 @@ def _decoded(data: bytes, file: Path) -> str:
     return text
 
 
-def _json_lines(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
+def _json_lines(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
     yield from _of_rows(_rows_of_lines(stream, file), field, file)
 
 
-def _json_file(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
+def _json_file(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
     """Rows where they have the field. What is no JSON, or other JSON, is a text where nobody named it."""
     data = _piece(stream.read, file)
     found = tried(lambda: list(_rows_of_json(io.BytesIO(data), file)), DataError)
@@ -142,13 +144,13 @@ def _json_file(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[
     yield from _of_rows(_rows_of_json(io.BytesIO(data), file), field, file)
 
 
-def _rows_of_lines(stream: Any, file: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_lines(stream: Any, file: DataFile) -> Iterator[tuple[str, Any]]:
     for i, line in enumerate(iter(lambda: _piece(stream.readline, file), b""), 1):
         if line.strip():
             yield f"{file}:{i}", _json(line, f"{file}:{i}")
 
 
-def _rows_of_json(stream: Any, file: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_json(stream: Any, file: DataFile) -> Iterator[tuple[str, Any]]:
     """A list of rows, or one in each line, or a single one."""
     data = _piece(stream.read, file)
     found = tried(partial(json.loads, data), ValueError, RecursionError)
@@ -166,7 +168,7 @@ def _json(line: bytes, where: str) -> Any:
         raise DataError(f"{where} is not valid JSON ({error}); repair or remove the line") from None
 
 
-def _of_rows(rows: Iterable[tuple[str, Any]], field: str, file: Path) -> Iterator[str]:
+def _of_rows(rows: Iterable[tuple[str, Any]], field: str, file: DataFile) -> Iterator[str]:
     """Texts of (place, row), of rows that have one."""
     counts, names = Counter[bool](), set[str]()
     for where, row in rows:
@@ -194,20 +196,20 @@ def _text_of(row: Any, field: str, where: str) -> str | None:
     return text
 
 
-def _say_left_out(file: Path, num_left_out: int, num: int, field: str) -> None:
+def _say_left_out(file: DataFile, num_left_out: int, num: int, field: str) -> None:
     if num_left_out:
         say_once(f"{file}: {num_left_out:,} of {num:,} rows have no text in {field!r} and are left out")
 
 
-def _parquet(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
+def _parquet(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
     yield from _of_tables(_parquet_tables(stream, file, field), field, file, "Parquet")
 
 
-def _arrow(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
+def _arrow(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
     yield from _of_tables(_arrow_tables(stream, file, field), field, file, "Arrow")
 
 
-def _parquet_tables(stream: Any, file: Path, field: str | None = None) -> Iterator[Any]:
+def _parquet_tables(stream: Any, file: DataFile, field: str | None = None) -> Iterator[Any]:
     """Row groups, of that column or of all."""
     import pyarrow.parquet
 
@@ -217,7 +219,7 @@ def _parquet_tables(stream: Any, file: Path, field: str | None = None) -> Iterat
         yield found.read_row_group(group, columns=field and [field])
 
 
-def _arrow_tables(stream: Any, file: Path, field: str | None = None) -> Iterator[Any]:
+def _arrow_tables(stream: Any, file: DataFile, field: str | None = None) -> Iterator[Any]:
     """Batches of the file format, and of the stream's, which is what datasets on disk have."""
     import pyarrow
 
@@ -227,7 +229,7 @@ def _arrow_tables(stream: Any, file: Path, field: str | None = None) -> Iterator
     yield from (found.get_batch(i) for i in range(found.num_record_batches)) if is_file else found
 
 
-def _of_tables(tables: Iterator[Any], field: str, file: Path, name: str) -> Iterator[str]:
+def _of_tables(tables: Iterator[Any], field: str, file: DataFile, name: str) -> Iterator[str]:
     """Texts of that column, a piece of the file at a time."""
     import pyarrow
 
@@ -241,7 +243,7 @@ def _of_tables(tables: Iterator[Any], field: str, file: Path, name: str) -> Iter
 
 
 def _rows_of_tables(
-    tables_of: Callable[[Any, Path], Iterator[Any]], name: str, stream: Any, file: Path
+    tables_of: Callable[[Any, DataFile], Iterator[Any]], name: str, stream: Any, file: DataFile
 ) -> Iterator[tuple[str, Any]]:
     with _readable(file, f"{name} file"):
         rows = (row for table in tables_of(stream, file) for row in table.to_pylist())
@@ -249,7 +251,7 @@ def _rows_of_tables(
 
 
 @contextmanager
-def _readable(file: Path, what: str) -> Iterator[None]:
+def _readable(file: DataFile, what: str) -> Iterator[None]:
     import pyarrow
 
     try:
@@ -258,12 +260,12 @@ def _readable(file: Path, what: str) -> Iterator[None]:
         raise DataError(f"{file} is not a readable {what}: {error}") from None
 
 
-def _check_column(field: str | None, names: list[str], file: Path) -> None:
+def _check_column(field: str | None, names: list[str], file: DataFile) -> None:
     if field is not None and field not in names:
         raise DataError(f"{file} has no column {field!r}, only {', '.join(names)}; set data.text_field")
 
 
-def _tar(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
+def _tar(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
     """Samples of an archive (webdataset): its .txt files, and the field of its .json files."""
     others = 0
     with tarfile.open(fileobj=stream, mode="r|") as archive:
@@ -273,13 +275,13 @@ def _tar(stream: Any, field: str, file: Path, is_named: bool) -> Iterator[str]:
             if data is None or end not in (".txt", ".json"):
                 others += data is not None
                 continue
-            inside = Path(f"{file}/{member.name}")
+            inside = file.inside(member.name) if isinstance(file, RemoteFile) else file / member.name
             yield from filter(None, (_json_file if end == ".json" else _text)(data, field, inside, True))
     if others:
         say_once(f"{file}: {others:,} files that are neither .txt nor .json are left out")
 
 
-def _piece(read: Callable[[int], bytes], file: Path) -> bytes:
+def _piece(read: Callable[[int], bytes], file: DataFile) -> bytes:
     """A whole document, or none at the end. Raises DataError for one that is too large to be held."""
     found = read(MAX_DOCUMENT_BYTES + 1)
     if len(found) > MAX_DOCUMENT_BYTES:
@@ -287,7 +289,7 @@ def _piece(read: Callable[[int], bytes], file: Path) -> bytes:
     return found
 
 
-Reader = Callable[[Any, str, Path, bool], Iterator[str]]
+Reader = Callable[[Any, str, DataFile, bool], Iterator[str]]
 COLUMNS = (".parquet", ".parq", ".pq", ".arrow", ".feather", ".ipc")
 READERS: dict[str, Reader] = {
     "": _text,
@@ -296,7 +298,7 @@ READERS: dict[str, Reader] = {
     **dict(zip(COLUMNS, itertools.chain([_parquet] * 3, [_arrow] * 3), strict=True)),
     ".tar": _tar,
 }
-ROWS: dict[str, Callable[[Any, Path], Iterator[tuple[str, Any]]]] = {
+ROWS: dict[str, Callable[[Any, DataFile], Iterator[tuple[str, Any]]]] = {
     **dict.fromkeys((".jsonl", ".ndjson"), _rows_of_lines),
     ".json": _rows_of_json,
     **dict.fromkeys(COLUMNS[:3], partial(_rows_of_tables, _parquet_tables, "Parquet")),
