@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo recipe test chaos soak lint format types protos interop interop-lm-eval interop-clients interop-s3 gpu-kernels clean
+.PHONY: setup demo recipe test chaos soak lint format types protos interop interop-lm-eval interop-clients interop-object-store gpu-kernels clean
 
 setup: $(STAMP)
 
@@ -48,7 +48,7 @@ interop-clients: setup
 
 # S3's client wants an older dateutil than matplotlib has: it lies beside our environment, not in it.
 S3 := s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117 aioitertools jmespath 'python-dateutil<3' six
-interop-s3: setup
+interop-object-store: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv-s3 --no-deps $(S3)
 	PYTHONPATH=.venv-s3 $(BIN)/pytest tests/unit/test_remote.py
 

@@ -17,6 +17,7 @@ from trinity.errors import TrinityError
 COMMANDS = {
     "demo": "train small, serve, ask once over HTTP and once over gRPC, print what happened",
     "train": "train a model with its experts in Ray actors",
+    "prepare": "tokenise what a run reads, on all nodes of the cluster, before it is trained",
     "serve": "serve a checkpoint, or a run that trains, over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server, or with --local to a checkpoint",
@@ -30,7 +31,7 @@ COMMANDS = {
 
 CHECKPOINT = "a folder, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 OFFLINE = "Any setting of the engine: --engine.max_model_len 4096; of the experts: --placement.backend torch"
-TAKE_SETTINGS = ("train", "serve", "chaos", "generate", "chat")
+TAKE_SETTINGS = ("train", "prepare", "serve", "chaos", "generate", "chat")
 PLACEMENT = {
     "show": "pools, shards, what they hold and compute",
     "plan": "what a better plan for the present load would move; changes nothing",
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made["train"].add_argument(
         "--serve", action="store_true", help="answer over HTTP and gRPC meanwhile, with the weights as they become"
     )
+    _settings(made["prepare"], required=True)
     made["serve"].add_argument(
         "source",
         help="a checkpoint's folder, or ORG/NAME[@REVISION] on the Hugging Face Hub; with live or pinned weights, a run's "

@@ -26,7 +26,7 @@ LIBRARY = {
 }  # fmt: skip
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
-    "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos",
+    "actors.cluster", "actors.jobs", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
@@ -118,6 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.dispatch", "trinity.placement", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",
         "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
     },
+    "actors.jobs": {"trinity.data"},
     "actors.round_trips": {"actors.names"},
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
@@ -275,6 +276,11 @@ def test_libraries_stay_where_they_belong(path):
         assert homes is None or f"{here}.".startswith(tuple(f"{home}." for home in homes)), (
             f"{ids(path)} imports {module}"
         )
+
+
+def test_only_jobs_use_ray_data():
+    users = {module_of(path) for path in SOURCES if any(m.startswith("ray.data") for m in imports(path))}
+    assert {package(user) for user in users} == {"actors.jobs"}
 
 
 def test_no_package_imports_itself_through_others():

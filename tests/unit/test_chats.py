@@ -286,8 +286,8 @@ def test_what_is_left_out_is_counted(folder, tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     store, _ = chat_stores((str(tmp_path / "a.jsonl"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")
     assert len(store.starts_N) == 2
-    assert "1 conversations are left out, they have no answer to train on" in caplog.text
-    assert "1 conversations are left out, they hold the control token <|im_end|> as text" in caplog.text
+    assert "1 conversations without an answer to train on" in caplog.text
+    assert "1 conversations with the control token <|im_end|> as text" in caplog.text
     (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(DataError, match="no conversation with an answer to train on"):
         chat_stores((str(tmp_path / "b.jsonl"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")

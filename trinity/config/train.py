@@ -122,8 +122,12 @@ class DataConfig(Frozen):
     )
     intra_document_mask: bool = True
     max_documents: int | None = Field(default=None, ge=1)
+    cache: str | None = Field(
+        default=None,
+        description="folder of tokenised files, shared by runs; on several nodes one that all see; default: in train.out_dir",
+    )
 
-    _at_home = field_validator("tokenizer")(at_home)
+    _at_home = field_validator("tokenizer", "cache")(at_home)
 
     @field_validator("train", "val", mode="before")
     @classmethod

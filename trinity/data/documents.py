@@ -6,9 +6,10 @@ import itertools
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from trinity.data import remote
 from trinity.data.formats import HEAD_BYTES, DataFile, kind_of, opened, other_than_text, say_once, texts
@@ -21,43 +22,89 @@ SPLIT = re.compile(r"(?P<split>[A-Za-z]\w*)-\d{5}-of-\d{5}")  # of a file of a d
 TRAIN, MOST_NAMED = "train", 3
 
 
+class Found(NamedTuple):
+    """A file that a pattern means: whether that names it alone, and what it was when it was listed."""
+
+    file: DataFile
+    is_named: bool
+    stamp: list[Any]
+
+    @property
+    def facts(self) -> list[Any]:
+        """Facts that its documents depend on."""
+        is_text = (
+            kind_of(self.file)[0] == ".json" and not self.is_named
+        )  # where nobody named it, unless it has the field
+        return [self.stamp, is_text]
+
+
 def documents(patterns: Sequence[str], text_field: str = "text", max_documents: int | None = None) -> Iterator[str]:
     """Non-empty texts of files, folders and globs, in sorted order: `text_field` of each row of a file of rows, the whole of
     any other file as UTF-8 with errors replaced; the word `stdlib` is the modules of Python's standard library, about
     10 MB without its tests and tables. In folders, hidden files and what is no text are left out, as are the card and the
     other splits of a dataset. Streams; says what it leaves out. Raises DataError."""
-    named = ((file, is_named) for found, is_named in map(found_by, patterns) for file in found)
-    found = (text for file, is_named in named for text in texts(file, text_field, is_named))
-    yield from itertools.islice(filter(None, found), max_documents)
+    yield from itertools.islice(
+        (text for pattern in patterns for text in _documents(pattern, text_field)), max_documents
+    )
+
+
+def _documents(pattern: str, text_field: str) -> Iterator[str]:
+    left_out = Counter[str]()
+    for found in found_by(pattern):
+        yield from texts_of(found, text_field, left_out)
+    say_left_out(pattern, left_out)
+
+
+def texts_of(found: Found, text_field: str, left_out: Counter[str]) -> Iterator[str]:
+    """Non-empty texts of one file; what it leaves out is counted. Raises DataError."""
+    num, num_before = 0, left_out.total()
+    for text in filter(None, texts(found.file, text_field, found.is_named, left_out)):
+        num += 1
+        yield text
+    left_out["files without text"] += not num and left_out.total() == num_before
+
+
+def say_left_out(pattern: str, left_out: Counter[str]) -> None:
+    """Say in one line, once, what of a source is left out, and why."""
+    if left_out.total():
+        say_once(f"{pattern}: left out are {', '.join(f'{num:,} {what}' for what, num in left_out.items() if num)}")
 
 
 def files(pattern: str) -> list[DataFile]:
     """The files that a pattern means, in sorted order. Raises DataError where there is none."""
-    return found_by(pattern)[0]
+    return [found.file for found in found_by(pattern)]
 
 
-def found_by(pattern: str) -> tuple[list[DataFile], bool]:
-    """-> (files, is_named): in sorted order, and whether the pattern names that one file. Raises DataError."""
-    pattern = pattern.removeprefix("file://")
-    path, is_named = Path(pattern).expanduser(), False
-    if pattern == "stdlib":
-        found: list[DataFile] = list(_standard_library())
-    elif remote.is_address(pattern):
-        found, is_named = _remote(pattern)
-    elif path.is_file():
-        found, is_named = [path], True
-    elif path.is_dir():
-        found = _of_dataset(_without_others(path.rglob("*"), path), path)
-    else:
-        root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-        below = path.relative_to(root) / ("*" if path.name == "**" else "")
-        found = _without_others(root.glob(str(below)), root)  # enters no links
+def found_by(pattern: str) -> list[Found]:
+    """The files that a pattern means, in sorted order, as they are now. Raises DataError where there is none."""
+    found, is_named = _listed(pattern.removeprefix("file://"))
     if not found:
         raise DataError(
             f"no text file matches {pattern!r}; give files, folders, globs, addresses such as s3://BUCKET/FOLDER, or the "
             "word stdlib"
         )
-    return sorted(found, key=str), is_named
+    return [Found(file, is_named, _stamp(file, pattern == "stdlib")) for file in sorted(found, key=_parts)]
+
+
+def _parts(file: DataFile) -> tuple[str, ...]:
+    """Parts of its path or address, which files are sorted by."""
+    return PurePosixPath(str(file)).parts
+
+
+def _listed(pattern: str) -> tuple[list[DataFile], bool]:
+    """(files, is_named): whether the pattern names that one file."""
+    path = Path(pattern).expanduser()
+    if pattern == "stdlib":
+        return list(_standard_library()), False
+    if remote.is_address(pattern):
+        return _remote(pattern)
+    if path.is_file():
+        return [path], True
+    if path.is_dir():
+        return _of_dataset(_without_others(path.rglob("*"), path), path), False
+    root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    below = path.relative_to(root) / ("*" if path.name == "**" else "")
+    return _without_others(root.glob(str(below)), root), False  # enters no links
 
 
 def _remote(pattern: str) -> tuple[list[DataFile], bool]:
@@ -117,26 +164,32 @@ def _of_dataset(files: list[DataFile], root: Path | str) -> list[DataFile]:
 
 def _say_left_out(files: Collection[DataFile], root: Path | str, why: str) -> None:
     if files:
-        named = ", ".join(str(file.relative_to(root)) for file in sorted(files, key=str)[:MOST_NAMED])
+        named = ", ".join(str(file.relative_to(root)) for file in sorted(files, key=_parts)[:MOST_NAMED])
         more = ", ..." if len(files) > MOST_NAMED else ""
         say_once(f"{root}: {len(files)} files are left out, they {why}: {named}{more}")
 
 
 def stamps(patterns: Sequence[str]) -> list[Any]:
     """Stamps that tell whether the files changed."""
-    return [stamp(file) for pattern in patterns for file in files(pattern)]
+    return [found.stamp for pattern in patterns for found in found_by(pattern)]
 
 
-def stamp(file: DataFile) -> list[Any]:
-    """Tells whether a file changed: address or path, size, and hash or date. Python's own are told by size: their dates differ
-    between machines. Raises DataError."""
+def require_unchanged(found: Found) -> None:
+    """Raise DataError unless the file still is what it was when it was listed."""
+    if isinstance(found.file, RemoteFile):
+        found.file.require_unchanged()
+    elif _stamp(found.file, not Path(found.stamp[0]).is_absolute()) != found.stamp:
+        raise DataError(f"{found.file} has changed since it was listed; start again when nobody writes to it")
+
+
+def _stamp(file: DataFile, is_pythons: bool) -> list[Any]:
+    """Address or path, size, and hash or date. Python's own are told by size: their dates differ between machines."""
     if isinstance(file, RemoteFile):
         return file.stamp
-    own = sysconfig.get_path("stdlib")
     try:
         told = file.stat()
     except OSError as error:
         raise DataError(f"{file} was listed and cannot be found any more: {error.strerror}") from None
-    if file.is_relative_to(own):
-        return [str(file.relative_to(own)), told.st_size]
+    if is_pythons:
+        return [str(file.relative_to(sysconfig.get_path("stdlib"))), told.st_size]
     return [str(file.absolute()), told.st_size, told.st_mtime_ns]

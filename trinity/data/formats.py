@@ -63,10 +63,11 @@ def kind_of(file: DataFile) -> tuple[str, str]:
     return (".tar", ".gz") if last == ".tgz" else (last if last in READERS else "", packing)
 
 
-def texts(file: DataFile, field: str, is_named: bool = True) -> Iterator[str]:
-    """Documents of a file, in its order: `field` of each row that has one, or the whole of a text. Raises DataError."""
+def texts(file: DataFile, field: str, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
+    """Documents of a file, in its order: `field` of each row that has one, or the whole of a text; `left_out` counts what is
+    none, by reason. Raises DataError."""
     with _unpacked(file) as stream:
-        yield from READERS[kind_of(file)[0]](stream, field, file, is_named)
+        yield from READERS[kind_of(file)[0]](stream, field, file, is_named, left_out)
 
 
 def rows(file: DataFile) -> Iterator[tuple[str, Any]]:
@@ -110,10 +111,10 @@ def _unzstd(file: Any) -> Any:
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
 
 
-# -- readers: (stream, field, file, is_named) -> texts
+# -- readers: (stream, field, file, is_named, left_out) -> texts
 
 
-def _text(stream: Any, _: str, file: DataFile, is_named: bool) -> Iterator[str]:
+def _text(stream: Any, _: str, file: DataFile, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
     yield _decoded(_piece(stream.read, file), file)
 
 
@@ -128,11 +129,11 @@ def _decoded(data: bytes, file: DataFile) -> str:
     return text
 
 
-def _json_lines(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
-    yield from _of_rows(_rows_of_lines(stream, file), field, file)
+def _json_lines(stream: Any, field: str, file: DataFile, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
+    yield from _of_rows(_rows_of_lines(stream, file), field, file, left_out)
 
 
-def _json_file(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
+def _json_file(stream: Any, field: str, file: DataFile, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
     """Rows where they have the field. What is no JSON, or other JSON, is a text where nobody named it."""
     data = _piece(stream.read, file)
     found = tried(lambda: list(_rows_of_json(io.BytesIO(data), file)), DataError)
@@ -141,7 +142,7 @@ def _json_file(stream: Any, field: str, file: DataFile, is_named: bool) -> Itera
     ):
         yield _decoded(data, file)
         return
-    yield from _of_rows(_rows_of_json(io.BytesIO(data), file), field, file)
+    yield from _of_rows(_rows_of_json(io.BytesIO(data), file), field, file, left_out)
 
 
 def _rows_of_lines(stream: Any, file: DataFile) -> Iterator[tuple[str, Any]]:
@@ -168,12 +169,13 @@ def _json(line: bytes, where: str) -> Any:
         raise DataError(f"{where} is not valid JSON ({error}); repair or remove the line") from None
 
 
-def _of_rows(rows: Iterable[tuple[str, Any]], field: str, file: DataFile) -> Iterator[str]:
+def _of_rows(rows: Iterable[tuple[str, Any]], field: str, file: DataFile, left_out: Counter[str]) -> Iterator[str]:
     """Texts of (place, row), of rows that have one."""
     counts, names = Counter[bool](), set[str]()
     for where, row in rows:
         text = _text_of(row, field, where)
         counts[bool(text)] += 1
+        left_out[without(field)] += not text
         names |= row.keys() if len(names) < MOST_NAMES else set()
         if text:
             yield text.encode(
@@ -182,7 +184,6 @@ def _of_rows(rows: Iterable[tuple[str, Any]], field: str, file: DataFile) -> Ite
     if counts and not counts[True] and field not in names:
         found = ", ".join(sorted(names)) or "nothing"
         raise DataError(f"{file} has no text in {field!r}, only {found}; set data.text_field")
-    _say_left_out(file, counts[False], counts.total(), field)
 
 
 def _text_of(row: Any, field: str, where: str) -> str | None:
@@ -196,17 +197,17 @@ def _text_of(row: Any, field: str, where: str) -> str | None:
     return text
 
 
-def _say_left_out(file: DataFile, num_left_out: int, num: int, field: str) -> None:
-    if num_left_out:
-        say_once(f"{file}: {num_left_out:,} of {num:,} rows have no text in {field!r} and are left out")
+def without(field: str) -> str:
+    """Name of rows that are left out."""
+    return f"rows without text in {field!r}"
 
 
-def _parquet(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
-    yield from _of_tables(_parquet_tables(stream, file, field), field, file, "Parquet")
+def _parquet(stream: Any, field: str, file: DataFile, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
+    yield from _of_tables(_parquet_tables(stream, file, field), field, file, "Parquet", left_out)
 
 
-def _arrow(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
-    yield from _of_tables(_arrow_tables(stream, file, field), field, file, "Arrow")
+def _arrow(stream: Any, field: str, file: DataFile, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
+    yield from _of_tables(_arrow_tables(stream, file, field), field, file, "Arrow", left_out)
 
 
 def _parquet_tables(stream: Any, file: DataFile, field: str | None = None) -> Iterator[Any]:
@@ -229,17 +230,15 @@ def _arrow_tables(stream: Any, file: DataFile, field: str | None = None) -> Iter
     yield from (found.get_batch(i) for i in range(found.num_record_batches)) if is_file else found
 
 
-def _of_tables(tables: Iterator[Any], field: str, file: DataFile, name: str) -> Iterator[str]:
+def _of_tables(tables: Iterator[Any], field: str, file: DataFile, name: str, left_out: Counter[str]) -> Iterator[str]:
     """Texts of that column, a piece of the file at a time."""
     import pyarrow
 
-    num = num_left_out = 0
     with _readable(file, f"{name} file with text in {field!r}"):
         for table in tables:
             found = table.column(field).cast(pyarrow.large_string()).to_pylist()
-            num, num_left_out = num + len(found), num_left_out + sum(not text for text in found)
+            left_out[without(field)] += sum(not text for text in found)
             yield from filter(None, found)
-    _say_left_out(file, num_left_out, num, field)
 
 
 def _rows_of_tables(
@@ -265,20 +264,17 @@ def _check_column(field: str | None, names: list[str], file: DataFile) -> None:
         raise DataError(f"{file} has no column {field!r}, only {', '.join(names)}; set data.text_field")
 
 
-def _tar(stream: Any, field: str, file: DataFile, is_named: bool) -> Iterator[str]:
+def _tar(stream: Any, field: str, file: DataFile, is_named: bool, left_out: Counter[str]) -> Iterator[str]:
     """Samples of an archive (webdataset): its .txt files, and the field of its .json files."""
-    others = 0
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             data = archive.extractfile(member) if member.isfile() else None
             end = Path(member.name).suffix.lower()
             if data is None or end not in (".txt", ".json"):
-                others += data is not None
+                left_out["files of archives that are neither .txt nor .json"] += data is not None
                 continue
             inside = file.inside(member.name) if isinstance(file, RemoteFile) else file / member.name
-            yield from filter(None, (_json_file if end == ".json" else _text)(data, field, inside, True))
-    if others:
-        say_once(f"{file}: {others:,} files that are neither .txt nor .json are left out")
+            yield from filter(None, (_json_file if end == ".json" else _text)(data, field, inside, True, left_out))
 
 
 def _piece(read: Callable[[int], bytes], file: DataFile) -> bytes:
@@ -289,7 +285,7 @@ def _piece(read: Callable[[int], bytes], file: DataFile) -> bytes:
     return found
 
 
-Reader = Callable[[Any, str, DataFile, bool], Iterator[str]]
+Reader = Callable[[Any, str, DataFile, bool, Counter[str]], Iterator[str]]
 COLUMNS = (".parquet", ".parq", ".pq", ".arrow", ".feather", ".ipc")
 READERS: dict[str, Reader] = {
     "": _text,

@@ -7,6 +7,7 @@ see each other.
 
 import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +16,17 @@ import numpy as np
 from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
 from trinity.data.best_fit import PackedDocuments
-from trinity.data.chat_store import chat_stores
+from trinity.data.chat_store import ChatRecipe, chat_stores
 from trinity.data.dataset import Dataset, Packed, PackedDataset, Source
-from trinity.data.documents import documents, stamps
+from trinity.data.documents import Found, documents, found_by, stamps
+from trinity.data.kept import fingerprint, made_once
 from trinity.data.length_bias import drawn
 from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
 from trinity.data.rsdb import BufferedDocuments
+from trinity.data.shards import Recipe
 from trinity.data.slot_states import SlotStates
-from trinity.data.token_store import TokenStore, fingerprint, logger, made_once, token_stores
+from trinity.data.token_store import TextRecipe, TokenStore, logger, shards_folder, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
@@ -76,6 +79,19 @@ def _packed(
     if not held_out.num_sequences:
         logger.warning("%d held-out tokens are no sequence of %d: no validation", len(val_store.tokens), train.seq_len)
     return packed, held_out
+
+
+def recipes(
+    data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: str | Path
+) -> Iterator[tuple[Recipe, list[Found], Path]]:
+    """Work that `prepare` will do, for who does it beforehand (actors/jobs/tokenise.py), of each source: how, which files, and
+    the folder of their shards. Raises as `prepare` does."""
+    folder = Path(out_dir) / "data"
+    tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
+    for part in data.parts:
+        kind = ChatRecipe if part.format == "chats" else TextRecipe
+        files = [each for pattern in (*part.train, *part.val) for each in found_by(pattern)]
+        yield kind(part, tokenizer), files, shards_folder(part, folder)
 
 
 def _in_training(

@@ -160,7 +160,7 @@ def has_magic(pattern: str) -> bool:
 
 
 def _first_magic(pattern: str) -> int:
-    """Where the first wildcard is; `?` begins a query in addresses of the web."""
+    """Place of the first wildcard; `?` begins a query in addresses of the web."""
     signs = "*[" if pattern.startswith("http") else "*?["
     return min((at for at in map(pattern.find, signs) if at >= 0), default=len(pattern))
 
@@ -196,7 +196,7 @@ def _system(address: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What fsspec's client of the web lacks: proxies, and a limit for each pause of an answer instead of one for all of it."""
+    """Options that fsspec's client of the web lacks: proxies, and a limit for each pause, not for all of an answer."""
     if protocol not in ("http", "https"):
         return {}
     import aiohttp
@@ -207,7 +207,7 @@ def _options(protocol: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _reads_ranges(address: str) -> bool:
-    """Whether it can be read from any place: a server of the web that takes no ranges sends the whole of a file instead."""
+    """Ask whether it can be read from any place: a server of the web that takes no ranges sends the whole of a file instead."""
     if not address.startswith("http"):
         return True
     system, path = _system(address)

@@ -1,33 +1,36 @@
-"""Documents as tokens on disk, tokenised once.
+"""Documents as tokens on disk, in one order over the shards of all files (shards.py).
 
-Legend: N documents, P pieces.
+Legend: N documents, H shards.
 
 Decisions.
-- Documents are bos, text, eos, laid end to end in one uint32 array, in the order of seeded hashes of their content: shuffled,
-  and the same however files are called, listed and cut. `content` tells two stores apart; a run goes on with its own alone.
-- What is prepared lies in a folder named by a fingerprint of everything it was made from, is renamed into place when
-  complete, and is made once: other processes wait for a file lock, and where locks do not work the first rename wins.
+- Documents are bos, text, eos, in the order of seeded hashes of their content: shuffled, and the same however files are called,
+  listed and cut. `content` tells two stores apart; a run goes on with its own alone.
+- What is made here is the order only: where each document begins in the shards, whose tokens are not copied. A store of an
+  older release, which holds its tokens itself, is read as it is.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import shutil
-import uuid
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from trinity.config import DataConfig
-from trinity.data.documents import documents, stamps
+from trinity.data.documents import Found, found_by, say_left_out, texts_of
+from trinity.data.kept import fingerprint, made_once
+from trinity.data.shards import TOKENS, TRAINED, Gathered, Order, Recipe, Shard, damaged, keys_of, mapped
 from trinity.errors import DataError
 from trinity.text.tokenizer import Tokenizer, cut
 
-FORMAT = 2  # of the stores on disk; part of every fingerprint
 BATCH_CHARS = 4 << 20  # tokenised at a time; longer documents in pieces, so that memory stays bounded
+CHUNK = 1 << 22  # tokens hashed at a time
 
 
 logger = logging.getLogger(__name__)
@@ -37,43 +40,143 @@ class TokenStore:
     """Tokenised documents in `folder`: `tokens` uint32 (memory-mapped), document n at starts_N[n] : starts_N[n + 1]; `trained`
     bool says of each whether it is a target, None: all are."""
 
+    tokens: Any
+    trained: Any
+
     def __init__(self, folder: Path):
         try:
-            self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-            self.starts_N = np.load(folder / "starts.npy")
+            self.starts_N = np.asarray(np.load(folder / "starts.npy", mmap_mode="r"))
             self.content = (folder / "content").read_text() if (folder / "content").is_file() else ""
-            has_some = (folder / "trained.npy").is_file()
-            self.trained = np.load(folder / "trained.npy", mmap_mode="r") if has_some else None
-        except (OSError, ValueError) as error:
-            raise DataError(f"prepared data in {folder} is damaged ({error}); delete that folder") from None
+            self.tokens, self.trained = _sides(folder, self.starts_N)
+        except (OSError, ValueError, KeyError) as error:
+            raise damaged(folder, error) from None
+
+
+def _sides(folder: Path, starts_N: np.ndarray) -> tuple[Any, Any]:
+    """(tokens, trained) of a store whose tokens lie in shards, or beside it."""
+    if (folder / "places.npy").is_file():
+        places_N = np.asarray(np.load(folder / "places.npy", mmap_mode="r"))
+        shards = json.loads((folder.parent / "shards.json").read_text())
+        sides = [TOKENS, TRAINED] if shards[0]["has_trained"] else [TOKENS]
+        found = [[mapped(folder.parent / each["folder"], side, each["tokens"]) for each in shards] for side in sides]
+        gathered = [Gathered(parts, starts_N, places_N) for parts in found]
+        return gathered[0], gathered[1] if len(gathered) > 1 else None
+    has_some = (folder / "trained.npy").is_file()
+    return (
+        np.load(folder / "tokens.npy", mmap_mode="r"),
+        np.load(folder / "trained.npy", mmap_mode="r") if has_some else None,
+    )
+
+
+class Source(NamedTuple):
+    """Files that one pattern means, as shards."""
+
+    pattern: str
+    shards: list[Shard]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        left_out = sum((shard.left_out for shard in self.shards), Counter[str]())
+        num = sum(len(shard.lengths_N) for shard in self.shards)
+        return {"source": self.pattern, "files": len(self.shards), "documents": num, "left_out": left_out}
+
+
+class TextRecipe(Recipe):
+    """Texts, each between bos and eos."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer):
+        self.field, self.most, self.tokenizer = data.text_field, data.max_documents, tokenizer
+
+    @cached_property
+    def facts(self) -> list[Any]:
+        return ["text", self.field, self.most, fingerprint(self.tokenizer.to_json()), self.tokenizer.bos_id]
+
+    def write(self, found: Found, to: Path) -> tuple[Sequence[int], Sequence[int], Counter[str]]:
+        left_out = Counter[str]()
+        texts = islice(texts_of(found, self.field, left_out), self.most)
+        return *_tokenise(texts, self.tokenizer, to / TOKENS[0]), left_out
 
 
 def token_stores(
     patterns: Sequence[str], data: DataConfig, tokenizer: Tokenizer, val_fraction: float, seed: int, folder: Path
 ) -> tuple[TokenStore, TokenStore]:
     """-> (train, held out), tokenised into `folder` unless they are there already. Raises DataError."""
-    facts = [stamps(patterns), data.text_field, data.max_documents, tokenizer.to_json(), val_fraction, seed]
+    found = {pattern: found_by(pattern) for pattern in patterns}
+    stamps = [each.stamp for pattern in patterns for each in found[pattern]]
+    facts = [stamps, data.text_field, data.max_documents, tokenizer.to_json(), val_fraction, seed]
     facts += ["without bos"] if tokenizer.bos_id is None else []
-    texts = documents(patterns, data.text_field, data.max_documents)
-    before = folder / f"tokens-{fingerprint(*facts, form=1)}"  # of a run that began when documents had another order
-    name = before.name if before.is_dir() else f"tokens-{fingerprint(*facts)}"
-    done = made_once(folder / name, lambda to: _build(to, texts, tokenizer, val_fraction, seed))
-    return TokenStore(done / "train"), TokenStore(done / "val")
+    recipe = TextRecipe(data, tokenizer)
+    for form in (1, 2):  # of a run that began with an older release
+        if (before := folder / f"tokens-{fingerprint(*facts, form=form)}").is_dir():
+            return TokenStore(before / "train"), TokenStore(before / "val")
+    done = made_once(
+        folder / f"tokens-{fingerprint(*facts)}",
+        lambda to: write_order(to, _sources(found, recipe, data, folder), val_fraction, seed, data.max_documents),
+    )
+    return opened_stores(done)
 
 
-def _build(folder: Path, texts: Iterator[str], tokenizer: Tokenizer, val_fraction: float, seed: int) -> None:
-    """Tokenise in the order of reading, then write the shuffled documents of each part."""
-    raw = folder / "raw.bin"
-    starts_N, keys_N = _tokenise(texts, tokenizer, seed, raw)
-    tokens = np.memmap(raw, np.uint32, "r")
+def opened_stores(folder: Path) -> tuple[TokenStore, TokenStore]:
+    """The two sides of a store; says what was left out of it."""
+    for note in json.loads((folder / "skipped.json").read_text()):
+        say_left_out(note["source"], Counter(note["left_out"]))
+    return TokenStore(folder / "train"), TokenStore(folder / "val")
+
+
+def shards_folder(data: DataConfig, folder: Path) -> Path:
+    return Path(data.cache or folder / "shards")
+
+
+def _sources(found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig, folder: Path) -> Iterator[Source]:
+    """Shards of the files, made unless they are there; no more files than `data.max_documents` needs."""
+    room = data.max_documents
+    for pattern, files in found.items():
+        shards = []
+        for each in files if room is None or room > 0 else ():
+            shards.append(recipe.made(each, shards_folder(data, folder)))
+            room = None if room is None else room - len(shards[-1].lengths_N)
+            if room is not None and room <= 0:
+                break
+        yield Source(pattern, shards)
+
+
+def write_order(
+    folder: Path, sources: Iterable[Source], val_fraction: float, seed: int, most: int | None = None, what: str = "text"
+) -> None:
+    """Write the order of the documents of each side, `most` of all at most, and what was left out. Raises DataError."""
+    sources = list(sources)
+    shards = [shard for source in sources for shard in source.shards]
+    lengths_N = np.concatenate([np.empty(0, np.int64), *(shard.lengths_N for shard in shards)])
+    digests_N = np.concatenate([np.empty(0, np.uint64), *(shard.digests_N for shard in shards)])
+    if not len(digests_N):
+        raise DataError(f"the data holds no {what}; check data.train and data.val")
+    keys_N = keys_of(digests_N[:most], seed)
     order_N = np.argsort(keys_N, kind="stable")
     held_N = split(keys_N, val_fraction)[order_N]
+    at = [_entry(shard, folder) for shard in shards]
+    (folder / "shards.json").write_text(json.dumps(at, indent=1))
+    (folder / "skipped.json").write_text(json.dumps([source.note for source in sources], indent=1))
     for name, chosen in (("train", order_N[~held_N]), ("val", order_N[held_N])):
-        documents = (tokens[starts_N[n] : starts_N[n + 1]] for n in chosen)
-        write_documents(folder / name, documents, np.diff(starts_N)[chosen])
-    raw.unlink()
-    facts = {"documents": len(keys_N), "held_out_documents": int(held_N.sum()), "tokens": len(tokens)}
-    (folder / "store.json").write_text(json.dumps(facts))
+        _write_side(folder / name, Order.of(lengths_N, chosen))
+
+
+def _entry(shard: Shard, store: Path) -> dict[str, Any]:
+    """A shard as a store names it: below the run's folder by its way from here, so that this may be moved; else in full."""
+    is_own = shard.folder.is_relative_to(store.parent)
+    at = os.path.relpath(shard.folder, store) if is_own else str(shard.folder.absolute())
+    return {"folder": at, "tokens": shard.num_tokens, "has_trained": shard.has_trained}
+
+
+def _write_side(folder: Path, order: Order) -> None:
+    folder.mkdir()
+    np.save(folder / "starts.npy", order.starts_N)
+    np.save(folder / "places.npy", order.places_N)
+    content = hashlib.blake2b(order.starts_N.tobytes(), digest_size=16)
+    store = TokenStore(folder)
+    for side in filter(lambda side: side is not None, (store.tokens, store.trained)):
+        for begin in range(0, len(side), CHUNK):
+            content.update(side[begin : begin + CHUNK].data)
+    (folder / "content").write_text(content.hexdigest())
 
 
 def split(keys_N: np.ndarray, val_fraction: float) -> np.ndarray:
@@ -90,18 +193,18 @@ def split(keys_N: np.ndarray, val_fraction: float) -> np.ndarray:
 class _Piece(NamedTuple):
     text: str
     is_first: bool
-    key: int | None  # the document's hash, with its last piece
+    digest: int | None  # of the document, with its last piece
 
 
-def _pieces(texts: Iterator[str], seed: int) -> Iterator[_Piece]:
+def _pieces(texts: Iterator[str]) -> Iterator[_Piece]:
     for text in texts:
         *rest, last = (_Piece(piece, i == 0, None) for i, piece in enumerate(cut(text)))
-        yield from (*rest, last._replace(key=_key(text, seed)))
+        yield from (*rest, last._replace(digest=_digest(text)))
 
 
-def _key(text: str, seed: int) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=(seed % 2**64).to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little")
+def _digest(text: str) -> int:
+    """A hash of the text, 64 bits; by an older release's salt, 0, so that its orders stay."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=bytes(8)).digest(), "little")
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
@@ -116,21 +219,19 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _tokenise(texts: Iterator[str], tokenizer: Tokenizer, seed: int, raw: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Write all tokens to `raw`; -> starts_N (N + 1 of them) and keys_N."""
-    ends, keys = [0], []
+def _tokenise(texts: Iterator[str], tokenizer: Tokenizer, raw: Path) -> tuple[list[int], list[int]]:
+    """Write all tokens to `raw`; -> lengths_N and digests_N."""
+    ends, digests = [0], list[int]()
     begin, end = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
     with raw.open("wb") as out:
-        for batch in _batches(_pieces(texts, seed)):
+        for batch in _batches(_pieces(texts)):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-                bos, eos = begin * piece.is_first, end * (piece.key is not None)
+                bos, eos = begin * piece.is_first, end * (piece.digest is not None)
                 np.array(bos + ids + eos, np.uint32).tofile(out)
-                if piece.key is not None:
+                if piece.digest is not None:
                     ends.append(out.tell() // 4)
-                    keys.append(piece.key)
-    if not keys:
-        raise DataError("the data holds no text: every document is empty; check data.train and data.val")
-    return np.array(ends, np.int64), np.array(keys, np.uint64)
+                    digests.append(piece.digest)
+    return [b - a for a, b in pairwise(ends)], digests
 
 
 def write_documents(
@@ -154,28 +255,3 @@ def _write(file: Path, kind: str, pieces: Iterable[np.ndarray], num: int, told: 
         for piece in pieces:
             told(np.ascontiguousarray(piece).data)
             piece.tofile(out)
-
-
-def fingerprint(*facts: Any, form: int = FORMAT) -> str:
-    return hashlib.sha256(json.dumps([form, *facts]).encode()).hexdigest()[:16]
-
-
-def made_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, complete: built beside it and renamed, unless it exists. Raises DataError when it cannot be written."""
-    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():
-                scratch.mkdir()
-                build(scratch)
-                scratch.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process, without locks, was faster
-            raise DataError(
-                f"cannot write prepared data to {folder} ({error}); free space or set train.out_dir"
-            ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder

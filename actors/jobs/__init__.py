@@ -1,0 +1,1 @@
+"""Jobs of Ray Data: the only place that says `ray.data`."""

@@ -1,0 +1,78 @@
+"""Tokenising on a cluster: the shards of a single process, bit for bit; what is there is not made again; errors are ours."""
+
+import gzip
+import json
+
+import pytest
+
+from actors.cluster import joined
+from actors.jobs.tokenise import tokenise
+from trinity.config import ClusterConfig, DataConfig, TrainConfig, preset
+from trinity.data import prepare as preparing
+from trinity.errors import DataError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    with joined(ClusterConfig(num_cpus=2)):
+        yield
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """(data, train, model) of four files of different kinds."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"row {n} " * 30}) + "\n" for n in range(40)]
+    (folder / "a.jsonl").write_text("".join(lines[:20]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join([*lines[20:], '{"id": 1}\n']).encode()))
+    (folder / "c.txt").write_text("one document " * 100)
+    (folder / "d.txt").touch()
+    return DataConfig(train=(str(folder),), val_fraction=0.1), TrainConfig(seq_len=16), preset("tiny")
+
+
+def made(settings, out_dir):
+    """Tokenise on the cluster; -> how many shards were made."""
+    told = []
+    for recipe, files, folder in preparing.recipes(*settings, out_dir):
+        tokenise(recipe, files, folder, lambda *numbers: told.append(numbers))
+    assert told == [(n, len(told)) for n in range(1, len(told) + 1)]
+    return len(told)
+
+
+def bytes_of(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_shards_are_those_of_one_process_and_made_once(settings, tmp_path, monkeypatch):
+    assert made(settings, tmp_path / "cluster") == 4
+    alone = preparing.prepare(*settings, tmp_path / "alone")
+    shards = bytes_of(tmp_path / "cluster" / "data" / "shards")
+    assert shards == bytes_of(tmp_path / "alone" / "data" / "shards")
+    assert made(settings, tmp_path / "cluster") == 0
+
+    first, *_ = (tmp_path / "cluster" / "data" / "shards").glob("shard-*")
+    first.rename(tmp_path / "lost")  # as after a kill: each is whole or not there
+    (tmp_path / "corpus" / "e.txt").write_text("one more " * 30)
+    assert made(settings, tmp_path / "cluster") == 2
+    assert shards.items() <= bytes_of(tmp_path / "cluster" / "data" / "shards").items()
+
+    monkeypatch.setattr("trinity.data.token_store._tokenise", lambda *_: pytest.fail("tokenised again"))
+    (tmp_path / "corpus" / "e.txt").unlink()
+    again = preparing.prepare(*settings, tmp_path / "cluster")
+    assert again.train.store.content == alone.train.store.content
+
+
+def test_a_file_that_cannot_be_read_is_named(settings, tmp_path):
+    (tmp_path / "corpus" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    data = settings[0].model_copy(update={"tokenizer": str(_tokenizer(settings, tmp_path))})
+    with pytest.raises(DataError, match=r"bad.jsonl:2 is not valid JSON .*; repair or remove the line"):
+        made((data, *settings[1:]), tmp_path / "out")
+    assert not list((tmp_path / "out" / "data" / "shards").glob(".shard-*")), "no half of one"
+
+
+def _tokenizer(settings, tmp_path):
+    """A tokenizer of the good files."""
+    data = DataConfig(train=(str(tmp_path / "corpus" / "a.jsonl"),))
+    preparing.prepare(data, *settings[1:], tmp_path / "tokenizer").tokenizer.save(tmp_path / "saved")
+    return tmp_path / "saved"

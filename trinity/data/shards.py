@@ -1,0 +1,153 @@
+"""Tokenised files: a shard each, made once and kept, so that a file that is added is tokenised alone.
+
+Legend: N documents of a shard, H shards.
+Decisions. A shard is named by what its tokens depend on: the file as it was listed, how it is read, and the tokenizer; neither
+the run's seed nor other files are among that. Documents lie in the order of the file, with a digest of each. What was left out
+is counted in it. A file that changes while it is read makes none.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trinity.data.documents import Found, require_unchanged
+from trinity.data.kept import fingerprint, made_once
+from trinity.errors import DataError
+
+TOKENS, TRAINED = ("tokens.bin", np.uint32), ("trained.bin", np.bool_)
+
+
+class Recipe(ABC):
+    """A way to make a shard of a file."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> list[Any]:
+        """Facts that the tokens depend on, besides the file."""
+
+    @abstractmethod
+    def write(self, found: Found, to: Path) -> tuple[Sequence[int], Sequence[int], Counter[str]]:
+        """Write TOKENS, and TRAINED where it is wanted; -> lengths_N, digests_N, and what was left out."""
+
+    def place(self, found: Found, folder: Path) -> Path:
+        """Place of the shard of a file in `folder`, once it is made."""
+        return folder / f"shard-{fingerprint(*self.facts, found.facts)}"
+
+    def made(self, found: Found, folder: Path, one_at_a_time: bool = True) -> "Shard":
+        """The shard of a file, made now unless it is there. Raises DataError."""
+        return Shard(made_once(self.place(found, folder), partial(self._build, found), one_at_a_time))
+
+    def _build(self, found: Found, to: Path) -> None:
+        lengths, digests, left_out = self.write(found, to)
+        require_unchanged(found)
+        np.save(to / "lengths.npy", np.array(lengths, np.int64))
+        np.save(to / "digests.npy", np.array(digests, np.uint64))
+        facts = {"stamp": found.stamp, "facts": self.facts, "documents": len(lengths), "left_out": left_out}
+        (to / "shard.json").write_text(json.dumps(facts, indent=2))
+
+
+class Shard:
+    """The documents of a file on disk: lengths_N, digests_N (64-bit hashes of them), `left_out`: reason -> number."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.lengths_N, self.digests_N = np.load(folder / "lengths.npy"), np.load(folder / "digests.npy")
+            self.left_out = Counter(json.loads((folder / "shard.json").read_text())["left_out"])
+            self.has_trained = (folder / TRAINED[0]).is_file()
+        except (OSError, ValueError, KeyError) as error:
+            raise damaged(folder, error) from None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths_N.sum())
+
+
+def damaged(folder: Path, error: object) -> DataError:
+    return DataError(f"prepared data in {folder} is damaged ({error}); delete that folder")
+
+
+def mapped(folder: Path, what: tuple[str, Any], num: int) -> np.ndarray:
+    """The tokens of a shard, `num` of them, or whether they are trained; memory-mapped. Raises DataError."""
+    name, kind = what
+    try:
+        found = np.asarray(np.memmap(folder / name, kind, "r")) if num else np.empty(0, kind)
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from None
+    if len(found) != num:
+        raise damaged(folder, f"{name} has {len(found):,} entries for {num:,}")
+    return found
+
+
+def keys_of(digests_N: np.ndarray, seed: int) -> np.ndarray:
+    """Keys that the documents are ordered by, uint64: for seed 0 the digests, else a mixture of both (splitmix64's)."""
+    if not seed:
+        return digests_N
+    salt = int.from_bytes(hashlib.blake2b((seed % 2**64).to_bytes(8, "little"), digest_size=8).digest(), "little")
+    mixed = digests_N ^ np.uint64(salt)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    keys: np.ndarray = mixed ^ (mixed >> np.uint64(31))
+    return keys
+
+
+class Gathered:
+    """Documents that lie in several arrays, as if end to end in one: document n is starts_N[n] : starts_N[n + 1] of this, and
+    begins at places_N[n] of `parts`, end to end. Read by slices, and by integer arrays, of which runs are read at once."""
+
+    def __init__(self, parts: Sequence[np.ndarray], starts_N: np.ndarray, places_N: np.ndarray):
+        self._parts, self._starts_N, self._places_N = parts, starts_N, places_N
+        self._begins_H = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self._starts_N[-1])
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        if isinstance(at, slice):
+            begin, end, step = at.indices(len(self))
+            return self._run(begin, max(begin, end))[::step]
+        places = np.asarray(at)
+        flat = places.ravel()
+        runs = np.flatnonzero(np.diff(flat, prepend=-2, append=-2) != 1)
+        begins, nums = flat[runs[:-1]].tolist(), np.diff(runs).tolist()
+        found = [self._run(begin, begin + num) for begin, num in zip(begins, nums, strict=True)]
+        return np.concatenate([*found, np.empty(0, self.dtype)]).reshape(places.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype)
+
+    def _run(self, begin: int, end: int) -> np.ndarray:
+        """Entries begin : end, which may be of many documents."""
+        if not 0 <= begin <= end <= len(self):
+            raise IndexError(f"{begin}:{end} of {len(self)}")
+        first = int(np.searchsorted(self._starts_N, begin, "right")) - 1
+        last = int(np.searchsorted(self._starts_N, end, "left"))
+        pieces = [np.empty(0, self.dtype)]
+        starts, places = self._starts_N[first : last + 1].tolist(), self._places_N[first:last]
+        parts = np.searchsorted(self._begins_H[1:-1], places, "right")
+        for n, (part, inside) in enumerate(zip(parts.tolist(), (places - self._begins_H[parts]).tolist(), strict=True)):
+            skipped = max(begin - starts[n], 0)
+            pieces.append(self._parts[part][inside + skipped : inside + min(end, starts[n + 1]) - starts[n]])
+        return np.concatenate(pieces)
+
+
+class Order(NamedTuple):
+    """Documents of shards in one order: starts_N (N + 1 of them), and the places_N of each in the shards, end to end."""
+
+    starts_N: np.ndarray
+    places_N: np.ndarray
+
+    @classmethod
+    def of(cls, lengths_N: np.ndarray, chosen: np.ndarray) -> "Order":
+        """Order of the documents with these numbers, of all that have these lengths."""
+        ends_N = np.cumsum(lengths_N)
+        starts = np.concatenate([[0], np.cumsum(lengths_N[chosen])]).astype(np.int64)
+        return cls(starts, (ends_N - lengths_N)[chosen].astype(np.int64))
