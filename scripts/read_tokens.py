@@ -16,7 +16,7 @@ import numpy as np
 from trinity.data.dataset import PackedDataset
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.shards import TOKENS, Shard
-from trinity.data.token_store import Source, TokenStore, write_documents, write_order
+from trinity.data.token_store import SourceShards, TokenStore, write_documents, write_order
 
 BATCH = 16
 
@@ -53,7 +53,7 @@ def main() -> None:
         shards = [shard_of(folder / f"shard-{n}", each, rng) for n in range(settings.shards)]
         start = time.process_time()
         (folder / "store").mkdir()
-        write_order(folder / "store", [Source("", shards)], 0.0, 0)
+        write_order(folder / "store", [SourceShards("", shards)], 0.0, 0)
         took = time.process_time() - start
         store = TokenStore(folder / "store" / "train")
         pieces = [store.tokens[a:b] for a, b in pairwise(store.starts_N)]

@@ -17,9 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.object_store import object_store
+from trinity.config import DataConfig, TrainConfig, preset
 from trinity.data import remote
 from trinity.data.documents import documents, files, stamps
+from trinity.data.prepare import prepare
 from trinity.errors import DataError, Unavailable
+from trinity.text.tokenizer import Tokenizer
 
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in ("one", None, "two")).encode()
 
@@ -91,7 +94,7 @@ def root(request, store, tmp_path):
         return "s3://bucket/data"
     if request.param == "http":
         return f"{store.url}/bucket/data/"
-    folder = f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path}"
+    folder = f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path}/there"
     system, path = fsspec.core.url_to_fs(folder)
     for name, data in TREE.items():
         system.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
@@ -251,3 +254,37 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
     with pytest.raises(DataError, match=r"s3:// that is not installed: pip install 'trinity-moe\[data\]'"):
         files("s3://bucket/data")
+
+
+def prepared(address, out_dir, tmp_path):
+    """What is prepared of an address with a tokenizer of its own."""
+    if not (tmp_path / "tokenizer").exists():
+        Tokenizer.train(iter(TEXTS), 300).save(tmp_path / "tokenizer")
+    data = DataConfig(train=(address,), tokenizer=str(tmp_path / "tokenizer"), val_fraction=0.1)
+    return prepare(data, TrainConfig(seq_len=2), preset("tiny"), out_dir).train.store.content
+
+
+def test_a_run_of_an_address_is_that_of_the_files(root, tmp_path):
+    (tmp_path / "here" / "g").mkdir(parents=True)
+    for name, data in TREE.items():
+        (tmp_path / "here" / name).write_bytes(data)
+    assert prepared(root, tmp_path / "out", tmp_path) == prepared(str(tmp_path / "here"), tmp_path / "other", tmp_path)
+
+
+def test_prepared_data_need_no_store(store, served, tmp_path):
+    """A worker that starts again asks for the list of files, and goes on when nobody answers."""
+    content = prepared(served, tmp_path / "out", tmp_path)
+    store.faults.extend([503] * 10_000)
+    assert prepared(served, tmp_path / "out", tmp_path) == content
+    with pytest.raises(Unavailable):
+        prepared(served, tmp_path / "other", tmp_path)
+    store.faults.clear()
+    store.put("/bucket/data/a.jsonl", LINES * 2)
+    assert prepared(served, tmp_path / "out", tmp_path) != content
+
+
+def test_a_file_that_changes_after_it_was_listed_makes_no_shard(store, served, tmp_path):
+    store.when_read["/bucket/data/a.jsonl"] = LINES.replace(b"one", b"eno")
+    with pytest.raises(DataError, match=r"a.jsonl has changed since it was listed"):
+        prepared(served, tmp_path / "out", tmp_path)
+    assert not list((tmp_path / "out" / "data").rglob("shard-*"))

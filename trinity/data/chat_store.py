@@ -13,11 +13,12 @@ import numpy as np
 from trinity.config import DataConfig
 from trinity.data.chat_tokens import Example, control_in, examples
 from trinity.data.chats import Conversation
-from trinity.data.documents import Found, found_by
+from trinity.data.documents import Found
 from trinity.data.formats import rows
 from trinity.data.kept import fingerprint, made_once
+from trinity.data.listing import listed
 from trinity.data.shards import TOKENS, TRAINED, Recipe
-from trinity.data.token_store import Source, TokenStore, opened_stores, shards_folder, write_order
+from trinity.data.token_store import SourceShards, TokenStore, opened_stores, shards_folder, write_order
 from trinity.text.tokenizer import Tokenizer
 
 
@@ -59,7 +60,7 @@ def chat_stores(
     patterns: Sequence[str], data: DataConfig, tokenizer: Tokenizer, val_fraction: float, seed: int, folder: Path
 ) -> tuple[TokenStore, TokenStore]:
     """-> (train, held out): examples of the conversations in these files, unless they are there already. Raises DataError."""
-    found = {pattern: found_by(pattern) for pattern in patterns}
+    found = listed(patterns, folder)
     stamps = [each.stamp for pattern in patterns for each in found[pattern]]
     facts: list[Any] = [
         "chats",
@@ -76,7 +77,7 @@ def chat_stores(
 
     def build(to: Path) -> None:
         at = shards_folder(data, folder)
-        sources = (Source(pattern, [recipe.made(each, at) for each in files]) for pattern, files in found.items())
+        sources = (SourceShards(pattern, [recipe.made(each, at) for each in files]) for pattern, files in found.items())
         write_order(to, sources, val_fraction, seed, what="conversation with an answer to train on")
 
     return opened_stores(made_once(folder / f"chats-{fingerprint(*facts)}", build))

@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from trinity.config import DataConfig, ModelConfig, TrainConfig
 from trinity.data.best_fit import PackedDocuments
 from trinity.data.chat_store import ChatRecipe, chat_stores
 from trinity.data.dataset import Dataset, Packed, PackedDataset, Source
-from trinity.data.documents import Found, documents, found_by, stamps
+from trinity.data.documents import Found, documents
 from trinity.data.kept import fingerprint, made_once
 from trinity.data.length_bias import drawn
+from trinity.data.listing import listed
 from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
 from trinity.data.rsdb import BufferedDocuments
@@ -90,7 +91,7 @@ def recipes(
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
     for part in data.parts:
         kind = ChatRecipe if part.format == "chats" else TextRecipe
-        files = [each for pattern in (*part.train, *part.val) for each in found_by(pattern)]
+        files = [each for found in listed((*part.train, *part.val), folder).values() for each in found]
         yield kind(part, tokenizer), files, shards_folder(part, folder)
 
 
@@ -116,7 +117,7 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
             "chats need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
         )
     if source is None:
-        facts = [fact for part in texts for fact in (stamps(part.train), part.text_field, part.max_documents)]
+        facts = [fact for part in texts for fact in (_stamps(part, folder), part.text_field, part.max_documents)]
         found = itertools.chain.from_iterable(documents(p.train, p.text_field, p.max_documents) for p in texts)
         name = f"tokenizer-{fingerprint(*facts, model.vocab_size)}"
         source = str(made_once(folder / name, lambda to: Tokenizer.train(found, model.vocab_size).save(to)))
@@ -131,6 +132,11 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
     _require_same("bos", tokenizer.bos_id, model.bos_token_id)
     _require_same("eos", tokenizer.eos_id, model.document_eos_id)
     return tokenizer
+
+
+def _stamps(data: DataConfig, folder: Path) -> list[list[Any]]:
+    """Stamps that tell whether the files of a source have changed."""
+    return [each.stamp for files in listed(data.train, folder).values() for each in files]
 
 
 def _require_same(kind: str, found: int | None, wanted: int | None) -> None:

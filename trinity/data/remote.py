@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -177,8 +178,9 @@ def _files(system: Any, infos: Mapping[str, Mapping[str, Any]]) -> Iterator[Remo
 
 
 def _file(system: Any, path: str, info: Mapping[str, Any]) -> RemoteFile:
-    mark = next((str(info[key]) for key in MARKS if info.get(key)), "")
-    return RemoteFile(system.unstrip_protocol(path), info.get("size"), mark)
+    mark = next((info[key] for key in MARKS if info.get(key)), "")
+    mark = mark.timestamp() if isinstance(mark, datetime) else mark  # which lists have as a number
+    return RemoteFile(system.unstrip_protocol(path), info.get("size"), str(mark))
 
 
 def _system(address: str) -> tuple[Any, str]:

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trinity.config import DataConfig
-from trinity.data.documents import Found, found_by, say_left_out, texts_of
+from trinity.data.documents import Found, say_left_out, texts_of
 from trinity.data.kept import fingerprint, made_once
+from trinity.data.listing import listed
 from trinity.data.shards import TOKENS, TRAINED, Gathered, Order, Recipe, Shard, damaged, keys_of, mapped
 from trinity.errors import DataError
 from trinity.text.tokenizer import Tokenizer, cut
@@ -68,7 +69,7 @@ def _sides(folder: Path, starts_N: np.ndarray) -> tuple[Any, Any]:
     )
 
 
-class Source(NamedTuple):
+class SourceShards(NamedTuple):
     """Files that one pattern means, as shards."""
 
     pattern: str
@@ -101,7 +102,7 @@ def token_stores(
     patterns: Sequence[str], data: DataConfig, tokenizer: Tokenizer, val_fraction: float, seed: int, folder: Path
 ) -> tuple[TokenStore, TokenStore]:
     """-> (train, held out), tokenised into `folder` unless they are there already. Raises DataError."""
-    found = {pattern: found_by(pattern) for pattern in patterns}
+    found = listed(patterns, folder)
     stamps = [each.stamp for pattern in patterns for each in found[pattern]]
     facts = [stamps, data.text_field, data.max_documents, tokenizer.to_json(), val_fraction, seed]
     facts += ["without bos"] if tokenizer.bos_id is None else []
@@ -127,7 +128,7 @@ def shards_folder(data: DataConfig, folder: Path) -> Path:
     return Path(data.cache or folder / "shards")
 
 
-def _sources(found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig, folder: Path) -> Iterator[Source]:
+def _sources(found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig, folder: Path) -> Iterator[SourceShards]:
     """Shards of the files, made unless they are there; no more files than `data.max_documents` needs."""
     room = data.max_documents
     for pattern, files in found.items():
@@ -137,11 +138,11 @@ def _sources(found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig
             room = None if room is None else room - len(shards[-1].lengths_N)
             if room is not None and room <= 0:
                 break
-        yield Source(pattern, shards)
+        yield SourceShards(pattern, shards)
 
 
 def write_order(
-    folder: Path, sources: Iterable[Source], val_fraction: float, seed: int, most: int | None = None, what: str = "text"
+    folder: Path, sources: Iterable[SourceShards], val_fraction: float, seed: int, most: int | None = None, what: str = "text"
 ) -> None:
     """Write the order of the documents of each side, `most` of all at most, and what was left out. Raises DataError."""
     sources = list(sources)
