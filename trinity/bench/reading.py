@@ -1,6 +1,6 @@
 """`trinity bench reading`: how fast one core reads packed batches, how full they are, and what an order costs.
 
-Decisions: documents of a log-normal mix of lengths, whose tokens lie in a file as those of a run do; batches are read as one
+Decisions: documents of a log-normal mix of lengths, whose tokens lie in shards as those of a run do; batches are read as one
 worker reads them, whole steps, micro-batch by micro-batch; seconds are those of this thread's processor, in turns, the median
 of rounds. No model: what is measured must keep one fed.
 """
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from trinity.data.token_store import TokenStore
 
 USUAL: dict[str, Any] = {"documents": 100_000, "seq_len": 4096, "global_batch": 192, "rounds": 5, "replayed": 50_000}
-QUICK: dict[str, Any] = {"documents": 300, "seq_len": 256, "global_batch": 16, "rounds": 1, "replayed": 20}
+USUAL |= {"shards": 64}
+QUICK: dict[str, Any] = {"documents": 300, "shards": 3, "seq_len": 256, "global_batch": 16, "rounds": 1, "replayed": 20}
 MICRO, MEAN_LOG, SIGMA, LONGEST = 8, 6.0, 1.0, 100_000  # median 403 tokens, mean 665
 ORDER = 2_000_000_000
 
@@ -32,6 +33,7 @@ ORDER = 2_000_000_000
 def flags(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("documents", "of the store"),
+        ("shards", "that hold them; 0: one array, as older releases made"),
         ("seq_len", "tokens of a sequence"),
         ("global_batch", "sequences of a step"),
         ("rounds", "of each packing"),
@@ -43,21 +45,40 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> Report:
     given = {**(QUICK if arguments.quick else USUAL), **{k: v for k, v in vars(arguments).items() if v is not None}}
     with tempfile.TemporaryDirectory() as folder:
-        datasets = _datasets(_store(Path(folder), given["documents"]), given)
+        datasets = _datasets(_store(Path(folder), given["documents"], given["shards"]), given)
         rates = _rates(datasets, given)
         replayed = _replayed(datasets["rsdb"], given["replayed"])
     return _report(given, datasets, rates, replayed)
 
 
-def _store(folder: Path, num: int) -> "TokenStore":
-    from trinity.data.token_store import TokenStore, write_documents
+def _store(folder: Path, num: int, num_shards: int) -> "TokenStore":
+    from trinity.data.shards import Shard
+    from trinity.data.token_store import SourceShards, TokenStore, write_documents, write_order
 
     rng = np.random.default_rng(0)
     lengths_N = rng.lognormal(MEAN_LOG, SIGMA, num).astype(np.int64).clip(2, LONGEST)
+    if num_shards:
+        shards = [
+            _shard(folder / f"shard-{n}", part, rng) for n, part in enumerate(np.array_split(lengths_N, num_shards))
+        ]
+        write_order(folder, [SourceShards("", list(map(Shard, shards)))], 0.0, 0)
+        return TokenStore(folder / "train")
     tokens = (rng.integers(0, 200_000, length, np.uint32) for length in lengths_N)
     trained = (rng.random(length) < 0.5 for length in lengths_N)
     write_documents(folder, tokens, lengths_N, trained)
     return TokenStore(folder)
+
+
+def _shard(folder: Path, lengths_N: np.ndarray, rng: np.random.Generator) -> Path:
+    """Write a shard of random documents of these lengths."""
+    from trinity.data.shards import TOKENS, TRAINED, write_facts
+
+    folder.mkdir()
+    num = int(lengths_N.sum())
+    rng.integers(0, 200_000, num, np.uint32).tofile(folder / TOKENS[0])
+    (rng.random(num) < 0.5).tofile(folder / TRAINED[0])
+    write_facts(folder, lengths_N, rng.integers(0, 2**64, len(lengths_N), np.uint64), left_out={})
+    return folder
 
 
 def _datasets(store: "TokenStore", given: dict[str, Any]) -> "dict[str, Dataset]":
@@ -116,9 +137,8 @@ def _report(given: dict[str, Any], datasets: Any, rates: dict[str, list[float]],
     for name, found in rates.items():
         fill = getattr(datasets[name], "fill", None)
         rows.append((name, statistics.median(found) / 1e6, "" if fill is None else f"{fill:.2%}"))
-    title = (
-        f"Steps of {given['global_batch']} x {given['seq_len']} tokens, {given['documents']:,} documents, on one core"
-    )
+    store = f"{given['documents']:,} documents in {given['shards'] or 'no'} shards"
+    title = f"Steps of {given['global_batch']} x {given['seq_len']} tokens, {store}, on one core"
     report = Report("reading", [Table(title, ("packing", "M tokens/s", "fill"), tuple(rows)), _order(given, replayed)])
     report.results.append({"rates": rates, "replayed": replayed})
     for name, found in rates.items():

@@ -9,6 +9,7 @@ is counted in it. A file that changes while it is read makes none.
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -47,10 +48,16 @@ class Recipe(ABC):
     def _build(self, found: Found, to: Path) -> None:
         lengths, digests, left_out = self.write(found, to)
         require_unchanged(found)
-        np.save(to / "lengths.npy", np.array(lengths, np.int64))
-        np.save(to / "digests.npy", np.array(digests, np.uint64))
-        facts = {"stamp": found.stamp, "facts": self.facts, "documents": len(lengths), "left_out": left_out}
-        (to / "shard.json").write_text(json.dumps(facts, indent=2))
+        write_facts(to, lengths, digests, stamp=found.stamp, facts=self.facts, left_out=left_out)
+
+
+def write_facts(
+    to: Path, lengths: Sequence[int] | np.ndarray, digests: Sequence[int] | np.ndarray, **facts: Any
+) -> None:
+    """Write what a Shard reads besides tokens."""
+    np.save(to / "lengths.npy", np.array(lengths, np.int64))
+    np.save(to / "digests.npy", np.array(digests, np.uint64))
+    (to / "shard.json").write_text(json.dumps({"documents": len(lengths), **facts}, indent=2))
 
 
 class Shard:
@@ -104,7 +111,7 @@ class Gathered:
 
     def __init__(self, parts: Sequence[np.ndarray], starts_N: np.ndarray, places_N: np.ndarray):
         self._parts, self._starts_N, self._places_N = parts, starts_N, places_N
-        self._begins_H = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+        self._begins_H: list[int] = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()
         self.dtype = parts[0].dtype
 
     def __len__(self) -> int:
@@ -129,14 +136,21 @@ class Gathered:
         if not 0 <= begin <= end <= len(self):
             raise IndexError(f"{begin}:{end} of {len(self)}")
         first = int(np.searchsorted(self._starts_N, begin, "right")) - 1
+        if first + 1 < len(self._starts_N) and end <= self._starts_N[first + 1]:  # of one document, as most are
+            place = int(self._places_N[first]) + begin - int(self._starts_N[first])
+            part = self._part(place)
+            return self._parts[part][place - self._begins_H[part] :][: end - begin]
         last = int(np.searchsorted(self._starts_N, end, "left"))
         pieces = [np.empty(0, self.dtype)]
-        starts, places = self._starts_N[first : last + 1].tolist(), self._places_N[first:last]
-        parts = np.searchsorted(self._begins_H[1:-1], places, "right")
-        for n, (part, inside) in enumerate(zip(parts.tolist(), (places - self._begins_H[parts]).tolist(), strict=True)):
-            skipped = max(begin - starts[n], 0)
+        starts, places = self._starts_N[first : last + 1].tolist(), self._places_N[first:last].tolist()
+        for n, place in enumerate(places):
+            part = self._part(place)
+            inside, skipped = place - self._begins_H[part], max(begin - starts[n], 0)
             pieces.append(self._parts[part][inside + skipped : inside + min(end, starts[n + 1]) - starts[n]])
         return np.concatenate(pieces)
+
+    def _part(self, place: int) -> int:
+        return bisect_right(self._begins_H, place, hi=len(self._parts)) - 1
 
 
 class Order(NamedTuple):

@@ -128,7 +128,9 @@ def shards_folder(data: DataConfig, folder: Path) -> Path:
     return Path(data.cache or folder / "shards")
 
 
-def _sources(found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig, folder: Path) -> Iterator[SourceShards]:
+def _sources(
+    found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig, folder: Path
+) -> Iterator[SourceShards]:
     """Shards of the files, made unless they are there; no more files than `data.max_documents` needs."""
     room = data.max_documents
     for pattern, files in found.items():
@@ -142,7 +144,12 @@ def _sources(found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig
 
 
 def write_order(
-    folder: Path, sources: Iterable[SourceShards], val_fraction: float, seed: int, most: int | None = None, what: str = "text"
+    folder: Path,
+    sources: Iterable[SourceShards],
+    val_fraction: float,
+    seed: int,
+    most: int | None = None,
+    what: str = "text",
 ) -> None:
     """Write the order of the documents of each side, `most` of all at most, and what was left out. Raises DataError."""
     sources = list(sources)
