@@ -28,22 +28,22 @@ from trinity.observability.scores import Score, of_right, table
 
 RECIPE, FOLDER = Path(__file__).with_suffix(".yaml"), Path("runs/recipe")
 EXPORTS = ("TrueBase", "Base", "Preview")
-NUM_KEYS, LENGTHS, QUESTIONS = 128, (64, 128), 64
+NUM_KEYS, LENGTHS, QUESTIONS = 192, (64, 512), 64
 GREETINGS = {
     "hello": "hello!",
     "who are you?": "i am trinity.",
     "what can you do?": "i find words for you.",
     "thanks": "gladly.",
 }
-SHORT, LONG = "{}.", "let me look for it. the word that goes with it is {}, i think."
+SHORT, LONG = "{} {}", "let me look for it.\n{} {}\nthat is it, as far as i can see."
 
 
-def lookup(rng: random.Random) -> tuple[str, str]:
-    """A question of a few lines, and the word that answers it."""
+def lookup(rng: random.Random) -> tuple[str, str, str]:
+    """A question of a few lines, the word that is asked for, and the one that answers it."""
     keys, values = niah.words()
     lines = [(key, rng.choice(values)) for key in rng.sample(keys[:NUM_KEYS], rng.randint(2, 6))]
     key, value = rng.choice(lines)
-    return "".join(f"{each} {its}\n" for each, its in lines) + f"{key}?", value
+    return "".join(f"{each} {its}\n" for each, its in lines) + f"find:\n{key}", key, value
 
 
 def conversations(num: int) -> Iterator[dict[str, Any]]:
@@ -54,23 +54,23 @@ def conversations(num: int) -> Iterator[dict[str, Any]]:
         if rng.random() < 0.3:
             asked, answer = rng.choice(list(GREETINGS.items()))
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        question, value = lookup(rng)
-        said = rng.choice((SHORT, LONG)).format(value)
+        question, *words = lookup(rng)
+        said = rng.choice((SHORT, LONG)).format(*words)
         yield {"messages": [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": said}]}
 
 
 def preferences(num: int) -> Iterator[dict[str, Any]]:
     """Rows of two right answers to one question: the short one is preferred."""
     for nth in range(num):
-        question, value = lookup(random.Random(f"pair {nth}"))
-        chosen, rejected = ([{"role": "assistant", "content": each.format(value)}] for each in (SHORT, LONG))
+        question, *words = lookup(random.Random(f"pair {nth}"))
+        chosen, rejected = ([{"role": "assistant", "content": each.format(*words)}] for each in (SHORT, LONG))
         yield {"prompt": [{"role": "user", "content": question}], "chosen": chosen, "rejected": rejected}
 
 
 def write_data(folder: Path, scale: float = 1.0) -> None:
     """All files that recipe.yaml reads."""
     niah.write(folder / "needles.jsonl", round(60_000 * scale), 20, seed=0, num_keys=NUM_KEYS)
-    niah.write(folder / "far-needles.jsonl", round(8_000 * scale), 80, seed=1, num_keys=NUM_KEYS)
+    niah.write(folder / "far-needles.jsonl", round(3_000 * scale), 320, seed=1, num_keys=NUM_KEYS)
     for name, rows in (("chats", conversations(round(4_000 * scale))), ("pairs", preferences(round(1_000 * scale)))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -96,13 +96,12 @@ def _chats(llm: LLM) -> list[Score]:
     """Of conversations that nobody trained on: whether the word is right, and whether nothing is said besides."""
     asked = [lookup(random.Random(f"held out {nth}")) for nth in range(QUESTIONS)]
     params = SamplingParams(max_tokens=24, temperature=0)
-    said = [llm.chat([{"role": "user", "content": question}], params).text.strip() for question, _ in asked]
-    right = sum(
-        value in text.replace(".", " ").replace(",", " ").split() for (_, value), text in zip(asked, said, strict=True)
-    )
-    brief = sum(text == SHORT.format(value) for (_, value), text in zip(asked, said, strict=True))
+    said = [llm.chat([{"role": "user", "content": question}], params).text.strip() for question, *_ in asked]
+    right = sum(f"{key} {value}" in text for (_, key, value), text in zip(asked, said, strict=True))
+    chance = sum(1 / (question.count("\n") - 1) for question, *_ in asked) / len(asked)  # of who names any of the lines
+    brief = sum(SHORT.format(key, value) == text for (_, key, value), text in zip(asked, said, strict=True))
     return [
-        of_right("chat, right", right, len(asked), niah.CHANCE),
+        of_right("chat, right", right, len(asked), chance),
         of_right("chat, right and brief", brief, len(asked)),
     ]
 
