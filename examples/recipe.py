@@ -95,7 +95,7 @@ def scores(export: Path) -> list[Score]:
 def _chats(llm: LLM) -> list[Score]:
     """Of conversations that nobody trained on: whether the word is right, and whether nothing is said besides."""
     asked = [lookup(random.Random(f"held out {nth}")) for nth in range(QUESTIONS)]
-    params = SamplingParams(max_tokens=24, temperature=0)
+    params = SamplingParams(max_tokens=32, temperature=0)
     said = [llm.chat([{"role": "user", "content": question}], params).text.strip() for question, *_ in asked]
     right = sum(f"{key} {value}" in text for (_, key, value), text in zip(asked, said, strict=True))
     chance = sum(1 / (question.count("\n") - 1) for question, *_ in asked) / len(asked)  # of who names any of the lines
