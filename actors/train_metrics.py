@@ -23,7 +23,7 @@ from trinity.errors import ConfigError
 from trinity.models.common.losses import max_vio
 from trinity.observability.prometheus import TRAINING_METRICS
 from trinity.observability.registry import registered
-from trinity.observability.train_log import StepMetrics
+from trinity.observability.train_log import NONE, StepMetrics
 from trinity.train.retry import RETRY_REASONS
 from trinity.utils.origins import LOOPBACK, host_name
 
@@ -68,8 +68,8 @@ class TrainExporter:
         for layer, violation in zip(self.layers, _max_vio(metrics), strict=False):  # none without counts
             self["max_vio"].labels(str(layer)).set(violation)
 
-    def validation(self, step: int, loss: float) -> None:
-        """The weights after `step` have that loss on held-out text."""
+    def validation(self, step: int, loss: float, measures: Mapping[str, float] = NONE) -> None:
+        """The weights after `step` have that loss on held-out data."""
         self["validation_loss"].set(loss)
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

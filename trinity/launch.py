@@ -205,7 +205,8 @@ def train(
     pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
     say(describe(pool.status(), config.model))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
-    tokens_per_step = config.train.global_batch_size * config.train.seq_len
+    is_packed = config.data.format in ("text", "chats")
+    tokens_per_step = config.train.global_batch_size * config.train.seq_len if is_packed else 0
     progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
     meanwhile = serving(config, pool, served) if served else nullcontext()
     with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):

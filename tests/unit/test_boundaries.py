@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.rl": {  # training and an engine, composed
         "trinity.data", "trinity.engine", "trinity.llm", *MODELS, "trinity.observability", "trinity.pool", "trinity.state",
         "trinity.train",
+        "trinity.checkpoint",  # reference scores belong to the weights that a run begins with
     },
     "trinity.evaluate": {  # an engine over a trainer's weights asks what a user would
         "trinity.engine", "trinity.observability", "trinity.rl", "trinity.train",
@@ -117,6 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
         "actors.pool", "actors.sync", "actors.train_metrics",
+        "trinity.rl",  # preferences and rewards are runs like any other
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
     "actors.chaos": {

@@ -98,15 +98,18 @@ def _rows(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _facts(stage: Stage) -> dict[str, object]:
-    settings = stage.config.train
-    tokens = settings.steps * settings.global_batch_size * settings.seq_len
+    settings, data = stage.config.train, stage.config.data
+    tokens, is_packed = settings.steps * settings.global_batch_size * settings.seq_len, data.format in ("text", "chats")
+    size = (
+        f"{settings.seq_len:,} tokens, {tokens:,} in all" if is_packed else f"rows of up to {settings.seq_len:,} tokens"
+    )
     rows = _rows(stage)
     last = {name: _last(rows, name) for name in ("loss", "val_loss")}
     return {
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
         "data": ", ".join(stage.config.data.train),
-        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {settings.seq_len:,} tokens, {tokens:,} in all",
+        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {size}",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",
         "code": f"trinity-moe {__version__}, {commit()}",

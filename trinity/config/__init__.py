@@ -18,6 +18,7 @@ from trinity.config.env import (
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
+from trinity.config.objective import PreferenceConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PlacementConfig",
+    "PreferenceConfig",
     "ServeConfig",
     "TaskConfig",
     "TrainConfig",

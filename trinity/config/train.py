@@ -53,8 +53,10 @@ class DataConfig(Frozen):
     train: tuple[str, ...] = ("stdlib",)
     val: tuple[str, ...] = ()
     val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
-    format: Literal["text", "chats"] = Field(
-        default="text", description="chats: rows are conversations, and what the assistant says is trained"
+    format: Literal["text", "chats", "pairs", "labels"] = Field(
+        default="text",
+        description="chats: rows are conversations, and what the assistant says is trained; pairs: of two answers, one is "
+        "preferred (DPO); labels: each answer is wanted or not (KTO)",
     )
     train_on: Literal["answers", "last"] = Field(
         default="answers", description="of each conversation, with format chats"

@@ -7,7 +7,7 @@ save, the same text for any number of workers.
 
 import functools
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,17 @@ class Batch(NamedTuple):
     targets_BS: Tensor
     docs_BS: Tensor
 
+    @property
+    def num_trained(self) -> int:
+        """The targets that count in the loss."""
+        return int((self.targets_BS != IGNORE).sum())
+
 
 class Packed(ABC):
-    """Sequences of at most `seq_len` tokens from a store, in an order shuffled anew in each epoch."""
+    """Sequences of at most `seq_len` tokens from a store, in an order shuffled anew in each epoch.
+
+    A batch of it is a Batch, or another NamedTuple of tensors with `ids_BS` and `num_trained`, for an objective of its own.
+    """
 
     def __init__(self, store: TokenStore, seq_len: int, seed: int):
         self.store, self.seq_len, self.seed = store, seq_len, seed % 2**64
@@ -45,7 +53,7 @@ class Packed(ABC):
     def _too_little(self) -> str: ...
 
     @abstractmethod
-    def take(self, sequences_B: np.ndarray) -> Batch:
+    def take(self, sequences_B: np.ndarray) -> Any:
         """The sequences with these indices."""
 
     def sequences(self, step: int, global_batch: int) -> np.ndarray:
@@ -56,9 +64,7 @@ class Packed(ABC):
         epochs, places = np.divmod(nth, self.num_sequences)
         return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)], np.int64)
 
-    def batch(
-        self, step: int, global_batch_size: int, rank: int, world: int, micro: int, micro_batch_size: int
-    ) -> Batch:
+    def batch(self, step: int, global_batch_size: int, rank: int, world: int, micro: int, micro_batch_size: int) -> Any:
         """Micro-batch `micro` of worker `rank`: B = micro_batch_size. The step's sequences go to the workers micro by
         micro, so (world 2, B 4) and (world 1, B 8) put the same sequences in micro-batch m."""
         first = (micro * world + rank) * micro_batch_size

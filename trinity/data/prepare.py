@@ -11,14 +11,21 @@ from typing import NamedTuple
 
 from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
+from trinity.data.answers import PackedLabels, PackedPairs
 from trinity.data.chat_store import chat_stores
 from trinity.data.dataset import Packed, PackedDataset
 from trinity.data.documents import documents, stamps
 from trinity.data.packed_chats import PackedChats
+from trinity.data.pairs import answer_stores
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.token_store import TokenStore, fingerprint, logger, made_once, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
+
+STORES = {"text": token_stores, "chats": chat_stores, "pairs": answer_stores, "labels": answer_stores}
+PACKED: dict[str, type[Packed]] = {
+    "text": PackedDataset, "chats": PackedChats, "pairs": PackedPairs, "labels": PackedLabels,
+}  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -37,13 +44,12 @@ def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
     """
     folder = Path(out_dir) / "data"
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
-    made = chat_stores if data.format == "chats" else token_stores
-    make = functools.partial(made, data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
+    make = functools.partial(STORES[data.format], data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
     train_store, val_store = make(data.train, val_fraction=0.0 if data.val else data.val_fraction)
     if data.val:
         val_store, _ = make(data.val, val_fraction=0.0)
-    kind = PackedChats if data.format == "chats" else PackedDataset
-    packed: list[Packed] = [_in_training(data, train, train_store), kind(val_store, train.seq_len, train.seed)]
+    held_out = PACKED[data.format](val_store, train.seq_len, train.seed)
+    packed = [_in_training(data, train, train_store), held_out]
     for dataset in packed if data.val else packed[:1]:
         dataset.require_text()
     if not packed[1].num_sequences:
@@ -52,17 +58,15 @@ def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
 
 
 def _in_training(data: DataConfig, train: TrainConfig, store: TokenStore) -> Packed:
-    if data.format == "chats":
-        return PackedChats(store, train.seq_len, train.seed)
-    if data.packing == "rsdb":
+    if data.format == "text" and data.packing == "rsdb":
         return BufferedDocuments(store, train.seq_len, train.seed, train.global_batch_size, data.rsdb_documents)
-    return PackedDataset(store, train.seq_len, train.seed)
+    return PACKED[data.format](store, train.seq_len, train.seed)
 
 
 def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder: Path) -> Tokenizer:
-    if source is None and data.format == "chats":
+    if source is None and data.format != "text":
         raise ConfigError(
-            "chats need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
+            f"{data.format} need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
         )
     if source is None:
         name = f"tokenizer-{fingerprint(stamps(data.train), data.text_field, data.max_documents, model.vocab_size)}"

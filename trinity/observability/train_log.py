@@ -23,6 +23,7 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 LOADS_PER_RUN = 200
 AFTER = {"val_loss", "scores"}  # in rows of what was found out after a step
+NONE: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StepMetrics:
     counts_LE: Sequence[Sequence[int]] | None = None
     batch_het: float | None = None  # the highest mean loss of a micro-batch over the mean of all
     norm_kurtosis: float | None = None  # of the gradient norms of the last steps
+    measures: Mapping[str, float] = field(default_factory=dict)  # what an objective tells of besides: rewards, margins
 
     def row(self) -> dict[str, Any]:
         """Plain values, without counts_LE and without what there is nothing to say of."""
@@ -82,8 +84,8 @@ class RunLog(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
 
-    def validation(self, step: int, loss: float) -> None:
-        """The weights after `step` have that loss on held-out text."""
+    def validation(self, step: int, loss: float, measures: Mapping[str, float] = NONE) -> None:
+        """The weights after `step` have that loss on held-out data, and whatever else is told of it."""
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The weights after `step` have these scores in the run's tasks (trinity/evaluate/score.py)."""
@@ -117,9 +119,10 @@ class TrainLog:
         if not any(row["step"] == metrics.step and "loss" in row for row in rows):
             self.step(metrics)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Record the validation loss of the weights after `step`."""
-        self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss})
+    def validation(self, step: int, loss: float, measures: Mapping[str, float] = NONE) -> None:
+        """Record the validation of the weights after `step`."""
+        told = {"val_measures": dict(measures)} if measures else {}
+        self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss, **told})
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record the scores of the weights after `step`."""
@@ -150,9 +153,7 @@ class _Files:
 
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write({key: _finite(value) for key, value in row.items()})
-        self._draw(
-            {"val/loss" if key == "val_loss" else f"train/{key}": value for key, value in _scalars(row)}, row["step"]
-        )
+        self._draw({_place(key): value for key, value in _scalars(row)}, row["step"])
 
     def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows.write({"step": step, "scores": [_finite(row) for row in rows]})
@@ -234,3 +235,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _place(name: str) -> str:
+    """The tag of a number in TensorBoard."""
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"

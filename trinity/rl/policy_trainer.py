@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from trinity.config import Config
 from trinity.data.dataset import Batch
 from trinity.data.prepare import Prepared
 from trinity.errors import InvalidRequest
 from trinity.models.common.decoder import CausalLM, Inputs, Output
-from trinity.models.common.layers import product
 from trinity.models.common.losses import document_balance_loss
 from trinity.models.common.router import Routing
 from trinity.observability.train_log import StepMetrics
@@ -31,7 +29,7 @@ from trinity.pool.pool import ExpertPool
 from trinity.rl.rollout import Sample, packed
 from trinity.state.versioned_store import Store
 from trinity.train.collectives import Comm
-from trinity.train.loss import CHUNK, Losses, Objective, packed_inputs
+from trinity.train.loss import Losses, Objective, Whole, packed_inputs, target_logprobs
 from trinity.train.trainer import Trainer
 
 
@@ -45,6 +43,10 @@ class PolicyBatch(NamedTuple):
     logprobs_BS: Tensor  # float32: the target's when it was sampled; 0 in prompts
     experts_BSLK: Tensor  # of each input, as the engine chose them
 
+    @property
+    def num_trained(self) -> int:
+        return int((self.weights_BS != 0).sum())
+
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     """(r - mean) / std of each run of `group_size` rewards: those of the answers to one prompt. 0 where all are alike."""
@@ -55,22 +57,6 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     return (centred / (groups.std(1, correction=0, keepdim=True) + 1e-6)).flatten().tolist()
 
 
-def target_logprobs(
-    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
-) -> Tensor:
-    """float32 [T], log p(target). Holds the logits of `chunk` tokens at a time, in backward too."""
-    pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-    parts = [
-        checkpoint(_logprobs, head_VD, hidden, targets, is_exact, use_reentrant=False) for hidden, targets in pairs
-    ]
-    return torch.cat(parts)
-
-
-def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool) -> Tensor:
-    logits_CV = product(hidden_CD, head_VD, is_exact).float()
-    return logits_CV.log_softmax(-1).gather(1, targets_C[:, None])[:, 0]  # the sampler's formula, to the bit
-
-
 class PolicyObjective(Objective):
     """Objective of text batches, and of policy batches besides; `ce` of a policy batch is its surrogate loss."""
 
@@ -78,19 +64,19 @@ class PolicyObjective(Objective):
         super().__init__(model, config)
         self.clip, self.replay = clip, replay
 
-    def forward(self, batches: Sequence[Any], num_tokens: int) -> list[Losses]:
+    def forward(self, batches: Sequence[Any], num_tokens: int, num_sequences: int | None = None) -> list[Losses]:
         old = [batch.experts_BSLK[0] for batch in batches if isinstance(batch, PolicyBatch)]
         with replayed(self.model, old) if old and self.replay else nullcontext():
-            return super().forward(batches, num_tokens)
+            return super().forward(batches, num_tokens, num_sequences)
 
     def _inputs(self, batch: Any) -> Inputs:
         if not isinstance(batch, PolicyBatch):
             return super()._inputs(batch)
         return packed_inputs(self.config.model, batch.ids_BS, batch.docs_BS)
 
-    def _losses(self, head_VD: Tensor, batch: Any, out: Output, num_tokens: int) -> Losses:
+    def _losses(self, head_VD: Tensor, batch: Any, out: Output, whole: Whole) -> Losses:
         if not isinstance(batch, PolicyBatch):  # the weights of one have their share in them
-            return super()._losses(head_VD, batch, out, num_tokens)
+            return super()._losses(head_VD, batch, out, whole)
         logprobs_T = target_logprobs(head_VD, out.hidden_TD, batch.targets_BS[0], self.config.model.batch_invariant)
         loss = surrogate(logprobs_T, batch.logprobs_BS[0], batch.weights_BS[0], self.clip)
         num, coef = int(batch.docs_BS.max()) + 1, self.config.optim.balance_loss

@@ -23,7 +23,9 @@ POLL_S = 0.2
 
 
 class Progress:
-    """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end."""
+    """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end.
+
+    `tokens_per_step`: 0 where steps differ."""
 
     def __init__(
         self,
@@ -44,11 +46,11 @@ class Progress:
         """A step, a validation or scores; the first one is preceded by a line on the whole run."""
         if row["step"] > self._last_step and not self._recent:
             steps, tokens = self.total_steps, self.tokens_per_step
-            self._print(f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all")
+            self._print(f"{steps:,} steps" + (f" of {tokens:,} tokens, {steps * tokens:,} in all" if tokens else ""))
             if self._screen.isatty():
                 self._bar = tqdm(total=steps, initial=self._last_step, file=self._screen, unit="step")
         if "val_loss" in row:
-            self._eval(row["step"], row["val_loss"])
+            self._eval(row["step"], row["val_loss"], row.get("val_measures"))
         elif "scores" in row:
             self._scores(row["step"], row["scores"])
         elif row["step"] > self._last_step:
@@ -71,11 +73,14 @@ class Progress:
             self._print(f"step {step}/{self.total_steps}  {self._numbers()}  eta {self._eta()}")
         self._last_step = step
 
-    def _eval(self, step: int, loss: float | None) -> None:
+    def _eval(self, step: int, loss: float | None, measures: Mapping[str, float] | None = None) -> None:
         if step > self._last_eval and loss is not None:
             self._last_eval = step
-            perplexity = math.exp(min(loss, 700.0))
-            self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}  perplexity {perplexity:.1f}")
+            told = measures or {"perplexity": math.exp(min(loss, 700.0))}
+            said = "".join(
+                f"  {name.replace('_', ' ')} {value:.{3 if measures else 1}f}" for name, value in told.items()
+            )
+            self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}{said}")
 
     def _scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if step > self._last_scores:

@@ -53,7 +53,8 @@ class RunIdentity:
         store = data.train.store
         content = {"content": store.content} if store.content else {}
         packing = {"rsdb_documents": config.data.rsdb_documents} if config.data.packing == "rsdb" else {}
-        order = {**batches, "num_tokens": len(store.tokens), **content, **packing}
+        kind = {} if config.data.format in ("text", "chats") else {"format": config.data.format}
+        order = {**batches, "num_tokens": len(store.tokens), **content, **packing, **kind}
         return cls(job, str(Path(settings.out_dir).resolve()), order)
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:

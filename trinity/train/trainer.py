@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trinity.checkpoint import latest_checkpoint
 from trinity.config import Config
-from trinity.data.dataset import Batch
 from trinity.data.prepare import Prepared
 from trinity.errors import TrinityError
 from trinity.models.common.decoder import CausalLM
@@ -41,11 +40,11 @@ from trinity.train.checkpointer import AsyncCheckpointer
 from trinity.train.collectives import Comm, barrier, on_rank0, said_by_rank0, sum_gradients
 from trinity.train.exam import Exam, Gate, NoExam
 from trinity.train.loss import Objective
-from trinity.train.microbatches import BatchOf, MicroBatches, Totals
+from trinity.train.microbatches import BatchOf, MicroBatches, Totals, plain
 from trinity.train.phases import PhaseClock, phase
 from trinity.train.recovery import Recovery, RunCounts, RunIdentity
 from trinity.train.retry import RETRYABLE, RetryStep, WorkerFailed
-from trinity.train.validation import Recent, UsualLoss, validation_loss
+from trinity.train.validation import Recent, UsualLoss, validate
 from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ class Trainer:
         self.pool.follow(epoch)
         return StepTicket(epoch, attempt, tuple(keep))
 
-    def _next_batch(self, micro: int) -> Batch:
+    def _next_batch(self, micro: int) -> Any:
         return self.micro_batches.batch(self.data.train, self.position, micro)
 
     @phase("forward_backward")
@@ -302,17 +301,18 @@ class Trainer:
             counts_LE=totals.counts_LE.tolist(),
             batch_het=totals.batch_het,
             norm_kurtosis=self.recent.kurtosis,
+            measures=totals.measures,
         )
 
     # -- validation and checkpoints
 
     def evaluate(self) -> float:
-        """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
+        """The loss of the same held-out sequences for any number of workers, of text in nats per token; nan without any."""
         self.dispatcher.use(self.version)
-        loss = validation_loss(self.model, self.config, self.data.val, self.comm)
+        found = validate(plain(self.objective), self.config, self.data.val, self.comm)
         for each in self.logs:
-            each.validation(self.position, loss)
-        return loss
+            each.validation(self.position, found.loss, found.measures)
+        return found.loss
 
     def examine(self) -> None:
         """Ask the present weights the run's tasks; from now on they are served if they pass every gate."""

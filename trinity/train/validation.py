@@ -1,4 +1,4 @@
-"""The loss on held-out text, and which losses and gradients are usual.
+"""The loss on held-out data, and which losses and gradients are usual.
 
 Legend: B sequences of a batch, S sequence length.
 """
@@ -6,35 +6,46 @@ Legend: B sequences of a batch, S sequence length.
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from trinity.config import Config
 from trinity.data.dataset import Packed
-from trinity.models.common.decoder import CausalLM
 from trinity.train.collectives import Comm
-from trinity.train.loss import Objective, num_trained
+from trinity.train.loss import Objective
+from trinity.train.microbatches import means_of
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
 NUM_RECENT, FEWEST_RECENT = 128, 16
 
 
+class Validation(NamedTuple):
+    """Loss on held-out data, nan without any, and whatever else the objective tells of."""
+
+    loss: float
+    measures: Mapping[str, float]
+
+
 @torch.no_grad()
-def validation_loss(model: CausalLM, config: Config, held_out: Packed, comm: Comm) -> float:
-    """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
-    settings, objective = config.train, Objective(model, config)
-    device = next(model.parameters()).device
+def validate(objective: Objective, config: Config, held_out: Packed, comm: Comm) -> Validation:
+    """The training loss, of the same validation sequences in the same micro-batches for any number of workers."""
+    settings, device = config.train, next(objective.parameters()).device
     num = min(settings.eval_sequences, held_out.num_sequences)
-    mine = np.arange(comm.rank, num, comm.world)
-    sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
-    for start in range(0, len(mine), settings.micro_batch_size):
-        batch = held_out.take(mine[start : start + settings.micro_batch_size])
-        losses = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens=1)
-        sums += torch.tensor([float(losses[0].ce), num_trained(batch)], dtype=torch.float64)
-    ce, num_tokens = comm.all_reduce(sums).tolist()
-    return ce / num_tokens if num_tokens else math.nan
+    parts = np.split(np.arange(num), range(settings.micro_batch_size, num, settings.micro_batch_size))
+    batches = [held_out.take(part) for part in parts[comm.rank :: comm.world] if num]
+    trained = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
+    if not (num_tokens := int(comm.all_reduce(trained))):
+        return Validation(math.nan, {})
+    sums_M2 = torch.zeros(1 + len(objective.measures), 2, dtype=torch.float64)
+    for batch in batches:
+        [found] = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens, num)
+        sums_M2 += torch.cat([torch.stack([found.ce, torch.zeros_like(found.ce)])[None], found.measures]).double().cpu()
+    sums_M2 = comm.all_reduce(sums_M2)
+    return Validation(float(sums_M2[0, 0]), means_of(objective.measures, sums_M2[1:]))
 
 
 class UsualLoss:
