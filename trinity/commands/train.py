@@ -16,6 +16,7 @@ from trinity.errors import GateClosed
 from trinity.launch import check_out_dir, load, rewound, train
 from trinity.observability.scores import Score, of_rows, table
 from trinity.observability.train_log import read_rows
+from trinity.rl.kinds import check
 from trinity.stages import Stage, read_stages
 from trinity.utils.machine import commit
 from trinity.utils.terminal import say
@@ -61,6 +62,8 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         for stage in stages:
             print(f"# stage {stage.name}\n{stage.config.to_yaml()}", end="---\n")
         return 0
+    for stage in stages:
+        check(stage.config)
     for number, stage in enumerate(stages, 1):
         found = latest_checkpoint(stage.config.train.out_dir)
         before = " (done before)" if stage.checkpoint == found else ""

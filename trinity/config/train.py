@@ -53,10 +53,10 @@ class DataConfig(Frozen):
     train: tuple[str, ...] = ("stdlib",)
     val: tuple[str, ...] = ()
     val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
-    format: Literal["text", "chats", "pairs", "labels"] = Field(
+    format: Literal["text", "chats", "pairs", "labels", "prompts"] = Field(
         default="text",
         description="chats: rows are conversations, and what the assistant says is trained; pairs: of two answers, one is "
-        "preferred (DPO); labels: each answer is wanted or not (KTO)",
+        "preferred (DPO); labels: each answer is wanted or not (KTO); prompts: answers are drawn, and judged by rl.rewards",
     )
     train_on: Literal["answers", "last"] = Field(
         default="answers", description="of each conversation, with format chats"

@@ -17,15 +17,26 @@ from trinity.data.dataset import Packed, PackedDataset
 from trinity.data.documents import documents, stamps
 from trinity.data.packed_chats import PackedChats
 from trinity.data.pairs import answer_stores
+from trinity.data.prompts import PackedPrompts, prompt_stores
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.token_store import TokenStore, fingerprint, logger, made_once, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
-STORES = {"text": token_stores, "chats": chat_stores, "pairs": answer_stores, "labels": answer_stores}
+STORES = {
+    "text": token_stores,
+    "chats": chat_stores,
+    "pairs": answer_stores,
+    "labels": answer_stores,
+    "prompts": prompt_stores,
+}
 PACKED: dict[str, type[Packed]] = {
-    "text": PackedDataset, "chats": PackedChats, "pairs": PackedPairs, "labels": PackedLabels,
-}  # fmt: skip
+    "text": PackedDataset,
+    "chats": PackedChats,
+    "pairs": PackedPairs,
+    "labels": PackedLabels,
+    "prompts": PackedPrompts,
+}
 
 
 class Prepared(NamedTuple):
@@ -64,7 +75,7 @@ def _in_training(data: DataConfig, train: TrainConfig, store: TokenStore) -> Pac
 
 
 def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder: Path) -> Tokenizer:
-    if source is None and data.format != "text":
+    if source is None and data.format not in ("text", "prompts"):
         raise ConfigError(
             f"{data.format} need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
         )

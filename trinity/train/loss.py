@@ -5,7 +5,7 @@ Decisions: the trainer's copy of the backbone is fp32 whatever the model's type:
 that gradients of micro-batches and workers add up in fp32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,16 +80,37 @@ def target_logprobs(
     head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
 ) -> Tensor:
     """float32 [T], log p(target). Holds the logits of `chunk` tokens at a time, in backward too."""
+    return torch.cat(_in_chunks(_logprobs, head_VD, hidden_TD, targets_T, is_exact, chunk))
+
+
+def target_logprobs_and_entropy(
+    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """The same, and float32 [T], the entropy of each place in nats, without a gradient."""
+    parts = _in_chunks(_logprobs_and_entropy, head_VD, hidden_TD, targets_T, is_exact, chunk)
+    logprobs_T, entropy_T = (torch.cat(each) for each in zip(*parts, strict=True))
+    return logprobs_T, entropy_T.detach()
+
+
+def _in_chunks(
+    what: Callable[..., Any], head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int
+) -> list[Any]:
     pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-    parts = [
-        checkpoint(_logprobs, head_VD, hidden, targets, is_exact, use_reentrant=False) for hidden, targets in pairs
-    ]
-    return torch.cat(parts)
+    return [checkpoint(what, head_VD, *pair, is_exact, use_reentrant=False) for pair in pairs]
 
 
 def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool) -> Tensor:
     logits_CV = product(hidden_CD, head_VD, is_exact).float()
     return logits_CV.log_softmax(-1).gather(1, targets_C[:, None])[:, 0]  # the sampler's formula, to the bit
+
+
+def _logprobs_and_entropy(
+    head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs_CV = product(hidden_CD, head_VD, is_exact).float().log_softmax(-1)
+    with torch.no_grad():
+        entropy_C = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+    return logprobs_CV.gather(1, targets_C[:, None])[:, 0], entropy_C
 
 
 class _Passes(nn.Module):

@@ -20,6 +20,7 @@ from trinity.observability.train_log import main_lr, parse_row
 
 PLAIN_LINE_EVERY_S = 5.0
 POLL_S = 0.2
+SHOWN = ("accuracy", "reward")  # of an objective's measures
 
 
 class Progress:
@@ -74,13 +75,13 @@ class Progress:
         self._last_step = step
 
     def _eval(self, step: int, loss: float | None, measures: Mapping[str, float] | None = None) -> None:
-        if step > self._last_eval and loss is not None:
+        if step > self._last_eval and (loss is not None or measures):
             self._last_eval = step
-            told = measures or {"perplexity": math.exp(min(loss, 700.0))}
-            said = "".join(
-                f"  {name.replace('_', ' ')} {value:.{3 if measures else 1}f}" for name, value in told.items()
-            )
-            self._print(f"step {step}/{self.total_steps}  val loss {loss:.4f}{said}")
+            told = "" if loss is None else f"  val loss {loss:.4f}"
+            if not measures and loss is not None:
+                told += f"  perplexity {math.exp(min(loss, 700.0)):.1f}"
+            told += "".join(f"  val {name.replace('_', ' ')} {value:.3f}" for name, value in (measures or {}).items())
+            self._print(f"step {step}/{self.total_steps}{told}")
 
     def _scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if step > self._last_scores:
@@ -96,6 +97,8 @@ class Progress:
             f"loss {last['loss']:.3f}  grad {last['grad_norm']:.2f}  lr {main_lr(last):.1e}  tok/s {rate:,.0f}"
             f"  maxvio {last['max_vio']:.2f}"
         )
+        told = last.get("measures", {})
+        text += "".join(f"  {name} {told[name]:.2f}" for name in SHOWN if told.get(name) is not None)
         return text + (f"  skipped {last['skipped']}" if last["skipped"] else "")
 
     def _eta(self) -> str:
