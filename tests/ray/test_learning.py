@@ -1,21 +1,45 @@
-"""Runs on preferences and on rewards under Ray Train give what one process gives."""
+"""Runs on preferences and on rewards under Ray Train give what one process gives, a worker that is killed included."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.ray.runs import any_name, losses_of
+from tests.ray.runs import any_name, losses_of, weights_of
 from tests.unit import test_preference_runs, test_reward_runs
 from trinity.checkpoint import open_checkpoint
 
 
-def fitted(config):
+def dies_once(settings):
+    """A worker's loop that is killed before the step after the second."""
+    from actors.train import train_loop
+
+    mark = Path(settings["config"]["train"]["out_dir"]) / "died"
+
+    def prepared(trainer):
+        step = trainer.step
+
+        def called(*batches):
+            if trainer.position == 2 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*batches)
+
+        trainer.step = called
+
+    return train_loop(settings, prepared)
+
+
+def fitted(config, loop=None):
     from actors import pool as pools
     from actors.train import fit
 
     pools.create(config.placement, config.cluster.namespace, config.model, config.optim, config.train.out_dir)
     try:
-        return fit(config)
+        return fit(config, loop)
     finally:
         pools.destroy(config.placement.pool, config.cluster.namespace)
 
@@ -37,11 +61,14 @@ def test_two_workers_prefer_as_one_process_does(ray_session, tmp_path):
     assert rows[-1]["val_measures"].keys() == told.validations[-1][2].keys()
 
 
-def test_rewards_are_learned_from_under_ray(ray_session, tmp_path):
-    config = test_reward_runs.config_for(tmp_path)
-    alone, told = test_reward_runs.trainer_for(config), test_preference_runs.Told()
+@pytest.mark.parametrize("kind", [test_preference_runs, test_reward_runs], ids=["pairs", "prompts"])
+def test_a_worker_that_is_killed_costs_no_bit(ray_session, tmp_path, kind):
+    config = kind.config_for(tmp_path, train={"steps": 4})
+    alone, told = kind.trainer_for(config), test_preference_runs.Told()
     alone.logs = [told]
     alone.run()
-    result = fitted(in_ray(config, tmp_path / "ray"))
+    result = fitted(in_ray(config, tmp_path / "ray"), dies_once)
+    assert (tmp_path / "ray" / "died").exists()
     assert list(losses_of(tmp_path / "ray").values()) == [each.loss for each in told.steps]
-    assert open_checkpoint(result["checkpoint"]).version == 4
+    mine, theirs = weights_of(open_checkpoint(result["checkpoint"])), weights_of(open_checkpoint(alone.saver.target(4)))
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
