@@ -18,7 +18,7 @@ from trinity.config.env import (
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
-from trinity.config.objective import PreferenceConfig, RLConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
@@ -37,6 +37,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "EngineConfig",
     "EvaluateConfig",
     "Frozen",

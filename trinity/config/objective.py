@@ -1,4 +1,4 @@
-"""The settings of what is learned from: preferences, and rewards."""
+"""The settings of what is learned from: preferences, rewards, a teacher."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,18 @@ class PreferenceConfig(Frozen):
     )
     desirable_weight: float = Field(default=1.0, gt=0, description="of wanted answers, with labels")
     undesirable_weight: float = Field(default=1.0, gt=0, description="of unwanted ones")
+
+
+class DistillConfig(Frozen):
+    """Settings of learning from a teacher, with data.format text or chats (formulas: trinity/rl/distillation.py)."""
+
+    teacher: str | None = Field(default=None, description="a checkpoint with the same tokenizer; default: no teacher")
+    top_k: int = Field(
+        default=64, ge=1, description="of its most likely tokens in each place; the others are one bucket"
+    )
+    ce: float = Field(default=0.0, ge=0, description="share of the usual cross-entropy besides")
+
+    _at_home = field_validator("teacher")(at_home)
 
 
 class RLConfig(Frozen):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
 from trinity.config.env import admin_key, api_key
 from trinity.config.evaluate import EvaluateConfig
 from trinity.config.model import ModelConfig
-from trinity.config.objective import PreferenceConfig, RLConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.train import DataConfig, OptimConfig, TrainConfig
@@ -39,6 +39,7 @@ class Config(Frozen):
     evaluate: EvaluateConfig = EvaluateConfig()
     preferences: PreferenceConfig = PreferenceConfig()
     rl: RLConfig = RLConfig()
+    distill: DistillConfig = DistillConfig()
     placement: PlacementConfig = PlacementConfig()
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 def trainer_kind(config: Config) -> "type[Trainer]":
     """A Trainer, made as one is, whose `step` takes what comes next in the run's data."""
+    if config.distill.teacher is not None:
+        from trinity.rl.distillation import DistillationTrainer
+
+        return DistillationTrainer
     if config.data.format in ("pairs", "labels"):
         from trinity.rl.preference_trainer import PreferenceTrainer
 
@@ -25,6 +29,10 @@ def trainer_kind(config: Config) -> "type[Trainer]":
 
 def check(config: Config) -> None:
     """Raise the ConfigError of a run that could not take a step, before anything is started for it."""
+    if config.distill.teacher is not None:
+        from trinity.rl import distillation
+
+        distillation.check(config)
     if config.data.format == "prompts":
         from trinity.rl import reward_trainer
 

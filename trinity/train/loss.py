@@ -80,23 +80,24 @@ def target_logprobs(
     head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
 ) -> Tensor:
     """float32 [T], log p(target). Holds the logits of `chunk` tokens at a time, in backward too."""
-    return torch.cat(_in_chunks(_logprobs, head_VD, hidden_TD, targets_T, is_exact, chunk))
+    return torch.cat(in_chunks(_logprobs, head_VD, (hidden_TD, targets_T), is_exact, chunk))
 
 
 def target_logprobs_and_entropy(
     head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """The same, and float32 [T], the entropy of each place in nats, without a gradient."""
-    parts = _in_chunks(_logprobs_and_entropy, head_VD, hidden_TD, targets_T, is_exact, chunk)
+    parts = in_chunks(_logprobs_and_entropy, head_VD, (hidden_TD, targets_T), is_exact, chunk)
     logprobs_T, entropy_T = (torch.cat(each) for each in zip(*parts, strict=True))
     return logprobs_T, entropy_T.detach()
 
 
-def _in_chunks(
-    what: Callable[..., Any], head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int
+def in_chunks(
+    what: Callable[..., Any], head_VD: Tensor, columns_T: Sequence[Tensor], is_exact: bool, chunk: int = CHUNK
 ) -> list[Any]:
-    pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-    return [checkpoint(what, head_VD, *pair, is_exact, use_reentrant=False) for pair in pairs]
+    """Results of `what(head_VD, *columns_C, is_exact)` for `chunk` tokens after the other; computed again in backward."""
+    parts = zip(*(column.split(chunk) for column in columns_T), strict=True)
+    return [checkpoint(what, head_VD, *part, is_exact, use_reentrant=False) for part in parts]
 
 
 def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool) -> Tensor:

@@ -97,7 +97,7 @@ class Progress:
             f"loss {last['loss']:.3f}  grad {last['grad_norm']:.2f}  lr {main_lr(last):.1e}  tok/s {rate:,.0f}"
             f"  maxvio {last['max_vio']:.2f}"
         )
-        told = last.get("measures", {})
+        told: Mapping[str, float] = self._recent[-1].get("measures", {})
         text += "".join(f"  {name} {told[name]:.2f}" for name in SHOWN if told.get(name) is not None)
         return text + (f"  skipped {last['skipped']}" if last["skipped"] else "")
 

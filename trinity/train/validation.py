@@ -43,7 +43,8 @@ def validate(objective: Objective, config: Config, held_out: Packed, comm: Comm)
     sums_M2 = torch.zeros(1 + len(objective.measures), 2, dtype=torch.float64)
     for batch in batches:
         [found] = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens, num)
-        sums_M2 += torch.cat([torch.stack([found.ce, torch.zeros_like(found.ce)])[None], found.measures]).double().cpu()
+        sums_M2[0, 0] += found.ce.double().cpu()
+        sums_M2[1 : 1 + len(found.measures)] += found.measures.double().cpu()
     sums_M2 = comm.all_reduce(sums_M2)
     return Validation(float(sums_M2[0, 0]), means_of(objective.measures, sums_M2[1:]))
 
