@@ -33,6 +33,7 @@ from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
 PAUSE_S = 0.2  # before answers are drawn again
+PRIORITY = 100  # behind whoever waits for an answer
 VALIDATED = ("reward", "length", "truncated", "unjudged")
 
 
@@ -91,7 +92,8 @@ class RewardTrainer(PolicyTrainer):
     def _params(self, prompt: Prompt, place: int, **how: Any) -> SamplingParams:
         room = self.config.train.seq_len + 1 - len(prompt.ids)
         seed = (self.config.train.seed * 1_000_003 + place) % 2**31
-        return SamplingParams(max_tokens=min(self.config.rl.max_tokens, room), seed=seed, **how)
+        length = min(self.config.rl.max_tokens, room)
+        return SamplingParams(max_tokens=length, seed=seed, priority=PRIORITY, **how)
 
     def judged(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> tuple[list[Judged], Tensor]:
         """The samples with their advantages, and SAMPLED of them."""

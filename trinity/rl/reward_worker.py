@@ -1,4 +1,4 @@
-"""The process in which reward functions run: `python -m trinity.rl.reward_worker`, one call after the other over its pipes.
+"""The process in which reward functions run, one call after the other over its pipes: what rewards.py starts.
 
 Decisions: a reward function is the user's own program, so nothing is forbidden to it; but it may fail, print, hang or end its
 process without hurting the run that asks. Its time is its caller's to bound (trinity/utils/boxes.py).
@@ -69,7 +69,3 @@ def main() -> None:
         reply = answer(source.read(*LENGTH.unpack(head)))
         target.write(LENGTH.pack(len(reply)) + reply)
         target.flush()
-
-
-if __name__ == "__main__":
-    main()

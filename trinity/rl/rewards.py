@@ -6,12 +6,10 @@ process that is stuck is ended, and another started for the next answer.
 
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from trinity.config import RLConfig
@@ -19,7 +17,7 @@ from trinity.errors import ConfigError
 from trinity.utils.boxes import Boxes
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).parents[2]
+PROGRAM = "import sys; sys.path += sys.argv[1:]; from trinity.rl.reward_worker import main; main()"
 START_S = 60.0  # to look a function up, once it was imported
 
 
@@ -29,10 +27,11 @@ class Rewards:
     def __init__(self, settings: RLConfig):
         self.settings = settings
         self.weights = settings.reward_weights or (1.0,) * len(settings.rewards)
-        env = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "trinity.rl.reward_worker"]
+        command = [sys.executable, "-P", "-c", PROGRAM, *filter(None, sys.path)]
         greeting = json.dumps({"functions": settings.rewards}).encode()  # to import them takes no answer's time
-        self._boxes = Boxes(settings.reward_processes, command, env, greeting)
+        self._boxes = Boxes(
+            settings.reward_processes, command, None, greeting
+        )  # the user's program, in the user's environment
         self._threads = ThreadPoolExecutor(settings.reward_processes, "trinity-reward")  # they only wait
 
     def check(self) -> None:

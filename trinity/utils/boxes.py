@@ -18,9 +18,10 @@ LENGTH = struct.Struct("<I")
 class Box:
     """One such process; started when it is first asked. It ends by itself when this one does.
 
-    `greeting`: a request that a new process gets before any other, for as long as it takes."""
+    `env`: all of its environment, None: that of this process. `greeting`: a request that a new process gets before any other,
+    for as long as it takes."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], greeting: bytes | None = None):
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None, greeting: bytes | None = None):
         self.command, self.env, self.greeting = command, env, greeting
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -40,7 +41,7 @@ class Box:
         return reply
 
     def _exchange(self, request: bytes, timeout_s: float | None) -> bytes | None:
-        if self._process is None:  # nothing else of this process's environment is its business
+        if self._process is None:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
                 self.command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=self.env, cwd="/"
@@ -60,7 +61,7 @@ class Box:
 class Boxes:
     """Some of them, for any thread; who asks while all are busy waits."""
 
-    def __init__(self, num: int, command: Sequence[str], env: Mapping[str, str], greeting: bytes | None = None):
+    def __init__(self, num: int, command: Sequence[str], env: Mapping[str, str] | None, greeting: bytes | None = None):
         self.command, self.env, self._idle = command, env, queue.SimpleQueue[Box]()
         for _ in range(num):
             self._idle.put(Box(command, env, greeting))
