@@ -15,7 +15,7 @@ from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
 from trinity.pool.local import local_pool
 from trinity.rl import reference
-from trinity.rl.kinds import trainer_kind
+from trinity.rl.kinds import check, trainer_kind
 from trinity.rpc.messages import Load
 from trinity.stages import read_stages
 from trinity.text.tokenizer import Tokenizer
@@ -117,6 +117,24 @@ def test_the_loss_of_labels_is_ktos(tmp_path):
     assert {"divergence", "accuracy"} < metrics.measures.keys() <= set(trainer.micro_batches.measures)
     validated = trainer.evaluate()
     assert 0 < validated < 1.5
+
+
+def test_without_a_reference_and_with_a_margin_it_is_simpo(tmp_path):
+    simpo = {"reference": False, "length_normalized": True, "beta": 2.0, "margin": 1.0}
+    trainer = trainer_for(config_for(tmp_path, preferences=simpo))
+    data, want = trainer.data.train, 0.0
+    assert not (data.reference_N2 != 0).any()
+    assert not list((tmp_path / "run" / "data").glob("reference-*"))
+    sums_N2 = scores(trainer, data)
+    for at in data.sequences(0, 4):
+        chosen, rejected = (
+            float(sums_N2[at, side]) / int((targets != IGNORE).sum())
+            for side, (_, targets) in enumerate(data.pieces(at))
+        )
+        want += math.log1p(math.exp(-(2.0 * (chosen - rejected) - 1.0))) / 4
+    assert trainer.step().loss == pytest.approx(want, rel=1e-4)
+    with pytest.raises(ConfigError, match="labels are learned against a reference"):
+        check(config_for(tmp_path, LABELS, "labels", preferences=simpo))
 
 
 def test_an_answer_goes_with_one_that_was_given_to_another_prompt(tmp_path):

@@ -110,8 +110,11 @@ def test_what_does_not_count_moves_nothing(tmp_path, monkeypatch):
     batch = policy_batch([Judged(samples[0], 1.0), Judged(samples[1], 1.0, counts=False)])
     assert batch.num_trained == len(samples[0].token_ids)
     assert int(batch.docs_BS.max()) == 0
+    before = all_weights(trainer)
     metrics = trainer.learn_from([each._replace(counts=False) for each in judged], told_M2)
     assert metrics.loss == 0
+    assert (metrics.skipped, trainer.version, trainer.position) == (1, 0, 1), "Muon would make a step of nothing"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in all_weights(trainer).items())
     assert metrics.measures["reward"] == pytest.approx(10 / 6)
 
 

@@ -16,6 +16,10 @@ class PreferenceConfig(Frozen):
     length_normalized: bool = Field(
         default=False, description="compare means over an answer's tokens, not sums; with a beta of about 5"
     )
+    reference: bool = Field(
+        default=True, description="of pairs; false: none, as SimPO has it, with length_normalized and a margin"
+    )
+    margin: float = Field(default=0.0, ge=0, description="by which the preferred answer's reward is to lead, of pairs")
     desirable_weight: float = Field(default=1.0, gt=0, description="of wanted answers, with labels")
     undesirable_weight: float = Field(default=1.0, gt=0, description="of unwanted ones")
 

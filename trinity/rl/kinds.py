@@ -33,6 +33,10 @@ def check(config: Config) -> None:
         from trinity.rl import distillation
 
         distillation.check(config)
+    if config.data.format in ("pairs", "labels"):
+        from trinity.rl import preference_trainer
+
+        preference_trainer.check(config)
     if config.data.format == "prompts":
         from trinity.rl import reward_trainer
 

@@ -6,7 +6,7 @@ from trinity.config import Config
 from trinity.data.answers import PackedAnswers
 from trinity.data.dataset import Batch
 from trinity.data.prepare import Prepared
-from trinity.errors import InvalidRequest
+from trinity.errors import ConfigError, InvalidRequest
 from trinity.observability.train_log import StepMetrics
 from trinity.pool.pool import ExpertPool
 from trinity.rl.preferences import AnswerObjective, LabelObjective, Pair, PairObjective, pair_batch
@@ -15,6 +15,12 @@ from trinity.state.versioned_store import Store
 from trinity.train.collectives import Comm
 from trinity.train.microbatches import plain
 from trinity.train.trainer import Trainer
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for settings that say nothing together."""
+    if config.data.format == "labels" and not config.preferences.reference:
+        raise ConfigError("labels are learned against a reference: leave preferences.reference true, or give pairs")
 
 
 class PreferenceTrainer(Trainer):
@@ -38,7 +44,7 @@ class PreferenceTrainer(Trainer):
         """Get the weights, and the reference scores of the data's answers."""
         super().start()
         for part in (self.data.train, self.data.val):
-            if isinstance(part, PackedAnswers):
+            if isinstance(part, PackedAnswers) and self.config.preferences.reference:
                 part.reference_N2 = reference_scores(self, part)
 
     def referenced(self, pairs: Sequence[Pair]) -> list[Pair]:

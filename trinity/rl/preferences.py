@@ -5,6 +5,7 @@ rho of an answer is log p - log p_ref, summed over its trained tokens, or their 
 normalisation of arXiv 2405.14734).
 - DPO (arXiv 2305.18290): -log sigma(beta (rho_chosen - rho_rejected)), a mean over the step's pairs; plus `nll` times the
   cross-entropy of the preferred answers, a mean over their tokens in the step (arXiv 2404.19733).
+- SimPO (arXiv 2405.14734) is that of means, without a reference and with a `margin`: -log sigma(beta (rho_c - rho_r) - margin).
 - KTO (arXiv 2402.01306, eq. 8): w (1 - sigma(beta (rho - z))) of a wanted answer, w (1 - sigma(beta (z - rho))) of another, a
   mean over the step's answers. z = max(0, mean of rho over the answers of this micro-batch's prompts to other prompts): the
   paper's estimate of the divergence, as TRL has it, without a gradient. Of one micro-batch, so its size matters.
@@ -51,9 +52,9 @@ def pair_batch(pairs: Sequence[Pair]) -> PairBatch:
     return PairBatch(torch.cat([each[:-1] for each in ids])[None], torch.cat(targets)[None], docs[None], reference_P2)
 
 
-def dpo(rho_P2: Tensor, beta: float) -> Tensor:
+def dpo(rho_P2: Tensor, beta: float, margin: float = 0.0) -> Tensor:
     """Sum over the pairs, chosen and rejected."""
-    return -F.logsigmoid(beta * (rho_P2[:, 0] - rho_P2[:, 1])).sum()
+    return -F.logsigmoid(beta * (rho_P2[:, 0] - rho_P2[:, 1]) - margin).sum()
 
 
 def kto(rho_P: Tensor, z: Tensor, is_wanted_P: Tensor, settings: PreferenceConfig) -> Tensor:
@@ -114,7 +115,7 @@ class PairObjective(AnswerObjective):
         settings, targets_T, docs_T = self.config.preferences, batch.targets_BS[0], batch.docs_BS[0]
         sums_A = self._sums(head_VD, out, targets_T, docs_T)
         rho_P2 = self._rho(sums_A, batch.reference_P2.flatten(), targets_T, docs_T).view(-1, 2)
-        loss = dpo(rho_P2, settings.beta) / whole.num_sequences
+        loss = dpo(rho_P2, settings.beta, settings.margin) / whole.num_sequences
         loss = loss - settings.nll * sums_A[::2].sum() / whole.num_tokens
         chosen_P, rejected_P = (settings.beta * rho_P2).unbind(1)
         told = measured(chosen_P, rejected_P, chosen_P - rejected_P, (chosen_P > rejected_P).float())

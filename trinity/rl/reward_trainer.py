@@ -4,7 +4,8 @@ Decisions. A step's prompts depend on (seed, step), the seeds of its answers on 
 killed and resumed draws the same answers from the same weights, and gives the same bits. Each worker draws and judges whole
 groups.
 Answers come from the weights that the step starts from (`staleness` 0: nothing trains while answers are drawn). What does not
-count: an answer that nobody could judge, one that was cut off (`rl.mask_truncated`), and groups that say nothing.
+count: an answer that nobody could judge, one that was cut off (`rl.mask_truncated`), and groups that say nothing. A step of
+which no answer counts leaves the weights as they are.
 """
 
 import logging

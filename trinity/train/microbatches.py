@@ -35,6 +35,7 @@ class Totals(NamedTuple):
     means: Tensor  # cross-entropy of each micro-batch, over its own trained tokens
     num_tokens: int  # that were read, trained or not
     measures: Mapping[str, float]  # means, of those that anything came to
+    num_trained: int  # targets that count
 
     @property
     def batch_het(self) -> float:
@@ -67,6 +68,7 @@ class MicroBatches:
         self.config, self.comm, self.objective, self.device = config, comm, objective, device
         self.measures = plain(objective).measures
         self.num_read = 0  # tokens of this worker's share of the last step
+        self.num_trained = 0  # of all workers' shares
 
     def batch(self, data: Packed, position: int, micro: int) -> Any:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
@@ -81,15 +83,16 @@ class MicroBatches:
         side = self.config.train.num_overlapped_microbatches
         self.objective.zero_grad(set_to_none=True)
         batches = [batch_of(micro) for micro in range(num)]
-        num_tokens = self._num_trained(batches)
+        self.num_trained = self._num_trained(batches)
+        num_tokens = max(1, self.num_trained)  # where none counts the losses are 0
         self.num_read = sum(batch.ids_BS.numel() for batch in batches)
         parts = [batches[first : first + side] for first in range(0, num, side)]
         return [losses for part in parts for losses in self._side_by_side(part, num_tokens, is_last=part is parts[-1])]
 
     def _num_trained(self, batches: Sequence[Any]) -> int:
-        """Number of targets that count, of all workers' micro-batches; 1 where none does, so that their losses are 0."""
+        """Number of targets that count, of all workers' micro-batches."""
         mine = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
-        return max(1, int(self.comm.all_reduce(mine)))
+        return int(self.comm.all_reduce(mine))
 
     def _side_by_side(self, part: Sequence[Any], num_tokens: int, is_last: bool) -> list[Losses]:
         batches = [self.on_device(batch) for batch in part]
@@ -120,11 +123,17 @@ class MicroBatches:
             torch.stack([m.measures for m in micros]).sum(0).flatten(),
         ]
         flat = self.comm.all_reduce(torch.cat([part.double().cpu() for part in parts]))
-        scalars, counts, ops, means, num_read, sums = flat.split([part.numel() for part in parts])
+        scalars, counts, ops, means, num_read, told = flat.split([part.numel() for part in parts])
         ce, z, balance, num_failed = scalars.tolist()
-        named = Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True)))
-        counts_LE, measures = counts.long().view_as(counts_LE), means_of(self.measures, sums.view(-1, 2))
-        return Totals(ce, z, balance, int(num_failed), counts_LE, named, means, int(num_read), measures)
+        return Totals(
+            *(ce, z, balance, int(num_failed)),
+            counts_LE=counts.long().view_as(counts_LE),
+            num_sent_ops=Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True))),
+            means=means,
+            num_tokens=int(num_read),
+            measures=means_of(self.measures, told.view(-1, 2)),
+            num_trained=self.num_trained,
+        )
 
     def _placed(self, means: Sequence[Tensor]) -> Tensor:
         """Those of this worker's micro-batches at their places among all of the step's, and 0 elsewhere."""

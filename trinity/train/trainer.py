@@ -162,6 +162,8 @@ class Trainer:
         lrs = learning_rates(self.position + 1, self.config.optim, self.config.train.steps)
         if not (math.isfinite(norm) and math.isfinite(totals.ce)):
             self._skip(ticket, f"the gradient norm is {norm}")
+        elif not totals.num_trained:  # what is left are the balance loss's gradients, which Muon would make full size
+            self._skip(ticket, "nothing of it is trained", is_fault=False)
         elif spike := self._spike(totals.ce, norm):
             self._skip(ticket, spike)
         elif not self._stage(norm, lrs, totals, ticket):
@@ -268,11 +270,11 @@ class Trainer:
         most_sigma = self.config.optim.skip_above_sigma if self._skipped_in_a_row < MOST_SPIKES_IN_A_ROW else None
         return self.recent.spike(loss, norm, most_sigma)
 
-    def _skip(self, ticket: StepTicket, why: str) -> None:
+    def _skip(self, ticket: StepTicket, why: str, is_fault: bool = True) -> None:
         log.warning("step skipped: %s; its batch is consumed, the weights stay at %d", why, self.version)
         self.position += 1
         self.num_skipped += 1
-        self._skipped_in_a_row += 1
+        self._skipped_in_a_row += is_fault
         self.backbone.discard_staged()
         if self.comm.rank == 0:
             self._tell(lambda: self.pool.abort(self.version + 1, ticket.attempt))
