@@ -21,7 +21,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from trinity.config import Config
 from trinity.errors import ConfigError
 from trinity.models.common.losses import max_vio
-from trinity.observability.prometheus import TRAINING_METRICS
+from trinity.observability.prometheus import GPU_METRICS, TRAINING_METRICS
 from trinity.observability.registry import registered
 from trinity.observability.train_log import NONE, StepMetrics
 from trinity.train.retry import RETRY_REASONS
@@ -40,13 +40,22 @@ class TrainExporter:
     def __init__(self, layers: Sequence[int]):
         """`layers` with experts, by their numbers in the model."""
         self.registry, self.layers = CollectorRegistry(), layers
-        self._metrics: dict[str, Any] = {m.name: registered(m, self.registry) for m in TRAINING_METRICS}
+        self._metrics = {m.name: registered(m, self.registry) for m in TRAINING_METRICS if m.name not in GPU_METRICS}
         for reason in RETRY_REASONS.values():
             self["retries_total"].labels(reason)
         self._skipped = 0
 
     def __getitem__(self, name: str) -> Any:
         return self._metrics[f"trinity_train_{name}"]
+
+    def _set_gpu(self, name: str, value: float | None) -> None:
+        """Set a gauge that is there with GPUs only: without, 0 would be a value."""
+        full = f"trinity_train_{name}"
+        if value is not None and full not in self._metrics:
+            [declared] = [metric for metric in TRAINING_METRICS if metric.name == full]
+            self._metrics[full] = registered(declared, self.registry)
+        if value is not None:
+            self[name].set(value)
 
     def retry(self, reason: str) -> None:
         """Count it at once: a step may be tried for minutes before it succeeds, or never does."""
@@ -58,7 +67,11 @@ class TrainExporter:
         self["loss"].set(metrics.loss)
         self["grad_norm"].set(metrics.grad_norm)
         self["tokens_total"].inc(metrics.tokens)
+        for name, num in metrics.source_tokens.items():
+            self["source_tokens_total"].labels(name).inc(num)
         self["tokens_per_second"].set(metrics.tokens / max(metrics.seconds, 1e-9))
+        self._set_gpu("tokens_per_second_per_gpu", metrics.tokens_per_s_per_gpu)
+        self._set_gpu("mfu", metrics.mfu)
         for phase, seconds in metrics.phases_s.items():
             self["phase_seconds"].labels(phase).observe(seconds)
         self["skipped_total"].inc(max(0, metrics.skipped - self._skipped))
@@ -68,9 +81,13 @@ class TrainExporter:
         for layer, violation in zip(self.layers, _max_vio(metrics), strict=False):  # none without counts
             self["max_vio"].labels(str(layer)).set(violation)
 
-    def validation(self, step: int, loss: float, measures: Mapping[str, float] = NONE) -> None:
+    def validation(
+        self, step: int, loss: float, by_source: Mapping[str, float] = NONE, measures: Mapping[str, float] = NONE
+    ) -> None:
         """The weights after `step` have that loss on held-out data."""
         self["validation_loss"].set(loss)
+        for name, each in (by_source or {}).items():
+            self["source_validation_loss"].labels(name).set(each)
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The weights after `step` have these scores."""

@@ -60,7 +60,7 @@ class GatewayReplica:
         config = ServeConfig.model_validate(self.settings["serve"])
         client, tokenizer, info = await connect_client(engines, ready_timeout_s)
         operator = functools.partial(find_operator, placement_json, self.namespace) if placement_json else None
-        self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator))
+        self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"]))
         await self.gateway.start()
 
     async def about(self) -> About:

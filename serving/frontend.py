@@ -20,6 +20,7 @@ from serving.limits import Admission
 from serving.metrics import Exporter
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
+from serving.training_run import TrainingRun
 from trinity.config import Client, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
@@ -71,7 +72,8 @@ async def off_loop(is_large: bool, work: Callable[..., T], *arguments: Any) -> T
 
 
 class Frontend:
-    """Owns admission and health; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is one."""
+    """Owns admission and health; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is one;
+    `source` is where the weights are from."""
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Frontend:
         info: EngineInfo,
         config: ServeConfig,
         operator: Callable[[], Operator] | None = None,
+        source: str | None = None,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
@@ -91,6 +94,7 @@ class Frontend:
         self.metrics = Exporter(info.model)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
+        self.training = TrainingRun(source)
         self.engine_healthy = True
         self._waits: set[asyncio.Timeout] = set()
         self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process

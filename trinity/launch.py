@@ -100,7 +100,7 @@ def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
 def check_out_dir(config: Config) -> Path | None:
     """Refuse tasks that cannot be asked, to mix two runs in one folder, and to start from another architecture or a damaged
     checkpoint; -> the checkpoint that the run goes on from, None for a new run."""
-    from trinity.checkpoint import open_checkpoint, resume_point
+    from trinity.checkpoint import resume_point
     from trinity.evaluate.tasks import check
 
     check(config.evaluate, config.train.seq_len, config.model.max_position_embeddings)
@@ -117,9 +117,21 @@ def check_out_dir(config: Config) -> Path | None:
         _check_same(settings.init_from, config, but=("dtype", *CONTEXT))
     else:
         _check_same(str(found), config, but=("dtype",))
-    if found is not None:
-        open_checkpoint(found).verify()
+    _check_source(config, found)
     return found
+
+
+def _check_source(config: Config, found: Path | None) -> None:
+    """Refuse a damaged checkpoint, an adapter of another shape than the run's, or of another base than train.init_from."""
+    from trinity.checkpoint import check_adapter, open_checkpoint
+
+    begun = config.train.init_from
+    source = open_checkpoint(path) if (path := found or begun) else None
+    check_adapter(source, config.optim, is_own=found is not None)
+    if source is not None and (found or source.adapter is not None):
+        source.verify()
+    if source is not None and source.adapter is not None and begun:
+        source.adapter.check_base(open_checkpoint(begun).base)
 
 
 def rewound(config: Config, point: Path) -> bool:
@@ -185,6 +197,7 @@ def train(
     from actors.train import STOP, fit
     from trinity.checkpoint import open_checkpoint
     from trinity.data.prepare import prepare
+    from trinity.observability.run_history import stages_after
     from trinity.pool.pool import describe
     from trinity.rl.kinds import check
     from trinity.train.progress import Progress, shown
@@ -210,7 +223,11 @@ def train(
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     is_packed = config.data.format in ("text", "chats")
     tokens_per_step = config.train.global_batch_size * config.train.seq_len if is_packed else 0
-    progress = Progress(config.train.steps, tokens_per_step, sys.stderr, done)
+    stage, later = stages_after(out_dir)
+    tokens_after = sum((each.steps or 0) * each.tokens_per_step for each in later)
+    progress = Progress(
+        config.train.steps, tokens_per_step, sys.stderr, done, stage=stage.words, tokens_after=tokens_after
+    )
     meanwhile = serving(config, pool, served) if served else nullcontext()
     with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):
         result = stoppable(lambda: fit(config, loop), out_dir / STOP)
@@ -290,10 +307,13 @@ def stoppable(work: Callable[[], dict[str, Any]], stop_file: Path) -> dict[str, 
 
 
 def _draw(out_dir: Path) -> list[Path]:
+    from trinity.observability.run_history import stages_after
     from trinity.observability.train_log import read_rows
-    from trinity.train.plots import expert_load_png, loss_curve_png
+    from trinity.train.plots import expert_load_png, loss_curve_png, run_png
 
     pictures = [loss_curve_png(out_dir / "metrics.jsonl", out_dir / "loss.png")]
     if any(row["counts_LE"] for row in read_rows(out_dir / "expert_load.jsonl")):
         pictures.append(expert_load_png(out_dir / "expert_load.jsonl", out_dir / "expert_load.png"))
-    return pictures
+    stage, _ = stages_after(out_dir)
+    root = out_dir.parent if stage.is_one_of_many else out_dir
+    return [*pictures, run_png(root, root / "run.png")]

@@ -2,7 +2,8 @@
 
 Decisions: a stage is a run of its own, in a folder of its own, that begins from the last checkpoint of the stage before. So a
 kill costs what it costs any run, and in a switch nothing. What goes on is all of the optimizer's state, unless the stage says
-`train.carry: weights`; data, length, batch, schedule and context are its own. All stages are checked before the first step.
+`train.carry: weights` or trains other parts than the one before; data, length, batch, schedule and context are its own. All
+stages are checked before the first step.
 """
 
 import re
@@ -47,8 +48,9 @@ def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
         found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
     for stage in found:
         check(stage.config.evaluate, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
-        for pattern in (*stage.config.data.train, *stage.config.data.val):
-            files(pattern)  # a source that is not there is named before a step is spent
+        for part in stage.config.data.parts:
+            for pattern in (*part.train, *part.val):
+                files(pattern)  # a source that is not there is named before a step is spent
     return tuple(found)
 
 
@@ -73,15 +75,25 @@ def _checked_name(own: Any, number: int, taken: list[str]) -> str:
 
 def _stage(base: dict[str, Any], own: Mapping[str, Any], folder: str, name: str, before: Stage | None) -> Stage:
     sections = {key: value for key, value in own.items() if key in SECTIONS}
-    tree = merge(base, sections)
+    tree = merge(_without_replaced(base, sections.get("data")), sections)
     out_dir = Path(Config.from_tree(merge(base, {})).train.out_dir)
     tree["train"] = {**tree.get("train", {}), "out_dir": str(out_dir / folder)}
     if before is not None:
         tree["model"] = {**before.config.model.model_dump(), **_fields(sections.get("model", {}), name)}
-        goes_on = {"init_from": str(before.checkpoint), "carry": sections.get("train", {}).get("carry", "all")}
-        tree["train"] |= goes_on
+        optim, was = Config.from_tree(tree).optim, before.config.optim
+        carry = "all" if (optim.lora, optim.freeze) == (was.lora, was.freeze) else "weights"
+        tree["train"] |= {"init_from": str(before.checkpoint)}
+        tree["train"] |= {"carry": sections.get("train", {}).get("carry", carry)}
     export = own.get("export", name)
     return Stage(name, Config.from_tree(tree), out_dir / str(export) if export else None)
+
+
+def _without_replaced(base: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The file's settings without its files, where the stage has a mixture, and the other way round."""
+    given = data.keys() if isinstance(data, Mapping) else ()
+    replaced = [*(("train", "val") if "sources" in given else ()), *(("sources",) if "train" in given else ())]
+    kept = base.get("data", {})
+    return {**base, "data": {key: value for key, value in kept.items() if key not in replaced}} if replaced else base
 
 
 def _fields(given: Any, name: str) -> Mapping[str, Any]:

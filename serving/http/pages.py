@@ -6,6 +6,7 @@ from starlette.responses import JSONResponse, Response
 from serving.frontend import Frontend
 from serving.page import chat, dashboard
 from serving.page.assembly import Page
+from serving.training_run import encode
 
 UNSTORED = {"cache-control": "no-store"}
 
@@ -37,6 +38,13 @@ async def dashboard_page(front: Frontend, request: Request) -> Response:
 
 async def dashboard_data(front: Frontend, request: Request) -> Response:
     body = dashboard.encode(*front.placement.latest())
+    return Response(body, headers=UNSTORED, media_type="application/json")
+
+
+async def training_data(front: Frontend, request: Request) -> Response:
+    """Tell the page of the training run whose weights are served; without one `run` is null."""
+    info = front.info
+    body = encode(await front.training.tree(), info.version, info.stats.get("num_quarantined", 0))
     return Response(body, headers=UNSTORED, media_type="application/json")
 
 

@@ -274,6 +274,7 @@ ROUTES = (
     Endpoint("GET", "/page/data", pages.chat_data, "key"),
     Endpoint("GET", "/dashboard", pages.dashboard_page, "open"),
     Endpoint("GET", "/dashboard/data", pages.dashboard_data, "admin"),
+    Endpoint("GET", "/dashboard/training", pages.training_data, "admin"),
 )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from serving.page.assembly import assembled
 from trinity.placement.snapshot import Snapshot
 
-PAGE = assembled("dashboard.html", ["base.css", "dashboard.css"], ["base.js", "heat.js", "dashboard.js"])
+PAGE = assembled("dashboard.html", ["base.css", "dashboard.css"], ["base.js", "heat.js", "dashboard.js", "training.js"])
 
 
 def encode(snapshot: Snapshot, age_s: float) -> bytes:

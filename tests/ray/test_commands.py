@@ -38,7 +38,7 @@ def test_the_demo_trains_serves_and_answers_twice(demo):
     assert ">>> Asked over HTTP (streaming), 'def __init__(self, ':\ndef __init__(self, " in stdout
     assert ">>> Asked over gRPC" in stdout
     assert "everything is shut down" in stdout
-    for picture in ("loss.png", "expert_load.png"):
+    for picture in ("loss.png", "expert_load.png", "run.png"):
         assert imread(out / picture).std() > 0.05
     assert latest_checkpoint(out).name == "step-000006"
 

@@ -31,12 +31,12 @@ class Running:
 
 
 @asynccontextmanager
-async def running(engine=None, operator=None, **serve):
+async def running(engine=None, operator=None, source=None, **serve):
     engine = engine or FakeEngine()
     config = ServeConfig(**{"http_port": 0, "grpc_port": 0, "drain_timeout_s": 5, **serve})
     client = LocalClient(engine, fake_tokenizer(), "fake")
     connect = None if operator is None else lambda: operator
-    gateway = Gateway(Frontend(client, client.tokenizer, await client.info(), config, connect))
+    gateway = Gateway(Frontend(client, client.tokenizer, await client.info(), config, connect, source))
     await gateway.start()
     try:
         yield Running(gateway, engine)

@@ -133,7 +133,7 @@ async def test_the_page_asks_its_own_server_only(page):
     origin = await asyncio.to_thread(page.value, "location.origin")
     urls = [url for url in page.requested() if not url.startswith("data:")]
     assert len(urls) > 2
-    assert set(urls) == {f"{origin}/dashboard", f"{origin}/dashboard/data"}
+    assert set(urls) == {f"{origin}/dashboard{what}" for what in ("", "/data", "/training")}
 
 
 @needs_chromium

@@ -22,7 +22,7 @@ MODELS = {"trinity.models.common", "trinity.models.rules", "trinity.models.regis
 LIBRARY = {
     "trinity.rpc", "trinity.ops", *MODELS, "trinity.state", "trinity.optim", "trinity.placement", "trinity.dispatch",
     "trinity.text", "trinity.checkpoint", "trinity.experts", "trinity.observability", "trinity.pool", "trinity.engine",
-    "trinity.data", "trinity.train",
+    "trinity.data", "trinity.train", "trinity.adapters",
 }  # fmt: skip
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
@@ -33,7 +33,7 @@ SERVING = {
     "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
     "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
-    "serving.tracing", "serving.vllm_names",
+    "serving.tracing", "serving.training_run", "serving.vllm_names",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -55,9 +55,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.placement": set(),
     "trinity.dispatch": {"trinity.rpc", "trinity.placement", "trinity.observability"},
     "trinity.text": set(),
-    "trinity.checkpoint": {*MODELS, "trinity.rpc", "trinity.text"},
+    "trinity.adapters": MODELS,
+    "trinity.checkpoint": {
+        *MODELS, "trinity.rpc", "trinity.text",
+        "trinity.adapters",  # a folder may be an adapter's: it counts as its base with the adapter merged in
+    },
     "trinity.experts": {
         "trinity.ops", "trinity.rpc", "trinity.state", "trinity.optim", "trinity.checkpoint", "trinity.models.rules",
+        "trinity.adapters",  # names and first values of what lies beside an expert's weights
     },
     "trinity.observability": set(),
     "trinity.pool": {
@@ -68,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.data": {"trinity.text", "trinity.checkpoint"},  # a tokenizer may be that of a model on the Hub
     "trinity.train": {
         "trinity.pool", "trinity.dispatch", *MODELS, "trinity.checkpoint", "trinity.data", "trinity.optim", "trinity.state",
-        "trinity.rpc", "trinity.observability",
+        "trinity.rpc", "trinity.observability", "trinity.adapters",
         "trinity.text",  # a checkpoint holds the tokenizer
     },
     "trinity.llm": {  # an offline program is composed here: a checkpoint, shards in this process, an engine
@@ -133,16 +138,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.page": {"trinity.placement"},
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
+    "serving.training_run": {"trinity.observability"},  # the log of the run that is served
     "serving.metrics": {"serving.vllm_names", "trinity.engine", "trinity.observability", "trinity.placement"},
     "serving.pool_operator": {"serving.errors", "trinity.placement"},
     "serving.frontend": {
         "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "serving.tracing",
-        "trinity.engine", "trinity.text",
+        "serving.training_run", "trinity.engine", "trinity.text",
     },
     "serving.bodies": set(),
     "serving.http": {
         "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend", "serving.page",
-        "serving.streams", "serving.tracing", "trinity", "trinity.engine", "trinity.text",
+        "serving.streams", "serving.tracing", "serving.training_run", "trinity", "trinity.engine", "trinity.text",
     },
     "serving.grpc": {
         "protos", "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend",
@@ -175,7 +181,10 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "httpx": ("trinity.bench", "trinity.commands"),
     "opentelemetry": ("serving.tracing",),
     "prometheus_client": ("serving.metrics", "serving.vllm_names", "trinity.observability.registry", "actors.train_metrics"),
-    "lm_eval": ("trinity.commands",),
+    "lm_eval": ("trinity.commands", "trinity.evaluate"),
+    "trackio": ("trinity.observability",),
+    "wandb": ("trinity.observability",),
+    "mlflow": ("trinity.observability",),
     "transformers": ("trinity.bench",),
     "megablocks": ("trinity.experts",),
     "stk": ("trinity.experts",),
@@ -195,8 +204,8 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "torch": (
         "trinity.rpc", "trinity.utils", "trinity.ops", "trinity.models", "trinity.state", "trinity.optim",
         "trinity.dispatch", "trinity.checkpoint", "trinity.experts", "trinity.observability", "trinity.engine",
-        "trinity.data", "trinity.train", "trinity.rl", "trinity.llm", "trinity.bench", "trinity.chaos", "trinity.commands",
-        "actors.dataplane", "actors.shard_server", "actors.sync", "actors.train", "actors.train_metrics",
+        "trinity.adapters", "trinity.data", "trinity.train", "trinity.rl", "trinity.llm", "trinity.bench", "trinity.chaos",
+        "trinity.commands", "actors.dataplane", "actors.shard_server", "actors.sync", "actors.train", "actors.train_metrics",
     ),
 }  # fmt: skip
 

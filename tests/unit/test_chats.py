@@ -7,18 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.unit.test_trainer import SMALL
 from trinity.config import Config, DataConfig, TrainConfig, preset
 from trinity.data.chat_store import chat_stores
 from trinity.data.chat_tokens import control_in, examples
 from trinity.data.chats import Conversation
-from trinity.data.packed_chats import IGNORE, PackedChats, best_fit
+from trinity.data.dataset import IGNORE
+from trinity.data.packed_chats import PackedChats
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
-from trinity.models.common import losses
 from trinity.pool.local import local_pool
 from trinity.rpc.messages import Load
 from trinity.text.conversation import render
@@ -316,28 +314,6 @@ def test_a_long_conversation_ends_after_an_answer(folder, tmp_path, caplog):
     assert not short.num_sequences
     with pytest.raises(DataError, match=f"no conversation has an answer within train.seq_len {first_end - 1}"):
         short.require_text()
-
-
-@settings(max_examples=200, deadline=None)
-@given(places=st.lists(st.integers(0, 30), max_size=60))
-def test_best_fit_places_each_once_and_where_the_least_room_is_left(places):
-    found = best_fit(np.array(places, np.int64), 30)
-    assert sorted(n for each in found for n in each) == [n for n, size in enumerate(places) if size]
-    assert all(sum(places[n] for n in each) <= 30 for each in found)
-    rooms = [30 - sum(places[n] for n in each) for each in found]
-    assert sum(room >= 15 for room in rooms) <= 1, "two that are half empty would have been one"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_log_normal_mix_of_lengths_fills_the_room(seed):
-    places_N = np.random.default_rng(seed).lognormal(6.0, 1.0, 20_000).astype(np.int64).clip(1, 4096)
-    found = best_fit(places_N, 4096)
-    assert sorted(n for each in found for n in each) == list(range(20_000)), "nothing is dropped"
-    assert places_N.sum() / (4096 * len(found)) >= 0.98
-
-
-def test_ignore_is_the_losses_own():
-    assert IGNORE == losses.IGNORE
 
 
 def test_chats_need_a_template(folder, tmp_path):

@@ -60,7 +60,7 @@ def gradients_of(pool):
     for shard in pool.transport.shards.values():
         for e in shard.spec.experts[LAYER]:
             at = shard.experts[LAYER].index(e)
-            gate, up, down = shard.gathered.rows(LAYER, at, shard.versions.present[LAYER]).chunk(3)
+            gate, up, down = shard.gathered.rows(LAYER, at, shard.versions.trained[LAYER]).chunk(3)
             found[e] = (gate, up, down.mT)
     return found
 

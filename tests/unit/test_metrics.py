@@ -17,11 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trinity.errors import DataError
 from trinity.models.common.losses import max_vio
+from trinity.observability.follow import Follower
 from trinity.observability.prometheus import ALL_METRICS
 from trinity.observability.registry import registered
+from trinity.observability.run_history import write_stages
 from trinity.observability.train_log import Lines, StepMetrics, TrainLog, _cut, main_lr, read_rows
-from trinity.train.plots import _relative, expert_load_png, loss_curve_png, reward_curves_png
-from trinity.train.progress import Follower, Progress
+from trinity.train.plots import _relative, expert_load_png, loss_curve_png, reward_curves_png, run_png
+from trinity.train.progress import Progress
 
 
 def metrics(step, loss=None, **changed):
@@ -172,6 +174,25 @@ def test_rows_are_read_back_and_those_of_before_too(tmp_path):
     assert "lr 2.0e-02" in screen.getvalue()
 
 
+def test_one_picture_shows_all_stages(tmp_path):
+    """Each part is drawn where the logs have something of it, and nothing else changes the picture's height."""
+    folders = [tmp_path / "1-pre", tmp_path / "2-anneal"]
+    write_stages(tmp_path, [("pre", folders[0], 20, 64), ("anneal", folders[1], 10, 64)])
+    with pytest.raises(DataError, match="hold no training step"):
+        run_png(tmp_path, tmp_path / "run.png")
+    heights = []
+    for changed in ({}, {"batch_het": 0.3}, {"batch_het": 0.3, "source_tokens": {"web": 48, r"_$\no{math$": 16}}):
+        for folder, last in zip(folders, (20, 10), strict=True):
+            folder.mkdir(exist_ok=True)
+            rows = [metrics(step, counts_LE=[]).row() | changed for step in range(1, last + 1)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        heights.append(imread(run_png(tmp_path, tmp_path / "run.png")).shape[0])
+    load = [{"step": step, "counts_LE": [[step, 2, 3], [4, 5, 6]]} for step in (5, 10)]
+    (folders[1] / "expert_load.jsonl").write_text("".join(json.dumps(each) + "\n" for each in load))
+    heights.append(imread(run_png(tmp_path, tmp_path / "run.png")).shape[0])
+    assert heights == sorted(set(heights)), heights
+
+
 # --- what a person sees ---------------------------------------------------------------------------------------------
 
 
@@ -199,6 +220,24 @@ def test_time_left(left, shown):
     screen = Screen(False)
     Progress(1 + left, 1024, screen).row(row(1, seconds=1.0))
     assert screen.getvalue().endswith(f"eta {shown}\n")
+
+
+def test_lines_and_bars_name_the_stage_and_say_when_all_are_done():
+    """A stage of 10 steps of 0.2 s, and 51,200 tokens in stages after it at 5,120 a second."""
+    several = {"stage": "stage 2 of 4, anneal", "tokens_after": 51_200}
+    plain, terminal = Screen(False), Screen(True)
+    for screen in (plain, terminal):
+        progress = Progress(10, 1024, screen, **several)
+        progress.row(row(1, mfu=0.4321))
+        progress.row({"step": 1, "val_loss": 2.0})
+        progress.close()
+    head, line, val = plain.getvalue().splitlines()
+    assert head == "stage 2 of 4, anneal: 10 steps of 1,024 tokens, 10,240 in all"
+    assert line.startswith("stage 2 of 4, anneal: step 1/10  loss 5.000")
+    assert line.endswith("maxvio 0.41  mfu 43.2 %  eta 0:02, of all stages 0:12")
+    assert val.startswith("stage 2 of 4, anneal: step 1/10  val loss")
+    assert "stage 2 of 4, anneal:  10%" in terminal.getvalue()
+    assert "all in 0:12" in terminal.getvalue()
 
 
 def test_a_terminal_gets_one_bar():

@@ -72,7 +72,7 @@ class Told:
     def step(self, metrics):
         self.steps.append(metrics)
 
-    def validation(self, step, loss, measures):
+    def validation(self, step, loss, by_source, measures):
         self.validations.append((step, loss, measures))
 
 

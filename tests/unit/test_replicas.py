@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.waiting import sooner_than
-from trinity.config import OptimConfig, preset
+from trinity.config import LoraConfig, OptimConfig, preset
 from trinity.dispatch import patience
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.exchange import replica_hash
@@ -19,7 +19,6 @@ from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, StepConflict, Unavailable, WrongEpoch
 from trinity.experts.migration import migrate_in
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.experts.stacked import stack_names
 from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
@@ -66,9 +65,18 @@ def test_a_token_goes_to_the_same_replicas_in_any_company():
 # -- one shard
 
 
-@pytest.mark.parametrize("optim", [None, OptimConfig(), OptimConfig(matrices="adamw")])
-def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
-    """Weights and optimizer state: an update of the copy gives the bits that an update of the original gives."""
+@pytest.mark.parametrize(
+    ("optim", "num_kinds"),
+    [
+        (None, 1),
+        (OptimConfig(), 2),
+        (OptimConfig(matrices="adamw"), 3),
+        (OptimConfig(lora=LoraConfig(rank=3)), 7),
+        (OptimConfig(freeze=("experts",)), 1),
+    ],
+)
+def test_a_copy_is_the_original_with_all_that_is_its_own(optim, num_kinds):
+    """Weights, adapters and optimizer state: an update of the copy gives the bits that an update of the original gives."""
     load = Load(seed=5, training=optim is not None)
     a, b = shard_of("a", range(5), optim, load), shard_of("b", range(5, 8), optim, load)
     both = [a, b]
@@ -79,11 +87,12 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
             rng = torch.Generator().manual_seed(step)
             for layer in MODEL.moe_layers:
                 gradients = []
-                for stack in shard.versions.present[layer]:
-                    noise = {e: torch.randn(8, 16, generator=rng) for e in range(MODEL.num_experts)}
+                trained = shard.versions.trained[layer]
+                for stack in trained.values():
+                    noise = {e: torch.randn(*stack.shape[1:], generator=rng) for e in range(MODEL.num_experts)}
                     wanted = torch.stack([noise[e] for e in shard.experts[layer]])
                     gradients.append(torch.empty_strided(stack.shape, stack.stride()).copy_(wanted))
-                shard.gathered.add(f"test:{layer}", stack_names(layer), gradients)
+                shard.gathered.add(f"test:{layer}", tuple(trained), gradients)
             shard.prepare(Prepare(step))
             shard.stage(Stage(step, {"muon": 0.02, "adamw": 0.01}, 1.0))
             shard.commit(Commit(step))
@@ -94,7 +103,7 @@ def test_a_copy_is_the_original_with_all_that_is_its_own(optim):
         for kind in a.weights.kinds(a.version):
             mine, theirs = (s.fetch(Fetch(LAYER, expert, s.version, FOREVER, kind)) for s in both)
             assert torch.equal(mine, theirs), (expert, kind)
-    assert len(a.weights.kinds(a.version)) == (1 if optim is None else 2 if optim.matrices == "muon" else 3)
+    assert len(a.weights.kinds(a.version)) == num_kinds
 
 
 def test_what_is_adopted_computes_and_what_is_dropped_does_not():

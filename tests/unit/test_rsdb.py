@@ -1,7 +1,9 @@
 """A random sequential document buffer: everything once, in an order that lengths and the seed give, mixed as it should be."""
 
 import itertools
+import tempfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401  a fixture
+from trinity.data import slot_states
 from trinity.data.dataset import IGNORE, PackedDataset
-from trinity.data.rsdb import BufferedDocuments
+from trinity.data.rsdb import BufferedDocuments, Draws, Slot
+from trinity.data.slot_states import SlotStates
 from trinity.errors import ConfigError, DataError
 from trinity.train.validation import Recent
 
@@ -31,13 +35,7 @@ def buffers(draw):
 
 
 def spans(dataset, slot, num):
-    return [dataset._slots.setdefault(slot, _slot(dataset, slot)).sequence(n) for n in range(num)]
-
-
-def _slot(dataset, slot):
-    from trinity.data.rsdb import Slot
-
-    return Slot(dataset, slot)
+    return [dataset._slots.setdefault(slot, Slot(dataset, slot)).sequence(n) for n in range(num)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -98,6 +96,47 @@ def test_targets_are_what_follows_and_workers_share_the_step(dataset, shape):
         assert torch.equal(torch.cat([parts[key].ids_BS for key in sorted(parts)]), alone.ids_BS)
 
 
+@settings(deadline=None, max_examples=40)
+@given(buffers(), st.lists(st.integers(0, 60), min_size=1, max_size=6))
+def test_a_state_that_is_kept_saves_the_way_to_it(dataset, numbers):
+    """From wherever a slot stands, forwards and back, with states of before and those that it writes itself."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slot_states, "EVERY", 5)
+        shape = dataset.seq_len, dataset.seed, dataset.num_slots, dataset.num_buffered
+        want = [dataset.take(np.array([n * dataset.num_slots])) for n in range(61)]
+        for _ in range(2):
+            kept = BufferedDocuments(dataset.store, *shape, None, SlotStates(Path(folder)))
+            for n in numbers:
+                assert all(map(torch.equal, kept.take(np.array([n * dataset.num_slots])), want[n]))
+        filled = []
+        patch.setattr(Slot, "_filled", lambda slot, fill=Slot._filled: filled.append(1) or fill(slot))
+        last = max(numbers)
+        again = BufferedDocuments(dataset.store, *shape, None, SlotStates(Path(folder)))
+        assert all(map(torch.equal, again.take(np.array([last * dataset.num_slots])), want[last]))
+        assert len(filled) <= 5
+
+
+def test_states_that_are_damaged_or_cannot_be_written_cost_a_replay(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(slot_states, "EVERY", 5)
+    store = store_of([7] * 40)
+    want = BufferedDocuments(store, 6, 0, 2, 3).take(np.array([44])).ids_BS
+    for _ in range(2):
+        kept = BufferedDocuments(store, 6, 0, 2, 3, None, SlotStates(tmp_path / "kept"))
+        assert torch.equal(kept.take(np.array([44])).ids_BS, want)
+        files = sorted((tmp_path / "kept").iterdir())
+        assert [file.name for file in files] == ["0-10.npy", "0-15.npy", "0-20.npy", "0-5.npy"]
+        for damage, file in enumerate(files):
+            data = bytearray(file.read_bytes())
+            data[-9 - damage] ^= 1
+            file.write_bytes(data if damage else data[:-3])
+    kept.take(np.array([60]))
+    assert len(list((tmp_path / "kept").iterdir())) == slot_states.KEPT, "the oldest goes"
+    (tmp_path / "full").touch()
+    full = BufferedDocuments(store, 6, 0, 2, 3, None, SlotStates(tmp_path / "full"))
+    assert torch.equal(full.take(np.array([44])).ids_BS, want)
+    assert caplog.text.count("states of the buffer are not kept") == 1
+
+
 def test_a_sequence_is_of_many_documents():
     lengths = np.random.default_rng(0).integers(500, 5000, 400)
     stream, buffered = PackedDataset(store_of(lengths), 256, 0), BufferedDocuments(store_of(lengths), 256, 0, 8, 32)
@@ -108,6 +147,17 @@ def test_a_sequence_is_of_many_documents():
     per_step = [len(set(buffered.batch(step, 8, 0, 1, 0, 8).ids_BS[:, 0].tolist())) for step in range(4)]
     assert min(per_step) == 8
     assert shares[1] > 100
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 2**32 - 1), max_size=40), st.integers(0, 99), st.integers(0, 2000))
+def test_numbers_are_those_that_numpy_draws_one_by_one(bounds, seed, before):
+    """The buffer of each run that there is depends on it; and so many may have been drawn before."""
+    rng, draws = np.random.default_rng([seed, 1]), Draws([seed, 1])
+    for bound in [*[7] * before, *bounds]:
+        assert draws.below(bound) == rng.integers(bound)
+    later = Draws([seed, 1], draws.num)
+    assert [later.below(n) for n in (9, 10**9, 3)] == [draws.below(n) for n in (9, 10**9, 3)]
 
 
 def test_too_little_text_names_the_numbers():

@@ -12,7 +12,6 @@ from trinity.checkpoint.tensor_file import TensorFile
 from trinity.config import OptimConfig, preset
 from trinity.errors import ConfigError, InvalidRequest, StepConflict, Unavailable, VersionGone, WrongEpoch
 from trinity.experts.activation_cache import ActivationCache, Activations
-from trinity.experts.base import LayerWeights
 from trinity.experts.grad_accumulator import FUTURE_US, GradAccumulator
 from trinity.experts.published import PublishedVersions
 from trinity.experts.row_counts import RowCounts
@@ -106,7 +105,7 @@ def test_a_newer_attempt_finds_an_empty_accumulator_and_an_older_one_is_refused(
 
 
 def test_gradients_are_taken_once_and_only_of_the_attempt_that_was_prepared():
-    gathered, weights = accumulated(5), {LAYER: LayerWeights(*stacks(0))}
+    gathered, weights = accumulated(5), {LAYER: dict(zip(stack_names(LAYER), stacks(0), strict=True))}
     with pytest.raises(StepConflict, match="attempt 5 is not prepared"):
         gathered.take(5, weights)
     gathered.close()
@@ -148,7 +147,7 @@ def versions_of(*numbers):
 
 
 def test_what_is_published_can_be_found_and_nothing_else():
-    published, (versions, _) = PublishedVersions("s", MODEL, False), versions_of(2, 3, 4)
+    published, (versions, _) = PublishedVersions("s", MODEL, None), versions_of(2, 3, 4)
     with pytest.raises(Unavailable, match="shard s has no weights yet"):
         published.find(3, LAYER)
     published.publish(versions, 3)
@@ -168,7 +167,7 @@ def test_what_is_published_can_be_found_and_nothing_else():
 
 
 def test_a_version_is_withdrawn_when_its_last_reader_has_left():
-    published, (versions, _) = PublishedVersions("s", MODEL, False), versions_of(2, 3)
+    published, (versions, _) = PublishedVersions("s", MODEL, None), versions_of(2, 3)
     published.publish(versions, 3)
     first, second = published.lent(2, LAYER), published.lent(2, LAYER)
     first.__enter__()

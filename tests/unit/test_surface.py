@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -68,8 +68,17 @@ def settings(section: type[BaseModel], prefix: str) -> Iterator[str]:
             continue
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from settings(kind, f"{prefix}{name}.")
+            continue
+        if (inner := section_in(kind)) is not None:
+            yield from settings(inner, f"{prefix}{name}{'[]' * (get_origin(kind) is tuple)}.")
         else:
             yield f"{prefix}{name}: {type_of(field)} = {field.get_default()!r}"
+
+
+def section_in(kind: Any) -> type[BaseModel] | None:
+    """The section that a setting has several of, or one or none."""
+    found = [each for each in get_args(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return found[0] if found and get_origin(kind) is not dict else None
 
 
 def type_of(field: FieldInfo) -> str:

@@ -50,8 +50,12 @@ def test_every_declared_metric_is_served(tmp_path):
         assert scrape(port)["trinity_train_retries_total"][("deadline",)] == 1, "before the step has succeeded"
         exporter.retry("deadline")
         exporter.step(metrics(1, retries={"deadline": 2}, phases_s={"begin": 0.01, "prepare": 0.2}))
-        exporter.step(metrics(2, skipped=1, checkpoint_s=3.0, phases_s={"begin": 0.02}))
-        exporter.validation(2, 4.25)
+        assert not [name for name in scrape(port) if "mfu" in name or "gpu" in name], "without GPUs absent, not 0"
+        gpus = {"mfu": 0.25, "tokens_per_s_per_gpu": 500.0}
+        exporter.step(
+            metrics(2, skipped=1, checkpoint_s=3.0, phases_s={"begin": 0.02}, source_tokens={"web": 750}, **gpus)
+        )
+        exporter.validation(2, 4.25, {"web": 4.5})
         exporter.scores(2, [{"task": "niah", "mean": 0.75, "passes": False}, {"task": "quiz", "mean": 0.5}])
         found = scrape(port)
     assert {name: found[f"trinity_train_{name}"][()] for name in ("step", "loss", "grad_norm", "validation_loss")} == {
@@ -59,8 +63,11 @@ def test_every_declared_metric_is_served(tmp_path):
     }  # fmt: skip
     assert found["trinity_train_score"] == {("niah",): 0.75, ("quiz",): 0.5}
     assert found["trinity_train_gate_open"] == {("niah",): 0}
+    assert (found["trinity_train_mfu"], found["trinity_train_tokens_per_second_per_gpu"]) == ({(): 0.25}, {(): 500})
     assert found["trinity_train_tokens_total"] == {(): 2000}
     assert found["trinity_train_tokens_per_second"] == {(): 2000}
+    assert found["trinity_train_source_tokens_total"] == {("web",): 750}
+    assert found["trinity_train_source_validation_loss"] == {("web",): 4.5}
     assert found["trinity_train_retries_total"][("deadline",)] == 2
     assert found["trinity_train_skipped_total"] == {(): 1}
     assert found["trinity_train_phase_seconds_count"] == {("begin",): 2, ("prepare",): 1}

@@ -95,6 +95,7 @@ def _run(arm: str, data: dict[str, Any], seed: int, given: dict[str, Any]) -> li
     pool = local_pool(config.model, Load(seed=seed), optim=config.optim, backend="torch")
     made = prepare(config.data, config.train, config.model, out_dir)
     if arm == IN_ORDER:
+        assert isinstance(made.train, PackedDataset)
         made = made._replace(train=_in_order(PackedDataset)(made.train.store, given["seq_len"], seed))
     trainer = Trainer(config, pool, made, Alone())
     trainer.start()
@@ -106,8 +107,8 @@ def _in_order(packed: type["PackedDataset"]) -> type["PackedDataset"]:
     """The same sequences, one after the other."""
 
     class InOrder(packed):  # type: ignore[valid-type,misc]  # a class is only known where torch is
-        def sequences(self, step: int, global_batch: int) -> np.ndarray:
-            numbers: np.ndarray = np.arange(step * global_batch, (step + 1) * global_batch) % self.num_sequences
+        def indices(self, nth_B: np.ndarray) -> np.ndarray:
+            numbers: np.ndarray = nth_B % self.num_sequences
             return numbers
 
     return InOrder

@@ -52,7 +52,7 @@ class Steps:
     """Times at which steps of the run ended, from its log. Its thread ends with the process, or by `stop`."""
 
     def __init__(self, log: Path):
-        from trinity.train.progress import Follower
+        from trinity.observability.follow import Follower
 
         self._follower = Follower(log)
         self._ended_s: list[float] = []

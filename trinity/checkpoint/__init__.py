@@ -14,9 +14,14 @@ A folder is what its name says, and a name changes in one rename:
 
 Decisions: safetensors only; a file is hashed before the first tensor is read from it; a folder without a manifest is a
 plain Hugging Face checkpoint (version 0), unless its index says that it had one; only a save deletes, a reader never;
-file names inside an index or a manifest may not leave the folder. A folder may also be a model's on the Hub (hub.py).
+file names inside an index or a manifest may not leave the folder. A folder may also be a model's on the Hub (hub.py), or an
+adapter's in PEFT's format (adapter.py), as runs that train adapters write them:
+
+    step-000300/            adapter_model.safetensors, adapter_config.json (which names the base), tokenizer files
+      training/, manifest.json
 """
 
+from trinity.checkpoint.adapter import adaptable, check_adapter
 from trinity.checkpoint.hub import hub_name, located, small_files, title_of
 from trinity.checkpoint.layout import all_experts, expert_key, step_path
 from trinity.checkpoint.read import Checkpoint, open_checkpoint
@@ -36,7 +41,9 @@ __all__ = [
     "PROJECTIONS",
     "Checkpoint",
     "CheckpointWriter",
+    "adaptable",
     "all_experts",
+    "check_adapter",
     "expert_key",
     "hub_name",
     "kept_generation",

@@ -1,6 +1,7 @@
 """A checkpoint as others take it: weights, tokenizer and a card, without what only training needs.
 
-Decision: its files are the checkpoint's own, linked, so that an export takes no room and outlives the checkpoint.
+Decision: its files are the checkpoint's own, linked, so that an export takes no room and outlives the checkpoint. An
+adapter's are written anew, merged with its base.
 """
 
 import json
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trinity.checkpoint.layout import INDEX, MANIFEST, PARTIAL
+from trinity.checkpoint.read import open_checkpoint
+from trinity.checkpoint.rewrite import rewrite
 from trinity.errors import ConfigError
 
 CARD = "README.md"
@@ -25,11 +28,15 @@ def export(checkpoint: Path, target: Path, card: str) -> Path:
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
+        if (source := open_checkpoint(checkpoint)).adapter is not None:
+            checkpoint = scratch / "merged"
+            rewrite(source, checkpoint)
         for file in checkpoint.iterdir():
             if file.is_file() and file.name not in (MANIFEST, INDEX):
                 _linked(file, scratch / file.name)
         (scratch / INDEX).write_text(json.dumps(_index(json.loads((checkpoint / INDEX).read_text())), indent=2))
         (scratch / CARD).write_text(card)
+        shutil.rmtree(scratch / "merged", ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
     except OSError as error:

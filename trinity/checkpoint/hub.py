@@ -16,6 +16,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
+from trinity.adapters import peft
 from trinity.checkpoint.layout import INDEX, MANIFEST
 from trinity.errors import CheckpointError
 
@@ -30,6 +31,7 @@ SMALL = (  # what a model is opened with; weights are asked for by name
     "added_tokens.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    peft.CONFIG,
     INDEX,
     MANIFEST,
 )

@@ -6,6 +6,7 @@ could otherwise see two models; code that a config names (`auto_map`) is never l
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trinity.adapters import peft
 from trinity.checkpoint.hub import folder_of
 from trinity.checkpoint.layout import (
     DELETED,
@@ -39,6 +41,7 @@ from trinity.utils.hugepages import empty
 from trinity.utils.terminal import progress
 
 if TYPE_CHECKING:
+    from trinity.checkpoint.adapter import Adapter
     from trinity.models.common.decoder import CausalLM
     from trinity.models.common.experts import ExpertLayer
     from trinity.text.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ MAX_JSON_BYTES = 256 << 20
 HASH_AHEAD_BYTES = 4 << 30
 MAX_NAME_BYTES = 255
 SMALL_BYTES = 256 << 20
+SAMPLE_BYTES = 1 << 20
 
 
 class Checkpoint:
@@ -62,16 +66,44 @@ class Checkpoint:
         for file in self._files:
             if not file.endswith(".safetensors"):  # those are checked when they are first read
                 self._verified(file)
-        self.config: ModelConfig = read_config({**_read_json(self._verified("config.json")), **self._ends()}, self.path)
+        self._open_weights()
+
+    def _open_weights(self) -> None:
+        """Find out which model this is, and where its tensors are."""
+        self.config: ModelConfig = read_config({**read_json(self._verified("config.json")), **self._ends()}, self.path)
         self._index = self._read_index()
         self._check_size()
         if (self.path / SINGLE).is_file():
             _ = self.weight_map  # what is wrong with it is said now
 
+    @property
+    def base(self) -> "Checkpoint":
+        """The checkpoint of its weights without an adapter: itself where it has none."""
+        return self
+
+    @property
+    def adapter(self) -> "Adapter | None":
+        """The adapter that is merged into what is read, if there is one."""
+        return None
+
+    @cached_property
+    def content(self) -> str:
+        """A fingerprint of the weights: names and sizes of their files, and what is at the beginning and the end of each. Of a
+        model of the Hub: fetches them."""
+        self.folder.fetch(self._weight_files)
+        digest = hashlib.sha256()
+        for file in sorted(self._weight_files):
+            with reading(self.path / file), (self.path / file).open("rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                digest.update(f"{file} {size} ".encode() + opened.read(SAMPLE_BYTES))
+                opened.seek(max(0, size - SAMPLE_BYTES))
+                digest.update(opened.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
     def _ends(self) -> dict[str, Any]:
         """The ids that end a text by generation_config.json, which counts where there is one, as it does elsewhere."""
         path = self.path / "generation_config.json"
-        found = _read_json(self._verified(path.name)) if path.is_file() else {}
+        found = read_json(self._verified(path.name)) if path.is_file() else {}
         return {key: value for key, value in found.items() if key == "eos_token_id" and value is not None}
 
     @property
@@ -86,7 +118,11 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """The trainer's own notes (training/state.json)."""
-        return _read_json(self._verified(STATE))
+        return read_json(self._verified(STATE))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.path / "tokenizer.json").is_file()
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -112,7 +148,7 @@ class Checkpoint:
     def generation(self) -> dict[str, Any] | None:
         """generation_config.json, if there is one."""
         path = self.path / "generation_config.json"
-        return _read_json(path) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def fetch(self, experts: Experts | None = None) -> None:
         """See that the weights are on this node's disk, all or those of these experts: at once, where reading a model of the
@@ -130,7 +166,7 @@ class Checkpoint:
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return gate_FD, up_FD, down_DF of one expert, from a tensor for each or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        dtype = self._entry(self._expert_keys(layer, expert)[0]).dtype
+        dtype = self.base._entry(self._expert_keys(layer, expert)[0]).dtype
         gate, up, down = (torch.empty(shape, dtype=TYPES[dtype]) for shape in ((f, d), (f, d), (d, f)))
         self.fill(self.expert_parts(layer, expert, gate, up, down))
         return gate, up, down
@@ -144,10 +180,15 @@ class Checkpoint:
                 self._entry(key, shape)
             return [Part(key, target) for key, target in zip(keys, (gate_FD, up_FD, down_DF), strict=True)]
         gate_up, down, num = *keys, self.config.num_experts
+        named = [
+            expert_key(self.config, layer, expert, projection).removesuffix(".weight") for projection in PROJECTIONS
+        ]
         self._entry(gate_up, (num, 2 * f, d))
         self._entry(down, (num, d, f))
         first = expert * 2 * f * d
-        return [Part(gate_up, gate_FD, first), Part(gate_up, up_FD, first + f * d), Part(down, down_DF, expert * d * f)]
+        starts = (first, first + f * d, expert * d * f)
+        found = zip((gate_up, gate_up, down), (gate_FD, up_FD, down_DF), starts, named, strict=True)
+        return [Part(*each) for each in found]
 
     def _expert_keys(self, layer: int, expert: int) -> tuple[str, ...]:
         """The keys of its three matrices, or of the two stacks that it is in."""
@@ -160,7 +201,7 @@ class Checkpoint:
         """Read each part into its memory, in the order of the files. `what`: words beside a bar on a terminal; `told`: hears of
         each part's bytes, on any thread."""
         placed = [(self._file(self._place(part.key)), part) for part in parts]
-        with progress(what, sum(part.target.nbytes for _, part in placed)) as bar, _reading(self.path):
+        with progress(what, sum(part.target.nbytes for _, part in placed)) as bar, reading(self.path):
             read_all(placed, lambda num: (bar(num), told(num)))
 
     def load_model(self, experts: "ExpertLayer", device: str) -> "CausalLM":
@@ -175,7 +216,7 @@ class Checkpoint:
         """Fill every tensor of the backbone from the files; -> version."""
         tensors = model.tensors()
         for key, mine in tensors.items():
-            self._entry(key, mine.shape)
+            self.check(key, mine.shape)
         self.fill([Part(key, mine) for key, mine in tensors.items()], "reading the backbone")
         return self.version
 
@@ -195,6 +236,10 @@ class Checkpoint:
             t: file for file, entry in self._files.items() if file.startswith("training/") for t in entry["tensors"]
         }
 
+    def check(self, key: str, shape: Iterable[int]) -> None:
+        """See that a tensor of the model is there, of a type that holds weights and of that shape."""
+        self._entry(key, shape)
+
     def _place(self, key: str) -> str:
         """The file that a tensor of the model is in."""
         if key not in self.weight_map:
@@ -209,7 +254,7 @@ class Checkpoint:
 
     def _checked(self, file: str, key: str, shape: Iterable[int] | None) -> Entry:
         path, opened = self.path / file, self._file(file)
-        with _reading(path, f"{key!r} in "):
+        with reading(path, f"{key!r} in "):
             found = opened.entry(key)
         if shape is not None and found.shape != tuple(shape):
             raise CheckpointError(f"{path}: {key} has shape {[*found.shape]}, config.json wants {[*shape]}")
@@ -222,14 +267,14 @@ class Checkpoint:
     def _tensor(self, file: str, key: str, shape: Iterable[int] | None = None) -> Tensor:
         found, opened = self._checked(file, key, shape), self._file(file)
         tensor = torch.empty(found.shape, dtype=TYPES[found.dtype])
-        with _reading(self.path / file, f"{key!r} in "):
+        with reading(self.path / file, f"{key!r} in "):
             opened.read(Part(key, tensor))
         return tensor
 
     def _file(self, file: str) -> TensorFile:
         if file not in self._open:
             path = self._verified(file)
-            with _reading(path):
+            with reading(path):
                 self._open[file] = TensorFile(path)
         return self._open[file]
 
@@ -254,7 +299,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} is not in the manifest, so nothing is known about it; use another checkpoint"
             )
-        with _reading(path):
+        with reading(path):
             size = path.stat().st_size
         if entry is not None and size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size} bytes, the manifest says {entry['bytes']}: truncated?")
@@ -266,7 +311,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is a save or a deletion that did not finish; use another checkpoint")
         if not path.exists():
             return {}
-        manifest = _read_json(path)
+        manifest = read_json(path)
         if manifest.get("sha256") != own_hash(manifest):
             raise CheckpointError(f"{path} does not match its own SHA-256: it is corrupt, or of an earlier Trinity")
         files, step = manifest.get("files"), manifest.get("step")
@@ -292,7 +337,7 @@ class Checkpoint:
         config = self.config
         experts = len(config.moe_layers) * config.num_experts * config.expert_params
         least = (config.vocab_size * config.hidden_size + experts) * min(dtype.itemsize for dtype in STORED)
-        with _reading(self.path):
+        with reading(self.path):
             found = sum(map(self.folder.size, self._weight_files))  # one that is not there is named when it is read
         if least > found + SMALL_BYTES:  # what lacks a tensor is told which
             raise CheckpointError(
@@ -321,7 +366,7 @@ class Checkpoint:
                 else f"{self.path} has neither {INDEX} nor {SINGLE}"
             )
         index = self._verified(INDEX)
-        tree = _read_json(index)
+        tree = read_json(index)
         self._check_had_none(index, tree)
         where = tree.get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
@@ -334,11 +379,16 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
+    """A checkpoint, or an adapter's folder, which counts as its base with the adapter merged in (adapter.py)."""
+    if folder_of(source).has(peft.CONFIG):
+        from trinity.checkpoint.adapter import AdaptedCheckpoint
+
+        return AdaptedCheckpoint(source)
     return Checkpoint(source)
 
 
 @contextmanager
-def _reading(path: Path, what: str = "") -> Iterator[None]:
+def reading(path: Path, what: str = "") -> Iterator[None]:
     """Turn whatever a file does to its reader into an error that names it."""
     try:
         yield
@@ -357,8 +407,8 @@ def _check_inside(file: str, source: Path) -> None:
         raise CheckpointError(f"{source} names a file outside the checkpoint: {file[:MAX_NAME_BYTES]!r}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
+def read_json(path: Path) -> dict[str, Any]:
+    with reading(path):
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes; a JSON file may have {MAX_JSON_BYTES:,}")
         tree = json.loads(path.read_bytes(), object_pairs_hook=unique)
@@ -368,5 +418,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

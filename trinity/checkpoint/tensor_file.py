@@ -27,11 +27,18 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F1
 
 
 class Part(NamedTuple):
-    """A dense run of numbers of a stored tensor, and the memory that they belong in. `start`: numbers before it."""
+    """A dense run of numbers of a stored tensor, and the memory that they belong in. `start`: numbers before it; `name`: of the
+    matrix, where the stored tensor is a stack of several."""
 
     key: str
     target: Tensor
     start: int = 0
+    name: str = ""
+
+    @property
+    def module(self) -> str:
+        """The matrix's name in a checkpoint without `.weight`."""
+        return self.name or self.key.removesuffix(".weight")
 
 
 class Entry(NamedTuple):

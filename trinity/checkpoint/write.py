@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +23,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from trinity.adapters import peft
 from trinity.checkpoint.layout import (
     DELETED,
     FORMAT,
@@ -37,6 +38,8 @@ from trinity.checkpoint.layout import (
     own_hash,
     replaced,
 )
+from trinity.checkpoint.tensor_file import Part as Stored
+from trinity.checkpoint.tensor_file import TensorFile
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
@@ -89,34 +92,64 @@ class CheckpointWriter:
         or the parts are not the whole model."""
         with self, writing(self.folder):
             parts = list(parts)
-            _check_whole(parts, config, self.folder)
-            parts += self._describe(parts, config, tokenizer, state, generation)
-            self._seal(parts)
+            _check_whole(parts, _keys_of_experts(config), self.folder)
+            trees = {
+                "config.json": write_config(config),
+                "generation_config.json": _generation_config(config, generation or {}),
+            }
+            if state is None:
+                (self.folder / "training").rmdir()
+            else:
+                trees[STATE] = state
+            self._seal(parts + self._described(parts, tokenizer, trees))
             self.publish()
         return self.target
 
-    def _describe(
+    def finish_adapter(
         self,
-        parts: list[Part],
+        parts: Iterable[Part],
+        adapter: peft.AdapterConfig,
+        modules: Collection[str],
         config: ModelConfig,
         tokenizer: "Tokenizer | None",
-        state: dict[str, Any] | None,
-        generation: dict[str, Any] | None,
+        state: dict[str, Any],
+    ) -> Path:
+        """The same for an adapter of these modules: the parts' tensors come into one file, as PEFT has them. `config`: of base
+        and adapter together, which may have another context than the base alone."""
+        with self, writing(self.folder):
+            parts = list(parts)
+            keys = sorted(peft.key_of(module, part) for module in modules for part in peft.PARTS)
+            _check_whole(parts, keys, self.folder)
+            own = [part for part in parts if not part.file.startswith("training/")]
+            found = [part for part in parts if part not in own] + [self._joined(own, keys)]
+            trees = {peft.CONFIG: peft.tree_of(adapter, modules), "config.json": write_config(config), STATE: state}
+            self._seal(found + self._described(found, tokenizer, trees))
+            self.publish()
+        return self.target
+
+    def _joined(self, parts: Iterable[Part], keys: Sequence[str]) -> Part:
+        """One file in the place of several; adapters are small."""
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            file = TensorFile(self.folder / part.file)
+            for key in part.tensors:
+                tensors[key] = torch.empty(file.entry(key).shape)
+                file.read(Stored(key, tensors[key]))
+            (self.folder / part.file).unlink()
+        written = _write(self.folder / peft.WEIGHTS, _safetensors({key: tensors[key] for key in keys}))
+        return Part(peft.WEIGHTS, *written, tuple(keys))
+
+    def _described(
+        self, parts: list[Part], tokenizer: "Tokenizer | None", trees: Mapping[str, Mapping[str, Any]]
     ) -> list[Part]:
+        """The files beside the tensors: tokenizer, whatever was put there already, `trees` as JSON; the index is made here."""
         if tokenizer is not None:
             tokenizer.save(self.folder)
         names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
         known = {part.file for part in parts}
         made = [_synced(self.folder, name) for name in names if name not in known]
-        trees = {
-            "config.json": write_config(config),
-            "generation_config.json": _generation_config(config, generation or {}),
-            INDEX: _index(parts),
-        }
-        if state is None:
-            (self.folder / "training").rmdir()
-        else:
-            trees[STATE] = state
+        if peft.CONFIG not in trees:  # an adapter has one file
+            trees = {**trees, INDEX: _index(parts)}
         return made + [_write_json(self.folder, file, tree) for file, tree in trees.items()]
 
     def _seal(self, parts: list[Part]) -> None:
@@ -248,13 +281,16 @@ def _synced(folder: Path, file: str) -> Part:
         return Part(file, (folder / file).stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
 
 
-def _check_whole(parts: list[Part], config: ModelConfig, folder: Path) -> None:
-    """Every expert once, and every file where this process can see it."""
+def _keys_of_experts(config: ModelConfig) -> set[str]:
+    return {expert_key(config, i, e, p) for i, held in all_experts(config).items() for e in held for p in PROJECTIONS}
+
+
+def _check_whole(parts: list[Part], wanted: Collection[str], folder: Path) -> None:
+    """Each of the wanted tensors once, and every file where this process can see it."""
     names = Counter(name for part in parts for name in part.tensors)
     if twice := [name for name, count in names.items() if count > 1]:
         raise CheckpointError(f"cannot save {folder}: tensor {twice[0]!r} was written twice")
-    wanted = {expert_key(config, i, e, p) for i, held in all_experts(config).items() for e in held for p in PROJECTIONS}
-    if missing := wanted.difference(names):
+    if missing := set(wanted).difference(names):
         raise CheckpointError(f"cannot save {folder}: nobody wrote {min(missing)!r} ({len(missing)} tensors missing)")
     for part in parts:
         path = folder / part.file

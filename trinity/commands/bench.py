@@ -11,12 +11,14 @@ BENCHES = {
     "dispatch": "a row's way to an expert and back: direct transport, raw socket, Ray call",
     "experts": "the expert layer, forward and backward, backends side by side",
     "train": "training tokens per second: one process, shard actors, transformers",
+    "lora": "a training step of adapters, and its memory, against one of all weights",
     "durable": "a training step whose state outlives its processes: what that costs, and what a kill costs then",
     "load": "a checkpoint's way into memory: seconds and bytes, against transformers and the disk",
     "decode": "decode tokens per second: one process, shard actors, transformers",
     "grammar": "what structured output adds to a decode step, at Nano's shape",
     "packing": "how unlike the micro-batches of a step are: documents end to end, and a buffer of them",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
+    "reading": "packed batches on one core: tokens per second, how full they are, what an order of sequences costs",
     "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }
 

@@ -14,7 +14,9 @@ from trinity.checkpoint.export import card_of, export
 from trinity.config import Config, merged, setup_environment
 from trinity.errors import GateClosed
 from trinity.launch import check_out_dir, load, rewound, train
+from trinity.observability.run_history import note_export, write_stages
 from trinity.observability.scores import Score, of_rows, table
+from trinity.observability.tracking.run import told_of, tracked
 from trinity.observability.train_log import read_rows
 from trinity.rl.kinds import check
 from trinity.stages import Stage, read_stages
@@ -34,7 +36,9 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
-    result = _trained(fitted(config) if served else config, served)
+    goes_on = config.train.resume and config.train.resume_from is None
+    with tracked(config.track, Path(config.train.out_dir), told_of([("", config)]), goes_on):
+        result = _trained(fitted(config) if served else config, served)
     return 130 if result is not None and result["stopped"] else 0
 
 
@@ -64,6 +68,19 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         return 0
     for stage in stages:
         check(stage.config)
+    first, root = stages[0].config, Path(stages[0].config.train.out_dir).parent
+    write_stages(root, [_noted(stage) for stage in stages])
+    with tracked(first.track, root, told_of([(stage.name, stage.config) for stage in stages]), arguments.resume):
+        return _go_through(stages, arguments, served, root)
+
+
+def _noted(stage: Stage) -> tuple[str, Path, int, int]:
+    settings = stage.config.train
+    return stage.name, Path(settings.out_dir), settings.steps, settings.global_batch_size * settings.seq_len
+
+
+def _go_through(stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served, root: Path) -> int:
+    done, is_first = 0, not arguments.resume
     for number, stage in enumerate(stages, 1):
         found = latest_checkpoint(stage.config.train.out_dir)
         before = " (done before)" if stage.checkpoint == found else ""
@@ -77,6 +94,10 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         if stage.export is not None and not (result is None and stage.export.exists()):
             card = card_of(stage.export.name, _facts(stage), table(_scores(stage)))
             print(f"export {export(stage.checkpoint, stage.export, card)}")
+        done += stage.config.train.steps
+        if stage.export is not None:
+            note_export(root, done, stage.export.name, is_first)
+            is_first = False
     return 0
 
 
@@ -111,7 +132,7 @@ def _facts(stage: Stage) -> dict[str, object]:
     return {
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
-        "data": ", ".join(stage.config.data.train),
+        "data": stage.config.data.described,
         "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {size}",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",

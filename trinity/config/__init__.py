@@ -21,7 +21,9 @@ from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
-from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, OptimConfig, TrainConfig
+from trinity.config.sources import LengthBias, SourceConfig
+from trinity.config.track import TrackConfig
+from trinity.config.train import RUN_SETTINGS, RUN_TOKENIZER, DataConfig, LoraConfig, OptimConfig, Target, TrainConfig
 from trinity.config.tree import Config, differences, merged, preset, section
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 
@@ -42,13 +44,18 @@ __all__ = [
     "EvaluateConfig",
     "Frozen",
     "LayerCache",
+    "LengthBias",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "PlacementConfig",
     "PreferenceConfig",
     "RLConfig",
     "ServeConfig",
+    "SourceConfig",
+    "Target",
     "TaskConfig",
+    "TrackConfig",
     "TrainConfig",
     "admin_key",
     "api_key",

@@ -123,6 +123,11 @@ class ModelConfig(Frozen):
         raise NotImplementedError
 
     @property
+    def num_query_heads(self) -> int:
+        """Heads of a layer's attention; keys and values may have fewer."""
+        raise NotImplementedError
+
+    @property
     def init_std(self) -> float:
         """Standard deviation of a fresh matrix, a routed expert's included (trinity/models/rules/init.py)."""
         raise NotImplementedError

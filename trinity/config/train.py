@@ -1,13 +1,38 @@
 """The settings of training: optimizer, data, and the loop."""
 
+import math
+import typing
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from trinity.config.sources import LengthBias, Packing, SourceConfig, TrainOn
 from trinity.config.yaml import Frozen, at_home
 
 RUN_SETTINGS, RUN_TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Target = Literal["attention", "dense", "shared", "experts"]
+Role = Literal["embedding", "head", "norm", "router", Target]  # what a tensor is for; experts: the routed ones
+
+
+class LoraConfig(Frozen):
+    """Adapters of low rank (arXiv 2106.09685): with them nothing else is trained."""
+
+    rank: int = Field(
+        default=0, ge=0, le=4096, description="of the adapters that are trained in place of weights; 0: none"
+    )
+    alpha: float = Field(default=16.0, gt=0, description="an adapter's share is alpha / rank")
+    targets: tuple[Target, ...] = Field(
+        default=("attention", "dense", "shared", "experts"),
+        min_length=1,
+        description="which matrices get one, of those that the model has",
+    )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class OptimConfig(Frozen):
@@ -44,29 +69,54 @@ class OptimConfig(Frozen):
     sign_gamma: float = 1e-3
     z_loss: float = Field(default=1e-6, ge=0)
     balance_loss: float = Field(default=1e-4, ge=0)
+    freeze: tuple[Role, ...] = Field(
+        default=(), description="parts that stay bit for bit as they are; router: with its selection bias"
+    )
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _check_trained(self) -> "OptimConfig":
+        if self.lora.rank and self.freeze:
+            raise ValueError("freeze and lora exclude each other: with adapters all other weights stay as they are")
+        if set(typing.get_args(Role)) <= {*self.freeze}:
+            raise ValueError("freeze names all parts of the model; leave one to be trained")
+        return self
+
+    def trains(self, role: str) -> bool:
+        """Say whether weights of that role take steps themselves."""
+        return not self.lora.rank and role not in self.freeze
+
+    @property
+    def trains_experts(self) -> bool:
+        """Say whether routed experts have anything that takes steps: weights or adapters."""
+        return "experts" in self.lora.targets if self.lora.rank else self.trains("experts")
 
 
 class DataConfig(Frozen):
     """Sources of text. `train` and `val` take files, folders and globs of .txt/.py/.md…, .jsonl and .parquet;
-    the word `stdlib` stands for the source files of Python's standard library."""
+    the word `stdlib` stands for the source files of Python's standard library. `sources` is a mixture of several, in the
+    place of `train`, which is the short form of one."""
 
     train: tuple[str, ...] = ("stdlib",)
     val: tuple[str, ...] = ()
+    sources: tuple[SourceConfig, ...] = Field(default=(), description="a mixture: each with its weight")
     val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
     format: Literal["text", "chats", "pairs", "labels", "prompts"] = Field(
         default="text",
         description="chats: rows are conversations, and what the assistant says is trained; pairs: of two answers, one is "
         "preferred (DPO); labels: each answer is wanted or not (KTO); prompts: answers are drawn, and judged by rl.rewards",
     )
-    train_on: Literal["answers", "last"] = Field(
-        default="answers", description="of each conversation, with format chats"
-    )
-    packing: Literal["stream", "rsdb"] = Field(
+    train_on: TrainOn = Field(default="answers", description="of each conversation, with format chats")
+    packing: Packing = Field(
         default="stream",
-        description="of text; rsdb: each sequence from many documents, read on where they were left",
+        description="of text; rsdb: each sequence from many documents, read on where they were left; best_fit: documents that "
+        "fit are whole",
     )
     rsdb_documents: int = Field(
         default=256, ge=1, description="that each sequence of a step has to pick from, at least"
+    )
+    length_bias: LengthBias | None = Field(
+        default=None, description="long documents more often, as when the context is extended; of text"
     )
     text_field: str = "text"
     tokenizer: str | None = Field(
@@ -81,6 +131,48 @@ class DataConfig(Frozen):
     @classmethod
     def _one_is_enough(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_stand_alone(cls, tree: Any) -> Any:
+        """Settings with sources have no `train` of their own, not the usual one either."""
+        return {"train": (), **tree} if isinstance(tree, Mapping) and tree.get("sources") else tree
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "DataConfig":
+        if self.sources and (self.train or self.val):
+            raise ValueError("sources stand in the place of train and val; give files to a source of its own")
+        if self.sources and not 0 < (total := sum(source.weight for source in self.sources)) < math.inf:
+            raise ValueError(
+                f"the weights of all sources sum to {total:g}; a sum is above 0 and finite: 1 for each is even"
+            )
+        label, num = Counter(source.label for source in self.sources).most_common(1)[0] if self.sources else ("", 0)
+        if num > 1:
+            raise ValueError(f"two sources are called {label!r}; give each a name of its own")
+        if self.sources and self.format not in ("text", "chats"):
+            raise ValueError(f"sources are mixed of text and chats; for {self.format}, give their files as train")
+        if not self.intra_document_mask and self.is_flat:
+            raise ValueError("intra_document_mask false goes with text alone, in packing stream or rsdb")
+        if any(part.format == "chats" and part.length_bias for part in self.parts):
+            raise ValueError("length_bias is of text; chats are packed whole")
+        return self
+
+    @property
+    def parts(self) -> "tuple[DataConfig, ...]":
+        """The settings of each source, as if it were the only one."""
+        return tuple(self.model_copy(update={"sources": (), **each.own}) for each in self.sources) or (self,)
+
+    @property
+    def described(self) -> str:
+        """Words for what is trained on: files, or sources with their shares."""
+        total = sum(source.weight for source in self.sources)
+        shares = (f"{source.label} ({source.weight / total:.1%}: {', '.join(source.train)})" for source in self.sources)
+        return "; ".join(shares) if self.sources else ", ".join(self.train)
+
+    @property
+    def is_flat(self) -> bool:
+        """Say whether sequences lie end to end in a batch, without padding, because some are shorter than others."""
+        return any(part.format == "chats" or part.packing == "best_fit" for part in self.parts)
 
 
 class TrainConfig(Frozen):
@@ -132,6 +224,9 @@ class TrainConfig(Frozen):
         description="worker 0 serves Prometheus metrics there; 0: any free one; default: none",
     )
     metrics_host: str = Field(default="127.0.0.1", description="where it listens; anything but loopback needs a key")
+    peak_tflops_per_gpu: float | None = Field(
+        default=None, gt=0, description="of a GPU that MFU is measured by; default: dense bf16, by the device's name"
+    )
     max_failures: int = Field(default=3, ge=-1, description="restarts of the worker group that Ray Train may make")
 
     _at_home = field_validator("out_dir", "init_from", "resume_from")(at_home)

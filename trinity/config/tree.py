@@ -16,6 +16,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.track import TrackConfig
 from trinity.config.train import DataConfig, OptimConfig, TrainConfig
 from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_names, read_yaml
 from trinity.errors import ConfigError
@@ -40,6 +41,7 @@ class Config(Frozen):
     preferences: PreferenceConfig = PreferenceConfig()
     rl: RLConfig = RLConfig()
     distill: DistillConfig = DistillConfig()
+    track: TrackConfig = TrackConfig()
     placement: PlacementConfig = PlacementConfig()
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
@@ -145,6 +147,8 @@ def _refuse_unknown(kind: type[BaseModel], tree: Mapping[str, Any], prefix: str 
             inner = ModelConfig.family(value)
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown(inner, value, f"{prefix}{key}.")
+        for number, item in _items(annotation, value):
+            _refuse_unknown(typing.get_args(annotation)[0], item, f"{prefix}{key}.{number}.")
         if isinstance(value, bool) and inner is None and bool not in (annotation, *typing.get_args(annotation)):
             raise ConfigError(f"{prefix}{key} needs a value, such as {kind.model_fields[key].default!r}")
 
@@ -168,6 +172,13 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _items(annotation: Any, value: Any) -> list[tuple[int, Mapping[str, Any]]]:
+    """The sections in a list of them, with their places; none of other settings."""
+    is_list = typing.get_origin(annotation) is tuple and _section(typing.get_args(annotation)[0]) is not None
+    given = value if is_list and isinstance(value, list | tuple) else ()
+    return [(number, item) for number, item in enumerate(given) if isinstance(item, Mapping)]
 
 
 def _sentence(error: Any) -> str:

@@ -7,16 +7,19 @@ save, the same text for any number of workers.
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.data.shuffle import TABLE, Order, permutation
 from trinity.data.token_store import TokenStore
 from trinity.errors import DataError
 
 IGNORE = -100  # a target that does not count (trinity/models/common/losses.py)
+Facts = Mapping[str, int | float | str]  # what an order of batches depends on, for a run that resumes to compare
 
 
 class Batch(NamedTuple):
@@ -32,55 +35,127 @@ class Batch(NamedTuple):
         return int((self.targets_BS != IGNORE).sum())
 
 
-class Packed(ABC):
-    """Sequences of at most `seq_len` tokens from a store, in an order shuffled anew in each epoch.
+class Dataset(ABC):
+    """An endless order of sequences of at most `seq_len` tokens: of one store, or of a mixture of them.
 
     A batch of it is a Batch, or another NamedTuple of tensors with `ids_BS` and `num_trained`, for an objective of its own.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, seed: int):
-        self.store, self.seq_len, self.seed = store, seq_len, seed % 2**64
-        self._permutation = functools.lru_cache(maxsize=2)(self._new_permutation)
+    seq_len: int
+    num_sequences: int  # in one pass over the data
+    is_flat = False  # a batch is [1, T], its sequences end to end: some are shorter than others
 
-    num_sequences: int
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """Facts that the order depends on, besides the seed and the shape of a step."""
 
-    def require_text(self) -> None:
-        """Raise DataError unless there is one sequence."""
-        if not self.num_sequences:
-            raise DataError(self._too_little())
+    @property
+    def by_source(self) -> "tuple[Source, ...]":
+        """Parts of a mixture; a dataset of one store is the only one, without a name."""
+        return (Source("", 1.0, self),)
+
+    @property
+    def tokens_per_sequence(self) -> float:
+        """The mean."""
+        return float(self.seq_len)
 
     @abstractmethod
-    def _too_little(self) -> str: ...
+    def require_text(self) -> None:
+        """Raise DataError unless there is one sequence."""
+
+    @abstractmethod
+    def indices(self, nth_B: np.ndarray) -> np.ndarray:
+        """Indices of the n-th sequences of the order, int64 [B]; n goes on over all epochs."""
 
     @abstractmethod
     def take(self, sequences_B: np.ndarray) -> Any:
         """The sequences with these indices."""
 
+    def num_tokens(self, sequences_B: np.ndarray) -> int:
+        """Tokens of the sequences with these indices, all together."""
+        return len(sequences_B) * self.seq_len
+
     def sequences(self, step: int, global_batch: int) -> np.ndarray:
-        """Indices of the sequences of `step` (0, 1, …), int64 [global_batch]. Every run of num_sequences of them,
-        over all steps, holds each index once."""
+        """Indices of the sequences of `step` (0, 1, …), int64 [global_batch]."""
         self.require_text()
-        nth = np.arange(step * global_batch, (step + 1) * global_batch)
-        epochs, places = np.divmod(nth, self.num_sequences)
-        return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)], np.int64)
+        return self.indices(np.arange(step * global_batch, (step + 1) * global_batch))
 
     def batch(self, step: int, global_batch_size: int, rank: int, world: int, micro: int, micro_batch_size: int) -> Any:
         """Micro-batch `micro` of worker `rank`: B = micro_batch_size. The step's sequences go to the workers micro by
         micro, so (world 2, B 4) and (world 1, B 8) put the same sequences in micro-batch m."""
         first = (micro * world + rank) * micro_batch_size
         assert first + micro_batch_size <= global_batch_size, "this micro-batch lies outside the global batch"
-        return self.take(self.sequences(step, global_batch_size)[first : first + micro_batch_size])
+        self.require_text()
+        begin = step * global_batch_size + first
+        return self.take(self.indices(np.arange(begin, begin + micro_batch_size)))
 
-    def _new_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+    def source_tokens(self, step: int, global_batch: int) -> dict[str, int]:
+        """Tokens of `step` by source; nothing where there is one."""
+        return {}
+
+
+class Source(NamedTuple):
+    """One part of a mixture; `share` of the tokens, of 1."""
+
+    name: str
+    share: float
+    dataset: Dataset
+    epochs: float | None = None  # so often may it be read at most
+
+
+class Drawn(NamedTuple):
+    """Documents of one pass, some of them several times and some not at all; `words` tell one such choice from another."""
+
+    documents_M: np.ndarray
+    words: str
+
+
+class Packed(Dataset):
+    """The sequences of a store, in an order shuffled anew in each epoch."""
+
+    def __init__(self, store: TokenStore, seq_len: int, seed: int, drawn: "Drawn | None" = None):
+        self.store, self.seq_len, self.seed, self.drawn = store, seq_len, seed % 2**64, drawn
+        self._order = functools.lru_cache(maxsize=2)(self._new_order)
+
+    @property
+    def facts(self) -> Facts:
+        content = {"content": self.store.content} if self.store.content else {}
+        order = {"order": "feistel"} if self._num_shuffled > TABLE else {}
+        drawn = {"length_bias": self.drawn.words} if self.drawn else {}
+        return {"num_tokens": len(self.store.tokens), **content, **order, **drawn}
+
+    def require_text(self) -> None:
+        if not self.num_sequences:
+            raise DataError(self._too_little())
+
+    @abstractmethod
+    def _too_little(self) -> str: ...
+
+    def indices(self, nth_B: np.ndarray) -> np.ndarray:
+        """Every run of num_sequences of them holds each index once."""
+        epochs_B, places_B = np.divmod(nth_B, self.num_sequences)
+        found = np.empty(len(nth_B), np.int64)
+        for epoch in np.unique(epochs_B):
+            mine = epochs_B == epoch
+            found[mine] = self._order(int(epoch))[places_B[mine]]
+        return found
+
+    def _new_order(self, epoch: int) -> Order:
+        return permutation(self._num_shuffled, [self.seed, epoch])
+
+    @property
+    def _num_shuffled(self) -> int:
+        return self.num_sequences
 
 
 class PackedDataset(Packed):
     """Documents laid end to end and cut into sequences."""
 
-    def __init__(self, store: TokenStore, seq_len: int, seed: int):
-        super().__init__(store, seq_len, seed)
-        self.num_sequences = max(len(store.tokens) - 1, 0) // seq_len
+    def __init__(self, store: TokenStore, seq_len: int, seed: int, drawn: Drawn | None = None):
+        super().__init__(store, seq_len, seed, drawn)
+        self.starts_M, self._moved_M = _laid(store.starts_N, drawn)
+        self.num_sequences = max(int(self.starts_M[-1]) - 1, 0) // seq_len
 
     def _too_little(self) -> str:
         return (
@@ -89,8 +164,36 @@ class PackedDataset(Packed):
         )
 
     def take(self, sequences_B: np.ndarray) -> Batch:
-        """The sequences with these indices."""
-        at_BS = sequences_B[:, None] * self.seq_len + np.arange(self.seq_len)
-        docs_BS = np.searchsorted(self.store.starts_N, at_BS, side="right")
-        arrays = self.store.tokens[at_BS], self.store.tokens[at_BS + 1], docs_BS - docs_BS[:, :1]
-        return Batch(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
+        begins_B = sequences_B * self.seq_len
+        first_B, docs_B1 = self._documents(begins_B)
+        at = begins_B[:, None] + np.arange(self.seq_len + 1)
+        if self._moved_M is not None:
+            at = at + self._moved_M[first_B[:, None] + docs_B1]
+        tokens = self.store.tokens[at].astype(np.int64)
+        arrays = tokens[:, :-1], tokens[:, 1:], docs_B1[:, :-1]
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+    def _documents(self, begins_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the document of the first token, int64 [B]; how many later the document of each is, [B, S + 1])."""
+        num = self.seq_len + 1
+        first_B, last_B = (self.starts_M.searchsorted(at_B, side="right") for at_B in (begins_B, begins_B + num - 1))
+        rows = np.repeat(np.arange(len(begins_B)), last_B - first_B)
+        places = self.starts_M[ranges(first_B, last_B - first_B)] - begins_B[rows]
+        begun = np.bincount(rows * num + places, minlength=len(begins_B) * num)
+        return first_B - 1, begun.reshape(-1, num).cumsum(1)
+
+
+def _laid(starts_N: np.ndarray, drawn: Drawn | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(where documents begin that lie end to end, and the last one's end; how far off each is in the store)."""
+    if drawn is None:
+        return starts_N, None
+    starts_M = np.concatenate([[0], np.cumsum(np.diff(starts_N)[drawn.documents_M])])
+    return starts_M, starts_N[drawn.documents_M] - starts_M[:-1]
+
+
+def ranges(begins_P: np.ndarray, nums_P: np.ndarray) -> np.ndarray:
+    """begin, begin + 1, ... of each piece, `num` of them, one piece after the other."""
+    ends_P = np.cumsum(nums_P)
+    found = np.arange(ends_P[-1] if len(ends_P) else 0)
+    found += np.repeat(begins_P - (ends_P - nums_P), nums_P)
+    return found

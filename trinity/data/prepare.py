@@ -6,23 +6,31 @@ see each other.
 """
 
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
 from trinity.data.answers import PackedLabels, PackedPairs
+from trinity.data.best_fit import PackedDocuments
 from trinity.data.chat_store import chat_stores
-from trinity.data.dataset import Packed, PackedDataset
+from trinity.data.dataset import Dataset, Packed, PackedDataset, Source
 from trinity.data.documents import documents, stamps
+from trinity.data.length_bias import drawn
+from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
 from trinity.data.pairs import answer_stores
 from trinity.data.prompts import PackedPrompts, prompt_stores
 from trinity.data.rsdb import BufferedDocuments
+from trinity.data.slot_states import SlotStates
 from trinity.data.token_store import TokenStore, fingerprint, logger, made_once, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
+SEEDS_APART = 0x9E3779B97F4A7C15  # between those of two sources: 2^64 over the golden ratio, so they stay apart
 STORES = {
     "text": token_stores,
     "chats": chat_stores,
@@ -43,46 +51,74 @@ class Prepared(NamedTuple):
     """`val` may hold no sequence (`val.num_sequences == 0`) when the held-out documents are shorter than one."""
 
     tokenizer: Tokenizer
-    train: Packed
-    val: Packed
+    train: Dataset
+    val: Dataset
 
 
 def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: str | Path) -> Prepared:
     """Tokenizer and packed data, made under `out_dir`/data or reused from there. Safe to call from several processes.
 
-    The tokenizer is `data.tokenizer`, else that of `train.init_from`, else trained on `data.train`. Raises ConfigError
-    when it does not fit the model, DataError when text is missing, unreadable or shorter than one sequence.
+    The tokenizer is `data.tokenizer`, else that of `train.init_from`, else trained on what is trained on. Raises ConfigError
+    when it does not fit the model, or a source would be read too often; DataError when text is missing, unreadable or shorter
+    than one sequence.
     """
     folder = Path(out_dir) / "data"
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
+    if not data.sources:
+        return Prepared(tokenizer, *_packed(data, train, tokenizer, folder))
+    total, sides = sum(source.weight for source in data.sources), []
+    for number, (source, part) in enumerate(zip(data.sources, data.parts, strict=True)):
+        share = source.weight / total
+        made = functools.partial(_packed, part, train, tokenizer, folder, share, number * SEEDS_APART)
+        sides.append([Source(source.label, share, each, source.epochs) for each in with_name(source.label, made)])
+    mixture, held_out = (Mixture(side, train.seq_len, train.seed) for side in zip(*sides, strict=True))
+    mixture.check(train.steps, train.global_batch_size)
+    return Prepared(tokenizer, mixture, held_out)
+
+
+def _packed(
+    data: DataConfig, train: TrainConfig, tokenizer: Tokenizer, folder: Path, share: float = 1.0, seed: int = 0
+) -> tuple[Packed, Packed]:
+    """(train, held out) of one source, which has that share of a step, and a seed of its own for its order."""
     make = functools.partial(STORES[data.format], data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
     train_store, val_store = make(data.train, val_fraction=0.0 if data.val else data.val_fraction)
     if data.val:
         val_store, _ = make(data.val, val_fraction=0.0)
+    packed = _in_training(data, train, train_store, folder, share, train.seed + seed)
     held_out = PACKED[data.format](val_store, train.seq_len, train.seed)
-    packed = [_in_training(data, train, train_store), held_out]
-    for dataset in packed if data.val else packed[:1]:
+    for dataset in (packed, held_out) if data.val else (packed,):
         dataset.require_text()
-    if not packed[1].num_sequences:
+    if not held_out.num_sequences:
         logger.warning("%d held-out tokens are no sequence of %d: no validation", len(val_store.tokens), train.seq_len)
-    return Prepared(tokenizer, *packed)
+    return packed, held_out
 
 
-def _in_training(data: DataConfig, train: TrainConfig, store: TokenStore) -> Packed:
-    if data.format == "text" and data.packing == "rsdb":
-        return BufferedDocuments(store, train.seq_len, train.seed, train.global_batch_size, data.rsdb_documents)
-    return PACKED[data.format](store, train.seq_len, train.seed)
+def _in_training(
+    data: DataConfig, train: TrainConfig, store: TokenStore, folder: Path, share: float, seed: int
+) -> Packed:
+    if data.format != "text":
+        return PACKED[data.format](store, train.seq_len, seed)
+    found = drawn(np.diff(store.starts_N), data.length_bias, seed) if data.length_bias else None
+    if data.packing == "rsdb":
+        num_slots = max(1, round(share * train.global_batch_size))
+        shape = train.seq_len, seed, num_slots, data.rsdb_documents
+        name = f"slots-{fingerprint(store.content, len(store.tokens), *shape, found.words if found else '')}"
+        return BufferedDocuments(store, *shape, found, SlotStates(folder / name))
+    kind = PackedDocuments if data.packing == "best_fit" else PackedDataset
+    return kind(store, train.seq_len, seed, found)
 
 
 def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder: Path) -> Tokenizer:
-    if source is None and data.format not in ("text", "prompts"):
+    texts = [part for part in data.parts if part.format == "text"]
+    if source is None and not texts:
         raise ConfigError(
-            f"{data.format} need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
+            f"{data.parts[0].format} need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
         )
     if source is None:
-        name = f"tokenizer-{fingerprint(stamps(data.train), data.text_field, data.max_documents, model.vocab_size)}"
-        texts = documents(data.train, data.text_field, data.max_documents)
-        source = str(made_once(folder / name, lambda to: Tokenizer.train(texts, model.vocab_size).save(to)))
+        facts = [fact for part in texts for fact in (stamps(part.train), part.text_field, part.max_documents)]
+        found = itertools.chain.from_iterable(documents(p.train, p.text_field, p.max_documents) for p in texts)
+        name = f"tokenizer-{fingerprint(*facts, model.vocab_size)}"
+        source = str(made_once(folder / name, lambda to: Tokenizer.train(found, model.vocab_size).save(to)))
     tokenizer = Tokenizer.load(small_files(source))
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"tokenizer {source} has {tokenizer.vocab_size} ids; model.vocab_size is {model.vocab_size}")

@@ -116,9 +116,12 @@ class Dispatcher:
         started_s = self.times.add("route", started_s)
         name = op_name(self.attempt, self.caller, next(self._ops))
         exchange = Exchange(self, layer, name, routes, self.deadline())
-        keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
-        if keep:
-            exchange.sent = SendRows.apply(x_TD, weights_TK, exchange)
+        keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad or self.attempt > 0)
+        if (
+            keep
+        ):  # in an attempt experts may be all that is trained: then rows that nobody wants a gradient of go back, too
+            asking_TD = x_TD if x_TD.requires_grad or weights_TK.requires_grad else x_TD.detach().requires_grad_()
+            exchange.sent = SendRows.apply(asking_TD, weights_TK, exchange)
         exchange.send_forward(x_TD.detach(), weights_TK.detach(), keep)
         self.times.add("send", started_s)
         return exchange

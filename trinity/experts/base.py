@@ -35,8 +35,23 @@ class LayerWeights(NamedTuple):
     down_EFD: Tensor
 
 
+Pair = tuple[Tensor, Tensor]  # A [E, r, in], B [E, out, r]
+
+
+class LayerAdapters(NamedTuple):
+    """Changes of low rank r to the three stacks, which stay as they are: gate becomes gate + scale * B A, and so on.
+
+    In a checkpoint's orientation, down's too: A [E, r, F], B [E, D, r]. Computed in the weights' type.
+    """
+
+    gate: Pair
+    up: Pair
+    down: Pair
+    scale: float
+
+
 class ExpertBackend(Protocol):
-    """Computes one layer's local experts. Differentiable in x_RD, weight_A and the three weights; keeps no state."""
+    """Computes one layer's local experts. Differentiable in x_RD, weight_A, the weights and the adapters; keeps no state."""
 
     name: str
 
@@ -44,6 +59,8 @@ class ExpertBackend(Protocol):
         """Say whether it is fastest when down lies in memory as [E, D, F]."""
         ...
 
-    def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
+    def __call__(
+        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+    ) -> Tensor:
         """-> y_RD in x's dtype. R, A may be 0."""
         ...

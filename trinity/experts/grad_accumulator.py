@@ -1,6 +1,6 @@
 """Gradients that one attempt at a step has gathered on a shard, and the backward ops that they are the sum of.
 
-Legend: E local experts of a layer, N = 3F rows of one expert, D model.
+Legend: E local experts of a layer, N = 3F rows of one expert, D model. Of adapters an expert's gradient is one row.
 Decisions: gradients are fp32. Each caller's are added up apart and then in the callers' order, so that the sum does not depend
 on who was faster; without `is_ordered` all go to one sum, which takes less memory. Replicas of an expert take up one another's
 gradients in the table's order of holders: all have the same sum, bit for bit. An accumulator is of one attempt for
@@ -8,21 +8,21 @@ good: who still works with that of an older one cannot touch what counts.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from trinity.errors import StepConflict
-from trinity.experts.base import LayerWeights
 from trinity.experts.peers import Peers, fetched
-from trinity.experts.stacked import stack_names
+from trinity.experts.stacked import packed, unpacked
 from trinity.optim.optimizer import sq_norm
 from trinity.rpc.messages import GRADIENT, Experts, Fetch, Prepare, caller_of
 
 FETCH_S = 60.0
 FUTURE_US = 24 * 3600 * 1_000_000  # attempts are numbered by the clock: one of the far future would void all others
-Gradients = dict[str, Tensor]  # `{layer}.{gate|up|down}` -> stack
+Gradients = dict[str, Tensor]  # name of a stack -> stack
+Trained = Mapping[str, Tensor]  # the stacks of a layer that take steps, by name
 
 
 class GradAccumulator:
@@ -99,13 +99,13 @@ class GradAccumulator:
         names = dict.fromkeys(name for sums in self._callers.values() for name in sums)
         return {name: self._sum(name) for name in names}
 
-    def rows(self, layer: int, at: int, like: LayerWeights | None) -> Tensor:
+    def rows(self, layer: int, at: int, like: Trained | None) -> Tensor:
         """rows_ND: our own gradient of one expert; of no rows (numel 0) where nothing came and no shape is given."""
-        if any(stack_names(layer)[0] in sums for sums in self._callers.values()):
-            return torch.cat([self._sum(name)[at] for name in stack_names(layer)])
-        return (
-            torch.empty(0) if like is None else torch.cat([torch.zeros_like(w[at], dtype=torch.float32) for w in like])
-        )
+        if names := self._names(layer):
+            return packed([self._sum(name)[at] for name in names])
+        if not like:
+            return torch.empty(0, 0)
+        return packed([torch.zeros_like(stack[at], dtype=torch.float32) for stack in like.values()])
 
     def sq_norm(self) -> float:
         """Squared norm of the gradients of all experts that this shard is the primary of."""
@@ -119,8 +119,8 @@ class GradAccumulator:
         ]
         return sq_norm([*own, *(sum_ND for is_primary, sum_ND in self._shared.values() if is_primary)])
 
-    def take(self, attempt: int, weights: dict[int, LayerWeights], num_ops: int | None = None) -> Gradients:
-        """The step's gradients of these weights, the caller's from here on. Raises StepConflict unless that attempt was
+    def take(self, attempt: int, trained: Mapping[int, Trained], num_ops: int | None = None) -> Gradients:
+        """The step's gradients of these stacks, the caller's from here on. Raises StepConflict unless that attempt was
         prepared, and where they are not of so many ops: what was gathered became void, and a late message prepared the rest."""
         if attempt != self.attempt or not self._is_closed or self._is_taken:
             raise StepConflict(f"attempt {attempt:x} is not prepared; {self.attempt:x} is gathering")
@@ -128,8 +128,9 @@ class GradAccumulator:
             raise StepConflict(f"shard {self._shard} has {self.num_ops} backward ops of the {num_ops} that it prepared")
         total, self._callers, self._is_taken = self._total, {}, True
         for (layer, at), (_, sum_ND) in self._shared.items():
-            parts = sum_ND.chunk(3) if sum_ND.numel() else ()
-            for name, stack, part_FD in zip(stack_names(layer), weights[layer], parts, strict=False):
+            shapes = [stack.shape[1:] for stack in trained[layer].values()]
+            parts = unpacked(sum_ND, shapes) if sum_ND.numel() else ()
+            for (name, stack), part_FD in zip(trained[layer].items(), parts, strict=False):
                 if name not in total:  # rows of this layer came to other replicas only
                     total[name] = torch.zeros_like(stack, dtype=torch.float32)
                 total[name][at].copy_(part_FD)
@@ -138,6 +139,11 @@ class GradAccumulator:
     @property
     def _total(self) -> Gradients:
         return next(iter(self._callers.values()), {})
+
+    def _names(self, layer: int) -> list[str]:
+        """The stacks of a layer that anything came for."""
+        found = dict.fromkeys(name for sums in self._callers.values() for name in sums)
+        return [name for name in found if name.startswith(f"{layer}.")]
 
     def _sum(self, name: str) -> Tensor:
         """Sum over all callers, in their order."""

@@ -3,16 +3,17 @@
 Legend: R rows, K slots of a row, A assignments (row, expert), E experts of the layer on this shard, X experts of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trinity.config import ModelConfig
+from trinity.adapters import peft
+from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import TrinityError
-from trinity.experts.base import Assignments, LayerWeights
-from trinity.experts.stacked import experts_of, stacks_of
+from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
+from trinity.experts.stacked import experts_of, stack_names, trained_names
 from trinity.rpc.messages import REMOTE, WEIGHT, Backward, Forward
 from trinity.state.versioned_store import Version
 
@@ -20,12 +21,15 @@ NOT_HELD = -2  # in the place of a position, below REMOTE: an expert that this s
 
 
 class ReadyLayer(NamedTuple):
-    """The experts of a layer that are here, where to find each, and their stacked weights."""
+    """The experts of a layer that are here, where to find each, their stacked weights and adapters, and which of the stacks are
+    trained, by name."""
 
     experts: tuple[int, ...]
     ids_E: Tensor  # int64: `experts`
     position_X: Tensor  # int64 [X + 1]: where in the stacks, NOT_HELD, or REMOTE (the last)
     weights: LayerWeights
+    adapters: LayerAdapters | None
+    trained: Mapping[str, Tensor]
 
 
 class Slots(NamedTuple):
@@ -36,13 +40,20 @@ class Slots(NamedTuple):
     expert_A: Tensor  # position in the stacks
 
 
-def ready_layers(version: Version, model: ModelConfig, train: bool) -> dict[int, ReadyLayer]:
-    """Layers of a version by number; the weights are leaves of autograd's graph where the shard trains."""
+def ready_layers(version: Version, model: ModelConfig, optim: OptimConfig | None) -> dict[int, ReadyLayer]:
+    """Layers of a version by number; stacks that take steps are leaves of autograd's graph."""
     layers = {}
     for layer, held in experts_of(version).items():
-        stacks = (stack.detach().requires_grad_(train) for stack in stacks_of(version, layer, WEIGHT))
-        ids_E = torch.tensor(held, dtype=torch.int64)
-        layers[layer] = ReadyLayer(held, ids_E, _positions(ids_E, model.num_experts), LayerWeights(*stacks))
+        ids_E, trained = torch.tensor(held, dtype=torch.int64), trained_names(layer, optim)
+        names = [name for part in ("", *peft.PARTS) for name in stack_names(layer, part)]
+        found = {name: version.tensors[key] for name in names if (key := f"{name}::{WEIGHT}") in version.tensors}
+        leaves = {name: stack.detach().requires_grad_(name in trained) for name, stack in found.items()}
+        weights, adapters = LayerWeights(*(leaves[name] for name in names[:3])), None
+        if optim is not None and len(leaves) > len(weights):
+            gate, up, down = ((leaves[a], leaves[b]) for a, b in zip(names[3:6], names[6:9], strict=True))
+            adapters = LayerAdapters(gate, up, down, optim.lora.scale)
+        ready = {name: leaves[name] for name in trained}
+        layers[layer] = ReadyLayer(held, ids_E, _positions(ids_E, model.num_experts), weights, adapters, ready)
     return layers
 
 

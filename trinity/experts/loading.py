@@ -6,24 +6,29 @@ import threading
 import torch
 from torch import Tensor
 
+from trinity.adapters import peft
 from trinity.checkpoint import Checkpoint, open_checkpoint
 from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import ConfigError
 from trinity.experts.base import LayerWeights
 from trinity.experts.stacked import (
     experts_of,
+    is_value,
     kinds_of,
     make_version,
     named_matrices,
     optimizer_of,
     stacks_of,
     unfilled_version,
+    with_adapters,
 )
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
 from trinity.state.versioned_store import Store, Version
 from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
+
+ADAPTERS = tuple(f"{part}.{WEIGHT}" for part in peft.PARTS)  # kinds
 
 
 class Reading:
@@ -55,12 +60,19 @@ def loaded(
     version = unfilled_version(store, empty, model, experts)
     if source is None:
         _draw(version, model, message.seed)
+    elif optim is not None and optim.lora.rank:
+        _read(version, source.base, reading)  # its adapter is trained on, or another one is
     else:
         _read(version, source, reading)
+    if optim is not None and optim.lora.rank and optim.trains_experts:
+        version = with_adapters(store, version, model, optim.lora, message.seed)
+        if source is not None and source.adapter is not None:
+            source.adapter.fill(dict(named_matrices(version, model, experts, ADAPTERS)))
     version = with_state(store, version, model, optim)
     num_updates = 0
     if optim is not None and source is not None and message.training and source.has_training_state:
-        mine = dict(named_matrices(version, model, experts, kinds_of(version)[1:]))
+        state = [kind for kind in kinds_of(version) if not is_value(kind)]
+        mine = dict(named_matrices(version, model, experts, state))
         for key, tensor in source.training_tensors(mine).items():
             mine[key].copy_(tensor)
         num_updates = int(source.state["num_updates"])

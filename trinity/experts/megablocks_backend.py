@@ -13,10 +13,12 @@ Decisions:
 - The copy kernel is launched here, not through `ops.gather`: given the rows' own indices it copies each row once for
   each of its experts, whatever their number, and it stores fp32 for the sums. The ops want one top-k for all rows and
   round every term to bf16 before the sum.
+- Adapters are always computed by `grouped`: the other products have no room for matrices of low rank.
 - Block indices are int32: stk multiplies them by 128 in their own type, and MegaBlocks' int16 overflows at 256 blocks.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +34,7 @@ with warnings.catch_warnings():
     from megablocks.backend import kernels
 
 from trinity.errors import ConfigError
-from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
 from trinity.experts.rows import combine, gather, no_rows, sum_rows, weighted_swiglu
 from trinity.experts.torch_backend import fits_grouped, grouped, looped
 
@@ -55,13 +57,19 @@ class MegaBlocksBackend:
     def stores_down_transposed(self, device: torch.device) -> bool:
         return False
 
-    def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
+    def __call__(
+        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+    ) -> Tensor:
         if not assigned.row_A.numel():
-            return no_rows(x_RD, assigned, weights)
-        path = self._choose(assigned.row_A.numel(), weights)
+            return no_rows(x_RD, assigned, weights, adapters)
+        path: Path = "grouped" if adapters is not None else self._choose(assigned.row_A.numel(), weights)
         order = BinnedOrder.build(assigned, len(x_RD), len(weights.gate_EFD), tile=BLOCK if path == "sparse" else 1)
         x_PD = gather(x_RD, order).to(weights.gate_EFD.dtype)
-        y_PD = _COMPUTE[path](x_PD, order.spread_weights(assigned.weight_A), order, weights)
+        weight_P1 = order.spread_weights(assigned.weight_A)
+        if adapters is None:
+            y_PD = _COMPUTE[path](x_PD, weight_P1, order, weights)
+        else:
+            y_PD = _grouped(x_PD, weight_P1, order, weights, adapters)
         return combine(y_PD, order, x_RD.dtype)
 
     def _choose(self, num_assigned: int, weights: LayerWeights) -> Path:
@@ -184,9 +192,11 @@ def _matrix(layout: stk.Matrix, data: Tensor) -> stk.Matrix:
     return stk.Matrix(layout.size(), data, layout.row_indices, layout.column_indices, layout.offsets, *transposed)
 
 
-def _grouped(x_AD: Tensor, weight_A1: Tensor, order: BinnedOrder, weights: LayerWeights) -> Tensor:
-    compute = grouped if fits_grouped(weights) else looped
-    return compute(x_AD, weight_A1, order.end_E, weights)
+def _grouped(
+    x_AD: Tensor, weight_A1: Tensor, order: BinnedOrder, weights: LayerWeights, adapters: LayerAdapters | None = None
+) -> Tensor:
+    compute = grouped if fits_grouped(weights, adapters) else looped
+    return compute(x_AD, weight_A1, order.end_E, weights, adapters)
 
 
 def _gmm(x_AD: Tensor, weight_A1: Tensor, order: BinnedOrder, weights: LayerWeights) -> Tensor:
@@ -197,4 +207,4 @@ def _gmm(x_AD: Tensor, weight_A1: Tensor, order: BinnedOrder, weights: LayerWeig
     return gmm(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD, size_E)
 
 
-_COMPUTE = {"sparse": _sparse, "grouped": _grouped, "gmm": _gmm}
+_COMPUTE: dict[Path, Callable[..., Tensor]] = {"sparse": _sparse, "grouped": _grouped, "gmm": _gmm}

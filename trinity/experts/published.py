@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from trinity.config import ModelConfig
+from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import StepConflict, TrinityError, Unavailable, VersionGone, WrongEpoch
-from trinity.experts.base import LayerWeights
 from trinity.experts.layer import ReadyLayer, ready_layers
 from trinity.state.versioned_store import Version
 
@@ -19,9 +18,9 @@ from trinity.state.versioned_store import Version
 class PublishedVersions:
     """Versions by number, as callers compute with them; the staged one lies ready among them and cannot be found yet."""
 
-    def __init__(self, shard: str, model: ModelConfig, train: bool):
+    def __init__(self, shard: str, model: ModelConfig, optim: OptimConfig | None):
         self.committed = -1
-        self._shard, self._model, self._train = shard, model, train
+        self._shard, self._model, self._optim = shard, model, optim
         self._versions: dict[int, tuple[Version, dict[int, ReadyLayer]]] = {}
         self._readers = threading.Condition()  # guards all that is above and below, for readers
         self._num_readers = Counter[int]()  # by version
@@ -31,7 +30,7 @@ class PublishedVersions:
         ready = {
             number: known
             if (known := self._versions.get(number)) and known[0] is version
-            else (version, ready_layers(version, self._model, self._train))
+            else (version, ready_layers(version, self._model, self._optim))
             for number, version in versions.items()
         }
         with self._readers:
@@ -84,11 +83,9 @@ class PublishedVersions:
             )
         return WrongEpoch(f"shard {self._shard} does not hold expert ({layer}, {expert}) of placement epoch {epoch}")
 
-    def weights(self) -> dict[int, LayerWeights]:
-        """Weights of the committed version, by layer; none without one."""
-        if self.committed not in self._versions:
-            return {}
-        return {layer: ready.weights for layer, ready in self._versions[self.committed][1].items()}
+    def layers(self) -> Mapping[int, ReadyLayer]:
+        """The committed version by layer; empty without one."""
+        return self._versions[self.committed][1] if self.committed in self._versions else {}
 
     def _numbers(self) -> list[int]:
         return sorted(number for number in self._versions if number <= self.committed)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
 from trinity.experts.rows import accumulator
 
 
@@ -19,10 +19,16 @@ class ReferenceBackend:
     def stores_down_transposed(self, device: torch.device) -> bool:
         return False
 
-    def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
+    def __call__(
+        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+    ) -> Tensor:
         kind = accumulator(x_RD.dtype)
         x, y_RD = x_RD.to(kind), x_RD.new_zeros(x_RD.shape, dtype=kind)
-        experts = zip(*(stack.to(kind).unbind(0) for stack in weights), strict=True)
+        stacks = [stack.to(kind) for stack in weights]
+        if adapters is not None:
+            gate_EFD, up_EFD, down_EDF = (b.to(kind) @ a.to(kind) * adapters.scale for a, b in adapters[:3])
+            stacks = [stacks[0] + gate_EFD, stacks[1] + up_EFD, stacks[2] + down_EDF.mT]
+        experts = zip(*(stack.unbind(0) for stack in stacks), strict=True)
         for e, (gate_FD, up_FD, down_FD) in enumerate(experts):
             mine_N = (assigned.expert_A == e).nonzero().squeeze(1)
             row_N = assigned.row_A[mine_N]

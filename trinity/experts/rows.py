@@ -10,6 +10,7 @@ Decisions:
   projections are kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.base import Assignments, LayerAdapters, LayerWeights, Pair
 from trinity.ops import batch_invariant
+
+Product = Callable[[Tensor, Tensor], Tensor]  # rows in expert order [P, K], matrices [E, N, K] -> [P, N]
 
 
 class Order(Protocol):
@@ -124,6 +127,23 @@ def weighted_swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     return _WeightedSwiGLU.apply(gate, up, weight)
 
 
+def feed_forward(
+    product: Product, x_PD: Tensor, weight_P1: Tensor, weights: LayerWeights, adapters: LayerAdapters | None = None
+) -> Tensor:
+    """-> y_PD: rows in expert order through their experts, times their weights, by a backend's product."""
+
+    def projected(x: Tensor, stack: Tensor, pair: Pair | None) -> Tensor:
+        y = product(x, stack)
+        if pair is None or adapters is None:
+            return y
+        a, b = (part.to(x.dtype) for part in pair)
+        return y.add_(product(product(x, a) * adapters.scale, b))  # in place: no other memory of that size
+
+    gate, up, down = (None, None, None) if adapters is None else adapters[:3]
+    hidden = weighted_swiglu(projected(x_PD, weights.gate_EFD, gate), projected(x_PD, weights.up_EFD, up), weight_P1)
+    return projected(hidden, weights.down_EFD.mT, down)
+
+
 class _NoRows(Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, *others: Tensor) -> Tensor:
@@ -136,6 +156,9 @@ class _NoRows(Function):
         return tuple(torch.zeros_like(tensor) if wanted else None for tensor, wanted in needed)
 
 
-def no_rows(x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
+def no_rows(
+    x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+) -> Tensor:
     """The answer when there is no assignment: zeros, and zero gradients (grouped_mm's backward refuses 0 rows)."""
-    return _NoRows.apply(x_RD, assigned.weight_A, *weights)
+    pairs = () if adapters is None else adapters[:3]
+    return _NoRows.apply(x_RD, assigned.weight_A, *weights, *(part for pair in pairs for part in pair))

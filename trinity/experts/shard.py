@@ -20,7 +20,7 @@ from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.peers import Peers
 from trinity.experts.registry import resolve
 from trinity.experts.spec import ShardSpec
-from trinity.experts.stacked import places_of, stack_names
+from trinity.experts.stacked import places_of
 from trinity.experts.weight_versions import WeightVersions
 from trinity.experts.weights import ExpertWeights
 from trinity.rpc.messages import (
@@ -107,10 +107,10 @@ class ExpertShard:
             if op.answer is not None:
                 return op.answer
             first = not self.gathered.has(call.op_id)
-            leaves = (op.x_RD, op.weights_RK, *(layer.weights if first else ()))
+            leaves = (op.x_RD, op.weights_RK, *(layer.trained.values() if first else ()))
             dx_RD, dweights_RK, *gradients = gradients_of(op.y_RD, call.dy_RD.to(op.y_RD), leaves)
             if first:
-                self.gathered.add(call.op_id, stack_names(call.layer), gradients)
+                self.gathered.add(call.op_id, tuple(layer.trained), gradients)
             op.keep_only((dx_RD, dweights_RK))
             return dx_RD, dweights_RK
 
@@ -124,7 +124,7 @@ class ExpertShard:
                     f"shard {self.spec.name} has lost its weights, and what step {message.version + 1} gathered"
                 )
             at = self.weights.position(message)
-            return self.gathered.rows(message.layer, at, self.versions.present[message.layer])
+            return self.gathered.rows(message.layer, at, self.versions.trained[message.layer])
 
     # -- the two-phase step
 
@@ -151,7 +151,7 @@ class ExpertShard:
                 return made.notes["is_finite"]
             self.versions.expect_next(message.step)
             num_ops = message.num_ops.get(self.spec.name)
-            gradients = self.gathered.take(message.attempt, self.versions.present, num_ops)
+            gradients = self.gathered.take(message.attempt, self.versions.trained, num_ops)
             optimizer, target = self.versions.begin_next(message.keep)
         idle = places_of(self.store.current, message.idle)
         optimizer.step_into(target, gradients, message.lrs, message.grad_scale, idle)
@@ -253,7 +253,8 @@ class ExpertShard:
         return slots
 
     def _compute(self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer) -> Tensor:
-        return self.backend(x_RD, assignments(slots, weights_RK, self.spec.device), layer.weights)
+        assigned = assignments(slots, weights_RK, self.spec.device)
+        return self.backend(x_RD, assigned, layer.weights, layer.adapters)
 
     def _remembered(self, op_id: str, layer: ReadyLayer, rows: Rows, slots: Slots) -> Activations:
         """The op's activations, computed where they are not in the cache."""

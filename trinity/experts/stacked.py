@@ -1,19 +1,23 @@
 """Versions of a shard as functions: expert weights and optimizer state in stacks, one for each projection of a layer.
 
-Legend: E experts of a layer on this shard, F expert hidden, D model, N = 3F rows of an expert.
+Legend: E experts of a layer on this shard, F expert hidden, D model, r rank of adapters, N = 3F rows of an expert.
 A version's tensors are named `{layer}.{gate|up|down}::{kind}`, what comes before `::` being the stack's name; its notes say
-which experts the stacks hold, in order, and how many updates were done. Nothing here writes to a version: each change is a
-new one, which shares with the old what did not change.
+which experts the stacks hold, in order, and how many updates were done. Adapters are further stacks, `{layer}.gate.lora_A` and
+so on, in the checkpoint's orientation: A [E, r, inputs] and B [E, outputs, r], fp32. What a caller calls a kind says which
+three stacks are meant, too: `momentum`, or `lora_A.exp_avg`. Nothing here writes to a version: each change is a new one, which
+shares with the old what did not change.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trinity.adapters import peft
+from trinity.adapters.lora import first_a
 from trinity.checkpoint import PROJECTIONS, expert_key
-from trinity.config import ModelConfig, OptimConfig
+from trinity.config import LoraConfig, ModelConfig, OptimConfig
 from trinity.errors import InvalidRequest
 from trinity.experts.base import LayerWeights
 from trinity.optim.base import Matrix
@@ -24,14 +28,27 @@ from trinity.state.versioned_store import Store, Version
 # -- reading a version
 
 
-def stack_names(layer: int) -> tuple[str, str, str]:
-    """Names of a layer's stacks, as optimizers and gradients have them."""
-    return f"{layer}.gate", f"{layer}.up", f"{layer}.down"
+def stack_names(layer: int, part: str = "") -> tuple[str, str, str]:
+    """Names of a layer's stacks, as optimizers and gradients have them: of weights, or of a part of their adapters."""
+    end = f".{part}" if part else ""
+    return f"{layer}.gate{end}", f"{layer}.up{end}", f"{layer}.down{end}"
+
+
+def trained_names(layer: int, optim: OptimConfig | None) -> tuple[str, ...]:
+    """Names of the stacks of a layer that take steps."""
+    if optim is None or not optim.trains_experts:
+        return ()
+    return tuple(name for part in (peft.PARTS if optim.lora.rank else ("",)) for name in stack_names(layer, part))
 
 
 def is_weight(key: str) -> bool:
     """Say whether a version's tensor of that name is a stack of weights, not of optimizer state."""
     return key.endswith(f"::{WEIGHT}")
+
+
+def is_value(kind: str) -> bool:
+    """Say whether a kind is of numbers that are computed with, not of optimizer state."""
+    return kind.rpartition(".")[2] == WEIGHT
 
 
 def experts_of(version: Version) -> Experts:
@@ -45,14 +62,16 @@ def places_of(version: Version, experts: Experts) -> dict[str, list[int]]:
     return {
         name: [at for at, expert in enumerate(ids) if expert in set(experts.get(layer, ()))]
         for layer, ids in held
-        for name in stack_names(layer)
+        for part in ("", *peft.PARTS)
+        for name in stack_names(layer, part)
+        if f"{name}::{WEIGHT}" in version.tensors
     }
 
 
 def stacks_of(version: Version, layer: int, kind: str) -> tuple[Tensor, ...]:
     """The stacks of a layer: gate, up and down. Raises InvalidRequest for a kind that the version does not have."""
     try:
-        return tuple(version.tensors[f"{name}::{kind}"] for name in stack_names(layer))
+        return tuple(version.tensors[key] for key in _keys(layer, kind))
     except KeyError:
         raise InvalidRequest(
             f"version {version.number} has no {kind!r} of layer {layer}, only {kinds_of(version)}"
@@ -60,8 +79,33 @@ def stacks_of(version: Version, layer: int, kind: str) -> tuple[Tensor, ...]:
 
 
 def kinds_of(version: Version) -> tuple[str, ...]:
-    """Kinds of rows that an expert has: its weights, and its optimizer state where the version has it."""
-    return tuple(dict.fromkeys([WEIGHT, *(name.partition("::")[2] for name in version.tensors)]))
+    """Kinds of rows that an expert has: its weights, and adapters and optimizer state where the version has them."""
+    return tuple(dict.fromkeys([WEIGHT, *map(_kind, version.tensors)]))
+
+
+def _kind(key: str) -> str:
+    name, _, kind = key.partition("::")
+    return ".".join([*name.split(".")[2:], kind])
+
+
+def _keys(layer: int, kind: str) -> tuple[str, ...]:
+    """Keys of the three tensors of a layer that a kind means."""
+    part, _, own = kind.rpartition(".")
+    return tuple(f"{name}::{own}" for name in stack_names(layer, part))
+
+
+def packed(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices as one tensor: one under the other, or, of unlike widths, end to end in one row."""
+    if len({part.shape[-1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    return torch.cat([part.flatten() for part in parts])[None]
+
+
+def unpacked(rows: Tensor, shapes: Iterable[torch.Size]) -> list[Tensor]:
+    """The inverse of `packed`, by the shapes."""
+    shapes = list(shapes)
+    pieces = rows.flatten().split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def named_matrices(
@@ -72,14 +116,14 @@ def named_matrices(
     for layer, held in experts.items():
         for expert in held:
             at = there[layer].index(expert)
-            for projection, name in zip(PROJECTIONS, stack_names(layer), strict=True):
+            for i, projection in enumerate(PROJECTIONS):
                 for kind in kinds:
-                    matrix = version.tensors[f"{name}::{kind}"][at]
+                    part, _, own = kind.rpartition(".")
+                    matrix = version.tensors[_keys(layer, kind)[i]][at]
                     key = expert_key(model, layer, expert, projection)
-                    yield (
-                        key if kind == WEIGHT else f"{key}::{kind}",
-                        matrix.mT if projection == "down_proj" else matrix,
-                    )
+                    key = peft.key_of(key, part) if part else key
+                    is_turned = projection == "down_proj" and not part
+                    yield key if own == WEIGHT else f"{key}::{own}", matrix.mT if is_turned else matrix
 
 
 # -- making one
@@ -122,6 +166,23 @@ def unfilled_version(store: Store, empty: LayerWeights, model: ModelConfig, expe
     return make_version(0, stacks, held, 0)
 
 
+def with_adapters(store: Store, version: Version, model: ModelConfig, lora: LoraConfig, seed: int) -> Version:
+    """The version with an adapter beside each of its matrices, as a run of that seed begins: B is zero."""
+    f, d, tensors = model.moe_intermediate_size, model.hidden_size, dict(version.tensors)
+    for layer, held in experts_of(version).items():
+        for i, (num_out, num_in) in enumerate(((f, d), (f, d), (d, f))):
+            a_ErK, b_ENr = (
+                store.empty_like(torch.empty((0, *shape), dtype=torch.float32, device="meta"), len(held))
+                for shape in ((lora.rank, num_in), (num_out, lora.rank))
+            )
+            for at, expert in enumerate(held):
+                key = expert_key(model, layer, expert, PROJECTIONS[i])
+                a_ErK[at].copy_(first_a(lora.rank, num_in, seed, key))
+            for part, stack in zip(peft.PARTS, (a_ErK, b_ENr.zero_()), strict=True):
+                tensors[f"{stack_names(layer, part)[i]}::{WEIGHT}"] = stack
+    return Version(version.number, tensors, version.notes)
+
+
 def restacked(
     store: Store,
     version: Version,
@@ -134,15 +195,16 @@ def restacked(
     given; where those of a kind are not, zeros."""
     tensors = dict(version.tensors)
     for kind in kinds_of(version):
-        added = [row_ND.chunk(3) for row_ND in rows.get(kind, ())]
-        for i, name in enumerate(stack_names(layer)):
-            old_EFD = tensors[f"{name}::{kind}"]
+        shapes = [tensors[key].shape[1:] for key in _keys(layer, kind)]
+        added = [unpacked(row_ND, shapes) for row_ND in rows.get(kind, ())]
+        for i, key in enumerate(_keys(layer, kind)):
+            old_EFD = tensors[key]
             new_EFD = store.empty_like(old_EFD, len(experts))
             parts = [*(old_EFD[at] for at in keep), *(row[i] for row in added)]
             for at, part_FD in enumerate(parts):
                 new_EFD[at].copy_(part_FD)
             new_EFD[len(parts) :].zero_()
-            tensors[f"{name}::{kind}"] = new_EFD
+            tensors[key] = new_EFD
     notes = {**version.notes, "experts": {**version.notes["experts"], str(layer): experts}}
     return Version(version.number, tensors, notes)
 
@@ -151,22 +213,25 @@ def restacked(
 
 
 def optimizer_of(version: Version, model: ModelConfig, config: OptimConfig) -> Optimizer:
-    """The optimizer over the version's own tensors."""
+    """The optimizer over the version's own tensors that take steps. Adapters are no hidden matrices: to make their updates
+    orthogonal would be another method."""
     f, d = model.moe_intermediate_size, model.hidden_size
     shapes = (Matrix(f, d), Matrix(f, d), Matrix(d, f))  # fan_out, fan_in of gate, up, down
     matrices = {n: m for layer in experts_of(version) for n, m in zip(stack_names(layer), shapes, strict=True)}
-    state: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
+    state: dict[str, dict[str, Tensor]] = {n: {} for layer in experts_of(version) for n in trained_names(layer, config)}
     for key, tensor in version.tensors.items():
         name, _, kind = key.partition("::")
-        state[name][kind] = tensor
+        if name in state:
+            state[name][kind] = tensor
     params = {name: kinds.pop(WEIGHT) for name, kinds in state.items()}
     return Optimizer(params, matrices, config, state, version.notes["num_updates"])
 
 
-def version_of(optimizer: Optimizer, number: int, experts: Experts) -> Version:
-    """The version of an optimizer's tensors: the inverse of `optimizer_of`."""
-    weights = {f"{name}::{WEIGHT}": tensor for name, tensor in optimizer.params.items()}
-    return make_version(number, {**weights, **optimizer.tensors()}, experts, optimizer.num_updates)
+def version_after(before: Version, made: Optimizer) -> Version:
+    """The version that follows, of the tensors that a step has made; what takes no steps is the same memory."""
+    weights = {f"{name}::{WEIGHT}": tensor for name, tensor in made.params.items()}
+    tensors = {**before.tensors, **weights, **made.tensors()}
+    return make_version(before.number + 1, tensors, experts_of(before), made.num_updates)
 
 
 def empty_optimizer(store: Store, like: Optimizer) -> Optimizer:

@@ -16,19 +16,20 @@ would wait for the row counts and launch three kernels per expert: there it is o
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity.experts.base import Assignments, LayerWeights
-from trinity.experts.rows import SortedOrder, combine, gather, no_rows, weighted_swiglu
+from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
+from trinity.experts.rows import SortedOrder, combine, feed_forward, gather, no_rows, weighted_swiglu
 from trinity.ops import batch_invariant
 from trinity.state.strides import as_stored
 
 Path = Literal["auto", "in_order", "grouped", "loop"]
-Compute = Callable[[Tensor, Tensor, Tensor, LayerWeights], Tensor]
+Compute = Callable[[Tensor, Tensor, Tensor, LayerWeights, LayerAdapters | None], Tensor]
 LOOP_FROM_ROWS = 512  # rows per expert on CPU
 
 
@@ -43,72 +44,83 @@ class TorchBackend:
     def stores_down_transposed(self, device: torch.device) -> bool:
         return device.type == "cpu"  # for `in_order`; the others do not care
 
-    def __call__(self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights) -> Tensor:
+    def __call__(
+        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+    ) -> Tensor:
         if not assigned.row_A.numel():
-            return no_rows(x_RD, assigned, weights)
+            return no_rows(x_RD, assigned, weights, adapters)
         expert_A, order_A = assigned.expert_A.sort(stable=True)
         order = SortedOrder(assigned.row_A.index_select(0, order_A), len(x_RD))
         weight_A1 = assigned.weight_A.index_select(0, order_A).unsqueeze(1)
         x_AD = gather(x_RD, order).to(weights.gate_EFD.dtype)
         end_E = torch.searchsorted(expert_A, torch.arange(len(weights.gate_EFD), device=x_RD.device), right=True)
-        compute = self._choose(x_AD, end_E, weights)
-        return combine(compute(x_AD, weight_A1, end_E, weights), order, x_RD.dtype)
+        compute = self._choose(x_AD, weights, adapters)
+        return combine(compute(x_AD, weight_A1, end_E, weights, adapters), order, x_RD.dtype)
 
-    def _choose(self, x_AD: Tensor, end_E: Tensor, weights: LayerWeights) -> Compute:
+    def _choose(self, x_AD: Tensor, weights: LayerWeights, adapters: LayerAdapters | None) -> Compute:
         if self.path == "in_order" or (
             self.path == "auto" and batch_invariant.is_for(x_AD) and batch_invariant.is_for(weights.gate_EFD)
         ):
             return in_order
-        return grouped if self._use_grouped(x_AD, weights) else looped
+        return grouped if self._use_grouped(x_AD, weights, adapters) else looped
 
-    def _use_grouped(self, x_AD: Tensor, weights: LayerWeights) -> bool:
+    def _use_grouped(self, x_AD: Tensor, weights: LayerWeights, adapters: LayerAdapters | None) -> bool:
         if self.path != "auto":
             return self.path == "grouped"
         crowded = len(x_AD) >= LOOP_FROM_ROWS * len(weights.gate_EFD)
-        return fits_grouped(weights) and (x_AD.is_cuda or not crowded)
+        return fits_grouped(weights, adapters) and (x_AD.is_cuda or not crowded)
 
 
-def fits_grouped(weights: LayerWeights) -> bool:
+def fits_grouped(weights: LayerWeights, adapters: LayerAdapters | None = None) -> bool:
     """Say whether F.grouped_mm takes these weights: fp32 or bf16, rows of a multiple of 16 bytes, sound gradients.
 
     On Blackwell the weight gradient of an expert without rows is garbage (pytorch issue 172439, open).
     """
-    stack = weights.gate_EFD
+    stack, ranks = weights.gate_EFD, () if adapters is None else (adapters.gate[0].shape[1],)
     if stack.dtype not in (torch.float32, torch.bfloat16):
         return False
-    trained = stack.requires_grad and torch.is_grad_enabled()
+    trained = (stack.requires_grad or adapters is not None) and torch.is_grad_enabled()
     if trained and stack.is_cuda and torch.cuda.get_device_capability(stack.device)[0] >= 10:
         return False
-    return all(size * stack.element_size() % 16 == 0 for size in stack.shape[1:])
+    return all(size * stack.element_size() % 16 == 0 for size in (*stack.shape[1:], *ranks))
 
 
-def in_order(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
+def in_order(
+    x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights, adapters: LayerAdapters | None = None
+) -> Tensor:
     """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD: a row's bits do not depend on the others. fp32 on the CPU."""
     from trinity.ops.batch_invariant import fused_mlp, gemm  # a compiler comes with it: only where it is of use
 
     stored = weights.gate_EFD, weights.up_EFD, weights.down_EFD.mT
-    if batch_invariant.at_once(x_AD, *stored):
+    if adapters is None and batch_invariant.at_once(x_AD, *stored):
         return fused_mlp.feed_forward(x_AD, *stored, end_E, weight_A1.squeeze(1))
-    gate_AF = gemm.grouped(x_AD, weights.gate_EFD, end_E)
-    up_AF = gemm.grouped(x_AD, weights.up_EFD, end_E)
-    return gemm.grouped(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD.mT, end_E)
+    return feed_forward(lambda x, stack: gemm.grouped(x, stack, end_E), x_AD, weight_A1, weights, adapters)
 
 
-def grouped(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
+def grouped(
+    x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights, adapters: LayerAdapters | None = None
+) -> Tensor:
     """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD. No host synchronisation on Hopper in bf16."""
     offs_E = end_E.int()
-    gate_AF = F.grouped_mm(x_AD, weights.gate_EFD.mT, offs=offs_E)
-    up_AF = F.grouped_mm(x_AD, weights.up_EFD.mT, offs=offs_E)
-    return F.grouped_mm(weighted_swiglu(gate_AF, up_AF, weight_A1), weights.down_EFD, offs=offs_E)
+    return feed_forward(lambda x, stack: F.grouped_mm(x, stack.mT, offs=offs_E), x_AD, weight_A1, weights, adapters)
 
 
-def looped(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights) -> Tensor:
+def looped(
+    x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights, adapters: LayerAdapters | None = None
+) -> Tensor:
     """The same, an expert at a time. `unbind`: indexing the stack would zero a whole gradient stack for each expert."""
     counts = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
+    if adapters is not None:
+        return feed_forward(partial(_product, counts), x_AD, weight_A1, weights, adapters)
     stored, is_FD = as_stored(weights.down_EFD), weights.down_EFD.is_contiguous()
     stacks = (weights.gate_EFD.unbind(0), weights.up_EFD.unbind(0), stored.unbind(0))
     parts = zip(x_AD.split(counts), weight_A1.split(counts), *stacks, strict=True)
     return torch.cat([_expert(*part, is_FD) for part in parts if len(part[0])])
+
+
+def _product(counts: list[int], x_AK: Tensor, stack_ENK: Tensor) -> Tensor:
+    parts = zip(x_AK.split(counts), stack_ENK.unbind(0), strict=True)
+    return torch.cat([x_NK @ matrix_NK.T for x_NK, matrix_NK in parts if len(x_NK)])
 
 
 def _expert(x_ND: Tensor, weight_N1: Tensor, gate_FD: Tensor, up_FD: Tensor, down: Tensor, is_FD: bool) -> Tensor:

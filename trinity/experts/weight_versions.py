@@ -7,16 +7,18 @@ readers have left.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
+
+from torch import Tensor
 
 from trinity.errors import DeadlineExceeded, StepConflict, TrinityError
 from trinity.experts.base import LayerWeights
 from trinity.experts.layer import ReadyLayer
 from trinity.experts.published import PublishedVersions
 from trinity.experts.spec import ShardSpec
-from trinity.experts.stacked import empty_optimizer, experts_of, is_weight, optimizer_of, version_of, with_notes
+from trinity.experts.stacked import empty_optimizer, is_weight, optimizer_of, version_after, with_notes
 from trinity.optim.optimizer import Optimizer
 from trinity.rpc.messages import Forward
 from trinity.state.versioned_store import Store, Version
@@ -32,7 +34,7 @@ class WeightVersions:
         self.spec, self.store, self.on_change = spec, store, on_change
         self.lock = threading.RLock()
         self.making = threading.Lock()  # held, before `lock`, by whoever fills memory of a version; it may take long
-        self._published = PublishedVersions(spec.name, spec.model, spec.optim is not None)
+        self._published = PublishedVersions(spec.name, spec.model, spec.optim)
         self._publish()
 
     @property
@@ -43,7 +45,12 @@ class WeightVersions:
     @property
     def present(self) -> dict[int, LayerWeights]:
         """Weights of the present version, by layer."""
-        return self._published.weights()
+        return {layer: ready.weights for layer, ready in self._published.layers().items()}
+
+    @property
+    def trained(self) -> dict[int, Mapping[str, Tensor]]:
+        """Stacks of the present version that take steps, by layer and name."""
+        return {layer: ready.trained for layer, ready in self._published.layers().items()}
 
     # -- computing with them
 
@@ -101,8 +108,7 @@ class WeightVersions:
 
     def stage(self, made: Optimizer, **notes: Any) -> None:
         """Take in what was made in the memory for the next version: it is there to be committed."""
-        version = version_of(made, self.number + 1, experts_of(self.store.current))
-        self.store.put(with_notes(version, **notes))
+        self.store.put(with_notes(version_after(self.store.current, made), **notes))
         self._publish()
 
     def commit(self, step: int) -> None:

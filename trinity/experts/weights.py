@@ -17,13 +17,16 @@ from trinity.experts.stacked import (
     empty_stacks,
     empty_version,
     experts_of,
+    is_value,
     kinds_of,
     named_matrices,
+    packed,
     restacked,
     stacks_of,
+    with_adapters,
 )
 from trinity.experts.weight_versions import WeightVersions
-from trinity.rpc.messages import WEIGHT, Experts, Fetch, Install, Load, Part, PruneTo, Save
+from trinity.rpc.messages import Experts, Fetch, Install, Load, Part, PruneTo, Save
 from trinity.state.versioned_store import Version
 
 
@@ -55,12 +58,11 @@ class ExpertWeights:
             return experts_of(found)[layer] if found else ()
 
     def kinds(self, version: int) -> tuple[str, ...]:
-        """Kinds of rows that a copy of an expert at that version needs: weights, and optimizer state where this shard
-        trains."""
+        """Kinds of rows that a copy of an expert at that version needs: weights and adapters, and optimizer state where this
+        shard trains."""
         with self.versions.lock:
-            if self.spec.optim is None or version < self.versions.number:
-                return (WEIGHT,)
-            return kinds_of(self._store.versions.get(version) or self._empty_version(version, 0))
+            kinds = kinds_of(self._store.versions.get(version) or self._empty_version(version, 0))
+            return kinds if version >= self.versions.number else tuple(filter(is_value, kinds))
 
     def position(self, message: Fetch) -> int:
         """The place in the stacks of the expert that a caller wants. Raises WrongEpoch when it is not here,
@@ -75,7 +77,7 @@ class ExpertWeights:
         with self.versions.lock:
             at = self.position(message)
             stacks = stacks_of(self._store.get(message.version), message.layer, message.kind)
-            return torch.cat([stack[at] for stack in stacks])
+            return packed([stack[at] for stack in stacks])
 
     # -- coming and going
 
@@ -156,17 +158,18 @@ class ExpertWeights:
         """Write the named experts, and their optimizer state under training/; -> the files."""
         with self.versions.lock:
             version = self._store.get(message.version)
-            if message.training and self.spec.optim is not None and version.tensors and kinds_of(version) == (WEIGHT,):
+            values, state = self._kinds_to_save(version)
+            if message.training and self._is_trained and version.tensors and not state:
                 raise VersionGone(
                     f"shard {self.spec.name} keeps no optimizer state of version {message.version} any more"
                 )
             self._store.hold(message.version)
         try:
-            matrices = named_matrices(version, self.spec.model, message.experts, (WEIGHT,))
+            matrices = named_matrices(version, self.spec.model, message.experts, values)
             parts = write_tensors(message.folder, f"model-experts-{self.spec.name}", matrices)
-            if message.training and len(kinds := kinds_of(version)) > 1:
-                state = named_matrices(version, self.spec.model, message.experts, kinds[1:])
-                parts += write_tensors(message.folder, f"training/experts-{self.spec.name}", state)
+            if message.training and state:
+                rest = named_matrices(version, self.spec.model, message.experts, state)
+                parts += write_tensors(message.folder, f"training/experts-{self.spec.name}", rest)
         finally:
             with self.versions.lock:
                 self._store.release(message.version)
@@ -174,9 +177,23 @@ class ExpertWeights:
 
     # -- inside
 
+    @property
+    def _is_trained(self) -> bool:
+        return self.spec.optim is not None and self.spec.optim.trains_experts
+
+    def _kinds_to_save(self, version: Version) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """-> what a checkpoint of the version has of an expert, without its frozen weights beside adapters; its state."""
+        kinds, optim = kinds_of(version), self.spec.optim
+        values = tuple(filter(is_value, kinds))
+        if optim is not None and optim.lora.rank:
+            values = values[1:]
+        return values, tuple(kind for kind in kinds if not is_value(kind))
+
     def _empty_version(self, number: int, num_updates: int) -> Version:
-        """A version without experts; of older ones than the present only weights are kept."""
+        """A version without experts; of older ones than the present no optimizer state is kept."""
         version = empty_version(self._empty_stacks(), self.spec.model, number, num_updates)
+        if self._is_trained and self.spec.optim is not None and self.spec.optim.lora.rank:
+            version = with_adapters(self._store, version, self.spec.model, self.spec.optim.lora, 0)
         is_older = number < self.versions.number
         return version if is_older else with_state(self._store, version, self.spec.model, self.spec.optim)
 

@@ -82,11 +82,17 @@ TRAINING_METRICS = (
     Metric("trinity_train_step", "gauge", "Steps taken or skipped: batches consumed."),
     Metric("trinity_train_loss", "gauge", "Cross-entropy of the last step, nats per token."),
     Metric("trinity_train_validation_loss", "gauge", "Cross-entropy of the last validation, nats per token."),
+    Metric("trinity_train_source_validation_loss", "gauge", "The same of one source of a mixture.", ("source",)),
     Metric("trinity_train_score", "gauge", "Of the last weights that were asked, by task.", ("task",)),
     Metric("trinity_train_gate_open", "gauge", "1 where they passed the task's gate, 0 where not.", ("task",)),
     Metric("trinity_train_grad_norm", "gauge", "Norm of the last step's gradient, before it is clipped."),
     Metric("trinity_train_tokens_total", "counter", "Tokens trained on."),
+    Metric("trinity_train_source_tokens_total", "counter", "Those of each source of a mixture.", ("source",)),
     Metric("trinity_train_tokens_per_second", "gauge", "Tokens of the last step over its seconds, retries apart."),
+    Metric(
+        "trinity_train_tokens_per_second_per_gpu", "gauge", "The same over workers' and shards' GPUs, where it has any."
+    ),
+    Metric("trinity_train_mfu", "gauge", "Model FLOPs utilisation of the last step, of 1, where GPUs' peak is known."),
     Metric("trinity_train_phase_seconds", "histogram", "Of a step, by phase.", ("phase",), LONG_S),
     Metric("trinity_train_retries_total", "counter", "Attempts at a step that came to nothing.", ("reason",)),
     Metric("trinity_train_skipped_total", "counter", "Steps skipped for numbers that are not finite."),
@@ -95,4 +101,5 @@ TRAINING_METRICS = (
 )
 
 
+GPU_METRICS = ("trinity_train_tokens_per_second_per_gpu", "trinity_train_mfu")  # exported once there is a value
 ALL_METRICS = SERVING_METRICS + DISPATCH_METRICS + PLACEMENT_METRICS + TRAINING_METRICS

@@ -51,6 +51,9 @@ class StepMetrics:
     batch_het: float | None = None  # the highest mean loss of a micro-batch over the mean of all
     norm_kurtosis: float | None = None  # of the gradient norms of the last steps
     measures: Mapping[str, float] = field(default_factory=dict)  # what an objective tells of besides: rewards, margins
+    source_tokens: Mapping[str, int] = field(default_factory=dict)  # of the tokens, those of each source of a mixture
+    tokens_per_s_per_gpu: float | None = None  # None without GPUs
+    mfu: float | None = None  # of 1; None also where the GPUs' peak is not known
 
     def row(self) -> dict[str, Any]:
         """Plain values, without counts_LE and without what there is nothing to say of."""
@@ -84,8 +87,9 @@ class RunLog(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
 
-    def validation(self, step: int, loss: float, measures: Mapping[str, float] = NONE) -> None:
-        """The weights after `step` have that loss on held-out data, and whatever else is told of it."""
+    def validation(self, step: int, loss: float, by_source: Mapping[str, float], measures: Mapping[str, float]) -> None:
+        """The weights after `step` have that loss on held-out data, those on each source's, where there are several, and
+        whatever else is told of it."""
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The weights after `step` have these scores in the run's tasks (trinity/evaluate/score.py)."""
@@ -119,10 +123,13 @@ class TrainLog:
         if not any(row["step"] == metrics.step and "loss" in row for row in rows):
             self.step(metrics)
 
-    def validation(self, step: int, loss: float, measures: Mapping[str, float] = NONE) -> None:
+    def validation(
+        self, step: int, loss: float, by_source: Mapping[str, float] = NONE, measures: Mapping[str, float] = NONE
+    ) -> None:
         """Record the validation of the weights after `step`."""
-        told = {"val_measures": dict(measures)} if measures else {}
-        self._opened(step, is_validation=True).write_row({"step": step, "val_loss": loss, **told})
+        told = {"val_losses": by_source, "val_measures": measures}
+        row = {"step": step, "val_loss": loss, **{name: dict(each) for name, each in told.items() if each}}
+        self._opened(step, is_validation=True).write_row(row)
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record the scores of the weights after `step`."""
@@ -153,7 +160,7 @@ class _Files:
 
     def write_row(self, row: dict[str, Any]) -> None:
         self._rows.write({key: _finite(value) for key, value in row.items()})
-        self._draw({_place(key): value for key, value in _scalars(row)}, row["step"])
+        self._draw({_tag(key): value for key, value in scalars(row)}, row["step"])
 
     def write_scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows.write({"step": step, "scores": [_finite(row) for row in rows]})
@@ -221,7 +228,7 @@ def _cut(path: Path, first_step: int, is_validation: bool = False) -> Lines:
     return Lines(path)
 
 
-def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a row but its step: those of {"retries": {"deadline": 1}} are called retries/deadline."""
     for key, value in row.items():
         if isinstance(value, Mapping):
@@ -230,13 +237,15 @@ def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, value
 
 
+def _tag(name: str) -> str:
+    """A number's name in TensorBoard."""
+    if name.startswith("val_loss"):
+        return f"val/loss{name.removeprefix('val_loss').removeprefix('es')}"
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+
+
 def _finite(value: Any) -> Any:
     """The value with null for each number that is not finite."""
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _place(name: str) -> str:
-    """The tag of a number in TensorBoard."""
-    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"

@@ -107,7 +107,7 @@ class DistillationTrainer(Trainer):
         """The batch with the teacher's scores, on its device."""
         weights = self.teacher.llm.weights
         model, batch = weights.model(weights.newest()), self.micro_batches.on_device(batch)
-        docs_BS = batch.docs_BS if self.config.data.intra_document_mask or self.config.data.format == "chats" else None
+        docs_BS = batch.docs_BS if self.config.data.intra_document_mask or self.config.data.is_flat else None
         hidden_TD = model(*packed_inputs(model.config, batch.ids_BS, docs_BS)).hidden_TD
         best = [
             model.logits(h_CD).float().log_softmax(-1).topk(self.config.distill.top_k)

@@ -131,7 +131,7 @@ class RewardTrainer(PolicyTrainer):
         rewards = self.judge.rewards(prompts, samples) if prompts else []
         told = means_of(SAMPLED, self.comm.all_reduce(self._told(samples, rewards, 0)))
         for each in self.logs:
-            each.validation(self.position, math.nan, {name: told[name] for name in VALIDATED if name in told})
+            each.validation(self.position, math.nan, {}, {name: told[name] for name in VALIDATED if name in told})
         return math.nan
 
 

@@ -24,6 +24,7 @@ from trinity.errors import InvalidRequest, VersionGone
 from trinity.llm import LLM, Completion, Params
 from trinity.models.common.decoder import CausalLM
 from trinity.models.registry import build
+from trinity.train.backbone import load_values
 from trinity.train.loss import CHUNK, packed_inputs
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class TrainerWeights:
             raise VersionGone(f"version {version} has been trained on: it is {self._trainer.version} now")
         self._experts.version = version
         if not self._is_shared and version != self._copied:
-            self._model.load_state_dict(self._trainer.model.state_dict())
+            load_values(self._model, self._trainer.backbone.store.current)
             self._copied = version
         return self._model
 

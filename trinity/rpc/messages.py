@@ -175,7 +175,7 @@ GRADIENT = "gradient"  # what backward ops have added up for the step under way
 @dataclass(frozen=True)
 class Fetch:
     """Verb `fetch` -> rows_ND, N = 3F: gate, up and the transpose of down of one expert, one under the other; weights in the
-    model's dtype, optimizer state and gradients in fp32. Changes nothing."""
+    model's dtype, optimizer state and gradients in fp32. Of adapters, which are of unlike widths: one row. Changes nothing."""
 
     layer: int
     expert: int

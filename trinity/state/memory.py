@@ -53,10 +53,10 @@ class Memory:
                 return self._free.pop(at).tensor
         return self._new(numel, dtype).tensor
 
-    def written(self, address: int) -> str:
-        """The file of a block; a GPU's is copied to it first."""
+    def written(self, address: int, is_known: bool = False) -> str:
+        """The file of a block; a GPU's is copied to it first, unless its values are known to be there."""
         block = self._blocks[address]
-        if block.mirror is not None and block.mirror is not block.tensor:
+        if block.mirror is not None and block.mirror is not block.tensor and not is_known:
             block.mirror.copy_(block.tensor)
         return block.file
 

@@ -113,7 +113,9 @@ class Store:
         if version.number > self.committed + 1 and self.committed >= 0:
             raise StepConflict(f"version {version.number} does not follow {self.committed}")
         if self.folder is not None:
-            entries = {name: self._entry(tensor) for name, tensor in version.tensors.items()}
+            others = [each for number, each in self.versions.items() if number != version.number]
+            known = set[int]().union(*map(_addresses, others))  # what they share has been written
+            entries = {name: self._entry(tensor, known) for name, tensor in version.tensors.items()}
             replace_json(self.folder / version_file(version.number), {"notes": dict(version.notes), "tensors": entries})
         self.versions[version.number] = version
         self._taken -= _addresses(version)
@@ -178,11 +180,12 @@ class Store:
 
     # -- inside
 
-    def _entry(self, tensor: Tensor) -> dict[str, Any]:
+    def _entry(self, tensor: Tensor, known: Collection[int]) -> dict[str, Any]:
         """The version's file's entry for a tensor, whose values are in the folder from then on."""
         stored = as_stored(tensor)
         entry = {"shape": list(stored.shape), "dtype": str(tensor.dtype)[6:], "is_transposed": stored is not tensor}
-        return {"file": self.memory.written(tensor.data_ptr()) if tensor.numel() else None, **entry}
+        address = tensor.data_ptr()
+        return {"file": self.memory.written(address, address in known) if tensor.numel() else None, **entry}
 
     def _set_head(self, number: int) -> None:
         if self.folder is not None:

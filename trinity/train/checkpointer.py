@@ -8,12 +8,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trinity.checkpoint import CheckpointWriter, kept_generation, prune, step_path, write_tensors
+from trinity.adapters.peft import AdapterConfig
+from trinity.checkpoint import (
+    CheckpointWriter,
+    adaptable,
+    kept_generation,
+    latest_checkpoint,
+    open_checkpoint,
+    prune,
+    step_path,
+    write_tensors,
+)
 from trinity.config import Config
 from trinity.errors import CheckpointError
 from trinity.pool.pool import ExpertPool
@@ -36,6 +47,14 @@ class AsyncCheckpointer:
         self._version = -1  # that is being written
         self._error: Exception | None = None
         self._seconds: float | None = None  # of the last save, until somebody asks
+
+    @cached_property
+    def _adapter(self) -> tuple[AdapterConfig, list[str]]:
+        """The adapter that this run trains, and the matrices that it is for."""
+        model, lora, out_dir = self.config.model, self.config.optim.lora, self.config.train.out_dir
+        base = open_checkpoint(latest_checkpoint(out_dir) or str(self.config.train.init_from)).base
+        modules = [name for name, matrix in adaptable(model).items() if matrix.role in lora.targets]
+        return AdapterConfig(base.name, lora.rank, lora.alpha, base.content), modules
 
     def target(self, position: int) -> Path:
         return step_path(Path(self.config.train.out_dir).resolve(), position)
@@ -101,9 +120,13 @@ class AsyncCheckpointer:
 
     def _write(self, writer: CheckpointWriter, parts: Callable[[], list[Part]], state: dict[str, Any]) -> None:
         version = self.backbone.store.get(writer.step)
-        dtype = getattr(torch, self.config.model.dtype)
-        own = write_tensors(writer.folder, "model-backbone", self.backbone.values(dtype, version))
+        dtype, is_adapter = getattr(torch, self.config.model.dtype), self.config.optim.lora.rank > 0
+        values = self.backbone.adapter(version) if is_adapter else self.backbone.values(dtype, version)
+        own = write_tensors(writer.folder, "model-backbone", values)
         own += write_tensors(writer.folder, "training/backbone", self.backbone.training_state(version).items())
-        writer.finish([*parts(), *own], self.config.model, self.tokenizer, state, self._generation)
+        if is_adapter:
+            writer.finish_adapter([*parts(), *own], *self._adapter, self.config.model, self.tokenizer, state)
+        else:
+            writer.finish([*parts(), *own], self.config.model, self.tokenizer, state, self._generation)
         self.pool.set_source(Load(str(writer.target)))
         prune(writer.target.parent, self.config.train.keep_checkpoints, self.config.train.keep_every)

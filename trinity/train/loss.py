@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trinity.config import Config, ModelConfig
 from trinity.data.dataset import Batch
+from trinity.data.mixture import numbered_through
 from trinity.models.common.attention import PackedAttention, document_positions
 from trinity.models.common.balance import expert_counts
 from trinity.models.common.decoder import CausalLM, Inputs, Output
@@ -150,7 +151,7 @@ class Objective(nn.Module):
         return weights["model.lm_head.weight"], outputs
 
     def _inputs(self, batch: Any) -> Inputs:
-        docs_BS = batch.docs_BS if self.config.data.intra_document_mask else None
+        docs_BS = batch.docs_BS if self.config.data.intra_document_mask or self.config.data.is_flat else None
         return packed_inputs(self.config.model, batch.ids_BS, docs_BS)
 
     def _losses(self, head_VD: Tensor, batch: Any, out: Output, whole: Whole) -> Losses:
@@ -163,10 +164,11 @@ class Objective(nn.Module):
         return Losses(ce / whole.num_tokens, z / whole.num_tokens, balance, self._counts(out), ce.detach() / own)
 
     def _balance(self, batch: Batch, out: Output, num: int, seq: int) -> Tensor:
-        """A mean over the sequences of the step; of conversations, which have no sequences of one length, over their tokens."""
+        """A mean over the sequences of the step; over documents by their tokens, where some sequences are not full. Which of
+        the two is the settings' word, not the batch's, so that it does not depend on who shares a micro-batch."""
         settings, alpha = self.config.train, self.config.optim.balance_loss
-        if self.config.data.format == "chats":
-            docs_T = batch.docs_BS[0]
+        if self.config.data.is_flat:
+            docs_T = numbered_through(batch.docs_BS)
             weights_D = torch.bincount(docs_T).float() / (settings.global_batch_size * settings.seq_len)
             return document_balance_loss(out.routing, self.config.model, docs_T, weights_D, alpha)
         balance = sequence_balance_loss(out.routing, self.config.model, num, seq, alpha)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trinity.config import Config
-from trinity.data.dataset import Packed
+from trinity.data.dataset import Dataset
 from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
 from trinity.train.loss import Losses, Objective
@@ -70,7 +70,7 @@ class MicroBatches:
         self.num_read = 0  # tokens of this worker's share of the last step
         self.num_trained = 0  # of all workers' shares
 
-    def batch(self, data: Packed, position: int, micro: int) -> Any:
+    def batch(self, data: Dataset, position: int, micro: int) -> Any:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
         settings, comm = self.config.train, self.comm
         place = (comm.rank, comm.world, micro, settings.micro_batch_size)

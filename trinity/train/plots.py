@@ -1,16 +1,18 @@
-"""Pictures of a training run: the loss, the reward, and how evenly the experts are used.
+"""Pictures of a training run: the loss, the reward, how evenly the experts are used, and all of it over all stages.
 
-Legend: S recorded steps, R runs, L layers with experts, E experts.
+Legend: S recorded steps, N sources of data, R runs, L layers with experts, E experts.
 Decisions: figures are built without pyplot, so nothing global changes and no display is needed; matplotlib is imported
 only when a picture is drawn. Light colours for single steps, strong ones for what to look at.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trinity.errors import DataError
+from trinity.observability.run_history import METRICS, StageSpan, read_stages
 from trinity.observability.train_log import main_lr, read_rows
 
 if TYPE_CHECKING:
@@ -70,6 +72,88 @@ def reward_curves_png(rewards_RS: np.ndarray, path: str | Path) -> Path:
     axes.set_ylabel("mean reward")
     axes.legend(frameon=False, loc="lower right")
     return _saved(figure, path)
+
+
+def run_png(root: str | Path, path: str | Path) -> Path:
+    """Draw a run in `root` over all of its stages: loss, heterogeneity of its batches, what its tokens were from and how its
+    experts were used, so far as its logs say; -> `path`. Raises DataError when they hold no step."""
+    spans = read_stages(Path(root))
+    rows = [{**row, "step": span.first + row["step"]} for span in spans for row in read_rows(span.folder / METRICS)]
+    steps = [row for row in rows if row.get("loss") is not None]
+    if not steps:
+        raise DataError(f"the logs in {root} hold no training step; train first or name another folder")
+    drawn: list[tuple[float, Callable[[Axes], None]]] = [
+        (4.5, lambda axes: _draw_losses(axes, steps, [row for row in rows if row.get("val_loss") is not None]))
+    ]
+    if any(row.get("batch_het") is not None for row in steps):
+        drawn.append((1.8, lambda axes: _draw_batch_het(axes, steps)))
+    if any(row.get("source_tokens") for row in steps):
+        drawn.append((1.8, lambda axes: _draw_sources(axes, steps)))
+    if loads := [(span.first + row["step"], row["counts_LE"]) for span in spans for row in _loads(span.folder)]:
+        drawn.append((2.2, lambda axes: _draw_load(axes, loads)))
+    heights = [height for height, _ in drawn]
+    figure = _figure(10, 0.6 + sum(heights))
+    parts = np.atleast_1d(figure.subplots(len(drawn), 1, height_ratios=heights, sharex=True))
+    for axes, (_, draw) in zip(parts, drawn, strict=True):
+        draw(axes)
+        _mark_stages(axes, [span for span in spans if span.first < steps[-1]["step"]], is_named=axes is parts[0])
+    parts[-1].set_xlim(0, max(2, steps[-1]["step"]))
+    parts[-1].set_xlabel("step")
+    return _saved(figure, path)
+
+
+def _mark_stages(axes: "Axes", spans: Sequence[StageSpan], is_named: bool) -> None:
+    """A line where each stage begins, with its name."""
+    for span in spans:
+        if span.number > 1:
+            axes.axvline(span.first, color=DARK, linewidth=0.8, linestyle=":")
+        if is_named and span.is_one_of_many:
+            axes.text(span.first, 0.02, f" {span.name}", transform=axes.get_xaxis_transform(), fontsize=9, color=DARK)
+
+
+def _draw_batch_het(axes: "Axes", steps: list[dict[str, Any]]) -> None:
+    here = [(row["step"], row["batch_het"]) for row in steps if row.get("batch_het") is not None]
+    at, value = np.array(here).T
+    axes.plot(at, value, color=BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(at, _smoothed(value, max(1, len(value) // 50)), color=BLUE, linewidth=1.6)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("BatchHet, nats")
+
+
+def _draw_sources(axes: "Axes", steps: list[dict[str, Any]]) -> None:
+    """Shares of the sources in each step; a step that says nothing of them has none."""
+    names = list(dict.fromkeys(name for row in steps for name in row.get("source_tokens") or {}))
+    tokens_NS = np.array([[(row.get("source_tokens") or {}).get(name, 0) for row in steps] for name in names], float)
+    smooth_NS = np.array([_smoothed(tokens_S, max(1, len(steps) // 50)) for tokens_S in tokens_NS])
+    total_S = smooth_NS.sum(0)
+    share_NS = np.divide(smooth_NS, total_S, out=np.zeros_like(smooth_NS), where=total_S > 0)
+    axes.stackplot([row["step"] for row in steps], share_NS, labels=[_label(name) for name in names])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of tokens")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+
+
+def _label(name: str) -> str:
+    """A name as it is: without formulas, and shown even if it begins with a line."""
+    return name[:40].replace("$", r"\$").removeprefix("_")
+
+
+def _draw_load(axes: "Axes", loads: list[tuple[int, Any]]) -> None:
+    """Loads of all experts of all layers, from the least to the most loaded."""
+    at = [step for step, _ in loads]
+    load_SX = np.array([_relative(np.array(counts_LE, float)).ravel() for _, counts_LE in loads])
+    low, tenth, middle, ninth, high = np.quantile(load_SX, [0, 0.1, 0.5, 0.9, 1], axis=1)
+    axes.fill_between(at, low, high, color=GREY, alpha=0.3, linewidth=0, label="all experts")
+    axes.fill_between(at, tenth, ninth, color=BLUE, alpha=0.4, linewidth=0, label="8 of 10")
+    axes.plot(at, middle, color=BLUE, linewidth=1.4, label="median")
+    axes.axhline(1.0, color=DARK, linewidth=0.7, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("rows / mean of the layer")
+    axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=8)
+
+
+def _loads(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in read_rows(folder / "expert_load.jsonl") if row.get("counts_LE")]
 
 
 def expert_load_png(history: str | Path | np.ndarray, path: str | Path) -> Path:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from trinity.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, step_of
-from trinity.config import Config, OptimConfig
+from trinity.checkpoint import Checkpoint, check_adapter, latest_checkpoint, open_checkpoint, step_of
+from trinity.config import Config, OptimConfig, differences
+from trinity.data.dataset import Facts
 from trinity.data.prepare import Prepared
 from trinity.errors import ConfigError, VersionGone
 from trinity.models.registry import family_of
@@ -44,18 +45,14 @@ class RunIdentity:
 
     job: str
     run: str
-    order: Mapping[str, int | str]
+    order: Facts
 
     @classmethod
     def of(cls, config: Config, data: Prepared, job: str) -> "RunIdentity":
         settings = config.train
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
-        store = data.train.store
-        content = {"content": store.content} if store.content else {}
-        packing = {"rsdb_documents": config.data.rsdb_documents} if config.data.packing == "rsdb" else {}
         kind = {} if config.data.format in ("text", "chats") else {"format": config.data.format}
-        order = {**batches, "num_tokens": len(store.tokens), **content, **packing, **kind}
-        return cls(job, str(Path(settings.out_dir).resolve()), order)
+        return cls(job, str(Path(settings.out_dir).resolve()), {**batches, **data.train.facts, **kind})
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
         """Notes for a job that takes over from a version, besides the weights."""
@@ -149,12 +146,13 @@ class Recovery:
         settings = self.config.train
         if (found := latest_checkpoint(settings.out_dir)) is not None:
             return self._resume(open_checkpoint(found))
-        if settings.init_from:
-            source = open_checkpoint(settings.init_from)
+        source = open_checkpoint(settings.init_from) if settings.init_from else None
+        check_adapter(source, self.config.optim, is_own=False)
+        if source is not None:
             if settings.carry == "all":
                 return self._carry_on(source)
-            self._load_pool(Load(source.name, training=False))
-            source.load_backbone(self.backbone.model)
+            self._load_pool(Load(source.name, settings.seed, training=False))
+            self.backbone.load(source)
         else:
             family_of(self.config.model).init_weights(self.backbone.model, settings.seed)
             self._load_pool(Load(None, settings.seed))
@@ -174,13 +172,15 @@ class Recovery:
 
     def _resume(self, source: Checkpoint) -> RunCounts:
         """Raises ConfigError where the order of the data would be another one."""
+        check_adapter(source, self.config.optim, is_own=True)
         before = source.state["order"]
         if "content" not in before and "content" in self.identity.order:  # of a release that did not write it
             log.warning("%s does not say which documents it has seen: they may come again", source.path)
-        if before != {name: value for name, value in self.identity.order.items() if name in before}:
+        now = {name: value for name, value in self.identity.order.items() if name in before or name != "content"}
+        if before != now:
             raise ConfigError(
-                f"{source.path} was trained on other data or batches, {before} instead of "
-                f"{self.identity.order}; restore these settings, or start a new run with train.init_from"
+                f"{source.path} was trained on other data or batches ({'; '.join(differences(before, now))}), {before} instead "
+                f"of {self.identity.order}; restore these settings, or start a new run with train.init_from"
             )
         self._load_pool(Load(str(source.path.resolve()), training=True))
         self.backbone.restore(source)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trinity.adapters.lora import choose_trained
 from trinity.checkpoint import latest_checkpoint
 from trinity.config import Config
 from trinity.data.prepare import Prepared
@@ -39,6 +40,7 @@ from trinity.train.backbone import Backbone
 from trinity.train.checkpointer import AsyncCheckpointer
 from trinity.train.collectives import Comm, barrier, on_rank0, said_by_rank0, sum_gradients
 from trinity.train.exam import Exam, Gate, NoExam
+from trinity.train.flops import Utilization
 from trinity.train.loss import Objective
 from trinity.train.microbatches import BatchOf, MicroBatches, Totals, plain
 from trinity.train.phases import PhaseClock, phase
@@ -75,23 +77,27 @@ class Trainer:
         self.device = torch.device(device)
         self.dispatcher = pool.dispatcher()
         self.model = build(config.model, self.dispatcher, device=self.device, dtype=torch.float32)
+        choose_trained(self.model, config.optim, config.train.seed)
         self.backbone = Backbone(self.model, config.optim, store)
         self.identity = RunIdentity.of(config, data, job)
         self.recovery = Recovery(config, pool, comm, self.backbone, self.identity)
         self.saver = AsyncCheckpointer(config, pool, self.backbone, data.tokenizer)
         self.objective: nn.Module = objective(self.model, config)
-        if comm.world > 1:
+        if comm.world > 1 and self.backbone.trained:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
         self.micro_batches = MicroBatches(config, comm, self.objective, self.device)
         self.clock, self.usual_loss = PhaseClock(), UsualLoss(config.train.loss_spike_threshold)
         self.recent, self.is_usual = Recent(), True
         self.examine_with(NoExam())
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        self.utilization = Utilization(config, comm.world, name)
         self.logs: list[RunLog] = []  # told of every step, retry and validation, on worker 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked by worker 0 in every step
         self.stopped = False
         self.position = self.num_skipped = self.num_replays = self._skipped_in_a_row = 0
         self._retries: Counter[str] = Counter()  # of the step under way, by reason
+        self._source_tokens: Mapping[str, int] = {}  # of the step under way
 
     @property
     def version(self) -> int:
@@ -142,6 +148,8 @@ class Trainer:
         worker 0 raises the reason when it has not for placement.recover_timeout_s."""
         deadline, metrics = Deadline(self.config.placement.recover_timeout_s), None
         self._retries.clear()
+        shape = self.position, self.config.train.global_batch_size
+        self._source_tokens = {} if batch_of else self.data.train.source_tokens(*shape)
         while metrics is None:
             is_last = deadline.expired
             try:
@@ -224,7 +232,7 @@ class Trainer:
         return math.sqrt(squares) if math.isfinite(squares) else math.inf
 
     def _grads(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.model.weights().items() if p.grad is not None}
+        return {name: p.grad for name, p in self.backbone.trained.items() if p.grad is not None}
 
     @phase("stage")
     def _stage(self, norm: float, lrs: Mapping[str, float], totals: Totals, ticket: StepTicket) -> bool:
@@ -304,6 +312,8 @@ class Trainer:
             batch_het=totals.batch_het,
             norm_kurtosis=self.recent.kurtosis,
             measures=totals.measures,
+            source_tokens=self._source_tokens,
+            **self.utilization.of(totals.num_tokens / max(self.clock.seconds, 1e-9)),
         )
 
     # -- validation and checkpoints
@@ -313,7 +323,7 @@ class Trainer:
         self.dispatcher.use(self.version)
         found = validate(plain(self.objective), self.config, self.data.val, self.comm)
         for each in self.logs:
-            each.validation(self.position, found.loss, found.measures)
+            each.validation(self.position, found.loss, found.by_source, found.measures)
         return found.loss
 
     def examine(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from trinity.config import Config
-from trinity.data.dataset import Packed
+from trinity.data.dataset import Dataset, Source
 from trinity.train.collectives import Comm
 from trinity.train.loss import Objective
 from trinity.train.microbatches import means_of
@@ -24,29 +24,43 @@ NUM_RECENT, FEWEST_RECENT = 128, 16
 
 
 class Validation(NamedTuple):
-    """Loss on held-out data, nan without any, and whatever else the objective tells of."""
+    """Loss on held-out data, nan without any; of a mixture the mean by share, and each; what else the objective tells of."""
 
     loss: float
+    by_source: Mapping[str, float]
     measures: Mapping[str, float]
 
 
 @torch.no_grad()
-def validate(objective: Objective, config: Config, held_out: Packed, comm: Comm) -> Validation:
-    """The training loss, of the same validation sequences in the same micro-batches for any number of workers."""
+def validate(objective: Objective, config: Config, held_out: Dataset, comm: Comm) -> Validation:
+    """The training loss over the same sequences in the same micro-batches for any number of workers: train.eval_sequences,
+    shared out as in training, but of each source one."""
+    sources = held_out.by_source
+    found = [_of_source(objective, config, source, comm) for source in sources]
+    known = [(each.share, one.loss) for each, one in zip(sources, found, strict=True) if not math.isnan(one.loss)]
+    total = sum(share for share, _ in known)
+    whole = sum(share * loss for share, loss in known) / total if total else math.nan
+    if len(sources) == 1 and not sources[0].name:
+        return found[0]
+    return Validation(whole, {each.name: one.loss for each, one in zip(sources, found, strict=True)}, {})
+
+
+def _of_source(objective: Objective, config: Config, source: Source, comm: Comm) -> Validation:
     settings, device = config.train, next(objective.parameters()).device
-    num = min(settings.eval_sequences, held_out.num_sequences)
+    wanted = max(min(1, settings.eval_sequences), round(source.share * settings.eval_sequences))
+    num = min(wanted, source.dataset.num_sequences)
     parts = np.split(np.arange(num), range(settings.micro_batch_size, num, settings.micro_batch_size))
-    batches = [held_out.take(part) for part in parts[comm.rank :: comm.world] if num]
+    batches = [source.dataset.take(part) for part in parts[comm.rank :: comm.world] if num]
     trained = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
     if not (num_tokens := int(comm.all_reduce(trained))):
-        return Validation(math.nan, {})
+        return Validation(math.nan, {}, {})
     sums_M2 = torch.zeros(1 + len(objective.measures), 2, dtype=torch.float64)
     for batch in batches:
         [found] = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens, num)
         sums_M2[0, 0] += found.ce.double().cpu()
         sums_M2[1 : 1 + len(found.measures)] += found.measures.double().cpu()
     sums_M2 = comm.all_reduce(sums_M2)
-    return Validation(float(sums_M2[0, 0]), means_of(objective.measures, sums_M2[1:]))
+    return Validation(float(sums_M2[0, 0]), {}, means_of(objective.measures, sums_M2[1:]))
 
 
 class UsualLoss:

@@ -76,6 +76,10 @@ class AfmoeConfig(ModelConfig):
         return tuple(grouped_cache(self, window) for window in windows)
 
     @property
+    def num_query_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
     def init_std(self) -> float:
         """0.5 / sqrt(hidden_size) (arXiv 2602.17004)."""
         return 0.5 / self.hidden_size**0.5

@@ -21,6 +21,8 @@ from trinity.models.common.keys import KeyMap
 from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, rotary_table
 from trinity.models.common.router import Router, Routing
 
+ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
+
 
 class Output(NamedTuple):
     hidden_TD: Tensor  # after the final norm
@@ -155,18 +157,24 @@ class CausalLM(nn.Module):
         return {layer: router.bias_E for layer, router in self.routers.items() if router.bias_E is not None}
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The parameters by their names in a checkpoint: the live ones."""
-        return {self._key(name): parameter for name, parameter in self.named_parameters()}
+        """The parameters by their names in a checkpoint, without those of adapters: the live ones."""
+        return {self.key(name): parameter for name, parameter in self.named_parameters() if ADAPTER not in name}
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The parameters of adapters, named after their matrices in a checkpoint: the live ones."""
+        found = {name: parameter for name, parameter in self.named_parameters() if ADAPTER in name}
+        return {self.key(name.replace(ADAPTER, ".")): parameter for name, parameter in found.items()}
 
     def biases(self) -> dict[str, Tensor]:
         """The selection biases by their names in a checkpoint: the live ones."""
-        return {self._key(name): buffer for name, buffer in self.named_buffers()}
+        return {self.key(name): buffer for name, buffer in self.named_buffers()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of the backbone, by its names there: the live tensors."""
-        return {self._key(name): tensor for name, tensor in self.state_dict().items()}
+        return {self.key(name): tensor for name, tensor in self.state_dict().items() if ADAPTER not in name}
 
-    def _key(self, path: str) -> str:
+    def key(self, path: str) -> str:
+        """The name in a checkpoint of the tensor at a module path."""
         if path not in self._names:
             self._names[path] = self._keys.outside(path)
         return self._names[path]

@@ -36,13 +36,16 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters: all, those that a token uses, and all by what they are for (`experts` are the routed ones).
+    """Parameters: all, those that a token uses, those that it is multiplied with, and all by what they are for (`experts` are
+    the routed ones).
 
-    Embedding and head are in both sums; selection biases are buffers and not counted.
+    Embedding and head are in the first two sums, matrices but the embedding in the third; selection biases are buffers and not
+    counted.
     """
 
     total: int
     active: int
+    multiplied: int
     by_role: Mapping[str, int]
 
 
@@ -68,13 +71,15 @@ class Family:
     def count_params(self, config: ModelConfig) -> Counts:
         """Counted on a backbone without memory (the meta device), routed experts by their shape."""
         backbone = self.build(config, Nobody(), device="meta")
-        by_role = Counter[str]()
+        by_role, multiplied = Counter[str](), 0
         for key, weight in backbone.weights().items():
-            by_role[self.keys.role(key)] += weight.numel()
+            role = self.keys.role(key)
+            by_role[role] += weight.numel()
+            multiplied += weight.numel() if weight.ndim == 2 and role != "embedding" else 0
         layers, one = len(config.moe_layers), config.expert_params
-        here = by_role.total()
+        here, routed = by_role.total(), layers * config.num_experts_per_tok * one
         by_role["experts"] = layers * config.num_experts * one
-        return Counts(by_role.total(), here + layers * config.num_experts_per_tok * one, dict(by_role))
+        return Counts(by_role.total(), here + routed, multiplied + routed, dict(by_role))
 
 
 class Nobody:

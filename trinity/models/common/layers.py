@@ -64,8 +64,9 @@ class SwiGLU(nn.Module):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The same bits, for inference; None where that does not fit."""
-        weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
-        if not batch_invariant.at_once(x, *weights):
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        weights = [part.weight for part in parts]
+        if any(part.adapter is not None for part in parts) or not batch_invariant.at_once(x, *weights):
             return None
         from trinity.ops.batch_invariant import fused_mlp
 
@@ -83,7 +84,8 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """A matrix and, where the family has one, a bias. `is_exact`: see `ModelConfig.batch_invariant`; CausalLM sets it.
+    """A matrix and, where the family has one, a bias; `adapter`: a module whose result for the same rows is added
+    (trinity/adapters/). `is_exact`: see `ModelConfig.batch_invariant`; CausalLM sets it.
 
     Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
     changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3). It sees a weight that was
@@ -96,15 +98,17 @@ class Linear(nn.Linear):
         self, in_features: int, out_features: int, *, bias: bool = False, device: Device = None, dtype: Dtype = None
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.adapter: nn.Module | None = None
         self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.packed_with([], x) if is_packed(x, self) else product(x, self.weight, self.is_exact)
-        return self.biased(y)
+        return self.finished(y, x)
 
-    def biased(self, y: Tensor) -> Tensor:
-        """The product with the bias added."""
-        return y if self.bias is None else y + self.bias
+    def finished(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product of rows x with bias and adapter added."""
+        y = y if self.bias is None else y + self.bias
+        return y if self.adapter is None else y.add_(self.adapter(x))
 
     def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
         """x times this weight and the others', side by side, as one multiplication."""
@@ -136,7 +140,7 @@ def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     else:
         return [part(x) for part in parts]
     products = y.split([part.out_features for part in parts], dim=-1)
-    return [part.biased(each) for part, each in zip(parts, products, strict=True)]
+    return [part.finished(each, x) for part, each in zip(parts, products, strict=True)]
 
 
 def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:

@@ -41,5 +41,9 @@ class Qwen3MoeConfig(ModelConfig):
         return (grouped_cache(self),) * self.num_hidden_layers
 
     @property
+    def num_query_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
     def init_std(self) -> float:
         return self.initializer_range

@@ -1,0 +1,1 @@
+"""Trackers: other people's programs that are told how a run goes, beside its own log."""
