@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo recipe test chaos soak lint format types protos interop interop-lm-eval interop-clients interop-object-store gpu-kernels clean
+.PHONY: setup demo recipe test chaos soak lint format types protos gpu-kernels clean
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl
 
 setup: $(STAMP)
 
@@ -38,6 +39,11 @@ soak: setup
 interop-lm-eval: setup
 	scripts/setup_lm_eval.sh $(BIN)/python .venv-lm-eval
 	LM_EVAL_PYTHON=$(CURDIR)/.venv-lm-eval/bin/python $(BIN)/pytest -m interop tests/interop/test_lm_eval.py
+
+# TRL in an environment of its own, over this one's torch and transformers: losses and gradients on the same tiny models.
+interop-trl: setup
+	scripts/setup_trl.sh $(BIN)/python .venv-trl
+	.venv-trl/bin/python -m pytest -m interop tests/interop/test_trl.py
 
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
 CLIENTS := anthropic langchain-openai litellm instructor openai-agents

@@ -27,6 +27,7 @@ from trinity.data.prepare import prepare
 from trinity.errors import TrinityError
 from trinity.evaluate.exam import exam_of
 from trinity.observability.train_log import StepMetrics, TrainLog
+from trinity.rl.kinds import trainer_kind
 from trinity.state.versioned_store import Store
 from trinity.train.collectives import Alone, Comm, Distributed
 from trinity.train.trainer import Trainer
@@ -125,7 +126,8 @@ def train_loop(settings: dict[str, Any], prepared: Callable[[Trainer], None] = l
     comm = Distributed(torch.device(device)) if context.get_world_size() > 1 else Alone()
     pool = pools.connect(config.placement, config.cluster.namespace)
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
-    trainer = Trainer(config, pool, data, comm, device, _store(config, pool, comm, device), job=settings["job"])
+    backbone = _store(config, pool, comm, device)
+    trainer = trainer_kind(config)(config, pool, data, comm, device, backbone, job=settings["job"])
     trainer.should_stop = partial(_asked_to_stop, Path(config.train.out_dir))
     trainer.examine_with(exam_of(trainer))
     prepared(trainer)

@@ -23,7 +23,7 @@ from trinity.errors import ConfigError
 from trinity.models.common.losses import max_vio
 from trinity.observability.prometheus import GPU_METRICS, TRAINING_METRICS
 from trinity.observability.registry import registered
-from trinity.observability.train_log import StepMetrics
+from trinity.observability.train_log import NONE, StepMetrics
 from trinity.train.retry import RETRY_REASONS
 from trinity.utils.origins import LOOPBACK, host_name
 
@@ -81,8 +81,10 @@ class TrainExporter:
         for layer, violation in zip(self.layers, _max_vio(metrics), strict=False):  # none without counts
             self["max_vio"].labels(str(layer)).set(violation)
 
-    def validation(self, step: int, loss: float, by_source: Mapping[str, float] | None = None) -> None:
-        """The weights after `step` have that loss on held-out text."""
+    def validation(
+        self, step: int, loss: float, by_source: Mapping[str, float] = NONE, measures: Mapping[str, float] = NONE
+    ) -> None:
+        """The weights after `step` have that loss on held-out data."""
         self["validation_loss"].set(loss)
         for name, each in (by_source or {}).items():
             self["source_validation_loss"].labels(name).set(each)

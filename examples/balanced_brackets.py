@@ -4,6 +4,11 @@
 
 First it reads lines in which two of five brackets at the end are random. Then, in each step, it completes 16 lines 8 times
 each; a completion is worth 1 if it closes all brackets of its line in order, else 0. Draws runs/balanced_brackets.png.
+
+    .venv/bin/python examples/balanced_brackets.py --data runs/brackets && .venv/bin/trinity train docs/train-rl.yaml
+
+The same from the command line: `--data` writes lines and prompts, `grade` is the reward function that the file names.
+What only this program needs is imported where it is used, so that a process for rewards starts quickly.
 """
 
 import argparse
@@ -13,20 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from trinity.config import Config, setup_environment
-from trinity.data.prepare import prepare
-from trinity.engine.request import SamplingParams
-from trinity.pool.local import local_pool
-from trinity.pool.pool import ExpertPool
-from trinity.rl.policy_trainer import PolicyTrainer, group_advantages
-from trinity.rl.rollout import Rollout
-from trinity.rpc.messages import Load
-from trinity.train.collectives import Alone
-from trinity.train.plots import reward_curves_png
+if TYPE_CHECKING:
+    from trinity.config import Config
+    from trinity.pool.pool import ExpertPool
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 NUM_PROMPTS, GROUP = 16, 8
@@ -58,8 +54,29 @@ def reward(line: str) -> float:
     return float(not still_open)
 
 
-def run(config: Config, pool: ExpertPool, num_steps: int) -> list[float]:
+def grade(answer: str, row: dict[str, str]) -> float:
+    """A reward function of `trinity rl`: how good an answer to the prompt of that row is."""
+    return reward(row["prompt"] + answer)
+
+
+def write_data(folder: Path, seed: int = 0) -> None:
+    """Lines to read, of which many are wrong, and beginnings to complete."""
+    rng = random.Random(seed)
+    lines = [{"text": "".join(brackets(rng, share_random=0.4))} for _ in range(4000)]
+    prompts = [{"prompt": brackets(rng)[0]} for _ in range(2000)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("lines", lines), ("prompts", prompts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(config: "Config", pool: "ExpertPool", num_steps: int) -> list[float]:
     """-> the mean reward of each step."""
+    from trinity.data.prepare import prepare
+    from trinity.engine.request import SamplingParams
+    from trinity.rl.policy_trainer import PolicyTrainer, group_advantages
+    from trinity.rl.rollout import Rollout
+    from trinity.train.collectives import Alone
+
     rng = random.Random(config.train.seed)
     texts = [{"text": "".join(brackets(rng, share_random=0.4))} for _ in range(4000)]
     Path(config.data.train[0]).write_text("\n".join(map(json.dumps, texts)))
@@ -82,7 +99,11 @@ def run(config: Config, pool: ExpertPool, num_steps: int) -> list[float]:
 
 
 @contextmanager
-def pool_of(config: Config, in_ray: bool) -> Iterator[ExpertPool]:
+def pool_of(config: "Config", in_ray: bool) -> "Iterator[ExpertPool]":
+    from trinity.config import setup_environment
+    from trinity.pool.local import local_pool
+    from trinity.rpc.messages import Load
+
     if not in_ray:
         yield local_pool(config.model, Load(), optim=config.optim)
         return
@@ -101,7 +122,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--data", type=Path, help="write lines and prompts into this folder, and stop")
     arguments, curves = parser.parse_args(), []
+    if arguments.data:
+        return write_data(arguments.data)
+    import numpy as np
+    import torch
+
+    from trinity.config import Config
+    from trinity.train.plots import reward_curves_png
+
     torch.set_num_threads(1)  # for so small a model: two would wait for one another most of the time
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:

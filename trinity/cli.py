@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train small, serve, ask once over HTTP and once over gRPC, print what happened",
     "train": "train a model with its experts in Ray actors",
     "prepare": "tokenise what a run reads, on all nodes of the cluster, before it is trained",
+    "rl": "train a model by the rewards of its own answers",
     "serve": "serve a checkpoint, or a run that trains, over HTTP and gRPC",
     "generate": "complete a prompt offline, with the same engine",
     "chat": "talk to a running server, or with --local to a checkpoint",
@@ -32,7 +33,7 @@ COMMANDS = {
 
 CHECKPOINT = "a folder, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 OFFLINE = "Any setting of the engine: --engine.max_model_len 4096; of the experts: --placement.backend torch"
-TAKE_SETTINGS = ("train", "prepare", "serve", "chaos", "generate", "chat", "synthesize")
+TAKE_SETTINGS = ("train", "prepare", "rl", "serve", "chaos", "generate", "chat", "synthesize")
 PLACEMENT = {
     "show": "pools, shards, what they hold and compute",
     "plan": "what a better plan for the present load would move; changes nothing",
@@ -50,12 +51,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"trinity {__version__}")
     subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {name: subs.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    _settings(made["train"], required=True)
-    made["train"].add_argument("--resume", action="store_true", help="continue the run in train.out_dir")
-    made["train"].add_argument(
-        "--serve", action="store_true", help="answer over HTTP and gRPC meanwhile, with the weights as they become"
-    )
     _settings(made["prepare"], required=True)
+    for name in ("train", "rl"):
+        _settings(made[name], required=True)
+        made[name].add_argument("--resume", action="store_true", help="continue the run in train.out_dir")
+        made[name].add_argument(
+            "--serve", action="store_true", help="answer over HTTP and gRPC meanwhile, with the weights as they become"
+        )
     made["serve"].add_argument(
         "source",
         help="a checkpoint's folder, or ORG/NAME[@REVISION] on the Hugging Face Hub; with live or pinned weights, a run's "

@@ -3,6 +3,7 @@
 The composition root of training: the one place beside the commands that knows trinity, actors and serving together.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -198,9 +199,11 @@ def train(
     from trinity.data.prepare import prepare
     from trinity.observability.run_history import stages_after
     from trinity.pool.pool import describe
+    from trinity.rl.kinds import check
     from trinity.train.progress import Progress, shown
     from trinity.train.recovery import rates_changed
 
+    check(config)
     if config.placement.niceness is None:
         config = config.replace(placement={"niceness": USUAL if served is None else IDLE})
     out_dir, done = Path(config.train.out_dir), steps_done(config)
@@ -218,7 +221,8 @@ def train(
     pool = pools.provide(config.placement, config.cluster.namespace, config.model, config.optim, state_dir)
     say(describe(pool.status(), config.model))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
-    tokens_per_step = config.train.global_batch_size * config.train.seq_len
+    is_packed = config.data.format in ("text", "chats")
+    tokens_per_step = config.train.global_batch_size * config.train.seq_len if is_packed else 0
     stage, later = stages_after(out_dir)
     tokens_after = sum((each.steps or 0) * each.tokens_per_step for each in later)
     progress = Progress(
@@ -227,7 +231,8 @@ def train(
     meanwhile = serving(config, pool, served) if served else nullcontext()
     with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):
         result = stoppable(lambda: fit(config, loop), out_dir / STOP)
-    print(f"loss {result['loss']:.4f}, validation loss {result['val_loss']:.4f} after {result['position']} steps")
+    val_loss = f", validation loss {result['val_loss']:.4f}" if math.isfinite(result["val_loss"]) else ""
+    print(f"loss {result['loss']:.4f}{val_loss} after {result['position']} steps")
     print(f"checkpoint {result['checkpoint']}")
     print("pictures " + ", ".join(map(str, _draw(out_dir))))
     if result["stopped"]:

@@ -20,7 +20,7 @@ from trinity.evaluate.tasks import check
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OWN = ("name", "export")
-SECTIONS = ("model", "data", "train", "optim", "evaluate", "placement")
+SECTIONS = ("model", "data", "train", "preferences", "rl", "distill", "optim", "evaluate", "placement")
 
 
 class Stage(NamedTuple):

@@ -82,13 +82,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.rl": {  # training and an engine, composed
         "trinity.data", "trinity.engine", "trinity.llm", *MODELS, "trinity.observability", "trinity.pool", "trinity.state",
         "trinity.train",
+        "trinity.checkpoint",  # reference scores belong to the weights that a run begins with
+        "trinity.text",  # a teacher and its student have one tokenizer
     },
     "trinity.evaluate": {  # an engine over a trainer's weights asks what a user would
         "trinity.engine", "trinity.observability", "trinity.rl", "trinity.train",
     },
     "trinity.launch": {
-        "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.train",
-        "actors.pool", "actors.train", "serving.app",
+        "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.rl",
+        "trinity.train", "actors.pool", "actors.train", "serving.app",
     },
     "trinity.stages": {"trinity.checkpoint", "trinity.data", "trinity.evaluate"},
     "trinity.synthesis": {"trinity.checkpoint", "trinity.data", "trinity.text"},  # tokenizers of models, too
@@ -96,7 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
         *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.stages", "trinity.bench",
-        "trinity.chaos", *ACTORS, *SERVING, "protos",
+        "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
     },
     "trinity.cli": {"trinity", "trinity.commands"},
     "actors.names": {"trinity.rpc"},
@@ -124,6 +126,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
         "actors.pool", "actors.sync", "actors.train_metrics",
+        "trinity.rl",  # preferences and rewards are runs like any other
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
     "actors.chaos": {

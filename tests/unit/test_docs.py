@@ -28,7 +28,7 @@ PATH = re.compile(
 )
 DOTTED = re.compile(r"(?<![\w./-])((?:trinity|actors|serving|protos)(?:\.[A-Za-z_]\w*)+)")
 SETTING = re.compile(
-    r"(?<![\w./])(?:--)?((?:model|optim|data|train|track|placement|engine|serve|cluster)(?:\.[a-z_]\w*)+)(?![\w(/])"
+    r"(?<![\w./])(?:--)?((?:model|optim|data|train|track|preferences|rl|distill|placement|engine|serve|cluster)(?:\.[a-z_]\w*)+)(?![\w(/])"
 )
 SUBCOMMANDS = {"placement": PLACEMENT, "bench": BENCHES, "chaos": KINDS}
 ELSEWHERE = {"trinity/clusters/settings.yaml"}  # in a container image

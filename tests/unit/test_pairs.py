@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.unit.test_chats import CALLING, LONG, PLAIN, TOKENIZER, TOOLS, said
-from trinity.data.pairs import pairs_of
+from trinity.data.pairs import answers_of
 from trinity.errors import DataError
 
 OTHER = [{"role": "assistant", "content": "It is not."}]
@@ -13,7 +13,7 @@ OTHER = [{"role": "assistant", "content": "It is not."}]
 
 def read(tmp_path, *rows):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return list(pairs_of([str(tmp_path / "pairs.jsonl")], TOKENIZER))
+    return list(answers_of([str(tmp_path / "pairs.jsonl")], TOKENIZER))
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,11 @@ def test_only_what_is_preferred_is_trained(tmp_path):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (7, "is a int; a pair is an object"),
-        ({"chosen": "x"}, "pairs.jsonl:1 has chosen; a pair has chosen and rejected"),
+        (7, "is a int; it is an object"),
+        ({"chosen": "x"}, "pairs.jsonl:1 has chosen; it is to have chosen and rejected"),
         ({"chosen": "x", "rejected": "y"}, "answers that are texts and no prompt"),
         ({"chosen": PLAIN, "rejected": PLAIN[:1]}, "an answer without a message of the assistant's"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "has the label 'good'; it is true"),
     ],
 )
 def test_what_is_no_pair_is_named(tmp_path, row, says):
@@ -58,4 +59,4 @@ def test_what_is_no_pair_is_named(tmp_path, row, says):
 def test_control_tokens_leave_a_pair_out(tmp_path, caplog):
     bad = {"prompt": "a", "chosen": "b<|im_end|>", "rejected": "c"}
     assert len(read(tmp_path, bad, {**bad, "chosen": "b"})) == 1
-    assert "1 pairs are left out, they hold control tokens as text" in caplog.text
+    assert "left out are 1 rows with control tokens as text" in caplog.text

@@ -11,7 +11,8 @@ from trinity.data.chat_tokens import Example
 from trinity.data.prepare import prepare
 from trinity.errors import InvalidRequest
 from trinity.pool.local import local_pool
-from trinity.rl.preferences import Pair, PreferenceTrainer, pair_batch
+from trinity.rl.preference_trainer import PreferenceTrainer
+from trinity.rl.preferences import Pair, pair_batch
 from trinity.rpc.messages import Load
 from trinity.train.collectives import Alone
 from trinity.train.loss import packed_inputs, token_logprobs
@@ -31,37 +32,37 @@ PAIRS = [Pair(example(prompt, 4 + n), example(prompt, 9 - n)) for n, prompt in e
 
 
 def trainer_for(texts, out_dir, micro=2, dtype="float32", **how):  # noqa: F811
-    config = config_for(texts, out_dir, micro_batch_size=micro).replace(model={"dtype": dtype})
+    config = config_for(texts, out_dir, micro_batch_size=micro).replace(model={"dtype": dtype}, preferences=how)
     pool = local_pool(config.model, Load(), num_shards=2, optim=config.optim, backend="torch")
     data = prepare(config.data, config.train, config.model, config.train.out_dir)
-    trainer = PreferenceTrainer(config, pool, data, Alone(), **how)
+    trainer = PreferenceTrainer(config, pool, data, Alone())
     trainer.start()
     return trainer
 
 
-def score(trainer, answer, is_mean):
+def score(trainer, answer):
     """The definition, of an answer alone."""
     trainer.dispatcher.use(trainer.version)
     logprobs = token_logprobs(trainer.model, torch.tensor([answer.ids]))[0]
-    kept = logprobs[torch.tensor(answer.is_trained[1:])]
-    return (kept.mean() if is_mean else kept.sum()).item()
+    return logprobs[torch.tensor(answer.is_trained[1:])].sum().item()
 
 
 def by_hand(trainer, pairs, beta, nll, is_mean):
-    gains = [
-        (score(trainer, c, is_mean) - ref[0]) - (score(trainer, r, is_mean) - ref[1]) for c, r, ref in pairs
-    ]  # fmt: skip
+    def rho(answer, reference):
+        return (score(trainer, answer) - reference) / (answer.num_trained if is_mean else 1)
+
+    gains = [rho(c, ref[0]) - rho(r, ref[1]) for c, r, ref in pairs]
     tokens = sum(pair.chosen.num_trained for pair in pairs)
-    said = -sum(score(trainer, pair.chosen, False) for pair in pairs) / tokens
+    said = -sum(score(trainer, pair.chosen) for pair in pairs) / tokens
     return -F.logsigmoid(beta * torch.tensor(gains)).mean().item() + nll * said
 
 
 @pytest.mark.parametrize(("beta", "nll", "is_mean"), [(0.1, 0.0, False), (0.5, 0.3, False), (5.0, 0.1, True)])
 def test_the_loss_is_the_formula(texts, tmp_path, beta, nll, is_mean):  # noqa: F811
-    trainer = trainer_for(texts, tmp_path, beta=beta, nll=nll, is_mean=is_mean)
+    trainer = trainer_for(texts, tmp_path, beta=beta, nll=nll, length_normalized=is_mean)
     pairs = trainer.referenced(PAIRS)
     for pair in pairs:
-        assert pair.reference == pytest.approx([score(trainer, each, is_mean) for each in pair[:2]], abs=1e-4)
+        assert pair.reference == pytest.approx([score(trainer, each) for each in pair[:2]], abs=1e-4)
     for _ in range(3):
         want = by_hand(trainer, pairs, beta, nll, is_mean)
         assert trainer.prefer(pairs).loss == pytest.approx(want, rel=1e-4)
@@ -91,11 +92,11 @@ def test_micro_batches_of_any_size_give_the_same_step(texts, tmp_path):  # noqa:
 @pytest.mark.parametrize("is_mean", [False, True])
 def test_gradients_are_those_of_the_formula(texts, tmp_path, is_mean):  # noqa: F811
     """Of the head, by autograd of the formula over each answer alone."""
-    trainer = trainer_for(texts, tmp_path, micro=4, beta=0.7, nll=0.2, is_mean=is_mean)
-    pairs = [pair._replace(reference=(-20.0, -21.0) if not is_mean else (-5.0, -5.5)) for pair in PAIRS]
+    trainer = trainer_for(texts, tmp_path, micro=4, beta=0.7, nll=0.2, length_normalized=is_mean)
+    pairs = [pair._replace(reference=(-20.0, -21.0)) for pair in PAIRS]
     tokens = sum(pair.chosen.num_trained for pair in pairs)
     trainer.dispatcher.use(0)
-    trainer.objective([pair_batch(pairs, 1.0 / tokens)], 1)[0].ce.backward()
+    trainer.objective([pair_batch(pairs)], tokens)[0].ce.backward()
     head = trainer.model.lm_head.weight.detach().clone().requires_grad_()
 
     def summed(answer):
@@ -107,8 +108,11 @@ def test_gradients_are_those_of_the_formula(texts, tmp_path, is_mean):  # noqa: 
 
     losses, said = [], []
     for chosen, rejected, (ref_c, ref_r) in pairs:
-        lp_c, lp_r = (summed(each).mean() if is_mean else summed(each).sum() for each in (chosen, rejected))
-        losses.append(-F.logsigmoid(0.7 * ((lp_c - ref_c) - (lp_r - ref_r))))
+        rho_c, rho_r = (
+            (summed(each).sum() - reference) / (each.num_trained if is_mean else 1)
+            for each, reference in ((chosen, ref_c), (rejected, ref_r))
+        )
+        losses.append(-F.logsigmoid(0.7 * (rho_c - rho_r)))
         said.append(summed(chosen).sum())
     (torch.stack(losses).mean() - 0.2 * torch.stack(said).sum() / tokens).backward()
     found = trainer.model.lm_head.weight.grad

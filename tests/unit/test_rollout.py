@@ -9,26 +9,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trinity.config import Config, EngineConfig, merge
+from trinity.config import Config, EngineConfig, RLConfig, merge
 from trinity.data.prepare import prepare
 from trinity.engine.request import SamplingParams
 from trinity.errors import InvalidRequest, PromptTooLong
 from trinity.llm import LLM
 from trinity.models.common.attention import PackedAttention, packed_positions
 from trinity.pool.local import local_pool
-from trinity.rl.policy_trainer import (
-    PolicyObjective,
-    PolicyTrainer,
-    group_advantages,
-    policy_batch,
-    replayed,
-    surrogate,
-    target_logprobs,
-)
+from trinity.rl.policy import Judged, policy_batch, replayed, surrogate
+from trinity.rl.policy_trainer import PolicyTrainer, group_advantages
 from trinity.rl.rollout import Rollout
 from trinity.rpc.messages import Load
 from trinity.train.collectives import Alone
-from trinity.train.loss import packed_inputs
+from trinity.train.loss import packed_inputs, target_logprobs
 
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, head_dim=8, num_experts=6)
 ENGINE = EngineConfig(max_model_len=128, block_size=4, kv_cache_bytes=8 << 20, max_num_seqs=8)
@@ -50,11 +43,12 @@ def trainer_for(texts, out_dir, dtype="float32", batch=6, micro=2, adamw_lr=3e-3
             "data": {"train": [str(texts)], "val_fraction": 0},
             "train": dict(steps=20, seq_len=32, global_batch_size=batch, micro_batch_size=micro, out_dir=str(out_dir)),
             "optim": {"warmup_steps": 0, "balance_loss": 1e-2, "muon_lr": 2e-2, "adamw_lr": adamw_lr},
+            "rl": policy,
         }
     )
     pool = local_pool(config.model, Load(), num_shards=2, optim=config.optim, backend="torch")
     data = prepare(config.data, config.train, config.model, out_dir)
-    trainer = PolicyTrainer(config, pool, data, Alone(), **policy)
+    trainer = PolicyTrainer(config, pool, data, Alone())
     trainer.start()
     return trainer
 
@@ -148,9 +142,9 @@ def test_a_step_is_what_the_next_rollout_uses(texts, tmp_path, dtype, atol):
     assert {s.versions for s in third} == {(2,) * 12}
     trainer.dispatcher.use(2)
     for sample in third:  # the trainer's ratio p / p_drawn is 1: both compute with the same weights, of the same type
-        batch = policy_batch([sample], [1 / 12])
+        batch = policy_batch([Judged(sample, 1.0)])
         with torch.no_grad():
-            assert float(trainer.objective([batch], 1)[0].ce) == pytest.approx(-1, abs=atol)
+            assert float(trainer.objective([batch], batch.num_trained)[0].ce) == pytest.approx(-1, abs=atol)
         if dtype == "float32":
             assert_is_direct(trainer, sample)
 
@@ -245,7 +239,7 @@ def test_learning_makes_rewarded_tokens_likelier(texts, tmp_path):
 def test_replayed_routing_is_the_engines_whatever_the_router_would_choose(texts, tmp_path):
     trainer = trainer_for(texts, tmp_path, replay=True)
     samples = Rollout.following(trainer, ENGINE).generate(PROMPTS, PARAMS)
-    halves = [policy_batch(samples[:2], [1.0, 1.0]), policy_batch(samples[2:], [1.0])]
+    halves = [policy_batch([Judged(sample, 1.0) for sample in part]) for part in (samples[:2], samples[2:])]
     for bias in trainer.model.expert_bias.values():
         bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0]))  # now every token would go to the first two
     trainer.dispatcher.use(0)
@@ -255,19 +249,21 @@ def test_replayed_routing_is_the_engines_whatever_the_router_would_choose(texts,
     for half, out in zip(halves, outs, strict=True):
         assert torch.equal(torch.stack([r.ids_TK for r in out.routing], 1), half.experts_BSLK[0].long())
         logprobs_T = target_logprobs(trainer.model.lm_head.weight, out.hidden_TD, half.targets_BS[0], True, chunk=5)
-        drawn_T = half.weights_BS[0] != 0
+        drawn_T = half.counts_BS[0]
         torch.testing.assert_close(logprobs_T[drawn_T], half.logprobs_BS[0][drawn_T], atol=2e-5, rtol=0)
     assert all(set(r.ids_TK.unique().tolist()) == {0, 1} for r in trainer.model.forward_all(inputs)[0].routing)
     counts_LE = sum(losses.counts_LE for losses in trainer.objective(halves, 1))
     assert counts_LE[:, 2:].sum() > 0
-    plain = PolicyObjective(trainer.model, trainer.config, clip=0.2, replay=False)
-    assert not sum(losses.counts_LE for losses in plain(halves, 1))[:, 2:].any()
+    trainer.objective.config = trainer.config.replace(rl={"replay": False})
+    assert not sum(losses.counts_LE for losses in trainer.objective(halves, 1))[:, 2:].any()
 
 
 def test_the_surrogate_is_clipped_the_way_its_weight_points():
     new_T = torch.tensor([0.0, math.log(2), math.log(2), math.log(0.5), math.log(0.5), 5.0], requires_grad=True)
     weights_T = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0])
-    loss = surrogate(new_T, torch.zeros(6), weights_T, clip=0.2)
+    loss_T, is_clipped_T = surrogate(new_T, torch.zeros(6), weights_T, RLConfig(clip_high=0.2))
+    assert is_clipped_T.tolist() == [False, True, False, False, True, False]
+    loss = loss_T.sum()
     assert loss.item() == pytest.approx(-(1 + 1.2 - 2 + 0.5 - 0.8))
     loss.backward()
     torch.testing.assert_close(new_T.grad, -torch.tensor([1.0, 0.0, -2.0, 0.5, 0.0, 0.0]))

@@ -19,6 +19,7 @@ from trinity.observability.run_history import note_export, write_stages
 from trinity.observability.scores import Score, of_rows, table
 from trinity.observability.tracking.run import told_of, tracked
 from trinity.observability.train_log import read_rows
+from trinity.rl.kinds import check
 from trinity.stages import Stage, read_stages
 from trinity.utils.machine import commit
 from trinity.utils.terminal import say
@@ -72,6 +73,8 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         for stage in stages:
             print(f"# stage {stage.name}\n{stage.config.to_yaml()}", end="---\n")
         return 0
+    for stage in stages:
+        check(stage.config)
     first, root = stages[0].config, Path(stages[0].config.train.out_dir).parent
     write_stages(root, [_noted(stage) for stage in stages])
     told = tracked(first.track, root, told_of([(stage.name, stage.config) for stage in stages]), arguments.resume)
@@ -130,15 +133,18 @@ def _rows(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _facts(stage: Stage) -> dict[str, object]:
-    settings = stage.config.train
-    tokens = settings.steps * settings.global_batch_size * settings.seq_len
+    settings, data = stage.config.train, stage.config.data
+    tokens, is_packed = settings.steps * settings.global_batch_size * settings.seq_len, data.format in ("text", "chats")
+    size = (
+        f"{settings.seq_len:,} tokens, {tokens:,} in all" if is_packed else f"rows of up to {settings.seq_len:,} tokens"
+    )
     rows = _rows(stage)
     last = {name: _last(rows, name) for name in ("loss", "val_loss")}
     return {
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
         "data": stage.config.data.described,
-        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {settings.seq_len:,} tokens, {tokens:,} in all",
+        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {size}",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",
         "code": f"trinity-moe {__version__}, {commit()}",

@@ -18,6 +18,7 @@ from trinity.config.env import (
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
@@ -52,6 +53,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DedupConfig",
+    "DistillConfig",
     "EngineConfig",
     "EvaluateConfig",
     "Frozen",
@@ -63,6 +65,8 @@ __all__ = [
     "OptimConfig",
     "OutputConfig",
     "PlacementConfig",
+    "PreferenceConfig",
+    "RLConfig",
     "ServeConfig",
     "SourceConfig",
     "SynthesisConfig",

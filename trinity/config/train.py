@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trinity.config.sources import Format, LengthBias, Packing, SourceConfig, TrainOn
+from trinity.config.sources import LengthBias, Packing, SourceConfig, TrainOn
 from trinity.config.yaml import Frozen, at_home
 
 RUN_SETTINGS, RUN_TOKENIZER = "settings.yaml", "tokenizer"  # in train.out_dir: what an engine of the run needs
@@ -101,8 +101,10 @@ class DataConfig(Frozen):
     val: tuple[str, ...] = ()
     sources: tuple[SourceConfig, ...] = Field(default=(), description="a mixture: each with its weight")
     val_fraction: float = Field(default=0.02, ge=0, lt=0.5, description="of documents, held out when `val` is empty")
-    format: Format = Field(
-        default="text", description="chats: rows are conversations, and what the assistant says is trained"
+    format: Literal["text", "chats", "pairs", "labels", "prompts"] = Field(
+        default="text",
+        description="chats: rows are conversations, and what the assistant says is trained; pairs: of two answers, one is "
+        "preferred (DPO); labels: each answer is wanted or not (KTO); prompts: answers are drawn, and judged by rl.rewards",
     )
     train_on: TrainOn = Field(default="answers", description="of each conversation, with format chats")
     packing: Packing = Field(
@@ -151,6 +153,8 @@ class DataConfig(Frozen):
         label, num = Counter(source.label for source in self.sources).most_common(1)[0] if self.sources else ("", 0)
         if num > 1:
             raise ValueError(f"two sources are called {label!r}; give each a name of its own")
+        if self.sources and self.format not in ("text", "chats"):
+            raise ValueError(f"sources are mixed of text and chats; for {self.format}, give their files as train")
         if not self.intra_document_mask and self.is_flat:
             raise ValueError("intra_document_mask false goes with text alone, in packing stream or rsdb")
         if any(part.format == "chats" and part.length_bias for part in self.parts):

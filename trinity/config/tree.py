@@ -13,6 +13,7 @@ from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
 from trinity.config.env import admin_key, api_key
 from trinity.config.evaluate import EvaluateConfig
 from trinity.config.model import ModelConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.track import TrackConfig
@@ -37,6 +38,9 @@ class Config(Frozen):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
+    rl: RLConfig = RLConfig()
+    distill: DistillConfig = DistillConfig()
     track: TrackConfig = TrackConfig()
     placement: PlacementConfig = PlacementConfig()
     engine: EngineConfig = EngineConfig()

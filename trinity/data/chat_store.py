@@ -1,8 +1,9 @@
 """Conversations as examples on disk: shards as of documents (shards.py), with what is trained beside the tokens."""
 
 import hashlib
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,30 @@ from trinity.data.shards import TOKENS, TRAINED, Recipe
 from trinity.data.token_store import SourceShards, TokenStore, opened_stores, shards_folder, write_order
 from trinity.text.tokenizer import Tokenizer
 
+Files = Mapping[str, Sequence[Found]]  # by pattern
 
-class ChatRecipe(Recipe):
-    """Examples of conversations; those of one share a digest."""
+
+class ExampleRecipe(Recipe):
+    """Rows of examples; those of one row share a digest, so that they stay together and in their order."""
+
+    @abstractmethod
+    def rows(self, found: Found, left_out: Counter[str]) -> Iterator[Sequence[Example]]:
+        """Examples of each row of a file that has some; counts what is left out, by why."""
+
+    def write(self, found: Found, to: Path) -> tuple[Sequence[int], Sequence[int], Counter[str]]:
+        lengths, digests, left_out = list[int](), list[int](), Counter[str]()
+        with (to / TOKENS[0]).open("wb") as ids_out, (to / TRAINED[0]).open("wb") as trained_out:
+            for row in self.rows(found, left_out):
+                digests += [_digest(row)] * len(row)
+                for example in row:
+                    np.array(example.ids, np.uint32).tofile(ids_out)
+                    np.array(example.is_trained, bool).tofile(trained_out)
+                    lengths.append(len(example.ids))
+        return lengths, digests, left_out
+
+
+class ChatRecipe(ExampleRecipe):
+    """Examples of conversations."""
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer):
         self.last_only, self.most, self.tokenizer = data.train_on == "last", data.max_documents, tokenizer
@@ -33,19 +55,7 @@ class ChatRecipe(Recipe):
         template = self.tokenizer.chat_template
         return ["chats", self.last_only, self.most, fingerprint(self.tokenizer.to_json(), template)]
 
-    def write(self, found: Found, to: Path) -> tuple[Sequence[int], Sequence[int], Counter[str]]:
-        lengths, digests, left_out = list[int](), list[int](), Counter[str]()
-        with (to / TOKENS[0]).open("wb") as ids_out, (to / TRAINED[0]).open("wb") as trained_out:
-            for conversation in self._examples(found, left_out):
-                digests += [_digest(conversation)] * len(conversation)
-                for example in conversation:
-                    np.array(example.ids, np.uint32).tofile(ids_out)
-                    np.array(example.is_trained, bool).tofile(trained_out)
-                    lengths.append(len(example.ids))
-        return lengths, digests, left_out
-
-    def _examples(self, found: Found, left_out: Counter[str]) -> Iterator[list[Example]]:
-        """Those of each conversation that has some."""
+    def rows(self, found: Found, left_out: Counter[str]) -> Iterator[Sequence[Example]]:
         for where, row in islice(rows(found.file), self.most):
             conversation = Conversation.of(row, where)
             if control := control_in(conversation, self.tokenizer):
@@ -75,12 +85,21 @@ def chat_stores(
     if before.is_dir():  # of a run that began with an older release
         return TokenStore(before / "train"), TokenStore(before / "val")
 
-    def build(to: Path) -> None:
-        at = shards_folder(data, folder)
-        sources = (SourceShards(pattern, [recipe.made(each, at) for each in files]) for pattern, files in found.items())
-        write_order(to, sources, val_fraction, seed, what="conversation with an answer to train on")
+    store = folder / f"chats-{fingerprint(*facts)}"
+    return example_stores(store, recipe, found, data, val_fraction, seed, "conversation with an answer to train on")
 
-    return opened_stores(made_once(folder / f"chats-{fingerprint(*facts)}", build))
+
+def example_stores(
+    store: Path, recipe: ExampleRecipe, found: Files, data: DataConfig, val_fraction: float, seed: int, what: str
+) -> tuple[TokenStore, TokenStore]:
+    """-> (train, held out) in `store`, unless they are there already. `what` a row is, in words. Raises DataError."""
+
+    def build(to: Path) -> None:
+        at = shards_folder(data, store.parent)
+        sources = (SourceShards(pattern, [recipe.made(each, at) for each in files]) for pattern, files in found.items())
+        write_order(to, sources, val_fraction, seed, what=what)
+
+    return opened_stores(made_once(store, build))
 
 
 def _digest(found: Sequence[Example]) -> int:

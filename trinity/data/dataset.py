@@ -8,7 +8,7 @@ save, the same text for any number of workers.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,17 @@ class Batch(NamedTuple):
     targets_BS: Tensor
     docs_BS: Tensor
 
+    @property
+    def num_trained(self) -> int:
+        """The targets that count in the loss."""
+        return int((self.targets_BS != IGNORE).sum())
+
 
 class Dataset(ABC):
-    """An endless order of sequences of at most `seq_len` tokens: of one store, or of a mixture of them."""
+    """An endless order of sequences of at most `seq_len` tokens: of one store, or of a mixture of them.
+
+    A batch of it is a Batch, or another NamedTuple of tensors with `ids_BS` and `num_trained`, for an objective of its own.
+    """
 
     seq_len: int
     num_sequences: int  # in one pass over the data
@@ -61,7 +69,7 @@ class Dataset(ABC):
         """Indices of the n-th sequences of the order, int64 [B]; n goes on over all epochs."""
 
     @abstractmethod
-    def take(self, sequences_B: np.ndarray) -> Batch:
+    def take(self, sequences_B: np.ndarray) -> Any:
         """The sequences with these indices."""
 
     def num_tokens(self, sequences_B: np.ndarray) -> int:
@@ -73,9 +81,7 @@ class Dataset(ABC):
         self.require_text()
         return self.indices(np.arange(step * global_batch, (step + 1) * global_batch))
 
-    def batch(
-        self, step: int, global_batch_size: int, rank: int, world: int, micro: int, micro_batch_size: int
-    ) -> Batch:
+    def batch(self, step: int, global_batch_size: int, rank: int, world: int, micro: int, micro_batch_size: int) -> Any:
         """Micro-batch `micro` of worker `rank`: B = micro_batch_size. The step's sequences go to the workers micro by
         micro, so (world 2, B 4) and (world 1, B 8) put the same sequences in micro-batch m."""
         first = (micro * world + rank) * micro_batch_size

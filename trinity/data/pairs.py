@@ -1,39 +1,90 @@
-"""Rows that prefer one answer over another: TRL's and OpenAI's."""
+"""Rows that prefer one answer over another, or say of an answer whether it is wanted: TRL's and OpenAI's.
 
+Decision: in a store each row has two answers, wanted and unwanted, one after the other; the one that a labelled row lacks is
+empty. So one store serves what is learned from pairs and what is learned from labels.
+"""
+
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from trinity.config import DataConfig
+from trinity.data.chat_store import ExampleRecipe, example_stores
 from trinity.data.chat_tokens import Example, control_in, examples
 from trinity.data.chats import Conversation
-from trinity.data.documents import files
-from trinity.data.formats import rows, say_once
+from trinity.data.documents import Found, files, say_left_out
+from trinity.data.formats import DataFile, rows
+from trinity.data.kept import fingerprint
+from trinity.data.listing import listed
+from trinity.data.token_store import TokenStore
 from trinity.errors import DataError
 from trinity.text.tokenizer import Tokenizer
 
-KINDS = "chosen and rejected, with or without a prompt; or input, preferred_output and non_preferred_output"
+KINDS = (
+    "chosen and rejected, with or without a prompt; input, preferred_output and non_preferred_output; or prompt, completion "
+    "and label"
+)
+NO_ANSWER = Example([], [])
 
 
-def pairs_of(patterns: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[Example, Example]]:
-    """(chosen, rejected) of each row of these files: tokens, and which the model is to write. Says how many rows are left out,
-    for control tokens that are written as text. Raises DataError."""
-    for file in (file for pattern in patterns for file in files(pattern)):
-        num_left_out = 0
-        for where, row in rows(file):
-            sides = [Conversation.of(side, where) for side in sides_of(row, where)]
-            if any(control_in(side, tokenizer) for side in sides):
-                num_left_out += 1
-                continue
-            chosen, rejected = (_answer(side, tokenizer, where) for side in sides)
-            yield chosen, rejected
-        if num_left_out:
-            say_once(f"{file}: {num_left_out:,} pairs are left out, they hold control tokens as text")
+def answer_stores(
+    patterns: Sequence[str], data: DataConfig, tokenizer: Tokenizer, val_fraction: float, seed: int, folder: Path
+) -> tuple[TokenStore, TokenStore]:
+    """-> (train, held out): answers of the rows in these files, two a row, unless they are there already. Raises DataError."""
+    found, recipe = listed(patterns, folder), AnswerRecipe(data.max_documents, tokenizer)
+    stamps = [each.stamp for pattern in patterns for each in found[pattern]]
+    store = folder / f"answers-{fingerprint(*recipe.facts, stamps, val_fraction, seed)}"
+    return example_stores(store, recipe, found, data, val_fraction, seed, "row with an answer to train on")
 
 
-def sides_of(row: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two rows of a prompt and a completion. Raises DataError."""
+class AnswerRecipe(ExampleRecipe):
+    """Answers, two a row."""
+
+    def __init__(self, most: int | None, tokenizer: Tokenizer):
+        self.most, self.tokenizer = most, tokenizer
+
+    @cached_property
+    def facts(self) -> list[Any]:
+        return ["answers", self.most, fingerprint(self.tokenizer.to_json(), self.tokenizer.chat_template)]
+
+    def rows(self, found: Found, left_out: Counter[str]) -> Iterator[tuple[Example, Example]]:
+        yield from _answers(found.file, self.tokenizer, self.most, left_out)
+
+
+def answers_of(
+    patterns: Sequence[str], tokenizer: Tokenizer, most: int | None = None
+) -> Iterator[tuple[Example, Example]]:
+    """(wanted, unwanted) of each row of these files, of a labelled row one of them without tokens: tokens, and which the model
+    is to write. Says how many rows are left out. Raises DataError."""
+    for pattern in patterns:
+        left_out = Counter[str]()
+        for file in files(pattern):
+            yield from _answers(file, tokenizer, most, left_out)
+        say_left_out(pattern, left_out)
+
+
+def _answers(
+    file: DataFile, tokenizer: Tokenizer, most: int | None, left_out: Counter[str]
+) -> Iterator[tuple[Example, Example]]:
+    for where, row in islice(rows(file), most):
+        sides = [side and Conversation.of(side, where) for side in sides_of(row, where)]
+        if any(side and control_in(side, tokenizer) for side in sides):
+            left_out["rows with control tokens as text"] += 1
+            continue
+        wanted, unwanted = (_answer(side, tokenizer, where) if side else NO_ANSWER for side in sides)
+        yield wanted, unwanted
+
+
+def sides_of(row: Any, where: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Two rows of a prompt and a completion, wanted and unwanted; None where there is none. Raises DataError."""
     if not isinstance(row, dict):
-        raise DataError(f"{where} is a {type(row).__name__}; a pair is an object with {KINDS}")
+        raise DataError(f"{where} is a {type(row).__name__}; it is an object with {KINDS}")
     given = {key: value for key, value in row.items() if value is not None}
+    if {"prompt", "completion", "label"} <= given.keys():
+        return _labelled(given, where)
     if {"input", "preferred_output", "non_preferred_output"} <= given.keys() and isinstance(given["input"], dict):
         asked, chosen, rejected = given["input"], given["preferred_output"], given["non_preferred_output"]
         tools, prompt = asked.get("tools"), asked.get("messages", [])
@@ -43,9 +94,17 @@ def sides_of(row: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if "prompt" not in given:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
-        raise DataError(f"{where} has {', '.join(sorted(given)) or 'nothing'}; a pair has {KINDS}")
+        raise DataError(f"{where} has {', '.join(sorted(given)) or 'nothing'}; it is to have {KINDS}")
     first, second = ({"prompt": prompt, "completion": answer, "tools": tools} for answer in (chosen, rejected))
     return first, second
+
+
+def _labelled(given: dict[str, Any], where: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    label = given["label"]
+    if label not in (True, False):
+        raise DataError(f"{where} has the label {str(label)[:80]!r}; it is true for an answer that is wanted, or false")
+    row = {name: given.get(name) for name in ("prompt", "completion", "tools")}
+    return (row, None) if label else (None, row)
 
 
 def _common(chosen: Any, rejected: Any, where: str) -> list[Any]:
@@ -61,5 +120,5 @@ def _common(chosen: Any, rejected: Any, where: str) -> list[Any]:
 def _answer(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Example:
     found = examples(conversation, tokenizer, where)
     if not found:
-        raise DataError(f"{where} has an answer without a message of the assistant's; both are to have one")
+        raise DataError(f"{where} has an answer without a message of the assistant's; each is to have one")
     return found[-1]

@@ -15,6 +15,7 @@ import numpy as np
 
 from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
+from trinity.data.answers import PackedLabels, PackedPairs
 from trinity.data.best_fit import PackedDocuments
 from trinity.data.chat_store import ChatRecipe, chat_stores
 from trinity.data.dataset import Dataset, Packed, PackedDataset, Source
@@ -24,6 +25,8 @@ from trinity.data.length_bias import drawn
 from trinity.data.listing import listed
 from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
+from trinity.data.pairs import answer_stores
+from trinity.data.prompts import PackedPrompts, prompt_stores
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.shards import Recipe
 from trinity.data.slot_states import SlotStates
@@ -32,6 +35,20 @@ from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
 SEEDS_APART = 0x9E3779B97F4A7C15  # between those of two sources: 2^64 over the golden ratio, so they stay apart
+STORES = {
+    "text": token_stores,
+    "chats": chat_stores,
+    "pairs": answer_stores,
+    "labels": answer_stores,
+    "prompts": prompt_stores,
+}
+PACKED: dict[str, type[Packed]] = {
+    "text": PackedDataset,
+    "chats": PackedChats,
+    "pairs": PackedPairs,
+    "labels": PackedLabels,
+    "prompts": PackedPrompts,
+}
 
 
 class Prepared(NamedTuple):
@@ -67,14 +84,12 @@ def _packed(
     data: DataConfig, train: TrainConfig, tokenizer: Tokenizer, folder: Path, share: float = 1.0, seed: int = 0
 ) -> tuple[Packed, Packed]:
     """(train, held out) of one source, which has that share of a step, and a seed of its own for its order."""
-    made = chat_stores if data.format == "chats" else token_stores
-    make = functools.partial(made, data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
+    make = functools.partial(STORES[data.format], data=data, tokenizer=tokenizer, seed=train.seed, folder=folder)
     train_store, val_store = make(data.train, val_fraction=0.0 if data.val else data.val_fraction)
     if data.val:
         val_store, _ = make(data.val, val_fraction=0.0)
-    kind = PackedChats if data.format == "chats" else PackedDataset
     packed = _in_training(data, train, train_store, folder, share, train.seed + seed)
-    held_out = kind(val_store, train.seq_len, train.seed)
+    held_out = PACKED[data.format](val_store, train.seq_len, train.seed)
     for dataset in (packed, held_out) if data.val else (packed,):
         dataset.require_text()
     if not held_out.num_sequences:
@@ -98,8 +113,8 @@ def recipes(
 def _in_training(
     data: DataConfig, train: TrainConfig, store: TokenStore, folder: Path, share: float, seed: int
 ) -> Packed:
-    if data.format == "chats":
-        return PackedChats(store, train.seq_len, seed)
+    if data.format != "text":
+        return PACKED[data.format](store, train.seq_len, seed)
     found = drawn(np.diff(store.starts_N), data.length_bias, seed) if data.length_bias else None
     if data.packing == "rsdb":
         num_slots = max(1, round(share * train.global_batch_size))
@@ -114,7 +129,7 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
     texts = [part for part in data.parts if part.format == "text"]
     if source is None and not texts:
         raise ConfigError(
-            "chats need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
+            f"{data.parts[0].format} need the tokenizer and the chat template of a model; set train.init_from or data.tokenizer"
         )
     if source is None:
         facts = [fact for part in texts for fact in (_stamps(part, folder), part.text_field, part.max_documents)]

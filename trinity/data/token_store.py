@@ -160,7 +160,8 @@ def write_order(
         raise DataError(f"the data holds no {what}; check data.train and data.val")
     keys_N = keys_of(digests_N[:most], seed)
     order_N = np.argsort(keys_N, kind="stable")
-    held_N = split(keys_N, val_fraction)[order_N]
+    unique, rows_N = np.unique(keys_N, return_inverse=True)  # what has one key stays together
+    held_N = split(unique, val_fraction)[rows_N][order_N]
     at = [_entry(shard, folder) for shard in shards]
     (folder / "shards.json").write_text(json.dumps(at, indent=1))
     (folder / "skipped.json").write_text(json.dumps([source.note for source in sources], indent=1))

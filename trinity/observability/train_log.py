@@ -23,6 +23,7 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 LOADS_PER_RUN = 200
 AFTER = {"val_loss", "scores"}  # in rows of what was found out after a step
+NONE: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StepMetrics:
     counts_LE: Sequence[Sequence[int]] | None = None
     batch_het: float | None = None  # the highest mean loss of a micro-batch over the mean of all
     norm_kurtosis: float | None = None  # of the gradient norms of the last steps
+    measures: Mapping[str, float] = field(default_factory=dict)  # what an objective tells of besides: rewards, margins
     source_tokens: Mapping[str, int] = field(default_factory=dict)  # of the tokens, those of each source of a mixture
     tokens_per_s_per_gpu: float | None = None  # None without GPUs
     mfu: float | None = None  # of 1; None also where the GPUs' peak is not known
@@ -85,8 +87,9 @@ class RunLog(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """One step has been taken, or skipped."""
 
-    def validation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
-        """The weights after `step` have that loss on held-out text, and those on each source's, where there are several."""
+    def validation(self, step: int, loss: float, by_source: Mapping[str, float], measures: Mapping[str, float]) -> None:
+        """The weights after `step` have that loss on held-out data, those on each source's, where there are several, and
+        whatever else is told of it."""
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The weights after `step` have these scores in the run's tasks (trinity/evaluate/score.py)."""
@@ -120,9 +123,12 @@ class TrainLog:
         if not any(row["step"] == metrics.step and "loss" in row for row in rows):
             self.step(metrics)
 
-    def validation(self, step: int, loss: float, by_source: Mapping[str, float] | None = None) -> None:
-        """Record the validation loss of the weights after `step`."""
-        row = {"step": step, "val_loss": loss, **({"val_losses": by_source} if by_source else {})}
+    def validation(
+        self, step: int, loss: float, by_source: Mapping[str, float] = NONE, measures: Mapping[str, float] = NONE
+    ) -> None:
+        """Record the validation of the weights after `step`."""
+        told = {"val_losses": by_source, "val_measures": measures}
+        row = {"step": step, "val_loss": loss, **{name: dict(each) for name, each in told.items() if each}}
         self._opened(step, is_validation=True).write_row(row)
 
     def scores(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -233,11 +239,9 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def tag(name: str) -> str:
     """A number's name in TensorBoard."""
-    return (
-        f"val/loss{name.removeprefix('val_loss').removeprefix('es')}"
-        if name.startswith("val_loss")
-        else f"train/{name}"
-    )
+    if name.startswith("val_loss"):
+        return f"val/loss{name.removeprefix('val_loss').removeprefix('es')}"
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
 
 
 def _finite(value: Any) -> Any:

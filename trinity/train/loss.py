@@ -5,11 +5,12 @@ Decisions: the trainer's copy of the backbone is fp32 whatever the model's type:
 that gradients of micro-batches and workers add up in fp32.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trinity.config import Config, ModelConfig
 from trinity.data.dataset import Batch
@@ -17,6 +18,7 @@ from trinity.data.mixture import numbered_through
 from trinity.models.common.attention import PackedAttention, document_positions
 from trinity.models.common.balance import expert_counts
 from trinity.models.common.decoder import CausalLM, Inputs, Output
+from trinity.models.common.layers import product
 from trinity.models.common.losses import (
     IGNORE,
     document_balance_loss,
@@ -25,6 +27,7 @@ from trinity.models.common.losses import (
 )
 
 CHUNK = 512  # tokens whose logits are held at a time
+NOTHING = torch.zeros(0, 2)
 
 
 class Losses(NamedTuple):
@@ -36,15 +39,18 @@ class Losses(NamedTuple):
     balance: Tensor
     counts_LE: Tensor
     mean: Tensor  # cross-entropy over this micro-batch's own trained tokens
+    measures: Tensor = NOTHING  # float32 [M, 2]: sum and number of whatever else the objective tells of, in its order
 
     @property
     def total(self) -> Tensor:
         return self.ce + self.z + self.balance
 
 
-def num_trained(batch: Batch) -> int:
-    """The targets that count in the loss."""
-    return int((batch.targets_BS != IGNORE).sum())
+class Whole(NamedTuple):
+    """Size of what the losses of a micro-batch are shares of: a step over all workers, or a validation."""
+
+    num_tokens: int  # that are trained
+    num_sequences: int
 
 
 def packed_inputs(config: ModelConfig, ids_BS: Tensor, docs_BS: Tensor | None) -> Inputs:
@@ -71,6 +77,44 @@ def token_logprobs(model: CausalLM, ids_BS: Tensor, docs_BS: Tensor | None = Non
     return torch.cat(logprobs_T1).view(len(ids_BS), -1)
 
 
+def target_logprobs(
+    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
+) -> Tensor:
+    """float32 [T], log p(target). Holds the logits of `chunk` tokens at a time, in backward too."""
+    return torch.cat(in_chunks(_logprobs, head_VD, (hidden_TD, targets_T), is_exact, chunk))
+
+
+def target_logprobs_and_entropy(
+    head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, is_exact: bool, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """The same, and float32 [T], the entropy of each place in nats, without a gradient."""
+    parts = in_chunks(_logprobs_and_entropy, head_VD, (hidden_TD, targets_T), is_exact, chunk)
+    logprobs_T, entropy_T = (torch.cat(each) for each in zip(*parts, strict=True))
+    return logprobs_T, entropy_T.detach()
+
+
+def in_chunks(
+    what: Callable[..., Any], head_VD: Tensor, columns_T: Sequence[Tensor], is_exact: bool, chunk: int = CHUNK
+) -> list[Any]:
+    """Results of `what(head_VD, *columns_C, is_exact)` for `chunk` tokens after the other; computed again in backward."""
+    parts = zip(*(column.split(chunk) for column in columns_T), strict=True)
+    return [checkpoint(what, head_VD, *part, is_exact, use_reentrant=False) for part in parts]
+
+
+def _logprobs(head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool) -> Tensor:
+    logits_CV = product(hidden_CD, head_VD, is_exact).float()
+    return logits_CV.log_softmax(-1).gather(1, targets_C[:, None])[:, 0]  # the sampler's formula, to the bit
+
+
+def _logprobs_and_entropy(
+    head_VD: Tensor, hidden_CD: Tensor, targets_C: Tensor, is_exact: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs_CV = product(hidden_CD, head_VD, is_exact).float().log_softmax(-1)
+    with torch.no_grad():
+        entropy_C = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+    return logprobs_CV.gather(1, targets_C[:, None])[:, 0], entropy_C
+
+
 class _Passes(nn.Module):
     """`CausalLM.forward_all` as a module's forward, which is what functional_call takes."""
 
@@ -83,34 +127,41 @@ class _Passes(nn.Module):
 
 
 class Objective(nn.Module):
-    """The loss as a module, so that DDP sees its forward pass."""
+    """The loss as a module, so that DDP sees its forward pass. `measures` names what it tells of besides."""
+
+    measures: tuple[str, ...] = ()
 
     def __init__(self, model: CausalLM, config: Config):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, batches: Sequence[Batch], num_tokens: int) -> list[Losses]:
+    def forward(self, batches: Sequence[Any], num_tokens: int, num_sequences: int | None = None) -> list[Losses]:
         """Losses of each micro-batch; they are computed side by side. `num_tokens` are trained in the whole step: a mean over
-        those of one micro-batch would make a token count more the more of its neighbours are masked."""
+        those of one micro-batch would make a token count more the more of its neighbours are masked. `num_sequences`: in the
+        whole, train.global_batch_size unless told otherwise."""
+        whole = Whole(num_tokens, num_sequences or self.config.train.global_batch_size)
+        head, outputs = self._outputs([self._inputs(batch) for batch in batches])
+        return [self._losses(head, batch, out, whole) for batch, out in zip(batches, outputs, strict=True)]
+
+    def _outputs(self, passes: Sequence[Inputs]) -> tuple[Tensor, list[Output]]:
+        """The head in the type that the model computes in, and what comes out of each pass."""
         dtype = getattr(torch, self.config.model.dtype)
         weights = {f"model.{name}": parameter.to(dtype) for name, parameter in self.model.named_parameters()}
-        passes = [self._inputs(batch) for batch in batches]
         outputs = torch.func.functional_call(_Passes(self.model), weights, (passes,))
-        head = weights["model.lm_head.weight"]
-        return [self._losses(head, batch, out, num_tokens) for batch, out in zip(batches, outputs, strict=True)]
+        return weights["model.lm_head.weight"], outputs
 
-    def _inputs(self, batch: Batch) -> Inputs:
+    def _inputs(self, batch: Any) -> Inputs:
         docs_BS = batch.docs_BS if self.config.data.intra_document_mask or self.config.data.is_flat else None
         return packed_inputs(self.config.model, batch.ids_BS, docs_BS)
 
-    def _losses(self, head_VD: Tensor, batch: Batch, out: Output, num_tokens: int) -> Losses:
+    def _losses(self, head_VD: Tensor, batch: Any, out: Output, whole: Whole) -> Losses:
         num, seq = batch.ids_BS.shape
         z_coef = self.config.optim.z_loss
         is_exact = self.config.model.batch_invariant
         ce, z = loss_from_hidden(head_VD, out.hidden_TD, batch.targets_BS.flatten(), z_coef, is_exact=is_exact)
         own = (batch.targets_BS != IGNORE).sum().clamp_min(1)
         balance = self._balance(batch, out, num, seq)
-        return Losses(ce / num_tokens, z / num_tokens, balance, self._counts(out), ce.detach() / own)
+        return Losses(ce / whole.num_tokens, z / whole.num_tokens, balance, self._counts(out), ce.detach() / own)
 
     def _balance(self, batch: Batch, out: Output, num: int, seq: int) -> Tensor:
         """A mean over the sequences of the step; over documents by their tokens, where some sequences are not full. Which of

@@ -6,7 +6,7 @@ micro-batches of a step are there before the first is computed: the loss of each
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trinity.config import Config
-from trinity.data.dataset import Batch, Dataset
+from trinity.data.dataset import Dataset
 from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
-from trinity.train.loss import Losses, num_trained
+from trinity.train.loss import Losses, Objective
 
 BatchOf = Callable[[int], Any]  # the number of a micro-batch of this worker -> what the objective takes
 
@@ -34,6 +34,8 @@ class Totals(NamedTuple):
     num_sent_ops: Counter[str]
     means: Tensor  # cross-entropy of each micro-batch, over its own trained tokens
     num_tokens: int  # that were read, trained or not
+    measures: Mapping[str, float]  # means, of those that anything came to
+    num_trained: int  # targets that count
 
     @property
     def batch_het(self) -> float:
@@ -46,14 +48,29 @@ class Totals(NamedTuple):
         return {layer: tuple(idle_E.nonzero()[:, 0].tolist()) for layer, idle_E in found}
 
 
+def plain(objective: nn.Module) -> Objective:
+    """The objective that DDP may hold."""
+    inner: Any = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    found: Objective = inner
+    return found
+
+
+def means_of(names: Sequence[str], sums_M2: Tensor) -> dict[str, float]:
+    """Means by name, of those whose number is not 0; `sums_M2` is empty where a step had none."""
+    rows = zip(names, sums_M2.tolist(), strict=False)
+    return {name: total / number for name, (total, number) in rows if number}
+
+
 class MicroBatches:
     """Runs `objective`, which gives a Losses for each batch that it is given at once."""
 
     def __init__(self, config: Config, comm: Comm, objective: nn.Module, device: torch.device):
         self.config, self.comm, self.objective, self.device = config, comm, objective, device
+        self.measures = plain(objective).measures
         self.num_read = 0  # tokens of this worker's share of the last step
+        self.num_trained = 0  # of all workers' shares
 
-    def batch(self, data: Dataset, position: int, micro: int) -> Batch:
+    def batch(self, data: Dataset, position: int, micro: int) -> Any:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
         settings, comm = self.config.train, self.comm
         place = (comm.rank, comm.world, micro, settings.micro_batch_size)
@@ -66,15 +83,16 @@ class MicroBatches:
         side = self.config.train.num_overlapped_microbatches
         self.objective.zero_grad(set_to_none=True)
         batches = [batch_of(micro) for micro in range(num)]
-        num_tokens = self._num_trained(batches)
+        self.num_trained = self._num_trained(batches)
+        num_tokens = max(1, self.num_trained)  # where none counts the losses are 0
         self.num_read = sum(batch.ids_BS.numel() for batch in batches)
         parts = [batches[first : first + side] for first in range(0, num, side)]
         return [losses for part in parts for losses in self._side_by_side(part, num_tokens, is_last=part is parts[-1])]
 
     def _num_trained(self, batches: Sequence[Any]) -> int:
-        """Number of targets that count, of all workers' micro-batches; 1 where none does, so that their losses are 0."""
-        mine = torch.tensor([sum(map(num_trained, batches))], dtype=torch.float64)
-        return max(1, int(self.comm.all_reduce(mine)))
+        """Number of targets that count, of all workers' micro-batches."""
+        mine = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
+        return int(self.comm.all_reduce(mine))
 
     def _side_by_side(self, part: Sequence[Any], num_tokens: int, is_last: bool) -> list[Losses]:
         batches = [self.on_device(batch) for batch in part]
@@ -92,22 +110,30 @@ class MicroBatches:
 
     def total(self, micros: Sequence[Losses], num_sent_ops: Counter[str], has_failed: bool) -> Totals:
         """Add up over micro-batches and workers. It is also the barrier after which no row of this step is under way."""
-        scalars = [torch.stack([getattr(m, name) for m in micros]).sum() for name in ("ce", "z", "balance")]
-        scalars.append(torch.tensor(float(has_failed), device=scalars[0].device))
+        sums = [torch.stack([getattr(m, name) for m in micros]).sum() for name in ("ce", "z", "balance")]
+        sums.append(torch.tensor(float(has_failed), device=sums[0].device))
         counts_LE = torch.stack([m.counts_LE for m in micros]).sum(0)
         num_sent, means = list(num_sent_ops.values()), self._placed([m.mean for m in micros])
         parts = [
-            torch.stack(scalars),
+            torch.stack(sums),
             counts_LE.flatten(),
             torch.tensor(num_sent),
             means,
             torch.tensor([self.num_read]),
+            torch.stack([m.measures for m in micros]).sum(0).flatten(),
         ]
         flat = self.comm.all_reduce(torch.cat([part.double().cpu() for part in parts]))
-        ce, z, balance, num_failed = flat[:4].tolist()
-        counts, ops, means, num_read = flat[4:].split([counts_LE.numel(), len(num_sent), len(means), 1])
-        named = Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True)))
-        return Totals(ce, z, balance, int(num_failed), counts.long().view_as(counts_LE), named, means, int(num_read))
+        scalars, counts, ops, means, num_read, told = flat.split([part.numel() for part in parts])
+        ce, z, balance, num_failed = scalars.tolist()
+        return Totals(
+            *(ce, z, balance, int(num_failed)),
+            counts_LE=counts.long().view_as(counts_LE),
+            num_sent_ops=Counter(dict(zip(num_sent_ops, map(int, ops.tolist()), strict=True))),
+            means=means,
+            num_tokens=int(num_read),
+            measures=means_of(self.measures, told.view(-1, 2)),
+            num_trained=self.num_trained,
+        )
 
     def _placed(self, means: Sequence[Tensor]) -> Tensor:
         """Those of this worker's micro-batches at their places among all of the step's, and 0 elsewhere."""

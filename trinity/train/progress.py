@@ -23,10 +23,13 @@ from trinity.observability.train_log import main_lr
 
 PLAIN_LINE_EVERY_S = 5.0
 POLL_S = 0.2
+SHOWN = ("accuracy", "reward")  # of an objective's measures
 
 
 class Progress:
-    """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end."""
+    """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end.
+
+    `tokens_per_step`: 0 where steps differ."""
 
     def __init__(
         self,
@@ -52,13 +55,14 @@ class Progress:
         if row["step"] > self._last_step and not self._recent:
             steps, tokens = self.total_steps, self.tokens_per_step
             named = f"{self._stage}: " if self._stage else ""
-            self._print(f"{named}{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all")
+            size = f" of {tokens:,} tokens, {steps * tokens:,} in all" if tokens else ""
+            self._print(f"{named}{steps:,} steps{size}")
             if self._screen.isatty():
                 self._bar = tqdm(
                     total=steps, initial=self._last_step, file=self._screen, unit="step", desc=self._stage or None
                 )
         if "val_loss" in row:
-            self._eval(row["step"], row["val_loss"], row.get("val_losses", {}))
+            self._eval(row["step"], row["val_loss"], row.get("val_losses", {}), row.get("val_measures", {}))
         elif "scores" in row:
             self._scores(row["step"], row["scores"])
         elif row["step"] > self._last_step:
@@ -83,12 +87,17 @@ class Progress:
             self._print(f"{self._at(step)}  {self._numbers()}  eta {self._eta()}{of_all}")
         self._last_step = step
 
-    def _eval(self, step: int, loss: float | None, by_source: Mapping[str, float | None]) -> None:
-        if step > self._last_eval and loss is not None:
+    def _eval(
+        self, step: int, loss: float | None, by_source: Mapping[str, float | None], measures: Mapping[str, float]
+    ) -> None:
+        if step > self._last_eval and (loss is not None or measures):
             self._last_eval = step
-            perplexity = math.exp(min(loss, 700.0))
-            each = "".join(f"  {name} {math.nan if own is None else own:.4f}" for name, own in by_source.items())
-            self._print(f"{self._at(step)}  val loss {loss:.4f}  perplexity {perplexity:.1f}{each}")
+            told = "" if loss is None else f"  val loss {loss:.4f}"
+            if not measures and loss is not None:
+                told += f"  perplexity {math.exp(min(loss, 700.0)):.1f}"
+            told += "".join(f"  val {name.replace('_', ' ')} {value:.3f}" for name, value in measures.items())
+            told += "".join(f"  {name} {math.nan if own is None else own:.4f}" for name, own in by_source.items())
+            self._print(f"{self._at(step)}{told}")
 
     def _at(self, step: int) -> str:
         """Words for where the run is, such as `stage 2 of 4, anneal: step 7/40`."""
@@ -107,6 +116,8 @@ class Progress:
             f"loss {last['loss']:.3f}  grad {last['grad_norm']:.2f}  lr {main_lr(last):.1e}  tok/s {self._rate():,.0f}"
             f"  maxvio {last['max_vio']:.2f}"
         )
+        told: Mapping[str, float] = self._recent[-1].get("measures", {})
+        text += "".join(f"  {name} {told[name]:.2f}" for name in SHOWN if told.get(name) is not None)
         if "mfu" in last:
             text += f"  mfu {100 * last['mfu']:.1f} %"
         return text + (f"  skipped {last['skipped']}" if last["skipped"] else "")

@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from trinity.adapters.lora import choose_trained
 from trinity.checkpoint import latest_checkpoint
 from trinity.config import Config
-from trinity.data.dataset import Batch
 from trinity.data.prepare import Prepared
 from trinity.errors import TrinityError
 from trinity.models.common.decoder import CausalLM
@@ -43,11 +42,11 @@ from trinity.train.collectives import Comm, barrier, on_rank0, said_by_rank0, su
 from trinity.train.exam import Exam, Gate, NoExam
 from trinity.train.flops import Utilization
 from trinity.train.loss import Objective
-from trinity.train.microbatches import BatchOf, MicroBatches, Totals
+from trinity.train.microbatches import BatchOf, MicroBatches, Totals, plain
 from trinity.train.phases import PhaseClock, phase
 from trinity.train.recovery import Recovery, RunCounts, RunIdentity
 from trinity.train.retry import RETRYABLE, RetryStep, WorkerFailed
-from trinity.train.validation import Recent, UsualLoss, validation
+from trinity.train.validation import Recent, UsualLoss, validate
 from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
@@ -171,6 +170,8 @@ class Trainer:
         lrs = learning_rates(self.position + 1, self.config.optim, self.config.train.steps)
         if not (math.isfinite(norm) and math.isfinite(totals.ce)):
             self._skip(ticket, f"the gradient norm is {norm}")
+        elif not totals.num_trained:  # what is left are the balance loss's gradients, which Muon would make full size
+            self._skip(ticket, "nothing of it is trained", is_fault=False)
         elif spike := self._spike(totals.ce, norm):
             self._skip(ticket, spike)
         elif not self._stage(norm, lrs, totals, ticket):
@@ -201,7 +202,7 @@ class Trainer:
         self.pool.follow(epoch)
         return StepTicket(epoch, attempt, tuple(keep))
 
-    def _next_batch(self, micro: int) -> Batch:
+    def _next_batch(self, micro: int) -> Any:
         return self.micro_batches.batch(self.data.train, self.position, micro)
 
     @phase("forward_backward")
@@ -277,11 +278,11 @@ class Trainer:
         most_sigma = self.config.optim.skip_above_sigma if self._skipped_in_a_row < MOST_SPIKES_IN_A_ROW else None
         return self.recent.spike(loss, norm, most_sigma)
 
-    def _skip(self, ticket: StepTicket, why: str) -> None:
+    def _skip(self, ticket: StepTicket, why: str, is_fault: bool = True) -> None:
         log.warning("step skipped: %s; its batch is consumed, the weights stay at %d", why, self.version)
         self.position += 1
         self.num_skipped += 1
-        self._skipped_in_a_row += 1
+        self._skipped_in_a_row += is_fault
         self.backbone.discard_staged()
         if self.comm.rank == 0:
             self._tell(lambda: self.pool.abort(self.version + 1, ticket.attempt))
@@ -310,6 +311,7 @@ class Trainer:
             counts_LE=totals.counts_LE.tolist(),
             batch_het=totals.batch_het,
             norm_kurtosis=self.recent.kurtosis,
+            measures=totals.measures,
             source_tokens=self._source_tokens,
             **self.utilization.of(totals.num_tokens / max(self.clock.seconds, 1e-9)),
         )
@@ -317,11 +319,11 @@ class Trainer:
     # -- validation and checkpoints
 
     def evaluate(self) -> float:
-        """Mean cross-entropy in nats over the same validation sequences for any number of workers; nan without any."""
+        """The loss of the same held-out sequences for any number of workers, of text in nats per token; nan without any."""
         self.dispatcher.use(self.version)
-        found = validation(self.model, self.config, self.data.val, self.comm)
+        found = validate(plain(self.objective), self.config, self.data.val, self.comm)
         for each in self.logs:
-            each.validation(self.position, found.loss, found.by_source)
+            each.validation(self.position, found.loss, found.by_source, found.measures)
         return found.loss
 
     def examine(self) -> None:

@@ -1,4 +1,4 @@
-"""The loss on held-out text, and which losses and gradients are usual.
+"""The loss on held-out data, and which losses and gradients are usual.
 
 Legend: B sequences of a batch, S sequence length.
 """
@@ -14,9 +14,9 @@ import torch
 
 from trinity.config import Config
 from trinity.data.dataset import Dataset, Source
-from trinity.models.common.decoder import CausalLM
 from trinity.train.collectives import Comm
-from trinity.train.loss import Objective, num_trained
+from trinity.train.loss import Objective
+from trinity.train.microbatches import means_of
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
@@ -24,37 +24,43 @@ NUM_RECENT, FEWEST_RECENT = 128, 16
 
 
 class Validation(NamedTuple):
-    """Mean cross-entropy in nats on held-out text, nan without any; of a mixture the mean by share, and each."""
+    """Loss on held-out data, nan without any; of a mixture the mean by share, and each; what else the objective tells of."""
 
     loss: float
     by_source: Mapping[str, float]
+    measures: Mapping[str, float]
 
 
 @torch.no_grad()
-def validation(model: CausalLM, config: Config, held_out: Dataset, comm: Comm) -> Validation:
-    """The losses over the same sequences for any number of workers: train.eval_sequences, shared out as in training, but of
-    each source one."""
-    sums = [_sums(model, config, source, comm) for source in held_out.by_source]
-    found = comm.all_reduce(torch.stack(sums)).tolist()
-    losses = [ce / num_tokens if num_tokens else math.nan for ce, num_tokens in found]
-    known = [(each.share, loss) for each, loss in zip(held_out.by_source, losses, strict=True) if not math.isnan(loss)]
+def validate(objective: Objective, config: Config, held_out: Dataset, comm: Comm) -> Validation:
+    """The training loss over the same sequences in the same micro-batches for any number of workers: train.eval_sequences,
+    shared out as in training, but of each source one."""
+    sources = held_out.by_source
+    found = [_of_source(objective, config, source, comm) for source in sources]
+    known = [(each.share, one.loss) for each, one in zip(sources, found, strict=True) if not math.isnan(one.loss)]
     total = sum(share for share, _ in known)
     whole = sum(share * loss for share, loss in known) / total if total else math.nan
-    names = [source.name for source in held_out.by_source]
-    return Validation(whole, dict(zip(names, losses, strict=True)) if names != [""] else {})
+    if len(sources) == 1 and not sources[0].name:
+        return found[0]
+    return Validation(whole, {each.name: one.loss for each, one in zip(sources, found, strict=True)}, {})
 
 
-def _sums(model: CausalLM, config: Config, source: Source, comm: Comm) -> torch.Tensor:
-    """(losses, tokens), float64: of this worker's share of a source's sequences."""
-    settings, objective = config.train, Objective(model, config)
-    device, sums = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
+def _of_source(objective: Objective, config: Config, source: Source, comm: Comm) -> Validation:
+    settings, device = config.train, next(objective.parameters()).device
     wanted = max(min(1, settings.eval_sequences), round(source.share * settings.eval_sequences))
-    mine = np.arange(comm.rank, min(wanted, source.dataset.num_sequences), comm.world)
-    for start in range(0, len(mine), settings.micro_batch_size):
-        batch = source.dataset.take(mine[start : start + settings.micro_batch_size])
-        losses = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens=1)
-        sums += torch.tensor([float(losses[0].ce), num_trained(batch)], dtype=torch.float64)
-    return sums
+    num = min(wanted, source.dataset.num_sequences)
+    parts = np.split(np.arange(num), range(settings.micro_batch_size, num, settings.micro_batch_size))
+    batches = [source.dataset.take(part) for part in parts[comm.rank :: comm.world] if num]
+    trained = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
+    if not (num_tokens := int(comm.all_reduce(trained))):
+        return Validation(math.nan, {}, {})
+    sums_M2 = torch.zeros(1 + len(objective.measures), 2, dtype=torch.float64)
+    for batch in batches:
+        [found] = objective([type(batch)(*(tensor.to(device) for tensor in batch))], num_tokens, num)
+        sums_M2[0, 0] += found.ce.double().cpu()
+        sums_M2[1 : 1 + len(found.measures)] += found.measures.double().cpu()
+    sums_M2 = comm.all_reduce(sums_M2)
+    return Validation(float(sums_M2[0, 0]), {}, means_of(objective.measures, sums_M2[1:]))
 
 
 class UsualLoss:

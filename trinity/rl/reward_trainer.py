@@ -1,0 +1,153 @@
+"""A run that learns from its own answers: draw some to the next prompts, have them judged, take a step.
+
+Decisions. A step's prompts depend on (seed, step), the seeds of its answers on their places in the step: so a run that is
+killed and resumed draws the same answers from the same weights, and gives the same bits. Each worker draws and judges whole
+groups.
+Answers come from the weights that the step starts from (`staleness` 0: nothing trains while answers are drawn). What does not
+count: an answer that nobody could judge, one that was cut off (`rl.mask_truncated`), and groups that say nothing. A step of
+which no answer counts leaves the weights as they are.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.config import Config, EngineConfig
+from trinity.data.prompts import Prompt
+from trinity.engine.request import SamplingParams
+from trinity.errors import ConfigError
+from trinity.observability.train_log import StepMetrics
+from trinity.rl.judges import ByRewards, ByTeacher, Judge, frozen, scores_of
+from trinity.rl.policy import SAMPLED, Judged
+from trinity.rl.policy_trainer import PolicyTrainer
+from trinity.rl.rewards import Rewards
+from trinity.rl.rollout import Rollout, Sample
+from trinity.train.microbatches import BatchOf, means_of
+from trinity.train.retry import RETRYABLE
+from trinity.utils.deadline import Deadline
+
+log = logging.getLogger(__name__)
+PAUSE_S = 0.2  # before answers are drawn again
+PRIORITY = 100  # behind whoever waits for an answer
+VALIDATED = ("reward", "length", "truncated", "unjudged")
+
+
+class RewardTrainer(PolicyTrainer):
+    """A PolicyTrainer whose `step` draws the answers that it learns from (data.format prompts)."""
+
+    judge: Judge
+
+    def start(self) -> None:
+        """Get the weights, and see that answers can be drawn and judged. Raises ConfigError."""
+        check(self.config)
+        settings, engine, device = self.config.rl, self._engine(), str(self.device)
+        by_teacher = settings.teacher is not None
+        self.judge = (
+            ByTeacher(self.config, engine, self.data.tokenizer, device) if by_teacher else ByRewards(self.config)
+        )
+        init_from = self.config.train.init_from
+        self.reference = frozen(init_from, engine, device) if settings.kl and init_from else None
+        super().start()
+        self.rollout = Rollout.following(self, engine)
+
+    def _engine(self) -> EngineConfig:
+        """The run's engine, for sequences as long as its data has them."""
+        longest = min(self.config.train.seq_len + 1, self.config.model.max_position_embeddings)
+        return self.config.engine.model_copy(update={"max_model_len": longest})
+
+    def step(self, batch_of: BatchOf | None = None) -> StepMetrics:
+        """One optimizer step, on answers to the next prompts; or on the micro-batches given."""
+        if batch_of is not None:
+            return super().step(batch_of)
+        prompts, first = self.next_prompts()
+        return self.learn_from(*self.judged(prompts, self.drawn(prompts, first)))
+
+    def next_prompts(self) -> tuple[list[Prompt], int]:
+        """This worker's prompts of the step, and the place of its first answer among all answers of the run."""
+        group, num_of_all = self.config.rl.group_size, self.config.train.global_batch_size
+        num = num_of_all // group
+        mine = np.array_split(self.data.train.sequences(self.position, num), self.comm.world)[self.comm.rank]
+        place = self.comm.rank * (num // self.comm.world)
+        return self.data.train.take(mine), self.position * num_of_all + place * group
+
+    def drawn(self, prompts: Sequence[Prompt], first: int, num: int | None = None, **how: Any) -> list[Sample]:
+        """`num` answers to each prompt, rl.group_size unless told otherwise. What dies meanwhile is waited for."""
+        group, deadline = num or self.config.rl.group_size, Deadline(self.config.placement.recover_timeout_s)
+        params = [self._params(prompt, first + at * group, **how) for at, prompt in enumerate(prompts)]
+        while True:
+            try:
+                return self.rollout.generate([prompt.ids for prompt in prompts], params, group)
+            except RETRYABLE as error:
+                if deadline.expired:
+                    raise
+                log.warning("answers are drawn again: %s", error)
+            time.sleep(PAUSE_S)
+            self.rollout = Rollout.following(self, self._engine())  # the old engine may hold half a pass
+
+    def _params(self, prompt: Prompt, place: int, **how: Any) -> SamplingParams:
+        room = self.config.train.seq_len + 1 - len(prompt.ids)
+        seed = (self.config.train.seed * 1_000_003 + place) % 2**31
+        length = min(self.config.rl.max_tokens, room)
+        return SamplingParams(max_tokens=length, seed=seed, priority=PRIORITY, **how)
+
+    def judged(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> tuple[list[Judged], Tensor]:
+        """The samples with their advantages, and SAMPLED of them."""
+        settings = self.config.rl
+        verdict = self.judge.verdict(prompts, samples, settings.group_size)
+        references = scores_of(self.reference, samples) if self.reference else [None] * len(samples)
+        found = [
+            each._replace(
+                counts=each.counts and not (settings.mask_truncated and _is_cut(each.sample)), reference_T=score
+            )
+            for each, score in zip(verdict.judged, references, strict=True)
+        ]
+        return found, self._told(samples, verdict.rewards, verdict.num_uniform)
+
+    def _told(self, samples: Sequence[Sample], rewards: Sequence[float | None], num_uniform: int) -> Tensor:
+        """float32 [M, 2]: sum and number of SAMPLED."""
+        there = [reward for reward in rewards if reward is not None]
+        num, tokens = len(samples), sum(len(sample.token_ids) for sample in samples)
+        sums = {
+            "reward": (math.fsum(there), len(there)),
+            "length": (tokens, num),
+            "truncated": (sum(map(_is_cut, samples)), num),
+            "staleness": (sum(self.version - version for sample in samples for version in sample.versions), tokens),
+            "unjudged": (num - len(there), num),
+            "uniform": (num_uniform, num // self.config.rl.group_size),
+        }
+        return torch.tensor([sums[name] for name in SAMPLED], dtype=torch.float32)
+
+    def evaluate(self) -> float:
+        """Judge one answer, the likeliest, to each of the same held-out prompts; there is no loss of these: nan."""
+        data, num = self.data.val, min(self.config.train.eval_sequences, self.data.val.num_sequences)
+        prompts = data.take(np.arange(self.comm.rank, num, self.comm.world)) if num else []
+        samples = self.drawn(prompts, 0, 1, temperature=0.0) if prompts else []
+        rewards = self.judge.rewards(prompts, samples) if prompts else []
+        told = means_of(SAMPLED, self.comm.all_reduce(self._told(samples, rewards, 0)))
+        for each in self.logs:
+            each.validation(self.position, math.nan, {}, {name: told[name] for name in VALIDATED if name in told})
+        return math.nan
+
+
+def _is_cut(sample: Sample) -> bool:
+    return sample.finish_reason == "length"
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for settings that no step could be taken with: sizes, reward functions, a reference."""
+    settings, group = config.train, config.rl.group_size
+    if settings.global_batch_size % (group * settings.num_workers):
+        raise ConfigError(
+            f"train.global_batch_size {settings.global_batch_size} answers are no groups of rl.group_size {group} for each of "
+            f"{settings.num_workers} workers; make it a multiple of {group * settings.num_workers}"
+        )
+    if config.rl.kl and settings.init_from is None:
+        raise ConfigError("rl.kl holds to the weights of train.init_from, and there are none; set it, or rl.kl 0")
+    if config.rl.teacher is None:
+        Rewards(config.rl).check()
