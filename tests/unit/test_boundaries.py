@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.placement": set(),
     "trinity.dispatch": {"trinity.rpc", "trinity.placement", "trinity.observability"},
     "trinity.text": set(),
-    "trinity.adapters": MODELS,
+    "trinity.adapters": {*MODELS, "trinity.ops"},
     "trinity.checkpoint": {
         *MODELS, "trinity.rpc", "trinity.text",
         "trinity.adapters",  # a folder may be an adapter's: it counts as its base with the adapter merged in

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from trinity.config import LoraConfig, OptimConfig
 from trinity.errors import ConfigError
 from trinity.models.common.decoder import CausalLM
-from trinity.models.common.layers import Linear
+from trinity.models.common.layers import Linear, product
 from trinity.models.registry import family_of
 from trinity.models.rules.init import named_generator
+from trinity.ops import batch_invariant
 
 
 class Adapter(nn.Module):
-    """The share of one matrix's adapter in its product."""
+    """The adapter of one matrix, and the product with both."""
 
     def __init__(self, of: Linear, lora: LoraConfig):
         super().__init__()
@@ -28,9 +29,14 @@ class Adapter(nn.Module):
         self.lora_B = Linear(lora.rank, of.out_features, device=device, dtype=torch.float32)
         self.lora_A.is_exact = self.lora_B.is_exact = of.is_exact
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight_NK: Tensor) -> Tensor:
+        is_exact = self.lora_A.is_exact
+        if is_exact and torch.is_grad_enabled() and batch_invariant.is_for(x) and x.dtype == torch.float32:
+            from trinity.ops.batch_invariant import low_rank  # a compiler comes with it
+
+            return low_rank.linear(x, weight_NK, self.lora_A.weight, self.lora_B.weight, self.scale)
         share: Tensor = self.lora_B(self.lora_A(x) * self.scale)
-        return share
+        return product(x, weight_NK, is_exact).add_(share)
 
 
 def choose_trained(model: CausalLM, optim: OptimConfig, seed: int) -> None:

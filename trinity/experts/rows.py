@@ -23,6 +23,7 @@ from trinity.experts.base import Assignments, LayerAdapters, LayerWeights, Pair
 from trinity.ops import batch_invariant
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows in expert order [P, K], matrices [E, N, K] -> [P, N]
+Adapted = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]  # the same, with A, B and scale: of W + scale B A
 
 
 class Order(Protocol):
@@ -128,16 +129,24 @@ def weighted_swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
 
 def feed_forward(
-    product: Product, x_PD: Tensor, weight_P1: Tensor, weights: LayerWeights, adapters: LayerAdapters | None = None
+    product: Product,
+    x_PD: Tensor,
+    weight_P1: Tensor,
+    weights: LayerWeights,
+    adapters: LayerAdapters | None = None,
+    adapted: Adapted | None = None,
 ) -> Tensor:
-    """-> y_PD: rows in expert order through their experts, times their weights, by a backend's product."""
+    """-> y_PD: rows in expert order through their experts, times their weights, by a backend's product. `adapted`: one that has
+    matrices with adapters at once."""
 
     def projected(x: Tensor, stack: Tensor, pair: Pair | None) -> Tensor:
-        y = product(x, stack)
         if pair is None or adapters is None:
-            return y
+            return product(x, stack)
         a, b = (part.to(x.dtype) for part in pair)
-        return y.add_(product(product(x, a) * adapters.scale, b))  # in place: no other memory of that size
+        if adapted is not None:
+            return adapted(x, stack, a, b, adapters.scale)
+        share = product(product(x, a) * adapters.scale, b)
+        return product(x, stack).add_(share)  # in place: no other memory of that size
 
     gate, up, down = (None, None, None) if adapters is None else adapters[:3]
     hidden = weighted_swiglu(projected(x_PD, weights.gate_EFD, gate), projected(x_PD, weights.up_EFD, up), weight_P1)

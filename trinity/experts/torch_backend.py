@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
-from trinity.experts.rows import SortedOrder, combine, feed_forward, gather, no_rows, weighted_swiglu
+from trinity.experts.rows import Adapted, Product, SortedOrder, combine, feed_forward, gather, no_rows, weighted_swiglu
 from trinity.ops import batch_invariant
 from trinity.state.strides import as_stored
 
@@ -89,12 +89,20 @@ def in_order(
     x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights, adapters: LayerAdapters | None = None
 ) -> Tensor:
     """Rows sorted by expert, expert e up to `end_E[e]` -> y_AD: a row's bits do not depend on the others. fp32 on the CPU."""
-    from trinity.ops.batch_invariant import fused_mlp, gemm  # a compiler comes with it: only where it is of use
+    from trinity.ops.batch_invariant import (  # a compiler comes with it: only where it is of use
+        fused_mlp,
+        gemm,
+        low_rank,
+    )
 
     stored = weights.gate_EFD, weights.up_EFD, weights.down_EFD.mT
     if adapters is None and batch_invariant.at_once(x_AD, *stored):
         return fused_mlp.feed_forward(x_AD, *stored, end_E, weight_A1.squeeze(1))
-    return feed_forward(lambda x, stack: gemm.grouped(x, stack, end_E), x_AD, weight_A1, weights, adapters)
+    adapted: Adapted | None = None
+    if torch.is_grad_enabled() and x_AD.dtype == torch.float32 == weights.gate_EFD.dtype:
+        adapted = lambda x, stack, a, b, scale: low_rank.grouped(x, stack, a, b, scale, end_E)  # noqa: E731
+    product: Product = lambda x, stack: gemm.grouped(x, stack, end_E)  # noqa: E731
+    return feed_forward(product, x_AD, weight_A1, weights, adapters, adapted)
 
 
 def grouped(
