@@ -289,7 +289,7 @@ def test_what_is_left_out_is_counted(folder, tmp_path, caplog):
     assert "1 conversations are left out, they have no answer to train on" in caplog.text
     assert "1 conversations are left out, they hold the control token <|im_end|> as text" in caplog.text
     (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(DataError, match="no row with an answer to train on"):
+    with pytest.raises(DataError, match="no conversation with an answer to train on"):
         chat_stores((str(tmp_path / "b.jsonl"),), data_of(folder), TOKENIZER, 0, 0, tmp_path / "out")
     (tmp_path / "c.txt").write_text("text")
     with pytest.raises(DataError, match=r"c.txt is no file of rows; give .jsonl, .ndjson, .json, .parquet"):

@@ -24,14 +24,8 @@ def chat_stores(
     """-> (train, held out): examples of the conversations in these files, unless they are there already. Raises DataError."""
     facts = ["chats", stamps(patterns), data.max_documents, data.train_on, tokenizer.to_json(), tokenizer.chat_template]
     found = _all_examples(patterns, data, tokenizer)
-    return example_stores(folder / f"chats-{fingerprint(*facts, val_fraction, seed)}", found, val_fraction, seed)
-
-
-def example_stores(
-    folder: Path, found: Iterator[Sequence[Example]], val_fraction: float, seed: int
-) -> tuple[TokenStore, TokenStore]:
-    """-> (train, held out) of rows of examples, which stay together and in their order, unless `folder` is there already."""
-    done = made_once(folder, lambda to: _build(to, found, val_fraction, seed))
+    name = f"chats-{fingerprint(*facts, val_fraction, seed)}"
+    done = made_once(folder / name, lambda to: _build(to, found, val_fraction, seed))
     return TokenStore(done / "train"), TokenStore(done / "val")
 
 
@@ -52,12 +46,12 @@ def _all_examples(patterns: Sequence[str], data: DataConfig, tokenizer: Tokenize
             say_once(f"{file}: {num:,} conversations are left out, they {why}")
 
 
-def _build(folder: Path, conversations: Iterator[Sequence[Example]], val_fraction: float, seed: int) -> None:
+def _build(folder: Path, conversations: Iterator[list[Example]], val_fraction: float, seed: int) -> None:
     """Write all examples as they come, then those of each part, in the order that documents have."""
     ids, trained = folder / "ids.bin", folder / "trained.bin"
     lengths_N, keys_N = _written(conversations, seed, ids, trained)
     if not len(keys_N):
-        raise DataError("the data holds no row with an answer to train on; check data.train and data.val")
+        raise DataError("the data holds no conversation with an answer to train on; check data.train and data.val")
     ends_N = np.cumsum(lengths_N)
     held_N, order_N = split(keys_N, val_fraction), np.argsort(keys_N, kind="stable")
     for name, chosen in (("train", order_N[~held_N[order_N]]), ("val", order_N[held_N[order_N]])):
@@ -72,7 +66,7 @@ def _build(folder: Path, conversations: Iterator[Sequence[Example]], val_fractio
 
 
 def _written(
-    conversations: Iterator[Sequence[Example]], seed: int, ids: Path, trained: Path
+    conversations: Iterator[list[Example]], seed: int, ids: Path, trained: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """(lengths_N, keys_N) of the examples that are in these files now; those of one conversation share a key."""
     lengths, keys = list[int](), list[int]()

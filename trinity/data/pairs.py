@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trinity.config import DataConfig
-from trinity.data.chat_store import example_stores
 from trinity.data.chat_tokens import Example, control_in, examples
 from trinity.data.chats import Conversation
 from trinity.data.documents import files, stamps
+from trinity.data.example_store import example_stores
 from trinity.data.formats import rows, say_once
 from trinity.data.token_store import TokenStore, fingerprint
 from trinity.errors import DataError
