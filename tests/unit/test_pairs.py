@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tests.unit.test_chats import CALLING, LONG, PLAIN, TOKENIZER, TOOLS, said
-from trinity.data.pairs import answers_of
+from trinity.config import DataConfig, TrainConfig, preset
+from trinity.data.pairs import answer_stores, answers_of
+from trinity.data.prepare import recipes
 from trinity.errors import DataError
 
 OTHER = [{"role": "assistant", "content": "It is not."}]
@@ -60,3 +62,27 @@ def test_control_tokens_leave_a_pair_out(tmp_path, caplog):
     bad = {"prompt": "a", "chosen": "b<|im_end|>", "rejected": "c"}
     assert len(read(tmp_path, bad, {**bad, "chosen": "b"})) == 1
     assert "left out are 1 rows with control tokens as text" in caplog.text
+
+
+def test_pairs_stay_together_in_a_store_made_of_shards_that_were_made_before(tmp_path):
+    """As `trinity prepare` makes them; whatever share is held out, no pair is parted."""
+    rows = [{"prompt": f"{n}?", "chosen": f"so {n}", "rejected": f"not {n}"} for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    TOKENIZER.save(tmp_path / "tokenizer")
+    tokenizer = str(tmp_path / "tokenizer")
+    data = DataConfig(train=(str(tmp_path / "pairs.jsonl"),), format="pairs", tokenizer=tokenizer)
+    model = preset("tiny").model_copy(update={"vocab_size": TOKENIZER.vocab_size})
+    [(recipe, files, folder)] = recipes(data, TrainConfig(), model, tmp_path / "run")
+    made = [recipe.made(each, folder).folder for each in files]
+    for fraction in (0.0, 1e-9, 0.3, 0.499):
+        train, val = answer_stores(data.train, data, TOKENIZER, fraction, 0, tmp_path / "run" / "data")
+        assert list(folder.glob("shard-*")) == made, "none is made again"
+        texts = [document(store, n) for store in (train, val) for n in range(len(store.starts_N) - 1)]
+        assert len(texts) == 42
+        assert len(train.starts_N) % 2 == len(val.starts_N) % 2 == 1
+        for wanted, unwanted in zip(texts[::2], texts[1::2], strict=True):
+            assert wanted.replace("so", "not") == unwanted
+
+
+def document(store, n):
+    return TOKENIZER.decode(list(store.tokens[store.starts_N[n] : store.starts_N[n + 1]]))

@@ -25,7 +25,7 @@ from trinity.data.length_bias import drawn
 from trinity.data.listing import listed
 from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
-from trinity.data.pairs import answer_stores
+from trinity.data.pairs import AnswerRecipe, answer_stores
 from trinity.data.prompts import PackedPrompts, prompt_stores
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.shards import Recipe
@@ -105,9 +105,17 @@ def recipes(
     folder = Path(out_dir) / "data"
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
     for part in data.parts:
-        kind = ChatRecipe if part.format == "chats" else TextRecipe
-        files = [each for found in listed((*part.train, *part.val), folder).values() for each in found]
-        yield kind(part, tokenizer), files, shards_folder(part, folder)
+        if (recipe := _recipe(part, tokenizer)) is not None:
+            files = [each for found in listed((*part.train, *part.val), folder).values() for each in found]
+            yield recipe, files, shards_folder(part, folder)
+
+
+def _recipe(data: DataConfig, tokenizer: Tokenizer) -> Recipe | None:
+    """How rows of a source become a shard; None for prompts, which are few and have none."""
+    if data.format in ("pairs", "labels"):
+        return AnswerRecipe(data.max_documents, tokenizer)
+    kinds = {"text": TextRecipe, "chats": ChatRecipe}
+    return kinds[data.format](data, tokenizer) if data.format in kinds else None
 
 
 def _in_training(
