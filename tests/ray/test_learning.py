@@ -49,7 +49,11 @@ def in_ray(config, out_dir, **train):
     return config.replace(placement=placement, train={"out_dir": str(out_dir), "num_threads_per_worker": 1, **train})
 
 
-@pytest.mark.parametrize("kind", [test_preference_runs, test_reward_runs], ids=["pairs", "prompts"])
+PAIRS, PROMPTS = pytest.param(test_preference_runs, id="pairs"), pytest.param(test_reward_runs, id="prompts")
+LATER = {"marks": pytest.mark.chaos}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(test_preference_runs, id="pairs", **LATER), PROMPTS])
 def test_two_workers_learn_as_one_process_does(ray_session, tmp_path, kind):
     """The same answers, too: which are drawn depends on their places in the step alone."""
     config = kind.config_for(tmp_path, train={"steps": 3})
@@ -65,7 +69,7 @@ def test_two_workers_learn_as_one_process_does(ray_session, tmp_path, kind):
     assert rows[-1]["val_measures"].keys() == told.validations[-1][2].keys()
 
 
-@pytest.mark.parametrize("kind", [test_preference_runs, test_reward_runs], ids=["pairs", "prompts"])
+@pytest.mark.parametrize("kind", [PAIRS, pytest.param(test_reward_runs, id="prompts", **LATER)])
 def test_a_worker_that_is_killed_costs_no_bit(ray_session, tmp_path, kind):
     config = kind.config_for(tmp_path, train={"steps": 4})
     alone, told = kind.trainer_for(config), test_preference_runs.Told()

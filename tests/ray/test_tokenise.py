@@ -10,6 +10,7 @@ from actors.jobs.tokenise import tokenise
 from trinity.config import ClusterConfig, DataConfig, TrainConfig, preset
 from trinity.data import prepare as preparing
 from trinity.errors import DataError
+from trinity.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +29,9 @@ def settings(tmp_path):
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join([*lines[20:], '{"id": 1}\n']).encode()))
     (folder / "c.txt").write_text("one document " * 100)
     (folder / "d.txt").touch()
-    return DataConfig(train=(str(folder),), val_fraction=0.1), TrainConfig(seq_len=16), preset("tiny")
+    Tokenizer.train(iter(lines), 300).save(tmp_path / "tokenizer")
+    data = DataConfig(train=(str(folder),), val_fraction=0.1, tokenizer=str(tmp_path / "tokenizer"))
+    return data, TrainConfig(seq_len=16), preset("tiny")
 
 
 def made(settings, out_dir):
@@ -65,14 +68,6 @@ def test_shards_are_those_of_one_process_and_made_once(settings, tmp_path, monke
 
 def test_a_file_that_cannot_be_read_is_named(settings, tmp_path):
     (tmp_path / "corpus" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    data = settings[0].model_copy(update={"tokenizer": str(_tokenizer(settings, tmp_path))})
     with pytest.raises(DataError, match=r"bad.jsonl:2 is not valid JSON .*; repair or remove the line"):
-        made((data, *settings[1:]), tmp_path / "out")
+        made(settings, tmp_path / "out")
     assert not list((tmp_path / "out" / "data" / "shards").glob(".shard-*")), "no half of one"
-
-
-def _tokenizer(settings, tmp_path):
-    """A tokenizer of the good files."""
-    data = DataConfig(train=(str(tmp_path / "corpus" / "a.jsonl"),))
-    preparing.prepare(data, *settings[1:], tmp_path / "tokenizer").tokenizer.save(tmp_path / "saved")
-    return tmp_path / "saved"

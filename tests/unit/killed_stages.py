@@ -21,6 +21,7 @@ from tests.unit.test_stages import story
 from tests.unit.test_trainer import trainer_for
 from trinity.cli import main as command
 from trinity.commands import train as staged
+from trinity.evaluate.exam import exam_of
 from trinity.launch import check_out_dir, rewound
 from trinity.observability.train_log import TrainLog
 
@@ -58,6 +59,7 @@ def train_here(config, served, cluster, num_workers):
     if point is not None and not rewound(config, point):
         return None
     trainer = trainer_for(config)
+    trainer.examine_with(exam_of(trainer))
     trainer.logs = [TrainLog(config.train.out_dir, config.train.steps)]
     return trainer.run()
 

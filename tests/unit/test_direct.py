@@ -288,10 +288,10 @@ def test_inference_goes_on_while_the_shard_computes_for_training(served):
     inside, go_on = threading.Event(), threading.Event()
     backend = shard.backend
 
-    def slow(x_RD, assigned, weights):
+    def slow(*given):
         inside.set()
         go_on.wait(10)
-        return backend(x_RD, assigned, weights)
+        return backend(*given)
 
     with shard.lock:  # as training has it
         got = []

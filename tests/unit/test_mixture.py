@@ -254,7 +254,7 @@ def test_sources_that_cannot_be_are_refused_by_name(data, says):
 
 def test_a_source_that_is_missing_or_empty_is_named_before_a_step(files, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    for name, says in (("nowhere.txt", "no text file matches"), ("empty.txt", "the data holds no text")):
+    for name, says in (("nowhere.txt", "no text file matches"), ("empty.txt", "every document is empty")):
         config = mixed(files, tmp_path / "run", 1)
         bad = [*sources(files, 1), {"name": "mine", "train": str(tmp_path / name)}]
         with pytest.raises(DataError, match=f"source 'mine': .*{says}"):

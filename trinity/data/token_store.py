@@ -32,6 +32,7 @@ from trinity.text.tokenizer import Tokenizer, cut
 
 BATCH_CHARS = 4 << 20  # tokenised at a time; longer documents in pieces, so that memory stays bounded
 CHUNK = 1 << 22  # tokens hashed at a time
+NO_TEXT = "text: every document is empty"
 
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def write_order(
     val_fraction: float,
     seed: int,
     most: int | None = None,
-    what: str = "text",
+    what: str = NO_TEXT,
 ) -> None:
     """Write the order of the documents of each side, `most` of all at most, and what was left out. Raises DataError."""
     sources = list(sources)
