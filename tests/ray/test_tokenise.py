@@ -70,4 +70,5 @@ def test_a_file_that_cannot_be_read_is_named(settings, tmp_path):
     (tmp_path / "corpus" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(DataError, match=r"bad.jsonl:2 is not valid JSON .*; repair or remove the line"):
         made(settings, tmp_path / "out")
-    assert not list((tmp_path / "out" / "data" / "shards").glob(".shard-*")), "no half of one"
+    shards = (tmp_path / "out" / "data" / "shards").glob("shard-*/shard.json")
+    assert not any("bad.jsonl" in file.read_text() for file in shards), "no half of one has its name"

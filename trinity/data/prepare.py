@@ -111,7 +111,7 @@ def recipes(
 
 
 def _recipe(data: DataConfig, tokenizer: Tokenizer) -> Recipe | None:
-    """How rows of a source become a shard; None for prompts, which are few and have none."""
+    """Recipe of a source's shards; None for prompts, which are few and have none."""
     if data.format in ("pairs", "labels"):
         return AnswerRecipe(data.max_documents, tokenizer)
     kinds = {"text": TextRecipe, "chats": ChatRecipe}
