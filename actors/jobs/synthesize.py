@@ -16,8 +16,9 @@ def made_by_workers(
     ended a worker."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     each = max(1, config.server.concurrency // config.workers)
+    actors = ray.data.ActorPoolStrategy(size=config.workers)
     found = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards)).map_batches(
-        Maker, fn_constructor_args=(config, url, key, model, each), concurrency=config.workers, batch_size=OPEN_SHARDS
+        Maker, fn_constructor_args=(config, url, key, model, each), compute=actors, batch_size=OPEN_SHARDS
     )
     for row in found.iter_rows():
         if row["error"]:
