@@ -37,12 +37,12 @@ soak: setup
 
 # lm-eval in an environment of its own, over this one's torch and transformers, against our server.
 interop-lm-eval: setup
-	scripts/setup_lm_eval.sh $(BIN)/python .venv-lm-eval
+	scripts/setup_beside.sh $(BIN)/python .venv-lm-eval 'lm_eval[api]==0.4.13' accelerate peft
 	LM_EVAL_PYTHON=$(CURDIR)/.venv-lm-eval/bin/python $(BIN)/pytest -m interop tests/interop/test_lm_eval.py
 
 # TRL in an environment of its own, over this one's torch and transformers: losses and gradients on the same tiny models.
 interop-trl: setup
-	scripts/setup_trl.sh $(BIN)/python .venv-trl
+	scripts/setup_beside.sh $(BIN)/python .venv-trl trl==1.16.0 accelerate
 	.venv-trl/bin/python -m pytest -m interop tests/interop/test_trl.py
 
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from actors.control.ledger import Ledger
+from tests.unit.killed_stages import train_here
 from tests.unit.test_stages import story
 from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401  a fixture
 from trinity.checkpoint import latest_checkpoint
@@ -264,17 +265,10 @@ def staged(texts, tmp_path, monkeypatch, *flags, at_least, steps=3):  # noqa: F8
     """-> (exit code, stages that ran) of the command, with runs in this process."""
     made = []
 
-    def run_here(config, served, cluster, num_workers):
-        from trinity.launch import check_out_dir, rewound
-
-        point = check_out_dir(config)
-        if point is not None and not rewound(config, point):
-            return None
-        made.append(Path(config.train.out_dir).name)
-        trainer = trainer_for(config, num_shards=2)
-        trainer.examine_with(exam_of(trainer))
-        trainer.logs = [TrainLog(config.train.out_dir, config.train.steps)]
-        return trainer.run()
+    def run_here(config, *given):
+        result = train_here(config, *given)
+        made.extend([Path(config.train.out_dir).name] if result is not None else [])
+        return result
 
     tree = story(texts, tmp_path)
     tree["stages"][1]["evaluate"] = {"tasks": [{**GATE, "at_least": at_least}]}

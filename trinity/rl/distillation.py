@@ -11,18 +11,14 @@ as it lies, in one pass. Validation is the student's own cross-entropy.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trinity.config import Config
 from trinity.data.dataset import IGNORE, Batch
-from trinity.data.prepare import Prepared
 from trinity.errors import ConfigError
 from trinity.models.common.decoder import Output
 from trinity.models.common.layers import product
-from trinity.pool.pool import ExpertPool
 from trinity.rl.judges import frozen
-from trinity.state.versioned_store import Store
-from trinity.train.collectives import Comm
 from trinity.train.loss import CHUNK, Losses, Objective, Whole, in_chunks, packed_inputs
 from trinity.train.trainer import Trainer
 
@@ -77,17 +73,8 @@ def _divergences(head_VD: Tensor, hidden_CD: Tensor, ids_CK: Tensor, logprobs_CK
 class DistillationTrainer(Trainer):
     """A Trainer whose micro-batches come with what `distill.teacher` says of them."""
 
-    def __init__(
-        self,
-        config: Config,
-        pool: ExpertPool,
-        data: Prepared,
-        comm: Comm,
-        device: str = "cpu",
-        store: Store | None = None,
-        job: str = "",
-    ):
-        super().__init__(config, pool, data, comm, device, store, DistillationObjective, job)
+    def new_objective(self) -> nn.Module:
+        return DistillationObjective(self.model, self.config)
 
     def start(self) -> None:
         """Get the weights, and the teacher. Raises ConfigError for one with another tokenizer."""

@@ -9,17 +9,12 @@ the ratio of a whole sequence (arXiv 2507.18071, 2510.11370).
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trinity.config import Config
-from trinity.data.prepare import Prepared
 from trinity.errors import InvalidRequest
 from trinity.observability.train_log import StepMetrics
-from trinity.pool.pool import ExpertPool
 from trinity.rl.policy import SAMPLED, Judged, PolicyObjective, policy_batch
 from trinity.rl.rollout import Sample
-from trinity.state.versioned_store import Store
-from trinity.train.collectives import Comm
 from trinity.train.trainer import Trainer
 
 
@@ -38,17 +33,8 @@ def group_advantages(rewards: Sequence[float], group_size: int, scale_by_std: bo
 class PolicyTrainer(Trainer):
     """A Trainer whose `learn` takes samples where `step` takes text. Both count as steps and make the next version."""
 
-    def __init__(
-        self,
-        config: Config,
-        pool: ExpertPool,
-        data: Prepared,
-        comm: Comm,
-        device: str = "cpu",
-        store: Store | None = None,
-        job: str = "",
-    ):
-        super().__init__(config, pool, data, comm, device, store, PolicyObjective, job)
+    def new_objective(self) -> nn.Module:
+        return PolicyObjective(self.model, self.config)
 
     def learn(self, samples: Sequence[Sample], advantages: Sequence[float]) -> StepMetrics:
         """One optimizer step on this worker's samples, in micro-batches as text is; `loss` is the surrogate's.

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from trinity.config import Config
 from trinity.data.answers import PackedAnswers
 from trinity.data.dataset import Batch
-from trinity.data.prepare import Prepared
 from trinity.errors import ConfigError, InvalidRequest
 from trinity.observability.train_log import StepMetrics
-from trinity.pool.pool import ExpertPool
 from trinity.rl.preferences import AnswerObjective, LabelObjective, Pair, PairObjective, pair_batch
 from trinity.rl.reference import reference_scores
-from trinity.state.versioned_store import Store
-from trinity.train.collectives import Comm
 from trinity.train.microbatches import plain
 from trinity.train.trainer import Trainer
 
@@ -27,18 +25,9 @@ class PreferenceTrainer(Trainer):
     """A Trainer whose `step` takes the answers of its data (data.format pairs or labels), and whose `prefer` takes pairs: in
     a step train.global_batch_size of either."""
 
-    def __init__(
-        self,
-        config: Config,
-        pool: ExpertPool,
-        data: Prepared,
-        comm: Comm,
-        device: str = "cpu",
-        store: Store | None = None,
-        job: str = "",
-    ):
-        objective = LabelObjective if config.data.format == "labels" else PairObjective
-        super().__init__(config, pool, data, comm, device, store, objective, job)
+    def new_objective(self) -> nn.Module:
+        kind = LabelObjective if self.config.data.format == "labels" else PairObjective
+        return kind(self.model, self.config)
 
     def start(self) -> None:
         """Get the weights, and the reference scores of the data's answers."""

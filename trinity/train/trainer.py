@@ -26,7 +26,6 @@ from trinity.checkpoint import latest_checkpoint
 from trinity.config import Config
 from trinity.data.prepare import Prepared
 from trinity.errors import TrinityError
-from trinity.models.common.decoder import CausalLM
 from trinity.models.common.losses import max_vio
 from trinity.models.registry import build
 from trinity.observability.train_log import RunLog, StepMetrics
@@ -70,7 +69,6 @@ class Trainer:
         comm: Comm,
         device: str = "cpu",
         store: Store | None = None,
-        objective: Callable[[CausalLM, Config], nn.Module] = Objective,
         job: str = "",
     ):
         self.config, self.pool, self.data, self.comm = config, pool, data, comm
@@ -82,7 +80,7 @@ class Trainer:
         self.identity = RunIdentity.of(config, data, job)
         self.recovery = Recovery(config, pool, comm, self.backbone, self.identity)
         self.saver = AsyncCheckpointer(config, pool, self.backbone, data.tokenizer)
-        self.objective: nn.Module = objective(self.model, config)
+        self.objective = self.new_objective()
         if comm.world > 1 and self.backbone.trained:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
             self.objective.register_comm_hook(None, sum_gradients)
@@ -102,6 +100,10 @@ class Trainer:
     @property
     def version(self) -> int:
         return self.backbone.version
+
+    def new_objective(self) -> nn.Module:
+        """The loss of what its micro-batches are."""
+        return Objective(self.model, self.config)
 
     def examine_with(self, exam: Exam) -> None:
         """Have that exam decide, with `run`, what is served; before the first step."""
