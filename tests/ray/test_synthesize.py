@@ -4,7 +4,7 @@ import pytest
 
 from actors.jobs.synthesize import made_by_workers
 from tests.unit.model_server import ModelServer
-from tests.unit.test_synthesis import config_of, content, inputs, synthesized, tokenizer  # noqa: F401  fixtures
+from tests.unit.synthesis_runs import config_of, content, inputs, synthesized, tokenizer  # noqa: F401  fixtures
 from trinity.errors import Unavailable
 from trinity.synthesis.run import Run
 

@@ -1,138 +1,47 @@
 """Synthetic data from a server that is scripted: every question once, whatever dies, with its provenance."""
 
+# ruff: noqa: F811  # fixtures are imported, and are arguments
+
 import errno
 import fcntl
-import gzip
 import json
 import os
-import random
 import signal
 import subprocess
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.commands import ENV, command
 from tests.unit.model_server import DROP, VERSIONS, ModelServer, backwards
+from tests.unit.synthesis_runs import (  # noqa: F401  fixtures, some of them
+    TEMPLATE,
+    WORDS,
+    _pauses,
+    config_of,
+    content,
+    found_in,
+    inputs,
+    key_of,
+    sources,
+    synthesized,
+    tokenizer,
+    tree,
+    wanted,
+)
 from tests.waiting import WAIT_S
 from trinity.cli import main
 from trinity.config import SynthesisConfig
 from trinity.config.tree import section
 from trinity.data.documents import documents
-from trinity.data.formats import rows
 from trinity.errors import ConfigError, DataError, ModelNotFound, Unauthenticated, Unavailable
 from trinity.synthesis import asking, journal
 from trinity.synthesis.maker import OPEN_SHARDS, Maker, Planner, content_of
-from trinity.synthesis.passages import passages
 from trinity.synthesis.report import table
-from trinity.synthesis.run import Run, made_here
-from trinity.synthesis.styles import hash_of, templates_of
-from trinity.text.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[2]
-WORDS = [
-    "river", "stone", "light", "garden", "winter", "copper", "signal", "harbour",
-    "meadow", "lantern", "orchard", "thunder", "velvet", "compass", "marble",
-]  # fmt: skip
-PROMPT = "{manner}. Passage: {text}"
-TEMPLATE = {"prompt": PROMPT, "values": {"manner": ["Plainly", "Briefly"]}, "temperature": 0.6, "max_tokens": 64}
-MOST = 20  # tokens of a passage
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    Tokenizer.train(iter([" ".join(WORDS) * 20]), 400).save(folder)
-    return folder
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """Three files: rows, a text of several paragraphs, packed rows."""
-    folder, chance = tmp_path / "in", random.Random(0)
-    folder.mkdir()
-
-    def text(num_paragraphs):
-        return "\n\n".join(" ".join(chance.choices(WORDS, k=14)) for _ in range(num_paragraphs))
-
-    def lines():
-        return "".join(json.dumps({"text": text(2)}) + "\n" for _ in range(4))
-
-    (folder / "a.jsonl").write_text(lines())
-    (folder / "b.txt").write_text(text(5))
-    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines().encode(), mtime=0))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _pauses(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(asking, "SAY_AFTER_S", 0)
-
-
-def tree(inputs, tokenizer, url, out, **more):
-    given = {
-        "input": {"paths": [str(inputs)], "tokenizer": str(tokenizer), "chunk_tokens": MOST, "min_chunk_tokens": 4},
-        "server": {"url": url, "concurrency": 3},
-        "styles": ["backwards"],
-        "templates": {"backwards": TEMPLATE},
-        "output": {"dir": str(out), "packing": ".zst"},
-    }
-    for name, values in more.items():
-        given[name] = {**given[name], **values} if name in given and isinstance(values, dict) else values
-    return given
-
-
-def config_of(*args, **more):
-    return section(SynthesisConfig, "", tree(*args, **more))
-
-
-def synthesized(config, model="backwards"):
-    """Run to the end; -> the run."""
-    run = Run(config)
-    with run.owned(model):
-        maker = Maker(config, config.server.url, "secret", model, config.server.concurrency)
-        run.synthesize(lambda shards: made_here(maker, shards))
-    return run
-
-
-def found_in(run, what="data"):
-    """Every row in that folder."""
-    return [row for file in sorted((run.folder / what).iterdir()) for _, row in rows(file)]
-
-
-def content(run):
-    """The bytes of everything that a finished run has, but for when its files were looked at."""
-    return {
-        file.relative_to(run.folder): file.read_bytes()
-        for name in ("data", "left_out", "partial")
-        for file in sorted((run.folder / name).rglob("*"))
-        if file.is_file()
-    }
-
-
-def sources(out):
-    """The documents that a training would read of a run so far."""
-    return list(documents([str(out / "data")])) if list(out.glob("data/[!.]*")) else []
-
-
-def wanted(inputs, tokenizer):
-    """(file, document, passage) -> the passage."""
-    core = Tokenizer.load(tokenizer)
-    return {
-        (str(file), n, m): passage
-        for file in sorted(inputs.iterdir())
-        for n, text in enumerate(documents([str(file)]))
-        for m, passage in enumerate(passages(text, core, MOST))
-    }
-
-
-def key_of(row):
-    made = row["provenance"]
-    return made["source"], made["document"], made["passage"]
+from trinity.synthesis.run import Run
+from trinity.synthesis.styles import hash_of
 
 
 def test_each_passage_has_one_row_with_its_provenance(inputs, tokenizer, tmp_path):
@@ -379,71 +288,6 @@ def test_a_folder_is_of_one_run_and_one_set_of_settings(inputs, tokenizer, tmp_p
         (inputs / "b.txt").write_text("another text")
         with pytest.raises(DataError, match=r"b\.txt has changed since .*data/b-"):
             synthesized(run.config)
-
-
-def test_the_example_in_the_documents_is_whole():
-    """All but the tokenizer of a run that the reader has."""
-    config = SynthesisConfig.load(ROOT / "docs" / "synthesize.yaml")
-    assert list(templates_of(config)) == ["rephrase", "qa", "plain"]
-    assert SynthesisConfig.model_validate(config.model_dump()) == config
-
-
-def test_a_dry_run_shows_prompts_and_asks_nobody(inputs, tokenizer, tmp_path, capsys):
-    file = tmp_path / "synthesize.yaml"
-    file.write_text(yaml.safe_dump(tree(inputs, tokenizer, "http://127.0.0.1:9", tmp_path / "out")))
-    assert main(["synthesize", str(file), "--dry-run", "--styles", "[backwards, rephrase]"]) == 0
-    said = capsys.readouterr().out
-    assert "=== backwards:" in said
-    assert "Rewrite the following text" in said
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        ({"styles": ["poem"]}, "styles has 'poem'; there are rephrase, qa, table"),
-        ({"styles": ["qa"]}, "templates has 'backwards', which styles does not name"),
-        ({"styles": []}, "styles: should name one style or more"),
-        ({"styles_per_passage": 2}, "styles_per_passage is 2; there are 1 styles"),
-        ({"output": {"rows": "messages"}}, "style 'backwards' has no turns of a chat"),
-        ({"templates": {"backwards": {"prompt": "no place"}}}, "the prompt has no {text}"),
-        ({"templates": {"backwards": {"prompt": "{text} {tone}"}}}, "placeholder {tone} is not known, only text"),
-        ({"templates": {"backwards": {"prompt": "{text.__class__}"}}}, "{text.__class__} is no placeholder"),
-        ({"templates": {"backwards": {"prompt": "{text!r}"}}}, "is no placeholder; give a plain name"),
-        ({"templates": {"backwards": {"prompt": "{text} {"}}}, "templates.backwards: "),
-        ({"templates": {"backwards": {"prompt": "{text}", "values": {"tone": ["dry"]}}}}, "values has tone, which no"),
-        ({"templates": {"backwards": {"prompt": "{text} {a}", "values": {"a": []}}}}, "values has nothing for a"),
-        ({"templates": {"backwards": {"prompt": "{text}", "promptt": "x"}}}, "templates.backwards.promptt: Extra inputs"),
-        ({"templates": {"backwards": {"prompt": "{text}", "length_ratio": [2, 1]}}}, "length_ratio [2.0, 1.0]"),
-        ({"server": {"url": None}}, "give either url, a server's address, or checkpoint"),
-        ({"server": {"url": "127.0.0.1:8000"}}, "server.url: should begin with http://"),
-        (
-            {"server": {"url": None, "checkpoint": "x"}, "workers": 2, "cluster": {"address": "auto"}},
-            "a checkpoint is served on this machine's loopback only",
-        ),
-        ({"server": {"urll": "x"}}, "unknown setting 'server.urll'; did you mean 'server.url'?"),
-        ({"input": {"tokenizer": None}}, "input.tokenizer must say by which tokens"),
-        ({"input": {"tokenizer": "/nowhere"}}, "tokenizer /nowhere does not exist"),
-        ({"input": {"paths": ["/nowhere/*.txt"]}}, "no text file matches '/nowhere/*.txt'"),
-        ({"input": {"min_chunk_tokens": 99}}, "min_chunk_tokens 99 is more than chunk_tokens 20"),
-        ({"checks": {"benchmarks": ["/nowhere"]}}, "no text file matches '/nowhere'"),
-        ({"checks": {"refusals": [" "]}}, "a phrase is empty"),
-        ({"checks": {"max_copied": 1.5}}, "checks.max_copied: Input should be less than or equal to 1"),
-        ({"server": {"model": "other"}}, "model 'other' is not served at"),
-        ({"input": {"chunk_tokens": 5000}}, "backwards takes 4,096: lower input.chunk_tokens"),
-        ({"server": {"api_key_file": "/nowhere"}}, "key file /nowhere does not exist"),
-        ({"input": {"text_field": "body"}}, "a.jsonl has no text in 'body', only text"),
-        ({"server": {"url": "http://127.0.0.1:9"}}, "no server at http://127.0.0.1:9"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_bad_settings_are_named_before_anybody_is_asked(inputs, tokenizer, tmp_path, capsys, more, says):
-    file = tmp_path / "synthesize.yaml"
-    with ModelServer() as server:
-        file.write_text(yaml.safe_dump(tree(inputs, tokenizer, server.url, tmp_path / "out", **more)))
-        assert main(["synthesize", str(file)]) == 2
-    assert says in capsys.readouterr().err
-    assert not server.asked
 
 
 def test_a_file_that_changed_under_its_journal_is_begun_anew(inputs, tokenizer, tmp_path):
