@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from actors.dataplane import frames
 from actors.dataplane.server import RequestQueue
 from tests.unit.engine_fakes import fake_engine, run_all, solo
 from trinity.engine.pace import FIRST_TOKENS, Pace
@@ -149,6 +150,24 @@ def test_the_least_that_a_prompt_takes_is_known_from_full_passes_and_from_the_sh
         pace.took(100, 1.0)
     assert 10.0 <= pace.least_s(1000) < 10.3
     assert 0.05 <= pace.least_s(1) < 0.06
+
+
+def test_a_pass_is_as_urgent_as_its_most_urgent_request_all_the_way():
+    engine, found = fake_engine(), []
+    model = engine._versions.model(0)
+    forward_all, model.forward_all = (
+        model.forward_all,
+        lambda p: [found.append(model.experts.priority), forward_all(p)][1],
+    )
+    engine.add("later", (1,), LATER)
+    engine.step()
+    engine.add("urgent", (1,), URGENT)
+    engine.step()
+    engine.step()
+    assert found == [3, -2, -2]
+    header, rows = frames.request(7, forward(-2))
+    limits = frames.FrameLimits(4, 1, torch.float32)
+    assert frames.call_of(frames.Header.unpack(header), rows, limits, time.monotonic()).priority == -2
 
 
 class Slow:

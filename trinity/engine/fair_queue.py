@@ -1,10 +1,11 @@
 """Queue in which what is urgent comes first, and clients take turns: next is the one that the engine has computed least for,
 by weight.
 
-Decisions: priorities are strict; among requests of one priority clients take turns. A count of tokens for each client, prompt
-and generated alike, divided by its weight (the virtual token counter of Sheng et al. 2024, arXiv 2401.00588). Whoever had
-nothing waiting starts at the count of the one that is next, or was last, so that nobody saves turns up. The requests of one client
-come in their order; with one client that is first come, first served. What a client was computed counts whatever its priority was.
+Decisions: priorities are strict; among requests of one priority clients take turns. A count of tokens for each client,
+prompt and generated alike, divided by its weight (the virtual token counter of Sheng et al. 2024, arXiv 2401.00588).
+Whoever had nothing waiting starts at the count of the one that is next, or was last, so that nobody saves turns up. The
+requests of one client come in their order; with one client that is first come, first served. What a client was computed
+counts whatever its priority was.
 """
 
 from collections import deque
