@@ -76,6 +76,7 @@ class EngineStats:
     num_quarantined: int = 0
     num_repeats: int = 0
     switch_seconds: float = 0.0
+    longest_pass_seconds: float = 0.0  # of the last minute
     num_dispatch_retries: int = 0
     dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(
         default_factory=dict
@@ -340,6 +341,7 @@ class Engine:
             num_quarantined=self._versions.num_quarantined,
             num_repeats=self._repeats.num,
             switch_seconds=self._versions.switch_s,
+            longest_pass_seconds=self._pace.longest_s,
             num_dispatch_retries=retries,
             dispatch_seconds=seconds,
         )
