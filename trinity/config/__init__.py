@@ -18,7 +18,7 @@ from trinity.config.env import (
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
-from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
@@ -67,6 +67,7 @@ __all__ = [
     "PlacementConfig",
     "PreferenceConfig",
     "RLConfig",
+    "RewardConfig",
     "ServeConfig",
     "SourceConfig",
     "SynthesisConfig",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from trinity.config import RLConfig
+from trinity.config import RewardConfig
 from trinity.errors import ConfigError
 from trinity.utils.boxes import Boxes
 
@@ -24,7 +24,7 @@ START_S = 60.0  # to look a function up, once it was imported
 class Rewards:
     """Asks the functions of `settings.rewards`. Processes start with the first answer, and end with this one."""
 
-    def __init__(self, settings: RLConfig):
+    def __init__(self, settings: RewardConfig):
         self.settings = settings
         self.weights = settings.reward_weights or (1.0,) * len(settings.rewards)
         command = [sys.executable, "-P", "-c", PROGRAM, *filter(None, sys.path)]
