@@ -70,11 +70,11 @@ class RewardTrainer(PolicyTrainer):
 
     def next_prompts(self) -> tuple[list[Prompt], int]:
         """This worker's prompts of the step, and the place of its first answer among all answers of the run."""
-        group, num_of_all = self.config.rl.group_size, self.config.train.global_batch_size
-        num = num_of_all // group
-        mine = np.array_split(self.data.train.sequences(self.position, num), self.comm.world)[self.comm.rank]
-        place = self.comm.rank * (num // self.comm.world)
-        return self.data.train.take(mine), self.position * num_of_all + place * group
+        group, answers = self.config.rl.group_size, self.sequences
+        prompts = answers.groups(group)
+        mine = np.array_split(self.data.train.sequences(prompts), self.comm.world)[self.comm.rank]
+        place = self.comm.rank * (prompts.num // self.comm.world)
+        return self.data.train.take(mine), answers.first + place * group
 
     def drawn(self, prompts: Sequence[Prompt], first: int, num: int | None = None, **how: Any) -> list[Sample]:
         """`num` answers to each prompt, rl.group_size unless told otherwise. What dies meanwhile is waited for."""
@@ -142,9 +142,9 @@ def _is_cut(sample: Sample) -> bool:
 def check(config: Config) -> None:
     """Raise ConfigError for settings that no step could be taken with: sizes, reward functions, a reference."""
     settings, group = config.train, config.rl.group_size
-    if settings.global_batch_size % (group * settings.num_workers):
+    if uneven := next((size for size in settings.batch_sizes if size % (group * settings.num_workers)), 0):
         raise ConfigError(
-            f"train.global_batch_size {settings.global_batch_size} answers are no groups of rl.group_size {group} for each of "
+            f"train.global_batch_size {uneven} answers are no groups of rl.group_size {group} for each of "
             f"{settings.num_workers} workers; make it a multiple of {group * settings.num_workers}"
         )
     if config.rl.kl and settings.init_from is None:
