@@ -144,6 +144,11 @@ def test_rewards_are_asked_elsewhere_and_failures_are_counted(tmp_path, caplog):
         ({"rewards": "nowhere.to.be:found"}, {}, "nowhere.to.be:found cannot be imported: ModuleNotFoundError"),
         ({"rewards": "{folder}/grades.py:number"}, {}, "number is a int, no function"),
         ({"rewards": "{folder}/grades.py:nobody"}, {}, "no attribute 'nobody'"),
+        (
+            {"rewards": (), "environment": "nowhere.to.be:found"},
+            {},
+            "environment nowhere.to.be:found cannot be imported",
+        ),
         ({"group_size": 3}, {}, r"8 answers are no groups of rl\.group_size 3"),
         ({"kl": 0.1}, {}, r"rl\.kl holds to the weights of train\.init_from"),
     ],
@@ -161,7 +166,8 @@ def test_runs_that_could_take_no_step_are_refused(tmp_path, rl, train, says):
         ({"rewards": "nothing"}, "'nothing' names no function; write module:function"),
         ({"reward_weights": (1.0, 2.0)}, "2 reward_weights for 1 rewards"),
         ({"icepop_band": (2.0, 5.0)}, "does not have 1 inside"),
-        ({"teacher": "somewhere"}, "rewards and a teacher both judge"),
+        ({"teacher": "somewhere"}, "rewards, a teacher and an environment each judge"),
+        ({"rewards": (), "environment": "somewhere"}, "'somewhere' names no function"),
     ],
 )
 def test_settings_that_cannot_be_are_named(tmp_path, rl, says):
