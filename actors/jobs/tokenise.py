@@ -5,6 +5,7 @@ that was killed goes on with what is missing. The folder is one that all nodes s
 its name; shards that are made until then stay.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ def tokenise(recipe: Recipe, files: Sequence[Found], folder: Path, told: Callabl
     missing = recipe.missing(files, folder)
     if not missing:
         return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `told` is who says how far it is
     ray.data.DataContext.get_current().enable_progress_bars = False
     numbers = ray.data.from_items([{"number": n} for n in range(len(missing))], override_num_blocks=len(missing))
     make = partial(_made, recipe, missing, folder)
