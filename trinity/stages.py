@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from trinity.checkpoint import step_path
 from trinity.config import Config, merge
-from trinity.data.documents import files
+from trinity.data.listing import listed
 from trinity.errors import ConfigError
 from trinity.evaluate.tasks import check
 
@@ -48,10 +48,15 @@ def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
         found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
     for stage in found:
         check(stage.config.evaluate, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
-        for part in stage.config.data.parts:
-            for pattern in (*part.train, *part.val):
-                files(pattern)  # a source that is not there is named before a step is spent
+        if not stage.checkpoint.is_dir():  # else it needs none any more
+            _check_sources(stage.config)
     return tuple(found)
+
+
+def _check_sources(config: Config) -> None:
+    """Name a source that is not there before a step is spent; one whose store is away counts where it is prepared."""
+    for part in config.data.parts:
+        listed((*part.train, *part.val), Path(config.train.out_dir) / "data")
 
 
 def _checked_name(own: Any, number: int, taken: list[str]) -> str:

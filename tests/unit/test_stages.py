@@ -17,7 +17,8 @@ from trinity import __version__
 from trinity.checkpoint import open_checkpoint
 from trinity.checkpoint.export import export
 from trinity.cli import main
-from trinity.errors import ConfigError, DataError
+from trinity.data.remote import RemoteFile
+from trinity.errors import ConfigError, DataError, Unavailable
 from trinity.experts.stacked import kinds_of, named_matrices
 from trinity.launch import check_out_dir, rewound
 from trinity.stages import read_stages
@@ -208,6 +209,33 @@ def test_stages_that_cannot_be_are_refused_by_name(texts, tmp_path, stages, says
 def test_a_source_that_is_missing_is_named_before_a_step(texts, tmp_path):  # noqa: F811
     with pytest.raises(DataError, match=r"no text file matches '/nowhere\.jsonl'"):
         read_stages(story(texts, tmp_path, {"name": "more", "data": {"train": ["/nowhere.jsonl"]}}))
+
+
+def test_a_stage_that_is_done_needs_its_sources_no_more(texts, tmp_path):  # noqa: F811
+    tree = story(texts, tmp_path)
+    tree["stages"][0]["data"] = {"train": [str(tmp_path / "read.txt")]}
+    with pytest.raises(DataError, match=r"no text file matches '.*read\.txt'"):
+        read_stages(tree)
+    (tmp_path / "run" / "1-TrueBase" / "step-000002").mkdir(parents=True)
+    assert len(read_stages(tree)) == 3
+
+
+def test_a_store_that_is_away_stops_no_stage_whose_data_are_prepared(texts, tmp_path, monkeypatch):  # noqa: F811
+    tree = story(texts, tmp_path, {"name": "more", "data": {"train": ["s3://bucket/a.txt"]}})
+    found, away = [("s3://bucket/a.txt", 3, "x")], []
+
+    def asked(address):
+        if away:
+            raise Unavailable("s3://bucket does not answer")
+        return [RemoteFile(*each) for each in found], ""
+
+    monkeypatch.setattr("trinity.data.remote.listed", asked)
+    assert len(read_stages(tree)) == 4
+    away.append(True)
+    assert len(read_stages(tree)) == 4
+    shutil.rmtree(tmp_path / "run" / "4-more")
+    with pytest.raises(Unavailable, match="does not answer"):
+        read_stages(tree)
 
 
 def test_an_export_takes_no_others_place(texts, tmp_path):  # noqa: F811

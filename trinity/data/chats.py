@@ -144,7 +144,7 @@ def _joined(parts: Sequence[Any], where: str) -> str:
 
 
 def _text_of(part: Any) -> str | None:
-    """What a part says: a text, or a refusal."""
+    """Text of a part, or its refusal; None where it has neither."""
     told = [part.get(name) for name in ("text", "refusal")] if isinstance(part, dict) else []
     return next((text for text in told if isinstance(text, str)), None)
 
