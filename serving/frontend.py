@@ -16,12 +16,13 @@ from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from serving.access import ASKS
+from serving.continuation import Continuing, Engines
 from serving.limits import Admission
 from serving.metrics import Exporter
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
-from trinity.config import Client, ServeConfig
+from trinity.config import ServeConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
@@ -52,12 +53,8 @@ class EngineInfo:
     moe_layers: tuple[int, ...] = ()  # layers with routed experts
 
 
-class EngineClient(Protocol):
-    """An engine near or far. Closing the generator frees what the request holds."""
-
-    def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncGenerator[Delta, None]: ...
+class EngineClient(Engines, Protocol):
+    """An engine near or far. Closing the generator frees what the request holds. EngineLost: another one can go on."""
 
     async def info(self) -> EngineInfo: ...
 
@@ -92,6 +89,7 @@ class Frontend:
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
         self.admission = Admission(config)
         self.metrics = Exporter(info.model)
+        self.streams = Continuing(engine, self.metrics.continued)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.training = TrainingRun(source)
@@ -211,7 +209,7 @@ class Frontend:
             self.metrics.sequence() as clock,
             self.tracing.sequence(request_id, len(prompt_ids), params) as span,
         ):
-            stream = self.engine.generate(request_id, prompt_ids, params, budget_s, client)
+            stream = self.streams.generate(request_id, prompt_ids, params, budget_s, client)
             async with aclosing(stream):
                 while (delta := await self._next(stream, deadline, budget_s)) is not None:
                     _raise_failure(delta)
@@ -220,7 +218,6 @@ class Frontend:
                     yield delta
                     if delta.finish_reason is not None:
                         return
-            raise Unavailable("the engine ended the stream early; send the request again")
 
     async def monitor(self, period_s: float = 1.0, on_change: Any = None) -> None:
         """Probe the engine for ever; `on_change(ready)` is awaited whenever readiness changes."""

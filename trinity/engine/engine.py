@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
+from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache, plan_layout
@@ -40,6 +41,7 @@ from trinity.errors import (
     Overloaded,
     StepConflict,
     TrinityError,
+    Unavailable,
     VersionGone,
     WrongEpoch,
 )
@@ -125,8 +127,10 @@ class Engine:
         params: SamplingParams | None = None,
         client: Client = ANYBODY,
         words: BadWords | None = None,
+        begun: Begun | None = None,
     ) -> None:
-        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before.
+        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. An answer that has
+        `begun` elsewhere goes on here after its last token.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
         params = self.defaults.fill(params or SamplingParams())
@@ -148,9 +152,23 @@ class Engine:
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
         sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, progress=progress)
+        if begun is not None and begun.token_ids:
+            self._resume(sequence, begun)
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
+
+    def _resume(self, sequence: Sequence, begun: Begun) -> None:
+        length = sequence.num_prompt + len(begun.token_ids)
+        if length >= self.max_model_len:
+            raise Unavailable(
+                f"prompt and answer have {length} tokens so far; this engine takes {self.max_model_len}, less than the one "
+                "that began: give all of them the same engine.max_model_len"
+            )
+        self._check_ids(begun.token_ids, "begun")
+        if sequence.params.version_policy == "pinned":
+            self._versions.pin_to(sequence, begun.version)
+        resume(sequence, begun)
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
