@@ -11,9 +11,10 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
-from typing import Protocol
+from contextlib import AsyncExitStack, ExitStack, aclosing
+from typing import Any, Protocol
 
+from serving.pins import Pins
 from trinity.config import Client
 from trinity.engine.begun import Begun
 from trinity.engine.request import Delta, SamplingParams
@@ -43,17 +44,23 @@ class Engines(Protocol):
 class Answer:
     """Tokens of one answer as its caller has them, and the engines that it has lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[int], None] | None) -> None:
+        """`keep` hears of the version that it is pinned to."""
+        self._keep = keep
         self._token_ids: list[int] = []
         self._first_version = self._version = 0
         self.num_losses = self._num_in_a_row = self._num_tries = 0
+        self.is_complete = False
         self._lost_s: float | None = None
 
     def add(self, delta: Delta) -> float | None:
         """Note what has come; -> the seconds since its engine was lost, with the first Delta after that."""
+        if self._keep is not None and delta.token_ids and not self._token_ids:
+            self._keep(delta.version)
         self._token_ids += delta.token_ids
         self._first_version, self._version = delta.first_version, delta.version
         self._num_in_a_row = self._num_tries = 0
+        self.is_complete = delta.finish_reason is not None
         lost_s, self._lost_s = self._lost_s, None
         return None if lost_s is None else time.perf_counter() - lost_s
 
@@ -62,17 +69,18 @@ class Answer:
         return Begun(tuple(self._token_ids), self._first_version, self._version)
 
     @property
-    def is_between(self) -> bool:
-        """Is it without an engine, after it had one?"""
-        return self._lost_s is not None
-
-    @property
     def is_suspect(self) -> bool:
         """Will it be given up with the next engine that it loses?"""
         return self._num_in_a_row == MAX_LOSSES - 1
 
-    def lose(self) -> None:
-        """Its engine is gone. Raises Unavailable once there were too many."""
+    def fail(self, error: Unavailable | Overloaded) -> None:
+        """Its engine is lost, or there is none: raises what its caller is to hear instead of waiting for another."""
+        if isinstance(error, EngineLost):
+            self._lose()
+        elif self._lost_s is None:
+            raise error
+
+    def _lose(self) -> None:
         self.num_losses, self._num_in_a_row = self.num_losses + 1, self._num_in_a_row + 1
         self._lost_s = self._lost_s or time.perf_counter()
         if self._num_in_a_row == MAX_LOSSES or self.num_losses == MAX_LOSSES_IN_ALL:
@@ -90,52 +98,50 @@ class Answer:
 
 
 class Continuing:
-    """An EngineClient's `generate`, over engines that may be lost. `observe` hears how long each answer was without one."""
+    """An EngineClient's `generate`, over engines that may be lost. `observe` hears how long each answer was without one.
+    Borrows `pins`."""
 
-    def __init__(self, engines: Engines, observe: Callable[[float], None]):
-        self._engines, self._observe = engines, observe
+    def __init__(self, engines: Engines, observe: Callable[[float], None], pins: Pins):
+        self._engines, self._observe, self._pins = engines, observe, pins
         self._alone = asyncio.Lock()  # held by the only suspect that has an engine
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
     ) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish reason. Its caller ends it at the deadline; engines are told it."""
-        clock, answer = asyncio.get_running_loop().time, Answer()
-        end_s, seeded = clock() + deadline_s, with_seed(params)
-        while True:
-            asked = (request_id, prompt_ids, seeded, max(0.0, end_s - clock()), client)
-            try:
-                async with aclosing(self._attempt(answer, *asked)) as deltas:
-                    async for delta in deltas:
-                        yield delta
-                return
-            except EngineLost as error:
-                log.warning("request %s has lost its engine: %s", request_id, error)
-                answer.lose()
-            except (Unavailable, Overloaded):
-                if not answer.is_between:
-                    raise
-            await answer.pause()
+        clock, seeded = asyncio.get_running_loop().time, with_seed(params)
+        end_s = clock() + deadline_s
+        with ExitStack() as kept:
+            keep = lambda version: kept.enter_context(self._pins.held(version))  # noqa: E731
+            answer = Answer(keep if params.version_policy == "pinned" else None)
+            while not answer.is_complete:
+                asked = (request_id, prompt_ids, seeded, max(0.0, end_s - clock()), client)
+                try:
+                    async with aclosing(self._attempt(answer, *asked)) as deltas:
+                        async for delta in deltas:
+                            yield delta
+                except (Unavailable, Overloaded) as error:
+                    answer.fail(error)
+                    log.warning("request %s goes on with another engine: %s", request_id, error)
+                    await answer.pause()
 
-    async def _attempt(
-        self, answer: Answer, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *more: float | Client
-    ) -> AsyncGenerator[Delta, None]:
+    async def _attempt(self, answer: Answer, request_id: str, *asked: Any) -> AsyncGenerator[Delta, None]:
         """Deltas of one engine. Raises EngineLost where that is not all."""
         begun = (answer.begun,) if answer.num_losses else ()
         name = (
             f"{request_id}-{answer.num_losses}" if begun else request_id
-        )  # what is left of it elsewhere has the other one
+        )  # its old one may be in use for a moment yet
         async with AsyncExitStack() as alone:
             if answer.is_suspect:
                 await alone.enter_async_context(self._alone)
-            stream = self._engines.generate(name, prompt_ids, params, *more, *begun)  # type: ignore[arg-type]
+            stream = self._engines.generate(name, *asked, *begun)
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     if (paused_s := answer.add(delta)) is not None:
                         await alone.aclose()
                         self._observe(paused_s)
                     yield delta
-                    if delta.finish_reason is not None:
+                    if answer.is_complete:
                         return
         raise EngineLost("the engine ended the stream early")
 

@@ -19,6 +19,7 @@ from serving.access import ASKS
 from serving.continuation import Continuing, Engines
 from serving.limits import Admission
 from serving.metrics import Exporter
+from serving.pins import Pins
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
@@ -69,8 +70,8 @@ async def off_loop(is_large: bool, work: Callable[..., T], *arguments: Any) -> T
 
 
 class Frontend:
-    """Owns admission and health; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is one;
-    `source` is where the weights are from."""
+    """Owns admission, health and pins; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is
+    one; `source` is where the weights are from."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Frontend:
         config: ServeConfig,
         operator: Callable[[], Operator] | None = None,
         source: str | None = None,
+        pins: Pins | None = None,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
@@ -89,7 +91,8 @@ class Frontend:
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
         self.admission = Admission(config)
         self.metrics = Exporter(info.model)
-        self.streams = Continuing(engine, self.metrics.continued)
+        self.pins = pins or Pins()
+        self.streams = Continuing(engine, self.metrics.continued, self.pins)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.training = TrainingRun(source)

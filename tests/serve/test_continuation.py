@@ -15,8 +15,9 @@ from test_forced_calls import BODY as CALLS
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving import continuation
+from serving import continuation, pins
 from serving.continuation import MAX_LOSSES, MAX_LOSSES_IN_ALL, Continuing
+from serving.pins import Pins
 from tests.unit.grammar_cases import checkpoint, random_llm
 from tests.waiting import WAIT_S, eventually
 from trinity.config import ANYBODY
@@ -174,7 +175,7 @@ LOST = EngineLost("killed")
 
 
 async def tokens(engines, name="a", observe=lambda paused_s: None):
-    streams = engines if isinstance(engines, Continuing) else Continuing(engines, observe)
+    streams = engines if isinstance(engines, Continuing) else Continuing(engines, observe, Pins())
     stream = streams.generate(name, [1], SamplingParams(), WAIT_S, ANYBODY)
     return [token async for delta in stream for token in delta.token_ids]
 
@@ -221,7 +222,7 @@ async def test_the_last_try_of_each_is_made_alone():
     """Two that were lost twice beside one that ends engines: it does so once more, and only it fails."""
     others = {name: [LOST, LOST, "token", "end"] for name in ("one", "two", "three")}
     engines = Scripted(bad=[LOST] * 3, **others)
-    streams = Continuing(engines, lambda paused_s: None)
+    streams = Continuing(engines, lambda paused_s: None, Pins())
     found = await asyncio.gather(*(tokens(streams, name) for name in engines.scripts), return_exceptions=True)
     assert isinstance(found[0], Unavailable)
     assert found[1:] == [[1, 2]] * 3
@@ -247,3 +248,39 @@ async def test_whoever_waits_for_an_engine_may_leave_and_has_a_deadline(start):
         await eventually(lambda: server.front.admission.active == 0)
         assert (await http.post(COMPLETE, json=body | {"stream": False})).status_code == 408
         assert server.front.admission.active == 0
+
+
+async def test_what_answers_are_pinned_to_is_kept_between_engines(monkeypatch):
+    """From the first token of the first to the end of the last, and renewed; a server's own version to its end."""
+    told = []
+    monkeypatch.setattr(pins, "LEASE_S", 0.03)
+    held = Pins(lambda *what: told.append(what))
+    held.start(3)
+    streams = Continuing(FakeEngine(delay_s=0.01), lambda paused_s: None, held)
+
+    async def ask(policy, num):
+        stream = streams.generate("a", [1], SamplingParams(max_tokens=num, version_policy=policy), WAIT_S, ANYBODY)
+        return [delta.version async for delta in stream]
+
+    await asyncio.gather(ask("pinned", 3), ask("pinned", 6), ask("live", 9))
+    await eventually(lambda: told[-1][:2] == ("pin", 3))
+    held.stop()
+    await eventually(lambda: told[-1] == ("unpin", told[0][2]))
+    kept, released = [what for what in told if what[:2] == ("pin", 7)], told.index(("unpin", f"{told[0][2][:-2]}/7"))
+    assert len(kept) > 1, "it is renewed"
+    assert told.index(kept[0]) > told.index(("unpin", pins.STARTING))
+    assert not [what for what in told[released:] if what[:2] == ("pin", 7)]
+
+
+async def test_a_service_that_is_away_holds_nobody_up():
+    def tell(*what):
+        raise Unavailable("there is no such service")
+
+    held = Pins(tell)
+    held.start(3)
+    engines = Scripted(a=["token", LOST, "token", "end"])
+    stream = Continuing(engines, lambda paused_s: None, held).generate(
+        "a", [1], SamplingParams(version_policy="pinned"), WAIT_S, ANYBODY
+    )
+    assert len([delta async for delta in stream]) == 3
+    held.stop()
