@@ -24,7 +24,7 @@ from serving.frontend import Frontend
 from serving.gateway import Gateway
 from serving.pins import STARTING, Pins
 from serving.pool_operator import Operator
-from trinity.config import Config, PlacementConfig, ServeConfig, differences, setup_grpc
+from trinity.config import Config, EngineConfig, PlacementConfig, ServeConfig, differences, setup_grpc
 from trinity.errors import ConfigError, Unavailable
 
 log = logging.getLogger("trinity.serving")
@@ -151,7 +151,7 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     settings = config.serve
     grace_s = settings.drain_timeout_s + SPARE_S
     engines = serve.deployment(EngineReplica, name="Engine").options(
-        **_scaling(settings),
+        **_scaling(config.engine),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
         ray_actor_options={
             "num_cpus": 0,
@@ -181,11 +181,11 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     )
 
 
-def _scaling(settings: ServeConfig) -> dict[str, Any]:
-    if settings.max_engines is None:
-        return {"num_replicas": settings.num_engines}
-    limits = {"min_replicas": settings.num_engines, "max_replicas": settings.max_engines}
-    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.max_requests_per_engine}}
+def _scaling(settings: EngineConfig) -> dict[str, Any]:
+    if settings.max_replicas is None:
+        return {"num_replicas": settings.replicas}
+    limits = {"min_replicas": settings.replicas, "max_replicas": settings.max_replicas}
+    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.requests_per_replica}}
 
 
 def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:

@@ -22,12 +22,12 @@ from tests.waiting import WAIT_S, eventually
 from trinity.config import Config
 from trinity.errors import ConfigError
 
-SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 90, "num_engines": 2}
+SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 90}
 
 
 @pytest.fixture(scope="module")
 def config():
-    return Config.load(model="tiny", serve=SERVE)
+    return Config.load(model="tiny", serve=SERVE, engine={"replicas": 2})
 
 
 @pytest.fixture(scope="module")
