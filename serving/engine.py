@@ -1,7 +1,8 @@
 """Engines behind the edges: in this process, or replicas of a Ray Serve deployment.
 
-Decision: a replica sends the Deltas that already wait as one message, because a message between processes costs more
-than a token's text.
+Decisions: a replica sends the Deltas that already wait as one message, because a message between processes costs more
+than a token's text. While it has none it says every BEAT_S that it is there: a machine that vanishes, or a process that is
+stopped, closes no connection, and is lost after SILENT_S.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
 
+BEAT_S, SILENT_S = 5.0, 20.0
 Built = tuple["AsyncEngine", Tokenizer, str]
 Factory = Callable[[str, str], Built]
 
@@ -138,7 +140,7 @@ class EngineReplica:
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
     async def generate(self, *asked: Any) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(*asked))
+        stream = batched(self.client.generate(*asked), BEAT_S)
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
@@ -169,11 +171,19 @@ class RayClient:
     async def generate(self, *asked: Any) -> AsyncGenerator[Delta, None]:
         response = self._streams.generate.remote(*asked)
         try:
-            async for batch in response:
+            silent_s = None  # an engine may have to be waited for
+            while True:
+                async with asyncio.timeout(silent_s):
+                    batch = await anext(response, None)
+                if batch is None:
+                    return
                 for delta in batch:
                     yield delta
+                silent_s = SILENT_S
         except (RayActorError, AioRpcError) as error:
             raise EngineLost(f"its process is gone: {type(error).__name__}") from None
+        except TimeoutError:
+            raise EngineLost(f"it has said nothing for {SILENT_S:.0f} s") from None
         except (RayTaskError, RayServeException, TaskCancelledError) as error:
             raise typed(error) from None
         finally:

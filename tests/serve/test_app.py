@@ -1,18 +1,17 @@
 """The Ray Serve application with the fake engine: both edges, a killed engine, addresses, draining."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import threading
-from pathlib import Path
 
 import grpc
 import httpx
 import openai
 import pytest
+from processes import engine_pids, processes
 from test_access import listening
 
 from protos.trinity.v1 import inference_pb2 as pb
@@ -49,34 +48,9 @@ def server(ray_session, config, gate):
     serve.shutdown()
 
 
-def processes():
-    """(process id, title) of every process of Ray Serve that comes from this one."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            title = Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
-            is_serve = title.startswith("ray::ServeReplica") or "ProxyActor" in title
-            if is_serve and str(os.getpid()) in ancestors(pid):
-                found.append((pid, title))
-    return found
-
-
 def replicas():
     """(title, its listening sockets) of each of them."""
     return [(title, listening(pid)) for pid, title in processes()]
-
-
-def engine_pids():
-    return [int(pid) for pid, title in processes() if "Engine" in title]
-
-
-def ancestors(pid):
-    """Its parent's process id, that one's parent's, and so on."""
-    found = []
-    while pid not in ("0", "1"):
-        pid = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
-        found.append(pid)
-    return found
 
 
 async def test_both_edges_give_the_same_text(server):

@@ -15,7 +15,7 @@ from test_forced_calls import BODY as CALLS
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving import continuation, pins
+from serving import continuation, engine, pins
 from serving.continuation import MAX_LOSSES, MAX_LOSSES_IN_ALL, Continuing
 from serving.pins import Pins
 from tests.unit.grammar_cases import checkpoint, random_llm
@@ -65,10 +65,10 @@ def llm(tmp_path_factory):
 
 @pytest.fixture
 async def server(start, llm):
-    engine = AsyncEngine(llm.engine)
-    async with start(MortalEngine(engine), request_timeout_s=WAIT_S, routed_experts=True) as found:
+    made = AsyncEngine(llm.engine)
+    async with start(MortalEngine(made), request_timeout_s=WAIT_S, routed_experts=True) as found:
         yield found
-    engine.close()
+    made.close()
 
 
 @pytest.fixture
@@ -227,6 +227,47 @@ async def test_the_last_try_of_each_is_made_alone():
     assert isinstance(found[0], Unavailable)
     assert found[1:] == [[1, 2]] * 3
     assert (engines.together["1"], engines.together["2"]) == (4, 1)
+
+
+class Replica:
+    """A replica behind Ray Serve's handle, and its answer: batches, and pauses in seconds; then it hangs."""
+
+    def __init__(self, *script):
+        self.script, self.generate, self.cancelled = script, self, False
+
+    def options(self, **more):
+        return self
+
+    def remote(self, *asked):
+        self.batches = self._batches()
+        return self
+
+    async def _batches(self):
+        for each in self.script:
+            if isinstance(each, float):
+                await asyncio.sleep(each)
+            else:
+                yield each
+        await asyncio.Event().wait()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        return await anext(self.batches)
+
+    def cancel(self):
+        self.cancelled = True
+
+
+async def test_an_engine_that_falls_silent_is_lost_and_one_that_is_waited_for_is_not(monkeypatch):
+    monkeypatch.setattr(engine, "SILENT_S", 0.2)
+    replica = Replica(0.4, ["a"], [], ["b", "c"])
+    deltas = engine.RayClient(replica).generate("x")
+    assert [await anext(deltas) for _ in range(3)] == ["a", "b", "c"]
+    with pytest.raises(EngineLost, match="it has said nothing for"):
+        await anext(deltas)
+    assert replica.cancelled
 
 
 class Last(FakeEngine):
