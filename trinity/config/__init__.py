@@ -20,7 +20,17 @@ from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
 from trinity.config.placement import PlacementConfig
-from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.serve import (
+    ADMIN_CLIENT,
+    ANYBODY,
+    MOST_ADAPTERS,
+    AdapterRef,
+    Client,
+    ClusterConfig,
+    EngineConfig,
+    ServeConfig,
+    check_adapter_name,
+)
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
     PASSAGE,
@@ -40,12 +50,14 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
+    "MOST_ADAPTERS",
     "PACKAGES",
     "PASSAGE",
     "PRESETS",
     "RUN_SETTINGS",
     "RUN_TOKENIZER",
     "THREADS",
+    "AdapterRef",
     "AskedConfig",
     "ChecksConfig",
     "Client",
@@ -77,6 +89,7 @@ __all__ = [
     "TrainConfig",
     "admin_key",
     "api_key",
+    "check_adapter_name",
     "differences",
     "merge",
     "merged",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
+from trinity.engine.adapters import AdapterStore
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache, plan_layout
@@ -49,6 +50,7 @@ from trinity.text.grammar.progress import reasoning_end
 from trinity.text.reasoning import MARKERS
 
 if TYPE_CHECKING:
+    from trinity.models.common.adapted import BackboneAdapter
     from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -80,8 +82,8 @@ class Engine:
     """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
-    seconds by phase. `defaults` are those of fields that a request does not set. Raises ConfigError if the KV cache cannot hold
-    one longest sequence, and what `source.model` raises.
+    seconds by phase. `defaults` are those of fields that a request does not set; `adapters` is where AsyncEngine finds those of
+    requests. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class Engine:
         tokenizer: "Tokenizer",
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
         defaults: SamplingDefaults | None = None,
+        adapters: AdapterStore | None = None,
     ):
+        self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
         self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
         weight = next(versions.model(versions.live).parameters())
@@ -125,8 +129,10 @@ class Engine:
         params: SamplingParams | None = None,
         client: Client = ANYBODY,
         words: BadWords | None = None,
+        adapter: "BackboneAdapter | None" = None,
     ) -> None:
-        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before.
+        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. `adapter`: what is
+        computed beside the weights for it, whatever their version.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
         params = self.defaults.fill(params or SamplingParams())
@@ -148,6 +154,7 @@ class Engine:
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
         sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, progress=progress)
+        sequence.adapter = adapter
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
@@ -254,7 +261,9 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
-        error = TrinityError("the model's logits are not finite; its weights are damaged")
+        own = sequence.adapter
+        whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
+        error = TrinityError(f"{whose} are not finite; its weights are damaged")
         return self._end(sequence, "error", error=error.message, cause=error)
 
     def _is_eos(self, sequence: Sequence, token: int) -> bool:
