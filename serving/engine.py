@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -22,7 +23,7 @@ from serving.addresses import bracketed
 from serving.fitting import num_sharing
 from serving.frontend import EngineInfo
 from serving.streams import batched
-from trinity.config import Client, Config, EngineConfig, ModelConfig
+from trinity.config import AdapterRef, Client, Config, EngineConfig, ModelConfig
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ from trinity.utils.garbage import uncollected
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from trinity.engine.adapters import AdapterStore
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
 
@@ -66,7 +68,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
-    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults)
+    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, _adapters(config, found.config))
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
@@ -76,7 +78,15 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
-    return Engine(weights, model, _settled(config, model), tokenizer, weights.counts)
+    settings, adapters = _settled(config, model), _adapters(config, model)
+    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters)
+
+
+def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
+    from trinity.checkpoint import backbone_adapter
+    from trinity.engine.adapters import AdapterStore
+
+    return AdapterStore(partial(backbone_adapter, model=model, device=_device(config)))
 
 
 def _device(config: Config) -> str:
@@ -107,9 +117,15 @@ class LocalClient:
         self._id = uuid4().hex
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        deadline_s: float,
+        client: Client,
+        adapter: AdapterRef | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s, client)
+        stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s, client, adapter)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield delta
@@ -140,9 +156,15 @@ class EngineReplica:
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        deadline_s: float,
+        client: Client,
+        adapter: AdapterRef | None = None,
     ) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(request_id, prompt_ids, params, deadline_s, client))
+        stream = batched(self.client.generate(request_id, prompt_ids, params, deadline_s, client, adapter))
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
@@ -171,12 +193,18 @@ class RayClient:
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        deadline_s: float,
+        client: Client,
+        adapter: AdapterRef | None = None,
     ) -> AsyncGenerator[Delta, None]:
         for attempt in range(ATTEMPTS):
             started = False
             try:
-                async with aclosing(self._once(request_id, prompt_ids, params, deadline_s, client)) as deltas:
+                async with aclosing(self._once(request_id, prompt_ids, params, deadline_s, client, adapter)) as deltas:
                     async for delta in deltas:
                         started = True
                         yield delta
@@ -186,9 +214,15 @@ class RayClient:
                     raise Unavailable("the engine was lost while it answered; send the request again") from None
 
     async def _once(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        deadline_s: float,
+        client: Client,
+        adapter: AdapterRef | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        response = self._streams.generate.remote(request_id, list(prompt_ids), params, deadline_s, client)
+        response = self._streams.generate.remote(request_id, list(prompt_ids), params, deadline_s, client, adapter)
         try:
             async for batch in response:
                 for delta in batch:

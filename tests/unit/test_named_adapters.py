@@ -4,22 +4,34 @@ import dataclasses
 import shutil
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.control.adapters import Adapters
+from actors.control.files import PoolFiles
 from tests.unit.adapter_folders import write_adapter
 from tests.unit.test_engine_llm import SETTINGS, folder  # noqa: F401  a fixture
 from trinity.checkpoint import backbone_adapter, examined, open_checkpoint
-from trinity.config import AdapterRef
+from trinity.config import AdapterRef, AdapterSet
 from trinity.engine.adapters import AdapterStore
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
 from trinity.engine.weights import FixedWeights
-from trinity.errors import AdapterLost, AdapterMissing, CheckpointError, InvalidRequest
+from trinity.errors import (
+    AdapterLost,
+    AdapterMissing,
+    CheckpointError,
+    InvalidRequest,
+    ModelNotFound,
+    TrinityError,
+    Unavailable,
+)
 from trinity.llm import LLM
 from trinity.pool.local import local_pool
 from trinity.rpc.messages import Adapt, Forget, Forward, Load, Rows
+from trinity.utils.trying import tried
 
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
 DRAWN = SamplingParams(temperature=0, max_tokens=6, logprobs=2, ignore_eos=True)
@@ -167,6 +179,61 @@ def test_numbers_that_overflow_end_the_adapters_requests_alone(folder, tmp_path)
     assert base[-1][-1] is None
     assert "the logits of adapter 'huge' are not finite" in huge[-1][-1]
     assert world.engine.stats().num_quarantined == 0
+
+
+class Control:
+    """The placement service's shards, without a service: those of a world."""
+
+    def __init__(self, world, source, state_dir):
+        table, load = world.pool.table, Load(str(source))
+        files, spec = PoolFiles(state_dir), SimpleNamespace(trains=False)
+        files.set_source(load)
+        self.state = SimpleNamespace(files=files, spec=spec, table=table)
+        self.shards, self.away = world.shards, set()
+
+    def ask(self, shard, verb, message):
+        if shard in self.away:
+            raise Unavailable(f"{shard} is away")
+        return getattr(self.shards[shard], verb)(message)
+
+    def ask_all(self, verb, message):
+        found = [tried(partial(self.ask, shard, verb, message), TrinityError) for shard in self.state.table.shards]
+        return [each for each in found if isinstance(each, TrinityError)]
+
+    def deadline(self, verb=""):
+        return time.monotonic() + 60
+
+
+def test_a_pool_lists_what_its_shards_have_and_knows_it_after_a_restart(folder, refs, tmp_path):  # noqa: F811
+    world = World(folder)
+    control, poet, clerk = Control(world, folder, tmp_path), refs["poet"], refs["clerk"]
+    pool, held = Adapters(control), lambda: [sorted(shard.adapters._found) for shard in world.shards.values()]
+    assert pool.add("poet", poet.source) == AdapterSet(1, (poet,)) == pool.add("poet", poet.source)
+    assert held() == [[poet.content]] * 2
+    for name, source, error, words in (
+        ("poet", clerk.source, InvalidRequest, "another adapter is called 'poet'"),
+        ("a:b", clerk.source, InvalidRequest, "is no adapter's name"),
+        ("clerk", str(tmp_path / "nowhere"), CheckpointError, "nowhere does not exist"),
+        ("clerk", str(folder), CheckpointError, "adapter_config.json is missing"),
+    ):
+        with pytest.raises(error, match=words):
+            pool.add(name, source)
+        assert (pool.now.refs, held()) == ((poet,), [[poet.content]] * 2)
+    control.away = {"shard-0"}
+    assert pool.add("clerk", clerk.source).refs == (poet, clerk), "who is away is told when rows come to it"
+    control.away = set()
+    again = pool.add("verse", poet.source)
+    assert Adapters(control).now == again
+    assert pool.remove("poet").refs == (clerk, poet._replace(name="verse"))
+    assert held()[1] == sorted((poet.content, clerk.content)), "another name has the same"
+    pool.remove("verse")
+    assert held() == [[], [clerk.content]]
+    with pytest.raises(ModelNotFound, match="no adapter is called 'verse'"):
+        pool.remove("verse")
+    control.state.files.forget()
+    assert Adapters(control).now == AdapterSet(6, ()), (
+        "a new pool of that name: what is heard of the old one is old news"
+    )
 
 
 def test_an_adapter_of_other_weights_is_named(folder, refs, tmp_path):  # noqa: F811

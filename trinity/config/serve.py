@@ -75,6 +75,13 @@ class AdapterRef(NamedTuple):
     source: str
 
 
+class AdapterSet(NamedTuple):
+    """All adapters of a pool. `number` grows with each change."""
+
+    number: int = 0
+    refs: tuple[AdapterRef, ...] = ()
+
+
 def check_adapter_name(name: str) -> str:
     """Return it. Raises ValueError for a name that would not be told from a model's, a path's or a separator."""
     if not ADAPTER_NAME.fullmatch(name):
