@@ -71,6 +71,8 @@ def _rows(is_own_T: Tensor, device: torch.device) -> Tensor | None:
 
 
 class _KnowsAdapters(Protocol):
+    priority: int
+
     def begin(
         self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, adapters: RowAdapters | None = None
     ) -> Pending: ...
@@ -78,7 +80,7 @@ class _KnowsAdapters(Protocol):
 
 class _AdaptedExperts:
     def __init__(self, experts: _KnowsAdapters, adapters: RowAdapters):
-        self._experts, self._adapters = experts, adapters
+        self._experts, self._adapters, self.priority = experts, adapters, experts.priority
 
     def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Pending:
         return self._experts.begin(layer, x_TD, ids_TK, weights_TK, self._adapters)
