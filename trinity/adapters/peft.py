@@ -3,9 +3,9 @@
 Legend: N outputs and K inputs of a matrix, r rank.
 `base_model.model.{module}.lora_A.weight` is [r, K], `…lora_B.weight` [N, r]; `module` is the matrix's name in a checkpoint
 without `.weight`, and each routed expert has modules of its own. Decisions: what would make another forward pass is refused by
-name; what PEFT has no field for stands under `trinity`, which PEFT passes over. Where transformers stacks a layer's experts (from
-5 on), PEFT takes the names of an expert's three matrices to mean routed experts, and those alone, so that other matrices of these
-names are said to be targets by their parameter.
+name; what PEFT has no field for stands under `trinity`, which PEFT passes over. Where transformers stacks a layer's experts
+(from 5 on), PEFT takes the names of an expert's three matrices to mean routed experts, and those alone: other matrices of
+these names are said to be targets by their parameter.
 """
 
 import re
