@@ -43,7 +43,7 @@ def _with_located(config: Config) -> Config:
     if not (adapters := config.serve.adapters):
         return config
     found = {name: _of_adapter(name, located, source) for name, source in adapters.items()}
-    return config.replace(serve={"adapters": found})
+    return config.model_copy(update={"serve": config.serve.model_copy(update={"adapters": found})})
 
 
 def _of_adapter(name: str, what: Callable[..., T], *arguments: Any) -> T:

@@ -14,7 +14,7 @@ from actors.control.files import PoolFiles
 from tests.unit.adapter_folders import write_adapter
 from tests.unit.test_engine_llm import SETTINGS, folder  # noqa: F401  a fixture
 from trinity.checkpoint import backbone_adapter, examined, open_checkpoint
-from trinity.config import AdapterRef, AdapterSet
+from trinity.config import AdapterRef, AdapterSet, OptimConfig
 from trinity.engine.adapters import AdapterStore
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
@@ -28,9 +28,11 @@ from trinity.errors import (
     TrinityError,
     Unavailable,
 )
+from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.reference import ReferenceBackend
 from trinity.llm import LLM
 from trinity.pool.local import local_pool
-from trinity.rpc.messages import Adapt, Forget, Forward, Load, Rows
+from trinity.rpc.messages import Adapt, Commit, Forget, Forward, Load, Prepare, Rows, Stage
 from trinity.utils.trying import tried
 
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
@@ -139,6 +141,49 @@ def test_experts_that_move_have_their_factors_where_they_go(folder, refs):  # no
             assert all(torch.equal(a, b[held]) for a, b in zip(mine, all_of, strict=True))
 
 
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["whole", "adapters"])
+def test_an_adapter_is_on_top_of_whatever_version_is_asked(folder, refs, lora):  # noqa: F811
+    """Of a run that goes on, and of one that trains an adapter itself."""
+    model = open_checkpoint(folder).config
+    optim = OptimConfig.model_validate({"adamw_lr": 0.1, "lora": lora} | ({} if lora else {"matrices": "adamw"}))
+    pool = local_pool(model, Load(str(folder), training=False), optim=optim)
+    [shard], layer, ref = pool.transport.shards.values(), model.moe_layers[0], refs["poet"]
+    first, trained = shard.version, shard.versions.trained[layer]
+    for sign in (1, -1):  # B is zero until a step has been taken
+        step = shard.version + 1
+        rng = torch.Generator().manual_seed(step)
+        gradients = [sign * torch.randn(stack.shape, generator=rng) for stack in trained.values()]
+        shard.gathered.add(f"test:{step}", tuple(trained), gradients)
+        shard.prepare(Prepare(step))
+        shard.stage(Stage(step, {"muon": 0.1, "adamw": 0.1}, 1.0, keep=(step - 1,)))
+        shard.commit(Commit(step))
+    x_RD = torch.randn(3, model.hidden_size, generator=rng)
+    rows = Rows(
+        x_RD, torch.tensor([[0], [2], [2]]), torch.full((3, 1), 0.5), torch.tensor([ref.content, 0, ref.content])
+    )
+    answers = []
+    for version in (first + 1, first + 2):
+        dispatcher = pool.dispatcher(version)
+        told = (rows.adapter_R, {ref.content: ref.source})
+        with torch.no_grad():
+            answers.append(dispatcher.begin(layer, x_RD, rows.ids_RK, rows.weights_RK, told).result())
+        ready = shard.versions.find(layer, version, time.monotonic() + 60)
+        [named] = shard.adapters.of([ref.content], layer, ready.experts)
+        assigned = Assignments(torch.arange(3), rows.ids_RK[:, 0], rows.weights_RK[:, 0])
+        with torch.no_grad():
+            for own_R, adapters in (([1], (ready.adapters,)), ([0, 2], (ready.adapters, named))):
+                weights = LayerWeights(*(with_all(stack, i, adapters) for i, stack in enumerate(ready.weights)))
+                want = ReferenceBackend()(x_RD, assigned, weights)[own_R]
+                torch.testing.assert_close(answers[-1][own_R], want, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(*answers)
+
+
+def with_all(stack_EFD, i, adapters):
+    """A stack with these adapters merged in."""
+    changes = [each.scale * each[i][1] @ each[i][0] for each in adapters if each is not None]
+    return stack_EFD + sum(change.mT if i == 2 else change for change in changes)
+
+
 def test_a_shard_without_an_adapter_never_answers_with_the_base(world, refs):
     shard = next(iter(world.shards.values()))
     layer = shard.spec.model.moe_layers[0]
@@ -181,6 +226,9 @@ def test_numbers_that_overflow_end_the_adapters_requests_alone(folder, tmp_path)
     assert world.engine.stats().num_quarantined == 0
 
 
+BAD = {"bad": {"size": float("nan")}, "other": {"r": 9}}
+
+
 class Control:
     """The placement service's shards, without a service: those of a world."""
 
@@ -210,7 +258,10 @@ def test_a_pool_lists_what_its_shards_have_and_knows_it_after_a_restart(folder, 
     pool, held = Adapters(control), lambda: [sorted(shard.adapters._found) for shard in world.shards.values()]
     assert pool.add("poet", poet.source) == AdapterSet(1, (poet,)) == pool.add("poet", poet.source)
     assert held() == [[poet.content]] * 2
+    bad, other = (write_adapter(tmp_path / name, folder, 0, **fields) for name, fields in BAD.items())
     for name, source, error, words in (
+        ("bad", str(bad), CheckpointError, "numbers that are not finite"),
+        ("other", str(other), CheckpointError, "r 9 want"),
         ("poet", clerk.source, InvalidRequest, "another adapter is called 'poet'"),
         ("a:b", clerk.source, InvalidRequest, "is no adapter's name"),
         ("clerk", str(tmp_path / "nowhere"), CheckpointError, "nowhere does not exist"),
