@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import TaskConfig, section
-from trinity.data.prompts import prompt_of
+from trinity.data.prompts import chat_of
 from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
 from trinity.evaluate.asking import Wanted
 from trinity.evaluate.lm_eval import scores_of
@@ -126,10 +126,11 @@ class ServerAsker:
 
     def prompt_ids(self, row: dict[str, Any], where: str) -> list[int]:
         """An `IdsOf`: a row's prompt as the server would have it."""
-        prompt = prompt_of(row, where)
-        chat = {"messages": prompt, **{name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}}
-        is_text = isinstance(prompt, str) and "messages" not in row
-        asked = {"prompt": prompt, "add_special_tokens": True} if is_text else chat
+        if (chat := chat_of(row, where)) is None:
+            asked = {"prompt": row["prompt"], "add_special_tokens": True}
+        else:
+            given = {"messages": chat.messages, "tools": chat.tools, "chat_template_kwargs": chat.arguments}
+            asked = {name: value for name, value in given.items() if value}
         found: list[int] = self._post("/tokenize", {"model": self._model, **asked})["tokens"]
         return found
 

@@ -74,6 +74,11 @@ class RLConfig(RewardConfig):
     teacher: str | None = Field(
         default=None, description="a checkpoint that judges every token, instead of rewards (on-policy distillation)"
     )
+    environment: str | None = Field(
+        default=None,
+        description="instead of rewards: a function of (messages, row) that goes on with the conversation, or ends it",
+    )
+    max_turns: int = Field(default=8, ge=1, description="answers of the model in a conversation with the environment")
     group_size: int = Field(
         default=8, ge=2, description="answers to one prompt; train.global_batch_size is a multiple of it"
     )
@@ -102,10 +107,15 @@ class RLConfig(RewardConfig):
 
     _at_home = field_validator("teacher")(at_home)
 
+    @field_validator("environment")
+    @classmethod
+    def _one_found_from_anywhere(cls, value: str | None) -> str | None:
+        return value and _whole(value)
+
     @model_validator(mode="after")
     def _check(self) -> "RLConfig":
-        if self.rewards and self.teacher is not None:
-            raise ValueError("rewards and a teacher both judge; give one of them")
+        if bool(self.rewards) + (self.teacher is not None) + (self.environment is not None) > 1:
+            raise ValueError("rewards, a teacher and an environment each judge; give one of them")
         low, high = self.icepop_band
         if not 0 < low < 1 < high:
             raise ValueError(f"icepop_band {low} to {high} does not have 1 inside; the usual one is 0.2 to 5")

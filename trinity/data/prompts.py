@@ -24,7 +24,7 @@ from trinity.data.formats import rows, say_once
 from trinity.data.kept import fingerprint, made_once
 from trinity.data.token_store import TokenStore, split, write_documents
 from trinity.errors import DataError, InvalidRequest
-from trinity.text.conversation import render
+from trinity.text.conversation import Chat, render
 from trinity.text.tokenizer import Tokenizer
 
 
@@ -72,29 +72,30 @@ def prompts_of(patterns: Sequence[str], ids_of: IdsOf, most: int | None = None) 
             yield Prompt(ids_of(row, where), row)
 
 
-def prompt_of(row: dict[str, Any], where: str) -> Any:
-    """The row's prompt: a text, or messages. Raises DataError."""
+def prompt_ids(tokenizer: Tokenizer, row: dict[str, Any], where: str) -> list[int]:
+    """Tokens that an answer to a row's prompt follows, as a server of the model would have them. Raises DataError."""
+    if (chat := chat_of(row, where)) is None:
+        return tokenizer.encode(row["prompt"], add_special=True)
+    try:
+        return tokenizer.encode(render(chat, tokenizer))
+    except InvalidRequest as error:
+        raise DataError(f"{where}: {error.message}") from None
+
+
+def chat_of(row: dict[str, Any], where: str) -> Chat | None:
+    """The conversation that a row's answer is to; None where its prompt is a text. Raises DataError."""
     prompt = row.get("messages", row.get("prompt"))
     if prompt is None:
         raise DataError(f"{where} has {', '.join(sorted(row)) or 'nothing'}; it is to have messages, or a prompt")
-    return prompt
-
-
-def prompt_ids(tokenizer: Tokenizer, row: dict[str, Any], where: str) -> list[int]:
-    """Tokens that an answer to a row's prompt follows, as a server of the model would have them. Raises DataError."""
-    prompt = prompt_of(row, where)
     if isinstance(prompt, str) and "messages" not in row:
-        return tokenizer.encode(prompt, add_special=True)
+        return None
     told = {"messages": prompt, "tools": row.get("tools"), "chat_template_kwargs": row.get("chat_template_kwargs")}
     chat = Conversation.of(told, where).chat
     if chat.messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where} ends with an answer; leave that out of the messages: it is what the model is to write"
         )
-    try:
-        return tokenizer.encode(render(replace(chat, add_generation_prompt=True), tokenizer))
-    except InvalidRequest as error:
-        raise DataError(f"{where}: {error.message}") from None
+    return replace(chat, add_generation_prompt=True)
 
 
 def _build(folder: Path, prompts: list[Prompt], val_fraction: float, seed: int) -> None:
