@@ -19,6 +19,7 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from actors import pool as pools
 from actors.sync import shm_folders
@@ -41,6 +42,13 @@ MAX_PLACE_BYTES = 512
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
 PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
 PAUSE_POLL_S = 0.05
+
+
+class Job(TorchTrainer):
+    """Ray's, without the process that each run would have for Ray's data sets: ours reads its own."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
 
 
 def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Store | None:
@@ -80,7 +88,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     if use_gpu:
         resources["GPU"] = settings.num_gpus_per_worker
     job = partial(
-        TorchTrainer,
+        Job,
         loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

@@ -3,10 +3,11 @@
 import pytest
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, RunConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
 
 from actors import cluster
-from actors.train import outcome_of
+from actors.train import Job, outcome_of
 from trinity.config import ClusterConfig
 from trinity.errors import DataError, Unavailable
 
@@ -61,3 +62,13 @@ def test_a_machine_on_which_ray_does_not_start_is_told_so(monkeypatch):
         Unavailable, match=r"Ray did not start on this machine \(The current node timed out during startup\); it"
     ):
         cluster.start(ClusterConfig(address="local"))
+
+
+def test_a_job_has_what_ray_train_gives_every_job_but_its_process_for_data_sets():
+    """By names of Ray's own that are not public: a newer Ray may have others."""
+    given, ours = (
+        {type(each).__name__ for each in kind(print, run_config=RunConfig(name="any"))._create_default_callbacks()}
+        for kind in (TorchTrainer, Job)
+    )
+    assert given - ours == {"DatasetsCallback"}
+    assert "BackendSetupCallback" in ours
