@@ -36,8 +36,8 @@ class Engines(Protocol):
         params: SamplingParams,
         deadline_s: float,
         client: Client,
+        *,
         begun: Begun | None = None,
-        /,
     ) -> AsyncGenerator[Delta, None]: ...
 
 
@@ -127,14 +127,12 @@ class Continuing:
 
     async def _attempt(self, answer: Answer, request_id: str, *asked: Any) -> AsyncGenerator[Delta, None]:
         """Deltas of one engine. Raises EngineLost where that is not all."""
-        begun = (answer.begun,) if answer.num_losses else ()
-        name = (
-            f"{request_id}-{answer.num_losses}" if begun else request_id
-        )  # its old one may be in use for a moment yet
+        begun: dict[str, Any] = {"begun": answer.begun} if answer.num_losses else {}
+        name = f"{request_id}-{answer.num_losses}" if begun else request_id  # the old one may yet be in use
         async with AsyncExitStack() as alone:
             if answer.is_suspect:
                 await alone.enter_async_context(self._alone)
-            stream = self._engines.generate(name, *asked, *begun)
+            stream = self._engines.generate(name, *asked, **begun)
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     if (paused_s := answer.add(delta)) is not None:

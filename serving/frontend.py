@@ -23,7 +23,7 @@ from serving.pins import Pins
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
-from trinity.config import ServeConfig
+from trinity.config import Client, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
@@ -162,6 +162,7 @@ class Frontend:
         self.check_length(prompt_ids)
         self.check_ids(prompt_ids)
         check_numbers(params)
+        _check_priority(params.priority, ASKS.get())
         for name, ids in params.listed_ids.items():
             self.check_ids(tuple(ids), name)
 
@@ -268,6 +269,15 @@ class Frontend:
             ) from None
         finally:
             self._waits.discard(wait)
+
+
+def _check_priority(priority: int, client: Client) -> None:
+    if priority < client.first_priority:
+        raise InvalidRequest(
+            f"priority {priority} is more urgent than {client.first_priority}, the most that "
+            f"serve.clients.{client.name}.first_priority allows; ask for a higher number, or none",
+            param="priority",
+        )
 
 
 def _raise_failure(delta: Delta) -> None:

@@ -273,8 +273,8 @@ async def test_an_engine_that_falls_silent_is_lost_and_one_that_is_waited_for_is
 class Last(FakeEngine):
     """It gives a token and is lost, and there is no other."""
 
-    async def generate(self, *asked):
-        if len(asked) > 5:
+    async def generate(self, *asked, begun=None):
+        if begun is not None:
             raise Unavailable("none is there")
         async with aclosing(super().generate(*asked)) as deltas:
             yield await anext(deltas)

@@ -87,18 +87,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "trinity.evaluate": {  # an engine over a trainer's weights asks what a user would
         "trinity.engine", "trinity.observability", "trinity.rl", "trinity.train",
+        "trinity.data",  # prompts whose answers rewards judge
     },
     "trinity.launch": {
-        "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.rl",
+        "trinity.checkpoint", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.preparing", "trinity.rl",
         "trinity.train", "actors.pool", "actors.train", "serving.app",
     },
-    "trinity.stages": {"trinity.checkpoint", "trinity.data", "trinity.evaluate"},
+    "trinity.preparing": {  # of all stages, by a job where there is much
+        "trinity.checkpoint", "trinity.data", "trinity.stages", "trinity.text", "actors.jobs",
+    },
+    "trinity.stages": {"trinity.checkpoint", "trinity.evaluate"},
     "trinity.synthesis": {"trinity.checkpoint", "trinity.data", "trinity.text"},  # tokenizers of models, too
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
-        *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.stages", "trinity.bench",
-        "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
+        *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.preparing", "trinity.stages",
+        "trinity.bench", "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
     },
     "trinity.cli": {"trinity", "trinity.commands"},
     "actors.names": {"trinity.rpc"},
