@@ -23,6 +23,7 @@ from trinity.errors import EngineLost, Overloaded, Unavailable
 log = logging.getLogger("trinity.serving")
 MAX_LOSSES = 3  # in a row, without a token in between
 MAX_LOSSES_IN_ALL = 16
+GIVEN_UP_S = 30.0  # until clients that would send it again all the same may
 PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)  # before the next try, while no token comes
 
 
@@ -87,7 +88,8 @@ class Answer:
             raise Unavailable(
                 f"{self.num_losses} engines were lost while they worked on this request, {self._num_in_a_row} of them in a row "
                 f"before its next token; it may be what ends them, so it is given up (at {MAX_LOSSES} in a row, "
-                f"{MAX_LOSSES_IN_ALL} in all). Change it before you send it again"
+                f"{MAX_LOSSES_IN_ALL} in all). Change it before you send it again",
+                retry_after_s=GIVEN_UP_S,
             )
 
     async def pause(self) -> None:

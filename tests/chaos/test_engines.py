@@ -82,18 +82,26 @@ def told(event):
     return tree["choices"], tree.get("usage")
 
 
+async def events_of(answer):
+    """A stream's events, but for the last. Not by httpx's lines: a text may hold what Unicode takes for the end of one."""
+    left = b""
+    async for piece in answer.aiter_bytes():
+        *events, left = (left + piece).split(b"\n\n")
+        for event in events:
+            if event != b"data: [DONE]":
+                yield event.removeprefix(b"data: ").decode()
+
+
 async def stream(http, number):
     """-> what each choice says in order, and the longest time between two events."""
     path, body = body_of(number)
     said, longest_s, at_s = {}, 0.0, None
     async with http.stream("POST", path, json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
+        async for event in events_of(answer):
             now_s = time.monotonic()
             longest_s, at_s = max(longest_s, now_s - (at_s or now_s)), now_s
-            choices, usage = told(line.removeprefix("data: "))
+            choices, usage = told(event)
             said.setdefault(choices[0]["index"] if choices else "usage", []).append(choices or usage)
     return said, longest_s
 
