@@ -23,7 +23,7 @@ def fingerprint(*facts: Any, form: int = FORMAT) -> str:
     return hashlib.sha256(json.dumps([form, *facts]).encode()).hexdigest()[:16]
 
 
-def made_once(folder: Path, build: Callable[[Path], None], one_at_a_time: bool = True) -> Path:
+def made_once(folder: Path, build: Callable[[Path], object], one_at_a_time: bool = True) -> Path:
     """`folder`, complete: built beside it and renamed, unless it exists. Raises DataError when it cannot be written."""
     scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
