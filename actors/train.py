@@ -18,10 +18,11 @@ import ray.train
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from actors import pool as pools
+from actors.rendezvous import MeetingConfig
 from actors.sync import shm_folders
 from actors.train_metrics import TrainExporter, check_listener, exported
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
@@ -91,7 +92,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
         Job,
         loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=MeetingConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="ray",
