@@ -82,6 +82,9 @@ class RLConfig(RewardConfig):
     group_size: int = Field(
         default=8, ge=2, description="answers to one prompt; train.global_batch_size is a multiple of it"
     )
+    max_staleness: int = Field(
+        default=0, ge=0, le=64, description="steps by which answers are drawn ahead, beside training; 0: between steps"
+    )
     max_tokens: int = Field(default=256, ge=1, description="of an answer, within train.seq_len with its prompt")
     scale_by_std: bool = Field(default=True, description="advantages over their group's deviation; false: Dr. GRPO")
     divisor: Literal["tokens", "constant"] = Field(

@@ -8,8 +8,8 @@ Formulas. rho = p / p_drawn of a token, A its answer's advantage. Each token tha
 - kl: coefficient times e^d - d - 1, d = log p_ref - log p (the estimator of arXiv 2402.03300); kl_unbiased: times rho, through
   which the gradient is that of the divergence itself (arXiv 2512.02556).
 The sum is divided by the tokens that count in the step (DAPO), or by answers times max_tokens (Dr. GRPO, arXiv 2503.20783).
-Decisions: weights that an answer was drawn from are those of its `versions`, one step old at most, so there is no third set of
-log-probabilities. Answers that do not count are no part of a batch, unless it would be empty.
+Decisions: p_drawn is of the weights that an answer was drawn from (its `versions`), however many steps ago, so there is no
+third set of log-probabilities. Answers that do not count are no part of a batch, unless it would be empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ SAMPLED = (
     "length",
     "truncated",
     "staleness",
+    "staleness_max",
     "unjudged",
     "uniform",
     "turns",
