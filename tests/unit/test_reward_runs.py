@@ -214,7 +214,7 @@ def test_corrections_weigh_tokens_as_their_papers_say():
         ("icepop", torch.tensor([0.0, 1.0, 2.5, 0.0])),
         ("clip", torch.tensor([1 / 9, 1.0, 0.0, 9.0])),  # 2.5 > 1.28 the way its advantage points; 9 is not
     ):
-        loss_T, is_clipped_T = surrogate(logprobs_T, drawn_T, advantages_T, RLConfig(correction=correction))
+        loss_T, is_clipped_T = surrogate(logprobs_T - drawn_T, advantages_T, RLConfig(correction=correction))
         [grad_T] = torch.autograd.grad(loss_T.sum(), logprobs_T)
         torch.testing.assert_close(grad_T, -weights_T * advantages_T)
         assert is_clipped_T.any()
@@ -224,7 +224,15 @@ def test_corrections_weigh_tokens_as_their_papers_say():
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"divisor": "constant"}, {"kl": 0.5}, {"correction": "tis", "tis_cap": 1.1}], ids=str
+    "how",
+    [
+        {},
+        {"divisor": "constant"},
+        {"kl": 0.5},
+        {"correction": "tis", "tis_cap": 1.1},
+        {"ratio": "sequence", "divisor": "answers"},
+    ],
+    ids=str,
 )
 def test_the_loss_is_the_formula_token_by_token(tmp_path, how):
     """Written out from the papers, of each answer alone; the second of them does not count."""
@@ -241,14 +249,15 @@ def test_the_loss_is_the_formula_token_by_token(tmp_path, how):
         prompt = torch.zeros(len(sample.prompt_ids) - 1)
         sample = replace(sample, logprobs_N=drawn_N)
         judged.append(Judged(sample, advantage, counts, torch.cat([prompt, reference_N])))
+        by_answer, share = settings.ratio == "sequence", len(now_N) if settings.divisor == "answers" else 1
         for now, drawn, reference in zip(now_N.tolist(), drawn_N.tolist(), reference_N.tolist(), strict=True):
-            ratio = math.exp(now - drawn)
+            ratio = math.exp(float((now_N - drawn_N).mean()) if by_answer else now - drawn)
             gain = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
             gain = min(ratio, 1.1) * advantage if settings.correction == "tis" else gain
             away = math.exp(reference - now) - (reference - now) - 1
-            want += (settings.kl * away - gain) * counts
+            want += (settings.kl * away - gain) * counts / share
     batch = policy_batch(judged)
-    num = 8 * settings.max_tokens if settings.divisor == "constant" else batch.num_trained
+    num = {"constant": 8 * settings.max_tokens, "answers": 8}.get(settings.divisor, batch.num_trained)
     trainer.dispatcher.use(0)
     [found] = trainer.objective([batch], batch.num_trained)
     assert found.ce.item() == pytest.approx(want / num, rel=1e-4, abs=1e-6)

@@ -64,7 +64,7 @@ class KeptAnswers:
         self._say(tried(partial(_replace, self._file(position), content.getvalue()), OSError), position)
 
     def read(self, position: int) -> tuple[int, Verdict] | None:
-        """What was kept of a step's answers, and the version that they come from."""
+        """Answers of a step that were kept, and the version that they come from; None where they were not."""
         found = tried(partial(self._read, position), *DAMAGED)
         return None if isinstance(found, Exception) else found
 
