@@ -100,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.stages": {"trinity.checkpoint", "trinity.evaluate"},
     "trinity.synthesis": {"trinity.checkpoint", "trinity.data", "trinity.text"},  # tokenizers of models, too
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
-    "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
+    "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", "trinity.rl", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
         *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.preparing", "trinity.stages",
         "trinity.bench", "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
