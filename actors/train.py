@@ -35,6 +35,7 @@ from trinity.rl.kinds import trainer_kind
 from trinity.state.versioned_store import Store
 from trinity.train.collectives import Alone, Comm, Distributed
 from trinity.train.trainer import Trainer
+from trinity.utils.disk import refusal_of
 from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
 from trinity.utils.niceness import give_way
 
@@ -134,12 +135,14 @@ def _with_own_tokenizer(config: Config) -> Config:
 
 
 def _reason(error: WorkerGroupError) -> Exception:
-    """The typed error of a worker, if there is one, out of Ray's wrapping."""
+    """The typed error of a worker, or its disk's refusal, if there is one, out of Ray's wrapping."""
     for failure in error.worker_failures.values():
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, TrinityError):
                 return cause
+            if refusal := refusal_of(cause):
+                return refusal
             cause = getattr(cause, "cause", None) or cause.__cause__
     return error
 
