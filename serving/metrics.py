@@ -79,6 +79,10 @@ class Exporter:
         for field in fields:
             self["trinity_ignored_fields_total"].labels(field).inc()
 
+    def continued(self, paused_s: float) -> None:
+        """One sequence goes on after its engine was lost, so long ago."""
+        self["trinity_continuation_seconds"].observe(paused_s)
+
     def clients(self, held: Mapping[str, int]) -> None:
         """Show how many slots each client holds."""
         for name, num in held.items():

@@ -144,7 +144,7 @@ GIANTS = {  # -> path, body, status
 class Verbose(FakeEngine):
     """As many log-probabilities as may be asked for."""
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
         top = tuple((i, -1.0 - i) for i in range(20))
         for at in range(params.max_tokens):
             await asyncio.sleep(0)  # an engine hands out a token at a time
@@ -340,7 +340,7 @@ EXPERTS_TLK[-1] = 7
 class Routed(FakeEngine):
     """Few tokens, and the experts of a long prompt."""
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
         yield Delta(request_id, "a", (5,), num_prompt_tokens=1, num_generated_tokens=1)
         yield Delta(
             request_id, "a", (5,), finish_reason="length", num_prompt_tokens=1, num_generated_tokens=2, experts_TLK=EXPERTS_TLK

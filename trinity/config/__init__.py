@@ -17,7 +17,7 @@ from trinity.config.env import (
     setup_threads,
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
-from trinity.config.model import LayerCache, ModelConfig
+from trinity.config.model import NEW_IN_STAGE, LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.ramp import RampPart, Sequences
@@ -53,6 +53,7 @@ __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
     "MOST_ADAPTERS",
+    "NEW_IN_STAGE",
     "PACKAGES",
     "PASSAGE",
     "PRESETS",

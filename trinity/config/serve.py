@@ -17,6 +17,9 @@ HIDDEN = "(set)"  # in place of a key, where settings are printed
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
+    replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
+    max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
@@ -58,6 +61,14 @@ class EngineConfig(Frozen):
         default=True, description="copy a newer version's backbone beside the one in use, so that no pass waits for it"
     )
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
+            )
+        return self
 
     @property
     def max_pass_s(self) -> float | None:
@@ -156,11 +167,6 @@ class ServeConfig(Frozen):
     )
     reasoning_format: Literal["auto", "think", "none"] = Field(
         default="auto", description="does it reason between <think> and </think>? auto: if its chat template shows them"
-    )
-    num_engines: int = Field(default=1, ge=1)
-    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(
-        default=48, ge=1, description="running requests at which another engine starts"
     )
     tls_cert: str | None = None
     tls_key: str | None = None

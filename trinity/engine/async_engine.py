@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trinity.config import ANYBODY, AdapterRef, Client
+from trinity.engine.begun import Begun
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine, EngineStats
 from trinity.engine.request import Delta, SamplingParams
-from trinity.errors import DeadlineExceeded, InvalidRequest, TrinityError, Unavailable
+from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
 
 if TYPE_CHECKING:
     from trinity.models.common.adapted import BackboneAdapter
@@ -61,13 +62,14 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         deadline_s: float | None = None,
         client: Client = ANYBODY,
+        begun: Begun | None = None,
         adapter: AdapterRef | None = None,
     ) -> AsyncIterator[Delta]:
-        """Deltas of one request; the last has a finish_reason. `deadline_s` counts from now. `adapter`: computed beside the
-        weights for this request.
+        """Deltas of one request, or of the rest of one that has `begun` elsewhere; the last has a finish_reason. `deadline_s`
+        counts from now. `adapter`: computed beside the weights for this request.
 
-        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, or Unavailable while
-        draining or closed. Leaving early aborts the request and frees its cache.
+        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, EngineLost where the engine
+        stops before its end, or Unavailable while draining or closed. Leaving early aborts the request and frees its cache.
         """
         stream, started_s = Stream(request_id, asyncio.get_running_loop()), time.monotonic()
         self._enter(stream)
@@ -79,7 +81,8 @@ class AsyncEngine:
                 await asyncio.shield(asyncio.wrap_future(compiled))
             own = None if adapter is None else await self._adapter(adapter)
             until_s = math.inf if deadline_s is None else started_s + deadline_s
-            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s, own))
+            asked = (list(prompt_ids), params, client, words, until_s, begun, own)
+            self._post(partial(self._start, stream, *asked))
             while not stream.ended:
                 yield await _next(stream)
         finally:
@@ -224,7 +227,7 @@ class AsyncEngine:
             self._closed = True
             streams = list(self._open)
         self._routes.clear()
-        _send({stream: [Unavailable("the engine has stopped; send the request again")] for stream in streams})
+        _send({stream: [EngineLost("the engine has stopped; send the request again")] for stream in streams})
 
 
 def _deadline(stream: Stream, deadline_s: float) -> asyncio.TimerHandle:

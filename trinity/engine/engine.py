@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.adapters import AdapterStore
+from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache, plan_layout
@@ -45,6 +46,7 @@ from trinity.errors import (
     Overloaded,
     StepConflict,
     TrinityError,
+    Unavailable,
     VersionGone,
     WrongEpoch,
 )
@@ -144,10 +146,12 @@ class Engine:
         client: Client = ANYBODY,
         words: BadWords | None = None,
         until_s: float = math.inf,
+        begun: Begun | None = None,
         adapter: "BackboneAdapter | None" = None,
     ) -> None:
         """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. After `until_s`
-        on time.monotonic() nobody waits for it. `adapter`: what is computed beside the weights for it, whatever their version.
+        on time.monotonic() nobody waits for it. An answer that has `begun` elsewhere goes on here after its last token.
+        `adapter`: what is computed beside the weights for it, whatever their version.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing. Where the queue is full an urgent
         request takes the place of the last of a less urgent priority."""
@@ -168,6 +172,8 @@ class Engine:
             request_id, tuple(prompt_ids), params, text, client, rules, progress=progress, until_s=until_s
         )
         sequence.adapter = adapter
+        if begun is not None and begun.token_ids:
+            self._resume(sequence, begun)
         if crowded_out is not None:
             self._refused.append(self._end(crowded_out, "error", error=FULL, cause=self._overloaded()))
         self._sequences[request_id] = sequence
@@ -191,6 +197,18 @@ class Engine:
             f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
             retry_after_s=RETRY_AFTER_S,
         )
+
+    def _resume(self, sequence: Sequence, begun: Begun) -> None:
+        length = sequence.num_prompt + len(begun.token_ids)
+        if length >= self.max_model_len:
+            raise Unavailable(
+                f"prompt and answer have {length} tokens so far; this engine takes {self.max_model_len}, less than the one "
+                "that began: give all of them the same engine.max_model_len"
+            )
+        self._check_ids(begun.token_ids, "begun")
+        if sequence.params.version_policy == "pinned":
+            self._versions.pin_to(sequence, begun.version)
+        resume(sequence, begun)
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""

@@ -39,6 +39,12 @@ SERVING_METRICS = (
         ("adapter", "finished_reason"),
     ),
     Metric("trinity_adapter_generated_tokens_total", "counter", "Tokens generated with an adapter.", ("adapter",)),
+    Metric(
+        "trinity_continuation_seconds",
+        "histogram",
+        "From the loss of a sequence's engine to its next token from another; its count is that of continuations.",
+        buckets=LONG_S,
+    ),
     Metric("trinity_kv_blocks_free", "gauge", "Blocks of the KV cache that no sequence holds."),
     Metric("trinity_kv_blocks", "gauge", "Blocks of the KV cache."),
     Metric("trinity_kv_usage", "gauge", "Share of them that sequences hold."),
