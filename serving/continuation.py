@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, ExitStack, aclosing
 from typing import Any, Protocol
 
 from serving.pins import Pins
-from trinity.config import Client
+from trinity.config import AdapterRef, Client
 from trinity.engine.begun import Begun
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import EngineLost, Overloaded, Unavailable
@@ -37,6 +37,7 @@ class Engines(Protocol):
         params: SamplingParams,
         deadline_s: float,
         client: Client,
+        adapter: AdapterRef | None = None,
         *,
         begun: Begun | None = None,
     ) -> AsyncGenerator[Delta, None]: ...
@@ -108,7 +109,13 @@ class Continuing:
         self._alone = asyncio.Lock()  # held by the only suspect that has an engine
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        deadline_s: float,
+        client: Client,
+        adapter: AdapterRef | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish reason. Its caller ends it at the deadline; engines are told it."""
         clock, seeded = asyncio.get_running_loop().time, with_seed(params)
@@ -117,7 +124,7 @@ class Continuing:
             keep = lambda version: kept.enter_context(self._pins.held(version))  # noqa: E731
             answer = Answer(keep if params.version_policy == "pinned" else None)
             while not answer.is_complete:
-                asked = (request_id, prompt_ids, seeded, max(0.0, end_s - clock()), client)
+                asked = (request_id, prompt_ids, seeded, max(0.0, end_s - clock()), client, adapter)
                 try:
                     async with aclosing(self._attempt(answer, *asked)) as deltas:
                         async for delta in deltas:

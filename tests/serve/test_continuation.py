@@ -157,7 +157,7 @@ class Scripted:
         self.scripts = {name: list(script) for name, script in scripts.items()}
         self.before, self.together = Counter(), Counter()
 
-    async def generate(self, request_id, prompt_ids, params, deadline_s, client, begun=None):
+    async def generate(self, request_id, prompt_ids, params, deadline_s, client, adapter=None, begun=None):
         name, _, nth = request_id.partition("-")
         num = len(begun.token_ids) if begun else 0
         self.before[nth] += 1
