@@ -12,7 +12,7 @@ from trinity.checkpoint import open_checkpoint
 from trinity.checkpoint.export import card_of, export
 from trinity.checkpoint.tensor_file import TensorFile
 from trinity.cli import main
-from trinity.config import Config, OptimConfig
+from trinity.config import Config, OptimConfig, Sequences
 from trinity.errors import CheckpointError, ConfigError
 from trinity.launch import check_out_dir
 from trinity.stages import read_stages
@@ -27,7 +27,7 @@ def adapter(base, tmp_path_factory):  # noqa: F811
     trainer = trainer_for(lora_config(base, tmp_path_factory.mktemp("adapter")))
     for _ in range(3):
         trainer.step()
-    ids_BS = trainer.data.train.batch(0, 4, 0, 1, 0, 4).ids_BS
+    ids_BS = trainer.data.train.batch(Sequences.nth(0, 4), 0, 1, 0, 4).ids_BS
     trainer.dispatcher.use(trainer.version)
     return trainer.save(), ids_BS, token_logprobs(trainer.model, ids_BS)
 
@@ -46,6 +46,8 @@ def test_the_files_are_pefts(adapter, base):  # noqa: F811
     assert (tree["peft_type"], tree["r"], tree["lora_alpha"], tree["bias"]) == ("LORA", RANK, 16.0, "none")
     assert tree["base_model_name_or_path"] == str(base[0].resolve())
     assert {"q_proj", "o_proj", "gate_proj", "down_proj"} <= {*tree["target_modules"]}
+    assert {"mlp.up_proj.weight", "shared_experts.down_proj.weight"} <= {*tree["target_parameters"]}
+    assert "self_attn.gate_proj.weight" in tree["target_parameters"], "else PEFT would take it for an expert's"
     file, model = TensorFile(path / "adapter_model.safetensors"), base[1].model
     last, f, d = model.moe_layers[-1], model.moe_intermediate_size, model.hidden_size
     for module, (n, k) in {f"mlp.experts.{model.num_experts - 1}.down_proj": (d, f), "self_attn.q_proj": (None, d),
@@ -116,6 +118,11 @@ def renamed(old, new):
     [
         ({"fields": {"r": 8}}, r"lora_A.weight is F32 \[4, .*r 8 want \[8"),
         ({"fields": {"use_dora": True}}, "use_dora True is not implemented"),
+        (
+            {"fields": {"target_parameters": ["gate_up_proj"]}},
+            r"target_parameters \['gate_up_proj'\] are stacks of experts",
+        ),
+        ({"fields": {"init_lora_weights": "pissa"}}, "init_lora_weights 'pissa' is not implemented"),
         ({"fields": {"peft_type": "IA3"}}, "peft_type 'IA3' is not implemented"),
         ({"fields": {"r": 0}}, "r 0 and lora_alpha 16.0 are no rank"),
         ({"fields": {"base_model_name_or_path": "nowhere"}}, "nowhere"),

@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.test_preference_runs import Told
 from tests.unit.test_trainer import SMALL, all_weights
-from trinity.config import Config, RLConfig
+from trinity.config import Config, RLConfig, Sequences
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
 from trinity.pool.local import local_pool
@@ -190,7 +190,9 @@ def test_prompts_are_texts_or_messages(tmp_path):
     config = config_for(tmp_path, rows, data={"val_fraction": 0})
     config = config.replace(train={"seq_len": 60})
     data = prepare(config.data, config.train, config.model, tmp_path)
-    found = {json.dumps(prompt.row): prompt.ids for prompt in data.train.take(data.train.sequences(0, 2))}
+    found = {
+        json.dumps(prompt.row): prompt.ids for prompt in data.train.take(data.train.sequences(Sequences.nth(0, 2)))
+    }
     decode = data.tokenizer.decode
     assert data.train.num_sequences == len(found) == 2, "one leaves no room, and so does one with tools"
     assert decode(found[json.dumps(rows[2])]).endswith("so?<|im_end|>\n<|im_start|>assistant\n")

@@ -108,11 +108,11 @@ class RewardTrainer(PolicyTrainer):
 
     def prompts_at(self, position: int) -> tuple[list[Prompt], int]:
         """This worker's prompts of the step at that position, and the place of its first answer among all of the run."""
-        group, num_of_all = self.config.rl.group_size, self.config.train.global_batch_size
-        num = num_of_all // group
-        mine = np.array_split(self.data.train.sequences(position, num), self.comm.world)[self.comm.rank]
-        place = self.comm.rank * (num // self.comm.world)
-        return self.data.train.take(mine), position * num_of_all + place * group
+        group, answers = self.config.rl.group_size, self.config.train.sequences_of(position)
+        prompts = answers.groups(group)
+        mine = np.array_split(self.data.train.sequences(prompts), self.comm.world)[self.comm.rank]
+        place = self.comm.rank * (prompts.num // self.comm.world)
+        return self.data.train.take(mine), answers.first + place * group
 
     # -- versions and checkpoints, where answers are drawn ahead
 
@@ -158,9 +158,9 @@ class RewardTrainer(PolicyTrainer):
 def check(config: Config) -> None:
     """Raise ConfigError for settings that no step could be taken with: sizes, reward functions, a reference."""
     settings, group = config.train, config.rl.group_size
-    if settings.global_batch_size % (group * settings.num_workers):
+    if uneven := next((size for size in settings.batch_sizes if size % (group * settings.num_workers)), 0):
         raise ConfigError(
-            f"train.global_batch_size {settings.global_batch_size} answers are no groups of rl.group_size {group} for each of "
+            f"train.global_batch_size {uneven} answers are no groups of rl.group_size {group} for each of "
             f"{settings.num_workers} workers; make it a multiple of {group * settings.num_workers}"
         )
     if config.rl.kl and settings.init_from is None:
