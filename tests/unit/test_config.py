@@ -79,7 +79,9 @@ def preset_optim(name):
             "serve.weights: choose checkpoint, live, pinned or pinned:STEP (got 'pinned:x')",
         ),
         (["--serve.weights", "newest"], "choose checkpoint, live, pinned or pinned:STEP"),
-        (["--engine.kv_policy", "drop"], "engine.kv_policy"),
+        (["--engine.kv_policy", "keep"], "it is called 'engine.kv_max_age' now"),
+        (["--engine.kv_max_age", "keep"], "engine.kv_max_age: give a number of steps, 0 and more, or `unbounded`"),
+        (["--engine.kv_max_age", "-1"], "engine.kv_max_age: give a number of steps"),
         (["--engine.max_versions", "0"], "engine.max_versions"),
     ],
 )

@@ -25,6 +25,7 @@ RENAMED = {
     "train.num_in_flight": "train.num_overlapped_microbatches",
     "engine.num_in_flight": "engine.num_overlapped_microbatches",
     "train.runaway_nats": "train.loss_spike_threshold",
+    "engine.kv_policy": "engine.kv_max_age",
 }  # refused with the new name
 S = TypeVar("S", bound=BaseModel)
 SECRET = ("key", "api_key", "admin_key")

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
-from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import plan_layout
 from trinity.engine.memory import settled
+from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import (
     Chunk,
@@ -57,7 +59,11 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Sequences, cache blocks and versions held now; the other numbers since the start, the last switch's seconds apart."""
+    """Sequences, cache blocks and versions held now; the other numbers since the start, the last switch's seconds apart.
+
+    `num_idle_blocks`: of the free ones, those whose content may be found again. `num_prefix_queries` and `num_prefix_hits` are
+    tokens of requests that began, and of these the ones that were cached; `num_computed_tokens` went through passes.
+    """
 
     num_running: int
     num_waiting: int
@@ -66,6 +72,10 @@ class EngineStats:
     num_preemptions: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    num_idle_blocks: int = 0
+    num_computed_tokens: int = 0
     num_versions_held: int = 0
     num_quarantined: int = 0
     num_repeats: int = 0
@@ -94,7 +104,7 @@ class Engine:
         defaults: SamplingDefaults | None = None,
     ):
         self.defaults = defaults or SamplingDefaults()
-        self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
+        self._versions = versions = Versions(source, settings.max_versions, settings.max_age)
         weight = next(versions.model(versions.live).parameters())
         settings = settled(config, settings, weight.element_size(), str(weight.device))
         layout = plan_layout(config, settings, weight.element_size())
@@ -102,12 +112,15 @@ class Engine:
         self.max_model_len = layout.max_model_len
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
-        self._scheduler = Scheduler(self._cache, versions, settings.max_num_seqs, settings.max_num_batched_tokens)
+        self._prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
+        self._scheduler = Scheduler(
+            self._cache, versions, self._prefixes, settings.max_num_seqs, settings.max_num_batched_tokens
+        )
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
-        self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_prompt_tokens = self._num_generated_tokens = self._num_computed_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -134,9 +147,9 @@ class Engine:
         self.validate(prompt_ids, params)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
-        if len(self._scheduler.waiting) >= self.settings.max_num_waiting:
+        if self._scheduler.num_waiting >= self.settings.max_num_waiting:
             raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests are waiting, engine.max_num_waiting is "
+                f"{self._scheduler.num_waiting} requests are waiting, engine.max_num_waiting is "
                 f"{self.settings.max_num_waiting}; try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
@@ -215,6 +228,8 @@ class Engine:
         counts = self._repeats.after_damage(*each) if result.is_damaged else each.chunks
         for chunk in counts:
             chunk.sequence.computed(chunk.start, chunk.end, each.version)
+            self._prefixes.computed(chunk)
+            self._num_computed_tokens += chunk.count
         sequences = [chunk.sequence for chunk in counts]
         return [
             self._accept(sequence, result.sampled[sequence]) for sequence in sequences if sequence in result.sampled
@@ -254,6 +269,7 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
+        self._prefixes.forget(sequence)
         error = TrinityError("the model's logits are not finite; its weights are damaged")
         return self._end(sequence, "error", error=error.message, cause=error)
 
@@ -282,21 +298,30 @@ class Engine:
             num_generated_tokens=sequence.num_generated,
             version=sequence.version,
             first_version=sequence.first_version,
+            num_cached_tokens=sequence.num_cached or 0,
             queue_s=sequence.queue_s or 0.0,
             **fields,
         )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget everything that is cached, but for what running requests have."""
+        self._cache.drop(lambda oldest, newest: True)
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
         retries, seconds = self._dispatch()
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._cache.num_free_blocks,
             num_total_blocks=self._cache.num_total_blocks,
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_prefix_queries=self._prefixes.num_queries,
+            num_prefix_hits=self._prefixes.num_hits,
+            num_idle_blocks=self._cache.num_idle_blocks,
+            num_computed_tokens=self._num_computed_tokens,
             num_versions_held=self._versions.num_held,
             num_quarantined=self._versions.num_quarantined,
             num_repeats=self._repeats.num,
@@ -306,9 +331,9 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Assert the invariants: free + used == total for each kind of block, only running sequences hold any, and versions
-        are held for just those requests that are pinned to them."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
+        """Assert the invariants: each block is free, idle or held, only running sequences hold any, and versions are held for
+        just those requests that are pinned to them."""
+        running, waiting = self._scheduler.running, [*self._scheduler.following, *self._scheduler.waiting]
         self._cache.check([s.row for s in running if s.row is not None])
         assert all(s.row is not None for s in running), "a running sequence has no row"
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"
