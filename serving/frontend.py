@@ -161,6 +161,7 @@ class Frontend:
         self.check_length(prompt_ids)
         self.check_ids(prompt_ids)
         check_numbers(params)
+        _check_priority(params.priority, ASKS.get())
         for name, ids in params.listed_ids.items():
             self.check_ids(tuple(ids), name)
 
@@ -268,6 +269,15 @@ class Frontend:
             ) from None
         finally:
             self._waits.discard(wait)
+
+
+def _check_priority(priority: int, client: Client) -> None:
+    if priority < client.first_priority:
+        raise InvalidRequest(
+            f"priority {priority} is more urgent than {client.first_priority}, the most that "
+            f"serve.clients.{client.name}.first_priority allows; ask for a higher number, or none",
+            param="priority",
+        )
 
 
 def _raise_failure(delta: Delta) -> None:

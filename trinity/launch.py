@@ -222,11 +222,14 @@ def train(
     say(describe(pool.status(), config.model))
     say(f"continuing from step {done}" if done else f"starting {config.train.num_workers} workers")
     is_packed = config.data.format in ("text", "chats")
-    tokens_per_step = config.train.global_batch_size * config.train.seq_len if is_packed else 0
+    tokens_each = config.train.seq_len if is_packed else 0
     stage, later = stages_after(out_dir)
-    tokens_after = sum((each.steps or 0) * each.tokens_per_step for each in later)
+    tokens_after = round(sum((each.steps or 0) * each.tokens_per_step for each in later))
     progress = Progress(
-        config.train.steps, tokens_per_step, sys.stderr, done, stage=stage.words, tokens_after=tokens_after
+        *(config.train.steps, tokens_each, sys.stderr, done),
+        stage=stage.words,
+        tokens_after=tokens_after,
+        num_before=config.train.num_sequences,
     )
     meanwhile = serving(config, pool, served) if served else nullcontext()
     with shown(out_dir / "metrics.jsonl", progress), meanwhile, beside(pool):

@@ -87,6 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "trinity.evaluate": {  # an engine over a trainer's weights asks what a user would
         "trinity.engine", "trinity.observability", "trinity.rl", "trinity.train",
+        "trinity.data",  # prompts whose answers rewards judge
     },
     "trinity.launch": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.rl",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.test_trainer import SMALL
-from trinity.config import Config, DataConfig, TrainConfig, preset
+from trinity.config import Config, DataConfig, Sequences, TrainConfig, preset
 from trinity.data.chat_store import chat_stores
 from trinity.data.chat_tokens import control_in, examples
 from trinity.data.chats import Conversation
@@ -348,7 +348,7 @@ def test_packed_conversations_have_the_loss_that_they_have_alone(folder, tmp_pat
     trainer = trainer_of(folder, tmp_path, micro=2)
     trainer.dispatcher.use(0)
     nll, num = 0.0, 0
-    for at in trainer.data.train.sequences(0, 4):
+    for at in trainer.data.train.sequences(Sequences.nth(0, 4)):
         batch = trainer.data.train.take(np.array([at]))
         for doc in batch.docs_BS.unique():
             mine = batch.docs_BS[0] == doc
@@ -356,7 +356,10 @@ def test_packed_conversations_have_the_loss_that_they_have_alone(folder, tmp_pat
             kept = batch.targets_BS[:, mine] != IGNORE
             nll -= token_logprobs(trainer.model, ids)[kept].sum().item()
             num += int(kept.sum())
-    want = sum(trainer.data.train.take(np.array([at])).ids_BS.numel() for at in trainer.data.train.sequences(0, 4))
+    want = sum(
+        trainer.data.train.take(np.array([at])).ids_BS.numel()
+        for at in trainer.data.train.sequences(Sequences.nth(0, 4))
+    )
     metrics = trainer.step()
     assert metrics.loss == pytest.approx(nll / num, rel=1e-6)
     assert metrics.tokens == want < 4 * 256

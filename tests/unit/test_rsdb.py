@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401  a fixture
+from trinity.config import Sequences
 from trinity.data import slot_states
 from trinity.data.dataset import IGNORE, PackedDataset
 from trinity.data.rsdb import BufferedDocuments, Draws, Slot
@@ -80,7 +81,7 @@ def test_an_order_is_replayed_from_lengths_and_the_seed(dataset, later):
 def test_targets_are_what_follows_and_workers_share_the_step(dataset, shape):
     world, size = shape
     total = 4 * dataset.num_slots
-    alone = dataset.batch(3, total, 0, 1, 0, total)
+    alone = dataset.batch(Sequences.nth(3, total), 0, 1, 0, total)
     for ids_S, targets_S, docs_S in zip(*alone, strict=True):
         for document in docs_S.unique():
             ids, targets = ids_S[docs_S == document].tolist(), targets_S[docs_S == document].tolist()
@@ -89,7 +90,7 @@ def test_targets_are_what_follows_and_workers_share_the_step(dataset, shape):
             assert targets == [*ids[1:], IGNORE if ends else ids[-1] + 1]
     if total % (world * size) == 0:
         parts = {
-            (micro, rank): dataset.batch(3, total, rank, world, micro, size)
+            (micro, rank): dataset.batch(Sequences.nth(3, total), rank, world, micro, size)
             for micro in range(total // (world * size))
             for rank in range(world)
         }
@@ -142,9 +143,9 @@ def test_a_sequence_is_of_many_documents():
     stream, buffered = PackedDataset(store_of(lengths), 256, 0), BufferedDocuments(store_of(lengths), 256, 0, 8, 32)
     shares = []
     for dataset in (stream, buffered):
-        batches = [dataset.batch(step, 8, 0, 1, 0, 8) for step in range(200)]
+        batches = [dataset.batch(Sequences.nth(step, 8), 0, 1, 0, 8) for step in range(200)]
         shares.append(len({(ids // 1000).item() for batch in batches for ids in batch.ids_BS[:, 0]}))
-    per_step = [len(set(buffered.batch(step, 8, 0, 1, 0, 8).ids_BS[:, 0].tolist())) for step in range(4)]
+    per_step = [len(set(buffered.batch(Sequences.nth(step, 8), 0, 1, 0, 8).ids_BS[:, 0].tolist())) for step in range(4)]
     assert min(per_step) == 8
     assert shares[1] > 100
 
@@ -162,7 +163,7 @@ def test_numbers_are_those_that_numpy_draws_one_by_one(bounds, seed, before):
 
 def test_too_little_text_names_the_numbers():
     with pytest.raises(DataError, match=r"8 tokens of text are less than one sequence of train.seq_len 9"):
-        BufferedDocuments(store_of([4, 4]), 9, 0, 1, 1).sequences(0, 1)
+        BufferedDocuments(store_of([4, 4]), 9, 0, 1, 1).sequences(Sequences.nth(0, 1))
 
 
 def test_a_run_with_it_resumes_bitwise_and_logs_how_unlike_its_batches_are(texts, tmp_path):  # noqa: F811

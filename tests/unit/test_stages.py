@@ -109,7 +109,7 @@ def story(texts, tmp_path, *more):  # noqa: F811
             {
                 "name": "long",
                 "export": "Base",
-                "train": {"seq_len": 64, "steps": 3},
+                "train": {"seq_len": 64, "steps": 3, "batch_ramp": [{"steps": 1, "global_batch_size": 2}]},
                 "model": {"max_position_embeddings": longer},
             },
             {

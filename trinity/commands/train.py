@@ -12,7 +12,7 @@ from serving.fitting import fitted
 from trinity import __version__
 from trinity.checkpoint import latest_checkpoint
 from trinity.checkpoint.export import card_of, export
-from trinity.config import Config, merged, setup_environment
+from trinity.config import Config, TrainConfig, merged, setup_environment
 from trinity.errors import GateClosed
 from trinity.launch import check_out_dir, load, rewound, train
 from trinity.observability.run_history import note_export, write_stages
@@ -82,9 +82,14 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         return _go_through(stages, arguments, served, root, cluster)
 
 
-def _noted(stage: Stage) -> tuple[str, Path, int, int]:
+def _noted(stage: Stage) -> tuple[str, Path, int, float]:
     settings = stage.config.train
-    return stage.name, Path(settings.out_dir), settings.steps, settings.global_batch_size * settings.seq_len
+    return stage.name, Path(settings.out_dir), settings.steps, _num_tokens(settings) / settings.steps
+
+
+def _num_tokens(settings: TrainConfig) -> int:
+    """Number of tokens of all steps, of sequences that are full."""
+    return settings.num_sequences(settings.steps) * settings.seq_len
 
 
 def _go_through(
@@ -134,7 +139,8 @@ def _rows(stage: Stage) -> list[dict[str, Any]]:
 
 def _facts(stage: Stage) -> dict[str, object]:
     settings, data = stage.config.train, stage.config.data
-    tokens, is_packed = settings.steps * settings.global_batch_size * settings.seq_len, data.format in ("text", "chats")
+    tokens, is_packed = _num_tokens(settings), data.format in ("text", "chats")
+    sizes = " to ".join(f"{size:,}" for size in dict.fromkeys((settings.batch_sizes[0], settings.batch_sizes[-1])))
     size = (
         f"{settings.seq_len:,} tokens, {tokens:,} in all" if is_packed else f"rows of up to {settings.seq_len:,} tokens"
     )
@@ -144,7 +150,7 @@ def _facts(stage: Stage) -> dict[str, object]:
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
         "data": stage.config.data.described,
-        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {size}",
+        "steps": f"{settings.steps:,} of {sizes} x {size}",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",
         "code": f"trinity-moe {__version__}, {commit()}",

@@ -18,8 +18,9 @@ from trinity.config.env import (
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import LayerCache, ModelConfig
-from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
 from trinity.config.placement import PlacementConfig
+from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
@@ -67,6 +68,9 @@ __all__ = [
     "PlacementConfig",
     "PreferenceConfig",
     "RLConfig",
+    "RampPart",
+    "RewardConfig",
+    "Sequences",
     "ServeConfig",
     "SourceConfig",
     "SynthesisConfig",

@@ -76,7 +76,7 @@ def prepare(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
         made = functools.partial(_packed, part, train, tokenizer, folder, share, number * SEEDS_APART)
         sides.append([Source(source.label, share, each, source.epochs) for each in with_name(source.label, made)])
     mixture, held_out = (Mixture(side, train.seq_len, train.seed) for side in zip(*sides, strict=True))
-    mixture.check(train.steps, train.global_batch_size)
+    mixture.check(train)
     return Prepared(tokenizer, mixture, held_out)
 
 

@@ -7,7 +7,9 @@ and pass. Whoever leaves a stream early (cancellation, deadline, a closed iterat
 
 import asyncio
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Ids
@@ -62,7 +64,7 @@ class AsyncEngine:
         Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, or Unavailable while
         draining or closed. Leaving early aborts the request and frees its cache.
         """
-        stream = Stream(request_id, asyncio.get_running_loop())
+        stream, started_s = Stream(request_id, asyncio.get_running_loop()), time.monotonic()
         self._enter(stream)
         timer = _deadline(stream, deadline_s) if deadline_s is not None else None
         try:
@@ -70,7 +72,8 @@ class AsyncEngine:
             if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
                 compiled = self._engine.grammars.compiled(params.structured_outputs)
                 await asyncio.shield(asyncio.wrap_future(compiled))
-            self._post(partial(self._start, stream, list(prompt_ids), params, client, words))
+            until_s = math.inf if deadline_s is None else started_s + deadline_s
+            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s))
             while not stream.ended:
                 yield await _next(stream)
         finally:

@@ -117,9 +117,8 @@ class KVCache:
 
     def stores(self, tip: int, end: int) -> bool:
         """Are the windows before the block `tip` there after a chunk from before them to `end`?"""
-        return all(
-            table.reach is None or table.first_stored(end) <= tip - table.reach for table in self.tables.values()
-        )
+        windows = ((table, table.reach) for table in self.tables.values() if table.reach is not None)
+        return all(table.first_stored(end) <= max(0, tip - reach) for table, reach in windows)
 
     def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content]) -> None:
         """A pass has computed the row's positions [start, end): these are in the blocks that it has filled."""

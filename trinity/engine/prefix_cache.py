@@ -43,14 +43,16 @@ class PrefixCache:
         return self._cache.match(self._keys(sequence)[: self._most(sequence)], *self._versions.bounds(sequence))
 
     def leader(self, sequence: Sequence, hit: Hit, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
-        """A running one that will have computed more of this sequence's beginning, and how far they are alike."""
+        """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike."""
         place = hit.num_known
         if not self._reads(sequence) or place >= self._most(sequence):
             return None
         keys, version = sequence.keys[: self._most(sequence)], self._versions.of(sequence)
         for other in running:
-            is_ahead = other.num_computed < (place + 1) * self._size and place < len(other.keys)
-            if is_ahead and other.keys[place] == keys[place] and self._versions.of(other) == version:
+            if other.priority > sequence.priority or place >= len(other.keys):
+                continue
+            is_ahead = other.num_computed < (place + 1) * self._size and other.keys[place] == keys[place]
+            if is_ahead and self._versions.of(other) == version:
                 return other, self._size * _num_alike(keys, other.keys)
         return None
 
@@ -68,10 +70,12 @@ class PrefixCache:
         self._count(sequence)
 
     def stop(self, sequence: Sequence, count: int) -> int:
-        """Number of the next `count` tokens up to a window that is to be kept and that a longer chunk would not store."""
+        """Number of the next `count` tokens up to a window within the prompt that is to be kept, where a longer chunk would not
+        store it."""
         start, end = sequence.num_computed, sequence.num_computed + count
         for tip in sequence.tips if count > 1 else ():
-            if start < tip * self._size < end and not self._cache.stores(tip, end):
+            is_within = start < tip * self._size < min(end, sequence.num_prompt - self._size)
+            if is_within and not self._cache.stores(tip, end):
                 return tip * self._size - start
         return count
 

@@ -1,18 +1,23 @@
 """Which tokens go into the next forward passes: continuous batching, chunked prefill, preemption. Host code, no torch.
 
-Clients take turns (fair_queue.py), and what was taken up first comes first: `running` is in that order, and all in `waiting`
-comes later. A sequence is admitted when all its tokens fit; it begins with what is cached of it. One whose beginning is being
-computed by another follows: it is admitted when that is done (prefix_cache.py). When the cache runs out, the last one taken up
-gives its blocks back and goes on later, as does whose blocks are of no more use. The first can take everything and always fits
-(block_table.py), so there is always progress.
-Decodes go before prefill without a special case: all but the last running sequence have finished their prefill,
-because a prefill that is cut short has used up the token budget.
+What is urgent comes first, then clients take turns (fair_queue.py), then what was taken up first: `running` is in that order,
+and all of the same priority in `waiting` comes later. A sequence is admitted when all its tokens fit, or when they do once
+less urgent ones have given way; it begins with what is cached of it. One whose beginning is being computed by another follows:
+it is admitted when that is done (prefix_cache.py). When the cache runs out, the last one gives its blocks back and goes on
+later, as does whose blocks are of no more use. The first can take everything and always fits (block_table.py), so there is
+always progress.
+Among equals decodes go before prefill without a special case: all but the last of them have finished their prefill, because a
+prefill that is cut short has used up the token budget. While a prompt is computed nothing less urgent is in its passes: it
+would wait for that, too.
 """
 
+import bisect
+import time
 from typing import NamedTuple
 
-from trinity.engine.fair_queue import FairQueue
+from trinity.engine.fair_queue import PriorityQueue
 from trinity.engine.kv_cache import KVCache
+from trinity.engine.pace import Pace
 from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.versions import Versions
@@ -27,22 +32,14 @@ class Pass(NamedTuple):
 
 class Scheduler:
     """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with, `prefixes` what
-    it need not compute."""
+    it need not compute, `pace` how many tokens a step has."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        versions: Versions,
-        prefixes: PrefixCache,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-    ):
-        self.cache, self.versions, self.prefixes = cache, versions, prefixes
-        self.max_tokens = max_num_batched_tokens
-        self.max_running = min(max_num_seqs, max_num_batched_tokens)  # so that every decode finds a place in every pass
+    def __init__(self, cache: KVCache, versions: Versions, prefixes: PrefixCache, max_running: int, pace: Pace):
+        self.cache, self.versions, self.prefixes, self.pace = cache, versions, prefixes, pace
+        self.max_running = max_running
         self.running: list[Sequence] = []
         self.following: list[Sequence] = []  # each has a place among the running ones, and no row
-        self.waiting = FairQueue()
+        self.waiting = PriorityQueue()
         self.num_preemptions = 0
 
     @property
@@ -73,16 +70,32 @@ class Scheduler:
             self._put_back(sequence)
         return [Pass(*each) for each in self.versions.passes(self._chunks())]
 
+    def late(self) -> list[Sequence]:
+        """Waiting sequences that cannot have their next token by their deadline, even if all else stood still."""
+        now_s = time.monotonic()
+        return [s for s in (*self.following, *self.waiting) if self._is_late(s, s.until_s - now_s)]
+
+    def _is_late(self, sequence: Sequence, left_s: float) -> bool:
+        if left_s >= self.pace.least_s(sequence.num_uncomputed):
+            return False
+        cached = self.prefixes.match(sequence).num_blocks * self.cache.layout.block_size
+        most = 1 if sequence.awaits is not None else sequence.num_uncomputed - cached
+        return left_s < self.pace.least_s(most)
+
     def _chunks(self) -> list[Chunk]:
+        self._make_way()
         batch: list[Chunk] = []
-        budget, at = self.max_tokens, 0
+        budget, at, urgent = self.pace.size(len(self.running)), 0, float("inf")  # `urgent`: of the prompts in it
         while budget and (at < len(self.running) or self._admit()):
             sequence = self.running[at]
+            if sequence.priority > urgent:
+                break
             count = min(sequence.num_uncomputed, budget)
             some = self.prefixes.stop(sequence, count)
             if not self._make_room(sequence, sequence.num_computed + some):
                 break  # the last one; it keeps what it has and waits for the others
             batch.append(Chunk(sequence, sequence.num_computed, some))
+            urgent = min(urgent, sequence.priority) if batch[-1].is_prefill else urgent
             self.waiting.charge(sequence, some)
             budget, at = budget - count, at + 1
         assert batch or not (self.running or self.following or self.waiting), (
@@ -90,23 +103,39 @@ class Scheduler:
         )
         return batch
 
+    def _make_way(self) -> None:
+        """Start what is more urgent than the last that runs; less urgent ones give way where it does not fit."""
+        while self._is_urgent():
+            if self._take_up() is None:
+                self._preempt(self.running[-1])
+
+    def _is_urgent(self) -> bool:
+        return bool(self.waiting and self.running) and self.waiting.first().priority < self.running[-1].priority
+
     def _admit(self) -> bool:
-        """Start the sequence whose turn it is if it fits beside a spare block for each running one. Those that find another one
-        about to compute what they need let the next one pass."""
-        while self.waiting and len(self.running) + len(self.following) < self.max_running:
-            sequence = self.waiting.first()
-            hit = self.prefixes.match(sequence)
-            if (other := self.prefixes.leader(sequence, hit, self.running)) is not None:
-                sequence.awaits = other
-                self.following.append(self.waiting.take())
-            elif self.cache.fits(len(sequence.token_ids), hit, reserve=len(self.running)):
-                self.prefixes.begin(self.waiting.take(), hit)
-                sequence.admitted()
-                self.running.append(sequence)
+        """Start the sequence whose turn it is. Whoever finds another one about to compute what it needs lets the next pass."""
+        while (sequence := self._take_up()) is not None:
+            if sequence.row is not None:
                 return True
-            else:
-                return False
         return False
+
+    def _take_up(self) -> Sequence | None:
+        """-> the next one, which has begun or follows another now; None: it does not fit beside a spare block for each running
+        one."""
+        if not self.waiting or len(self.running) + len(self.following) >= self.max_running:
+            return None
+        sequence = self.waiting.first()
+        hit = self.prefixes.match(sequence)
+        sequence.awaits = self.prefixes.leader(sequence, hit, self.running)
+        if sequence.awaits is not None:
+            self.following.append(self.waiting.take())
+        elif self.cache.fits(len(sequence.token_ids), hit, reserve=len(self.running)):
+            self.prefixes.begin(self.waiting.take(), hit)
+            sequence.admitted()
+            bisect.insort(self.running, sequence, key=lambda each: each.priority)
+        else:
+            return None
+        return sequence
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Get blocks for num_tokens, preempting what was taken up later if need be."""

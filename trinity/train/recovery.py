@@ -51,8 +51,9 @@ class RunIdentity:
     def of(cls, config: Config, data: Prepared, job: str) -> "RunIdentity":
         settings = config.train
         batches = {name: getattr(settings, name) for name in ("seed", "seq_len", "global_batch_size")}
+        ramp = {"batch_ramp": settings.ramp_words} if settings.ramp_words else {}
         kind = {} if config.data.format in ("text", "chats") else {"format": config.data.format}
-        return cls(job, str(Path(settings.out_dir).resolve()), {**batches, **data.train.facts, **kind})
+        return cls(job, str(Path(settings.out_dir).resolve()), {**batches, **ramp, **data.train.facts, **kind})
 
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
         """Notes for a job that takes over from a version, besides the weights."""

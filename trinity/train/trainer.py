@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trinity.adapters.lora import choose_trained
 from trinity.checkpoint import latest_checkpoint
-from trinity.config import Config
+from trinity.config import Config, Sequences
 from trinity.data.prepare import Prepared
 from trinity.errors import TrinityError
 from trinity.models.common.losses import max_vio
@@ -101,6 +101,11 @@ class Trainer:
     def version(self) -> int:
         return self.backbone.version
 
+    @property
+    def sequences(self) -> Sequences:
+        """Those of the next step."""
+        return self.config.train.sequences_of(self.position)
+
     def new_objective(self) -> nn.Module:
         """The loss of what its micro-batches are."""
         return Objective(self.model, self.config)
@@ -150,8 +155,7 @@ class Trainer:
         worker 0 raises the reason when it has not for placement.recover_timeout_s."""
         deadline, metrics = Deadline(self.config.placement.recover_timeout_s), None
         self._retries.clear()
-        shape = self.position, self.config.train.global_batch_size
-        self._source_tokens = {} if batch_of else self.data.train.source_tokens(*shape)
+        self._source_tokens = {} if batch_of else self.data.train.source_tokens(self.sequences)
         while metrics is None:
             is_last = deadline.expired
             try:
@@ -211,7 +215,7 @@ class Trainer:
     def _forward_backward(self, ticket: StepTicket, batch_of: BatchOf) -> Totals:
         """Sums over all workers; afterwards no row of this attempt is under way."""
         self.dispatcher.use(self.version, ticket.attempt, self.comm.rank)
-        micros = self.micro_batches.run(batch_of)
+        micros = self.micro_batches.run(batch_of, self.sequences.num)
         failure = self.dispatcher.failure
         if failure is not None:
             log.warning("step %d: rows of worker %d failed: %s", self.version + 1, self.comm.rank, failure)
@@ -315,6 +319,7 @@ class Trainer:
             norm_kurtosis=self.recent.kurtosis,
             measures=totals.measures,
             source_tokens=self._source_tokens,
+            global_batch_size=totals.num_sequences if self.config.train.ramp_words else None,
             **self.utilization.of(totals.num_tokens / max(self.clock.seconds, 1e-9)),
         )
 
