@@ -61,6 +61,8 @@ class EngineClient(Protocol):
 
     async def info(self) -> EngineInfo: ...
 
+    async def reset_prefix_cache(self) -> None: ...
+
 
 def new_request_id() -> str:
     return uuid4().hex

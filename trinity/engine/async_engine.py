@@ -120,6 +120,10 @@ class AsyncEngine:
         """Raise at once what `generate` would raise for a request that can never succeed."""
         self._engine.validate(prompt_ids, params)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget, before the next pass, what is cached and no running request has."""
+        self._post(self._engine.reset_prefix_cache)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 

@@ -125,7 +125,7 @@ class PrefixCache:
             self.num_queries += len(sequence.token_ids)
             self.num_hits += sequence.num_computed
         found = min(sequence.num_computed, sequence.num_prompt)
-        if not sequence.num_generated:
+        if sequence.num_cached is None or not sequence.num_generated:
             sequence.num_cached = found if sequence.num_cached is None else min(found, sequence.num_cached)
 
 
