@@ -103,7 +103,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
-            return self.biased(self.adapter(x, self.weight))
+            return self.biased(self.adapter(x, [self])[0])
         y = self.packed_with([], x) if is_packed(x, self) else product(x, self.weight, self.is_exact)
         return self.biased(y)
 
@@ -132,18 +132,25 @@ def is_packed(x: Tensor, part: Linear) -> bool:
 
 def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     """Each part's product with the same rows."""
-    if any(part.adapter is not None for part in parts):
+    adapters = [part.adapter for part in parts if part.adapter is not None]
+    if len(adapters) == len(parts):
+        products = adapters[0](x, parts)
+    elif adapters:
         return [part(x) for part in parts]
-    if is_packed(x, parts[0]):
-        y = parts[0].packed_with(parts[1:], x)
+    elif is_packed(x, parts[0]):
+        products = _split(parts[0].packed_with(parts[1:], x), parts)
     elif parts[0].is_exact and batch_invariant.at_once(x, *(part.weight for part in parts)):
         from trinity.ops.batch_invariant import gemm
 
         y = gemm.side_by_side(x.flatten(0, -2), [part.weight for part in parts]).unflatten(0, x.shape[:-1])
+        products = _split(y, parts)
     else:
         return [part(x) for part in parts]
-    products = y.split([part.out_features for part in parts], dim=-1)
     return [part.biased(each) for part, each in zip(parts, products, strict=True)]
+
+
+def _split(y: Tensor, parts: Sequence[Linear]) -> Sequence[Tensor]:
+    return y.split([part.out_features for part in parts], dim=-1)
 
 
 def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.compiled import kernel
-from trinity.ops.batch_invariant.elementwise import exp
+from trinity.ops.batch_invariant.elementwise import exp, total
 from trinity.ops.batch_invariant.simd import COLUMNS, LANES, ROWS, as_array, dots, fma, mixes, widened
 from trinity.ops.batch_invariant.threads import in_threads
 from trinity.utils.gradients import gradients_of
@@ -121,34 +121,18 @@ def _query(q, line, share, group):  # type: ignore[no-untyped-def]
 
 @kernel
 def _softmax(weights, begin, end, num):  # type: ignore[no-untyped-def]
-    """Scores become probabilities from begin to end, and 0 around. Lane l of the sum has the keys begin + l, + 16, ..."""
-    highest = weights[begin]
-    for j in range(begin, end):
-        highest = weights[j] if weights[j] > highest else highest
-    for j in range(begin, end):
-        weights[j] = exp(weights[j] - highest)
-    total = _total(weights, begin, end)
-    for j in range(begin):
-        weights[j] = 0
-    for j in range(begin, end):
-        weights[j] /= total
-    for j in range(end, num):
-        weights[j] = 0
-
-
-@kernel
-def _total(weights, begin, end):  # type: ignore[no-untyped-def]
-    lanes = np.zeros(LANES, np.float32)
-    whole = begin + (end - begin) // LANES * LANES
-    for j in range(begin, whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] += weights[j + lane]
-    for j in range(whole, end):
-        lanes[j - whole] += weights[j]
-    total = np.float32(0)
-    for lane in range(LANES):
-        total += lanes[lane]
-    return total
+    """Scores become probabilities from begin to end, and 0 around."""
+    seen = weights[begin:end]
+    highest = seen[0]
+    for j in range(len(seen)):
+        highest = seen[j] if seen[j] > highest else highest
+    for j in range(len(seen)):
+        seen[j] = exp(seen[j] - highest)
+    sum_of_all = total(seen)
+    for j in range(len(seen)):
+        seen[j] /= sum_of_all
+    weights[:begin] = 0
+    weights[end:num] = 0
 
 
 @kernel
