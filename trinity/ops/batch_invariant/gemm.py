@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.compiled import kernel
+from trinity.ops.batch_invariant.outer import add_products, sums
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
 from trinity.ops.batch_invariant.threads import in_threads
 
@@ -46,23 +47,15 @@ class _Grouped(Function):
     def forward(ctx: Any, x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
         x_AK, w_ENK = x_AK.contiguous(), w_ENK.contiguous()
         ctx.save_for_backward(x_AK, w_ENK)
-        ctx.ends = end_E.tolist()
+        ctx.end_E = end_E
         return multiply(x_AK, w_ENK, end_E).to(x_AK.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_AK, w_ENK = ctx.saved_tensors
-        dx_AK, dw_ENK = (
-            torch.empty_like(t) if wanted else None
-            for t, wanted in zip((x_AK, w_ENK), ctx.needs_input_grad[:2], strict=True)
-        )
-        for e, (lo, hi) in enumerate(zip([0, *ctx.ends[:-1]], ctx.ends, strict=True)):
-            if dx_AK is not None and hi > lo:
-                torch.mm(dy_AN[lo:hi], w_ENK[e], out=dx_AK[lo:hi])
-            if dw_ENK is not None:
-                torch.mm(dy_AN[lo:hi].T, x_AK[lo:hi], out=dw_ENK[e])  # zeros where there are no rows
-        return dx_AK, dw_ENK, None
+        dx_AK = add_products(dy_AN, w_ENK, ctx.end_E) if ctx.needs_input_grad[0] else None
+        return dx_AK, sums(dy_AN, x_AK, ctx.end_E) if ctx.needs_input_grad[1] else None, None
 
 
 def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 Legend: R rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs, M matrices beside each other, each
 with a stack of its own (as gate and up), r rank, S = M r.
 Decisions: fp32 on a CPU, for training: the products with W are those of gemm.py, and no gradient of W is made. The M factors A are
-one product with x, forward and backward, and the rows' gradient is one sum, made in place. Sums over K and N are gemm.py's,
-one call for all matrices; those over r and T are the library's, of shapes that it is quick at (256 x 512 by 512 x 8 transposed
-takes 0.04 ms, not transposed 0.18), so that here a row's last bits may depend on its company.
+one product with x, forward and backward, the rows' gradient is one sum, made in place, and each product is one call for all
+matrices.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.gemm import multiply
+from trinity.ops.batch_invariant.outer import add_products, sums
 
 Adapted = tuple[Tensor, Tensor, Tensor]  # W [E, N, K], A [E, r, K], B [E, N, r]
 
@@ -42,10 +42,9 @@ class _Adapted(Function):
         x_RK, a_ESK = x_RK.contiguous(), torch.cat(matrices[1::3], 1)
         w_MENK, b_MErN = [w_ENK.contiguous() for w_ENK in matrices[::3]], [b.mT.contiguous() for b in matrices[2::3]]
         h_RS = multiply(x_RK, a_ESK, end_E).mul_(scale)
-        ys, ctx.ends, ctx.scale = tuple(multiply(x_RK, w_ENK, end_E) for w_ENK in w_MENK), end_E, scale
+        ys, ctx.end_E, ctx.scale = tuple(multiply(x_RK, w_ENK, end_E) for w_ENK in w_MENK), end_E, scale
         for y_RN, h_Rr, b_ErN in zip(ys, h_RS.chunk(len(ys), 1), b_MErN, strict=True):
-            for e, lo, hi in _runs(end_E):
-                y_RN[lo:hi].addmm_(h_Rr[lo:hi], b_ErN[e])
+            add_products(h_Rr, b_ErN, end_E, y_RN)
         ctx.save_for_backward(x_RK, a_ESK, h_RS, *w_MENK, *b_MErN)
         return ys
 
@@ -53,37 +52,14 @@ class _Adapted(Function):
     @once_differentiable
     def backward(ctx: Any, *dy_MRN: Tensor) -> tuple[Tensor | None, ...]:
         (x_RK, a_ESK, h_RS, *rest), num = ctx.saved_tensors, len(dy_MRN)
-        w_MENK, b_MErN, end_E = rest[:num], rest[num:], ctx.ends
+        w_MENK, b_MErN, end_E = rest[:num], rest[num:], ctx.end_E
         dy_MRN = tuple(dy_RN.contiguous() for dy_RN in dy_MRN)
         dh_RS = torch.cat([multiply(dy, b, end_E) for dy, b in zip(dy_MRN, b_MErN, strict=True)], 1).mul_(ctx.scale)
-        da_ESK = _sums(dh_RS, x_RK, end_E)
-        db_MErN = [_sums(h, dy, end_E) for h, dy in zip(h_RS.chunk(num, 1), dy_MRN, strict=True)]
-        dx_RK = _dx(dy_MRN, w_MENK, dh_RS, a_ESK, end_E) if ctx.needs_input_grad[0] else None
+        da_ESK = sums(dh_RS, x_RK, end_E)
+        db_MErN = [sums(h_Rr, dy_RN, end_E) for h_Rr, dy_RN in zip(h_RS.chunk(num, 1), dy_MRN, strict=True)]
+        dx_RK = add_products(dh_RS, a_ESK, end_E) if ctx.needs_input_grad[0] else None
+        if dx_RK is not None:  # of all products that x went into
+            for dy_RN, w_ENK in zip(dy_MRN, w_MENK, strict=True):
+                add_products(dy_RN, w_ENK, end_E, dx_RK)
         factors = zip(da_ESK.chunk(num, 1), db_MErN, strict=True)
         return dx_RK, None, None, *(grad for da, db in factors for grad in (None, da.contiguous(), db.mT.contiguous()))
-
-
-def _dx(
-    dy_MRN: Sequence[Tensor], w_MENK: Sequence[Tensor], dh_RS: Tensor, a_ESK: Tensor, end_E: Tensor
-) -> Tensor:
-    """dx_RK, the sum over all products that x went into."""
-    dx_RK = dh_RS.new_empty(len(dh_RS), a_ESK.shape[2])
-    for e, lo, hi in _runs(end_E):
-        dx_TK = torch.mm(dh_RS[lo:hi], a_ESK[e], out=dx_RK[lo:hi])
-        for dy_RN, w_ENK in zip(dy_MRN, w_MENK, strict=True):
-            dx_TK.addmm_(dy_RN[lo:hi], w_ENK[e])
-    return dx_RK
-
-
-def _sums(left_RA: Tensor, right_RB: Tensor, end_E: Tensor) -> Tensor:
-    """left^T right of each matrix's rows, [E, A, B]; zeros where it has none."""
-    out_EAB = left_RA.new_zeros(len(end_E), left_RA.shape[1], right_RB.shape[1])
-    for e, lo, hi in _runs(end_E):
-        torch.mm(left_RA[lo:hi].T, right_RB[lo:hi], out=out_EAB[e])
-    return out_EAB
-
-
-def _runs(end_E: Tensor) -> list[tuple[int, int, int]]:
-    """(matrix, first row, end) of each that has rows."""
-    ends = end_E.tolist()
-    return [(e, lo, hi) for e, (lo, hi) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if hi > lo]
