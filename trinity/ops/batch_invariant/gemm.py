@@ -18,9 +18,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.compiled import kernel
-from trinity.ops.batch_invariant.outer import add_products, sums
+from trinity.ops.batch_invariant.outer import products, sums
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
-from trinity.ops.batch_invariant.threads import in_threads
+from trinity.ops.batch_invariant.threads import Job, in_threads, in_turn
 
 PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
 
@@ -54,18 +54,21 @@ class _Grouped(Function):
     @once_differentiable
     def backward(ctx: Any, dy_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_AK, w_ENK = ctx.saved_tensors
-        dx_AK = add_products(dy_AN, w_ENK, ctx.end_E) if ctx.needs_input_grad[0] else None
+        dx_AK = products(dy_AN, w_ENK, ctx.end_E) if ctx.needs_input_grad[0] else None
         return dx_AK, sums(dy_AN, x_AK, ctx.end_E) if ctx.needs_input_grad[1] else None, None
 
 
 def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     """`grouped` without gradients, for contiguous tensors; y in float32."""
-    num, (num_matrices, n, k) = len(x_AK), w_ENK.shape
-    y_AN = torch.empty(num, n)
-    arrays = [as_array(t) for t in (x_AK.float(), w_ENK, end_E, y_AN)]
-    units = num_matrices * _num_panels(n)
-    in_threads(units, 2 * num * n * k, lambda first, last: _units(*arrays, first, last))
+    y_AN = torch.empty(len(x_AK), w_ENK.shape[1])
+    in_turn(len(w_ENK), [multiplying(x_AK.float(), w_ENK, end_E, y_AN)])
     return y_AN
+
+
+def multiplying(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor, y_AN: Tensor) -> Job:
+    """`multiply` into y, as a job. x is float32."""
+    arrays, (_, n, k) = [as_array(t) for t in (x_AK, w_ENK, end_E, y_AN)], w_ENK.shape
+    return Job(_num_panels(n), 2 * len(x_AK) * n * k, lambda first, last: _units(*arrays, first, last))
 
 
 def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:

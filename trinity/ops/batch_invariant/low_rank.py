@@ -3,8 +3,8 @@
 Legend: R rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs, M matrices beside each other, each
 with a stack of its own (as gate and up), r rank, S = M r.
 Decisions: fp32 on a CPU, for training: the products with W are those of gemm.py, and no gradient of W is made. The M factors A are
-one product with x, forward and backward, the rows' gradient is one sum, made in place, and each product is one call for all
-matrices.
+one product with x, forward and backward, and the rows' gradient is one sum, made in place. One matrix is done after the other:
+each of these products reads its rows again, and memory is further away than the arithmetic is long.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from trinity.ops.batch_invariant.gemm import multiply
-from trinity.ops.batch_invariant.outer import add_products, sums
+from trinity.ops.batch_invariant.gemm import multiplying
+from trinity.ops.batch_invariant.outer import adding_products, summing
+from trinity.ops.batch_invariant.threads import in_turn
 
 Adapted = tuple[Tensor, Tensor, Tensor]  # W [E, N, K], A [E, r, K], B [E, N, r]
 
@@ -41,25 +42,27 @@ class _Adapted(Function):
     def forward(ctx: Any, x_RK: Tensor, scale: float, end_E: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
         x_RK, a_ESK = x_RK.contiguous(), torch.cat(matrices[1::3], 1)
         w_MENK, b_MErN = [w_ENK.contiguous() for w_ENK in matrices[::3]], [b.mT.contiguous() for b in matrices[2::3]]
-        h_RS = multiply(x_RK, a_ESK, end_E).mul_(scale)
-        ys, ctx.end_E, ctx.scale = tuple(multiply(x_RK, w_ENK, end_E) for w_ENK in w_MENK), end_E, scale
-        for y_RN, h_Rr, b_ErN in zip(ys, h_RS.chunk(len(ys), 1), b_MErN, strict=True):
-            add_products(h_Rr, b_ErN, end_E, y_RN)
+        h_RS, ys = x_RK.new_empty(len(x_RK), a_ESK.shape[1]), [x_RK.new_empty(len(x_RK), w.shape[1]) for w in w_MENK]
+        jobs = [multiplying(x_RK, a_ESK * scale, end_E, h_RS)]
+        for y_RN, w_ENK, h_Rr, b_ErN in zip(ys, w_MENK, h_RS.chunk(len(ys), 1), b_MErN, strict=True):
+            jobs += [multiplying(x_RK, w_ENK, end_E, y_RN), adding_products(h_Rr, b_ErN, end_E, y_RN)]
+        in_turn(len(end_E), jobs)
+        ctx.scale, ctx.end_E = scale, end_E
         ctx.save_for_backward(x_RK, a_ESK, h_RS, *w_MENK, *b_MErN)
-        return ys
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dy_MRN: Tensor) -> tuple[Tensor | None, ...]:
-        (x_RK, a_ESK, h_RS, *rest), num = ctx.saved_tensors, len(dy_MRN)
-        w_MENK, b_MErN, end_E = rest[:num], rest[num:], ctx.end_E
-        dy_MRN = tuple(dy_RN.contiguous() for dy_RN in dy_MRN)
-        dh_RS = torch.cat([multiply(dy, b, end_E) for dy, b in zip(dy_MRN, b_MErN, strict=True)], 1).mul_(ctx.scale)
-        da_ESK = sums(dh_RS, x_RK, end_E)
-        db_MErN = [sums(h_Rr, dy_RN, end_E) for h_Rr, dy_RN in zip(h_RS.chunk(num, 1), dy_MRN, strict=True)]
-        dx_RK = add_products(dh_RS, a_ESK, end_E) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        (x_RK, a_ESK, h_RS, *rest), num, end_E = ctx.saved_tensors, len(dys), ctx.end_E
+        w_MENK, b_MErN, dys = rest[:num], rest[num:], tuple(dy_RN.contiguous() for dy_RN in dys)
+        dx_RK, dh_RS = torch.empty_like(x_RK) if ctx.needs_input_grad[0] else None, torch.empty_like(h_RS)
+        da_ESK, db_MErN, jobs = torch.empty_like(a_ESK), [torch.empty_like(b) for b in b_MErN], []
+        for dy, b, db, h, dh in zip(dys, b_MErN, db_MErN, h_RS.chunk(num, 1), dh_RS.chunk(num, 1), strict=True):
+            jobs += [multiplying(dy, b * ctx.scale, end_E, dh), summing(h, dy, end_E, db)]
         if dx_RK is not None:  # of all products that x went into
-            for dy_RN, w_ENK in zip(dy_MRN, w_MENK, strict=True):
-                add_products(dy_RN, w_ENK, end_E, dx_RK)
+            of_x = zip((dh_RS, *dys), (a_ESK, *w_MENK), strict=True)
+            jobs += [adding_products(rows, v, end_E, dx_RK, is_new=at == 0) for at, (rows, v) in enumerate(of_x)]
+        in_turn(len(end_E), [*jobs, summing(dh_RS, x_RK, end_E, da_ESK)])
         factors = zip(da_ESK.chunk(num, 1), db_MErN, strict=True)
         return dx_RK, None, None, *(grad for da, db in factors for grad in (None, da.contiguous(), db.mT.contiguous()))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.simd import LANES, TALL, WIDE, adds, as_array
-from trinity.ops.batch_invariant.threads import in_threads
+from trinity.ops.batch_invariant.threads import Job, in_turn
 
 PANEL = WIDE * LANES
 MOST_NUMBERS = 1 << 18  # of a matrix that rows are multiplied by: 1 MiB
@@ -23,34 +23,47 @@ MOST_WIDTH = 32  # of sums over rows
 RUN = 128  # terms that are added up before their sum is added to the others': a longer chain would round more often
 
 
-def add_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor | None = None) -> Tensor:
-    """out_RN with p v added: rows up to `end_E[0]` by the first matrix, from there up to `end_E[1]` by the second and so on.
-    Without it: the products alone. No gradients."""
-    (num, k), n, is_new = p_RK.shape, v_EKN.shape[2], out_RN is None
-    out_RN = p_RK.new_empty(num, n) if out_RN is None else out_RN
-    if k < PANEL or k * n > MOST_NUMBERS or not _has_panels(p_RK, v_EKN, out_RN):
-        for e, lo, hi in _runs(end_E):
-            torch.addmm(out_RN[lo:hi], p_RK[lo:hi], v_EKN[e], beta=float(not is_new), out=out_RN[lo:hi])
-        return out_RN
-    arrays = [as_array(t) for t in (p_RK.contiguous(), v_EKN.contiguous(), out_RN, end_E)]
-    units = len(v_EKN) * (n // PANEL)
-    in_threads(units, 2 * num * k * n, lambda first, last: _products(*arrays, is_new, first, last))
+def products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor) -> Tensor:
+    """p v: rows up to `end_E[0]` by the first matrix, from there up to `end_E[1]` by the second and so on. No gradients."""
+    out_RN = p_RK.new_empty(len(p_RK), v_EKN.shape[2])
+    in_turn(len(v_EKN), [adding_products(p_RK, v_EKN, end_E, out_RN, is_new=True)])
     return out_RN
+
+
+def adding_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor, is_new: bool = False) -> Job:
+    """The job of adding p v to `out`, or of putting it there. p's rows may be parts of longer ones."""
+    (num, k), n = p_RK.shape, v_EKN.shape[2]
+    p_RK, v_EKN = p_RK.detach(), v_EKN.detach().contiguous()
+
+    def with_library(first: int, last: int) -> None:
+        for e, lo, hi in _runs(end_E)[first:last]:
+            torch.addmm(out_RN[lo:hi], p_RK[lo:hi], v_EKN[e], beta=float(not is_new), out=out_RN[lo:hi])
+
+    if k * n > MOST_NUMBERS or not _has_panels(p_RK, v_EKN, out_RN):
+        return Job(1, 2 * num * k * n, with_library, is_compiled=False)
+    arrays = [as_array(t) for t in (p_RK, v_EKN, out_RN, end_E)]
+    return Job(n // PANEL, 2 * num * k * n, lambda first, last: _products(*arrays, is_new, first, last))
 
 
 def sums(a_RA: Tensor, b_RB: Tensor, end_E: Tensor) -> Tensor:
     """a^T b of each matrix's rows, out_EAB; zeros where it has none. No gradients."""
-    (num, a), b = a_RA.shape, b_RB.shape[1]
-    if a > MOST_WIDTH or not _has_panels(a_RA, b_RB):
-        out_EAB = a_RA.new_zeros(len(end_E), a, b)
-        for e, lo, hi in _runs(end_E):
-            torch.mm(a_RA[lo:hi].T, b_RB[lo:hi], out=out_EAB[e])
-        return out_EAB
-    out_EAB = a_RA.new_empty(len(end_E), a, b)
-    arrays = [as_array(t) for t in (a_RA.contiguous(), b_RB.contiguous(), out_EAB, end_E)]
-    units = len(end_E) * (b // PANEL)
-    in_threads(units, 2 * num * a * b, lambda first, last: _sums(*arrays, first, last))
+    out_EAB = a_RA.new_empty(len(end_E), a_RA.shape[1], b_RB.shape[1])
+    in_turn(len(end_E), [summing(a_RA, b_RB, end_E, out_EAB)])
     return out_EAB
+
+
+def summing(a_RA: Tensor, b_RB: Tensor, end_E: Tensor, out_EAB: Tensor) -> Job:
+    """`sums` into `out`, as a job. The rows of a may be parts of longer ones."""
+    (num, a), b = a_RA.shape, b_RB.shape[1]
+
+    def with_library(first: int, last: int) -> None:
+        for e, lo, hi in _runs(end_E)[first:last]:
+            torch.mm(a_RA[lo:hi].T, b_RB[lo:hi], out=out_EAB[e])
+
+    if a > MOST_WIDTH or not _has_panels(a_RA, b_RB):
+        return Job(1, 2 * num * a * b, with_library, is_compiled=False)
+    arrays = [as_array(t) for t in (a_RA, b_RB.contiguous(), out_EAB, end_E)]
+    return Job(b // PANEL, 2 * num * a * b, lambda first, last: _sums(*arrays, first, last))
 
 
 def _has_panels(*tensors: Tensor) -> bool:
@@ -58,9 +71,8 @@ def _has_panels(*tensors: Tensor) -> bool:
 
 
 def _runs(end_E: Tensor) -> list[tuple[int, int, int]]:
-    """(matrix, first row, end) of each that has rows."""
-    bounds = itertools.pairwise([0, *end_E.tolist()])
-    return [(e, lo, hi) for e, (lo, hi) in enumerate(bounds) if hi > lo]
+    """(matrix, first row, end) of each."""
+    return [(e, lo, hi) for e, (lo, hi) in enumerate(itertools.pairwise([0, *end_E.tolist()]))]
 
 
 @kernel
@@ -76,7 +88,7 @@ def _products(p, v, out, end, is_new, first, last):  # type: ignore[no-untyped-d
             outs = _addresses(out.ctypes.data + 4 * (n * r + column), 4 * n, rows)
             starts = none if is_new else outs
             for at in range(0, k, RUN):
-                ps = _addresses(p.ctypes.data + 4 * (k * r + at), 4 * k, rows)
+                ps = _addresses(p.ctypes.data + p.strides[0] * r + 4 * at, p.strides[0], rows)
                 adds(ps, 1, v.ctypes.data + 4 * (n * (k * e + at) + column), n, min(RUN, k - at), starts, outs)
                 starts = outs
 
@@ -93,8 +105,8 @@ def _sums(a, b, out, end, first, last):  # type: ignore[no-untyped-def]
             rows = min(TALL, num - i) - 1
             starts, outs = none, _addresses(out.ctypes.data + 4 * (n * (num * e + i) + column), 4 * n, rows)
             for at in range(lo, max(hi, lo + 1), RUN):  # once without rows: zeros
-                ps = _addresses(a.ctypes.data + 4 * (num * at + i), 4, rows)
-                adds(ps, num, b.ctypes.data + 4 * (n * at + column), n, min(RUN, hi - at), starts, outs)
+                ps = _addresses(a.ctypes.data + a.strides[0] * at + 4 * i, 4, rows)
+                adds(ps, a.strides[0] // 4, b.ctypes.data + 4 * (n * at + column), n, min(RUN, hi - at), starts, outs)
                 starts = outs
 
 
