@@ -16,8 +16,10 @@ from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from serving.access import ASKS
+from serving.continuation import Continuing, Engines
 from serving.limits import Admission
 from serving.metrics import Exporter
+from serving.pins import Pins
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
@@ -52,12 +54,8 @@ class EngineInfo:
     moe_layers: tuple[int, ...] = ()  # layers with routed experts
 
 
-class EngineClient(Protocol):
-    """An engine near or far. Closing the generator frees what the request holds."""
-
-    def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncGenerator[Delta, None]: ...
+class EngineClient(Engines, Protocol):
+    """An engine near or far. Closing the generator frees what the request holds. EngineLost: another one can go on."""
 
     async def info(self) -> EngineInfo: ...
 
@@ -72,8 +70,8 @@ async def off_loop(is_large: bool, work: Callable[..., T], *arguments: Any) -> T
 
 
 class Frontend:
-    """Owns admission and health; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is one;
-    `source` is where the weights are from."""
+    """Owns admission, health and pins; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is
+    one; `source` is where the weights are from."""
 
     def __init__(
         self,
@@ -83,6 +81,7 @@ class Frontend:
         config: ServeConfig,
         operator: Callable[[], Operator] | None = None,
         source: str | None = None,
+        pins: Pins | None = None,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
@@ -92,6 +91,8 @@ class Frontend:
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
         self.admission = Admission(config)
         self.metrics = Exporter(info.model)
+        self.pins = pins or Pins()
+        self.streams = Continuing(engine, self.metrics.continued, self.pins)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.training = TrainingRun(source)
@@ -161,6 +162,7 @@ class Frontend:
         self.check_length(prompt_ids)
         self.check_ids(prompt_ids)
         check_numbers(params)
+        _check_priority(params.priority, ASKS.get())
         for name, ids in params.listed_ids.items():
             self.check_ids(tuple(ids), name)
 
@@ -211,7 +213,7 @@ class Frontend:
             self.metrics.sequence() as clock,
             self.tracing.sequence(request_id, len(prompt_ids), params) as span,
         ):
-            stream = self.engine.generate(request_id, prompt_ids, params, budget_s, client)
+            stream = self.streams.generate(request_id, prompt_ids, params, budget_s, client)
             async with aclosing(stream):
                 while (delta := await self._next(stream, deadline, budget_s)) is not None:
                     _raise_failure(delta)
@@ -220,7 +222,6 @@ class Frontend:
                     yield delta
                     if delta.finish_reason is not None:
                         return
-            raise Unavailable("the engine ended the stream early; send the request again")
 
     async def monitor(self, period_s: float = 1.0, on_change: Any = None) -> None:
         """Probe the engine for ever; `on_change(ready)` is awaited whenever readiness changes."""
@@ -268,6 +269,15 @@ class Frontend:
             ) from None
         finally:
             self._waits.discard(wait)
+
+
+def _check_priority(priority: int, client: Client) -> None:
+    if priority < client.first_priority:
+        raise InvalidRequest(
+            f"priority {priority} is more urgent than {client.first_priority}, the most that "
+            f"serve.clients.{client.name}.first_priority allows; ask for a higher number, or none",
+            param="priority",
+        )
 
 
 def _raise_failure(delta: Delta) -> None:

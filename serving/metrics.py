@@ -79,6 +79,10 @@ class Exporter:
         for field in fields:
             self["trinity_ignored_fields_total"].labels(field).inc()
 
+    def continued(self, paused_s: float) -> None:
+        """One sequence goes on after its engine was lost, so long ago."""
+        self["trinity_continuation_seconds"].observe(paused_s)
+
     def clients(self, held: Mapping[str, int]) -> None:
         """Show how many slots each client holds."""
         for name, num in held.items():
@@ -95,6 +99,8 @@ class Exporter:
         self["trinity_weights_switch_seconds"].set(stats.get("switch_seconds", 0.0))
         self._engines[engine_id] = now_s, stats
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
+        longest_s = max(found.get("longest_pass_seconds", 0.0) for _, found in self._engines.values())
+        self["trinity_longest_pass_seconds"].set(longest_s)
         for field, name in SUMS.items():
             self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
         free, total = (sum(found.get(f"num_{what}_blocks", 0) for _, found in self._engines.values()) for what in KV)

@@ -159,13 +159,26 @@ def _chat(sub: argparse.ArgumentParser) -> None:
 def _eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help="a checkpoint's folder, or a server: http://127.0.0.1:8000")
     sub.add_argument(
-        "--tasks", required=True, help="niah, and names of lm-eval's tasks, or of your own, with commas between"
+        "--tasks", default="", help="niah, and names of lm-eval's tasks, or of your own, with commas between"
+    )
+    sub.add_argument(
+        "--rewards",
+        nargs="+",
+        help="functions of (answer, row), module:function or file.py:function, as rl.rewards has them",
+    )
+    sub.add_argument("--prompts", nargs="+", help="files of prompts, whose answers the rewards judge")
+    sub.add_argument("--max-tokens", type=int, default=256, help="of an answer to these (default: %(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="of these answers (default: 0, the likeliest)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="of these answers, where they are drawn (default: %(default)s)"
     )
     sub.add_argument(
         "--lengths", help="of niah: tokens of a question, with commas between (default: all that is taken)"
     )
     sub.add_argument("--keys", type=int, default=1024, help="of niah: that there are (default: %(default)s)")
-    sub.add_argument("--questions", type=int, default=64, help="of niah: of each length (default: %(default)s)")
+    sub.add_argument(
+        "--questions", type=int, default=64, help="of niah: of each length; prompts for rewards (default: %(default)s)"
+    )
     sub.add_argument("--include-path", help="a folder with tasks of your own (YAML)")
     sub.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
     sub.add_argument("--limit", type=int, help="the first so many questions of each task")

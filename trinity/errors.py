@@ -81,6 +81,10 @@ class Unavailable(TrinityError):
     code = Code.UNAVAILABLE
 
 
+class EngineLost(Unavailable):
+    """The engine that was at work on a request is gone, or has stopped; another one can go on with it."""
+
+
 class DeadlineExceeded(TrinityError):
     code = Code.DEADLINE
 

@@ -34,8 +34,8 @@ MAX_PAYLOAD_BYTES = 1 << 31
 MAX_FAILURE_BYTES = 1 << 16
 MAX_OP_ID_BYTES = 40
 SLOT_BYTES = 8 + 4  # id and weight
-# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, left_s, R, D, K
-HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIII")
+# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, left_s, R, D, K, priority
+HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIIIq")
 
 
 class BadFrame(TrinityError):
@@ -68,6 +68,7 @@ class Header(NamedTuple):
     num_rows: int
     dim: int
     num_slots: int
+    priority: int  # of inference
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
@@ -138,7 +139,7 @@ def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     left_s = call.deadline_s - time.monotonic()
     if isinstance(call, Fetch):
         names = (call.kind.encode(), call.layer, 0, call.version, left_s)
-        return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0), []
+        return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0, 0), []
     rows = call.rows
     sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
     if isinstance(call, Forward):
@@ -149,8 +150,9 @@ def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     op_id = call.op_id.encode()
     assert len(op_id) <= MAX_OP_ID_BYTES, call.op_id
     names = (op_id, call.layer, call.epoch, call.version, left_s)
-    num_slots = 0 if rows is None else rows.ids_RK.shape[1]
-    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
+    shape = num_rows, dim, 0 if rows is None else rows.ids_RK.shape[1]
+    priority = call.priority if isinstance(call, Forward) else 0
+    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, *shape, priority), sent
 
 
 def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits, came_s: float) -> Calls:
@@ -161,7 +163,7 @@ def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits, came
     if header.kind == FETCH:
         return Fetch(header.layer, header.num_rows, header.version, deadline_s, op_id)
     if header.kind == INFER:
-        return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP))
+        return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP), header.priority)
     return Backward(*names, buffers[0], _rows(buffers[1:], limits) if header.flags & HAS_ROWS else None)
 
 
@@ -194,7 +196,7 @@ def refusal(error: TrinityError) -> bytes:
 def _head(
     kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0, left_s: float = 0.0
 ) -> bytes:
-    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, left_s, num_rows, dim, num_slots)
+    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, left_s, num_rows, dim, num_slots, 0)
 
 
 def offer(kind: int) -> bytes:

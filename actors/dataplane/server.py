@@ -49,9 +49,9 @@ class _Job:
         self.call, self.value, self.done = call, None, False
 
     @property
-    def rank(self) -> int:
-        """Copies go last."""
-        return 1 if isinstance(self.call, Fetch) else 0
+    def rank(self) -> tuple[int, int]:
+        """Copies go last, what is urgent first."""
+        return (1, 0) if isinstance(self.call, Fetch) else (0, getattr(self.call, "priority", 0))
 
 
 class Combiner:
@@ -69,7 +69,7 @@ class Combiner:
 
 class RequestQueue:
     """Runs calls on a shard one at a time. A thread that gets the lock computes for all that wait, in order of rank;
-    inference of the same layer and version becomes one call."""
+    inference of the same layer, version and priority becomes one call."""
 
     def __init__(self, shard: Any):
         self.shard = shard
@@ -144,7 +144,7 @@ def _mergeable(a: Calls, b: Calls) -> bool:
 
 def _kind(call: Forward) -> tuple[Any, ...]:
     """The key that equal calls share. Rows that came through Ray lie in the host's memory, others where the experts are."""
-    return call.layer, call.version, call.rows.ids_RK.shape[1], call.rows.x_RD.device
+    return call.layer, call.version, call.priority, call.rows.ids_RK.shape[1], call.rows.x_RD.device
 
 
 class DirectServer:

@@ -5,6 +5,7 @@ that was killed goes on with what is missing. The folder is one that all nodes s
 its name; shards that are made until then stay.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,10 @@ ONE_THREAD = {"env_vars": {"RAYON_NUM_THREADS": "1"}}  # of the tokenizer: there
 def tokenise(recipe: Recipe, files: Sequence[Found], folder: Path, told: Callable[[int, int], None]) -> None:
     """Make the shards of these files that `folder` lacks; `told` hears how many are made, and of how many. In the cluster that
     this process has joined. Raises DataError that names a file, ConfigError where nodes write what this one does not see."""
-    missing = _missing(recipe, files, folder)
+    missing = recipe.missing(files, folder)
     if not missing:
         return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `told` is who says how far it is
     ray.data.DataContext.get_current().enable_progress_bars = False
     numbers = ray.data.from_items([{"number": n} for n in range(len(missing))], override_num_blocks=len(missing))
     make = partial(_made, recipe, missing, folder)
@@ -35,17 +37,11 @@ def tokenise(recipe: Recipe, files: Sequence[Found], folder: Path, told: Callabl
         if row["error"]:
             raise DataError(row["error"])
         told(num, len(missing))
-    if unseen := _missing(recipe, missing, folder):
+    if unseen := recipe.missing(missing, folder):
         raise ConfigError(
             f"other nodes made {len(unseen)} shards that are not in {folder} of this one; set data.cache to a folder that all "
             "nodes see"
         )
-
-
-def _missing(recipe: Recipe, files: Sequence[Found], folder: Path) -> list[Found]:
-    """Files without a shard, each once."""
-    places = {recipe.place(found, folder): found for found in files}
-    return [found for place, found in places.items() if not place.is_dir()]
 
 
 def _made(recipe: Recipe, files: Sequence[Found], folder: Path, batch: dict[str, np.ndarray]) -> dict[str, Any]:

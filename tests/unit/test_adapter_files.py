@@ -12,7 +12,7 @@ from trinity.checkpoint import open_checkpoint
 from trinity.checkpoint.export import card_of, export
 from trinity.checkpoint.tensor_file import TensorFile
 from trinity.cli import main
-from trinity.config import Config, OptimConfig
+from trinity.config import Config, OptimConfig, Sequences
 from trinity.errors import CheckpointError, ConfigError
 from trinity.launch import check_out_dir
 from trinity.stages import read_stages
@@ -27,7 +27,7 @@ def adapter(base, tmp_path_factory):  # noqa: F811
     trainer = trainer_for(lora_config(base, tmp_path_factory.mktemp("adapter")))
     for _ in range(3):
         trainer.step()
-    ids_BS = trainer.data.train.batch(0, 4, 0, 1, 0, 4).ids_BS
+    ids_BS = trainer.data.train.batch(Sequences.nth(0, 4), 0, 1, 0, 4).ids_BS
     trainer.dispatcher.use(trainer.version)
     return trainer.save(), ids_BS, token_logprobs(trainer.model, ids_BS)
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trinity.config import DataConfig, TrainConfig, preset
+from trinity.config import DataConfig, Sequences, TrainConfig, preset
 from trinity.data import kept, token_store
 from trinity.data.dataset import PackedDataset
 from trinity.data.documents import found_by
@@ -100,7 +100,7 @@ def test_an_epoch_holds_every_token_once(packing):
     dataset, batch = packing
     size, tokens = dataset.num_sequences, dataset.store.tokens
     assert len(tokens) - 1 - size * dataset.seq_len in range(dataset.seq_len)
-    order = np.concatenate([dataset.sequences(step, batch) for step in range(2 * size)])
+    order = np.concatenate([dataset.sequences(Sequences.nth(step, batch)) for step in range(2 * size)])
     for epoch in range(2):
         taken = dataset.take(order[epoch * size : (epoch + 1) * size])
         assert sorted(taken.ids_BS.flatten().tolist()) == tokens[: size * dataset.seq_len].tolist()
@@ -122,8 +122,8 @@ def test_order_is_the_same_for_any_number_of_workers(packing, step, workers_and_
     world, num_micro = workers_and_micros
     total = world * num_micro * micro_batch
     for micro in range(num_micro):
-        alone = dataset.batch(step, total, 0, 1, micro, world * micro_batch)
-        parts = [dataset.batch(step, total, rank, world, micro, micro_batch) for rank in range(world)]
+        alone = dataset.batch(Sequences.nth(step, total), 0, 1, micro, world * micro_batch)
+        parts = [dataset.batch(Sequences.nth(step, total), rank, world, micro, micro_batch) for rank in range(world)]
         assert all(
             torch.equal(torch.cat(found), want) for found, want in zip(zip(*parts, strict=True), alone, strict=True)
         )
@@ -132,14 +132,20 @@ def test_order_is_the_same_for_any_number_of_workers(packing, step, workers_and_
 @given(packings(), st.integers(0, 40))
 def test_a_resumed_run_continues_the_order(packing, resume):
     dataset, batch = packing
-    whole = [dataset.sequences(step, batch).tolist() for step in range(resume + 3)]
+    whole = [dataset.sequences(Sequences.nth(step, batch)).tolist() for step in range(resume + 3)]
     again = PackedDataset(dataset.store, dataset.seq_len, dataset.seed)
-    assert [again.sequences(step, batch).tolist() for step in range(resume, resume + 3)] == whole[resume:]
+    assert [again.sequences(Sequences.nth(step, batch)).tolist() for step in range(resume, resume + 3)] == whole[
+        resume:
+    ]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     store = store_of([500])
-    orders = [PackedDataset(store, 5, seed).sequences(epoch, 99).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [
+        PackedDataset(store, 5, seed).sequences(Sequences.nth(epoch, 99)).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(99)) for order in orders)
 
@@ -148,7 +154,7 @@ def test_too_little_text_names_the_numbers():
     dataset = PackedDataset(store_of([4, 4]), 8, 0)
     assert dataset.num_sequences == 0
     with pytest.raises(DataError, match=r"8 tokens of text are less than one sequence of train.seq_len \+ 1 = 9"):
-        dataset.batch(0, 1, 0, 1, 0, 1)
+        dataset.batch(Sequences.nth(0, 1), 0, 1, 0, 1)
 
 
 # --- prepare --------------------------------------------------------------------------------------------------------
@@ -160,7 +166,7 @@ def test_prepared_documents_are_the_corpus(corpus, tmp_path):
     assert Counter(train + val) == Counter(TEXTS)
     assert 1 <= len(val) <= 15
     assert train != [text for text in TEXTS if text in train], "shuffled"
-    batch = made.train.batch(0, 4, 0, 1, 0, 4)
+    batch = made.train.batch(Sequences.nth(0, 4), 0, 1, 0, 4)
     assert [tensor.dtype for tensor in batch] == [torch.int64] * 3
     assert [tuple(tensor.shape) for tensor in batch] == [(4, 16)] * 3
 

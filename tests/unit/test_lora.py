@@ -5,6 +5,7 @@ import torch
 
 from tests.unit.test_trainer import all_weights, config_for, texts, trainer_for  # noqa: F401  a fixture
 from trinity.checkpoint import open_checkpoint
+from trinity.config import Sequences
 from trinity.dispatch.transport import LocalTransport
 from trinity.dispatch.view import StaticView
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
@@ -251,7 +252,7 @@ def test_a_server_of_the_run_computes_what_the_trainer_does(base, tmp_path):
     trainer = trainer_for(lora_config(base, tmp_path))
     for _ in range(2):
         trainer.step()
-    ids_BS = trainer.data.train.batch(0, 4, 0, 1, 0, 4).ids_BS
+    ids_BS = trainer.data.train.batch(Sequences.nth(0, 4), 0, 1, 0, 4).ids_BS
     engine = build(trainer.config.model, trainer.pool.dispatcher(trainer.version))
     load_values(engine, trainer.backbone.store.current)
     assert not engine.adapters()

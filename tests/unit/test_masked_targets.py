@@ -61,7 +61,7 @@ def test_workers_agree_on_the_number_of_trained_tokens(texts, tmp_path):  # noqa
 
     mine = MicroBatches(trainer.config, Two(), trainer.objective, torch.device("cpu"))
     trainer.dispatcher.use(0)
-    losses = mine.run(micro_batches(1))
+    losses = mine.run(micro_batches(1), NUM)
     assert seen == [int(KEPT[:2].sum())]
     nlls = -token_logprobs(trainer.model, IDS)[:2][KEPT[:2]].sum()
     assert float(sum(each.ce for each in losses)) == pytest.approx(float(nlls) / (seen[0] + 100), rel=1e-5)

@@ -215,6 +215,16 @@ def test_plain_lines_come_every_few_seconds():
     assert val == "step 7/7  val loss 2.0000  perplexity 7.4"
 
 
+def test_lines_of_a_batch_that_grows():
+    """Steps of 512 tokens and then of 1,024, at 5,120 a second: those that are left take longer."""
+    screen = Screen(False)
+    progress = Progress(40, 512, screen, num_before=lambda step: step + max(0, step - 20))
+    progress.row(row(1, tokens=512, seconds=0.1, global_batch_size=8))
+    head, line = screen.getvalue().splitlines()
+    assert head == "40 steps of 512 to 1,024 tokens, 30,720 in all"
+    assert line.endswith("batch 8  eta 0:06")
+
+
 @pytest.mark.parametrize(("left", "shown"), [(35, "0:35"), (605, "10:05"), (7205, "2:00:05")])
 def test_time_left(left, shown):
     screen = Screen(False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_chats import TOKENIZER, rows_of
 from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401  a fixture
-from trinity.config import Config
+from trinity.config import Config, Sequences, TrainConfig
 from trinity.data.dataset import IGNORE, PackedDataset, Source
 from trinity.data.mixture import BLOCK, Mixture
 from trinity.errors import ConfigError, DataError
@@ -56,33 +56,40 @@ def test_each_block_has_the_shares_and_each_source_its_own_order(mixture):
 def test_a_step_is_the_same_for_any_number_of_workers_and_without_what_came_before(mixture, step, shape):
     world, size = shape
     total = world * size * 2
-    alone = mixture.batch(step, total, 0, 1, 0, total)
+    alone = mixture.batch(Sequences.nth(step, total), 0, 1, 0, total)
     fresh = Mixture(mixture.sources, mixture.seq_len, mixture.seed)
-    parts = [fresh.batch(step, total, rank, world, micro, size) for micro in range(2) for rank in range(world)]
+    parts = [
+        fresh.batch(Sequences.nth(step, total), rank, world, micro, size) for micro in range(2) for rank in range(world)
+    ]
     assert all(torch.equal(torch.cat(found), want) for found, want in zip(zip(*parts, strict=True), alone, strict=True))
-    assert sum(mixture.source_tokens(step, total).values()) == alone.ids_BS.numel()
+    assert sum(mixture.source_tokens(Sequences.nth(step, total)).values()) == alone.ids_BS.numel()
 
 
+@pytest.mark.parametrize("ramp", [(), ({"steps": 30, "global_batch_size": 2}, {"steps": 50, "global_batch_size": 5})])
 @pytest.mark.parametrize("epochs", [0.5, 1, 2.25])
-def test_a_bound_on_epochs_allows_the_steps_that_it_says(epochs):
+def test_a_bound_on_epochs_allows_the_steps_that_it_says(epochs, ramp):
+    def steps_of(steps):
+        return TrainConfig(steps=steps, global_batch_size=7, micro_batch_size=1, batch_ramp=ramp)
+
     small = packed(1000, 0)
     mixture = Mixture([Source("web", 0.7, packed(500, 9000)), Source("book", 0.3, small, epochs)], 4, 1)
     with pytest.raises(
         ConfigError, match=r"source 'book' would be read [0-9.e+]+ times in 9,999 steps; its epochs"
     ) as refused:
-        mixture.check(9999, 7)
+        mixture.check(steps_of(9999))
     allowed = int(refused.value.message.split("allow ")[1].split(" steps")[0].replace(",", ""))
-    mixture.check(allowed, 7)
-    read = sum(mixture.source_tokens(step, 7)["book"] for step in range(allowed)) // 4
+    mixture.check(steps_of(allowed))
+    taken = map(steps_of(allowed).sequences_of, range(allowed))
+    read = sum(mixture.source_tokens(step)["book"] for step in taken) // 4
     assert epochs * 1000 - 7 < read <= epochs * 1000
     with pytest.raises(ConfigError, match=r"lower train\.steps, raise epochs, or give it less weight"):
-        mixture.check(allowed + 1, 7)
+        mixture.check(steps_of(allowed + 1))
 
 
 def test_a_weight_that_is_no_sequence_of_a_block_is_named():
     mixture = Mixture([Source("a", 1 - 1e-5, packed(9, 0)), Source("b", 1e-5, packed(9, 900))], 4, 0)
     with pytest.raises(ConfigError, match=r"source 'b' has 1e-05 of the weights, less than one of 4,096 sequences"):
-        mixture.check(1, 1)
+        mixture.check(TrainConfig())
 
 
 # -- in a run
@@ -116,7 +123,9 @@ def test_one_source_is_the_short_form(files, tmp_path):
     data = {"train": [str(files / "web")], "sources": ()}
     short = trainer_for(mixed(files, tmp_path / "short", 5.0).replace(data=data))
     for step in (0, 7, 3000):
-        assert all(map(torch.equal, *(each.data.train.batch(step, 4, 0, 1, 0, 4) for each in (one, short))))
+        assert all(
+            map(torch.equal, *(each.data.train.batch(Sequences.nth(step, 4), 0, 1, 0, 4) for each in (one, short)))
+        )
     assert one.step().loss == short.step().loss
     assert one.evaluate() == short.evaluate()
 
@@ -137,7 +146,7 @@ def test_text_and_chats_are_one_step_whatever_the_micro_batches(files, tmp_path)
     trainer = trainer_for(config.replace(train={"seq_len": 128, "out_dir": str(tmp_path / "alone")}))
     trainer.dispatcher.use(0)
     nll, num = 0.0, 0
-    batch = trainer.data.train.batch(0, 8, 0, 1, 0, 8)
+    batch = trainer.data.train.batch(Sequences.nth(0, 8), 0, 1, 0, 8)
     assert batch.ids_BS.shape[0] == 1
     for doc in batch.docs_BS.unique():
         mine = batch.docs_BS[0] == doc
@@ -156,7 +165,7 @@ def test_shares_are_of_tokens_where_sequences_are_not_full(files, tmp_path):
     assert dataset.sources[1].dataset.fill < 0.97
     tokens = Counter()
     for step in range(4):
-        tokens.update(dataset.source_tokens(step, BLOCK))
+        tokens.update(dataset.source_tokens(Sequences.nth(step, BLOCK)))
     assert tokens["chats"] / tokens.total() == pytest.approx(0.5, abs=0.005)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.test_trainer import SMALL, all_weights
-from trinity.config import Config
+from trinity.config import Config, Sequences
 from trinity.data.dataset import IGNORE
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
@@ -105,7 +105,7 @@ def test_the_loss_of_labels_is_ktos(tmp_path):
     data = trainer.data.train
     for _ in range(3):
         rho_N2 = scores(trainer, data) - data.reference_N2
-        chosen, want = data.sequences(trainer.position, 4), 0.0
+        chosen, want = data.sequences(Sequences.nth(trainer.position, 4)), 0.0
         for micro in (chosen[:2], chosen[2:]):
             z = max(0.0, float(rho_N2[micro, 1].mean()))
             for at in micro:
@@ -126,7 +126,7 @@ def test_without_a_reference_and_with_a_margin_it_is_simpo(tmp_path):
     assert not (data.reference_N2 != 0).any()
     assert not list((tmp_path / "run" / "data").glob("reference-*"))
     sums_N2 = scores(trainer, data)
-    for at in data.sequences(0, 4):
+    for at in data.sequences(Sequences.nth(0, 4)):
         chosen, rejected = (
             float(sums_N2[at, side]) / int((targets != IGNORE).sum())
             for side, (_, targets) in enumerate(data.pieces(at))

@@ -74,9 +74,9 @@ def test_a_void_attempt_of_rows_says_whose_they_were(texts, tmp_path):
     trainer, failure = trainer_for(config_for(texts, tmp_path)), Unavailable("shard-0 hung up")
     run = trainer.micro_batches.run
 
-    def broken(batch_of):
+    def broken(batch_of, num):
         trainer.dispatcher.failure, trainer.micro_batches.run = failure, run
-        return run(batch_of)
+        return run(batch_of, num)
 
     trainer.micro_batches.run = broken
     assert dict(trainer.step().retries) == {"unavailable": 1}

@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.test_preference_runs import Told
 from tests.unit.test_trainer import SMALL, all_weights
-from trinity.config import Config, RLConfig
+from trinity.config import Config, RLConfig, Sequences
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
 from trinity.pool.local import local_pool
@@ -144,6 +144,11 @@ def test_rewards_are_asked_elsewhere_and_failures_are_counted(tmp_path, caplog):
         ({"rewards": "nowhere.to.be:found"}, {}, "nowhere.to.be:found cannot be imported: ModuleNotFoundError"),
         ({"rewards": "{folder}/grades.py:number"}, {}, "number is a int, no function"),
         ({"rewards": "{folder}/grades.py:nobody"}, {}, "no attribute 'nobody'"),
+        (
+            {"rewards": (), "environment": "nowhere.to.be:found"},
+            {},
+            "environment nowhere.to.be:found cannot be imported",
+        ),
         ({"group_size": 3}, {}, r"8 answers are no groups of rl\.group_size 3"),
         ({"kl": 0.1}, {}, r"rl\.kl holds to the weights of train\.init_from"),
     ],
@@ -161,7 +166,8 @@ def test_runs_that_could_take_no_step_are_refused(tmp_path, rl, train, says):
         ({"rewards": "nothing"}, "'nothing' names no function; write module:function"),
         ({"reward_weights": (1.0, 2.0)}, "2 reward_weights for 1 rewards"),
         ({"icepop_band": (2.0, 5.0)}, "does not have 1 inside"),
-        ({"teacher": "somewhere"}, "rewards and a teacher both judge"),
+        ({"teacher": "somewhere"}, "rewards, a teacher and an environment each judge"),
+        ({"rewards": (), "environment": "somewhere"}, "'somewhere' names no function"),
     ],
 )
 def test_settings_that_cannot_be_are_named(tmp_path, rl, says):
@@ -181,7 +187,9 @@ def test_prompts_are_texts_or_messages(tmp_path):
     config = config_for(tmp_path, rows, data={"val_fraction": 0})
     config = config.replace(train={"seq_len": 60})
     data = prepare(config.data, config.train, config.model, tmp_path)
-    found = {json.dumps(prompt.row): prompt.ids for prompt in data.train.take(data.train.sequences(0, 2))}
+    found = {
+        json.dumps(prompt.row): prompt.ids for prompt in data.train.take(data.train.sequences(Sequences.nth(0, 2)))
+    }
     decode = data.tokenizer.decode
     assert data.train.num_sequences == len(found) == 2, "one leaves no room, and so does one with tools"
     assert decode(found[json.dumps(rows[2])]).endswith("so?<|im_end|>\n<|im_start|>assistant\n")

@@ -1,6 +1,7 @@
 """A random sequential document buffer: everything once, in an order that lengths and the seed give, mixed as it should be."""
 
 import itertools
+import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_trainer import config_for, texts, trainer_for  # noqa: F401  a fixture
+from trinity.config import Sequences
 from trinity.data import slot_states
 from trinity.data.dataset import IGNORE, PackedDataset
 from trinity.data.rsdb import BufferedDocuments, Draws, Slot
 from trinity.data.slot_states import SlotStates
 from trinity.errors import ConfigError, DataError
+from trinity.pool.ledger import Decision
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 from trinity.train.validation import Recent
 
 
@@ -80,7 +85,7 @@ def test_an_order_is_replayed_from_lengths_and_the_seed(dataset, later):
 def test_targets_are_what_follows_and_workers_share_the_step(dataset, shape):
     world, size = shape
     total = 4 * dataset.num_slots
-    alone = dataset.batch(3, total, 0, 1, 0, total)
+    alone = dataset.batch(Sequences.nth(3, total), 0, 1, 0, total)
     for ids_S, targets_S, docs_S in zip(*alone, strict=True):
         for document in docs_S.unique():
             ids, targets = ids_S[docs_S == document].tolist(), targets_S[docs_S == document].tolist()
@@ -89,7 +94,7 @@ def test_targets_are_what_follows_and_workers_share_the_step(dataset, shape):
             assert targets == [*ids[1:], IGNORE if ends else ids[-1] + 1]
     if total % (world * size) == 0:
         parts = {
-            (micro, rank): dataset.batch(3, total, rank, world, micro, size)
+            (micro, rank): dataset.batch(Sequences.nth(3, total), rank, world, micro, size)
             for micro in range(total // (world * size))
             for rank in range(world)
         }
@@ -142,9 +147,9 @@ def test_a_sequence_is_of_many_documents():
     stream, buffered = PackedDataset(store_of(lengths), 256, 0), BufferedDocuments(store_of(lengths), 256, 0, 8, 32)
     shares = []
     for dataset in (stream, buffered):
-        batches = [dataset.batch(step, 8, 0, 1, 0, 8) for step in range(200)]
+        batches = [dataset.batch(Sequences.nth(step, 8), 0, 1, 0, 8) for step in range(200)]
         shares.append(len({(ids // 1000).item() for batch in batches for ids in batch.ids_BS[:, 0]}))
-    per_step = [len(set(buffered.batch(step, 8, 0, 1, 0, 8).ids_BS[:, 0].tolist())) for step in range(4)]
+    per_step = [len(set(buffered.batch(Sequences.nth(step, 8), 0, 1, 0, 8).ids_BS[:, 0].tolist())) for step in range(4)]
     assert min(per_step) == 8
     assert shares[1] > 100
 
@@ -162,7 +167,7 @@ def test_numbers_are_those_that_numpy_draws_one_by_one(bounds, seed, before):
 
 def test_too_little_text_names_the_numbers():
     with pytest.raises(DataError, match=r"8 tokens of text are less than one sequence of train.seq_len 9"):
-        BufferedDocuments(store_of([4, 4]), 9, 0, 1, 1).sequences(0, 1)
+        BufferedDocuments(store_of([4, 4]), 9, 0, 1, 1).sequences(Sequences.nth(0, 1))
 
 
 def test_a_run_with_it_resumes_bitwise_and_logs_how_unlike_its_batches_are(texts, tmp_path):  # noqa: F811
@@ -201,6 +206,31 @@ def test_the_tail_of_gradient_norms():
     norms.add(1.0, 9.0)
     assert norms.kurtosis > 50
     assert Recent().kurtosis is None
+
+
+def test_a_run_that_goes_on_knows_what_is_usual(texts, tmp_path):  # noqa: F811
+    """Two steps were skipped before it was cut, a third is after it, and then a level that stays is none."""
+    config = config_for(texts, tmp_path, steps=99, resume=True).replace(optim={"skip_above_sigma": 6.0})
+    first = trainer_for(config)
+    for n in range(20):
+        first.recent.add(2.0 + 0.01 * (n % 3), 1.0)
+    first.usual_loss.mean = 2.0
+    for _ in range(2):
+        first.step()
+    first.save()
+    second, decisions = trainer_for(config), []
+    assert second.counts == first.counts
+    second.pool.ledger.decide = lambda step, attempt, notes: decisions.append(
+        Decision(step, json.loads(json.dumps(notes)))
+    )
+    found = [second.step().skipped for _ in range(3)]
+    assert (found, second.version) == ([3, 3, 3], 2)
+
+    second.pool.ledger.decided = lambda: decisions[-1]
+    third = Trainer(config, second.pool, second.data, Alone(), store=second.backbone.store)  # from what was decided
+    third.start()
+    assert third.counts == second.counts
+    assert len(third.recent.steps) == 22
 
 
 def test_a_step_that_sticks_out_is_skipped_and_a_level_that_stays_is_not(texts, tmp_path, caplog):  # noqa: F811

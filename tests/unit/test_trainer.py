@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trinity.checkpoint import list_checkpoints, open_checkpoint
-from trinity.config import Config
+from trinity.config import Config, Sequences
 from trinity.data.prepare import prepare
 from trinity.dispatch.transport import Done, LocalTransport
 from trinity.errors import ConfigError, TrinityError
@@ -111,7 +111,7 @@ def train_plainly(config, start, data):
     optimizer = Optimizer({n: p.detach() for n, p in names.items()}, matrices, config.optim)
     settings, losses = config.train, []
     for step in range(settings.steps):
-        batch = data.train.batch(step, settings.global_batch_size, 0, 1, 0, settings.global_batch_size)
+        batch = data.train.batch(Sequences.nth(step, settings.global_batch_size), 0, 1, 0, settings.global_batch_size)
         num, seq = batch.ids_BS.shape
         out = model(
             batch.ids_BS.flatten(), packed_positions(num, seq), PackedAttention(config.model, batch.docs_BS, num, seq)
@@ -318,7 +318,7 @@ class Seen(torch.nn.Module):
         super().__init__()
         self.zero, self.batches = torch.nn.Parameter(torch.zeros(())), []
 
-    def forward(self, batches, num_tokens):
+    def forward(self, batches, num_tokens, num_sequences):
         self.batches += batches
         return [Losses(self.zero, self.zero, self.zero, torch.zeros(1, 4), self.zero) for _ in batches]
 
@@ -327,14 +327,14 @@ class Seen(torch.nn.Module):
 def test_any_number_of_workers_shares_out_the_whole_step(texts, tmp_path, world):
     """Each sequence once, whether the number divides the micro-batches or not, in the order of the data."""
     trainer, found = trainer_for(config_for(texts, tmp_path, global_batch_size=12, micro_batch_size=2)), {}
-    want = trainer.data.train.sequences(0, 12).tolist()
+    want = trainer.data.train.sequences(Sequences.nth(0, 12)).tolist()
     by_text = {tuple(trainer.data.train.take(np.array([n])).ids_BS[0].tolist()): n for n in want}
 
     for rank in range(world):
         seen = Seen()
         comm = SimpleNamespace(rank=rank, world=world, all_reduce=lambda sums: sums)
         mine = MicroBatches(trainer.config, comm, seen, torch.device("cpu"))
-        losses = mine.run(lambda micro, mine=mine: mine.batch(trainer.data.train, 0, micro))
+        losses = mine.run(lambda micro, mine=mine: mine.batch(trainer.data.train, 0, micro), 12)
         assert len(losses) == len(seen.batches)
         for micro, batch in enumerate(seen.batches):
             found[micro * world + rank] = [by_text[tuple(row)] for row in batch.ids_BS.tolist()]

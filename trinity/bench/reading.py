@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trinity.bench.report import Report, Table
+from trinity.config import Sequences
 
 if TYPE_CHECKING:
     from trinity.data.dataset import Dataset
@@ -115,7 +116,9 @@ def _rates(datasets: "dict[str, Dataset]", given: dict[str, Any]) -> dict[str, l
 
 def _read(dataset: "Dataset", step: int, total: int) -> int:
     """Tokens of a step, read micro-batch by micro-batch."""
-    return sum(dataset.batch(step, total, 0, 1, micro, MICRO).ids_BS.numel() for micro in range(total // MICRO))
+    return sum(
+        dataset.batch(Sequences.nth(step, total), 0, 1, micro, MICRO).ids_BS.numel() for micro in range(total // MICRO)
+    )
 
 
 def _replayed(dataset: Any, num: int) -> float:

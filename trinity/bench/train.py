@@ -149,7 +149,7 @@ class Theirs:
         import torch.nn.functional as F
 
         settings = self.config.train
-        batch = self.data.train.batch(self.number, settings.global_batch_size, 0, 1, micro, settings.micro_batch_size)
+        batch = self.data.train.batch(settings.sequences_of(self.number), 0, 1, micro, settings.micro_batch_size)
         logits_BSV = self.model(input_ids=batch.ids_BS, use_cache=False).logits
         return F.cross_entropy(logits_BSV.flatten(0, 1).float(), batch.targets_BS.flatten())
 

@@ -12,13 +12,14 @@ from serving.fitting import fitted
 from trinity import __version__
 from trinity.checkpoint import latest_checkpoint
 from trinity.checkpoint.export import card_of, export
-from trinity.config import Config, merged, setup_environment
+from trinity.config import Config, TrainConfig, merged, setup_environment
 from trinity.errors import GateClosed
 from trinity.launch import check_out_dir, load, rewound, train
 from trinity.observability.run_history import note_export, write_stages
 from trinity.observability.scores import Score, of_rows, table
 from trinity.observability.tracking.run import told_of, tracked
 from trinity.observability.train_log import read_rows
+from trinity.preparing import prepare_stages
 from trinity.rl.kinds import check
 from trinity.stages import Stage, read_stages
 from trinity.utils.machine import commit
@@ -50,21 +51,27 @@ def _trained(config: Config, served: Served, cluster: ExitStack, num_workers: in
     point = check_out_dir(config)
     if point is not None and not rewound(config, point):
         return None
-    setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
+    _join(config, cluster, num_workers)
     from actors import pool as pools
-    from actors.cluster import is_joined, joined
     from actors.sync import placement_watcher
 
-    if not is_joined():
-        say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    most = max(num_workers, config.train.num_workers)
-    cluster.enter_context(joined(config.cluster, config.train.model_copy(update={"num_workers": most})))
     try:
         return train(config, served)
     finally:
         placement_watcher.stop_all()
         if not config.placement.keep:
             pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
+
+
+def _join(config: Config, cluster: ExitStack, num_workers: int) -> None:
+    """Join a run's cluster, unless this process has, with room for so many workers; it is left with `cluster`."""
+    setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
+    from actors.cluster import is_joined, joined
+
+    if not is_joined():
+        say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
+    most = max(num_workers, config.train.num_workers)
+    cluster.enter_context(joined(config.cluster, config.train.model_copy(update={"num_workers": most})))
 
 
 def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served) -> int:
@@ -82,9 +89,14 @@ def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served
         return _go_through(stages, arguments, served, root, cluster)
 
 
-def _noted(stage: Stage) -> tuple[str, Path, int, int]:
+def _noted(stage: Stage) -> tuple[str, Path, int, float]:
     settings = stage.config.train
-    return stage.name, Path(settings.out_dir), settings.steps, settings.global_batch_size * settings.seq_len
+    return stage.name, Path(settings.out_dir), settings.steps, _num_tokens(settings) / settings.steps
+
+
+def _num_tokens(settings: TrainConfig) -> int:
+    """Number of tokens of all steps, of sequences that are full."""
+    return settings.num_sequences(settings.steps) * settings.seq_len
 
 
 def _go_through(
@@ -92,6 +104,9 @@ def _go_through(
 ) -> int:
     done, is_first = 0, not arguments.resume
     most = max(stage.config.train.num_workers for stage in stages)
+    say("preparing the data of all stages")
+    for _ in prepare_stages(stages, join=lambda: _join(stages[0].config, cluster, most)):
+        pass
     for number, stage in enumerate(stages, 1):
         found = latest_checkpoint(stage.config.train.out_dir)
         before = " (done before)" if stage.checkpoint == found else ""
@@ -134,7 +149,8 @@ def _rows(stage: Stage) -> list[dict[str, Any]]:
 
 def _facts(stage: Stage) -> dict[str, object]:
     settings, data = stage.config.train, stage.config.data
-    tokens, is_packed = settings.steps * settings.global_batch_size * settings.seq_len, data.format in ("text", "chats")
+    tokens, is_packed = _num_tokens(settings), data.format in ("text", "chats")
+    sizes = " to ".join(f"{size:,}" for size in dict.fromkeys((settings.batch_sizes[0], settings.batch_sizes[-1])))
     size = (
         f"{settings.seq_len:,} tokens, {tokens:,} in all" if is_packed else f"rows of up to {settings.seq_len:,} tokens"
     )
@@ -144,7 +160,7 @@ def _facts(stage: Stage) -> dict[str, object]:
         "stage": stage.name,
         "begun from": settings.init_from or "the seed",
         "data": stage.config.data.described,
-        "steps": f"{settings.steps:,} of {settings.global_batch_size:,} x {size}",
+        "steps": f"{settings.steps:,} of {sizes} x {size}",
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{last['val_loss']:.4f}",
         "code": f"trinity-moe {__version__}, {commit()}",

@@ -17,9 +17,10 @@ from trinity.config.env import (
     setup_threads,
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
-from trinity.config.model import LayerCache, ModelConfig
-from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
+from trinity.config.model import NEW_IN_STAGE, LayerCache, ModelConfig
+from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
 from trinity.config.placement import PlacementConfig
+from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
@@ -40,6 +41,7 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
+    "NEW_IN_STAGE",
     "PACKAGES",
     "PASSAGE",
     "PRESETS",
@@ -67,6 +69,9 @@ __all__ = [
     "PlacementConfig",
     "PreferenceConfig",
     "RLConfig",
+    "RampPart",
+    "RewardConfig",
+    "Sequences",
     "ServeConfig",
     "SourceConfig",
     "SynthesisConfig",

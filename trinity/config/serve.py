@@ -17,12 +17,21 @@ HIDDEN = "(set)"  # in place of a key, where settings are printed
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
+    replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
+    max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
     max_num_waiting: int = Field(default=1024, ge=1)
+    max_pass_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="what a pass of several tokens may take: so long an urgent request waits, and a long prompt delays others' "
+        "tokens, at most; passes become as long as the last ones show to fit. Default: max_num_batched_tokens alone",
+    )
     num_overlapped_microbatches: int = Field(
         default=1, ge=1, description="parts of a large batch side by side: one goes on while another's rows are away"
     )
@@ -53,12 +62,25 @@ class EngineConfig(Frozen):
     )
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
+            )
+        return self
+
+    @property
+    def max_pass_s(self) -> float | None:
+        return None if self.max_pass_ms is None else self.max_pass_ms / 1e3
+
 
 class Client(NamedTuple):
-    """Whoever asks, and its weight beside others that ask at the same time."""
+    """Whoever asks, its weight beside others that ask at the same time, and the most urgent priority that it may ask for."""
 
     name: str
     weight: float = 1.0
+    first_priority: int = -(1 << 63)
 
 
 ANYBODY = Client("anybody")  # where nobody has a key
@@ -71,6 +93,15 @@ class ClientConfig(Frozen):
     weight: float = Field(
         default=1.0, gt=0, le=1000, description="its share of slots and turns beside others; serve.api_key has 1"
     )
+    first_priority: int = Field(
+        default=0,
+        ge=-(1 << 63),
+        lt=1 << 63,
+        description="the lowest `priority`, which is the most urgent, that its requests may have; serve.api_key's may have any",
+    )
+
+    def as_client(self, name: str) -> Client:
+        return Client(name, self.weight, self.first_priority)
 
 
 class ServeConfig(Frozen):
@@ -104,11 +135,6 @@ class ServeConfig(Frozen):
     )
     reasoning_format: Literal["auto", "think", "none"] = Field(
         default="auto", description="does it reason between <think> and </think>? auto: if its chat template shows them"
-    )
-    num_engines: int = Field(default=1, ge=1)
-    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(
-        default=48, ge=1, description="running requests at which another engine starts"
     )
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -158,7 +184,7 @@ class ServeConfig(Frozen):
     def client_by_key(self) -> dict[str, Client]:
         """Whoever has each key but the admin's; serve.api_key's is `default`."""
         found = {} if self.api_key is None else {self.api_key: Client(DEFAULT_CLIENT)}
-        return found | {client.key: Client(name, client.weight) for name, client in self.clients.items()}
+        return found | {client.key: client.as_client(name) for name, client in self.clients.items()}
 
     @property
     def is_of_run(self) -> bool:

@@ -2,12 +2,15 @@
 
 import math
 import typing
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from trinity.config.ramp import RampPart, Sequences, said, sequences_before
 from trinity.config.sources import LengthBias, Packing, SourceConfig, TrainOn
 from trinity.config.yaml import Frozen, at_home
 
@@ -184,6 +187,9 @@ class TrainConfig(Frozen):
     steps: int = Field(default=1000, ge=1)
     seq_len: int = Field(default=256, ge=2)
     global_batch_size: int = Field(default=16, ge=1, description="sequences in one optimizer step, over all workers")
+    batch_ramp: tuple[RampPart, ...] = Field(
+        default=(), description="steps that take fewer, before all others take global_batch_size"
+    )
     micro_batch_size: int = Field(default=8, ge=1, description="sequences in one forward pass of one worker")
     num_overlapped_microbatches: int = Field(
         default=1,
@@ -239,12 +245,40 @@ class TrainConfig(Frozen):
     def _check(self) -> "TrainConfig":
         if self.fewest_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
-        per_pass = self.micro_batch_size * self.num_workers
-        if self.global_batch_size % per_pass:
+        per_pass, sizes = self.micro_batch_size * self.num_workers, self.batch_sizes
+        if uneven := next((size for size in reversed(sizes) if size % per_pass), 0):
+            where = "" if uneven == self.global_batch_size else "batch_ramp's "
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x num_workers = {per_pass}"
+                f"{where}global_batch_size {uneven} is not a multiple of micro_batch_size x num_workers = {per_pass}"
+            )
+        if falls := next((f"{one} before {next_}" for one, next_ in pairwise(sizes) if one > next_), ""):
+            raise ValueError(
+                f"batch_ramp has {falls}; batches grow from part to part, up to global_batch_size {self.global_batch_size}"
             )
         return self
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sequences in a step, of each part of the ramp and after it."""
+        return *(part.global_batch_size for part in self.batch_ramp), self.global_batch_size
+
+    @property
+    def ramp_words(self) -> str:
+        """Words that tell one ramp from another; none without any, or of one that changes nothing."""
+        return said(self.batch_ramp, self.global_batch_size)
+
+    def num_sequences(self, steps: int) -> int:
+        """Number of sequences that the first `steps` steps take."""
+        return sequences_before(steps, self.batch_ramp, self.global_batch_size)
+
+    def num_steps(self, sequences: int) -> int:
+        """Number of steps, of the run's, that so many sequences are enough for."""
+        return bisect_right(range(1, self.steps + 1), sequences, key=self.num_sequences)
+
+    def sequences_of(self, step: int) -> Sequences:
+        """The sequences of a step (0, 1, ...)."""
+        first = self.num_sequences(step)
+        return Sequences(first, self.num_sequences(step + 1) - first)
 
     @property
     def fewest_workers(self) -> int:

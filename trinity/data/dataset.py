@@ -1,8 +1,8 @@
 """Batches of packed sequences.
 
 Legend: B sequences of a batch, S tokens of a sequence.
-Decision: which sequences a step takes depends on (seed, step, global batch) and on nothing else: no iterator, no state to
-save, the same text for any number of workers.
+Decision: which sequences a step takes depends on the seed and on the numbers that its settings give it (config/ramp.py) and
+on nothing else: no iterator, no state to save, the same text for any number of workers.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.config import Sequences
 from trinity.data.shuffle import TABLE, Order, permutation
 from trinity.data.token_store import TokenStore
 from trinity.errors import DataError
@@ -76,22 +77,22 @@ class Dataset(ABC):
         """Tokens of the sequences with these indices, all together."""
         return len(sequences_B) * self.seq_len
 
-    def sequences(self, step: int, global_batch: int) -> np.ndarray:
-        """Indices of the sequences of `step` (0, 1, …), int64 [global_batch]."""
+    def sequences(self, step: Sequences) -> np.ndarray:
+        """Indices of a step's sequences, int64."""
         self.require_text()
-        return self.indices(np.arange(step * global_batch, (step + 1) * global_batch))
+        return self.indices(np.arange(step.first, step.first + step.num))
 
-    def batch(self, step: int, global_batch_size: int, rank: int, world: int, micro: int, micro_batch_size: int) -> Any:
+    def batch(self, step: Sequences, rank: int, world: int, micro: int, micro_batch_size: int) -> Any:
         """Micro-batch `micro` of worker `rank`: B = micro_batch_size. The step's sequences go to the workers micro by
         micro, so (world 2, B 4) and (world 1, B 8) put the same sequences in micro-batch m."""
         first = (micro * world + rank) * micro_batch_size
-        assert first + micro_batch_size <= global_batch_size, "this micro-batch lies outside the global batch"
+        assert first + micro_batch_size <= step.num, "this micro-batch lies outside the global batch"
         self.require_text()
-        begin = step * global_batch_size + first
+        begin = step.first + first
         return self.take(self.indices(np.arange(begin, begin + micro_batch_size)))
 
-    def source_tokens(self, step: int, global_batch: int) -> dict[str, int]:
-        """Tokens of `step` by source; nothing where there is one."""
+    def source_tokens(self, step: Sequences) -> dict[str, int]:
+        """Tokens of a step by source; nothing where there is one."""
         return {}
 
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from trinity.config import Sequences, TrainConfig
 from trinity.data.dataset import Batch, Dataset, Facts, Source
 from trinity.errors import ConfigError, DataError
 
@@ -51,8 +52,8 @@ class Mixture(Dataset):
             if num and not source.dataset.num_sequences:
                 with_name(source.name, source.dataset.require_text)
 
-    def check(self, steps: int, global_batch: int) -> None:
-        """Raise ConfigError where the steps would read a source more often than it may be, or it has a weight and no place."""
+    def check(self, train: TrainConfig) -> None:
+        """Raise ConfigError where the run would read a source more often than it may be, or one has a weight and no place."""
         for number, (source, num) in enumerate(zip(self.sources, self.num_per_block, strict=True)):
             if source.share and not num:
                 raise ConfigError(
@@ -60,17 +61,17 @@ class Mixture(Dataset):
                     "give it more, or weight 0"
                 )
             if source.epochs is not None:
-                self._check_epochs(number, source, source.epochs, steps, global_batch)
+                self._check_epochs(number, source, source.epochs, train)
 
-    def _check_epochs(self, number: int, source: Source, epochs: float, steps: int, global_batch: int) -> None:
+    def _check_epochs(self, number: int, source: Source, epochs: float, train: TrainConfig) -> None:
         size = source.dataset.num_sequences
-        wanted = self._num_before(number, steps * global_batch)
+        wanted = self._num_before(number, train.num_sequences(train.steps))
         if wanted <= (most := math.floor(epochs * size)):
             return
-        allowed = self._most_sequences(number, most) // global_batch
+        allowed = train.num_steps(self._most_sequences(number, most))
         raise ConfigError(
-            f"source {source.name!r} would be read {wanted / size:.3g} times in {steps:,} steps; its epochs {epochs:g} allow "
-            f"{allowed:,} steps: lower train.steps, raise epochs, or give it less weight"
+            f"source {source.name!r} would be read {wanted / size:.3g} times in {train.steps:,} steps; its epochs {epochs:g} "
+            f"allow {allowed:,} steps: lower train.steps, raise epochs, or give it less weight"
         )
 
     def _num_before(self, number: int, position: int) -> int:
@@ -93,8 +94,8 @@ class Mixture(Dataset):
         found = [(mine, dataset.take(own)) for mine, dataset, own in self._parts(sequences_B)]
         return end_to_end([batch for _, batch in found]) if self.is_flat else _side_by_side(found)
 
-    def source_tokens(self, step: int, global_batch: int) -> dict[str, int]:
-        nth_B = np.arange(step * global_batch, (step + 1) * global_batch)
+    def source_tokens(self, step: Sequences) -> dict[str, int]:
+        nth_B = np.arange(step.first, step.first + step.num)
         found = {dataset: dataset.num_tokens(own) for _, dataset, own in self._parts(nth_B)}
         return {source.name: found.get(source.dataset, 0) for source in self.sources}
 

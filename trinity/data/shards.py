@@ -26,7 +26,9 @@ TOKENS, TRAINED = ("tokens.bin", np.uint32), ("trained.bin", np.bool_)
 
 
 class Recipe(ABC):
-    """A way to make a shard of a file."""
+    """A way to make a shard of a file, of `most` documents of it at most."""
+
+    most: int | None
 
     @property
     @abstractmethod
@@ -40,6 +42,11 @@ class Recipe(ABC):
     def place(self, found: Found, folder: Path) -> Path:
         """Place of the shard of a file in `folder`, once it is made."""
         return folder / f"shard-{fingerprint(*self.facts, found.facts)}"
+
+    def missing(self, files: Sequence[Found], folder: Path) -> list[Found]:
+        """Files without a shard, each once."""
+        places = {self.place(found, folder): found for found in files}
+        return [found for place, found in places.items() if not place.is_dir()]
 
     def made(self, found: Found, folder: Path, one_at_a_time: bool = True) -> "Shard":
         """The shard of a file, made now unless it is there. Raises DataError."""

@@ -48,7 +48,8 @@ class Dispatcher:
 
     Differentiable in x and weights; expert gradients stay on their shards. `version` is the version of the weights that
     every shard must hold. `num_sent_ops` counts the backward ops sent to each shard since `begin`, for the two-phase step.
-    Calls of up to `near_rows` rows go to the nearest replicas. Not thread-safe: one dispatcher per caller thread.
+    Calls of up to `near_rows` rows go to the nearest replicas. `priority` is that of inference to come.
+    Not thread-safe: one dispatcher per caller thread.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Dispatcher:
         self._ops = itertools.count()
         self.num_sent_ops: Counter[str] = Counter()
         self.num_retries, self.times, self.near_rows = 0, PhaseTimer(), near_rows
-        self.version = version
+        self.version, self.priority = version, 0
         self.follow()
 
     def follow(self) -> None:

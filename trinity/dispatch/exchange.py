@@ -80,7 +80,10 @@ class Exchange:
         self._like_TD, self._keep, self._sent_s = x_TD, keep, time.monotonic()
         rows = [_rows(route, x_TD, weights_TK) for route in self.routes]
         until_s = [self._attempt_until_s(*each) for each in zip(self.routes, rows, strict=True)]
-        self._send("infer", [Forward(*self._names, *each, keep) for each in zip(until_s, rows, strict=True)])
+        self._send("infer", [self._forward(*each) for each in zip(until_s, rows, strict=True)])
+
+    def _forward(self, until_s: float, rows: Rows) -> Forward:
+        return Forward(*self._names, until_s, rows, self._keep, self.dispatcher.priority)
 
     def _attempt_until_s(self, route: Route, rows: Rows) -> float:
         if self._keep or not self.dispatcher.is_replicated:

@@ -7,7 +7,9 @@ and pass. Whoever leaves a stream early (cancellation, deadline, a closed iterat
 
 import asyncio
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Ids
@@ -17,10 +19,11 @@ from typing import Any
 import torch
 
 from trinity.config import ANYBODY, Client
+from trinity.engine.begun import Begun
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine, EngineStats
 from trinity.engine.request import Delta, SamplingParams
-from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
+from trinity.errors import DeadlineExceeded, EngineLost, TrinityError, Unavailable
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_S = 0.02
@@ -56,13 +59,15 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         deadline_s: float | None = None,
         client: Client = ANYBODY,
+        begun: Begun | None = None,
     ) -> AsyncIterator[Delta]:
-        """Deltas of one request; the last has a finish_reason. `deadline_s` counts from now.
+        """Deltas of one request, or of the rest of one that has `begun` elsewhere; the last has a finish_reason. `deadline_s`
+        counts from now.
 
-        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, or Unavailable while
-        draining or closed. Leaving early aborts the request and frees its cache.
+        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, EngineLost where the engine
+        stops before its end, or Unavailable while draining or closed. Leaving early aborts the request and frees its cache.
         """
-        stream = Stream(request_id, asyncio.get_running_loop())
+        stream, started_s = Stream(request_id, asyncio.get_running_loop()), time.monotonic()
         self._enter(stream)
         timer = _deadline(stream, deadline_s) if deadline_s is not None else None
         try:
@@ -70,7 +75,8 @@ class AsyncEngine:
             if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
                 compiled = self._engine.grammars.compiled(params.structured_outputs)
                 await asyncio.shield(asyncio.wrap_future(compiled))
-            self._post(partial(self._start, stream, list(prompt_ids), params, client, words))
+            until_s = math.inf if deadline_s is None else started_s + deadline_s
+            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s, begun))
             while not stream.ended:
                 yield await _next(stream)
         finally:
@@ -208,7 +214,7 @@ class AsyncEngine:
             self._closed = True
             streams = list(self._open)
         self._routes.clear()
-        _send({stream: [Unavailable("the engine has stopped; send the request again")] for stream in streams})
+        _send({stream: [EngineLost("the engine has stopped; send the request again")] for stream in streams})
 
 
 def _deadline(stream: Stream, deadline_s: float) -> asyncio.TimerHandle:

@@ -56,7 +56,8 @@ class SamplingParams(Frozen, strict=True):
     `truncate_prompt_tokens` keeps the last so many tokens of a prompt; -1: those that leave room for `max_tokens`.
     After `thinking_token_budget` tokens of reasoning </think> comes; a model without that token does not think.
     `n` continuations are drawn, each with a seed of its own, or `best_of`, of which the n most likely by token are the answer
-    (trinity/engine/samples.py). `priority`: lower is earlier; it is carried, and the engine does not look at it yet.
+    (trinity/engine/samples.py). `priority`: lower is earlier, strictly: in the engine's queue, where less urgent ones give way,
+    in its passes, and in the shards' queues.
     `structured_outputs` is a grammar that the answer follows: {"json": a JSON Schema}, {"regex": ...}, {"choice": [...]},
     {"grammar": in Lark's notation} or {"json_object": True}; text is cut only by max_tokens and stop strings, and ends when no
     more can follow.
@@ -282,6 +283,7 @@ class Sequence:
     queue_s: float | None = None  # until it was first in a batch
     progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
+    until_s: float = math.inf  # time.monotonic() after which nobody waits for it
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -346,6 +348,11 @@ class Chunk:
     def row(self) -> int:
         assert self.sequence.row is not None, "a scheduled sequence has a row"
         return self.sequence.row
+
+    @property
+    def is_prefill(self) -> bool:
+        """Say whether it is of a prompt, or of what is computed again."""
+        return self.count > 1 or not self.sequence.num_generated
 
     @property
     def samples(self) -> bool:

@@ -62,7 +62,9 @@ class ModelRunner:
         try:
             sampling = [chunk.sequence for chunk in in_order(chunks) if chunk.samples]
             masks = self._masks.start(sampling, self._config.vocab_size)
-            sequences, logits_BV = self.forward(self._versions.model(version), chunks)
+            model = self._versions.model(version)
+            model.experts.priority = min(chunk.sequence.priority for chunk in chunks)
+            sequences, logits_BV = self.forward(model, chunks)
             assert sequences == sampling, "a mask is another sequence's"
             sampled = sample(logits_BV, sequences, None if masks is None else masks.result())
             found = dict(zip(sequences, sampled, strict=True))

@@ -27,7 +27,7 @@ class StageSpan(NamedTuple):
     name: str
     folder: Path
     steps: int | None  # None: of a run without stages, whose folder does not say
-    tokens_per_step: int
+    tokens_per_step: float  # the mean
     first: int = 0
     number: int = 1
     num_stages: int = 1
@@ -57,8 +57,8 @@ class Event(NamedTuple):
         return self.stage.number, here, ORDER.index(self.kind)
 
 
-def write_stages(root: Path, stages: Sequence[tuple[str, Path, int, int]]) -> None:
-    """Note the stages that a run in `root` goes through: name, folder, steps, tokens in a step."""
+def write_stages(root: Path, stages: Sequence[tuple[str, Path, int, float]]) -> None:
+    """Note the stages that a run in `root` goes through: name, folder, steps, tokens in a step on average."""
     keys = ("name", "folder", "steps", "tokens_per_step")
     rows = [dict(zip(keys, (name, folder.name, steps, tokens), strict=True)) for name, folder, steps, tokens in stages]
     root.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def read_stages(root: Path) -> tuple[StageSpan, ...]:
         for number, row in enumerate(rows, 1):
             first = sum(each.steps or 0 for each in found)
             folder = root / Path(row["folder"]).name
-            steps, tokens = int(row["steps"]), int(row["tokens_per_step"])
+            steps, tokens = int(row["steps"]), float(row["tokens_per_step"])
             found.append(StageSpan(str(row["name"]), folder, steps, tokens, first, number, len(rows)))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no list of stages ({error}); start the run again with --resume") from None

@@ -52,6 +52,7 @@ class StepMetrics:
     norm_kurtosis: float | None = None  # of the gradient norms of the last steps
     measures: Mapping[str, float] = field(default_factory=dict)  # what an objective tells of besides: rewards, margins
     source_tokens: Mapping[str, int] = field(default_factory=dict)  # of the tokens, those of each source of a mixture
+    global_batch_size: int | None = None  # sequences of the step, where steps differ
     tokens_per_s_per_gpu: float | None = None  # None without GPUs
     mfu: float | None = None  # of 1; None also where the GPUs' peak is not known
 

@@ -27,7 +27,15 @@ from trinity.models.common.router import Routing
 from trinity.rl.rollout import Sample, packed
 from trinity.train.loss import Losses, Objective, Whole, packed_inputs, target_logprobs_and_entropy
 
-SAMPLED = ("reward", "length", "truncated", "staleness", "unjudged", "uniform")  # of answers and groups: `told_M2`
+SAMPLED = (
+    "reward",
+    "length",
+    "truncated",
+    "staleness",
+    "unjudged",
+    "uniform",
+    "turns",
+)  # of answers and groups: `told_M2`
 COUNTED = ("divergence", "entropy", "clipped")  # of tokens that count
 
 
@@ -37,7 +45,7 @@ class PolicyBatch(NamedTuple):
     ids_BS: Tensor  # int64
     targets_BS: Tensor  # int64
     docs_BS: Tensor  # int64
-    counts_BS: Tensor  # bool: whether the target counts in the loss; not in prompts
+    counts_BS: Tensor  # bool: whether the target counts in the loss; not in prompts, nor in what an environment said
     advantages_BS: Tensor  # float32: of its answer, or its own
     logprobs_BS: Tensor  # float32: the target's when it was sampled; 0 in prompts
     reference_BS: Tensor  # float32: the target's by the reference, where there is one
@@ -70,13 +78,18 @@ def policy_batch(judged: Sequence[Judged], told_M2: Tensor | None = None) -> Pol
 
     return PolicyBatch(
         *batch,
-        answers([torch.full((num,), each.counts) for each, (_, num) in zip(kept, lengths, strict=True)]),
+        answers([_counts(each) for each in kept]),
         answers([torch.as_tensor(each.advantage).expand(num) for each, (_, num) in zip(kept, lengths, strict=True)]),
         answers([each.sample.logprobs_N for each in kept]),
         torch.cat([_reference(each) for each in kept])[None],
         torch.cat([each.sample.experts_TLK for each in kept])[None],
         torch.zeros(len(SAMPLED), 2) if told_M2 is None else told_M2,
     )
+
+
+def _counts(judged: Judged) -> Tensor:
+    own_N = judged.sample.is_own_N
+    return torch.full((len(judged.sample.token_ids),), judged.counts) if own_N is None else own_N & judged.counts
 
 
 def _reference(judged: Judged) -> Tensor:

@@ -41,7 +41,7 @@ class PolicyTrainer(Trainer):
 
         Raises InvalidRequest unless there are global_batch_size / num_workers samples with an advantage each.
         """
-        wanted = self.config.train.global_batch_size // self.comm.world
+        wanted = self.sequences.num // self.comm.world
         if not len(samples) == len(advantages) == wanted:
             raise InvalidRequest(
                 f"{len(samples)} samples and {len(advantages)} advantages for a step of {wanted} "

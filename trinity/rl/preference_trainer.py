@@ -52,8 +52,7 @@ class PreferenceTrainer(Trainer):
         """One optimizer step on this worker's pairs, which have their reference scores; `loss` is DPO's.
 
         Raises InvalidRequest unless there are global_batch_size / num_workers of them."""
-        settings = self.config.train
-        wanted = settings.global_batch_size // self.comm.world
+        settings, wanted = self.config.train, self.sequences.num // self.comm.world
         if len(pairs) != wanted or any(pair.reference is None for pair in pairs):
             raise InvalidRequest(
                 f"{len(pairs)} pairs for a step of {wanted} (train.global_batch_size / train.num_workers); give as many, each "

@@ -23,7 +23,9 @@ from trinity.data.prompts import Prompt
 from trinity.engine.request import SamplingParams
 from trinity.errors import ConfigError
 from trinity.observability.train_log import StepMetrics
-from trinity.rl.judges import ByRewards, ByTeacher, Judge, frozen, scores_of
+from trinity.rl.environment import Environment
+from trinity.rl.episodes import Episodes
+from trinity.rl.judges import ByEnvironment, ByRewards, ByTeacher, Judge, frozen, scores_of
 from trinity.rl.policy import SAMPLED, Judged
 from trinity.rl.policy_trainer import PolicyTrainer
 from trinity.rl.rewards import Rewards
@@ -34,8 +36,9 @@ from trinity.utils.deadline import Deadline
 
 log = logging.getLogger(__name__)
 PAUSE_S = 0.2  # before answers are drawn again
+TURNS_APART = 500_000_003  # seeds of a conversation's answers
 PRIORITY = 100  # behind whoever waits for an answer
-VALIDATED = ("reward", "length", "truncated", "unjudged")
+VALIDATED = ("reward", "length", "truncated", "unjudged", "turns")
 
 
 class RewardTrainer(PolicyTrainer):
@@ -47,10 +50,11 @@ class RewardTrainer(PolicyTrainer):
         """Get the weights, and see that answers can be drawn and judged. Raises ConfigError."""
         check(self.config)
         settings, engine, device = self.config.rl, self._engine(), str(self.device)
-        by_teacher = settings.teacher is not None
-        self.judge = (
-            ByTeacher(self.config, engine, self.data.tokenizer, device) if by_teacher else ByRewards(self.config)
-        )
+        if settings.teacher is not None:
+            self.judge = ByTeacher(self.config, engine, self.data.tokenizer, device)
+        else:
+            self.judge = ByEnvironment(self.config) if settings.environment else ByRewards(self.config)
+        self.episodes = Episodes(self.config, self.data.tokenizer) if settings.environment else None
         init_from = self.config.train.init_from
         self.reference = frozen(init_from, engine, device) if settings.kl and init_from else None
         super().start()
@@ -70,19 +74,18 @@ class RewardTrainer(PolicyTrainer):
 
     def next_prompts(self) -> tuple[list[Prompt], int]:
         """This worker's prompts of the step, and the place of its first answer among all answers of the run."""
-        group, num_of_all = self.config.rl.group_size, self.config.train.global_batch_size
-        num = num_of_all // group
-        mine = np.array_split(self.data.train.sequences(self.position, num), self.comm.world)[self.comm.rank]
-        place = self.comm.rank * (num // self.comm.world)
-        return self.data.train.take(mine), self.position * num_of_all + place * group
+        group, answers = self.config.rl.group_size, self.sequences
+        prompts = answers.groups(group)
+        mine = np.array_split(self.data.train.sequences(prompts), self.comm.world)[self.comm.rank]
+        place = self.comm.rank * (prompts.num // self.comm.world)
+        return self.data.train.take(mine), answers.first + place * group
 
     def drawn(self, prompts: Sequence[Prompt], first: int, num: int | None = None, **how: Any) -> list[Sample]:
         """`num` answers to each prompt, rl.group_size unless told otherwise. What dies meanwhile is waited for."""
         group, deadline = num or self.config.rl.group_size, Deadline(self.config.placement.recover_timeout_s)
-        params = [self._params(prompt, first + at * group, **how) for at, prompt in enumerate(prompts)]
         while True:
             try:
-                return self.rollout.generate([prompt.ids for prompt in prompts], params, group)
+                return self._answers(prompts, first, group, how)
             except RETRYABLE as error:
                 if deadline.expired:
                     raise
@@ -90,10 +93,21 @@ class RewardTrainer(PolicyTrainer):
             time.sleep(PAUSE_S)
             self.rollout = Rollout.following(self, self._engine())  # the old engine may hold half a pass
 
-    def _params(self, prompt: Prompt, place: int, **how: Any) -> SamplingParams:
-        room = self.config.train.seq_len + 1 - len(prompt.ids)
-        seed = (self.config.train.seed * 1_000_003 + place) % 2**31
-        length = min(self.config.rl.max_tokens, room)
+    def _answers(self, prompts: Sequence[Prompt], first: int, group: int, how: dict[str, Any]) -> list[Sample]:
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+
+        def params(number: int, turn: int, num_ids: int) -> SamplingParams:
+            return self._params(first + number, turn, num_ids, how)
+
+        if self.episodes is not None:
+            return self.episodes.play(self.rollout, repeated, params)
+        each = [params(number, 0, len(prompt.ids)) for number, prompt in enumerate(repeated)]
+        return self.rollout.generate([prompt.ids for prompt in repeated], each)
+
+    def _params(self, place: int, turn: int, num_ids: int, how: dict[str, Any]) -> SamplingParams:
+        """For the answer after so many tokens."""
+        seed = (self.config.train.seed * 1_000_003 + place + turn * TURNS_APART) % 2**31
+        length = min(self.config.rl.max_tokens, self.config.train.seq_len + 1 - num_ids)
         return SamplingParams(max_tokens=length, seed=seed, priority=PRIORITY, **how)
 
     def judged(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> tuple[list[Judged], Tensor]:
@@ -112,16 +126,23 @@ class RewardTrainer(PolicyTrainer):
     def _told(self, samples: Sequence[Sample], rewards: Sequence[float | None], num_uniform: int) -> Tensor:
         """float32 [M, 2]: sum and number of SAMPLED."""
         there = [reward for reward in rewards if reward is not None]
-        num, tokens = len(samples), sum(len(sample.token_ids) for sample in samples)
+        num, tokens = len(samples), sum(sample.num_own for sample in samples)
+        with_turns = samples if self.episodes else ()
         sums = {
             "reward": (math.fsum(there), len(there)),
             "length": (tokens, num),
             "truncated": (sum(map(_is_cut, samples)), num),
-            "staleness": (sum(self.version - version for sample in samples for version in sample.versions), tokens),
+            "staleness": (sum(self._staleness(sample) for sample in samples), tokens),
             "unjudged": (num - len(there), num),
             "uniform": (num_uniform, num // self.config.rl.group_size),
+            "turns": (sum(sample.num_turns for sample in with_turns), len(with_turns)),
         }
         return torch.tensor([sums[name] for name in SAMPLED], dtype=torch.float32)
+
+    def _staleness(self, sample: Sample) -> int:
+        """Versions since each of the tokens that the model drew, summed."""
+        own = [True] * len(sample.versions) if sample.is_own_N is None else sample.is_own_N.tolist()
+        return sum(self.version - version for version, is_own in zip(sample.versions, own, strict=True) if is_own)
 
     def evaluate(self) -> float:
         """Judge one answer, the likeliest, to each of the same held-out prompts; there is no loss of these: nan."""
@@ -142,12 +163,14 @@ def _is_cut(sample: Sample) -> bool:
 def check(config: Config) -> None:
     """Raise ConfigError for settings that no step could be taken with: sizes, reward functions, a reference."""
     settings, group = config.train, config.rl.group_size
-    if settings.global_batch_size % (group * settings.num_workers):
+    if uneven := next((size for size in settings.batch_sizes if size % (group * settings.num_workers)), 0):
         raise ConfigError(
-            f"train.global_batch_size {settings.global_batch_size} answers are no groups of rl.group_size {group} for each of "
+            f"train.global_batch_size {uneven} answers are no groups of rl.group_size {group} for each of "
             f"{settings.num_workers} workers; make it a multiple of {group * settings.num_workers}"
         )
     if config.rl.kl and settings.init_from is None:
         raise ConfigError("rl.kl holds to the weights of train.init_from, and there are none; set it, or rl.kl 0")
-    if config.rl.teacher is None:
+    if config.rl.environment is not None:
+        Environment(config.rl).check()
+    elif config.rl.teacher is None:
         Rewards(config.rl).check()

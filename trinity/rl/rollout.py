@@ -43,6 +43,14 @@ class Sample:
     drawn_N: Tensor  # float32, of the distribution each token was drawn from: after penalties, temperature and filters
     versions: tuple[int, ...]  # of the weights that gave each token
     experts_TLK: Tensor  # uint8, or int16 from 257 experts on: where each token went in each MoE layer
+    is_own_N: Tensor | None = None  # bool: whether the model drew the token, of a conversation with an environment
+    num_turns: int = 1
+    reward: float | None = None  # an environment's
+
+    @property
+    def num_own(self) -> int:
+        """Tokens that the model drew."""
+        return len(self.token_ids) if self.is_own_N is None else int(self.is_own_N.sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades).
-PROTOCOL = 6
+PROTOCOL = 7
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
@@ -34,7 +34,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Forward:
-    """Verb `infer` -> y_RD. `keep` asks the shard to remember the activations under op_id, for the backward to come."""
+    """Verb `infer` -> y_RD. `keep` asks the shard to remember the activations under op_id, for the backward to come. Of those
+    that wait, the lowest `priority` (int64) is first."""
 
     op_id: str
     layer: int
@@ -43,6 +44,7 @@ class Forward:
     deadline_s: float  # this process's time.monotonic() after which nobody waits for the answer
     rows: Rows
     keep: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True)

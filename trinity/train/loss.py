@@ -155,24 +155,23 @@ class Objective(nn.Module):
         return packed_inputs(self.config.model, batch.ids_BS, docs_BS)
 
     def _losses(self, head_VD: Tensor, batch: Any, out: Output, whole: Whole) -> Losses:
-        num, seq = batch.ids_BS.shape
         z_coef = self.config.optim.z_loss
         is_exact = self.config.model.batch_invariant
         ce, z = loss_from_hidden(head_VD, out.hidden_TD, batch.targets_BS.flatten(), z_coef, is_exact=is_exact)
         own = (batch.targets_BS != IGNORE).sum().clamp_min(1)
-        balance = self._balance(batch, out, num, seq)
+        balance = self._balance(batch, out, whole)
         return Losses(ce / whole.num_tokens, z / whole.num_tokens, balance, self._counts(out), ce.detach() / own)
 
-    def _balance(self, batch: Batch, out: Output, num: int, seq: int) -> Tensor:
+    def _balance(self, batch: Batch, out: Output, whole: Whole) -> Tensor:
         """A mean over the sequences of the step; over documents by their tokens, where some sequences are not full. Which of
         the two is the settings' word, not the batch's, so that it does not depend on who shares a micro-batch."""
-        settings, alpha = self.config.train, self.config.optim.balance_loss
+        (num, seq), alpha = batch.ids_BS.shape, self.config.optim.balance_loss
         if self.config.data.is_flat:
             docs_T = numbered_through(batch.docs_BS)
-            weights_D = torch.bincount(docs_T).float() / (settings.global_batch_size * settings.seq_len)
+            weights_D = torch.bincount(docs_T).float() / (whole.num_sequences * self.config.train.seq_len)
             return document_balance_loss(out.routing, self.config.model, docs_T, weights_D, alpha)
         balance = sequence_balance_loss(out.routing, self.config.model, num, seq, alpha)
-        return balance * num / settings.global_batch_size
+        return balance * num / whole.num_sequences
 
     def _counts(self, out: Output) -> Tensor:
         """int64 counts_LE: the tokens that chose each expert."""

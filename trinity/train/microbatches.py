@@ -18,7 +18,7 @@ from trinity.config import Config
 from trinity.data.dataset import Dataset
 from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
-from trinity.train.loss import Losses, Objective
+from trinity.train.loss import Losses, Objective, Whole
 
 BatchOf = Callable[[int], Any]  # the number of a micro-batch of this worker -> what the objective takes
 
@@ -36,6 +36,7 @@ class Totals(NamedTuple):
     num_tokens: int  # that were read, trained or not
     measures: Mapping[str, float]  # means, of those that anything came to
     num_trained: int  # targets that count
+    num_sequences: int
 
     @property
     def batch_het(self) -> float:
@@ -69,35 +70,41 @@ class MicroBatches:
         self.measures = plain(objective).measures
         self.num_read = 0  # tokens of this worker's share of the last step
         self.num_trained = 0  # of all workers' shares
+        self.num_sequences = 0  # of the step
 
     def batch(self, data: Dataset, position: int, micro: int) -> Any:
         """This worker's micro-batch of that number, of the step that consumes the batch at `position`."""
         settings, comm = self.config.train, self.comm
-        place = (comm.rank, comm.world, micro, settings.micro_batch_size)
-        return data.batch(position, settings.global_batch_size, *place)
+        return data.batch(settings.sequences_of(position), comm.rank, comm.world, micro, settings.micro_batch_size)
 
-    def run(self, batch_of: BatchOf) -> list[Losses]:
-        """Forward and backward of all of them; gradients of the backbone are in its parameters, fresh."""
-        num_of_all = self.config.train.global_batch_size // self.config.train.micro_batch_size
-        num = len(range(self.comm.rank, num_of_all, self.comm.world))
+    def run(self, batch_of: BatchOf, num_sequences: int) -> list[Losses]:
+        """Forward and backward of all of a step of so many sequences over all workers; gradients of the backbone are in its
+        parameters, fresh."""
+        self.num_sequences = num_sequences
+        num = len(range(self.comm.rank, self._num_micros, self.comm.world))
         side = self.config.train.num_overlapped_microbatches
         self.objective.zero_grad(set_to_none=True)
         batches = [batch_of(micro) for micro in range(num)]
         self.num_trained = self._num_trained(batches)
-        num_tokens = max(1, self.num_trained)  # where none counts the losses are 0
+        whole = Whole(max(1, self.num_trained), num_sequences)  # where no token counts the losses are 0
         self.num_read = sum(batch.ids_BS.numel() for batch in batches)
         parts = [batches[first : first + side] for first in range(0, num, side)]
-        return [losses for part in parts for losses in self._side_by_side(part, num_tokens, is_last=part is parts[-1])]
+        return [losses for part in parts for losses in self._side_by_side(part, whole, is_last=part is parts[-1])]
+
+    @property
+    def _num_micros(self) -> int:
+        """Number of micro-batches of the step, of all workers."""
+        return self.num_sequences // self.config.train.micro_batch_size
 
     def _num_trained(self, batches: Sequence[Any]) -> int:
         """Number of targets that count, of all workers' micro-batches."""
         mine = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
         return int(self.comm.all_reduce(mine))
 
-    def _side_by_side(self, part: Sequence[Any], num_tokens: int, is_last: bool) -> list[Losses]:
+    def _side_by_side(self, part: Sequence[Any], whole: Whole, is_last: bool) -> list[Losses]:
         batches = [self.on_device(batch) for batch in part]
         with nullcontext() if is_last else self._no_sync():
-            found = self.objective(batches, num_tokens)
+            found = self.objective(batches, *whole)
             torch.stack([losses.total for losses in found]).sum().backward()
         return [Losses(*(value.detach() for value in losses)) for losses in found]
 
@@ -133,11 +140,11 @@ class MicroBatches:
             num_tokens=int(num_read),
             measures=means_of(self.measures, told.view(-1, 2)),
             num_trained=self.num_trained,
+            num_sequences=self.num_sequences,
         )
 
     def _placed(self, means: Sequence[Tensor]) -> Tensor:
         """Those of this worker's micro-batches at their places among all of the step's, and 0 elsewhere."""
-        num_of_all = self.config.train.global_batch_size // self.config.train.micro_batch_size
-        placed = torch.zeros(num_of_all, dtype=torch.float64)
+        placed = torch.zeros(self._num_micros, dtype=torch.float64)
         placed[self.comm.rank :: self.comm.world] = torch.stack(list(means)).double().cpu()
         return placed

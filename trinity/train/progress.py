@@ -29,21 +29,24 @@ SHOWN = ("accuracy", "reward")  # of an objective's measures
 class Progress:
     """Shows rows of metrics.jsonl on `screen`, in the order they come, from step `done` + 1 on. Call `close` at the end.
 
-    `tokens_per_step`: 0 where steps differ."""
+    `num_before`: what the steps up to one have to do, in parts of `tokens_each`: steps themselves unless told otherwise. The
+    tokens are 0 where nobody knows them before."""
 
     def __init__(
         self,
         total_steps: int,
-        tokens_per_step: int,
+        tokens_each: int,
         screen: TextIO,
         done: int = 0,
         clock_s: Callable[[], float] = time.monotonic,
         stage: str = "",
         tokens_after: int = 0,
+        num_before: Callable[[int], int] = lambda step: step,
     ):
         """`stage` in words, where the run has several, and the tokens of those that come after it."""
         self._stage, self._tokens_after = stage, tokens_after
-        self.total_steps, self.tokens_per_step, self._screen = total_steps, tokens_per_step, screen
+        self.total_steps, self._tokens_each, self._screen = total_steps, tokens_each, screen
+        self._num_before = num_before
         self._clock_s, self._shown_s = clock_s, -math.inf
         self._recent: deque[dict[str, Any]] = deque(maxlen=20)
         self._last_step = self._last_eval = done
@@ -53,13 +56,15 @@ class Progress:
     def row(self, row: dict[str, Any]) -> None:
         """A step, a validation or scores; the first one is preceded by a line on the whole run."""
         if row["step"] > self._last_step and not self._recent:
-            steps, tokens = self.total_steps, self.tokens_per_step
             named = f"{self._stage}: " if self._stage else ""
-            size = f" of {tokens:,} tokens, {steps * tokens:,} in all" if tokens else ""
-            self._print(f"{named}{steps:,} steps{size}")
+            self._print(f"{named}{self.total_steps:,} steps{self._size()}")
             if self._screen.isatty():
                 self._bar = tqdm(
-                    total=steps, initial=self._last_step, file=self._screen, unit="step", desc=self._stage or None
+                    total=self.total_steps,
+                    initial=self._last_step,
+                    file=self._screen,
+                    unit="step",
+                    desc=self._stage or None,
                 )
         if "val_loss" in row:
             self._eval(row["step"], row["val_loss"], row.get("val_losses", {}), row.get("val_measures", {}))
@@ -67,6 +72,13 @@ class Progress:
             self._scores(row["step"], row["scores"])
         elif row["step"] > self._last_step:
             self._step(row)
+
+    def _size(self) -> str:
+        """Words for tokens of a step, and of all."""
+        steps, tokens = self.total_steps, self._num_before(self.total_steps) * self._tokens_each
+        first, last = (self._tokens_each * (self._num_before(at) - self._num_before(at - 1)) for at in (1, steps))
+        sizes = f"{last:,}" if first == last else f"{first:,} to {last:,}"
+        return f" of {sizes} tokens, {tokens:,} in all" if tokens else ""
 
     def close(self) -> None:
         """Finish the bar. Harmless when repeated."""
@@ -118,6 +130,8 @@ class Progress:
         )
         told: Mapping[str, float] = self._recent[-1].get("measures", {})
         text += "".join(f"  {name} {told[name]:.2f}" for name in SHOWN if told.get(name) is not None)
+        if "global_batch_size" in last:
+            text += f"  batch {last['global_batch_size']}"
         if "mfu" in last:
             text += f"  mfu {100 * last['mfu']:.1f} %"
         return text + (f"  skipped {last['skipped']}" if last["skipped"] else "")
@@ -127,8 +141,10 @@ class Progress:
         return sum(r["tokens"] for r in self._recent) / max(sum(r["seconds"] for r in self._recent), 1e-9)
 
     def _left_s(self) -> float:
-        mean_s = sum(r["seconds"] for r in self._recent) / len(self._recent)
-        return float(mean_s * (self.total_steps - self._recent[-1]["step"]))
+        seconds, before = sum(r["seconds"] for r in self._recent), self._num_before
+        first, last = self._recent[0]["step"], self._recent[-1]["step"]
+        left = before(self.total_steps) - before(last)
+        return float(seconds / (before(last) - before(first - 1)) * left)
 
     def _eta(self) -> str:
         return _interval(self._left_s())

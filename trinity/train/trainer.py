@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trinity.adapters.lora import choose_trained
 from trinity.checkpoint import latest_checkpoint
-from trinity.config import Config
+from trinity.config import Config, Sequences
 from trinity.data.prepare import Prepared
 from trinity.errors import TrinityError
 from trinity.models.common.losses import max_vio
@@ -101,6 +101,11 @@ class Trainer:
     def version(self) -> int:
         return self.backbone.version
 
+    @property
+    def sequences(self) -> Sequences:
+        """Those of the next step."""
+        return self.config.train.sequences_of(self.position)
+
     def new_objective(self) -> nn.Module:
         """The loss of what its micro-batches are."""
         return Objective(self.model, self.config)
@@ -115,6 +120,20 @@ class Trainer:
         """Get the weights that this run goes on from, here and on the shards; before the first step."""
         reached = self.recovery.start()
         self.position, self.num_skipped = reached.position, reached.num_skipped
+        self._skipped_in_a_row = reached.usual.get("skipped_in_a_row", 0)
+        self.usual_loss.mean = reached.usual.get("loss")
+        for loss, norm in reached.usual.get("recent", ()):
+            self.recent.add(loss, norm)
+
+    @property
+    def counts(self) -> RunCounts:
+        """Counts of the run so far, with all that decides whether its next step is a usual one."""
+        usual = {
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "loss": self.usual_loss.mean,
+            "recent": self.recent.steps,
+        }
+        return RunCounts(self.position, self.num_skipped, usual)
 
     def run(self) -> dict[str, Any]:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
@@ -150,8 +169,7 @@ class Trainer:
         worker 0 raises the reason when it has not for placement.recover_timeout_s."""
         deadline, metrics = Deadline(self.config.placement.recover_timeout_s), None
         self._retries.clear()
-        shape = self.position, self.config.train.global_batch_size
-        self._source_tokens = {} if batch_of else self.data.train.source_tokens(*shape)
+        self._source_tokens = {} if batch_of else self.data.train.source_tokens(self.sequences)
         while metrics is None:
             is_last = deadline.expired
             try:
@@ -211,7 +229,7 @@ class Trainer:
     def _forward_backward(self, ticket: StepTicket, batch_of: BatchOf) -> Totals:
         """Sums over all workers; afterwards no row of this attempt is under way."""
         self.dispatcher.use(self.version, ticket.attempt, self.comm.rank)
-        micros = self.micro_batches.run(batch_of)
+        micros = self.micro_batches.run(batch_of, self.sequences.num)
         failure = self.dispatcher.failure
         if failure is not None:
             log.warning("step %d: rows of worker %d failed: %s", self.version + 1, self.comm.rank, failure)
@@ -258,13 +276,13 @@ class Trainer:
         is_good = self.is_usual and self.gate.is_open(self.position + 1)
         self.recent.add(totals.ce, norm)
         self.position += 1
+        self._skipped_in_a_row = 0
         if self.comm.rank == 0:
-            notes = self.identity.notes(RunCounts(self.position, self.num_skipped), self.backbone.num_updates + 1)
+            notes = self.identity.notes(self.counts, self.backbone.num_updates + 1)
             found = {"attempt": ticket.attempt, "is_good": is_good, "metrics": self._metrics(totals, norm, lrs).row()}
             self.pool.decide(self.version + 1, ticket.attempt, {**notes, **found})
         barrier(self.comm)
         self.backbone.commit()
-        self._skipped_in_a_row = 0
         if self.comm.rank == 0:
             self._tell(lambda: self.pool.commit(self.version))
 
@@ -315,6 +333,7 @@ class Trainer:
             norm_kurtosis=self.recent.kurtosis,
             measures=totals.measures,
             source_tokens=self._source_tokens,
+            global_batch_size=totals.num_sequences if self.config.train.ramp_words else None,
             **self.utilization.of(totals.num_tokens / max(self.clock.seconds, 1e-9)),
         )
 
@@ -367,5 +386,5 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude={"serve"})  # it holds keys
-        counts = {"position": self.position, "num_skipped": self.num_skipped, "num_updates": self.backbone.num_updates}
+        counts = {**asdict(self.counts), "num_updates": self.backbone.num_updates}
         return {**counts, "order": dict(self.identity.order), "config": config}

@@ -64,7 +64,8 @@ def _of_source(objective: Objective, config: Config, source: Source, comm: Comm)
 
 
 class UsualLoss:
-    """A running mean of the steps' losses, and whether one is so far above it that its weights have run away."""
+    """A running mean of the steps' losses (None before the first), and whether one is so far above it that its weights have run
+    away."""
 
     def __init__(self, spike_threshold: float):
         self.spike_threshold = spike_threshold
@@ -89,6 +90,11 @@ class Recent:
     def add(self, loss: float, norm: float) -> None:
         self._losses.append(loss)
         self._norms.append(norm)
+
+    @property
+    def steps(self) -> list[tuple[float, float]]:
+        """Loss and norm of each, the newest last: to be added again where a run goes on."""
+        return list(zip(self._losses, self._norms, strict=True))
 
     def spike(self, loss: float, norm: float, most_sigma: float | None) -> str:
         """Words for a step whose loss or norm is so many standard deviations above the mean; empty for a usual one, and while
