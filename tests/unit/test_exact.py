@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from trinity.config import preset
 from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.rows import weighted_swiglu
 from trinity.experts.torch_backend import TorchBackend
 from trinity.models.common.attention import PackedAttention, causal_mask, document_positions
 from trinity.models.common.layers import Linear, RMSNorm, SwiGLU, project
 from trinity.models.common.router import SigmoidRouter
-from trinity.ops.batch_invariant import elementwise, gemm
+from trinity.ops.batch_invariant import elementwise, gemm, low_rank
 from trinity.ops.batch_invariant.attention import attention
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
 
@@ -109,6 +110,36 @@ def test_its_gradients_are_those_of_the_plain_product():
     want = torch.autograd.grad(torch.cat([x[:4] @ w[0].T, x[4:] @ w[2].T]), [x, w], dy)
     torch.testing.assert_close(got, want)
     assert not got[1][1].any()
+
+
+def test_gradients_of_swiglu_are_the_librarys():
+    gate, up, weight = (random(50, n, seed=i).requires_grad_() for i, n in enumerate((97, 97, 1)))
+    weighted = weighted_swiglu(gate, up, weight), F.silu(gate) * up * weight
+    for mine, theirs in (weighted, (elementwise.swiglu(gate, up), F.silu(gate) * up)):
+        leaves, dy = [gate, up, weight][: 3 if mine is weighted[0] else 2], random(50, 97, seed=3)
+        torch.testing.assert_close(torch.autograd.grad(mine, leaves, dy), torch.autograd.grad(theirs, leaves, dy))
+
+
+@pytest.mark.parametrize(
+    "counts", [(70,), (5, 0, 13, 1, 0, 40, 6, 7, 2)]
+)  # a job after the other, a matrix after the other
+@pytest.mark.parametrize("outputs", [(64, 128), (7,)])  # by the kernel, by the library
+@pytest.mark.parametrize("threads", [1, 2])
+def test_adapters_have_the_gradients_of_the_matrices_that_they_are_part_of(counts, outputs, threads):
+    torch.set_num_threads(threads)
+    num, end_E, inner, rank = len(counts), torch.tensor(counts).cumsum(0), 128, 8
+    x = random(sum(counts), inner).requires_grad_()
+    shapes = [shape for n in outputs for shape in ((n, inner), (rank, inner), (n, rank))]
+    leaves = [random(num, *shape, seed=i) / inner**0.5 for i, shape in enumerate(shapes)]
+    leaves = [leaf.requires_grad_(i % 3 > 0) for i, leaf in enumerate(leaves)]
+    parts = [tuple(leaves[i : i + 3]) for i in range(0, len(leaves), 3)]
+    mine = low_rank.grouped(x, parts, 0.5, end_E)
+    theirs = [gemm.grouped(x, w + 0.5 * b @ a, end_E) for w, a, b in parts]
+    torch.testing.assert_close(list(mine), theirs)
+    trained = [x, *(leaf for leaf in leaves if leaf.requires_grad)]
+    dys = [random(*y.shape, seed=9) for y in theirs]
+    want = torch.autograd.grad(theirs, trained, dys)
+    torch.testing.assert_close(torch.autograd.grad(mine, trained, dys), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,9 @@ from trinity.experts.base import Assignments, LayerAdapters, LayerWeights, Pair
 from trinity.ops import batch_invariant
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows in expert order [P, K], matrices [E, N, K] -> [P, N]
-Adapted = Callable[[Tensor, list[tuple[Tensor, ...]], float], Sequence[Tensor]]  # rows, (W, A, B) of each product, scale
+Adapted = Callable[
+    [Tensor, list[tuple[Tensor, ...]], float], Sequence[Tensor]
+]  # rows, (W, A, B) of each product, scale
 
 
 class Order(Protocol):
@@ -150,7 +152,9 @@ def feed_forward(
         if adapted is not None:
             return adapted(x, triples, adapters.scale)
         shares = [product(product(x, a) * adapters.scale, b) for _, a, b in triples]
-        return [product(x, stack).add_(share) for (stack, _), share in zip(parts, shares, strict=True)]  # no other memory
+        return [
+            product(x, stack).add_(share) for (stack, _), share in zip(parts, shares, strict=True)
+        ]  # no other memory
 
     pairs = (None, None, None) if adapters is None else adapters[:3]
     gate, up = projected(x_PD, (weights.gate_EFD, pairs[0]), (weights.up_EFD, pairs[1]))

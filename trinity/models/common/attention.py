@@ -111,7 +111,7 @@ class PackedAttention:
     def _gradients(
         self, cache: LayerCache, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_TH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The library's on a CPU, of a result that it did not compute: to let it compute that, too, takes half as long again."""
+        """The library's on a CPU, of a result that is ours: to let it compute that once more would take half as long again."""
         mask = self._mask(cache, q.device)
         if mask is not None:  # what is added to scores
             mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)

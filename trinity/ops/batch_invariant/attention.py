@@ -62,7 +62,9 @@ def differentiable(
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_T: Tensor, end_T: Tensor, gradients: Gradients) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_T: Tensor, end_T: Tensor, gradients: Gradients
+    ) -> Tensor:
         o_THd, lse_TH = _attended(q, k, v, torch.arange(len(k)), first_T, end_T)
         ctx.save_for_backward(q, k, v, o_THd, lse_TH)
         ctx.gradients = gradients

@@ -2,7 +2,7 @@
 
 Legend: A rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs.
 Decisions: one kernel for any number of rows (simd.py has the order of its sums); the weights are used as
-they are stored, rows of K; gradients are the library's products, since nobody needs their bits to be independent of company.
+they are stored, rows of K; gradients are what is quickest (outer.py): nobody needs their bits to be independent of company.
 It is no slower than the library: what it costs is in docs/benchmarks.md, "Same bits in any company".
 """
 
@@ -53,7 +53,7 @@ class _Grouped(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_AK, w_ENK = ctx.saved_tensors
+        (x_AK, w_ENK), dy_AN = ctx.saved_tensors, dy_AN.contiguous()
         dx_AK = products(dy_AN, w_ENK, ctx.end_E) if ctx.needs_input_grad[0] else None
         return dx_AK, sums(dy_AN, x_AK, ctx.end_E) if ctx.needs_input_grad[1] else None, None
 

@@ -1,10 +1,10 @@
-"""Rows times matrices that are trained by adapters alone: y = x (W + s B A)^T, where W is frozen; several of the same rows at once.
+"""Rows times matrices that are trained by adapters alone: y = x (W + s B A)^T, where W is frozen; several of the same rows.
 
-Legend: R rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs, M matrices beside each other, each
-with a stack of its own (as gate and up), r rank, S = M r.
-Decisions: fp32 on a CPU, for training: the products with W are those of gemm.py, and no gradient of W is made. The M factors A are
-one product with x, forward and backward, and the rows' gradient is one sum, made in place. One matrix is done after the other:
-each of these products reads its rows again, and memory is further away than the arithmetic is long.
+Legend: R rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs, M stacks that the same rows go
+through (as gate and up), r rank, S = M r.
+Decisions: fp32 on a CPU, for training: the products with W are those of gemm.py, and no gradient of W is made. The M factors A
+are one product with x, forward and backward, and the rows' gradient is one sum, made in place. One matrix is done after the
+other: each of these products reads its rows again, and memory is further away than the arithmetic is long.
 """
 
 from collections.abc import Sequence

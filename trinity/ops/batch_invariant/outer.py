@@ -3,8 +3,8 @@
 Legend: R rows sorted by matrix, E matrices, K inner dimension, N outputs, A and B widths of two kinds of rows.
 Decisions: fp32. A sum over K, or over a matrix's rows, is taken in turn, so it does not depend on company. The kernel reads
 matrices where they lie, 64 columns at a time, which pays where a matrix fits a core's cache, and in sums where one side is
-narrow; all else is the library's. On a busy AVX512 core, GFLOP/s here and there: 256 rows by 512 x 512 90 and 70, 2,048
-rows 87 and 83; sums of 8 by 512 over 256 rows 54 and 36, of 512 by 512 over 2,048 rows 60 and 70.
+narrow; all else, and another processor's, is the library's. On a busy AVX512 core, GFLOP/s here and there: 256 rows by
+512 x 512 90 and 70, 2,048 rows 87 and 83; sums of 8 by 512 over 256 rows 54 and 36, of 512 by 512 over 2,048 60 and 70.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor) -> Tensor:
 
 
 def adding_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor, is_new: bool = False) -> Job:
-    """The job of adding p v to `out`, or of putting it there. p's rows may be parts of longer ones."""
+    """The job of adding p v to `out`, or of putting it there. Rows of p may be parts of longer ones."""
     (num, k), n = p_RK.shape, v_EKN.shape[2]
     p_RK, v_EKN = p_RK.detach(), v_EKN.detach().contiguous()
 
@@ -67,6 +67,9 @@ def summing(a_RA: Tensor, b_RB: Tensor, end_E: Tensor, out_EAB: Tensor) -> Job:
 
 
 def _has_panels(*tensors: Tensor) -> bool:
+    """Say whether the kernel takes them: without AVX512 its sums would not fit the registers."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
     return tensors[-1].shape[-1] % PANEL == 0 and all(t.dtype == torch.float32 for t in tensors)
 
 
