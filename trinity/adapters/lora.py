@@ -32,7 +32,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, parts: Sequence[Linear]) -> list[Tensor]:
         """x times each part, which have adapters like this one; biases are the caller's."""
-        triples = [(part.weight, part.adapter.lora_A, part.adapter.lora_B) for part in parts if part.adapter]
+        adapters = [part.adapter for part in parts if isinstance(part.adapter, Adapter)]
+        triples = [(part.weight, own.lora_A, own.lora_B) for part, own in zip(parts, adapters, strict=True)]
         is_exact = self.lora_A.is_exact
         if is_exact and torch.is_grad_enabled() and batch_invariant.is_for(x) and x.dtype == torch.float32:
             from trinity.ops.batch_invariant import low_rank  # a compiler comes with it

@@ -44,7 +44,7 @@ def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
 def gated_gradients(
     grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of `gated` by gate and up, in their type, and in float32 by the weight, for a gradient of its result. In one pass:
+    """Gradients of `gated` by gate and up, in their type, and by the weight, in float32, for one of its result. In one pass:
     three tensors are read and two written, where torch's operations one by one read and write twenty."""
     dgate, dup, dweight = torch.empty(gate.shape), torch.empty(gate.shape), torch.empty((*gate.shape[:-1], 1))
     (dgate_TF, dup_TF, dweight_T), num = _lines(dgate, dup, weight=dweight)
