@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -32,6 +33,7 @@ from trinity.utils.garbage import uncollected
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from trinity.engine.adapters import AdapterStore
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
 
@@ -67,7 +69,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
-    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults)
+    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, _adapters(config, found.config))
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
@@ -77,7 +79,15 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
-    return Engine(weights, model, _settled(config, model), tokenizer, weights.counts)
+    settings, adapters = _settled(config, model), _adapters(config, model)
+    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters)
+
+
+def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
+    from trinity.checkpoint import backbone_adapter
+    from trinity.engine.adapters import AdapterStore
+
+    return AdapterStore(partial(backbone_adapter, model=model, device=_device(config)))
 
 
 def _device(config: Config) -> str:
@@ -107,9 +117,9 @@ class LocalClient:
         self.engine, self.tokenizer, self.model = engine, tokenizer, model
         self._id = uuid4().hex
 
-    async def generate(self, *asked: Any) -> AsyncGenerator[Delta, None]:
-        """`asked` is what Engines says (serving/continuation.py), here and below."""
-        stream: Any = self.engine.generate(*asked)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        """Arguments are those that Engines says (serving/continuation.py), here and below."""
+        stream: Any = self.engine.generate(*asked, **begun)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield delta
@@ -139,8 +149,8 @@ class EngineReplica:
         keep_to_node_address()
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
-    async def generate(self, *asked: Any) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(*asked), BEAT_S)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncIterator[list[Delta]]:
+        stream = batched(self.client.generate(*asked, **begun), BEAT_S)
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
@@ -168,8 +178,8 @@ class RayClient:
         # By value: over the gRPC between replicas instead of actor calls, twice as many messages (docs/serving.md).
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
 
-    async def generate(self, *asked: Any) -> AsyncGenerator[Delta, None]:
-        response = self._streams.generate.remote(*asked)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        response = self._streams.generate.remote(*asked, **begun)
         try:
             silent_s = None  # an engine may have to be waited for
             while True:

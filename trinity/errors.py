@@ -125,6 +125,18 @@ class VersionGone(TrinityError):
     code = Code.UNAVAILABLE
 
 
+class AdapterMissing(TrinityError):
+    """A shard was asked for rows of an adapter that it does not have; told where that is (verb `adapt`), it takes it up."""
+
+    code = Code.UNAVAILABLE
+
+
+class AdapterLost(TrinityError):
+    """The files of an adapter that is served cannot be read any more, or are others now."""
+
+    code = Code.UNAVAILABLE
+
+
 class StateLost(TrinityError):
     """The last committed state of a training pool is nowhere any more: the run goes back to its last checkpoint."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trinity.config import Client
+from trinity.config import AdapterRef, Client
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
@@ -46,14 +46,18 @@ class FakeEngine:
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
         self.clients: list[Client | None] = []
+        self.adapters: list[AdapterRef | None] = []
         self.healthy, self.version = True, 7
         self.defaults, self.routed_bytes, self.moe_layers = defaults, 6, (2, 3, 4)
         self.tokenizer = fake_tokenizer()
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, begun=None):
+    async def generate(
+        self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None, begun=None
+    ):
         done = len(begun.token_ids) if begun else 0
         self.seen.append(params)
         self.clients.append(client)
+        self.adapters.append(adapter)
         self.held.add(request_id)
         room = min(params.max_tokens, self.max_model_len - len(prompt_ids))
         try:

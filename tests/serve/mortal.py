@@ -16,11 +16,11 @@ class MortalEngine:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, begun=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None, begun=None):
         self.begun.append(begun)
         left = self.script.pop(0) if self.script else None
-        asked = (request_id, prompt_ids, params, deadline_s, client, begun)
-        async with aclosing(self._engine.generate(*asked)) as deltas:
+        asked = (request_id, prompt_ids, params, deadline_s, client, adapter)
+        async with aclosing(self._engine.generate(*asked, begun=begun)) as deltas:
             async for delta in deltas:
                 if left == 0:
                     raise EngineLost("killed by its script")

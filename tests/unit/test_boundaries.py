@@ -27,6 +27,7 @@ LIBRARY = {
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
     "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos", "actors.jobs",
+    "actors.rendezvous",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
@@ -99,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trinity.stages": {"trinity.checkpoint", "trinity.evaluate"},
     "trinity.synthesis": {"trinity.checkpoint", "trinity.data", "trinity.text"},  # tokenizers of models, too
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
-    "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
+    "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", "trinity.rl", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
         *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.preparing", "trinity.stages",
         "trinity.bench", "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
@@ -126,10 +127,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
     },
     "actors.jobs": {"trinity.data", "trinity.synthesis"},
+    "actors.rendezvous": set(),
     "actors.round_trips": {"actors.names"},
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
-        "actors.pool", "actors.sync", "actors.train_metrics",
+        "actors.pool", "actors.rendezvous", "actors.sync", "actors.train_metrics",
         "trinity.rl",  # preferences and rewards are runs like any other
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},

@@ -84,6 +84,33 @@ class Client(NamedTuple):
 
 
 ANYBODY = Client("anybody")  # where nobody has a key
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MOST_ADAPTERS = 64  # of one pool at once
+
+
+class AdapterRef(NamedTuple):
+    """An adapter that is served beside its base. `content`: a number made of all that is in its files, above 0, by which shards
+    and engines know it; `source`: by what any process finds them."""
+
+    name: str
+    content: int
+    source: str
+
+
+class AdapterSet(NamedTuple):
+    """All adapters of a pool. `number` grows with each change."""
+
+    number: int = 0
+    refs: tuple[AdapterRef, ...] = ()
+
+
+def check_adapter_name(name: str) -> str:
+    """Return it. Raises ValueError for a name that would not be told from a model's, a path's or a separator."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:150]!r} is no adapter's name; use 1 to 128 letters, digits, _ . and -, beginning with a letter or digit"
+        )
+    return name
 
 
 class ClientConfig(Frozen):
@@ -119,6 +146,11 @@ class ServeConfig(Frozen):
         default={}, max_length=1000, description="other keys, by name; each has a share of the slots, and its turn"
     )
     served_model_name: str | None = None
+    adapters: dict[str, str] = Field(
+        default={},
+        max_length=MOST_ADAPTERS,
+        description="adapters served beside the weights, by name: folders in PEFT's format, or names on the Hub",
+    )
     weights: str = Field(
         default="checkpoint",
         description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
@@ -202,6 +234,13 @@ class ServeConfig(Frozen):
     def _known_weights(cls, value: str) -> str:
         if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapter_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            check_adapter_name(name)
         return value
 
     @field_validator("clients")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from trinity.engine.prompt_logprobs import PromptLogprobs
     from trinity.engine.token_rules import TokenRules
+    from trinity.models.common.adapted import BackboneAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VersionPolicy = Literal["live", "pinned"]
@@ -261,6 +262,7 @@ class Sequence:
     """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs.
 
     What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does.
+    `adapter`: what is computed beside the weights for it, and for nobody else in its batch.
     """
 
     request_id: str
@@ -283,6 +285,7 @@ class Sequence:
     queue_s: float | None = None  # until it was first in a batch
     progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
+    adapter: "BackboneAdapter | None" = None
     until_s: float = math.inf  # time.monotonic() after which nobody waits for it
 
     def __post_init__(self) -> None:
@@ -300,6 +303,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def adapter_content(self) -> int:
+        """The content of its adapter, 0 without: what is cached of a prompt with one is no other one's."""
+        return 0 if self.adapter is None else self.adapter.ref.content
 
     @property
     def experts_TLK(self) -> np.ndarray | None:
