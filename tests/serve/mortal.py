@@ -16,7 +16,9 @@ class MortalEngine:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None, begun=None):
+    async def generate(
+        self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None, begun=None
+    ):
         self.begun.append(begun)
         left = self.script.pop(0) if self.script else None
         asked = (request_id, prompt_ids, params, deadline_s, client, adapter)

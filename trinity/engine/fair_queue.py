@@ -99,7 +99,7 @@ class FairQueue:
         self._waiting[name].append(sequence)
 
     def resume(self, sequence: Sequence) -> None:
-        """It comes before what has not run yet."""
+        """It has run in another engine: it comes before what has not run yet."""
         self._begin(sequence.client.name)
         self._preempted.append(sequence)
 
