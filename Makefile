@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 .PHONY: setup demo recipe test chaos soak lint format types protos gpu-kernels clean
-.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
 
 setup: $(STAMP)
 
@@ -44,6 +44,11 @@ interop-lm-eval: setup
 interop-trl: setup
 	scripts/setup_beside.sh $(BIN)/python .venv-trl trl==1.16.0 accelerate
 	.venv-trl/bin/python -m pytest -m interop tests/interop/test_trl.py
+
+# PEFT in an environment of its own, over this one's torch and transformers: adapters' folders, ours there and theirs here.
+interop-peft: setup
+	scripts/setup_beside.sh $(BIN)/python .venv-peft peft==0.21.2 accelerate
+	.venv-peft/bin/python -m pytest -m interop tests/interop/test_peft.py
 
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
 CLIENTS := anthropic langchain-openai litellm instructor openai-agents

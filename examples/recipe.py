@@ -22,7 +22,8 @@ from trinity.cli import main as command
 from trinity.config import TaskConfig
 from trinity.engine.request import SamplingParams
 from trinity.evaluate import niah
-from trinity.evaluate.tasks import Wanted, measure
+from trinity.evaluate.asking import Wanted
+from trinity.evaluate.tasks import measure
 from trinity.llm import LLM
 from trinity.observability.scores import Score, of_right, table
 

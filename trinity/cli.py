@@ -1,7 +1,8 @@
 """The command line, and the composition root: the one place that may know model, actors and serving together.
 
 Settings are `--section.key value` everywhere, merged over a YAML file or a preset's name; `--dry-run` prints the result.
-A TrinityError ends a command with its sentence and exit code 2; anything else is a bug and shows its traceback.
+A TrinityError ends a command with its sentence and exit code 2, and so does a full disk; anything else is a bug and shows its
+traceback.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from trinity import __version__
 from trinity.commands import bench, chaos
 from trinity.errors import TrinityError
+from trinity.utils.disk import refusal_of
 
 COMMANDS = {
     "demo": "train small, serve, ask once over HTTP and once over gRPC, print what happened",
@@ -159,13 +161,26 @@ def _chat(sub: argparse.ArgumentParser) -> None:
 def _eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help="a checkpoint's folder, or a server: http://127.0.0.1:8000")
     sub.add_argument(
-        "--tasks", required=True, help="niah, and names of lm-eval's tasks, or of your own, with commas between"
+        "--tasks", default="", help="niah, and names of lm-eval's tasks, or of your own, with commas between"
+    )
+    sub.add_argument(
+        "--rewards",
+        nargs="+",
+        help="functions of (answer, row), module:function or file.py:function, as rl.rewards has them",
+    )
+    sub.add_argument("--prompts", nargs="+", help="files of prompts, whose answers the rewards judge")
+    sub.add_argument("--max-tokens", type=int, default=256, help="of an answer to these (default: %(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="of these answers (default: 0, the likeliest)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="of these answers, where they are drawn (default: %(default)s)"
     )
     sub.add_argument(
         "--lengths", help="of niah: tokens of a question, with commas between (default: all that is taken)"
     )
     sub.add_argument("--keys", type=int, default=1024, help="of niah: that there are (default: %(default)s)")
-    sub.add_argument("--questions", type=int, default=64, help="of niah: of each length (default: %(default)s)")
+    sub.add_argument(
+        "--questions", type=int, default=64, help="of niah: of each length; prompts for rewards (default: %(default)s)"
+    )
     sub.add_argument("--include-path", help="a folder with tasks of your own (YAML)")
     sub.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
     sub.add_argument("--limit", type=int, help="the first so many questions of each task")
@@ -210,6 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `trinity doctor | head`: nobody reads any more, and Python would say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if (refusal := refusal_of(error)) is None:
+            raise
+        print(f"trinity {arguments.command}: {refusal.message}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -27,15 +27,16 @@ from trinity.rpc.messages import PROTOCOL, REMOTE, Backward, Fetch, Forward, Row
 MAGIC = b"TRN%d" % PROTOCOL
 INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
 Calls = Forward | Backward | Fetch
-KEEP, HAS_ROWS, IN_SHARED_BUFFER = 1, 2, 4  # flags
+KEEP, HAS_ROWS, IN_SHARED_BUFFER, HAS_ADAPTERS = 1, 2, 4, 8  # flags
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_PAYLOAD_BYTES = 1 << 31
 MAX_FAILURE_BYTES = 1 << 16
 MAX_OP_ID_BYTES = 40
 SLOT_BYTES = 8 + 4  # id and weight
-# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, left_s, R, D, K
-HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIII")
+ADAPTER_BYTES = 8  # of one row
+# magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, left_s, R, D, K, priority
+HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIIIq")
 
 
 class BadFrame(TrinityError):
@@ -68,6 +69,7 @@ class Header(NamedTuple):
     num_rows: int
     dim: int
     num_slots: int
+    priority: int  # of inference
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "Header":
@@ -97,7 +99,13 @@ class Header(NamedTuple):
         if self.kind == ANSWER:
             return rows + 4 * self.num_rows * self.num_slots
         both = 2 if self.kind == BACKWARD and self.flags & HAS_ROWS else 1
-        return both * rows + SLOT_BYTES * self.num_rows * self.num_slots
+        adapters = ADAPTER_BYTES * self.num_rows if self.has_adapters else 0
+        return both * rows + SLOT_BYTES * self.num_rows * self.num_slots + adapters
+
+    @property
+    def has_adapters(self) -> bool:
+        """Does it say of each row which adapter it is for?"""
+        return self.kind == INFER and bool(self.flags & HAS_ADAPTERS)
 
     def check(self, limits: FrameLimits) -> None:
         """Raise BadFrame unless a shard of these limits can compute it."""
@@ -128,7 +136,8 @@ class Header(NamedTuple):
             return [first]
         ids, weights = torch.from_numpy(np.empty(slots, np.int64)), torch.from_numpy(np.empty(slots, np.float32))
         if self.kind == INFER:
-            return [first, ids, weights]
+            own = [torch.from_numpy(np.empty(self.num_rows, np.int64))] if self.has_adapters else []
+            return [first, ids, weights, *own]
         return [first, torch.empty(self.shape, dtype=first.dtype), ids, weights]
 
 
@@ -138,19 +147,22 @@ def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     left_s = call.deadline_s - time.monotonic()
     if isinstance(call, Fetch):
         names = (call.kind.encode(), call.layer, 0, call.version, left_s)
-        return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0), []
+        return HEADER.pack(MAGIC, FETCH, 0, 0, 0, number, *names, call.expert, 0, 0, 0), []
     rows = call.rows
     sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
     if isinstance(call, Forward):
         kind, flags = INFER, KEEP if call.keep else 0
+        if call.rows.adapter_R is not None:
+            flags, sent = flags | HAS_ADAPTERS, [*sent, call.rows.adapter_R]
     else:
         kind, flags, sent = BACKWARD, HAS_ROWS if sent else 0, [call.dy_RD, *sent]
     num_rows, dim = sent[0].shape
     op_id = call.op_id.encode()
     assert len(op_id) <= MAX_OP_ID_BYTES, call.op_id
     names = (op_id, call.layer, call.epoch, call.version, left_s)
-    num_slots = 0 if rows is None else rows.ids_RK.shape[1]
-    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, num_rows, dim, num_slots), sent
+    shape = num_rows, dim, 0 if rows is None else rows.ids_RK.shape[1]
+    priority = call.priority if isinstance(call, Forward) else 0
+    return HEADER.pack(MAGIC, kind, CODE_OF[sent[0].dtype], flags, 0, number, *names, *shape, priority), sent
 
 
 def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits, came_s: float) -> Calls:
@@ -161,7 +173,7 @@ def call_of(header: Header, buffers: Sequence[Tensor], limits: FrameLimits, came
     if header.kind == FETCH:
         return Fetch(header.layer, header.num_rows, header.version, deadline_s, op_id)
     if header.kind == INFER:
-        return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP))
+        return Forward(*names, _rows(buffers, limits), bool(header.flags & KEEP), header.priority)
     return Backward(*names, buffers[0], _rows(buffers[1:], limits) if header.flags & HAS_ROWS else None)
 
 
@@ -194,7 +206,7 @@ def refusal(error: TrinityError) -> bytes:
 def _head(
     kind: int, dtype: int, number: int, num_rows: int = 0, dim: int = 0, num_slots: int = 0, left_s: float = 0.0
 ) -> bytes:
-    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, left_s, num_rows, dim, num_slots)
+    return HEADER.pack(MAGIC, kind, dtype, 0, 0, number, b"", 0, 0, 0, left_s, num_rows, dim, num_slots, 0)
 
 
 def offer(kind: int) -> bytes:

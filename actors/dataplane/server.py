@@ -49,9 +49,9 @@ class _Job:
         self.call, self.value, self.done = call, None, False
 
     @property
-    def rank(self) -> int:
-        """Copies go last."""
-        return 1 if isinstance(self.call, Fetch) else 0
+    def rank(self) -> tuple[int, int]:
+        """Copies go last, what is urgent first."""
+        return (1, 0) if isinstance(self.call, Fetch) else (0, getattr(self.call, "priority", 0))
 
 
 class Combiner:
@@ -69,7 +69,7 @@ class Combiner:
 
 class RequestQueue:
     """Runs calls on a shard one at a time. A thread that gets the lock computes for all that wait, in order of rank;
-    inference of the same layer and version becomes one call."""
+    inference of the same layer, version and priority becomes one call."""
 
     def __init__(self, shard: Any):
         self.shard = shard
@@ -132,8 +132,19 @@ def merged(calls: Sequence[Forward]) -> Forward:
         x_RD=torch.cat([part.x_RD for part in parts]),
         ids_RK=torch.cat([part.ids_RK for part in parts]),
         weights_RK=torch.cat([part.weights_RK for part in parts]),
+        adapter_R=_adapters(parts),
     )
     return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
+
+
+def _adapters(parts: Sequence[Rows]) -> torch.Tensor | None:
+    """adapter_R of all rows."""
+    if all(part.adapter_R is None for part in parts):
+        return None
+    none = [torch.zeros(len(part.x_RD), dtype=torch.int64) for part in parts]
+    return torch.cat(
+        [zero if part.adapter_R is None else part.adapter_R for part, zero in zip(parts, none, strict=True)]
+    )
 
 
 def _mergeable(a: Calls, b: Calls) -> bool:
@@ -144,7 +155,7 @@ def _mergeable(a: Calls, b: Calls) -> bool:
 
 def _kind(call: Forward) -> tuple[Any, ...]:
     """The key that equal calls share. Rows that came through Ray lie in the host's memory, others where the experts are."""
-    return call.layer, call.version, call.rows.ids_RK.shape[1], call.rows.x_RD.device
+    return call.layer, call.version, call.priority, call.rows.ids_RK.shape[1], call.rows.x_RD.device
 
 
 class DirectServer:

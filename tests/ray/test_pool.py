@@ -13,7 +13,7 @@ from trinity.config import Config, OptimConfig, PlacementConfig, preset
 from trinity.errors import ConfigError, DeadlineExceeded, StepConflict, Unavailable
 from trinity.pool.local import local_pool
 from trinity.rpc import messages
-from trinity.rpc.messages import Load
+from trinity.rpc.messages import PROTOCOL, Load
 
 MODEL = preset("tiny").model_copy(update=dict(hidden_size=32, moe_intermediate_size=16, num_experts=6))
 LAYER = MODEL.moe_layers[0]
@@ -143,8 +143,10 @@ def test_a_process_of_another_release_is_refused_by_name(kept_pool, monkeypatch)
     from actors import pool as pools
 
     for module in (messages, names):
-        monkeypatch.setattr(module, "PROTOCOL", 7)
-    with pytest.raises(ConfigError, match=r"speaks protocol 6, this process 7: run one release of Trinity"):
+        monkeypatch.setattr(module, "PROTOCOL", PROTOCOL + 1)
+    with pytest.raises(
+        ConfigError, match=f"speaks protocol {PROTOCOL}, this process {PROTOCOL + 1}: run one release of Trinity"
+    ):
         pools.connect(kept_pool[1], "trinity")
 
 

@@ -132,3 +132,16 @@ async def test_what_cannot_work_ends_before_the_load(server, words, says, tmp_pa
 async def test_nobody_there_is_said_in_a_sentence(endpoint, tmp_path, capsys):
     assert await bench(tmp_path, "http://127.0.0.1:9", "--endpoint", endpoint) == (2, None)
     assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+async def test_urgent_requests_beside_a_flood(start, tmp_path, capsys):
+    engine = FakeEngine(delay_s=0.01)
+    words = ["bench", "priority", "--quick", "--vocab-size", str(fake_tokenizer().vocab_size), "--out", str(tmp_path)]
+    async with start(engine) as server:
+        assert await asyncio.to_thread(main, [*words, server.url]) == 0
+    report = json.loads((tmp_path / "priority.json").read_text())
+    (found,) = report["results"]
+    assert [len(found[arm]) for arm in ("idle", "beside the flood", "passes")] == [3, 3, 1]
+    assert found["others"][0] > 0
+    assert {params.priority for params in engine.seen} == {0, 5}
+    assert "p99 beside the flood / what it may be" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import StepConflict, VersionGone
 from trinity.models.afmoe.config import AfmoeConfig
 from trinity.models.common.decoder import Output
+from trinity.models.common.family import Nobody
 from trinity.text.detokenizer import TextStream
 
 VOCAB = 40
@@ -69,10 +70,11 @@ class FakeAfmoe(nn.Module):
         self.query = nn.Parameter(2 * torch.randn(VOCAB, heads, dim, generator=made))
         self.key = nn.Parameter(torch.randn(VOCAB, groups, dim, generator=made))
         self.value = nn.Parameter(torch.randn(VOCAB, groups, dim, generator=made))
+        self.experts = Nobody()
         self.head = nn.Parameter(2 * torch.randn(VOCAB, config.num_hidden_layers * heads * dim, generator=made))
 
     def forward_all(self, passes):
-        return [self(*inputs) for inputs in passes]
+        return [self(*inputs[:3]) for inputs in passes]
 
     def qkv(self, ids_T, positions_T):
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]

@@ -80,6 +80,7 @@ def preset_optim(name):
         (["--serve.weights", "newest"], "choose checkpoint, live, pinned or pinned:STEP"),
         (["--engine.kv_policy", "drop"], "engine.kv_policy"),
         (["--engine.max_versions", "0"], "engine.max_versions"),
+        (["--engine.replicas", "3", "--engine.max_replicas", "2"], "max_replicas 2 is below replicas 3"),
     ],
 )
 def test_mistakes_are_named(flags, message):

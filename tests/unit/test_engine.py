@@ -26,6 +26,7 @@ params = st.builds(
     top_p=st.sampled_from([1.0, 0.9]),
     max_tokens=st.integers(1, MAX_LEN),
     ignore_eos=st.booleans(),
+    priority=st.sampled_from([0, 0, 5, -(1 << 63)]),
 )
 actions = st.one_of(
     st.tuples(st.just("add"), prompts, params),

@@ -22,6 +22,7 @@ from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.runner import flatten, in_order
 from trinity.models.common.attention import PackedAttention
 from trinity.models.common.decoder import Output
+from trinity.models.common.family import Nobody
 from trinity.text.detokenizer import TextStream
 
 LAYERS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
@@ -145,10 +146,11 @@ class LatentModel(torch.nn.Module):
             torch.randn(VOCAB, cache.num_heads, cache.key_dim, generator=made) for cache in CACHES
         )
         self.queries = torch.nn.ParameterList(torch.randn(VOCAB, 4, c.key_dim, generator=made) for c in CACHES)
+        self.experts = Nobody()
         self.head = torch.nn.Parameter(torch.randn(VOCAB, 16 * len(CACHES), generator=made))
 
     def forward_all(self, passes):
-        return [self(*inputs) for inputs in passes]
+        return [self(*inputs[:3]) for inputs in passes]
 
     def forward(self, ids_T, positions_T, attend):
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]

@@ -195,6 +195,71 @@ def test_who_goes_on_asks_first(texts, tmp_path):  # noqa: F811
     )
 
 
+GRADES = """
+import time
+
+def vowels(answer, row):
+    return row["weight"] * sum(letter in "aeiou" for letter in answer) / max(1, len(answer))
+
+def moody(answer, row):
+    if row["weight"] == 2:
+        time.sleep(60)
+    return float("nan") if row["weight"] == 3 else float(row["weight"])
+"""
+
+
+def rewarded(folder, **more):
+    """Settings of a task with rewards, its files in that folder."""
+    rows = [{"prompt": f"word{n} is", "weight": n} for n in range(1, 6)]
+    folder.mkdir(exist_ok=True)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "grades.py").write_text(GRADES)
+    task = {
+        "task": "vowels",
+        "rewards": f"{folder}/grades.py:vowels",
+        "prompts": f"{folder}/prompts.jsonl",
+        "questions": 5,
+    }
+    return {**task, "max_tokens": 12, **more}
+
+
+def test_rewards_are_a_task_in_the_loop_and_of_a_server_alike(texts, tmp_path, caplog, capsys):  # noqa: F811
+    own = tmp_path / "tasks"
+    tasks = [
+        rewarded(own, at_least=99.0),
+        rewarded(own, task="drawn", temperature=1.0, seed=7),
+        rewarded(own, task="moody", rewards=f"{own}/grades.py:moody", reward_timeout_s=1.0, at_least=2.0),
+    ]
+    config = config_for(texts, tmp_path / "run", steps=1).replace(evaluate={"tasks": tasks})
+    trainer = trainer_for(config)
+    trainer.examine_with(exam_of(trainer))
+    trainer.logs = [TrainLog(tmp_path / "run", 1)]
+    trainer.run()
+    [scores] = [row["scores"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "scores" in row]
+    greedy, drawn, moody = of_rows(scores)
+    assert trainer.gate.failed == ["vowels"]
+    assert (greedy.num, greedy.num_unjudged, greedy.passes) == (5, 0, False)
+    assert greedy.low < greedy.mean < greedy.high
+    assert (moody.num, moody.num_unjudged, moody.mean, moody.passes) == (3, 2, pytest.approx(10 / 3), True)
+    assert moody.verdict == "2 unjudged, passes 2"
+    for why in ("took longer than 1 s", "returned nan, which is no finite number"):
+        assert why in caplog.text
+    asked = [
+        "eval",
+        str(latest_checkpoint(tmp_path / "run")),
+        "--rewards",
+        tasks[0]["rewards"],
+        "--prompts",
+        tasks[0]["prompts"],
+    ]
+    for how, want in (((), greedy), (("--temperature", "1", "--seed", "7"), drawn)):
+        assert main([*asked, "--max-tokens", "12", *how, "--output", str(tmp_path / "found.json")]) == 0
+        [row] = json.loads((tmp_path / "found.json").read_text())["scores"]
+        assert (row["mean"], row["num"]) == (want.mean, 5)
+    assert drawn.mean != greedy.mean
+    assert "| vowels |" in capsys.readouterr().out
+
+
 def test_exams_ask_the_weights_that_train_and_change_no_bit(texts, tmp_path):  # noqa: F811
     evaluate = {"tasks": [{**GATE, "at_least": 0.0}], "every": 2, "at_start": True}
     losses = []
@@ -214,7 +279,7 @@ def test_exams_ask_the_weights_that_train_and_change_no_bit(texts, tmp_path):  #
 
 
 def wanted(asked):
-    from trinity.evaluate.tasks import Wanted
+    from trinity.evaluate.asking import Wanted
 
     return Wanted([question.prompt for question in asked], niah.MAX_TOKENS, "\n")
 
@@ -232,6 +297,9 @@ def greedy():
         ({"task": "niah", "lengths": [4096]}, r"niah of 4,096 tokens; model\.max_position_embeddings is 1,024"),
         ({"task": "niah", "lengths": [8]}, "a question takes 32 tokens or more"),
         ({"task": "quiz", "lengths": [64]}, "only niah has them"),
+        ({"task": "quiz", "rewards": "grades:grade"}, "rewards or prompts alone"),
+        ({"task": "quiz", "rewards": "no.such:grade", "prompts": "x.jsonl"}, "no.such:grade cannot be imported"),
+        ({"task": "quiz", "rewards": "math:sqrt", "prompts": "no/x.jsonl"}, "no/x.jsonl"),
     ],
 )
 def test_tasks_that_cannot_be_asked_are_named_before_a_step(texts, tmp_path, task, says, capsys):  # noqa: F811

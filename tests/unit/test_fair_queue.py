@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.engine_fakes import fake_config, fake_engine
 from trinity.config import ANYBODY, Client
-from trinity.engine.fair_queue import FairQueue
+from trinity.engine.fair_queue import PriorityQueue
 from trinity.engine.request import SamplingParams, Sequence
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -16,6 +16,29 @@ ONE, OTHER = Client("one"), Client("other")
 
 def sequence(client=ANYBODY, name=""):
     return Sequence(name, (1, 2), GREEDY, None, client)
+
+
+def test_what_is_urgent_comes_first_and_in_its_order():
+    queue, found = PriorityQueue(), []
+    for number, priority in enumerate([5, 0, 5, -1, 0, 7, -1]):
+        params = GREEDY.model_copy(update={"priority": priority})
+        queue.append(Sequence(str(number), (1,), params, None))
+    assert queue.last().request_id == "5"
+    while queue:
+        found.append(queue.take().request_id)
+        if found == ["3", "6", "1"]:
+            queue.append(again := Sequence("late", (1,), GREEDY.model_copy(update={"priority": -3}), None))
+            assert queue.take() is again
+    assert found == ["3", "6", "1", "4", "0", "2", "5"]
+
+
+def test_tokens_count_whatever_their_priority_was():
+    queue = PriorityQueue()
+    for client, priority in ((ONE, -1), (ONE, 0), (OTHER, 0)):
+        queue.append(Sequence("", (1,), GREEDY.model_copy(update={"priority": priority}), None, client))
+    queue.charge(queue.take(), 100)
+    assert names(queue) == ["one", "other"]
+    assert queue.take().client == OTHER
 
 
 def served(queue, num, cost=lambda sequence: 10):
@@ -32,7 +55,7 @@ def names(sequences):
 
 
 def filled(*clients, each=20):
-    queue = FairQueue()
+    queue = PriorityQueue()
     for client in clients:
         for _ in range(each):
             queue.append(sequence(client))
@@ -41,7 +64,7 @@ def filled(*clients, each=20):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_with_one_client_first_come_first_served(seed):
-    rng, queue, list_ = random.Random(seed), FairQueue(), []
+    rng, queue, list_ = random.Random(seed), PriorityQueue(), []
     for _ in range(300):
         if rng.random() < 0.6 or not list_:
             list_.append(sequence())

@@ -24,6 +24,8 @@ def read(tmp_path, *rows):
         {"prompt": PLAIN[:1], "chosen": PLAIN[1:], "rejected": OTHER},
         {"prompt": "What is it?", "chosen": "It is so.", "rejected": "It is not."},
         {"chosen": PLAIN, "rejected": [PLAIN[0], *OTHER], "tools": None},
+        {"prompt": "What is it?", "chosen": PLAIN, "rejected": [PLAIN[0], *OTHER]},  # both have the prompt, too
+        {"prompt": json.dumps(PLAIN[:1]), "chosen": json.dumps(PLAIN[1:]), "rejected": json.dumps(OTHER)},
         {"input": {"messages": PLAIN[:1], "tools": None}, "preferred_output": PLAIN[1:], "non_preferred_output": OTHER},
     ],
 )

@@ -251,7 +251,7 @@ COUNTING = (  # a template whose beginning says how many messages follow
         ),
         (
             {"data": {"train": ["FOLDER/rows.jsonl"], "format": "chats", "tokenizer": "FOLDER/odd"}},
-            r"rows\.jsonl:1, message 1: the template shows it other than as an answer to its prompt",
+            r"rows\.jsonl:1, message 1: the template is not prefix-preserving",
         ),
         (
             {"data": {"train": ["FOLDER/rows.jsonl"], "format": "pairs"}},

@@ -43,6 +43,7 @@ class Ask:
     vocab_size: int | None = None
     ignore_eos: bool = True
     temperature: float = 0.0
+    priority: int = 0
 
 
 class Client(Protocol):
@@ -78,7 +79,8 @@ class HttpClient:
     async def generate(self, model: str, prompt_ids: list[int], num_tokens: int, mark: Mark) -> tuple[int, int]:
         body = {"model": model, "prompt": prompt_ids, "max_tokens": num_tokens, "temperature": self.ask.temperature}
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        more = {"ignore_eos": True} if self.ask.ignore_eos else {}
+        more: dict[str, Any] = {"ignore_eos": True} if self.ask.ignore_eos else {}
+        more |= {"priority": self.ask.priority} if self.ask.priority else {}
         try:
             async with self.http.stream("POST", "/v1/completions", json={**body, **options, **more}) as response:
                 if response.status_code != 200:
@@ -166,7 +168,8 @@ class GrpcClient:
     async def generate(self, model: str, prompt_ids: list[int], num_tokens: int, mark: Mark) -> tuple[int, int]:
         ask = self.ask
         how = pb.SamplingParams(max_tokens=num_tokens, temperature=ask.temperature, ignore_eos=ask.ignore_eos)
-        request = pb.GenerateRequest(model=model, token_ids=pb.TokenIds(ids=prompt_ids), sampling=how)
+        ids = pb.TokenIds(ids=prompt_ids)
+        request = pb.GenerateRequest(model=model, token_ids=ids, sampling=how, priority=ask.priority)
         usage = None
         try:
             async for response in self.stub.Generate(request, metadata=self.metadata):

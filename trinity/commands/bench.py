@@ -18,6 +18,7 @@ BENCHES = {
     "grammar": "what structured output adds to a decode step, at Nano's shape",
     "packing": "how unlike the micro-batches of a step are: documents end to end, and a buffer of them",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
+    "priority": "urgent requests beside a flood of others: their first token against that of an idle server",
     "reading": "packed batches on one core: tokens per second, how full they are, what an order of sequences costs",
     "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }

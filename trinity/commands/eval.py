@@ -8,16 +8,21 @@ with `--chat` questions that are answered in words go to /v1/chat/completions.
 import argparse
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trinity.config import TaskConfig
+from trinity.config import TaskConfig, section
+from trinity.data.prompts import chat_of
 from trinity.errors import ConfigError, ModelNotFound, TrinityError, Unavailable
+from trinity.evaluate.asking import Wanted
 from trinity.evaluate.lm_eval import scores_of
-from trinity.evaluate.tasks import OWN, Wanted, measure
+from trinity.evaluate.rewarded import RewardTask
+from trinity.evaluate.tasks import OWN, measure
 from trinity.observability.scores import Score, table
+from trinity.rl.rewards import Rewards
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
@@ -32,6 +37,7 @@ MODELS = {  # of lm-eval, and where they send what they ask
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     names = [name for name in arguments.tasks.split(",") if name]
+    rewarded = rewarded_by(arguments)
     own, others = [name for name in names if name in OWN], [name for name in names if name not in OWN]
     if others and find_spec("lm_eval") is None:
         raise ConfigError(
@@ -41,8 +47,8 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     is_url = arguments.source.startswith(("http://", "https://"))
     with nullcontext(arguments.source.rstrip("/")) if is_url else server_of(arguments.source) as url:
         key = _key(arguments.api_key_file) if is_url else None
-        found = own_scores(own, url, arguments, key)
-        results = evaluate(others, url, arguments, key) if others or not names else None
+        found = [*own_scores(own, url, arguments, key), *reward_scores(rewarded, url, arguments, key)]
+        results = evaluate(others, url, arguments, key) if others or not (names or rewarded) else None
     report(found, results, arguments.output)
     return 0
 
@@ -65,6 +71,33 @@ def own_scores(tasks: Sequence[str], url: str, arguments: argparse.Namespace, ke
     return [score for task in settings for score in measure(task, asker.texts, asker.num_tokens, most)]
 
 
+def rewarded_by(arguments: argparse.Namespace) -> TaskConfig | None:
+    """The task of --rewards. Raises ConfigError for functions that cannot be asked."""
+    if not (arguments.rewards or arguments.prompts):
+        return None
+    own = {
+        name: getattr(arguments, name)
+        for name in ("rewards", "prompts", "questions", "max_tokens", "temperature", "seed")
+    }
+    name = ", ".join(spec.rpartition(":")[2] for spec in arguments.rewards or ()) or "rewards"
+    task = section(
+        TaskConfig, "evaluate.tasks", {"task": name, **{key: value for key, value in own.items() if value is not None}}
+    )
+    Rewards(task).check()
+    return task
+
+
+def reward_scores(task: TaskConfig | None, url: str, arguments: argparse.Namespace, key: str | None) -> Iterator[Score]:
+    """The score of --rewards. Raises ConfigError for prompts that are longer than the server takes."""
+    if task is None:
+        return
+    card = card_of(url, arguments.model, key)
+    asker = ServerAsker(url, card["id"], key, arguments.batch_size)
+    rewarded = RewardTask(task, asker.prompt_ids)
+    rewarded.check(card.get("max_model_len") or USUAL_LENGTH)
+    yield rewarded.score(asker.texts)
+
+
 class ServerAsker:
     """Completions and counts of tokens by a server."""
 
@@ -75,15 +108,31 @@ class ServerAsker:
         self._batch_size = batch_size
 
     def texts(self, wanted: Wanted) -> list[str]:
-        """An `Ask`."""
-        asked = {"model": self._model, "max_tokens": wanted.max_tokens, "temperature": 0, "stop": wanted.stop}
-        starts = range(0, len(wanted.prompts), self._batch_size)
-        parts = [wanted.prompts[start : start + self._batch_size] for start in starts]
-        return [
-            choice["text"]
-            for part in parts
-            for choice in self._post("/v1/completions", {**asked, "prompt": list(part)})["choices"]
-        ]
+        """An `Ask`. What is drawn has a seed of its own, so it goes alone."""
+        asked = {
+            "model": self._model,
+            "max_tokens": wanted.max_tokens,
+            "temperature": wanted.temperature,
+            "stop": wanted.stop,
+        }
+        if wanted.temperature:
+            bodies = [{**asked, "prompt": each, "seed": wanted.seed + at} for at, each in enumerate(wanted.prompts)]
+        else:
+            starts = range(0, len(wanted.prompts), self._batch_size)
+            bodies = [{**asked, "prompt": list(wanted.prompts[at : at + self._batch_size])} for at in starts]
+        with ThreadPoolExecutor(self._batch_size if wanted.temperature else 1) as threads:  # they only wait
+            answers = threads.map(lambda body: self._post("/v1/completions", body), bodies)
+            return [choice["text"] for answer in answers for choice in answer["choices"]]
+
+    def prompt_ids(self, row: dict[str, Any], where: str) -> list[int]:
+        """An `IdsOf`: a row's prompt as the server would have it."""
+        if (chat := chat_of(row, where)) is None:
+            asked = {"prompt": row["prompt"], "add_special_tokens": True}
+        else:
+            given = {"messages": chat.messages, "tools": chat.tools, "chat_template_kwargs": chat.arguments}
+            asked = {name: value for name, value in given.items() if value}
+        found: list[int] = self._post("/tokenize", {"model": self._model, **asked})["tokens"]
+        return found
 
     def num_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as the server counts them."""

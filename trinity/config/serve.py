@@ -17,12 +17,21 @@ HIDDEN = "(set)"  # in place of a key, where settings are printed
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
+    replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
+    max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=1024, ge=1, description="tokens in one forward pass (chunked prefill)")
     max_num_waiting: int = Field(default=1024, ge=1)
+    max_pass_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="what a pass of several tokens may take: so long an urgent request waits, and a long prompt delays others' "
+        "tokens, at most; passes become as long as the last ones show to fit. Default: max_num_batched_tokens alone",
+    )
     num_overlapped_microbatches: int = Field(
         default=1, ge=1, description="parts of a large batch side by side: one goes on while another's rows are away"
     )
@@ -53,15 +62,55 @@ class EngineConfig(Frozen):
     )
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
+            )
+        return self
+
+    @property
+    def max_pass_s(self) -> float | None:
+        return None if self.max_pass_ms is None else self.max_pass_ms / 1e3
+
 
 class Client(NamedTuple):
-    """Whoever asks, and its weight beside others that ask at the same time."""
+    """Whoever asks, its weight beside others that ask at the same time, and the most urgent priority that it may ask for."""
 
     name: str
     weight: float = 1.0
+    first_priority: int = -(1 << 63)
 
 
 ANYBODY = Client("anybody")  # where nobody has a key
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MOST_ADAPTERS = 64  # of one pool at once
+
+
+class AdapterRef(NamedTuple):
+    """An adapter that is served beside its base. `content`: a number made of all that is in its files, above 0, by which shards
+    and engines know it; `source`: by what any process finds them."""
+
+    name: str
+    content: int
+    source: str
+
+
+class AdapterSet(NamedTuple):
+    """All adapters of a pool. `number` grows with each change."""
+
+    number: int = 0
+    refs: tuple[AdapterRef, ...] = ()
+
+
+def check_adapter_name(name: str) -> str:
+    """Return it. Raises ValueError for a name that would not be told from a model's, a path's or a separator."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:150]!r} is no adapter's name; use 1 to 128 letters, digits, _ . and -, beginning with a letter or digit"
+        )
+    return name
 
 
 class ClientConfig(Frozen):
@@ -71,6 +120,15 @@ class ClientConfig(Frozen):
     weight: float = Field(
         default=1.0, gt=0, le=1000, description="its share of slots and turns beside others; serve.api_key has 1"
     )
+    first_priority: int = Field(
+        default=0,
+        ge=-(1 << 63),
+        lt=1 << 63,
+        description="the lowest `priority`, which is the most urgent, that its requests may have; serve.api_key's may have any",
+    )
+
+    def as_client(self, name: str) -> Client:
+        return Client(name, self.weight, self.first_priority)
 
 
 class ServeConfig(Frozen):
@@ -88,6 +146,11 @@ class ServeConfig(Frozen):
         default={}, max_length=1000, description="other keys, by name; each has a share of the slots, and its turn"
     )
     served_model_name: str | None = None
+    adapters: dict[str, str] = Field(
+        default={},
+        max_length=MOST_ADAPTERS,
+        description="adapters served beside the weights, by name: folders in PEFT's format, or names on the Hub",
+    )
     weights: str = Field(
         default="checkpoint",
         description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
@@ -104,11 +167,6 @@ class ServeConfig(Frozen):
     )
     reasoning_format: Literal["auto", "think", "none"] = Field(
         default="auto", description="does it reason between <think> and </think>? auto: if its chat template shows them"
-    )
-    num_engines: int = Field(default=1, ge=1)
-    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(
-        default=48, ge=1, description="running requests at which another engine starts"
     )
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -158,7 +216,7 @@ class ServeConfig(Frozen):
     def client_by_key(self) -> dict[str, Client]:
         """Whoever has each key but the admin's; serve.api_key's is `default`."""
         found = {} if self.api_key is None else {self.api_key: Client(DEFAULT_CLIENT)}
-        return found | {client.key: Client(name, client.weight) for name, client in self.clients.items()}
+        return found | {client.key: client.as_client(name) for name, client in self.clients.items()}
 
     @property
     def is_of_run(self) -> bool:
@@ -176,6 +234,13 @@ class ServeConfig(Frozen):
     def _known_weights(cls, value: str) -> str:
         if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapter_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            check_adapter_name(name)
         return value
 
     @field_validator("clients")

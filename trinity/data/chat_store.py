@@ -53,7 +53,8 @@ class ChatRecipe(ExampleRecipe):
     @cached_property
     def facts(self) -> list[Any]:
         template = self.tokenizer.chat_template
-        return ["chats", self.last_only, self.most, fingerprint(self.tokenizer.to_json(), template)]
+        made_by = fingerprint(self.tokenizer.to_json(), template, *other_ends(self.tokenizer))
+        return ["chats", self.last_only, self.most, made_by]
 
     def rows(self, found: Found, left_out: Counter[str]) -> Iterator[Sequence[Example]]:
         for where, row in islice(rows(found.file), self.most):
@@ -79,6 +80,7 @@ def chat_stores(
         data.train_on,
         tokenizer.to_json(),
         tokenizer.chat_template,
+        *other_ends(tokenizer),
     ]
     facts += [val_fraction, seed]
     before, recipe = folder / f"chats-{fingerprint(*facts, form=2)}", ChatRecipe(data, tokenizer)
@@ -109,6 +111,12 @@ def example_stores(
         write_order(to, sources, val_fraction, seed, what=what)
 
     return made_stores(store, build, data, folder)
+
+
+def other_ends(tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokens other than eos that end an answer: a fact of examples where there are some, and else none, as before."""
+    others = sorted(tokenizer.end_ids - {tokenizer.eos_id})
+    return [others] if others else []
 
 
 def _digest(found: Sequence[Example]) -> int:

@@ -172,7 +172,7 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
         )
     _require_same("bos", tokenizer.bos_id, model.bos_token_id)
     _require_same("eos", tokenizer.eos_id, model.document_eos_id)
-    return tokenizer
+    return tokenizer.of_model(model.eos_token_ids)
 
 
 def _stamps(data: DataConfig, folder: Path) -> list[list[Any]]:

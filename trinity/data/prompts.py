@@ -7,8 +7,9 @@ JSON. Which prompts a step takes depends on (seed, step) alone.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from trinity.data.formats import rows, say_once
 from trinity.data.kept import fingerprint, made_once
 from trinity.data.token_store import TokenStore, split, write_documents
 from trinity.errors import DataError, InvalidRequest
-from trinity.text.conversation import render
+from trinity.text.conversation import Chat, render
 from trinity.text.tokenizer import Tokenizer
 
 
@@ -52,37 +53,49 @@ def prompt_stores(
 ) -> tuple[TokenStore, TokenStore]:
     """-> (train, held out): prompts of the rows in these files, unless they are there already. Raises DataError."""
     facts = ["prompts", stamps(patterns), data.max_documents, tokenizer.to_json(), tokenizer.chat_template]
-    found = prompts_of(patterns, tokenizer, data.max_documents)
+    found = prompts_of(patterns, partial(prompt_ids, tokenizer), data.max_documents)
     name = f"prompts-{fingerprint(*facts, val_fraction, seed)}"
     done = made_once(folder / name, lambda to: _build(to, list(found), val_fraction, seed))
     return PromptStore(done / "train"), PromptStore(done / "val")
 
 
-def prompts_of(patterns: Sequence[str], tokenizer: Tokenizer, most: int | None = None) -> Iterator[Prompt]:
-    """The prompts of these files, in their order. Raises DataError that names the place of a row that has none."""
+IdsOf = Callable[[dict[str, Any], str], list[int]]  # of a row and its place, the tokens to answer to
+
+
+def prompts_of(patterns: Sequence[str], ids_of: IdsOf, most: int | None = None) -> Iterator[Prompt]:
+    """The prompts of these files, in their order, of each file `most`. Raises DataError that names the place of a row that has
+    none."""
     for file in (file for pattern in patterns for file in files(pattern)):
         for where, row in islice(rows(file), most):
             if not isinstance(row, dict):
                 raise DataError(f"{where} is a {type(row).__name__}; it is an object with messages or a prompt")
-            yield Prompt(_ids(row, tokenizer, where), row)
+            yield Prompt(ids_of(row, where), row)
 
 
-def _ids(row: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, row: dict[str, Any], where: str) -> list[int]:
+    """Tokens that an answer to a row's prompt follows, as a server of the model would have them. Raises DataError."""
+    if (chat := chat_of(row, where)) is None:
+        return tokenizer.encode(row["prompt"], add_special=True)
+    try:
+        return tokenizer.encode(render(chat, tokenizer))
+    except InvalidRequest as error:
+        raise DataError(f"{where}: {error.message}") from None
+
+
+def chat_of(row: dict[str, Any], where: str) -> Chat | None:
+    """The conversation that a row's answer is to; None where its prompt is a text. Raises DataError."""
     prompt = row.get("messages", row.get("prompt"))
     if prompt is None:
         raise DataError(f"{where} has {', '.join(sorted(row)) or 'nothing'}; it is to have messages, or a prompt")
     if isinstance(prompt, str) and "messages" not in row:
-        return tokenizer.encode(prompt, add_special=True)
+        return None
     told = {"messages": prompt, "tools": row.get("tools"), "chat_template_kwargs": row.get("chat_template_kwargs")}
     chat = Conversation.of(told, where).chat
     if chat.messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where} ends with an answer; leave that out of the messages: it is what the model is to write"
         )
-    try:
-        return tokenizer.encode(render(replace(chat, add_generation_prompt=True), tokenizer))
-    except InvalidRequest as error:
-        raise DataError(f"{where}: {error.message}") from None
+    return replace(chat, add_generation_prompt=True)
 
 
 def _build(folder: Path, prompts: list[Prompt], val_fraction: float, seed: int) -> None:

@@ -8,16 +8,21 @@ are left as they were, and the next step schedules them again.
 """
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
+from trinity.engine.adapters import AdapterStore
+from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache, plan_layout
 from trinity.engine.memory import settled
+from trinity.engine.pace import Pace
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import (
     Chunk,
@@ -36,10 +41,12 @@ from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rul
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     Overloaded,
     StepConflict,
     TrinityError,
+    Unavailable,
     VersionGone,
     WrongEpoch,
 )
@@ -49,10 +56,13 @@ from trinity.text.grammar.progress import reasoning_end
 from trinity.text.reasoning import MARKERS
 
 if TYPE_CHECKING:
+    from trinity.models.common.adapted import BackboneAdapter
     from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
+FULL = "a more urgent request has its place in the queue"
+LATE = "the next token would come after the deadline, even if nothing else were computed; allow more time"
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class EngineStats:
     num_quarantined: int = 0
     num_repeats: int = 0
     switch_seconds: float = 0.0
+    longest_pass_seconds: float = 0.0  # of the last minute
     num_dispatch_retries: int = 0
     dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(
         default_factory=dict
@@ -80,8 +91,8 @@ class Engine:
     """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
-    seconds by phase. `defaults` are those of fields that a request does not set. Raises ConfigError if the KV cache cannot hold
-    one longest sequence, and what `source.model` raises.
+    seconds by phase. `defaults` are those of fields that a request does not set; `adapters` is where AsyncEngine finds those of
+    requests. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
     """
 
     def __init__(
@@ -92,7 +103,9 @@ class Engine:
         tokenizer: "Tokenizer",
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
         defaults: SamplingDefaults | None = None,
+        adapters: AdapterStore | None = None,
     ):
+        self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
         self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
         weight = next(versions.model(versions.live).parameters())
@@ -102,16 +115,23 @@ class Engine:
         self.max_model_len = layout.max_model_len
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
-        self._scheduler = Scheduler(self._cache, versions, settings.max_num_seqs, settings.max_num_batched_tokens)
+        self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
+        max_running = min(
+            settings.max_num_seqs, settings.max_num_batched_tokens
+        )  # each decode has a place in each pass
+        self._scheduler = Scheduler(self._cache, versions, max_running, self._pace)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._refused: list[
+            Delta
+        ] = []  # last Deltas of requests that others took the place of, for the next step to give
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._refused)
 
     @property
     def version(self) -> int:
@@ -125,21 +145,22 @@ class Engine:
         params: SamplingParams | None = None,
         client: Client = ANYBODY,
         words: BadWords | None = None,
+        until_s: float = math.inf,
+        adapter: "BackboneAdapter | None" = None,
+        begun: Begun | None = None,
     ) -> None:
-        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before.
+        """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. After `until_s`
+        on time.monotonic() nobody waits for it. `adapter`: what is computed beside the weights for it, whatever their version.
+        An answer that has `begun` elsewhere goes on here after its last token.
 
-        Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing."""
+        Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing. Where the queue is full an urgent
+        request takes the place of the last of a less urgent priority."""
         params = self.defaults.fill(params or SamplingParams())
         prompt_ids = truncated(prompt_ids, params.truncate_prompt_tokens, params.max_tokens, self.max_model_len)
         self.validate(prompt_ids, params)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
-        if len(self._scheduler.waiting) >= self.settings.max_num_waiting:
-            raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests are waiting, engine.max_num_waiting is "
-                f"{self.settings.max_num_waiting}; try again later",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        crowded_out = self._room_for(params.priority)
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
@@ -147,10 +168,47 @@ class Engine:
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
-        sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, progress=progress)
+        sequence = Sequence(
+            request_id, tuple(prompt_ids), params, text, client, rules, progress=progress, until_s=until_s
+        )
+        sequence.adapter = adapter
+        if begun is not None and begun.token_ids:
+            self._resume(sequence, begun)
+        if crowded_out is not None:
+            self._refused.append(self._end(crowded_out, "error", error=FULL, cause=self._overloaded()))
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
+
+    def _room_for(self, priority: int) -> Sequence | None:
+        """The waiting sequence whose place a newcomer of that priority takes, where the queue is full. Raises Overloaded where
+        all are as urgent."""
+        waiting = self._scheduler.waiting
+        if len(waiting) < self.settings.max_num_waiting:
+            return None
+        last = waiting.last()
+        if last.priority <= priority or last.num_generated:
+            raise self._overloaded()
+        return last
+
+    def _overloaded(self) -> Overloaded:
+        most = self.settings.max_num_waiting
+        return Overloaded(
+            f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+    def _resume(self, sequence: Sequence, begun: Begun) -> None:
+        length = sequence.num_prompt + len(begun.token_ids)
+        if length >= self.max_model_len:
+            raise Unavailable(
+                f"prompt and answer have {length} tokens so far; this engine takes {self.max_model_len}, less than the one "
+                "that began: give all of them the same engine.max_model_len"
+            )
+        self._check_ids(begun.token_ids, "begun")
+        if sequence.params.version_policy == "pinned":
+            self._versions.pin_to(sequence, begun.version)
+        resume(sequence, begun)
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
@@ -197,9 +255,15 @@ class Engine:
 
         Without work it only looks which version is the newest.
         """
-        plan = self._scheduler.schedule()
+        ended, self._refused = self._refused + self._end_late(), []
+        plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
-        return self.accept(plan, results)
+        self._pace.took(sum(chunk.count for each in plan for chunk in each.chunks), time.perf_counter() - started_s)
+        return ended + self.accept(plan, results)
+
+    def _end_late(self) -> list[Delta]:
+        """End the waiting requests that can no longer make it, before they cost a pass."""
+        return [self._end(each, "error", error=LATE, cause=DeadlineExceeded(LATE)) for each in self._scheduler.late()]
 
     def accept(self, plan: list[Pass], results: list[Result]) -> list[Delta]:
         """Give each request what its pass computed. Requests whose pass came to nothing are scheduled again, or end."""
@@ -254,7 +318,9 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
-        error = TrinityError("the model's logits are not finite; its weights are damaged")
+        own = sequence.adapter
+        whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
+        error = TrinityError(f"{whose} are not finite; its weights are damaged")
         return self._end(sequence, "error", error=error.message, cause=error)
 
     def _is_eos(self, sequence: Sequence, token: int) -> bool:
@@ -301,6 +367,7 @@ class Engine:
             num_quarantined=self._versions.num_quarantined,
             num_repeats=self._repeats.num,
             switch_seconds=self._versions.switch_s,
+            longest_pass_seconds=self._pace.longest_s,
             num_dispatch_retries=retries,
             dispatch_seconds=seconds,
         )

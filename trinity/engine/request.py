@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from trinity.engine.prompt_logprobs import PromptLogprobs
     from trinity.engine.token_rules import TokenRules
+    from trinity.models.common.adapted import BackboneAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VersionPolicy = Literal["live", "pinned"]
@@ -56,7 +57,8 @@ class SamplingParams(Frozen, strict=True):
     `truncate_prompt_tokens` keeps the last so many tokens of a prompt; -1: those that leave room for `max_tokens`.
     After `thinking_token_budget` tokens of reasoning </think> comes; a model without that token does not think.
     `n` continuations are drawn, each with a seed of its own, or `best_of`, of which the n most likely by token are the answer
-    (trinity/engine/samples.py). `priority`: lower is earlier; it is carried, and the engine does not look at it yet.
+    (trinity/engine/samples.py). `priority`: lower is earlier, strictly: in the engine's queue, where less urgent ones give way,
+    in its passes, and in the shards' queues.
     `structured_outputs` is a grammar that the answer follows: {"json": a JSON Schema}, {"regex": ...}, {"choice": [...]},
     {"grammar": in Lark's notation} or {"json_object": True}; text is cut only by max_tokens and stop strings, and ends when no
     more can follow.
@@ -260,6 +262,7 @@ class Sequence:
     """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs.
 
     What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does.
+    `adapter`: what is computed beside the weights for it, and for nobody else in its batch.
     """
 
     request_id: str
@@ -282,6 +285,8 @@ class Sequence:
     queue_s: float | None = None  # until it was first in a batch
     progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
+    adapter: "BackboneAdapter | None" = None
+    until_s: float = math.inf  # time.monotonic() after which nobody waits for it
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -298,6 +303,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def adapter_key(self) -> str | None:
+        """Name of what is computed beside the weights for it: keys and values of one adapter are no other's."""
+        return None if self.adapter is None else f"{self.adapter.ref.content:x}"
 
     @property
     def experts_TLK(self) -> np.ndarray | None:
@@ -346,6 +356,11 @@ class Chunk:
     def row(self) -> int:
         assert self.sequence.row is not None, "a scheduled sequence has a row"
         return self.sequence.row
+
+    @property
+    def is_prefill(self) -> bool:
+        """Say whether it is of a prompt, or of what is computed again."""
+        return self.count > 1 or not self.sequence.num_generated
 
     @property
     def samples(self) -> bool:

@@ -1,16 +1,21 @@
 """Which tokens go into the next forward passes: continuous batching, chunked prefill, preemption. Host code, no torch.
 
-Clients take turns (fair_queue.py), and what was taken up first comes first: `running` is in that order, and all in `waiting`
-comes later. A sequence is admitted when all its tokens fit; when the cache runs out, the last one taken up gives its blocks
-back and is recomputed later. The first can take everything and always fits (kv_cache.py), so there is always progress.
-Decodes go before prefill without a special case: all but the last running sequence have finished their prefill,
-because a prefill that is cut short has used up the token budget.
+What is urgent comes first, then clients take turns (fair_queue.py), then what was taken up first: `running` is in that order,
+and all of the same priority in `waiting` comes later. A sequence is admitted when all its tokens fit, or when they do once
+less urgent ones have given way; when the cache runs out, the last one gives its blocks back and is recomputed later. The
+first can take everything and always fits (kv_cache.py), so there is always progress.
+Among equals decodes go before prefill without a special case: all but the last of them have finished their prefill, because a
+prefill that is cut short has used up the token budget. While a prompt is computed nothing less urgent is in its passes: it
+would wait for that, too.
 """
 
+import bisect
+import time
 from typing import NamedTuple
 
-from trinity.engine.fair_queue import FairQueue
+from trinity.engine.fair_queue import PriorityQueue
 from trinity.engine.kv_cache import KVCache
+from trinity.engine.pace import Pace
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.versions import Versions
 
@@ -23,18 +28,20 @@ class Pass(NamedTuple):
 
 
 class Scheduler:
-    """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with."""
+    """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with, `pace` how many
+    tokens a step has."""
 
-    def __init__(self, cache: KVCache, versions: Versions, max_num_seqs: int, max_num_batched_tokens: int):
-        self.cache, self.versions = cache, versions
-        self.max_tokens = max_num_batched_tokens
-        self.max_running = min(max_num_seqs, max_num_batched_tokens)  # so that every decode finds a place in every pass
+    def __init__(self, cache: KVCache, versions: Versions, max_running: int, pace: Pace):
+        self.cache, self.versions, self.max_running, self.pace = cache, versions, max_running, pace
         self.running: list[Sequence] = []
-        self.waiting = FairQueue()
+        self.waiting = PriorityQueue()
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        if sequence.num_generated:
+            self.waiting.resume(sequence)
+        else:
+            self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is finished, aborted or failed: forget it and take its blocks back."""
@@ -50,19 +57,37 @@ class Scheduler:
         self.versions.follow(self.running)
         return [Pass(*each) for each in self.versions.passes(self._chunks())]
 
+    def late(self) -> list[Sequence]:
+        """Waiting sequences that cannot have their next token by their deadline, even if all else stood still."""
+        now_s = time.monotonic()
+        return [s for s in self.waiting if s.until_s - now_s < self.pace.least_s(s.num_uncomputed)]
+
     def _chunks(self) -> list[Chunk]:
+        self._make_way()
         batch: list[Chunk] = []
-        budget, at = self.max_tokens, 0
+        budget, at, urgent = self.pace.size(len(self.running)), 0, float("inf")  # `urgent`: of the prompts in it
         while budget and (at < len(self.running) or self._admit()):
             sequence = self.running[at]
+            if sequence.priority > urgent:
+                break
             count = min(sequence.num_uncomputed, budget)
             if not self._make_room(sequence, sequence.num_computed + count):
                 break  # the last one; it keeps what it has and waits for the others
             batch.append(Chunk(sequence, sequence.num_computed, count))
+            urgent = min(urgent, sequence.priority) if batch[-1].is_prefill else urgent
             self.waiting.charge(sequence, count)
             budget, at = budget - count, at + 1
         assert batch or not (self.running or self.waiting), "there is work but nothing could be scheduled"
         return batch
+
+    def _make_way(self) -> None:
+        """Start what is more urgent than the last that runs; less urgent ones give way where it does not fit."""
+        while self._is_urgent():
+            if not self._admit():
+                self._preempt(self.running[-1])
+
+    def _is_urgent(self) -> bool:
+        return bool(self.waiting and self.running) and self.waiting.first().priority < self.running[-1].priority
 
     def _admit(self) -> bool:
         """Start the sequence whose turn it is if it fits beside a spare block for each running one."""
@@ -73,7 +98,7 @@ class Scheduler:
         sequence = self.waiting.take()
         sequence.row = self.cache.open_row()
         sequence.admitted()
-        self.running.append(sequence)
+        bisect.insort(self.running, sequence, key=lambda each: each.priority)
         return True
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.weights import WeightSource
+from trinity.errors import Overloaded
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
@@ -99,6 +100,19 @@ class Versions:
         """Pin to the live version; with too many held already, to the newest of those (at best not a withdrawn one)."""
         free = self.live in self._pinned or len(self._pinned) < self._max_pinned
         version = self.live if free else max(self._pinned, key=lambda v: (v <= self.live, v))
+        self._hold(sequence, version)
+
+    def pin_to(self, sequence: Sequence, version: int) -> None:
+        """Pin a request that another engine has begun to what it had there. Raises Overloaded while too many others are held;
+        whether that one is there is said by its first pass."""
+        if version not in self._pinned and len(self._pinned) >= self._max_pinned:
+            raise Overloaded(
+                f"pinned requests hold versions {sorted(self._pinned)}, engine.max_versions is {self._max_pinned}; one at "
+                f"version {version} has to wait"
+            )
+        self._hold(sequence, version)
+
+    def _hold(self, sequence: Sequence, version: int) -> None:
         sequence.pinned = version
         self._pinned[version] += 1
         self._source.hold(version)

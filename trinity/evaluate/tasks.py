@@ -1,29 +1,21 @@
 """Tasks, asked of whoever completes prompts: an engine in this process, or a server.
 
-Decision: the one seam is `Ask`. Our own tasks need nothing else; those of lm-eval go to lm-eval.
+Decision: the one seam is `Ask` (asking.py). Our own tasks need nothing else; those of lm-eval go to lm-eval, and tasks with
+rewards know their prompts (rewarded.py).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from trinity.config import EvaluateConfig, TaskConfig
+from trinity.data.documents import files
 from trinity.errors import ConfigError
 from trinity.evaluate import lm_eval, niah
+from trinity.evaluate.asking import Ask, Wanted
 from trinity.evaluate.niah import Count
 from trinity.observability.scores import Score, of_right
+from trinity.rl.rewards import Rewards
 
 OWN = ("niah",)
-
-
-class Wanted(NamedTuple):
-    """Greedy completions of prompts, of up to `max_tokens` each, without what follows `stop`."""
-
-    prompts: Sequence[str]
-    max_tokens: int
-    stop: str
-
-
-Ask = Callable[[Wanted], list[str]]
 
 
 def measure(task: TaskConfig, ask: Ask, count: Count, usual_length: int) -> list[Score]:
@@ -44,9 +36,14 @@ def longest(tasks: Sequence[TaskConfig], usual_length: int) -> int:
 
 
 def check(settings: EvaluateConfig, usual_length: int, max_length: int) -> None:
-    """Raise ConfigError for a task that nobody knows, or a question longer than the model reaches."""
+    """Raise ConfigError for a task that nobody knows, a reward that cannot be asked, or a question longer than the model
+    reaches, and DataError where there are no prompts."""
     for task in settings.tasks:
-        if task.task not in OWN:
+        if task.rewards:
+            Rewards(task).check()
+            for pattern in task.prompts:
+                files(pattern)
+        elif task.task not in OWN:
             lm_eval.check_task(task.task, settings.include_path)
     if settings.tasks and (length := longest(settings.tasks, usual_length)) > max_length:
         raise ConfigError(

@@ -31,6 +31,20 @@ SERVING_METRICS = (
     Metric("trinity_sequence_seconds", "histogram", "From a sequence's request to its end.", buckets=LONG_S),
     Metric("trinity_queue_seconds", "histogram", "Until a sequence is first in a batch.", buckets=LONG_S),
     Metric("trinity_sequences_total", "counter", "Sequences that have ended, by why.", ("finished_reason",)),
+    Metric(
+        "trinity_continuation_seconds",
+        "histogram",
+        "From the loss of a sequence's engine to its next token from another; its count is that of continuations.",
+        buckets=LONG_S,
+    ),
+    Metric("trinity_adapter_requests", "gauge", "Sequences of an adapter that run or wait.", ("adapter",)),
+    Metric(
+        "trinity_adapter_sequences_total",
+        "counter",
+        "Sequences of an adapter that have ended, by why; they count among all.",
+        ("adapter", "finished_reason"),
+    ),
+    Metric("trinity_adapter_generated_tokens_total", "counter", "Tokens generated with an adapter.", ("adapter",)),
     Metric("trinity_kv_blocks_free", "gauge", "Blocks of the KV cache that no sequence holds."),
     Metric("trinity_kv_blocks", "gauge", "Blocks of the KV cache."),
     Metric("trinity_kv_usage", "gauge", "Share of them that sequences hold."),
@@ -39,6 +53,7 @@ SERVING_METRICS = (
     Metric("trinity_weights_versions_held", "gauge", "Versions that engines hold for pinned requests."),
     Metric("trinity_weights_quarantined_total", "counter", "Versions that gave logits which are not finite."),
     Metric("trinity_weights_switch_seconds", "gauge", "Seconds that it took to take up the version in use."),
+    Metric("trinity_longest_pass_seconds", "gauge", "Longest step of an engine in the last minute that it worked."),
     Metric("trinity_passes_repeated_total", "counter", "Passes of requests repeated for want of good weights."),
 )
 

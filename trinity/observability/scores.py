@@ -5,7 +5,7 @@ Sources: Wilson's interval of a proportion (J. Am. Stat. Assoc. 22, 1927), of ot
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 Z = 1.96  # of 95 % of a normal distribution
@@ -15,7 +15,7 @@ COLUMNS = ("task", "score", "95 %", "chance", "answers", "")
 @dataclass(frozen=True)
 class Score:
     """`mean` of `num` answers lies between `low` and `high` with 95 %. `chance`: the mean of who guesses; None: not known.
-    `at_least`: the bound of the task's gate, if it has one."""
+    `at_least`: the bound of the task's gate, if it has one. `num_unjudged`: answers beside these that nobody could judge."""
 
     task: str
     mean: float
@@ -24,6 +24,7 @@ class Score:
     num: int
     chance: float | None = None
     at_least: float | None = None
+    num_unjudged: int | None = None
 
     @property
     def is_at_chance(self) -> bool:
@@ -39,7 +40,8 @@ class Score:
     def verdict(self) -> str:
         """Words on what the number does not say itself."""
         gate = "" if self.at_least is None else f"{'passes' if self.passes else 'below'} {self.at_least:g}"
-        return ", ".join(filter(None, ("at chance" if self.is_at_chance else "", gate)))
+        unjudged = f"{self.num_unjudged} unjudged" if self.num_unjudged else ""
+        return ", ".join(filter(None, ("at chance" if self.is_at_chance else "", unjudged, gate)))
 
     @property
     def sentence(self) -> str:
@@ -72,8 +74,15 @@ def of_right(task: str, num_right: int, num: int, chance: float | None = None, a
     return Score(task, share, max(0.0, centre - reach), min(1.0, centre + reach), num, chance, at_least)
 
 
+def of_rewards(task: str, rewards: Sequence[float | None], at_least: float | None = None) -> Score:
+    """Score of rewards, of which some answers have none. Where none has, it is not a number."""
+    there = [reward for reward in rewards if reward is not None]
+    found = of_values(task, there, at_least) if there else Score(task, math.nan, math.nan, math.nan, 0, None, at_least)
+    return replace(found, num_unjudged=len(rewards) - len(there))
+
+
 def of_values(task: str, values: Sequence[float], at_least: float | None = None) -> Score:
-    """Score of rewards, one for each answer."""
+    """Score of what each answer is worth."""
     num = len(values)
     mean = math.fsum(values) / num
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, num - 1))

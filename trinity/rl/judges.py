@@ -70,6 +70,16 @@ def _advantages(rewards: Sequence[float | None], scale_by_std: bool) -> tuple[li
     return [0.0 if reward is None else next(found) for reward in rewards], False
 
 
+class ByEnvironment(ByRewards):
+    """Rewards that the environment gave, against the mean of their group."""
+
+    def __init__(self, config: Config):
+        self.settings = config.rl
+
+    def rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[float | None]:
+        return [sample.reward for sample in samples]
+
+
 class ByTeacher:
     """The log-probabilities of `rl.teacher`, a checkpoint with the same tokenizer, held in this process."""
 

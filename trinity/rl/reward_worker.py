@@ -1,9 +1,9 @@
-"""The process in which reward functions run, one call after the other over its pipes: what rewards.py starts.
+"""The process in which rewards and environments run, one call after the other over its pipes: what functions.py starts.
 
-Decisions: a reward function is the user's own program, so nothing is forbidden to it; but it may fail, print, hang or end its
+Decisions: a function is the user's own program, so nothing is forbidden to it; but it may fail, print, hang or end its
 process without hurting the run that asks. Its time is its caller's to bound (trinity/utils/boxes.py).
-Frames are JSON: {"function": ..., "answer": ..., "row": ...} there, {"reward": ...} or {"error": ...} back; {"functions": ...}
-are only looked up.
+Frames are JSON: {"function": ..., "answer": ..., "row": ...} there, {"reward": ...} or {"error": ...} back; {"function": ...,
+"messages": ..., "row": ...} there, {"next": [...], "reward": ...} back; {"functions": ...} are only looked up.
 """
 
 import importlib
@@ -19,11 +19,12 @@ from typing import Any
 
 from trinity.utils.boxes import LENGTH
 
-Reward = Callable[[str, dict[str, Any]], Any]
+ROLES = ("user", "tool", "system")  # who speaks beside the model
+Function = Callable[[Any, dict[str, Any]], Any]
 
 
 @cache
-def function(spec: str) -> Reward:
+def function(spec: str) -> Function:
     """The function that module:function, or file.py:function, names."""
     where, _, name = spec.rpartition(":")
     if not where.endswith(".py"):
@@ -42,7 +43,7 @@ def function(spec: str) -> Reward:
 
 
 def answer(request: bytes) -> bytes:
-    """A finite number, or why there is none."""
+    """The reply to what was asked for, or why there is none."""
     try:
         reply = _done(json.loads(request))
     except Exception as error:  # a foreign program can raise anything
@@ -53,7 +54,26 @@ def answer(request: bytes) -> bytes:
 def _done(asked: dict[str, Any]) -> dict[str, Any]:
     for spec in asked.get("functions", ()):
         function(spec)
-    return {"reward": number(function(asked["function"])(asked["answer"], asked["row"]))} if "answer" in asked else {}
+    if "answer" in asked:
+        return {"reward": number(function(asked["function"])(asked["answer"], asked["row"]))}
+    return turn(function(asked["function"])(asked["messages"], asked["row"])) if "messages" in asked else {}
+
+
+def turn(value: Any) -> dict[str, Any]:
+    """Turn of an environment, from what it returned (environment.py)."""
+    if isinstance(value, bool | int | float):
+        return {"next": [], "reward": number(value)}
+    said, reward = value if isinstance(value, tuple) and len(value) == 2 else (value, 0.0)
+    return {"next": [message(each) for each in (said if isinstance(said, list) else [said])], "reward": number(reward)}
+
+
+def message(value: Any) -> dict[str, Any]:
+    found = {"role": "user", "content": value} if isinstance(value, str) else value
+    if isinstance(found, dict) and isinstance(found.get("content"), str) and found.get("role") in ROLES:
+        return found
+    raise ValueError(
+        f"it returned {str(value)[:100]!r}, which is no number, text or message with a role of {', '.join(ROLES)}"
+    )
 
 
 def number(value: Any) -> float:

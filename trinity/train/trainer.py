@@ -258,9 +258,8 @@ class Trainer:
     def _stage(self, norm: float, lrs: Mapping[str, float], totals: Totals, ticket: StepTicket) -> bool:
         """Make the next version, on the shards and here side by side; -> whether it is finite everywhere."""
         scale = min(1.0, self.config.optim.grad_clip / (norm + 1e-12))
-        keep = (*ticket.keep, *self.saver.versions) if self.comm.rank == 0 else ()
         idle = totals.idle(self.config.model.moe_layers)
-        message = Stage(self.version + 1, lrs, scale, ticket.attempt, keep, totals.num_sent_ops, idle)
+        message = Stage(self.version + 1, lrs, scale, ticket.attempt, self.kept(ticket), totals.num_sent_ops, idle)
         wait = self.pool.stage(message) if self.comm.rank == 0 else lambda: True
         mine = self.backbone.stage(self._grads(), message, totals.counts_LE)
         try:
@@ -268,6 +267,10 @@ class Trainer:
         except RetryStep:
             self.backbone.discard_staged()
             raise
+
+    def kept(self, ticket: StepTicket) -> tuple[int, ...]:
+        """Older versions that shards, and this worker of its backbone, keep beside the next one."""
+        return (*ticket.keep, *self.saver.versions) if self.comm.rank == 0 else ()
 
     @phase("commit")
     def _commit(self, ticket: StepTicket, totals: Totals, norm: float, lrs: Mapping[str, float]) -> None:

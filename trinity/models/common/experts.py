@@ -17,7 +17,11 @@ class Pending(Protocol):
 
 
 class ExpertLayer(Protocol):
-    """Computes routed experts of any layer, from local tensors or on shards. Differentiable in x and weights."""
+    """Computes routed experts of any layer, from local tensors or on shards. Differentiable in x and weights.
+
+    `priority` is that of the calls to come, where others wait for the same experts: the lowest number first."""
+
+    priority: int
 
     def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Pending:
         """Start on y_TD = sum over k of weights_TK[:, k] * SwiGLU_{ids_TK[:, k]}(x_TD), in x's dtype.

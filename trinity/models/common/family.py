@@ -85,5 +85,7 @@ class Family:
 class Nobody:
     """An ExpertLayer of a model whose names and shapes alone are used."""
 
+    priority = 0
+
     def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Any:
         raise AssertionError("this model has no experts: only its names and shapes are used")
