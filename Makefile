@@ -61,7 +61,7 @@ interop-clients: setup
 S3 := s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117 aioitertools jmespath 'python-dateutil<3' six
 interop-object-store: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv-s3 --no-deps $(S3)
-	PYTHONPATH=.venv-s3 $(BIN)/pytest tests/unit/test_remote.py
+	PYTHONPATH=.venv-s3 $(BIN)/pytest tests/unit/test_remote.py tests/unit/test_cache.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,10 +18,11 @@ import ray.train
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from actors import pool as pools
+from actors.rendezvous import MeetingConfig
 from actors.sync import shm_folders
 from actors.train_metrics import TrainExporter, check_listener, exported
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
@@ -34,6 +35,7 @@ from trinity.rl.kinds import trainer_kind
 from trinity.state.versioned_store import Store
 from trinity.train.collectives import Alone, Comm, Distributed
 from trinity.train.trainer import Trainer
+from trinity.utils.disk import refusal_of
 from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
 from trinity.utils.niceness import give_way
 
@@ -91,7 +93,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
         Job,
         loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=MeetingConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="ray",
@@ -133,12 +135,14 @@ def _with_own_tokenizer(config: Config) -> Config:
 
 
 def _reason(error: WorkerGroupError) -> Exception:
-    """The typed error of a worker, if there is one, out of Ray's wrapping."""
+    """The typed error of a worker, or its disk's refusal, if there is one, out of Ray's wrapping."""
     for failure in error.worker_failures.values():
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, TrinityError):
                 return cause
+            if refusal := refusal_of(cause):
+                return refusal
             cause = getattr(cause, "cause", None) or cause.__cause__
     return error
 

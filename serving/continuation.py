@@ -23,6 +23,7 @@ from trinity.errors import EngineLost, Overloaded, Unavailable
 log = logging.getLogger("trinity.serving")
 MAX_LOSSES = 3  # in a row, without a token in between
 MAX_LOSSES_IN_ALL = 16
+GIVEN_UP_S = 30.0  # until clients that would send it again all the same may
 PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)  # before the next try, while no token comes
 
 
@@ -37,8 +38,8 @@ class Engines(Protocol):
         deadline_s: float,
         client: Client,
         adapter: AdapterRef | None = None,
+        *,
         begun: Begun | None = None,
-        /,
     ) -> AsyncGenerator[Delta, None]: ...
 
 
@@ -88,7 +89,8 @@ class Answer:
             raise Unavailable(
                 f"{self.num_losses} engines were lost while they worked on this request, {self._num_in_a_row} of them in a row "
                 f"before its next token; it may be what ends them, so it is given up (at {MAX_LOSSES} in a row, "
-                f"{MAX_LOSSES_IN_ALL} in all). Change it before you send it again"
+                f"{MAX_LOSSES_IN_ALL} in all). Change it before you send it again",
+                retry_after_s=GIVEN_UP_S,
             )
 
     async def pause(self) -> None:
@@ -134,14 +136,12 @@ class Continuing:
 
     async def _attempt(self, answer: Answer, request_id: str, *asked: Any) -> AsyncGenerator[Delta, None]:
         """Deltas of one engine. Raises EngineLost where that is not all."""
-        begun = (answer.begun,) if answer.num_losses else ()
-        name = (
-            f"{request_id}-{answer.num_losses}" if begun else request_id
-        )  # its old one may be in use for a moment yet
+        begun: dict[str, Any] = {"begun": answer.begun} if answer.num_losses else {}
+        name = f"{request_id}-{answer.num_losses}" if begun else request_id  # the old one may yet be in use
         async with AsyncExitStack() as alone:
             if answer.is_suspect:
                 await alone.enter_async_context(self._alone)
-            stream = self._engines.generate(name, *asked, *begun)
+            stream = self._engines.generate(name, *asked, **begun)
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     if (paused_s := answer.add(delta)) is not None:

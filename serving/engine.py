@@ -117,9 +117,9 @@ class LocalClient:
         self.engine, self.tokenizer, self.model = engine, tokenizer, model
         self._id = uuid4().hex
 
-    async def generate(self, *asked: Any) -> AsyncGenerator[Delta, None]:
-        """`asked` is what Engines says (serving/continuation.py), here and below."""
-        stream: Any = self.engine.generate(*asked)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        """Arguments are those that Engines says (serving/continuation.py), here and below."""
+        stream: Any = self.engine.generate(*asked, **begun)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield delta
@@ -149,8 +149,8 @@ class EngineReplica:
         keep_to_node_address()
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
-    async def generate(self, *asked: Any) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(*asked), BEAT_S)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncIterator[list[Delta]]:
+        stream = batched(self.client.generate(*asked, **begun), BEAT_S)
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
@@ -178,8 +178,8 @@ class RayClient:
         # By value: over the gRPC between replicas instead of actor calls, twice as many messages (docs/serving.md).
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
 
-    async def generate(self, *asked: Any) -> AsyncGenerator[Delta, None]:
-        response = self._streams.generate.remote(*asked)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        response = self._streams.generate.remote(*asked, **begun)
         try:
             silent_s = None  # an engine may have to be waited for
             while True:

@@ -21,8 +21,8 @@ class MortalEngine:
     ):
         self.begun.append(begun)
         left = self.script.pop(0) if self.script else None
-        asked = (request_id, prompt_ids, params, deadline_s, client, adapter, begun)
-        async with aclosing(self._engine.generate(*asked)) as deltas:
+        asked = (request_id, prompt_ids, params, deadline_s, client, adapter)
+        async with aclosing(self._engine.generate(*asked, begun=begun)) as deltas:
             async for delta in deltas:
                 if left == 0:
                     raise EngineLost("killed by its script")

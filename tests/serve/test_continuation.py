@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -15,12 +16,12 @@ from test_forced_calls import BODY as CALLS
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving import continuation, engine, pins
+from serving import app, continuation, engine, pins
 from serving.continuation import MAX_LOSSES, MAX_LOSSES_IN_ALL, Continuing
 from serving.pins import Pins
 from tests.unit.grammar_cases import checkpoint, random_llm
 from tests.waiting import WAIT_S, eventually
-from trinity.config import ANYBODY
+from trinity.config import ANYBODY, Config
 from trinity.engine.async_engine import AsyncEngine
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import EngineLost, InvalidRequest, Overloaded, Unavailable
@@ -273,8 +274,8 @@ async def test_an_engine_that_falls_silent_is_lost_and_one_that_is_waited_for_is
 class Last(FakeEngine):
     """It gives a token and is lost, and there is no other."""
 
-    async def generate(self, *asked):
-        if len(asked) > 5:
+    async def generate(self, *asked, begun=None):
+        if begun is not None:
             raise Unavailable("none is there")
         async with aclosing(super().generate(*asked)) as deltas:
             yield await anext(deltas)
@@ -325,3 +326,13 @@ async def test_a_service_that_is_away_holds_nobody_up():
     )
     assert len([delta async for delta in stream]) == 3
     held.stop()
+
+
+def test_engines_of_a_pinned_server_are_told_the_version(monkeypatch):
+    """One that starts later would take what is the newest then."""
+    asked = []
+    service = SimpleNamespace(pin=lambda *what: asked.append(what) or 7)
+    monkeypatch.setattr(app, "placement", lambda placement_json, namespace: service)
+    for weights, told in (("pinned", "pinned:7"), ("pinned:5", "pinned:5"), ("live", "live")):
+        assert app.of_one_version(Config.load(model="tiny", serve={"weights": weights})).serve.weights == told
+    assert asked == [(None, pins.STARTING, 180.0)]

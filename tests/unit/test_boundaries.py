@@ -27,6 +27,7 @@ LIBRARY = {
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
     "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos", "actors.jobs",
+    "actors.rendezvous",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
@@ -126,10 +127,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
     },
     "actors.jobs": {"trinity.data", "trinity.synthesis"},
+    "actors.rendezvous": set(),
     "actors.round_trips": {"actors.names"},
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
-        "actors.pool", "actors.sync", "actors.train_metrics",
+        "actors.pool", "actors.rendezvous", "actors.sync", "actors.train_metrics",
         "trinity.rl",  # preferences and rewards are runs like any other
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},

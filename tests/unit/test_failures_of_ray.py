@@ -1,5 +1,7 @@
 """Failures of Ray itself: a run goes on where it can, and a command ends with a sentence."""
 
+import errno
+
 import pytest
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -42,6 +44,14 @@ def test_it_does_not_do_so_for_ever():
     ):
         outcome_of(run, 2)
     assert len(runs) == 3
+
+
+def test_a_workers_full_disk_is_named():
+    run, _ = job_of(
+        WorkerGroupError("workers failed", {0: OSError(errno.ENOSPC, "No space left on device", "run/a.jsonl")})
+    )
+    with pytest.raises(Unavailable, match=r"cannot write run/a\.jsonl: No space left on device; make room there"):
+        outcome_of(run, 3)
 
 
 def test_what_ends_a_worker_for_good_is_not_tried_again():

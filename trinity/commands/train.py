@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
+    check(config)
     goes_on = config.train.resume and config.train.resume_from is None
     told = tracked(config.track, Path(config.train.out_dir), told_of([("", config)]), goes_on)
     with told, ExitStack() as cluster:

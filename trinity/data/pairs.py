@@ -36,8 +36,8 @@ def answer_stores(
     """-> (train, held out): answers of the rows in these files, two a row, unless they are there already. Raises DataError."""
     found, recipe = listed(patterns, folder), AnswerRecipe(data.max_documents, tokenizer)
     stamps = [each.stamp for pattern in patterns for each in found[pattern]]
-    store = folder / f"answers-{fingerprint(*recipe.facts, stamps, val_fraction, seed)}"
-    return example_stores(store, recipe, found, data, val_fraction, seed, "row with an answer to train on")
+    store = f"answers-{fingerprint(*recipe.facts, stamps, val_fraction, seed)}"
+    return example_stores(store, folder, recipe, found, data, val_fraction, seed, "row with an answer to train on")
 
 
 class AnswerRecipe(ExampleRecipe):

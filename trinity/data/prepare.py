@@ -17,10 +17,11 @@ from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
 from trinity.data.answers import PackedLabels, PackedPairs
 from trinity.data.best_fit import PackedDocuments
+from trinity.data.cache import Cache
 from trinity.data.chat_store import ChatRecipe, chat_stores
 from trinity.data.dataset import Dataset, Packed, PackedDataset, Source
 from trinity.data.documents import Found, documents
-from trinity.data.kept import fingerprint, made_once
+from trinity.data.kept import fingerprint
 from trinity.data.length_bias import drawn
 from trinity.data.listing import listed
 from trinity.data.mixture import Mixture, with_name
@@ -31,7 +32,7 @@ from trinity.data.remote import RemoteFile
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.shards import Recipe
 from trinity.data.slot_states import SlotStates
-from trinity.data.token_store import TextRecipe, TokenStore, logger, shards_folder, token_stores
+from trinity.data.token_store import TextRecipe, TokenStore, logger, shards_cache, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
@@ -100,16 +101,16 @@ def _packed(
 
 
 class Work(NamedTuple):
-    """Shards that `prepare` would make one by one: how, of which files, and in which folder."""
+    """Shards that `prepare` would make one by one: how, of which files, and where to."""
 
     recipe: Recipe
     files: list[Found]
-    folder: Path
+    cache: Cache
 
     @property
     def is_much(self) -> bool:
         """Say whether it is worth the time that the processes of a job take to start."""
-        missing = self.recipe.missing(self.files, self.folder)
+        missing = self.recipe.missing(self.files, self.cache)
         num_bytes = sum(MUCH_BYTES if found.num_bytes is None else found.num_bytes for found in missing)
         num_bytes += ASKED_BYTES * sum(isinstance(found.file, RemoteFile) for found in missing)
         return len(missing) > 1 and num_bytes >= MUCH_BYTES and self.recipe.most is None
@@ -123,7 +124,7 @@ def recipes(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: s
     for part in data.parts:
         if (recipe := _recipe(part, tokenizer)) is not None:
             files = [each for found in listed((*part.train, *part.val), folder).values() for each in found]
-            yield Work(recipe, files, shards_folder(part, folder))
+            yield Work(recipe, files, shards_cache(part, folder))
 
 
 def _recipe(data: DataConfig, tokenizer: Tokenizer) -> Recipe | None:
@@ -159,7 +160,8 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
         facts = [fact for part in texts for fact in (_stamps(part, folder), part.text_field, part.max_documents)]
         found = itertools.chain.from_iterable(documents(p.train, p.text_field, p.max_documents) for p in texts)
         name = f"tokenizer-{fingerprint(*facts, model.vocab_size)}"
-        source = str(made_once(folder / name, lambda to: Tokenizer.train(found, model.vocab_size).save(to)))
+        cache = Cache.of_orders(folder, data.cache)
+        source = str(cache.made(name, lambda to: Tokenizer.train(found, model.vocab_size).save(to)))
     tokenizer = Tokenizer.load(small_files(source))
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"tokenizer {source} has {tokenizer.vocab_size} ids; model.vocab_size is {model.vocab_size}")

@@ -81,7 +81,7 @@ class AsyncEngine:
                 await asyncio.shield(asyncio.wrap_future(compiled))
             own = None if adapter is None else await self._adapter(adapter)
             until_s = math.inf if deadline_s is None else started_s + deadline_s
-            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s, own, begun))
+            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s, own, begun=begun))
             while not stream.ended:
                 yield await _next(stream)
         finally:
@@ -200,9 +200,9 @@ class AsyncEngine:
         for command in commands:
             command()
 
-    def _start(self, stream: Stream, *request: Any) -> None:
+    def _start(self, stream: Stream, *request: Any, **begun: Any) -> None:
         try:
-            self._engine.add(stream.request_id, *request)
+            self._engine.add(stream.request_id, *request, **begun)
         except TrinityError as error:
             _send({stream: [error]})
             return

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from trinity.data.dataset import Dataset, Source
 from trinity.train.collectives import Comm
 from trinity.train.loss import Objective
 from trinity.train.microbatches import means_of
+from trinity.train.retry import patiently
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
@@ -50,7 +52,7 @@ def _of_source(objective: Objective, config: Config, source: Source, comm: Comm)
     wanted = max(min(1, settings.eval_sequences), round(source.share * settings.eval_sequences))
     num = min(wanted, source.dataset.num_sequences)
     parts = np.split(np.arange(num), range(settings.micro_batch_size, num, settings.micro_batch_size))
-    batches = [source.dataset.take(part) for part in parts[comm.rank :: comm.world] if num]
+    batches = [patiently(partial(source.dataset.take, part)) for part in parts[comm.rank :: comm.world] if num]
     trained = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
     if not (num_tokens := int(comm.all_reduce(trained))):
         return Validation(math.nan, {}, {})
