@@ -74,7 +74,7 @@ def _held(scratch: Path) -> Iterator[bool]:
 def remove_left(parent: Path, kind: str) -> None:
     """Remove folders of that kind that were not completed; once in a process."""
     for scratch in parent.glob(f".{kind}-*"):
-        tried(lambda scratch=scratch: _remove_if_left(scratch), OSError)  # another one was faster
+        tried(functools.partial(_remove_if_left, scratch), OSError)  # another one was faster
 
 
 def _remove_if_left(scratch: Path) -> None:

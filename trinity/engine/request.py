@@ -305,9 +305,9 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_ids)
 
     @property
-    def adapter_content(self) -> int:
-        """The content of its adapter, 0 without: what is cached of a prompt with one is no other one's."""
-        return 0 if self.adapter is None else self.adapter.ref.content
+    def adapter_key(self) -> str | None:
+        """Name of what is computed beside the weights for it: keys and values of one adapter are no other's."""
+        return None if self.adapter is None else f"{self.adapter.ref.content:x}"
 
     @property
     def experts_TLK(self) -> np.ndarray | None:
