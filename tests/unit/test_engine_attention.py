@@ -151,7 +151,7 @@ class LatentModel(torch.nn.Module):
         self.head = torch.nn.Parameter(torch.randn(VOCAB, 16 * len(CACHES), generator=made))
 
     def forward_all(self, passes):
-        return [self(*inputs) for inputs in passes]
+        return [self(*inputs[:3]) for inputs in passes]
 
     def forward(self, ids_T, positions_T, attend):
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]

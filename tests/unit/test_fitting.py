@@ -141,7 +141,7 @@ def test_a_server_on_one_machine_fixes_the_numbers_of_all_its_engines(monkeypatc
         return Memory(19 * GIB, 19 * GIB, **seen.setdefault("known", known))
 
     monkeypatch.setattr(fitting, "memory_of", memory_of)
-    config = Config.from_tree({"model": "nano", "placement": {"num_shards": 2}, "serve": {"num_engines": 2}})
+    config = Config.from_tree({"model": "nano", "placement": {"num_shards": 2}, "engine": {"replicas": 2}})
     found = fitting.fitted(config)
     backbone, routed = weight_bytes(config.model)
     assert seen["known"]["weights"] == routed + 2 * backbone

@@ -17,6 +17,9 @@ HIDDEN = "(set)"  # in place of a key, where settings are printed
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
+    replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
+    max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
@@ -86,6 +89,14 @@ class EngineConfig(Frozen):
         """`kv_max_age` as a number; None: any."""
         return None if self.kv_max_age == "unbounded" else self.kv_max_age
 
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
+            )
+        return self
+
     @property
     def max_pass_s(self) -> float | None:
         return None if self.max_pass_ms is None else self.max_pass_ms / 1e3
@@ -100,6 +111,33 @@ class Client(NamedTuple):
 
 
 ANYBODY = Client("anybody")  # where nobody has a key
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MOST_ADAPTERS = 64  # of one pool at once
+
+
+class AdapterRef(NamedTuple):
+    """An adapter that is served beside its base. `content`: a number made of all that is in its files, above 0, by which shards
+    and engines know it; `source`: by what any process finds them."""
+
+    name: str
+    content: int
+    source: str
+
+
+class AdapterSet(NamedTuple):
+    """All adapters of a pool. `number` grows with each change."""
+
+    number: int = 0
+    refs: tuple[AdapterRef, ...] = ()
+
+
+def check_adapter_name(name: str) -> str:
+    """Return it. Raises ValueError for a name that would not be told from a model's, a path's or a separator."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:150]!r} is no adapter's name; use 1 to 128 letters, digits, _ . and -, beginning with a letter or digit"
+        )
+    return name
 
 
 class ClientConfig(Frozen):
@@ -135,6 +173,11 @@ class ServeConfig(Frozen):
         default={}, max_length=1000, description="other keys, by name; each has a share of the slots, and its turn"
     )
     served_model_name: str | None = None
+    adapters: dict[str, str] = Field(
+        default={},
+        max_length=MOST_ADAPTERS,
+        description="adapters served beside the weights, by name: folders in PEFT's format, or names on the Hub",
+    )
     weights: str = Field(
         default="checkpoint",
         description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
@@ -151,11 +194,6 @@ class ServeConfig(Frozen):
     )
     reasoning_format: Literal["auto", "think", "none"] = Field(
         default="auto", description="does it reason between <think> and </think>? auto: if its chat template shows them"
-    )
-    num_engines: int = Field(default=1, ge=1)
-    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(
-        default=48, ge=1, description="running requests at which another engine starts"
     )
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -223,6 +261,13 @@ class ServeConfig(Frozen):
     def _known_weights(cls, value: str) -> str:
         if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapter_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            check_adapter_name(name)
         return value
 
     @field_validator("clients")

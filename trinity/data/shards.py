@@ -11,22 +11,25 @@ import json
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trinity.data.cache import THERE, Cache, Ranged
 from trinity.data.documents import Found, require_unchanged
-from trinity.data.kept import fingerprint, made_once
+from trinity.data.kept import fingerprint
 from trinity.errors import DataError
 
 TOKENS, TRAINED = ("tokens.bin", np.uint32), ("trained.bin", np.bool_)
 
 
 class Recipe(ABC):
-    """A way to make a shard of a file."""
+    """A way to make a shard of a file, of `most` documents of it at most."""
+
+    most: int | None
 
     @property
     @abstractmethod
@@ -37,13 +40,23 @@ class Recipe(ABC):
     def write(self, found: Found, to: Path) -> tuple[Sequence[int], Sequence[int], Counter[str]]:
         """Write TOKENS, and TRAINED where it is wanted; -> lengths_N, digests_N, and what was left out."""
 
-    def place(self, found: Found, folder: Path) -> Path:
-        """Place of the shard of a file in `folder`, once it is made."""
-        return folder / f"shard-{fingerprint(*self.facts, found.facts)}"
+    def name(self, found: Found) -> str:
+        """Name of the shard of a file."""
+        return f"shard-{fingerprint(*self.facts, found.facts)}"
 
-    def made(self, found: Found, folder: Path, one_at_a_time: bool = True) -> "Shard":
+    def missing(self, files: Sequence[Found], cache: Cache) -> list[Found]:
+        """Files without a shard, each once."""
+        named = {self.name(found): found for found in files}
+        return [named[name] for name in cache.missing(list(named))]
+
+    def all_made(self, files: Sequence[Found], cache: Cache) -> "Iterator[Shard]":
+        """The shard of each file, one after the other, made now unless it is there."""
+        cache.fetch([self.name(found) for found in files])
+        return (self.made(found, cache) for found in files)
+
+    def made(self, found: Found, cache: Cache, one_at_a_time: bool = True) -> "Shard":
         """The shard of a file, made now unless it is there. Raises DataError."""
-        return Shard(made_once(self.place(found, folder), partial(self._build, found), one_at_a_time))
+        return Shard(cache.made(self.name(found), partial(self._build, found), one_at_a_time))
 
     def _build(self, found: Found, to: Path) -> None:
         lengths, digests, left_out = self.write(found, to)
@@ -81,12 +94,14 @@ def damaged(folder: Path, error: object) -> DataError:
     return DataError(f"prepared data in {folder} is damaged ({error}); delete that folder")
 
 
-def mapped(folder: Path, what: tuple[str, Any], num: int) -> np.ndarray:
-    """The tokens of a shard, `num` of them, or whether they are trained; memory-mapped. Raises DataError."""
+def mapped(folder: Path, what: tuple[str, Any], num: int) -> Any:
+    """The tokens of a shard, `num` of them, or whether they are trained; memory-mapped, or a Ranged. Raises DataError."""
     name, kind = what
     try:
-        found = np.asarray(np.memmap(folder / name, kind, "r")) if num else np.empty(0, kind)
-    except (OSError, ValueError) as error:
+        found: Any = np.asarray(np.memmap(folder / name, kind, "r")) if num else np.empty(0, kind)
+        if num and (folder / f"{name}{THERE}").is_file():
+            found = Ranged(folder / name, kind)
+    except (OSError, ValueError, KeyError) as error:
         raise damaged(folder, error) from None
     if len(found) != num:
         raise damaged(folder, f"{name} has {len(found):,} entries for {num:,}")
@@ -109,7 +124,7 @@ class Gathered:
     """Documents that lie in several arrays, as if end to end in one: document n is starts_N[n] : starts_N[n + 1] of this, and
     begins at places_N[n] of `parts`, end to end. Read by slices, and by integer arrays, of which runs are read at once."""
 
-    def __init__(self, parts: Sequence[np.ndarray], starts_N: np.ndarray, places_N: np.ndarray):
+    def __init__(self, parts: Sequence[Any], starts_N: np.ndarray, places_N: np.ndarray):
         self._parts, self._starts_N, self._places_N = parts, starts_N, places_N
         self._begins_H: list[int] = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()
         self.dtype = parts[0].dtype
@@ -139,7 +154,9 @@ class Gathered:
         if first + 1 < len(self._starts_N) and end <= self._starts_N[first + 1]:  # of one document, as most are
             place = int(self._places_N[first]) + begin - int(self._starts_N[first])
             part = self._part(place)
-            return self._parts[part][place - self._begins_H[part] :][: end - begin]
+            inside = place - self._begins_H[part]
+            found: np.ndarray = self._parts[part][inside : inside + end - begin]
+            return found
         last = int(np.searchsorted(self._starts_N, end, "left"))
         pieces = [np.empty(0, self.dtype)]
         starts, places = self._starts_N[first : last + 1].tolist(), self._places_N[first:last].tolist()

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
+from trinity.engine.adapters import AdapterStore
+from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
 from trinity.engine.kv_cache import KVCache
@@ -46,6 +48,7 @@ from trinity.errors import (
     Overloaded,
     StepConflict,
     TrinityError,
+    Unavailable,
     VersionGone,
     WrongEpoch,
 )
@@ -55,6 +58,7 @@ from trinity.text.grammar.progress import reasoning_end
 from trinity.text.reasoning import MARKERS
 
 if TYPE_CHECKING:
+    from trinity.models.common.adapted import BackboneAdapter
     from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -97,8 +101,8 @@ class Engine:
     """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
-    seconds by phase. `defaults` are those of fields that a request does not set. Raises ConfigError if the KV cache cannot hold
-    one longest sequence, and what `source.model` raises.
+    seconds by phase. `defaults` are those of fields that a request does not set; `adapters` is where AsyncEngine finds those of
+    requests. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
     """
 
     def __init__(
@@ -109,7 +113,9 @@ class Engine:
         tokenizer: "Tokenizer",
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
         defaults: SamplingDefaults | None = None,
+        adapters: AdapterStore | None = None,
     ):
+        self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
         self._versions = versions = Versions(source, settings.max_versions, settings.max_age)
         weight = next(versions.model(versions.live).parameters())
@@ -151,9 +157,12 @@ class Engine:
         client: Client = ANYBODY,
         words: BadWords | None = None,
         until_s: float = math.inf,
+        adapter: "BackboneAdapter | None" = None,
+        begun: Begun | None = None,
     ) -> None:
         """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. After `until_s`
-        on time.monotonic() nobody waits for it.
+        on time.monotonic() nobody waits for it. `adapter`: what is computed beside the weights for it, whatever their version.
+        An answer that has `begun` elsewhere goes on here after its last token.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing. Where the queue is full an urgent
         request takes the place of the last of a less urgent priority."""
@@ -173,6 +182,9 @@ class Engine:
         sequence = Sequence(
             request_id, tuple(prompt_ids), params, text, client, rules, progress=progress, until_s=until_s
         )
+        sequence.adapter = adapter
+        if begun is not None and begun.token_ids:
+            self._resume(sequence, begun)
         if crowded_out is not None:
             self._refused.append(self._end(crowded_out, "error", error=FULL, cause=self._overloaded()))
         self._sequences[request_id] = sequence
@@ -196,6 +208,18 @@ class Engine:
             f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
             retry_after_s=RETRY_AFTER_S,
         )
+
+    def _resume(self, sequence: Sequence, begun: Begun) -> None:
+        length = sequence.num_prompt + len(begun.token_ids)
+        if length >= self.max_model_len:
+            raise Unavailable(
+                f"prompt and answer have {length} tokens so far; this engine takes {self.max_model_len}, less than the one "
+                "that began: give all of them the same engine.max_model_len"
+            )
+        self._check_ids(begun.token_ids, "begun")
+        if sequence.params.version_policy == "pinned":
+            self._versions.pin_to(sequence, begun.version)
+        resume(sequence, begun)
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
@@ -308,7 +332,9 @@ class Engine:
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
         self._prefixes.forget(sequence)
-        error = TrinityError("the model's logits are not finite; its weights are damaged")
+        own = sequence.adapter
+        whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
+        error = TrinityError(f"{whose} are not finite; its weights are damaged")
         return self._end(sequence, "error", error=error.message, cause=error)
 
     def _is_eos(self, sequence: Sequence, token: int) -> bool:

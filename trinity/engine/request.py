@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from trinity.engine.prompt_logprobs import PromptLogprobs
     from trinity.engine.token_rules import TokenRules
+    from trinity.models.common.adapted import BackboneAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VersionPolicy = Literal["live", "pinned"]
@@ -265,6 +266,7 @@ class Sequence:
     """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs.
 
     What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does.
+    `adapter`: what is computed beside the weights for it, and for nobody else in its batch.
     """
 
     request_id: str
@@ -287,6 +289,7 @@ class Sequence:
     queue_s: float | None = None  # until it was first in a batch
     progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
+    adapter: "BackboneAdapter | None" = None
     until_s: float = math.inf  # time.monotonic() after which nobody waits for it
     root: bytes = b""  # of the keys of its blocks (prefix_keys.py)
     keys: list[bytes] = field(default_factory=list)
@@ -309,15 +312,6 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
-
-    @property
-    def experts_TLK(self) -> np.ndarray | None:
-        return np.stack(self.experts) if self.experts else None
-
-    @property
-    def adapter_key(self) -> str | None:
-        """Name of what is computed beside the weights for it: keys and values of one adapter are no other's."""
-        return None
 
     @property
     def is_waiting_for_another(self) -> bool:

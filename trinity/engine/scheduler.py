@@ -47,7 +47,10 @@ class Scheduler:
         return len(self.waiting) + len(self.following)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        if sequence.num_generated:
+            self.waiting.resume(sequence)
+        else:
+            self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is finished, aborted or failed: forget it and take its blocks back."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.weights import WeightSource
+from trinity.errors import Overloaded
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
@@ -120,7 +121,20 @@ class Versions:
         withdrawn one)."""
         if sequence.params.version_policy == "live" or sequence.pinned is not None:
             return
-        sequence.pinned = version = self.of(sequence)
+        self._hold(sequence, self.of(sequence))
+
+    def pin_to(self, sequence: Sequence, version: int) -> None:
+        """Pin a request that another engine has begun to what it had there. Raises Overloaded while too many others are held;
+        whether that one is there is said by its first pass."""
+        if version not in self._pinned and len(self._pinned) >= self._max_pinned:
+            raise Overloaded(
+                f"pinned requests hold versions {sorted(self._pinned)}, engine.max_versions is {self._max_pinned}; one at "
+                f"version {version} has to wait"
+            )
+        self._hold(sequence, version)
+
+    def _hold(self, sequence: Sequence, version: int) -> None:
+        sequence.pinned = version
         self._pinned[version] += 1
         self._source.hold(version)
 
