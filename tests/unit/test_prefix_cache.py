@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.unit.engine_fakes import VOCAB, FakeAfmoe, FakeSource, fake_config, fake_engine, run_all, solo
 from trinity.config import Client
-from trinity.engine.request import SamplingParams
+from trinity.engine.request import SamplingParams, Sequence
 from trinity.errors import InvalidRequest
 from trinity.models.common.decoder import Output
+from trinity.text.detokenizer import TextStream
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ALICE, BOB = Client("a"), Client("b", 3.0)
@@ -141,6 +142,14 @@ def test_keys_and_salts_see_nothing_of_each_other():
     assert again == [(7, 20)] * 4
     other = GREEDY.model_copy(update={"cache_salt": "x" * 1023})
     assert counted.ask(PROMPT, other)[2] == 0
+
+
+def test_adapters_see_nothing_of_each_other_and_nothing_of_the_base():
+    prefixes = fake_engine()._prefixes
+    adapters = [None, *(SimpleNamespace(ref=SimpleNamespace(name="same", content=content)) for content in (1, 2))]
+    sequences = [Sequence("r", PROMPT, GREEDY, TextStream(None), ALICE, adapter=adapter) for adapter in adapters]
+    keys = [prefixes._keys(sequence) for sequence in sequences]
+    assert len({key for each in keys for key in each}) == 3 * 5
 
 
 @pytest.mark.parametrize("salt", ["", "x" * 1025, 7])

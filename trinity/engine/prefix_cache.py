@@ -111,7 +111,8 @@ class PrefixCache:
         """Keys of all its full blocks."""
         if not sequence.root:
             params = sequence.params
-            whose = (sequence.client.name, params.cache_salt, sequence.adapter_key)
+            adapter = None if sequence.adapter is None else sequence.adapter.ref.content
+            whose = (sequence.client.name, params.cache_salt, adapter)
             sequence.root = root(self._model, self._size, params.trace, *whose)
         extend(sequence.keys, sequence.root, sequence.token_ids, self._size, len(sequence.token_ids) // self._size)
         return sequence.keys
