@@ -41,6 +41,7 @@ from trinity.utils.niceness import give_way
 
 log = logging.getLogger(__name__)
 MAX_PLACE_BYTES = 512
+RESTART_S, MOST_RESTART_S = 1.0, 60.0
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
 PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
 PAUSE_POLL_S = 0.05
@@ -105,9 +106,10 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     return outcome_of(lambda: job().fit().return_value, settings.max_failures)
 
 
-def outcome_of(run: Callable[[], dict[str, Any]], most: int) -> dict[str, Any]:
+def outcome_of(run: Callable[[], dict[str, Any]], most: int, pause_s: float = RESTART_S) -> dict[str, Any]:
     """Return what `run`, a job of Ray Train, returns. Where Ray Train's own processes die, which see to the workers, it is run
-    again, up to `most` times (-1: always): it goes on from the last decided step. Raises TrinityError."""
+    again, up to `most` times (-1: always), after pauses that begin with `pause_s` and double up to a minute: it goes on from
+    the last decided step. Raises TrinityError."""
     num = 0
     while True:
         try:
@@ -118,10 +120,11 @@ def outcome_of(run: Callable[[], dict[str, Any]], most: int) -> dict[str, Any]:
             why = next(iter(str(getattr(error, "controller_failure", error)).splitlines()), type(error).__name__)
             if num == most:
                 raise Unavailable(
-                    f"Ray Train has ended {num + 1} times ({why}); no decided step is lost: go on with --resume"
+                    f"Ray Train has ended {num + 1} times ({why}); go on from the last checkpoint with --resume"
                 ) from error
-            num += 1
             log.warning("Ray Train has ended (%s); it is started again, and goes on from the last decided step", why)
+            time.sleep(min(pause_s * 2 ** min(num, 9), MOST_RESTART_S))
+            num += 1
 
 
 def _with_own_tokenizer(config: Config) -> Config:

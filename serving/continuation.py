@@ -51,7 +51,7 @@ class Answer:
         """`keep` hears of the version that it is pinned to."""
         self._keep = keep
         self._token_ids: list[int] = []
-        self._first_version = self._version = 0
+        self._first_version = self._version = self._num_cached = 0
         self.num_losses = self._num_in_a_row = self._num_tries = 0
         self.is_complete = False
         self._lost_s: float | None = None
@@ -62,6 +62,7 @@ class Answer:
             self._keep(delta.version)
         self._token_ids += delta.token_ids
         self._first_version, self._version = delta.first_version, delta.version
+        self._num_cached = delta.num_cached_tokens
         self._num_in_a_row = self._num_tries = 0
         self.is_complete = delta.finish_reason is not None
         lost_s, self._lost_s = self._lost_s, None
@@ -69,7 +70,7 @@ class Answer:
 
     @property
     def begun(self) -> Begun:
-        return Begun(tuple(self._token_ids), self._first_version, self._version)
+        return Begun(tuple(self._token_ids), self._first_version, self._version, self._num_cached)
 
     @property
     def is_suspect(self) -> bool:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 BEAT_S, SILENT_S = 5.0, 20.0
 Built = tuple["AsyncEngine", Tokenizer, str]
 Factory = Callable[[str, str], Built]
+RESET_S = 10.0
 
 
 def build_engine(source: str, config_json: str) -> Built:
@@ -132,6 +133,9 @@ class LocalClient:
         about = (self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
         return EngineInfo(*about, self.engine.defaults, self.engine.routed_bytes, self.engine.moe_layers)
 
+    async def reset_prefix_cache(self) -> None:
+        self.engine.reset_prefix_cache()
+
 
 def keep_to_node_address() -> None:
     """Have this replica's port for other replicas on the node's own address, loopback in a local cluster: Ray Serve 2.60
@@ -157,6 +161,9 @@ class EngineReplica:
 
     async def info(self) -> EngineInfo:
         return await self.client.info()
+
+    async def reset_prefix_cache(self) -> None:
+        await self.client.reset_prefix_cache()
 
     async def tokenizer(self) -> Tokenizer:
         return self.client.tokenizer
@@ -201,6 +208,13 @@ class RayClient:
 
     async def info(self) -> EngineInfo:
         return await self._calls.info.remote()
+
+    async def reset_prefix_cache(self) -> None:
+        """Have every replica do it. Raises Unavailable where one does not say that it has."""
+        try:
+            await self._calls.broadcast("reset_prefix_cache").results_async(timeout_s=RESET_S)
+        except (RayTaskError, RayServeException, RayActorError, TimeoutError):
+            raise Unavailable("not every engine has answered; ask again") from None
 
     async def tokenizer(self) -> Tokenizer:
         return await self._calls.tokenizer.remote()

@@ -66,6 +66,8 @@ class EngineClient(Engines, Protocol):
 
     async def info(self) -> EngineInfo: ...
 
+    async def reset_prefix_cache(self) -> None: ...
+
 
 def new_request_id() -> str:
     return uuid4().hex

@@ -37,10 +37,14 @@ SUMS = {
     "num_waiting": "trinity_requests_waiting",
     "num_free_blocks": "trinity_kv_blocks_free",
     "num_total_blocks": "trinity_kv_blocks",
+    "num_idle_blocks": "trinity_kv_blocks_cached",
     "num_versions_held": "trinity_weights_versions_held",
 }
 COUNTERS = {
     "num_preemptions": "trinity_preemptions_total",
+    "num_computed_tokens": "trinity_computed_tokens_total",
+    "num_prefix_queries": "trinity_prefix_queries_total",
+    "num_prefix_hits": "trinity_prefix_hits_total",
     "num_dispatch_retries": "trinity_dispatch_retries_total",
     "num_quarantined": "trinity_weights_quarantined_total",
     "num_repeats": "trinity_passes_repeated_total",

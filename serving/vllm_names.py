@@ -13,6 +13,8 @@ NAMES = {
     "vllm:num_requests_waiting": "trinity_requests_waiting",
     "vllm:kv_cache_usage_perc": "trinity_kv_usage",
     "vllm:num_preemptions": "trinity_preemptions_total",
+    "vllm:prefix_cache_queries": "trinity_prefix_queries_total",
+    "vllm:prefix_cache_hits": "trinity_prefix_hits_total",
     "vllm:prompt_tokens": "trinity_prompt_tokens_total",
     "vllm:generation_tokens": "trinity_generated_tokens_total",
     "vllm:request_success": "trinity_sequences_total",

@@ -210,6 +210,7 @@ def _plain(value: Any) -> Any:
 def to_final(delta: Delta, has_calls: bool) -> pb.Final:
     assert delta.finish_reason is not None
     usage = pb.Usage(prompt_tokens=delta.num_prompt_tokens, completion_tokens=delta.num_generated_tokens)
+    usage.cached_tokens = delta.num_cached_tokens
     final = pb.Final(finish_reason=FINISH[delta.finish_reason], usage=usage)
     if has_calls and delta.finish_reason == "stop":
         final.finish_reason = pb.FINISH_REASON_TOOL_CALLS

@@ -231,6 +231,12 @@ async def unload_adapter(front: Frontend, request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
+async def reset_prefix_cache(front: Frontend, request: Request) -> Response:
+    """Have all engines forget what no running request has."""
+    await front.engine.reset_prefix_cache()
+    return Response()
+
+
 async def health(front: Frontend, request: Request) -> Response:
     """Liveness: this process answers."""
     return JSONResponse({"status": "alive"})
@@ -286,6 +292,7 @@ ROUTES = (
     Endpoint("POST", "/tokenize", tokenize, "key"),
     Endpoint("POST", "/detokenize", detokenize, "key"),
     Endpoint("GET", "/tokenizer_info", tokenizer_info, "key"),
+    Endpoint("POST", "/reset_prefix_cache", reset_prefix_cache, "admin"),
     Endpoint("GET", "/version", version, "key"),
     Endpoint("GET", "/metrics", metrics, "key"),
     Endpoint("GET", "/health", health, "open"),

@@ -38,7 +38,7 @@ class Answer(Protocol):
 
     parts: Parts
 
-    def opening(self, num_prompt_tokens: int) -> list[Message]: ...
+    def opening(self, first: Delta) -> list[Message]: ...
 
     def add(self, event: Event) -> list[Message]: ...
 
@@ -99,7 +99,7 @@ async def _said(
     last = None
     async with aclosing(deltas):
         async for delta in deltas:
-            for message in [] if last else answer.opening(delta.num_prompt_tokens):
+            for message in [] if last else answer.opening(delta):
                 yield message
             last = delta
             for event in read(parser, delta.token_ids, delta.text, delta.finish_reason is not None):

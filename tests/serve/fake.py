@@ -48,6 +48,7 @@ class FakeEngine:
         self.clients: list[Client | None] = []
         self.adapters: list[AdapterRef | None] = []
         self.healthy, self.version = True, 7
+        self.num_cached = self.num_resets = 0
         self.defaults, self.routed_bytes, self.moe_layers = defaults, 6, (2, 3, 4)
         self.tokenizer = fake_tokenizer()
 
@@ -98,6 +99,7 @@ class FakeEngine:
             num_generated_tokens=at + 1,
             version=7 + at,
             first_version=7,
+            num_cached_tokens=self.num_cached,
             experts_TLK=np.zeros((len(prompt_ids) + at, 3, 2), np.uint8) if params.trace and last else None,
         )
         return delta if at else self._scored(delta, prompt_ids, params)
@@ -118,6 +120,9 @@ class FakeEngine:
             raise Overloaded("the queue is full", retry_after_s=2.5)
         if "fail" in text:
             raise RuntimeError("/secret/path")
+
+    def reset_prefix_cache(self):
+        self.num_resets += 1
 
     def stats(self):
         return Stats(len(self.held))

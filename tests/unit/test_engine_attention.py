@@ -17,7 +17,8 @@ from tests.unit.engine_fakes import VOCAB, DenseAttend, fake_config, fake_engine
 from trinity.config import EngineConfig, LayerCache
 from trinity.engine import attention
 from trinity.engine.attention import KVPools, PagedAttention
-from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import plan_layout
 from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.runner import flatten, in_order
 from trinity.models.common.attention import PackedAttention

@@ -54,8 +54,17 @@ class EngineConfig(Frozen):
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
-    kv_policy: Literal["keep", "recompute"] = Field(
-        default="keep", description="what becomes of a live request's cache when the version of the weights changes"
+    prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
+    max_num_kept: int | None = Field(
+        default=None,
+        ge=0,
+        description="sequences that have ended and for which the cache has room beside max_num_seqs; default: as many, with "
+        "prefix_cache",
+    )
+    kv_max_age: int | Literal["unbounded"] = Field(
+        default=0,
+        description="steps by which cached keys and values may be older than the weights that a live request uses (`keep` was "
+        "`unbounded`, `recompute` was 0)",
     )
     preload: bool = Field(
         default=True, description="copy a newer version's backbone beside the one in use, so that no pass waits for it"
@@ -69,6 +78,24 @@ class EngineConfig(Frozen):
                 f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
             )
         return self
+
+    @field_validator("kv_max_age", mode="before")
+    @classmethod
+    def _check_age(cls, value: Any) -> Any:
+        if value != "unbounded" and not (type(value) is int and value >= 0):
+            raise ValueError("give a number of steps, 0 and more, or `unbounded`")
+        return value
+
+    @property
+    def num_kept_seqs(self) -> int:
+        """Sequences of the longest length that the cache has room for at most."""
+        kept = self.max_num_seqs * self.prefix_cache if self.max_num_kept is None else self.max_num_kept
+        return self.max_num_seqs + kept
+
+    @property
+    def max_age(self) -> int | None:
+        """`kv_max_age` as a number; None: any."""
+        return None if self.kv_max_age == "unbounded" else self.kv_max_age
 
     @property
     def max_pass_s(self) -> float | None:

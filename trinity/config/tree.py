@@ -28,6 +28,7 @@ RENAMED = {
     "serve.num_engines": "engine.replicas",
     "serve.max_engines": "engine.max_replicas",
     "serve.max_requests_per_engine": "engine.requests_per_replica",
+    "engine.kv_policy": "engine.kv_max_age",
 }  # refused with the new name
 S = TypeVar("S", bound=BaseModel)
 SECRET = ("key", "api_key", "admin_key")

@@ -21,8 +21,9 @@ import torch
 from trinity.config import ANYBODY, AdapterRef, Client
 from trinity.engine.begun import Begun
 from trinity.engine.defaults import SamplingDefaults
-from trinity.engine.engine import Engine, EngineStats
+from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, SamplingParams
+from trinity.engine.stats import EngineStats
 from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
 
 if TYPE_CHECKING:
@@ -127,6 +128,10 @@ class AsyncEngine:
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise at once what `generate` would raise for a request that can never succeed."""
         self._engine.validate(prompt_ids, params)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget, before the next pass, what is cached and no running request has."""
+        self._post(self._engine.reset_prefix_cache)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

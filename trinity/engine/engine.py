@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
@@ -20,9 +19,11 @@ from trinity.engine.adapters import AdapterStore
 from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
-from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import plan_layout
 from trinity.engine.memory import settled
 from trinity.engine.pace import Pace
+from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import (
     Chunk,
@@ -37,6 +38,7 @@ from trinity.engine.request import (
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler
+from trinity.engine.stats import EngineStats
 from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
@@ -65,28 +67,6 @@ FULL = "a more urgent request has its place in the queue"
 LATE = "the next token would come after the deadline, even if nothing else were computed; allow more time"
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Sequences, cache blocks and versions held now; the other numbers since the start, the last switch's seconds apart."""
-
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_total_blocks: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_versions_held: int = 0
-    num_quarantined: int = 0
-    num_repeats: int = 0
-    switch_seconds: float = 0.0
-    longest_pass_seconds: float = 0.0  # of the last minute
-    num_dispatch_retries: int = 0
-    dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(
-        default_factory=dict
-    )  # as in trinity/observability/
-
-
 class Engine:
     """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
@@ -107,7 +87,7 @@ class Engine:
     ):
         self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
-        self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
+        self._versions = versions = Versions(source, settings.max_versions, settings.max_age)
         weight = next(versions.model(versions.live).parameters())
         settings = settled(config, settings, weight.element_size(), str(weight.device))
         layout = plan_layout(config, settings, weight.element_size())
@@ -116,15 +96,16 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
+        self._prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
         max_running = min(
             settings.max_num_seqs, settings.max_num_batched_tokens
         )  # each decode has a place in each pass
-        self._scheduler = Scheduler(self._cache, versions, max_running, self._pace)
+        self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
-        self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_prompt_tokens = self._num_generated_tokens = self._num_computed_tokens = 0
         self._refused: list[
             Delta
         ] = []  # last Deltas of requests that others took the place of, for the next step to give
@@ -279,6 +260,8 @@ class Engine:
         counts = self._repeats.after_damage(*each) if result.is_damaged else each.chunks
         for chunk in counts:
             chunk.sequence.computed(chunk.start, chunk.end, each.version)
+            self._prefixes.computed(chunk)
+            self._num_computed_tokens += chunk.count
         sequences = [chunk.sequence for chunk in counts]
         return [
             self._accept(sequence, result.sampled[sequence]) for sequence in sequences if sequence in result.sampled
@@ -318,6 +301,7 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
+        self._prefixes.forget(sequence)
         own = sequence.adapter
         whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
         error = TrinityError(f"{whose} are not finite; its weights are damaged")
@@ -348,21 +332,30 @@ class Engine:
             num_generated_tokens=sequence.num_generated,
             version=sequence.version,
             first_version=sequence.first_version,
+            num_cached_tokens=sequence.num_cached or 0,
             queue_s=sequence.queue_s or 0.0,
             **fields,
         )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget everything that is cached, but for what running requests have."""
+        self._cache.drop(lambda oldest, newest: True)
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
         retries, seconds = self._dispatch()
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._cache.num_free_blocks,
             num_total_blocks=self._cache.num_total_blocks,
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_prefix_queries=self._prefixes.num_queries,
+            num_prefix_hits=self._prefixes.num_hits,
+            num_idle_blocks=self._cache.num_idle_blocks,
+            num_computed_tokens=self._num_computed_tokens,
             num_versions_held=self._versions.num_held,
             num_quarantined=self._versions.num_quarantined,
             num_repeats=self._repeats.num,
@@ -373,9 +366,9 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Assert the invariants: free + used == total for each kind of block, only running sequences hold any, and versions
-        are held for just those requests that are pinned to them."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
+        """Assert the invariants: each block is free, idle or held, only running sequences hold any, and versions are held for
+        just those requests that are pinned to them."""
+        running, waiting = self._scheduler.running, [*self._scheduler.following, *self._scheduler.waiting]
         self._cache.check([s.row for s in running if s.row is not None])
         assert all(s.row is not None for s in running), "a running sequence has no row"
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"
