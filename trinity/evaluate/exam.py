@@ -75,7 +75,7 @@ def engine_for(config: Config, device: str, longest_rewarded: int = 0) -> Engine
     tasks, length = config.evaluate.tasks, config.model.max_position_embeddings
     if all(task.task in OWN or task.rewards for task in tasks):
         length = max(longest(tasks, config.train.seq_len), longest_rewarded)
-    wanted = config.engine.model_copy(update={"max_model_len": length, "max_num_seqs": SIDE_BY_SIDE})
+    wanted = config.engine.model_copy(update={"max_model_len": length, "max_num_seqs": SIDE_BY_SIDE, "kv_max_age": 0})
     return plan_memory(config.model, wanted, config.model.itemsize, memory_of(device)).fixed(wanted)
 
 

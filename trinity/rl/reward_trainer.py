@@ -79,9 +79,9 @@ class RewardTrainer(PolicyTrainer):
         return ByEnvironment(self.config) if self.config.rl.environment else ByRewards(self.config)
 
     def _engine(self) -> EngineConfig:
-        """The run's engine, for sequences as long as its data has them."""
+        """The run's engine, for sequences as long as its data has them, and by one version of the weights each."""
         longest = min(self.config.train.seq_len + 1, self.config.model.max_position_embeddings)
-        return self.config.engine.model_copy(update={"max_model_len": longest})
+        return self.config.engine.model_copy(update={"max_model_len": longest, "kv_max_age": 0})
 
     def _kept_answers(self) -> KeptAnswers:
         facts = fingerprint(self.config.rl.model_dump(mode="json", exclude=UNLIKE), dict(self.identity.order))
