@@ -108,7 +108,8 @@ async def asked(http, name, stream):
 
 @pytest.mark.parametrize("name", ASKED)
 async def test_over_http(server, http, name):
-    undisturbed = await asked(http, name, name not in WHOLE)
+    for _ in range(1 + (name in WHOLE)):  # these say how much of the prompt was cached
+        undisturbed = await asked(http, name, name not in WHOLE)
     server.engine.script, server.engine.begun = losses(len(name)), []
     assert await asked(http, name, name not in WHOLE) == undisturbed
     assert any(begun and begun.token_ids for begun in server.engine.begun), "nothing was lost on the way"
