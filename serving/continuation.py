@@ -74,7 +74,7 @@ class Answer:
 
     @property
     def is_suspect(self) -> bool:
-        """Is it among those that may be what ends engines?"""
+        """Say whether it may be what ends engines."""
         return self._num_in_a_row >= MAX_LOSSES - NUM_ALONE
 
     def fail(self, error: Unavailable | Overloaded) -> None:

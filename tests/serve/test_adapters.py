@@ -88,8 +88,8 @@ async def test_grpc_takes_its_name_and_streams_do(http, operated):
 class Mortal(FakeEngine):
     """Its first stream is lost after a token."""
 
-    async def generate(self, *asked):
-        async with aclosing(super().generate(*asked)) as deltas:
+    async def generate(self, *asked, **begun):
+        async with aclosing(super().generate(*asked, **begun)) as deltas:
             async for delta in deltas:
                 yield delta
                 if len(self.adapters) == 1:
