@@ -95,8 +95,8 @@ class PrefixCache:
         self._cache.forget(sequence.keys)
 
     def _content(self, sequence: Sequence, key: bytes, place: int) -> Content:
-        tokens = slice(place * self._size, (place + 1) * self._size)
-        routes = np.stack(sequence.experts[tokens]) if sequence.params.trace else None
+        experts = sequence.experts[place * self._size : (place + 1) * self._size]
+        routes = np.stack(experts) if experts else None  # none: it is not traced, or the model has no experts
         return Content(key, sequence.oldest, sequence.version, routes)
 
     def _reads(self, sequence: Sequence) -> bool:
@@ -110,8 +110,7 @@ class PrefixCache:
         """Keys of all its full blocks."""
         if not sequence.root:
             params = sequence.params
-            adapter = None if sequence.adapter is None else sequence.adapter.ref.content
-            whose = (sequence.client.name, params.cache_salt, adapter)
+            whose = (sequence.client.name, params.cache_salt, sequence.adapter_key)
             sequence.root = root(self._model, self._size, params.trace, *whose)
         extend(sequence.keys, sequence.root, sequence.token_ids, self._size, len(sequence.token_ids) // self._size)
         return sequence.keys
