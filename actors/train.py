@@ -4,7 +4,6 @@ When a worker dies, Ray Train starts the worker group again; it goes on from the
 host still have, or else from the last checkpoint. Logic lives in trinity/train/trainer.py.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -39,7 +38,6 @@ from trinity.utils.disk import refusal_of
 from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
 from trinity.utils.niceness import give_way
 
-log = logging.getLogger(__name__)
 MAX_PLACE_BYTES = 512
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
 PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
@@ -89,8 +87,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     num_workers = (settings.fewest_workers, settings.num_workers) if is_elastic else settings.num_workers
     if use_gpu:
         resources["GPU"] = settings.num_gpus_per_worker
-    job = partial(
-        Job,
+    trainer = Job(
         loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
         torch_config=MeetingConfig(backend="nccl" if use_gpu else "gloo"),
@@ -102,26 +99,20 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
             worker_runtime_env={"env_vars": dict(ONE_HEAP)},
         ),
     )
-    return outcome_of(lambda: job().fit().return_value, settings.max_failures)
+    return outcome_of(lambda: trainer.fit().return_value)
 
 
-def outcome_of(run: Callable[[], dict[str, Any]], most: int) -> dict[str, Any]:
-    """Return what `run`, a job of Ray Train, returns. Where Ray Train's own processes die, which see to the workers, it is run
-    again, up to `most` times (-1: always): it goes on from the last decided step. Raises TrinityError."""
-    num = 0
-    while True:
-        try:
-            return run()
-        except WorkerGroupError as error:
-            raise _reason(error) from error
-        except (ControllerError, RayActorError, OutOfMemoryError) as error:
-            why = next(iter(str(getattr(error, "controller_failure", error)).splitlines()), type(error).__name__)
-            if num == most:
-                raise Unavailable(
-                    f"Ray Train has ended {num + 1} times ({why}); no decided step is lost: go on with --resume"
-                ) from error
-            num += 1
-            log.warning("Ray Train has ended (%s); it is started again, and goes on from the last decided step", why)
+def outcome_of(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `run`, a job of Ray Train, returns. Raises the TrinityError that ended a worker for good, and Unavailable
+    where Ray Train's own processes died, which see to the workers: they leave the workers' slots taken, so that no other job
+    could begin here."""
+    try:
+        return run()
+    except WorkerGroupError as error:
+        raise _reason(error) from error
+    except (ControllerError, RayActorError, OutOfMemoryError) as error:
+        why = next(iter(str(getattr(error, "controller_failure", error)).splitlines()), type(error).__name__)
+        raise Unavailable(f"Ray Train has ended ({why}); go on from the last checkpoint with --resume") from error
 
 
 def _with_own_tokenizer(config: Config) -> Config:

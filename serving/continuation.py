@@ -3,7 +3,8 @@
 Decisions. What comes next depends on seed, position and the tokens so far alone, so the gateway draws the seed, keeps the
 tokens and sends both with the prompt; whatever the request asks for then goes on as if nothing had been (engine/begun.py).
 Until there is an engine again it waits, as long as its caller would. A request that loses engine after engine before its next
-token may be what ends them: its last try is made alone, so that none that merely stood beside it fails with it.
+token may be what ends them, or stands beside it, or engines are ended one after the other by something else. So its last tries
+are made alone: what ends engines goes on doing so, and the others get a token.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import EngineLost, Overloaded, Unavailable
 
 log = logging.getLogger("trinity.serving")
-MAX_LOSSES = 3  # in a row, without a token in between
+MAX_LOSSES, NUM_ALONE = 5, 3  # in a row, without a token in between; of these, as the only one that is suspected
 MAX_LOSSES_IN_ALL = 16
 GIVEN_UP_S = 30.0  # until clients that would send it again all the same may
 PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)  # before the next try, while no token comes
@@ -50,7 +51,7 @@ class Answer:
         """`keep` hears of the version that it is pinned to."""
         self._keep = keep
         self._token_ids: list[int] = []
-        self._first_version = self._version = 0
+        self._first_version = self._version = self._num_cached = 0
         self.num_losses = self._num_in_a_row = self._num_tries = 0
         self.is_complete = False
         self._lost_s: float | None = None
@@ -61,6 +62,7 @@ class Answer:
             self._keep(delta.version)
         self._token_ids += delta.token_ids
         self._first_version, self._version = delta.first_version, delta.version
+        self._num_cached = delta.num_cached_tokens
         self._num_in_a_row = self._num_tries = 0
         self.is_complete = delta.finish_reason is not None
         lost_s, self._lost_s = self._lost_s, None
@@ -68,12 +70,12 @@ class Answer:
 
     @property
     def begun(self) -> Begun:
-        return Begun(tuple(self._token_ids), self._first_version, self._version)
+        return Begun(tuple(self._token_ids), self._first_version, self._version, self._num_cached)
 
     @property
     def is_suspect(self) -> bool:
-        """Will it be given up with the next engine that it loses?"""
-        return self._num_in_a_row == MAX_LOSSES - 1
+        """May it be what ends engines?"""
+        return self._num_in_a_row >= MAX_LOSSES - NUM_ALONE
 
     def fail(self, error: Unavailable | Overloaded) -> None:
         """Its engine is lost, or there is none: raises what its caller is to hear instead of waiting for another."""

@@ -1,14 +1,18 @@
 """Adapters beside the served model: loaded and unloaded while it serves, listed, asked for by name at every door, counted."""
 
+from contextlib import aclosing
+
 import grpc
 import httpx
 import pytest
+from fake import FakeEngine
 from operated import bearer, metrics_of
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from tests.waiting import WAIT_S, eventually
 from trinity.config import AdapterRef, AdapterSet
+from trinity.errors import EngineLost
 
 pytestmark = pytest.mark.usefixtures("quick")
 MESSAGES = [{"role": "user", "content": "the fox"}]
@@ -79,6 +83,27 @@ async def test_grpc_takes_its_name_and_streams_do(http, operated):
         chunks = [line async for line in stream.aiter_lines() if line.startswith('data: {"')]
     assert all('"model":"fake:poet"' in chunk for chunk in chunks)
     assert [ref and ref.name for ref in operated.engine.adapters] == ["poet", "poet"]
+
+
+class Mortal(FakeEngine):
+    """Its first stream is lost after a token."""
+
+    async def generate(self, *asked, **begun):
+        async with aclosing(super().generate(*asked, **begun)) as deltas:
+            async for delta in deltas:
+                yield delta
+                if len(self.adapters) == 1:
+                    raise EngineLost("killed")
+
+
+async def test_an_answer_that_goes_on_with_another_engine_keeps_its_adapter(start, pool):
+    engine, ref = Mortal(), AdapterRef("poet", 4, "/adapters/poet")
+    pool._with_adapters(ref)
+    async with start(engine, operator=pool) as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
+        await eventually(lambda: server.front.placement.adapters)
+        answer = (await http.post("/v1/completions", json={"model": "poet", **DOORS["/v1/completions"]})).json()
+    assert answer["usage"]["completion_tokens"] == 2
+    assert engine.adapters == [ref, ref]
 
 
 async def test_what_runs_with_an_adapter_is_counted(http, operated):

@@ -161,7 +161,7 @@ def _talks(load: str, given: dict[str, Any], vocab: int, rng: "np.random.Generat
     few = max(1, whole // TURNS)
 
     def drawn(num: int) -> list[int]:
-        return [int(token) for token in rng.integers(vocab, size=num)]
+        return list(map(int, rng.integers(vocab, size=num)))
 
     if load == CHAT:
         return [Talk(i, [drawn(few) for _ in range(TURNS)], grows=True) for i in range(clients)]

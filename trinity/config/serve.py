@@ -71,6 +71,14 @@ class EngineConfig(Frozen):
     )
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
 
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
+            )
+        return self
+
     @field_validator("kv_max_age", mode="before")
     @classmethod
     def _check_age(cls, value: Any) -> Any:
@@ -88,14 +96,6 @@ class EngineConfig(Frozen):
     def max_age(self) -> int | None:
         """`kv_max_age` as a number; None: any."""
         return None if self.kv_max_age == "unbounded" else self.kv_max_age
-
-    @model_validator(mode="after")
-    def _check_replicas(self) -> "EngineConfig":
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(
-                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
-            )
-        return self
 
     @property
     def max_pass_s(self) -> float | None:

@@ -21,8 +21,9 @@ import torch
 from trinity.config import ANYBODY, AdapterRef, Client
 from trinity.engine.begun import Begun
 from trinity.engine.defaults import SamplingDefaults
-from trinity.engine.engine import Engine, EngineStats
+from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, SamplingParams
+from trinity.engine.stats import EngineStats
 from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
 
 if TYPE_CHECKING:

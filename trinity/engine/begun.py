@@ -10,11 +10,13 @@ from trinity.engine.request import Sequence
 
 
 class Begun(NamedTuple):
-    """Tokens of an answer so far, the oldest weights behind its first one, and those behind its last one."""
+    """Tokens of an answer so far, the oldest weights behind its first one, those behind its last one, and how many tokens of
+    its prompt were cached."""
 
     token_ids: tuple[int, ...] = ()
     first_version: int = 0
     version: int = 0
+    num_cached: int = 0
 
 
 def resume(sequence: Sequence, begun: Begun) -> None:
@@ -24,4 +26,4 @@ def resume(sequence: Sequence, begun: Begun) -> None:
         sequence.text.push(token_id)
         if sequence.progress is not None:
             sequence.progress.take(token_id)
-    sequence.first_version = begun.first_version
+    sequence.first_version, sequence.num_cached = begun.first_version, begun.num_cached

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
@@ -39,6 +38,7 @@ from trinity.engine.request import (
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler
+from trinity.engine.stats import EngineStats
 from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
@@ -65,36 +65,6 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
 FULL = "a more urgent request has its place in the queue"
 LATE = "the next token would come after the deadline, even if nothing else were computed; allow more time"
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Sequences, cache blocks and versions held now; the other numbers since the start, the last switch's seconds apart.
-
-    `num_idle_blocks`: of the free ones, those whose content may be found again. `num_prefix_queries` and `num_prefix_hits` are
-    tokens of requests that began, and of these the ones that were cached; `num_computed_tokens` went through passes.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_total_blocks: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_prefix_queries: int = 0
-    num_prefix_hits: int = 0
-    num_idle_blocks: int = 0
-    num_computed_tokens: int = 0
-    num_versions_held: int = 0
-    num_quarantined: int = 0
-    num_repeats: int = 0
-    switch_seconds: float = 0.0
-    longest_pass_seconds: float = 0.0  # of the last minute
-    num_dispatch_retries: int = 0
-    dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(
-        default_factory=dict
-    )  # as in trinity/observability/
 
 
 class Engine:

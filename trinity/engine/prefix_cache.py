@@ -95,8 +95,9 @@ class PrefixCache:
         self._cache.forget(sequence.keys)
 
     def _content(self, sequence: Sequence, key: bytes, place: int) -> Content:
-        experts = sequence.experts[place * self._size : (place + 1) * self._size]
-        routes = np.stack(experts) if experts else None  # none: it is not traced, or the model has no experts
+        tokens = slice(place * self._size, (place + 1) * self._size)
+        experts = sequence.experts[tokens]  # none where nobody asked, or the model has none
+        routes = np.stack(experts) if experts else None
         return Content(key, sequence.oldest, sequence.version, routes)
 
     def _reads(self, sequence: Sequence) -> bool:
@@ -110,7 +111,8 @@ class PrefixCache:
         """Keys of all its full blocks."""
         if not sequence.root:
             params = sequence.params
-            whose = (sequence.client.name, params.cache_salt, sequence.adapter_key)
+            adapter = None if sequence.adapter is None else sequence.adapter.ref.content
+            whose = (sequence.client.name, params.cache_salt, adapter)
             sequence.root = root(self._model, self._size, params.trace, *whose)
         extend(sequence.keys, sequence.root, sequence.token_ids, self._size, len(sequence.token_ids) // self._size)
         return sequence.keys

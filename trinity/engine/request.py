@@ -314,11 +314,6 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_ids)
 
     @property
-    def adapter_key(self) -> str | None:
-        """Name of what is computed beside the weights for it: keys and values of one adapter are no other's."""
-        return None if self.adapter is None else f"{self.adapter.ref.content:x}"
-
-    @property
     def experts_TLK(self) -> np.ndarray | None:
         return np.stack(self.experts) if self.experts else None
 

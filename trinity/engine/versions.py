@@ -119,9 +119,8 @@ class Versions:
     def begin(self, sequence: Sequence) -> None:
         """Pin a request that wants it to the live version; with too many held already, to the newest of those (at best not a
         withdrawn one)."""
-        if sequence.params.version_policy == "live" or sequence.pinned is not None:
-            return
-        self._hold(sequence, self.of(sequence))
+        if sequence.params.version_policy == "pinned" and sequence.pinned is None:
+            self._hold(sequence, self.of(sequence))
 
     def pin_to(self, sequence: Sequence, version: int) -> None:
         """Pin a request that another engine has begun to what it had there. Raises Overloaded while too many others are held;

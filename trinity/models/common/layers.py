@@ -106,7 +106,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
-            return self.biased(self.adapter(x, self.weight))
+            return self.biased(self.adapter(x, [self])[0])
         y = self.packed_with([], x) if is_packed(x, self) else self.times(x, self.weight)
         return self.finished(x, y)
 
@@ -149,7 +149,10 @@ def is_packed(x: Tensor, part: Linear) -> bool:
 
 def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     """Each part's product with the same rows."""
-    if any(part.adapter is not None for part in parts):
+    adapters = [part.adapter for part in parts if part.adapter is not None]
+    if len(adapters) == len(parts):
+        return [part.biased(each) for part, each in zip(parts, adapters[0](x, parts), strict=True)]
+    if adapters:
         return [part(x) for part in parts]
     if is_packed(x, parts[0]):
         y = parts[0].packed_with(parts[1:], x)
