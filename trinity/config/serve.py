@@ -35,6 +35,13 @@ class EngineConfig(Frozen):
     min_part_tokens: int = Field(
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
+    max_draft_tokens: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="tokens that a pass computes after a sequence's last one where the text said so before, at most; as many as "
+        "pay, by what passes take and what came true. The text is the same with any number; 0: none",
+    )
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int | None = Field(
         default=None,

@@ -35,6 +35,7 @@ from trinity.engine.request import (
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler
+from trinity.engine.speculation import Speculation
 from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
@@ -113,7 +114,8 @@ class Engine:
         max_running = min(
             settings.max_num_seqs, settings.max_num_batched_tokens
         )  # each decode has a place in each pass
-        self._scheduler = Scheduler(self._cache, versions, max_running, self._pace)
+        self._drafts = Speculation(settings.max_draft_tokens)
+        self._scheduler = Scheduler(self._cache, versions, max_running, self._pace, self._drafts)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
@@ -232,9 +234,12 @@ class Engine:
         Without work it only looks which version is the newest.
         """
         ended, self._refused = self._refused + self._end_late(), []
+        self._drafts.begin(self._scheduler.running, self._pace.last_s)
         plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
-        self._pace.took(sum(chunk.count for each in plan for chunk in each.chunks), time.perf_counter() - started_s)
+        chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
+        self._pace.took(sum(chunk.count for chunk in chunks), seconds)
+        self._drafts.took(chunks, seconds)
         return ended + self.accept(plan, results)
 
     def _end_late(self) -> list[Delta]:
@@ -255,10 +260,28 @@ class Engine:
         counts = self._repeats.after_damage(*each) if result.is_damaged else each.chunks
         for chunk in counts:
             chunk.sequence.computed(chunk.start, chunk.end, each.version)
-        sequences = [chunk.sequence for chunk in counts]
-        return [
-            self._accept(sequence, result.sampled[sequence]) for sequence in sequences if sequence in result.sampled
-        ]
+        sampled = [chunk for chunk in counts if chunk.sequence in result.sampled]
+        deltas = [self._accept(chunk.sequence, result.sampled[chunk.sequence]) for chunk in sampled]
+        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], result)
+
+    def _accept_drafts(self, chunks: list[Chunk], result: Result) -> list[Delta]:
+        """Take the tokens of drafts as far as they are what was sampled, and one more of each."""
+        deltas, going, at = list[Delta](), chunks, 0
+        while going := [chunk for chunk in going if self._came_true(chunk, at)]:
+            at += 1
+            sampled = self._runner.sample_drafts(result, [chunk.sequence for chunk in going], at)
+            found = [(c, s) for c, s in zip(going, sampled, strict=True) if s.token_id is not None]  # else the next pass tells
+            deltas += [self._accept(chunk.sequence, each) for chunk, each in found]
+            going = [chunk for chunk, _ in found]
+        for chunk in chunks:
+            chunk.sequence.keep(len(chunk.sequence.token_ids) - 1)
+            self._drafts.accepted(chunk, chunk.sequence.num_computed - chunk.start - 1)
+        return deltas
+
+    def _came_true(self, chunk: Chunk, at: int) -> bool:
+        sequence = chunk.sequence
+        is_here = self._sequences.get(sequence.request_id) is sequence
+        return is_here and at < len(chunk.draft) and sequence.token_ids[-1] == chunk.draft[at]
 
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Delta:
         """Append the sampled token and decide whether the sequence ends with it."""
@@ -311,6 +334,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, **fields: Any) -> Delta:
         self._scheduler.remove(sequence)
+        self._drafts.end(sequence)
         self._versions.release(sequence)
         del self._sequences[sequence.request_id]
         return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)

@@ -17,6 +17,7 @@ from trinity.engine.fair_queue import PriorityQueue
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.pace import Pace
 from trinity.engine.request import Chunk, Sequence
+from trinity.engine.speculation import Speculation
 from trinity.engine.versions import Versions
 
 
@@ -29,10 +30,10 @@ class Pass(NamedTuple):
 
 class Scheduler:
     """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with, `pace` how many
-    tokens a step has."""
+    tokens a step has, `drafts` what may follow a sequence's last token."""
 
-    def __init__(self, cache: KVCache, versions: Versions, max_running: int, pace: Pace):
-        self.cache, self.versions, self.max_running, self.pace = cache, versions, max_running, pace
+    def __init__(self, cache: KVCache, versions: Versions, max_running: int, pace: Pace, drafts: Speculation):
+        self.cache, self.versions, self.max_running, self.pace, self.drafts = cache, versions, max_running, pace, drafts
         self.running: list[Sequence] = []
         self.waiting = PriorityQueue()
         self.num_preemptions = 0
@@ -70,12 +71,22 @@ class Scheduler:
             count = min(sequence.num_uncomputed, budget)
             if not self._make_room(sequence, sequence.num_computed + count):
                 break  # the last one; it keeps what it has and waits for the others
-            batch.append(Chunk(sequence, sequence.num_computed, count))
+            draft = self._draft(sequence, count, budget - (len(self.running) - at))
+            batch.append(Chunk(sequence, sequence.num_computed, count + len(draft), draft))
             urgent = min(urgent, sequence.priority) if batch[-1].is_prefill else urgent
             self.waiting.charge(sequence, count)
-            budget, at = budget - count, at + 1
+            budget, at = budget - batch[-1].count, at + 1
         assert batch or not (self.running or self.waiting), "there is work but nothing could be scheduled"
         return batch
+
+    def _draft(self, sequence: Sequence, count: int, spare: int) -> tuple[int, ...]:
+        """A draft after its last token, where that is all it computes; nobody gives way for it."""
+        assert sequence.row is not None
+        if count != 1 or sequence.num_uncomputed != 1 or spare <= 0:
+            return ()
+        room = min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1)
+        draft = self.drafts.draft(sequence, room)
+        return draft if self.cache.grow(sequence.row, len(sequence.token_ids) + len(draft)) else ()
 
     def _make_way(self) -> None:
         """Start what is more urgent than the last that runs; less urgent ones give way where it does not fit."""
