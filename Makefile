@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 .PHONY: setup demo recipe test chaos soak lint format types protos gpu-kernels clean
-.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
 
 setup: $(STAMP)
 
@@ -45,6 +45,11 @@ interop-trl: setup
 	scripts/setup_beside.sh $(BIN)/python .venv-trl trl==1.16.0 accelerate
 	.venv-trl/bin/python -m pytest -m interop tests/interop/test_trl.py
 
+# PEFT in an environment of its own, over this one's torch and transformers: adapters' folders, ours there and theirs here.
+interop-peft: setup
+	scripts/setup_beside.sh $(BIN)/python .venv-peft peft==0.21.2 accelerate
+	.venv-peft/bin/python -m pytest -m interop tests/interop/test_peft.py
+
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
 CLIENTS := anthropic langchain-openai litellm instructor openai-agents
 interop-clients: setup
@@ -56,7 +61,7 @@ interop-clients: setup
 S3 := s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117 aioitertools jmespath 'python-dateutil<3' six
 interop-object-store: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv-s3 --no-deps $(S3)
-	PYTHONPATH=.venv-s3 $(BIN)/pytest tests/unit/test_remote.py
+	PYTHONPATH=.venv-s3 $(BIN)/pytest tests/unit/test_remote.py tests/unit/test_cache.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -67,17 +67,7 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
     setup_environment(cluster.auth, is_local=cluster.address == "local")
     wanted, fewest = (train.num_workers, train.fewest_workers) if train else (0, 0)
     if cluster.address == "local":
-        ray.init(
-            address="local",
-            _temp_dir=str(private_folder(is_short=True) / "ray"),  # its logs and sockets are nobody else's business
-            namespace=cluster.namespace,
-            num_cpus=cluster.num_cpus,
-            resources={"train_slot": wanted} if wanted else None,
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        _start_private(cluster, wanted)
         return
     check_names()
     try:
@@ -97,3 +87,24 @@ def start(cluster: ClusterConfig, train: TrainConfig | None = None) -> None:
             f"training takes at least {fewest} workers, the cluster offers {have:.0f} train_slot; "
             "start its nodes with --resources '{\"train_slot\": N}'"
         )
+
+
+def _start_private(cluster: ClusterConfig, num_slots: int) -> None:
+    folder = private_folder(is_short=True) / "ray"  # its logs and sockets are nobody else's business
+    try:
+        ray.init(
+            address="local",
+            _temp_dir=str(folder),
+            namespace=cluster.namespace,
+            num_cpus=cluster.num_cpus,
+            resources={"train_slot": num_slots} if num_slots else None,
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except Exception as error:  # Ray raises no other kind where its processes do not come up
+        raise Unavailable(
+            f"Ray did not start on this machine ({str(error).partition('.')[0]}); it may lack processor time, memory or room "
+            f"on its disk, see {folder}/session_latest/logs"
+        ) from error

@@ -36,8 +36,8 @@ from trinity.utils.trying import tried
 log = logging.getLogger(__name__)
 ROWS = frozenset({"infer", "backward", "fetch"})
 STEP = frozenset({"prepare", "stage", "commit", "abort", "recover"})
-LONG = STEP | {"load", "save", "copy"}
-VERBS = ROWS | LONG | {"status", "progress", "prune_to"}
+LONG = STEP | {"load", "save", "copy", "adapt"}
+VERBS = ROWS | LONG | {"status", "progress", "prune_to", "forget"}
 SERVICE_TIMEOUT_S = 60.0
 PEER_S = 5.0  # for another shard to say where it listens
 

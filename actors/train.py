@@ -15,22 +15,26 @@ from uuid import uuid4
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from actors import pool as pools
+from actors.rendezvous import MeetingConfig
 from actors.sync import shm_folders
 from actors.train_metrics import TrainExporter, check_listener, exported
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.config import Config, num_cpus
 from trinity.data.prepare import prepare
-from trinity.errors import TrinityError
+from trinity.errors import TrinityError, Unavailable
 from trinity.evaluate.exam import exam_of
 from trinity.observability.train_log import StepMetrics, TrainLog
 from trinity.rl.kinds import trainer_kind
 from trinity.state.versioned_store import Store
 from trinity.train.collectives import Alone, Comm, Distributed
 from trinity.train.trainer import Trainer
+from trinity.utils.disk import refusal_of
 from trinity.utils.hugepages import ONE_HEAP, keep_freed_memory
 from trinity.utils.niceness import give_way
 
@@ -38,6 +42,13 @@ MAX_PLACE_BYTES = 512
 STOP = ".stop"  # a file in out_dir: finish the step, save, end
 PAUSE = ".pause"  # a file in out_dir: take no further step until it is gone
 PAUSE_POLL_S = 0.05
+
+
+class Job(TorchTrainer):
+    """Ray's, without the process that each run would have for Ray's data sets: ours reads its own."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
 
 
 def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Store | None:
@@ -76,10 +87,10 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
     num_workers = (settings.fewest_workers, settings.num_workers) if is_elastic else settings.num_workers
     if use_gpu:
         resources["GPU"] = settings.num_gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = Job(
         loop or train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "job": uuid4().hex},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=MeetingConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="ray",
@@ -88,10 +99,20 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
             worker_runtime_env={"env_vars": dict(ONE_HEAP)},
         ),
     )
+    return outcome_of(lambda: trainer.fit().return_value)
+
+
+def outcome_of(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `run`, a job of Ray Train, returns. Raises the TrinityError that ended a worker for good, and Unavailable
+    where Ray Train's own processes died, which see to the workers: they leave the workers' slots taken, so that no other job
+    could begin here."""
     try:
-        return trainer.fit().return_value
+        return run()
     except WorkerGroupError as error:
         raise _reason(error) from error
+    except (ControllerError, RayActorError, OutOfMemoryError) as error:
+        why = next(iter(str(getattr(error, "controller_failure", error)).splitlines()), type(error).__name__)
+        raise Unavailable(f"Ray Train has ended ({why}); go on from the last checkpoint with --resume") from error
 
 
 def _with_own_tokenizer(config: Config) -> Config:
@@ -105,12 +126,14 @@ def _with_own_tokenizer(config: Config) -> Config:
 
 
 def _reason(error: WorkerGroupError) -> Exception:
-    """The typed error of a worker, if there is one, out of Ray's wrapping."""
+    """The typed error of a worker, or its disk's refusal, if there is one, out of Ray's wrapping."""
     for failure in error.worker_failures.values():
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, TrinityError):
                 return cause
+            if refusal := refusal_of(cause):
+                return refusal
             cause = getattr(cause, "cause", None) or cause.__cause__
     return error
 

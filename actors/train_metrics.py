@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
-CLIENT_S, MOST_CALLERS, CALLER = 10.0, 8, "trinity-metrics-caller"
+CLIENT_S, LOOK_S, MOST_CALLERS, CALLER = 10.0, 0.05, 8, "trinity-metrics-caller"
 
 
 class TrainExporter:
@@ -127,7 +127,7 @@ def exported(exporter: TrainExporter, config: Config) -> Iterator[int | None]:
         log.warning("no metrics at %s:%d: %s; choose another train.metrics_port", host, port, error.strerror)
         yield None
         return
-    threading.Thread(target=server.serve_forever, name="trinity-metrics", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(LOOK_S,), name="trinity-metrics", daemon=True).start()
     log.info("metrics at http://%s:%d/metrics", host, server.server_port)
     try:
         yield server.server_port

@@ -18,11 +18,13 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
+from actors.names import PlacementClient
 from serving.engine import EngineReplica, connect_client, keep_to_node_address, load_factory
 from serving.frontend import Frontend
 from serving.gateway import Gateway
+from serving.pins import STARTING, Pins
 from serving.pool_operator import Operator
-from trinity.config import Config, PlacementConfig, ServeConfig, differences, setup_grpc
+from trinity.config import Config, EngineConfig, PlacementConfig, ServeConfig, differences, setup_grpc
 from trinity.errors import ConfigError, Unavailable
 
 log = logging.getLogger("trinity.serving")
@@ -60,7 +62,8 @@ class GatewayReplica:
         config = ServeConfig.model_validate(self.settings["serve"])
         client, tokenizer, info = await connect_client(engines, ready_timeout_s)
         operator = functools.partial(find_operator, placement_json, self.namespace) if placement_json else None
-        self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"]))
+        pins = Pins(placement(placement_json, self.namespace).tell) if placement_json and config.is_of_run else None
+        self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"], pins))
         await self.gateway.start()
 
     async def about(self) -> About:
@@ -90,6 +93,22 @@ def find_operator(placement_json: str, namespace: str) -> Operator:
     from actors.control.admin import operator
 
     return operator(PlacementConfig.model_validate_json(placement_json), namespace)
+
+
+def placement(placement_json: str, namespace: str) -> PlacementClient:
+    settings = PlacementConfig.model_validate_json(placement_json)
+    return PlacementClient(settings.pool, namespace, settings.call_timeout_s)
+
+
+def of_one_version(config: Config) -> Config:
+    """The engines' settings, with `pinned` as the number that it is now, so that all of them, and those that come later, serve
+    the same. The version is kept until they are there."""
+    if config.serve.weights != "pinned":
+        return config
+    settings = config.placement
+    service = placement(settings.model_dump_json(), config.cluster.namespace)
+    version = service.pin(None, STARTING, settings.ready_timeout_s)
+    return config.replace(serve={"weights": f"pinned:{version}"})
 
 
 @dataclass(frozen=True)
@@ -132,7 +151,7 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     settings = config.serve
     grace_s = settings.drain_timeout_s + SPARE_S
     engines = serve.deployment(EngineReplica, name="Engine").options(
-        **_scaling(settings),
+        **_scaling(config.engine),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
         ray_actor_options={
             "num_cpus": 0,
@@ -155,18 +174,18 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
         logging_config=QUIET,
     )
     return gateway.bind(
-        engines.bind(factory, checkpoint, config.model_dump_json(exclude={"serve": {"admin_key"}})),
+        engines.bind(factory, checkpoint, of_one_version(config).model_dump_json(exclude={"serve": {"admin_key"}})),
         settings_of(config, checkpoint),
         config.placement.ready_timeout_s,
         config.placement.model_dump_json() if factory == FACTORY else None,
     )
 
 
-def _scaling(settings: ServeConfig) -> dict[str, Any]:
-    if settings.max_engines is None:
-        return {"num_replicas": settings.num_engines}
-    limits = {"min_replicas": settings.num_engines, "max_replicas": settings.max_engines}
-    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.max_requests_per_engine}}
+def _scaling(settings: EngineConfig) -> dict[str, Any]:
+    if settings.max_replicas is None:
+        return {"num_replicas": settings.replicas}
+    limits = {"min_replicas": settings.replicas, "max_replicas": settings.max_replicas}
+    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.requests_per_replica}}
 
 
 def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:

@@ -1,20 +1,22 @@
 """Engines behind the edges: in this process, or replicas of a Ray Serve deployment.
 
 Decisions: a replica sends the Deltas that already wait as one message, because a message between processes costs more
-than a token's text. A request that dies with its replica before its first Delta is sent once more, to another; after
-that it ends with Unavailable, never with a silent gap.
+than a token's text. While it has none it says every BEAT_S that it is there: a machine that vanishes, or a process that is
+stopped, closes no connection, and is lost after SILENT_S.
 """
 
 import asyncio
 import importlib
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import ray
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
@@ -22,21 +24,23 @@ from serving.addresses import bracketed
 from serving.fitting import num_sharing
 from serving.frontend import EngineInfo
 from serving.streams import batched
-from trinity.config import Client, Config, EngineConfig, ModelConfig
-from trinity.engine.request import Delta, SamplingParams
-from trinity.errors import ConfigError, Overloaded, TrinityError, Unavailable
+from trinity.config import Config, EngineConfig, ModelConfig
+from trinity.engine.request import Delta
+from trinity.errors import ConfigError, EngineLost, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
 from trinity.utils.garbage import uncollected
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from trinity.engine.adapters import AdapterStore
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
 
+BEAT_S, SILENT_S = 5.0, 20.0
 Built = tuple["AsyncEngine", Tokenizer, str]
 Factory = Callable[[str, str], Built]
-ATTEMPTS = 2
+RESET_S = 10.0
 
 
 def build_engine(source: str, config_json: str) -> Built:
@@ -66,7 +70,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
-    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults)
+    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, _adapters(config, found.config))
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
@@ -76,7 +80,15 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
-    return Engine(weights, model, _settled(config, model), tokenizer, weights.counts)
+    settings, adapters = _settled(config, model), _adapters(config, model)
+    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters)
+
+
+def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
+    from trinity.checkpoint import backbone_adapter
+    from trinity.engine.adapters import AdapterStore
+
+    return AdapterStore(partial(backbone_adapter, model=model, device=_device(config)))
 
 
 def _device(config: Config) -> str:
@@ -106,10 +118,9 @@ class LocalClient:
         self.engine, self.tokenizer, self.model = engine, tokenizer, model
         self._id = uuid4().hex
 
-    async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncGenerator[Delta, None]:
-        stream: Any = self.engine.generate(request_id, prompt_ids, params, deadline_s, client)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        """Arguments are those that Engines says (serving/continuation.py), here and below."""
+        stream: Any = self.engine.generate(*asked, **begun)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield delta
@@ -121,6 +132,9 @@ class LocalClient:
         stats = asdict(self.engine.stats())
         about = (self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
         return EngineInfo(*about, self.engine.defaults, self.engine.routed_bytes, self.engine.moe_layers)
+
+    async def reset_prefix_cache(self) -> None:
+        self.engine.reset_prefix_cache()
 
 
 def keep_to_node_address() -> None:
@@ -139,16 +153,17 @@ class EngineReplica:
         keep_to_node_address()
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
 
-    async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(request_id, prompt_ids, params, deadline_s, client))
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncIterator[list[Delta]]:
+        stream = batched(self.client.generate(*asked, **begun), BEAT_S)
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
 
     async def info(self) -> EngineInfo:
         return await self.client.info()
+
+    async def reset_prefix_cache(self) -> None:
+        await self.client.reset_prefix_cache()
 
     async def tokenizer(self) -> Tokenizer:
         return self.client.tokenizer
@@ -170,29 +185,22 @@ class RayClient:
         # By value: over the gRPC between replicas instead of actor calls, twice as many messages (docs/serving.md).
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
 
-    async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncGenerator[Delta, None]:
-        for attempt in range(ATTEMPTS):
-            started = False
-            try:
-                async with aclosing(self._once(request_id, prompt_ids, params, deadline_s, client)) as deltas:
-                    async for delta in deltas:
-                        started = True
-                        yield delta
-                return
-            except RayActorError:
-                if started or attempt + 1 == ATTEMPTS:
-                    raise Unavailable("the engine was lost while it answered; send the request again") from None
-
-    async def _once(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncGenerator[Delta, None]:
-        response = self._streams.generate.remote(request_id, list(prompt_ids), params, deadline_s, client)
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        response = self._streams.generate.remote(*asked, **begun)
         try:
-            async for batch in response:
+            silent_s = None  # an engine may have to be waited for
+            while True:
+                async with asyncio.timeout(silent_s):
+                    batch = await anext(response, None)
+                if batch is None:
+                    return
                 for delta in batch:
                     yield delta
+                silent_s = SILENT_S
+        except (RayActorError, AioRpcError) as error:
+            raise EngineLost(f"its process is gone: {type(error).__name__}") from None
+        except TimeoutError:
+            raise EngineLost(f"it has said nothing for {SILENT_S:.0f} s") from None
         except (RayTaskError, RayServeException, TaskCancelledError) as error:
             raise typed(error) from None
         finally:
@@ -200,6 +208,13 @@ class RayClient:
 
     async def info(self) -> EngineInfo:
         return await self._calls.info.remote()
+
+    async def reset_prefix_cache(self) -> None:
+        """Have every replica do it. Raises Unavailable where one does not say that it has."""
+        try:
+            await self._calls.broadcast("reset_prefix_cache").results_async(timeout_s=RESET_S)
+        except (RayTaskError, RayServeException, RayActorError, TimeoutError):
+            raise Unavailable("not every engine has answered; ask again") from None
 
     async def tokenizer(self) -> Tokenizer:
         return await self._calls.tokenizer.remote()
@@ -212,7 +227,9 @@ def typed(error: Exception) -> Exception:
         return cause
     if isinstance(error, BackPressureError):
         return Overloaded("every engine's queue is full; try again later")
-    if isinstance(error, RayServeException | TaskCancelledError | RayActorError) or isinstance(cause, RayActorError):
+    if isinstance(error, TaskCancelledError):
+        return EngineLost("its process has given the request up")
+    if isinstance(error, RayServeException | RayActorError) or isinstance(cause, RayActorError):
         return Unavailable("no engine is there right now; send the request again")
     return error
 

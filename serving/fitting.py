@@ -19,7 +19,7 @@ def num_sharing(config: Config) -> int:
     """Engines that share the memory of one device: all of them on a CPU, those that fit on a GPU."""
     if config.engine.num_gpus:
         return max(1, int(1 / config.engine.num_gpus))
-    return config.serve.max_engines or config.serve.num_engines
+    return config.engine.max_replicas or config.engine.replicas
 
 
 def fitted(config: Config) -> Config:

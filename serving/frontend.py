@@ -12,16 +12,18 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from serving.access import ASKS
+from serving.continuation import Continuing, Engines
 from serving.limits import Admission
 from serving.metrics import Exporter
+from serving.pins import Pins
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
-from trinity.config import Client, ServeConfig
+from trinity.config import AdapterRef, Client, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
@@ -52,14 +54,19 @@ class EngineInfo:
     moe_layers: tuple[int, ...] = ()  # layers with routed experts
 
 
-class EngineClient(Protocol):
-    """An engine near or far. Closing the generator frees what the request holds."""
+class Served(NamedTuple):
+    """A model that can be asked for: the base, or an adapter beside it."""
 
-    def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float, client: Client
-    ) -> AsyncGenerator[Delta, None]: ...
+    model: str
+    adapter: AdapterRef | None = None
+
+
+class EngineClient(Engines, Protocol):
+    """An engine near or far. Closing the generator frees what the request holds. EngineLost: another one can go on."""
 
     async def info(self) -> EngineInfo: ...
+
+    async def reset_prefix_cache(self) -> None: ...
 
 
 def new_request_id() -> str:
@@ -72,8 +79,8 @@ async def off_loop(is_large: bool, work: Callable[..., T], *arguments: Any) -> T
 
 
 class Frontend:
-    """Owns admission and health; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is one;
-    `source` is where the weights are from."""
+    """Owns admission, health and pins; holds the tokenizer; borrows the engine. `operator` finds the pool's, where there is
+    one; `source` is where the weights are from."""
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class Frontend:
         config: ServeConfig,
         operator: Callable[[], Operator] | None = None,
         source: str | None = None,
+        pins: Pins | None = None,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
@@ -92,6 +100,8 @@ class Frontend:
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
         self.admission = Admission(config)
         self.metrics = Exporter(info.model)
+        self.pins = pins or Pins()
+        self.streams = Continuing(engine, self.metrics.continued, self.pins)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.training = TrainingRun(source)
@@ -109,9 +119,32 @@ class Frontend:
         """Raise InvalidRequest for a request of so many sequences that others would find no slot."""
         self.admission.check(num, ASKS.get())
 
+    def served(self, name: str | None) -> Served:
+        """The model of that name: `base`, `base:adapter`, or `adapter` alone. Raises ModelNotFound."""
+        base = self.info.model
+        if not name or name == base:
+            return Served(base)
+        own = name.removeprefix(f"{base}:")
+        for ref in self.placement.adapters:
+            if ref.name == own:
+                return Served(f"{base}:{own}", ref)
+        self.placement.check_known()
+        raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {base!r}", param="model")
+
     def check_model(self, name: str | None) -> None:
-        if name and name != self.info.model:
-            raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {self.info.model!r}", param="model")
+        self.served(name)
+
+    @property
+    def models(self) -> tuple[Served, ...]:
+        """All that can be asked for, the base first."""
+        base = self.info.model
+        return Served(base), *(Served(f"{base}:{ref.name}", ref) for ref in self.placement.adapters)
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """Serve an adapter under that name. Raises InvalidRequest for one that is another model's here."""
+        if name == self.info.model:
+            raise InvalidRequest(f"{name!r} is the base's name; take another one", param="lora_name")
+        await self.placement.load_adapter(name, source, self.config.request_timeout_s)
 
     async def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text. Raises PromptTooLong, before tokenising, where it cannot fit."""
@@ -195,13 +228,17 @@ class Frontend:
         return max(1, self.info.max_model_len - len(prompt_ids))
 
     async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        deadline_s: float | None = None,
+        served: Served | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish reason. `deadline_s` from now, capped by the server's own.
 
         Raises InvalidRequest, PromptTooLong, Overloaded, Unavailable, DeadlineExceeded. Leaving it frees the engine.
         """
-        client = ASKS.get()
+        client, adapter = ASKS.get(), None if served is None else served.adapter
         self.check(prompt_ids, params)
         longest_s = self.config.request_timeout_s
         budget_s = longest_s if deadline_s is None else min(deadline_s, longest_s)
@@ -209,10 +246,10 @@ class Frontend:
         request_id = new_request_id()
         with (
             self.admission.slot(client),
-            self.metrics.sequence() as clock,
-            self.tracing.sequence(request_id, len(prompt_ids), params) as span,
+            self.metrics.sequence(adapter and adapter.name) as clock,
+            self.tracing.sequence(request_id, len(prompt_ids), params, served and served.model) as span,
         ):
-            stream = self.engine.generate(request_id, prompt_ids, params, budget_s, client)
+            stream = self.streams.generate(request_id, prompt_ids, params, budget_s, client, adapter)
             async with aclosing(stream):
                 while (delta := await self._next(stream, deadline, budget_s)) is not None:
                     _raise_failure(delta)
@@ -221,7 +258,6 @@ class Frontend:
                     yield delta
                     if delta.finish_reason is not None:
                         return
-            raise Unavailable("the engine ended the stream early; send the request again")
 
     async def monitor(self, period_s: float = 1.0, on_change: Any = None) -> None:
         """Probe the engine for ever; `on_change(ready)` is awaited whenever readiness changes."""

@@ -36,6 +36,7 @@ class Gateway:
         await self.http.start()
         await self.grpc.start()
         self.front.placement.start()
+        self.front.pins.start(self.front.info.version if self.front.config.weights.startswith("pinned") else None)
         self._monitor = asyncio.create_task(self.front.monitor(on_change=self.grpc.set_ready))
 
     @property
@@ -63,6 +64,7 @@ class Gateway:
             self.front.cut()
             await asyncio.sleep(CUT_GRACE_S)  # for their errors to reach their clients
         self.front.placement.stop()
+        self.front.pins.stop()
         if self._monitor:
             self._monitor.cancel()
         await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S))

@@ -5,15 +5,15 @@ Ray is imported where it is used: settings are resolved, and the environment is 
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from trinity.checkpoint import located, open_checkpoint
+from trinity.checkpoint import examined, located, open_checkpoint, title_of
 from trinity.config import RUN_SETTINGS, Config, merge, read_yaml
 from trinity.engine.defaults import read_defaults
-from trinity.errors import ConfigError, InvalidRequest, TrinityError
+from trinity.errors import CheckpointError, ConfigError, InvalidRequest, TrinityError
 from trinity.pool.pool import describe
 from trinity.rpc.messages import Load
 from trinity.text.chat_template import render_chat
@@ -24,6 +24,8 @@ from trinity.utils.trying import tried
 if TYPE_CHECKING:
     from actors.pool import RayPool
 
+T = TypeVar("T")
+
 
 def resolve(source: str, tree: Mapping[str, Any]) -> Config:
     """Settings over what the source itself says: a checkpoint its model; a run its model, pool and namespace, too."""
@@ -33,7 +35,23 @@ def resolve(source: str, tree: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{source} is a run, not a checkpoint: name one of its step folders, or add --weights live")
     else:
         own = {"model": open_checkpoint(source).config.model_dump(mode="json")}
-    return Config.from_tree({**merge(own, tree), "model": own["model"]})
+    return _with_located(Config.from_tree({**merge(own, tree), "model": own["model"]}))
+
+
+def _with_located(config: Config) -> Config:
+    """The settings with adapters by what any process finds them."""
+    if not (adapters := config.serve.adapters):
+        return config
+    found = {name: _of_adapter(name, located, source) for name, source in adapters.items()}
+    return config.model_copy(update={"serve": config.serve.model_copy(update={"adapters": found})})
+
+
+def _of_adapter(name: str, what: Callable[..., T], *arguments: Any) -> T:
+    """The result, or an error that says which adapter it is about."""
+    found = tried(partial(what, *arguments), CheckpointError)
+    if isinstance(found, CheckpointError):
+        raise ConfigError(f"serve.adapters.{name}: {found.message}")
+    return found
 
 
 def source_of(named: str, tree: Mapping[str, Any]) -> str:
@@ -63,6 +81,7 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
 
 def check_source(source: str, config: Config) -> None:
     """Check, before anything is started, that a checkpoint is whole and a run is somewhere to be joined."""
+    _check_adapters(source, config)
     if not config.serve.is_of_run:
         checkpoint = open_checkpoint(source)
         checkpoint.verify()
@@ -77,6 +96,14 @@ def check_source(source: str, config: Config) -> None:
             f"--weights {config.serve.weights} joins the cluster that trains {source}: give --cluster.address auto, or its "
             "host:port"
         )
+
+
+def _check_adapters(source: str, config: Config) -> None:
+    if (name := config.serve.served_model_name or title_of(source)) in config.serve.adapters:
+        raise ConfigError(f"serve.adapters.{name}: that is the served model's own name; take another one")
+    base = None if config.serve.is_of_run else source
+    for name, adapter in config.serve.adapters.items():
+        _of_adapter(name, examined, adapter, config.model, base)
 
 
 def try_template(source: str | Path) -> None:
@@ -100,7 +127,14 @@ def provide_weights(config: Config, source: str) -> bool:
             f"there is no pool {config.placement.pool!r} in this cluster: nobody trains {source} in it. Start the training "
             "first, or serve its last checkpoint"
         )
+    provide_adapters(pools.connect(config.placement, config.cluster.namespace), config)
     return False
+
+
+def provide_adapters(pool: "RayPool", config: Config) -> None:
+    """Have the pool's shards take up the adapters of the settings. Raises InvalidRequest where another one has such a name."""
+    for name, source in config.serve.adapters.items():
+        pool.service.ask("add_adapter", name, source, timeout_s=config.placement.checkpoint_timeout_s)
 
 
 def provide_pool(config: Config, checkpoint: str) -> bool:
@@ -115,12 +149,14 @@ def provide_pool(config: Config, checkpoint: str) -> bool:
     if pools.exists(name, namespace):
         pool = pools.connect(config.placement, namespace)
         _check_holds(pool, config, checkpoint)
+        provide_adapters(pool, config)
         return ends and pool.service.spec().ends_with_server
     state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
     pool = pools.create(config.placement, namespace, config.model, None, state_dir, ends_with_server=ends)
     try:
         with watched("reading the experts", partial(tried, pool.progress, TrinityError)):
             pool.load(Load(checkpoint, training=False))
+        provide_adapters(pool, config)
     except TrinityError:
         pools.destroy(name, namespace)
         raise

@@ -37,13 +37,19 @@ SUMS = {
     "num_waiting": "trinity_requests_waiting",
     "num_free_blocks": "trinity_kv_blocks_free",
     "num_total_blocks": "trinity_kv_blocks",
+    "num_idle_blocks": "trinity_kv_blocks_cached",
     "num_versions_held": "trinity_weights_versions_held",
 }
 COUNTERS = {
     "num_preemptions": "trinity_preemptions_total",
+    "num_computed_tokens": "trinity_computed_tokens_total",
+    "num_prefix_queries": "trinity_prefix_queries_total",
+    "num_prefix_hits": "trinity_prefix_hits_total",
     "num_dispatch_retries": "trinity_dispatch_retries_total",
     "num_quarantined": "trinity_weights_quarantined_total",
     "num_repeats": "trinity_passes_repeated_total",
+    "num_drafted": "trinity_draft_tokens_total",
+    "num_accepted": "trinity_draft_tokens_accepted_total",
 }
 STATES = ("starting", "ready", "draining", "away")
 SURVIVES = ("shards", "nodes")
@@ -79,6 +85,10 @@ class Exporter:
         for field in fields:
             self["trinity_ignored_fields_total"].labels(field).inc()
 
+    def continued(self, paused_s: float) -> None:
+        """One sequence goes on after its engine was lost, so long ago."""
+        self["trinity_continuation_seconds"].observe(paused_s)
+
     def clients(self, held: Mapping[str, int]) -> None:
         """Show how many slots each client holds."""
         for name, num in held.items():
@@ -103,9 +113,10 @@ class Exporter:
         self["trinity_kv_usage"].set(1 - free / total if total else 0.0)
 
     @contextmanager
-    def sequence(self) -> Iterator["TokenClock"]:
-        """Time one sequence inside the block, and count how it ends: `abort` where nobody wants more of it."""
-        clock = TokenClock(self)
+    def sequence(self, adapter: str | None = None) -> Iterator["TokenClock"]:
+        """Time one sequence inside the block, and count how it ends: `abort` where nobody wants more of it. Where it is for an
+        adapter, it counts as that one's, too."""
+        clock = TokenClock(self, adapter)
         try:
             yield clock
         except BaseException as error:
@@ -197,8 +208,10 @@ class Changes:
 class TokenClock:
     """Time and count the Deltas of one sequence, from now on."""
 
-    def __init__(self, exporter: Exporter):
-        self._exporter = exporter
+    def __init__(self, exporter: Exporter, adapter: str | None = None):
+        self._exporter, self._adapter = exporter, adapter
+        if adapter is not None:
+            exporter["trinity_adapter_requests"].labels(adapter).inc()
         self._began_s = self._previous_s = time.perf_counter()
         self._seen = self._ended = False
 
@@ -215,6 +228,8 @@ class TokenClock:
             for _ in range(count):
                 self._exporter["trinity_inter_token_seconds"].observe(elapsed_s / count)
         self._exporter["trinity_generated_tokens_total"].inc(count)
+        if self._adapter is not None:
+            self._exporter["trinity_adapter_generated_tokens_total"].labels(self._adapter).inc(count)
         if delta.finish_reason is not None:
             self.end(delta.finish_reason)
 
@@ -224,3 +239,6 @@ class TokenClock:
             self._ended = True
             self._exporter["trinity_sequence_seconds"].observe(time.perf_counter() - self._began_s)
             self._exporter["trinity_sequences_total"].labels(reason).inc()
+            if self._adapter is not None:
+                self._exporter["trinity_adapter_requests"].labels(self._adapter).dec()
+                self._exporter["trinity_adapter_sequences_total"].labels(self._adapter, reason).inc()

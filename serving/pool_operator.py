@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from serving.errors import NoPool
+from trinity.config import AdapterRef, AdapterSet
 from trinity.errors import DeadlineExceeded, Overloaded, TrinityError, Unavailable
 from trinity.placement.snapshot import Snapshot
 
@@ -45,6 +46,12 @@ class Operator(Protocol):
 
     def rebalance(self) -> int: ...
 
+    def load_adapter(self, name: str, source: str, timeout_s: float) -> AdapterSet:
+        """All adapters that are served then."""
+        ...
+
+    def unload_adapter(self, name: str) -> AdapterSet: ...
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -65,6 +72,7 @@ class Placement:
         self._operator: Operator | None = None
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="placement") if connect else None
         self._seen: Seen | None = None
+        self._adapters = AdapterSet()
         self._away: TrinityError | None = None
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -100,6 +108,27 @@ class Placement:
             raise self._away or Unavailable(AWAY)
         return self._seen.snapshot, asyncio.get_running_loop().time() - self._seen.at_s
 
+    @property
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        """Adapters that are served, as far as is known; a server without a pool has none."""
+        return self._adapters.refs
+
+    def check_known(self) -> None:
+        """Raise Unavailable before it is known which adapters there are."""
+        if self._connect is not None and self._seen is None:
+            raise self._away or Unavailable(AWAY)
+
+    async def load_adapter(self, name: str, source: str, timeout_s: float) -> None:
+        """Raises what the operator raises, NoPool, Unavailable, Overloaded, DeadlineExceeded."""
+        self._know(await self._asked(lambda operator: operator.load_adapter(name, source, timeout_s), timeout_s))
+
+    async def unload_adapter(self, name: str) -> None:
+        self._know(await self.ask(lambda operator: operator.unload_adapter(name)))
+
+    def _know(self, adapters: AdapterSet) -> None:
+        """Hear of them; of two that come at once the newer counts."""
+        self._adapters = max(self._adapters, adapters, key=lambda each: each.number)
+
     async def watch(self, every_s: float) -> AsyncGenerator[Snapshot, None]:
         """The last snapshot, then one at each new epoch and every `every_s` (in steps of PERIOD_S). Ends with Unavailable."""
         self._check_pool()
@@ -117,12 +146,15 @@ class Placement:
 
     async def ask(self, what: Callable[[Operator], T], timeout_s: float | None = None) -> T:
         """The answer to one call. Raises what the operator raises, NoPool, Unavailable, Overloaded, DeadlineExceeded."""
+        return await self._asked(what, ANSWER_S if timeout_s is None else min(timeout_s, ANSWER_S))
+
+    async def _asked(self, what: Callable[[Operator], T], timeout_s: float) -> T:
         self._check_pool()
         if self._stopped:
             raise Unavailable(STOPPING)
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} calls wait for the placement service; try again later")
-        return await self._call(what, ANSWER_S if timeout_s is None else min(timeout_s, ANSWER_S))
+        return await self._call(what, timeout_s)
 
     def _check_pool(self) -> None:
         if self._connect is None:
@@ -151,6 +183,7 @@ class Placement:
             try:
                 found = await self._call(self._next, PERIOD_S + ANSWER_S)
                 self._seen = Seen(found, clock())
+                self._know(found.adapters)
                 self._observe(found)
                 self._tell(None)
             except Exception as error:

@@ -47,13 +47,15 @@ class Tracing:
         self._tracer: Tracer | None = self._provider and self._provider.get_tracer("trinity.serving")
 
     @contextmanager
-    def sequence(self, request_id: str, num_prompt: int, params: SamplingParams) -> Iterator[SequenceSpan]:
+    def sequence(
+        self, request_id: str, num_prompt: int, params: SamplingParams, model: str | None = None
+    ) -> Iterator[SequenceSpan]:
         """A span around the block; what is raised there is its error, by its kind alone. It is nobody's current span: the block
         may be left in another context."""
         if self._tracer is None:
             yield SequenceSpan()
             return
-        asked = _asked(self._model, request_id, num_prompt, params)
+        asked = _asked(model or self._model, request_id, num_prompt, params)
         span = self._tracer.start_span("llm_request", _context(), _kind(), asked)
         try:
             yield SequenceSpan(span)

@@ -1,15 +1,22 @@
 """vLLM's names for our metrics: people's dashboards ask for these. The same numbers once more, with the model's name."""
 
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from prometheus_client.core import Metric
+
+from trinity.config import MOST_ADAPTERS
 
 NAMES = {
     "vllm:num_requests_running": "trinity_requests_running",
     "vllm:num_requests_waiting": "trinity_requests_waiting",
     "vllm:kv_cache_usage_perc": "trinity_kv_usage",
     "vllm:num_preemptions": "trinity_preemptions_total",
+    "vllm:prefix_cache_queries": "trinity_prefix_queries_total",
+    "vllm:prefix_cache_hits": "trinity_prefix_hits_total",
+    "vllm:spec_decode_num_draft_tokens": "trinity_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens": "trinity_draft_tokens_accepted_total",
     "vllm:prompt_tokens": "trinity_prompt_tokens_total",
     "vllm:generation_tokens": "trinity_generated_tokens_total",
     "vllm:request_success": "trinity_sequences_total",
@@ -36,6 +43,17 @@ class VllmNames:
         for name, ours in NAMES.items():
             for family in self._metrics[ours].collect():
                 yield self._renamed(family, name)
+        yield from self._adapters()
+
+    def _adapters(self) -> Iterator[Metric]:
+        """Adapters that requests run with, as gateways which choose a server by them ask for; nothing before there is one."""
+        [family] = self._metrics["trinity_adapter_requests"].collect()
+        if family.samples:
+            running = ",".join(sample.labels["adapter"] for sample in family.samples if sample.value)
+            labels = {"max_lora": str(MOST_ADAPTERS), "running_lora_adapters": running, "waiting_lora_adapters": ""}
+            found = Metric("vllm:lora_requests_info", "Running stats on LoRA requests.", "gauge")
+            found.add_sample(found.name, labels, time.time())
+            yield found
 
     def _renamed(self, family: Metric, name: str) -> Metric:
         found = Metric(name, family.documentation, family.type)

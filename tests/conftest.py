@@ -1,5 +1,6 @@
 """One Ray for the files that want it; settings that Ray, OpenMP and Triton read at import; long files before short ones."""
 
+import functools
 import gc
 import os
 from pathlib import Path
@@ -20,12 +21,15 @@ setup_environment(auth="disabled", is_local=False)
 
 import pytest
 import torch
+from httpx._transports import default as transports
 
 from tests.hang import pytest_timeout_set_timer  # noqa: F401  a hook of the suite
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # MegaBlocks' kernels run interpreted where there is no GPU
 torch.set_num_threads(1)
+# a thousand clients here would each read all of certifi's certificates, 20 ms of a core, to ask a server of ours without TLS
+transports.create_ssl_context = functools.cache(transports.create_ssl_context)
 
 LONGEST = (  # by `pytest --durations=0` of each; where two sides share the files, none of these may be the last to begin
     "ray/test_durable.py",
@@ -40,6 +44,7 @@ LONGEST = (  # by `pytest --durations=0` of each; where two sides share the file
     "serve/test_app.py",
     "serve/test_real.py",
     "chaos/test_serving.py",
+    "unit/test_netns.py",
     "unit/test_bench_experts.py",
     "unit/test_trainer.py",
     "unit/test_parts.py",
@@ -98,7 +103,9 @@ def pytest_collection_finish(session):
 def ray_session():
     """A private single-node Ray with four CPUs. It goes on until a file follows that does not want it."""
     import ray
+    from ray.serve._private import client
 
+    client.CLIENT_POLLING_INTERVAL_S = 0.1  # whether an application is there, or gone: Ray looks once a second
     if not ray.is_initialized():
         ray.init(
             address="local",

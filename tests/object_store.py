@@ -1,5 +1,5 @@
-"""An object store of a test's own: S3's ListObjectsV2, HEAD and GET with ranges over HTTP, and the same objects as a plain web
-server with pages of links. It refuses, drops, goes silent and keeps a log, as a test asks.
+"""An object store of a test's own: S3's ListObjectsV2, HEAD, GET with ranges and PUT over HTTP, and the same objects as a plain
+web server with pages of links. It refuses, drops, goes silent and keeps a log, as a test asks.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def object_store() -> Iterator[ObjectStore]:
     store = ObjectStore()
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"store": store}))
     store.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield store
@@ -79,6 +79,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
+
+    def do_PUT(self) -> None:
+        """Take an object, whole or not at all."""
+        data, path = self._body(), unquote(urlsplit(self.path).path)
+        self.store.log.append((self.command, path, None))
+        fault = self.store.faults.popleft() if self.store.faults else None
+        if fault and isinstance(fault, int):
+            self._error(fault, {503: "SlowDown", 500: "InternalError"}.get(fault, "Other"))
+        elif path in self.store.denied or f"/{path.split('/')[1]}" in self.store.denied:
+            self._error(403, "AccessDenied")
+        else:
+            self.store.objects[path] = data
+            self._text(200, "text/plain", "", {"ETag": etag(data)})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        found = b""
+        while num := int(self.rfile.readline(), 16):
+            found += self.rfile.read(num)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
 
     def _answer(self, with_body: bool) -> None:
         parts = urlsplit(self.path)

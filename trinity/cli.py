@@ -1,7 +1,8 @@
 """The command line, and the composition root: the one place that may know model, actors and serving together.
 
 Settings are `--section.key value` everywhere, merged over a YAML file or a preset's name; `--dry-run` prints the result.
-A TrinityError ends a command with its sentence and exit code 2; anything else is a bug and shows its traceback.
+A TrinityError ends a command with its sentence and exit code 2, and so does a full disk; anything else is a bug and shows its
+traceback.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from trinity import __version__
 from trinity.commands import bench, chaos
 from trinity.errors import TrinityError
+from trinity.utils.disk import refusal_of
 
 COMMANDS = {
     "demo": "train small, serve, ask once over HTTP and once over gRPC, print what happened",
@@ -223,6 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `trinity doctor | head`: nobody reads any more, and Python would say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if (refusal := refusal_of(error)) is None:
+            raise
+        print(f"trinity {arguments.command}: {refusal.message}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -81,6 +81,10 @@ class Unavailable(TrinityError):
     code = Code.UNAVAILABLE
 
 
+class EngineLost(Unavailable):
+    """The engine that was at work on a request is gone, or has stopped; another one can go on with it."""
+
+
 class DeadlineExceeded(TrinityError):
     code = Code.DEADLINE
 
@@ -117,6 +121,18 @@ class StepConflict(TrinityError):
 
 class VersionGone(TrinityError):
     """Weights of that version are not kept any more, or not yet there; the newest are."""
+
+    code = Code.UNAVAILABLE
+
+
+class AdapterMissing(TrinityError):
+    """A shard was asked for rows of an adapter that it does not have; told where that is (verb `adapt`), it takes it up."""
+
+    code = Code.UNAVAILABLE
+
+
+class AdapterLost(TrinityError):
+    """The files of an adapter that is served cannot be read any more, or are others now."""
 
     code = Code.UNAVAILABLE
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import (
+    NEW_IN_STAGE,
     RUN_SETTINGS,
-    RUN_TOKENIZER,
     Config,
-    ModelConfig,
     TrainConfig,
     merged,
     preset_names,
@@ -26,8 +25,6 @@ from trinity.config import (
 from trinity.errors import ConfigError, TrinityError
 from trinity.utils.niceness import IDLE, USUAL
 from trinity.utils.terminal import say
-
-CONTEXT = ("max_position_embeddings", "rope_theta", "rope_scaling")  # a stage may have others than the one before
 
 if TYPE_CHECKING:
     from actors.pool import RayPool
@@ -114,7 +111,7 @@ def check_out_dir(config: Config) -> Path | None:
         )
     _check_writable(Path(settings.out_dir))
     if found is None:
-        _check_same(settings.init_from, config, but=("dtype", *CONTEXT))
+        _check_same(settings.init_from, config, but=NEW_IN_STAGE)
     else:
         _check_same(str(found), config, but=("dtype",))
     _check_source(config, found)
@@ -151,15 +148,8 @@ def _check_same(checkpoint: str | None, config: Config, but: Sequence[str]) -> N
 
     if checkpoint is None:
         return
-    theirs, mine = _architecture(open_checkpoint(checkpoint).config), _architecture(config.model)
-    differs = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if theirs[k] != mine[k] and k not in but]
-    if differs:
+    if differs := config.model.differs_from(open_checkpoint(checkpoint).config, but):
         raise ConfigError(f"{checkpoint} is of another architecture than this configuration: {', '.join(differs)}")
-
-
-def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """Settings that must be the same for a run to go on. Of what ends a text, that is what ends its documents."""
-    return model.model_dump() | {"eos_token_id": model.document_eos_id}
 
 
 def _check_writable(folder: Path) -> None:
@@ -196,9 +186,9 @@ def train(
     from actors import pool as pools
     from actors.train import STOP, fit
     from trinity.checkpoint import open_checkpoint
-    from trinity.data.prepare import prepare
     from trinity.observability.run_history import stages_after
     from trinity.pool.pool import describe
+    from trinity.preparing import prepared
     from trinity.rl.kinds import check
     from trinity.train.progress import Progress, shown
     from trinity.train.recovery import rates_changed
@@ -214,7 +204,7 @@ def train(
     ):  # elsewhere each node fetches its part
         open_checkpoint(config.train.init_from).fetch()
     say("preparing the data")
-    prepare(config.data, config.train, config.model, out_dir).tokenizer.save(out_dir / RUN_TOKENIZER)
+    prepared(config)
     save_settings(config)
     say(f"starting {config.placement.num_shards} shards")
     state_dir = config.placement.state_dir or str(out_dir.resolve() / "placement")

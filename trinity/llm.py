@@ -40,8 +40,8 @@ class Completion:
 
     `token_versions`: of the weights that gave each token. `experts_TLK` is there with `SamplingParams.trace` (see Delta).
     `versions`: of the weights behind the first token, and of those behind the last. `prompt_logprobs`, with
-    `SamplingParams.prompt_logprobs`: one for each token of the prompt, None for its first. Of a chat, `text` is the answer
-    without `reasoning` and `tool_calls`.
+    `SamplingParams.prompt_logprobs`: one for each token of the prompt, None for its first. `num_cached_tokens`: of the prompt,
+    that were not computed for it. Of a chat, `text` is the answer without `reasoning` and `tool_calls`.
     """
 
     text: str
@@ -53,6 +53,7 @@ class Completion:
     token_versions: tuple[int, ...]
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    num_cached_tokens: int = field(default=0, compare=False)
     reasoning: str = ""
     tool_calls: tuple[Call, ...] = ()
 
@@ -80,6 +81,7 @@ class _Draft:
             token_versions=tuple(d.version for d in self.deltas for _ in d.token_ids),
             experts_TLK=last.experts_TLK,
             versions=(last.first_version, last.version),
+            num_cached_tokens=last.num_cached_tokens,
             prompt_logprobs=None if scores is None else tuple(scores.positions()),
         )
 

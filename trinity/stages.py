@@ -3,18 +3,19 @@
 Decisions: a stage is a run of its own, in a folder of its own, that begins from the last checkpoint of the stage before. So a
 kill costs what it costs any run, and in a switch nothing. What goes on is all of the optimizer's state, unless the stage says
 `train.carry: weights` or trains other parts than the one before; data, length, batch, schedule and context are its own. All
-stages are checked before the first step.
+stages are checked before the first step, and their data made ready (preparing.py).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trinity.checkpoint import step_path
-from trinity.config import Config, merge
-from trinity.data.documents import files
+from trinity.checkpoint.export import check_target
+from trinity.config import NEW_IN_STAGE, Config, differences, merge
 from trinity.errors import ConfigError
 from trinity.evaluate.tasks import check
 
@@ -48,9 +49,9 @@ def read_stages(tree: Mapping[str, Any]) -> tuple[Stage, ...]:
         found.append(_stage(base, own, f"{number}-{name}", name, found[-1] if found else None))
     for stage in found:
         check(stage.config.evaluate, stage.config.train.seq_len, stage.config.model.max_position_embeddings)
-        for part in stage.config.data.parts:
-            for pattern in (*part.train, *part.val):
-                files(pattern)  # a source that is not there is named before a step is spent
+    for before, stage in pairwise(found):
+        _check_follows(before, stage)
+    _check_exports(found)
     return tuple(found)
 
 
@@ -80,12 +81,51 @@ def _stage(base: dict[str, Any], own: Mapping[str, Any], folder: str, name: str,
     tree["train"] = {**tree.get("train", {}), "out_dir": str(out_dir / folder)}
     if before is not None:
         tree["model"] = {**before.config.model.model_dump(), **_fields(sections.get("model", {}), name)}
-        optim, was = Config.from_tree(tree).optim, before.config.optim
-        carry = "all" if (optim.lora, optim.freeze) == (was.lora, was.freeze) else "weights"
+        carry = "all" if _trained(Config.from_tree(tree)) == _trained(before.config) else "weights"
         tree["train"] |= {"init_from": str(before.checkpoint)}
         tree["train"] |= {"carry": sections.get("train", {}).get("carry", carry)}
     export = own.get("export", name)
     return Stage(name, Config.from_tree(tree), out_dir / str(export) if export else None)
+
+
+def _check_follows(before: Stage, stage: Stage) -> None:
+    """Raise ConfigError where a stage could not go on from what the one before it ends with."""
+    was, config = before.config, stage.config
+    if differs := config.model.differs_from(was.model, NEW_IN_STAGE):
+        raise ConfigError(
+            f"stage {stage.name!r} is of another architecture than {before.name!r}, whose weights it begins with: "
+            f"{', '.join(differs)}; a stage may change {', '.join(NEW_IN_STAGE)}"
+        )
+    one, other = was.optim.lora, config.optim.lora
+    if one.rank and other.rank and one != other:
+        raise ConfigError(
+            f"stage {stage.name!r} goes on with the adapter of {before.name!r}, and has other optim.lora: "
+            f"{'; '.join(differences(one.model_dump(), other.model_dump()))}; take the same"
+        )
+    if config.train.carry == "all" and _trained(was) != _trained(config):
+        raise ConfigError(
+            f"stage {stage.name!r} trains otherwise than {before.name!r} (optim.lora, freeze or matrices), so that there is no "
+            "optimizer state to go on with; leave train.carry out, or say weights"
+        )
+
+
+def _trained(config: Config) -> tuple[object, ...]:
+    """Settings that the optimizer's state depends on."""
+    return config.optim.lora, config.optim.freeze, config.optim.matrices
+
+
+def _check_exports(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError where two stages would write one folder, or something else is there."""
+    taken = {Path(stage.config.train.out_dir): stage.name for stage in stages}
+    for stage in stages:
+        if stage.export is None:
+            continue
+        if stage.export in taken:
+            raise ConfigError(
+                f"stage {stage.name!r} exports {stage.export}, which is of stage {taken[stage.export]!r}; name another"
+            )
+        check_target(stage.export)
+        taken[stage.export] = stage.name
 
 
 def _without_replaced(base: dict[str, Any], data: Any) -> dict[str, Any]:

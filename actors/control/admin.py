@@ -3,7 +3,7 @@
 from typing import Any
 
 from actors.names import PlacementClient
-from trinity.config import PlacementConfig
+from trinity.config import AdapterSet, PlacementConfig
 from trinity.placement.snapshot import Snapshot
 
 SLACK_S = 10.0
@@ -38,6 +38,13 @@ class PlacementOperator:
     def rebalance(self) -> int:
         """Plan now, whatever the schedule says."""
         return self._ask("rebalance")
+
+    def load_adapter(self, name: str, source: str, timeout_s: float) -> AdapterSet:
+        """Serve the adapter in that folder, or of that name on the Hub, beside the weights."""
+        return self._ask("add_adapter", name, source, timeout_s=timeout_s)
+
+    def unload_adapter(self, name: str) -> AdapterSet:
+        return self._ask("remove_adapter", name)
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         service = PlacementClient(self.pool, self.namespace, self.timeout_s)

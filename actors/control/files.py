@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from actors.control.desired import DesiredState
+from trinity.config import AdapterRef, AdapterSet
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import Load
 
@@ -21,11 +22,14 @@ class PoolFiles:
         folder.mkdir(parents=True, exist_ok=True)
         self._secret, self._host = folder / "secret", folder / "data_host"
         self._source, self._desired = folder / "source.json", folder / "wish.json"
+        self._adapters = folder / "adapters.json"
 
     def forget(self) -> None:
         """A new pool of that name; it counts epochs from where the old one was."""
         self._source.unlink(missing_ok=True)
         self._desired.unlink(missing_ok=True)
+        if (before := self.adapters()).refs:
+            self.set_adapters(AdapterSet(before.number + 1))
 
     def newest_table(self) -> PlacementTable | None:
         epochs = sorted(self.folder.glob("epoch-*.json"))
@@ -55,6 +59,16 @@ class PoolFiles:
 
     def set_desired(self, desired: DesiredState) -> None:
         write(self._desired, desired.to_json())
+
+    def adapters(self) -> AdapterSet:
+        if not self._adapters.is_file():
+            return AdapterSet()
+        found = json.loads(self._adapters.read_text())
+        return AdapterSet(found["number"], tuple(AdapterRef(**ref) for ref in found["refs"]))
+
+    def set_adapters(self, adapters: AdapterSet) -> None:
+        refs = [ref._asdict() for ref in adapters.refs]
+        write(self._adapters, json.dumps({"number": adapters.number, "refs": refs}))
 
     def data_host(self) -> str:
         return self._host.read_text()

@@ -15,6 +15,7 @@ from typing import TypeGuard
 import numpy as np
 from ray.exceptions import RayError
 
+from actors.control.adapters import Adapters
 from actors.control.desired import Change, DesiredState, Rules, Seen, desired_change
 from actors.control.health import Watch, draining_nodes, roomy_nodes, shard_view
 from actors.control.migration import At, History, Migration
@@ -41,6 +42,7 @@ class Reconciler:
     def __init__(self, state: PoolState, plane: DataPlane):
         self.state, self.settings = state, state.settings
         self.shards, self.watch = Shards(state, plane), Watch(state.table, self.settings.window_s)
+        self.adapters = Adapters(self.shards)
         self.repair, self.history = RepairController(self.shards, self.watch), History()
         self.desired = Desired(state)
         self.scaling = LoadScaling(self.settings, self.desired.now.num_shards, state.table.num_replicas_LE)
@@ -205,6 +207,7 @@ class Reconciler:
             imbalance=float(rows.max() / rows.mean()) if rows.any() else 0.0,
             changes=tuple(reversed(changes)),
             num_recoveries=self.watch.num_recoveries,
+            adapters=self.adapters.now,
         )
 
 

@@ -15,7 +15,7 @@ import ray
 from actors.control.reconciler import Reconciler
 from actors.control.state import PoolSpec, PoolState
 from actors.dataplane.plane import DataPlane
-from trinity.config import PlacementConfig
+from trinity.config import AdapterSet, PlacementConfig
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
@@ -136,6 +136,13 @@ class PlacementService:
 
     def rebalance(self) -> int:
         return self._running().request("balance", lambda desired, table: desired, balance=True)
+
+    def add_adapter(self, name: str, source: str) -> AdapterSet:
+        """Serve an adapter beside the weights under that name. Waits until the shards have taken it up."""
+        return self._running().adapters.add(name, source)
+
+    def remove_adapter(self, name: str) -> AdapterSet:
+        return self._running().adapters.remove(name)
 
     def _running(self) -> Reconciler:
         self._is_supervised.wait(self._state.settings.call_timeout_s)

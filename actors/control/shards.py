@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
 RETIRE_S = 5.0
+LONG, MOST_THREADS = ("load", "adapt"), 32
 
 
 class Shards:
@@ -35,11 +37,19 @@ class Shards:
     def ask(self, shard: str, verb: str, message: Any) -> Any:
         """Wait for the answer."""
         settings = self.state.settings
-        timeout_s = settings.checkpoint_timeout_s if verb == "load" else settings.call_timeout_s
+        timeout_s = settings.checkpoint_timeout_s if verb in LONG else settings.call_timeout_s
         return ask(self.handles[shard].handle.remote(verb, departing(message)), timeout_s, f"shard {shard}")
 
-    def deadline(self) -> float:
-        return time.monotonic() + self.state.settings.call_timeout_s
+    def ask_all(self, verb: str, message: Any) -> list[TrinityError]:
+        """Tell all shards, side by side, and wait; -> what they or their absence raised."""
+        with ThreadPoolExecutor(MOST_THREADS) as threads:
+            asked = [partial(self.ask, shard, verb, message) for shard in self.state.table.shards]
+            found = [*threads.map(lambda call: tried(call, TrinityError), asked)]
+        return [each for each in found if isinstance(each, TrinityError)]
+
+    def deadline(self, verb: str = "") -> float:
+        settings = self.state.settings
+        return time.monotonic() + (settings.checkpoint_timeout_s if verb in LONG else settings.call_timeout_s)
 
     def start(self, name: str, node: str | None = None) -> Any:
         """A new shard without experts, on that node, if it is still there; -> its handle at once: it may wait for room."""

@@ -27,13 +27,14 @@ from trinity.rpc.messages import PROTOCOL, REMOTE, Backward, Fetch, Forward, Row
 MAGIC = b"TRN%d" % PROTOCOL
 INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
 Calls = Forward | Backward | Fetch
-KEEP, HAS_ROWS, IN_SHARED_BUFFER = 1, 2, 4  # flags
+KEEP, HAS_ROWS, IN_SHARED_BUFFER, HAS_ADAPTERS = 1, 2, 4, 8  # flags
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_PAYLOAD_BYTES = 1 << 31
 MAX_FAILURE_BYTES = 1 << 16
 MAX_OP_ID_BYTES = 40
 SLOT_BYTES = 8 + 4  # id and weight
+ADAPTER_BYTES = 8  # of one row
 # magic, kind, dtype, flags, box, request, op_id, layer, epoch, version, left_s, R, D, K, priority
 HEADER = struct.Struct(f"<4sBBBBQ{MAX_OP_ID_BYTES}sIqqdIIIq")
 
@@ -98,7 +99,13 @@ class Header(NamedTuple):
         if self.kind == ANSWER:
             return rows + 4 * self.num_rows * self.num_slots
         both = 2 if self.kind == BACKWARD and self.flags & HAS_ROWS else 1
-        return both * rows + SLOT_BYTES * self.num_rows * self.num_slots
+        adapters = ADAPTER_BYTES * self.num_rows if self.has_adapters else 0
+        return both * rows + SLOT_BYTES * self.num_rows * self.num_slots + adapters
+
+    @property
+    def has_adapters(self) -> bool:
+        """Does it say of each row which adapter it is for?"""
+        return self.kind == INFER and bool(self.flags & HAS_ADAPTERS)
 
     def check(self, limits: FrameLimits) -> None:
         """Raise BadFrame unless a shard of these limits can compute it."""
@@ -129,7 +136,8 @@ class Header(NamedTuple):
             return [first]
         ids, weights = torch.from_numpy(np.empty(slots, np.int64)), torch.from_numpy(np.empty(slots, np.float32))
         if self.kind == INFER:
-            return [first, ids, weights]
+            own = [torch.from_numpy(np.empty(self.num_rows, np.int64))] if self.has_adapters else []
+            return [first, ids, weights, *own]
         return [first, torch.empty(self.shape, dtype=first.dtype), ids, weights]
 
 
@@ -144,6 +152,8 @@ def request(number: int, call: Calls) -> tuple[bytes, list[Tensor]]:
     sent = [] if rows is None else [rows.x_RD, rows.ids_RK, rows.weights_RK]
     if isinstance(call, Forward):
         kind, flags = INFER, KEEP if call.keep else 0
+        if call.rows.adapter_R is not None:
+            flags, sent = flags | HAS_ADAPTERS, [*sent, call.rows.adapter_R]
     else:
         kind, flags, sent = BACKWARD, HAS_ROWS if sent else 0, [call.dy_RD, *sent]
     num_rows, dim = sent[0].shape

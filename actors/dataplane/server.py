@@ -132,8 +132,19 @@ def merged(calls: Sequence[Forward]) -> Forward:
         x_RD=torch.cat([part.x_RD for part in parts]),
         ids_RK=torch.cat([part.ids_RK for part in parts]),
         weights_RK=torch.cat([part.weights_RK for part in parts]),
+        adapter_R=_adapters(parts),
     )
     return replace(calls[0], rows=rows, deadline_s=max(call.deadline_s for call in calls))
+
+
+def _adapters(parts: Sequence[Rows]) -> torch.Tensor | None:
+    """adapter_R of all rows."""
+    if all(part.adapter_R is None for part in parts):
+        return None
+    none = [torch.zeros(len(part.x_RD), dtype=torch.int64) for part in parts]
+    return torch.cat(
+        [zero if part.adapter_R is None else part.adapter_R for part, zero in zip(parts, none, strict=True)]
+    )
 
 
 def _mergeable(a: Calls, b: Calls) -> bool:

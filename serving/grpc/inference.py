@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving.frontend import Frontend
+from serving.frontend import Frontend, Served
 from serving.grpc.chat import to_deltas, to_request
 from serving.grpc.guard import Context
 from serving.grpc.structured import structured_outputs
@@ -51,14 +51,14 @@ class InferenceServicer(rpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         front = self.front
-        front.check_model(request.model)
+        served = front.served(request.model)
         front.check_routed_experts(request.return_routed_experts)
         chat = chat_of(request)
         prompt_ids, params = await self._asked(request, chat)
         front.check_number(params.num_drawn)
         answer = Answer(front, prompt_ids, params, chat, request.return_token_ids)
         async with asyncio.timeout(front.config.request_timeout_s + 1):  # a client that does not read ends here
-            stream = self._drawn(prompt_ids, params, context.time_remaining())
+            stream = self._drawn(prompt_ids, params, context.time_remaining(), served)
             async with aclosing(stream):
                 async for index, delta in stream:
                     for response in answer.responses(index, delta):
@@ -75,11 +75,11 @@ class InferenceServicer(rpc.InferenceServicer):
         return prompt_ids, chat.bound(to_params(request, front.chat_limit(prompt_ids)), front.answers.tool_format)
 
     async def _drawn(
-        self, prompt_ids: list[int], params: SamplingParams, deadline_s: float | None
+        self, prompt_ids: list[int], params: SamplingParams, deadline_s: float | None, served: Served
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Deltas of every continuation as they come; where the best are chosen, one for each of these at the end."""
         front, every = self.front, samples.each(params)
-        events = merge([front.generate(prompt_ids, one, deadline_s) for one in every])
+        events = merge([front.generate(prompt_ids, one, deadline_s, served) for one in every])
         drawn: list[list[Delta]] = [[] for _ in every]
         async with aclosing(events):
             async for index, delta in events:
@@ -93,8 +93,9 @@ class InferenceServicer(rpc.InferenceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         info, size = self.front.info, self.front.tokenizer.vocab_size
-        card = pb.Model(name=info.model, max_model_len=info.max_model_len, vocab_size=size, version=info.version)
-        return pb.ListModelsResponse(models=[card])
+        facts = {"max_model_len": info.max_model_len, "vocab_size": size, "version": info.version}
+        parents = [(served.model, info.model if served.adapter else "") for served in self.front.models]
+        return pb.ListModelsResponse(models=[pb.Model(name=name, parent=parent, **facts) for name, parent in parents])
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         return pb.TokenizeResponse(token_ids=await self._prompt(request, chat_of(request)))
@@ -209,6 +210,7 @@ def _plain(value: Any) -> Any:
 def to_final(delta: Delta, has_calls: bool) -> pb.Final:
     assert delta.finish_reason is not None
     usage = pb.Usage(prompt_tokens=delta.num_prompt_tokens, completion_tokens=delta.num_generated_tokens)
+    usage.cached_tokens = delta.num_cached_tokens
     final = pb.Final(finish_reason=FINISH[delta.finish_reason], usage=usage)
     if has_calls and delta.finish_reason == "stop":
         final.finish_reason = pb.FINISH_REASON_TOOL_CALLS

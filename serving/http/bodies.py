@@ -21,7 +21,7 @@ from trinity.engine.request import check_length
 
 KINDS = (
     *(schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest),
-    *(ResponsesRequest, MessagesRequest, CountRequest),
+    *(ResponsesRequest, MessagesRequest, CountRequest, schema.LoadAdapterRequest, schema.UnloadAdapterRequest),
 )
 M = TypeVar("M", bound=Strict)
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serving.http.strict import Strict
 from trinity.errors import InvalidRequest
-from trinity.text.conversation import MAX_CALLS, MAX_TOOLS, Chat
+from trinity.text.conversation import MAX_CALLS, MAX_TOOLS, Chat, shown_tool
 from trinity.text.grammar.constraint import Constraint
 from trinity.text.tool_calls.choice import Choice, check_choice, constraint_of
 
@@ -119,8 +119,7 @@ class ChatMessage(Tolerant):
             "tool_call_id": self.tool_call_id,
             "name": self.name if self.role == "tool" else None,
         }
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.text, **{key: value for key, value in more.items() if value}}
+        return {"role": self.role, "content": self.text, **{key: value for key, value in more.items() if value}}
 
     def compact(self) -> Self:
         name = self.name if self.role == "tool" else None
@@ -149,12 +148,7 @@ class Tool(Tolerant):
 
     def shown(self) -> dict[str, Any]:
         """The part that the model sees."""
-        told = {
-            "name": self.function.name,
-            "description": self.function.description,
-            "parameters": self.function.parameters,
-        }
-        return {"type": self.type, "function": {key: value for key, value in told.items() if value is not None}}
+        return shown_tool(self.function.model_dump())
 
 
 class NamedFunction(Strict):

@@ -288,11 +288,18 @@ def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 Format = CompletionFormat | ChatFormat
 
 
-def usage(last: Sequence[Delta], n: int) -> dict[str, int]:
-    """Token counts from the last Delta of each choice; a prompt with n continuations counts once."""
+def usage(last: Sequence[Delta], n: int) -> dict[str, Any]:
+    """Token counts from the last Delta of each choice; a prompt with n continuations counts once, and what was computed for one
+    of them was not cached."""
     prompt = sum(delta.num_prompt_tokens for delta in last[::n])
     generated = sum(delta.num_generated_tokens for delta in last)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    cached = sum(min(delta.num_cached_tokens for delta in last[i : i + n]) for i in range(0, len(last), n))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _end(delta: Delta) -> dict[str, Any]:

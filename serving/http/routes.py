@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import trinity
 from serving.access import Access
 from serving.errors import openai_body, to_typed
-from serving.frontend import DECODED_IDS, Frontend, new_request_id, now_s, off_loop
+from serving.frontend import DECODED_IDS, Frontend, Served, new_request_id, now_s, off_loop
 from serving.http import pages, schema
 from serving.http.bodies import parse
 from serving.http.edge import REQUEST_ID, Edge, error_response
@@ -39,7 +39,7 @@ Events = AsyncGenerator[tuple[int, Delta], None]
 
 async def completions(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.CompletionRequest, request)
-    front.check_model(body.model)
+    served = front.served(body.model)
     given = body.prompts()
     front.check_number(len(given) * body.sampling.num_drawn)
     limit = front.completion_limit if body.max_tokens is None else body.max_tokens
@@ -47,7 +47,7 @@ async def completions(front: Frontend, request: Request) -> Response:
     prompts = [await _ids(front, prompt, body.add_special_tokens, params) for prompt in given]
     echoes = [await _echo(front, body, *each) for each in zip(given, prompts, strict=True)]
     form = CompletionFormat(front.tokenizer, body, [echo for echo in echoes for _ in range(body.n)])
-    return await respond(front, request, body, _jobs(prompts, params), form)
+    return await respond(front, request, body, served, _jobs(prompts, params), form)
 
 
 def _jobs(prompts: list[list[int]], params: SamplingParams) -> list[GenerationRequest]:
@@ -76,21 +76,27 @@ async def _echo(
 
 async def chat_completions(front: Frontend, request: Request) -> Response:
     body = await parse(front, schema.ChatRequest, request)
-    front.check_model(body.model)
+    served = front.served(body.model)
     front.check_number(body.sampling.num_drawn)
     ids, params = await chat_job(front, body)
     jobs = _jobs([ids], params)
     skips = body.sampling.skip_special_tokens
     parsers = [front.answers.parser(ids, body.chat.tools, body.most_calls, skips) for _ in jobs]
     includes_reasoning = body.include_reasoning if front.answers.reasons else None
-    return await respond(front, request, body, jobs, ChatFormat(front.tokenizer, body, parsers, includes_reasoning))
+    form = ChatFormat(front.tokenizer, body, parsers, includes_reasoning)
+    return await respond(front, request, body, served, jobs, form)
 
 
 async def respond(
-    front: Frontend, request: Request, body: schema.Generation, jobs: list[GenerationRequest], form: Format
+    front: Frontend,
+    request: Request,
+    body: schema.Generation,
+    served: Served,
+    jobs: list[GenerationRequest],
+    form: Format,
 ) -> Response:
     """Run all jobs side by side and answer as a stream or as a whole."""
-    envelope = Envelope(form.prefix + new_request_id(), now_s(), front.info.model)
+    envelope = Envelope(form.prefix + new_request_id(), now_s(), served.model)
     front.check_routed_experts(body.return_routed_experts)
     for job in jobs:
         front.check(job.prompt_ids, job.params)
@@ -99,7 +105,7 @@ async def respond(
         raise InvalidRequest("best_of above n cannot be streamed: the best is known at the end", param="best_of")
     prompts = [job.prompt_ids for job in jobs[:: body.sampling.num_drawn] for _ in range(body.n)]
     extras = Extras(body, prompts)
-    events = merge([front.generate(job.prompt_ids, job.params) for job in jobs])
+    events = merge([front.generate(job.prompt_ids, job.params, served=served) for job in jobs])
     if body.stream:
         first = await anext(events)
         chunks = _chunks(chain(first, events), envelope, form, extras, request.scope[REQUEST_ID])
@@ -204,12 +210,31 @@ async def tokenizer_info(front: Frontend, request: Request) -> Response:
 
 
 async def models(front: Frontend, request: Request) -> Response:
-    return JSONResponse(model_list(front.info, front.started_s))
+    return JSONResponse(model_list(front.info, front.started_s, front.models))
 
 
 async def model(front: Frontend, request: Request) -> Response:
-    front.check_model(request.path_params["name"])
-    return JSONResponse(model_card(front.info, front.started_s))
+    served = front.served(request.path_params["name"])
+    return JSONResponse(model_card(front.info, front.started_s, served))
+
+
+async def load_adapter(front: Frontend, request: Request) -> Response:
+    """Serve an adapter beside the base, as vLLM's route of that name does."""
+    body = await parse(front, schema.LoadAdapterRequest, request)
+    await front.load_adapter(body.lora_name, body.lora_path)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_adapter(front: Frontend, request: Request) -> Response:
+    body = await parse(front, schema.UnloadAdapterRequest, request)
+    await front.placement.unload_adapter(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def reset_prefix_cache(front: Frontend, request: Request) -> Response:
+    """Have all engines forget what no running request has."""
+    await front.engine.reset_prefix_cache()
+    return Response()
 
 
 async def health(front: Frontend, request: Request) -> Response:
@@ -262,9 +287,12 @@ ROUTES = (
     Endpoint("POST", "/v1/messages/count_tokens", count_tokens, "key"),
     Endpoint("GET", "/v1/models", models, "key"),
     Endpoint("GET", "/v1/models/{name:path}", model, "key"),
+    Endpoint("POST", "/v1/load_lora_adapter", load_adapter, "admin"),
+    Endpoint("POST", "/v1/unload_lora_adapter", unload_adapter, "admin"),
     Endpoint("POST", "/tokenize", tokenize, "key"),
     Endpoint("POST", "/detokenize", detokenize, "key"),
     Endpoint("GET", "/tokenizer_info", tokenizer_info, "key"),
+    Endpoint("POST", "/reset_prefix_cache", reset_prefix_cache, "admin"),
     Endpoint("GET", "/version", version, "key"),
     Endpoint("GET", "/metrics", metrics, "key"),
     Endpoint("GET", "/health", health, "open"),

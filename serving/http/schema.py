@@ -11,17 +11,19 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from serving.http.chat import MAX_MESSAGES, Conversation, Messages
 from serving.http.strict import Refusals, Strict
 from serving.http.structured import with_response_format
+from trinity.config import check_adapter_name
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
 MAX_PROMPTS = 64
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -176,6 +178,37 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: TokenIds
+
+
+class UnloadAdapterRequest(Strict):
+    """vLLM's fields."""
+
+    IGNORES = frozenset({"lora_int_id"})
+
+    lora_name: str = Field(min_length=1, max_length=128)
+
+
+class LoadAdapterRequest(UnloadAdapterRequest):
+    """An adapter's name, and its folder or its name on the Hub."""
+
+    IGNORES = UnloadAdapterRequest.IGNORES | {"base_model_name"}
+    REFUSES: ClassVar[Refusals] = {"load_inplace": ((False,), "an adapter is unloaded before another has its name")}
+
+    lora_path: str = Field(min_length=1, max_length=4096)
+
+    @field_validator("lora_name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        return check_adapter_name(value)
+
+    @field_validator("lora_path")
+    @classmethod
+    def _check_path(cls, value: str) -> str:
+        if not value.startswith(("/", "~")) and not HUB_NAME.fullmatch(value):
+            raise ValueError(
+                "give an absolute path, or ORG/NAME on the Hub: a server has no folder of its own to start from"
+            )
+        return value
 
 
 M = TypeVar("M", bound=Strict)

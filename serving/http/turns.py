@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.errors import to_typed
-from serving.frontend import Frontend, now_s, off_loop
+from serving.frontend import Frontend, Served, now_s, off_loop
 from serving.http.bodies import parse
 from serving.http.door import Door
 from serving.http.edge import REQUEST_ID
@@ -38,7 +38,7 @@ class Answer(Protocol):
 
     parts: Parts
 
-    def opening(self, num_prompt_tokens: int) -> list[Message]: ...
+    def opening(self, first: Delta) -> list[Message]: ...
 
     def add(self, event: Event) -> list[Message]: ...
 
@@ -51,12 +51,14 @@ class Answer(Protocol):
 
 async def responses(front: Frontend, request: Request) -> Response:
     body = await parse(front, ResponsesRequest, request)
-    return await _respond(front, request, body, ResponsesAnswer(body, front.info.model, now_s()))
+    served = front.served(body.model)
+    return await _respond(front, request, body, served, ResponsesAnswer(body, served.model, now_s()))
 
 
 async def messages(front: Frontend, request: Request) -> Response:
     body = await parse(front, MessagesRequest, request)
-    return await _respond(front, request, body, MessagesAnswer(front.info.model, request.scope[REQUEST_ID]))
+    served = front.served(body.model)
+    return await _respond(front, request, body, served, MessagesAnswer(served.model, request.scope[REQUEST_ID]))
 
 
 async def count_tokens(front: Frontend, request: Request) -> Response:
@@ -65,16 +67,15 @@ async def count_tokens(front: Frontend, request: Request) -> Response:
     return JSONResponse({"input_tokens": len(await front.encode_chat(body.chat.chat, body.chat.add_special_tokens))})
 
 
-async def _respond(front: Frontend, request: Request, body: Door, answer: Answer) -> Response:
+async def _respond(front: Frontend, request: Request, body: Door, served: Served, answer: Answer) -> Response:
     """Answer as a stream or as a whole."""
-    front.check_model(body.model)
     front.check_number(1)
     ids, params = await chat_job(front, body.chat)
     [job] = [GenerationRequest(ids, one) for one in samples.each(params)]
     front.check(job.prompt_ids, job.params)
     check_size(front, [job], body.stream)
     parser = front.answers.parser(ids, body.chat.chat.tools, body.chat.most_calls, params.skip_special_tokens)
-    deltas = front.generate(job.prompt_ids, job.params)
+    deltas = front.generate(job.prompt_ids, job.params, served=served)
     first = await anext(deltas)
     said = _said(chain(first, deltas), answer, parser, body.chat.include_reasoning)
     if body.stream:
@@ -98,7 +99,7 @@ async def _said(
     last = None
     async with aclosing(deltas):
         async for delta in deltas:
-            for message in [] if last else answer.opening(delta.num_prompt_tokens):
+            for message in [] if last else answer.opening(delta):
                 yield message
             last = delta
             for event in read(parser, delta.token_ids, delta.text, delta.finish_reason is not None):

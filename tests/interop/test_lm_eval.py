@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.scored import CONTEXTS, ENDINGS, MIN_RIGHT, NAME, PAIRS, learned, served
+from trinity.checkpoint.export import card_of, export
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("LM_EVAL_PYTHON", ROOT / ".venv-lm-eval/bin/python"))
@@ -57,9 +58,29 @@ metric_list:
 """
 
 
+QUESTIONS = """
+task: questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+num_fewshot: 2
+doc_to_text: "Question: {{{{question}}}}\nAnswer:"
+doc_to_choice: "{{{{choices.text}}}}"
+doc_to_target: "{{{{choices.label.index(key)}}}}"
+fewshot_config: {{sampler: first_n}}
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""  # as ARC and HellaSwag ask: examples before the question, answers of several tokens and unlike lengths
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return learned(tmp_path_factory.mktemp("learned"))
+    """What a stage of a run ends with: an export."""
+    folder = tmp_path_factory.mktemp("learned")
+    return export(learned(folder), folder / "Base", card_of("Base", {}, ""))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +89,18 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     docs = [{"context": text, "endings": ENDINGS, "answer": at} for at, text in enumerate(CONTEXTS)]
     texts = [{"text": ". ".join(f"the {a} is {b}" for a, b in list(PAIRS.items())[at : at + 3])} for at in range(4)]
-    for name, lines in (("colours", docs), ("texts", texts)):
+    endings = [
+        f"{colour}. the {other} is {PAIRS[other]}"
+        for other, colour in zip(reversed(PAIRS), PAIRS.values(), strict=True)
+    ]
+    choices = {"text": [*endings[:3], "blue", *endings[3:]], "label": [*"ABCDEFGHI"]}
+    questions = [
+        {"question": f"{text}?", "choices": choices, "key": "ABCDEFGHI"[at + (at > 2)]}
+        for at, text in enumerate(CONTEXTS)
+    ]
+    for name, lines in (("colours", docs), ("texts", texts), ("questions", questions)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, text in (("colours", CHOICES), ("words", WORDS), ("rolling", TEXTS)):
+    for name, text in (("colours", CHOICES), ("words", WORDS), ("rolling", TEXTS), ("questions", QUESTIONS)):
         (folder / f"{name}.yaml").write_text(text.format(folder=folder))
     return folder
 
@@ -111,8 +141,8 @@ def over_http(gateway, **more):
     return {"model": NAME, "base_url": f"{gateway.addresses[0]}/v1/completions", "max_length": 64, **more}
 
 
-def offline(checkpoint):
-    return {"pretrained": checkpoint, "dtype": "float32", "max_length": 63, "add_bos_token": False}
+def offline(checkpoint, max_length=63):
+    return {"pretrained": checkpoint, "dtype": "float32", "max_length": max_length, "add_bos_token": False}
 
 
 @pytest.mark.parametrize("more", [{}, {"num_concurrent": 4}], ids=str)
@@ -126,6 +156,19 @@ async def test_each_item_over_http_is_as_it_is_offline(checkpoint, tasks, tmp_pa
     assert [greedy for _, greedy in scores(got)] == [greedy for _, greedy in scores(want)]
     right = sum(line["acc"] for line in got.values())
     assert right == sum(line["acc"] for line in want.values()) >= MIN_RIGHT, "chance is one of eight"
+
+
+async def test_questions_after_examples_score_alike_offline_over_http_and_in_a_run(checkpoint, tasks, tmp_path):
+    want = await samples(tmp_path / "hf", tasks, "questions", "hf", offline(checkpoint, 255), "--device", "cpu")
+    async with served(checkpoint, max_model_len=256) as gateway:
+        args = over_http(gateway, max_length=256)
+        got = await samples(tmp_path / "http", tasks, "questions", "local-completions", args, "--batch_size", "8")
+    assert [value for value, _ in scores(got)] == pytest.approx([value for value, _ in scores(want)], abs=1e-4)
+    for metric in ("acc", "acc_norm"):
+        assert [got[at][metric] for at in sorted(got)] == [want[at][metric] for at in sorted(want)]
+    said = await harness("tests.interop.programs.in_the_loop", checkpoint, tasks, 256, "questions")
+    [score] = json.loads(said.splitlines()[-1])["questions"]
+    assert score["mean"] * len(want) == pytest.approx(sum(line["acc"] for line in want.values()))
 
 
 async def test_whole_texts_have_the_same_likelihood(checkpoint, tasks, tmp_path):
@@ -163,7 +206,7 @@ async def test_trinity_eval_says_what_the_harness_says(checkpoint, tasks, tmp_pa
 async def test_a_runs_exam_scores_as_the_harness_does(checkpoint, tasks):
     """What is asked of weights while they train, without a server: choices, words, whole texts."""
     names = ("colours", "colours_in_words", "colours_rolling")
-    said = await harness("tests.interop.programs.in_the_loop", checkpoint, tasks, *names)
+    said = await harness("tests.interop.programs.in_the_loop", checkpoint, tasks, 64, *names)
     found = json.loads(said.splitlines()[-1])
     args = offline(checkpoint)
     for name, metric in zip(names, ("acc", "exact_match", "bits_per_byte"), strict=True):

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
 from actors.cluster import joined
 from actors.jobs.tokenise import tokenise
-from trinity.config import ClusterConfig, DataConfig, TrainConfig, preset
+from trinity.config import ClusterConfig, Config, DataConfig, TrainConfig, preset
 from trinity.data import prepare as preparing
 from trinity.errors import DataError
+from trinity.preparing import prepared
 from trinity.text.tokenizer import Tokenizer
 
 
@@ -53,6 +55,19 @@ def test_shards_are_those_of_one_process_and_made_once(settings, tmp_path, monke
     shards = bytes_of(tmp_path / "cluster" / "data" / "shards")
     assert shards == bytes_of(tmp_path / "alone" / "data" / "shards")
     assert made(settings, tmp_path / "cluster") == 0
+
+    config, said = (
+        Config(model=settings[2], data=settings[0], train={"seq_len": 16, "out_dir": str(tmp_path / "train")}),
+        [],
+    )
+    monkeypatch.setattr("trinity.preparing.say", said.append)
+    prepared(config)
+    assert said == [], "little is made here"
+    shutil.rmtree(tmp_path / "train")
+    monkeypatch.setattr(preparing, "MUCH_BYTES", 1)
+    assert prepared(config).train.store.content == alone.train.store.content
+    assert said[-1] == "tokenised 4 of 4 files"
+    assert bytes_of(tmp_path / "train" / "data" / "shards") == shards, "as `trinity train` begins"
 
     first, *_ = (tmp_path / "cluster" / "data" / "shards").glob("shard-*")
     first.rename(tmp_path / "lost")  # as after a kill: each is whole or not there

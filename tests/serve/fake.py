@@ -1,20 +1,19 @@
 """A stand-in for AsyncEngine: same API, no model. It answers a prompt with the prompt's own tokens, over and over.
 
 `delay_s` is the time of a token; `held` counts what a real engine would hold in its cache; `fail_after` makes request
-streams raise after so many tokens. With `obeys`, words of the prompt make it crash, refuse or fail (see `_obey`). With a
+streams raise after so many tokens. With `obeys`, words of the prompt make it refuse or fail (see `_obey`). With a
 folder as `gate`, a prompt with the word "stay" has a file in it, and gets no token while the file "shut" is there, too.
 """
 
 import asyncio
 import functools
-import os
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from trinity.config import Client
+from trinity.config import AdapterRef, Client
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
@@ -47,13 +46,19 @@ class FakeEngine:
         self.held: set[str] = set()
         self.seen: list[SamplingParams] = []
         self.clients: list[Client | None] = []
+        self.adapters: list[AdapterRef | None] = []
         self.healthy, self.version = True, 7
+        self.num_cached = self.num_resets = 0
         self.defaults, self.routed_bytes, self.moe_layers = defaults, 6, (2, 3, 4)
         self.tokenizer = fake_tokenizer()
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
+    async def generate(
+        self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None, begun=None
+    ):
+        done = len(begun.token_ids) if begun else 0
         self.seen.append(params)
         self.clients.append(client)
+        self.adapters.append(adapter)
         self.held.add(request_id)
         room = min(params.max_tokens, self.max_model_len - len(prompt_ids))
         try:
@@ -63,7 +68,7 @@ class FakeEngine:
                 yield self._scored(
                     Delta(request_id, "", (), None, "length", num_prompt_tokens=len(prompt_ids)), prompt_ids, params
                 )
-            for at in range(room):
+            for at in range(done, room):
                 await asyncio.sleep(self.delay_s)
                 yield self._delta(request_id, prompt_ids, params, at, at + 1 == room)
         finally:
@@ -81,7 +86,7 @@ class FakeEngine:
         if at == self.fail_after:
             raise self.error
         if self.obeys:
-            self._obey(self.tokenizer.decode(prompt_ids), at)
+            self._obey(self.tokenizer.decode(prompt_ids))
         token = prompt_ids[at % len(prompt_ids)]
         top = tuple((i, -1.0 - i) for i in range(params.logprobs or 0))
         delta = Delta(
@@ -94,6 +99,7 @@ class FakeEngine:
             num_generated_tokens=at + 1,
             version=7 + at,
             first_version=7,
+            num_cached_tokens=self.num_cached,
             experts_TLK=np.zeros((len(prompt_ids) + at, 3, 2), np.uint8) if params.trace and last else None,
         )
         return delta if at else self._scored(delta, prompt_ids, params)
@@ -109,13 +115,14 @@ class FakeEngine:
         scores.top_logprobs_SN[:] = -1.0 - np.arange(params.prompt_logprobs)
         return replace(delta, prompt_logprobs=scores)
 
-    def _obey(self, text, at):
-        if "crash" in text and at == 3:
-            os._exit(1)
+    def _obey(self, text):
         if "refuse" in text:
             raise Overloaded("the queue is full", retry_after_s=2.5)
         if "fail" in text:
             raise RuntimeError("/secret/path")
+
+    def reset_prefix_cache(self):
+        self.num_resets += 1
 
     def stats(self):
         return Stats(len(self.held))

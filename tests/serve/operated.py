@@ -11,7 +11,8 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import WAIT_S
-from trinity.errors import InvalidRequest, Unavailable
+from trinity.config import AdapterRef, AdapterSet
+from trinity.errors import CheckpointError, InvalidRequest, ModelNotFound, Unavailable
 from trinity.placement.snapshot import ChangeView, ShardView, Snapshot
 from trinity.placement.table import PlacementTable
 
@@ -93,6 +94,23 @@ class FakeOperator:
 
     def rebalance(self):
         return self._ask("rebalance")
+
+    def load_adapter(self, name, source, timeout_s):
+        if "missing" in source:
+            raise CheckpointError(f"checkpoint folder {source} does not exist")
+        ref = AdapterRef(name, len(name), source)
+        return self._with_adapters(*(each for each in self._snapshot.adapters.refs if each.name != name), ref)
+
+    def unload_adapter(self, name):
+        left = [ref for ref in self._snapshot.adapters.refs if ref.name != name]
+        if len(left) == len(self._snapshot.adapters.refs):
+            raise ModelNotFound(f"no adapter is called {name!r}", param="lora_name")
+        return self._with_adapters(*left)
+
+    def _with_adapters(self, *refs):
+        found = AdapterSet(self._snapshot.adapters.number + 1, refs)
+        self.show(replace(self._snapshot, adapters=found))
+        return found
 
     def _ask(self, *what):
         self.snapshot()

@@ -41,9 +41,11 @@ def learned(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def served(checkpoint: Path, **serve):
+async def served(checkpoint: Path, max_model_len: int = 64, **serve):
     """A gateway over an engine in this process, whose passes are shorter than a few prompts."""
-    settings = EngineConfig(max_model_len=64, kv_cache_bytes=8 << 20, max_num_seqs=16, max_num_batched_tokens=24)
+    settings = EngineConfig(
+        max_model_len=max_model_len, kv_cache_bytes=8 << 20, max_num_seqs=16, max_num_batched_tokens=24
+    )
     llm = LLM(checkpoint, engine=settings, backend="torch", device="cpu")
     async with in_process(llm, NAME, **serve) as gateway:
         yield gateway

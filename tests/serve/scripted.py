@@ -15,7 +15,7 @@ class ScriptedEngine(FakeEngine):
         super().__init__(**{"max_model_len": 4096, **options})
         self.scripts, self.per_step, self.prompts = list(scripts), per_step, list[str]()
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None):
         self.prompts.append(self.tokenizer.decode(prompt_ids))
         self.seen.append(params)
         ids = [*self.tokenizer.encode(self.scripts.pop(0)), self.tokenizer.eos_id]

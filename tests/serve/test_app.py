@@ -1,16 +1,17 @@
 """The Ray Serve application with the fake engine: both edges, a killed engine, addresses, draining."""
 
 import asyncio
-import contextlib
+import json
 import os
+import signal
 import socket
 import threading
-from pathlib import Path
 
 import grpc
 import httpx
 import openai
 import pytest
+from processes import engine_pids, processes
 from test_access import listening
 
 from protos.trinity.v1 import inference_pb2 as pb
@@ -20,12 +21,12 @@ from tests.waiting import WAIT_S, eventually
 from trinity.config import Config
 from trinity.errors import ConfigError
 
-SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 90, "num_engines": 2}
+SERVE = {"http_port": 0, "grpc_port": 0, "drain_timeout_s": 90}
 
 
 @pytest.fixture(scope="module")
 def config():
-    return Config.load(model="tiny", serve=SERVE)
+    return Config.load(model="tiny", serve=SERVE, engine={"replicas": 2})
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +49,8 @@ def server(ray_session, config, gate):
 
 
 def replicas():
-    """(process title, its listening sockets) of every process of Ray Serve that comes from this one."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            title = Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
-            is_serve = title.startswith("ray::ServeReplica") or "ProxyActor" in title
-            if is_serve and str(os.getpid()) in ancestors(pid):
-                found.append((title, listening(pid)))
-    return found
-
-
-def ancestors(pid):
-    """Its parent's process id, that one's parent's, and so on."""
-    found = []
-    while pid not in ("0", "1"):
-        pid = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
-        found.append(pid)
-    return found
+    """(title, its listening sockets) of each of them."""
+    return [(title, listening(pid)) for pid, title in processes()]
 
 
 async def test_both_edges_give_the_same_text(server):
@@ -112,30 +97,40 @@ def test_a_taken_port_is_named(server, config):
             start(config.replace(serve={"http_port": port}), "fake-model", "tests.serve.fake:build")
 
 
-async def test_f14_a_killed_engine_ends_its_streams_and_no_others(server):
+async def said(http, prompt):
+    """-> the text of a stream, which has no error in it."""
+    body = {"prompt": prompt, "max_tokens": 90, "stream": True}
+    async with http.stream("POST", "/v1/completions", json=body) as answer:
+        events = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
+    assert events.pop() == "[DONE]"
+    assert all("choices" in event for event in events), events[-1]
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+async def test_f22_killed_engines_pause_their_streams_and_change_none(server):
+    """One in the middle of all of them, then the other, before or after the first is back."""
+    prompts = [f"the lazy dog {number} jumps" for number in range(12)]
     async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
-        body = {"prompt": "fox", "max_tokens": 60}
-        others = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(4)]
-        async with http.stream(
-            "POST", "/v1/completions", json={"prompt": "crash", "max_tokens": 60, "stream": True}
-        ) as answer:
-            events = [line async for line in answer.aiter_lines() if line]
-        assert '"unavailable"' in events[-2]
-        assert events[-1] == "data: [DONE]"
-        codes = [answer.status_code for answer in await asyncio.gather(*others)]
-        assert set(codes) <= {200, 503}
-        assert 200 in codes
-        for _ in range(10):
-            assert (await http.post("/v1/completions", json={**body, "max_tokens": 1})).status_code == 200
+        undisturbed = await asyncio.gather(*(said(http, prompt) for prompt in prompts))
+        began = await counted(http, "trinity_generated_tokens_total")
+        streams = [asyncio.create_task(said(http, prompt)) for prompt in prompts]
+        for pid, number, tokens in zip(engine_pids(), (signal.SIGKILL, signal.SIGTERM), (100, 400), strict=True):
+            while await counted(http, "trinity_generated_tokens_total") < began + tokens:
+                await asyncio.sleep(0.01)
+            os.kill(pid, number)
+        assert await asyncio.gather(*streams) == undisturbed
+        assert await counted(http, "trinity_continuation_seconds_count") > 0
+        while len(engine_pids()) < 2:
+            await asyncio.sleep(0.05)
 
 
 def num_staying(gate):
     return len(list(gate.iterdir())) - 1
 
 
-async def running(http):
+async def counted(http, name):
     lines = (await http.get("/metrics")).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("trinity_requests_running "))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
 
 
 async def test_cancelling_reaches_the_engine(server, gate):
@@ -143,7 +138,7 @@ async def test_cancelling_reaches_the_engine(server, gate):
 
     async def until_running(wanted):
         async with asyncio.timeout(90):  # an engine that died is counted for a minute
-            while (await running(http) > 0) != wanted:
+            while (await counted(http, "trinity_requests_running") > 0) != wanted:
                 await asyncio.sleep(0.1)
 
     async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:

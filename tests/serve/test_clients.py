@@ -13,6 +13,7 @@ from protos.trinity.v1 import inference_pb2_grpc as rpc
 from tests.waiting import WAIT_S, eventually
 from trinity.config import Client, Config, ServeConfig
 from trinity.config.serve import HIDDEN
+from trinity.engine.request import INT64
 from trinity.errors import ConfigError
 
 KEYS = {"api_key": "key-of-all", "admin_key": "key-of-admin"}
@@ -46,20 +47,20 @@ async def ask_over_grpc(server, key):
 
 
 @pytest.mark.parametrize(
-    ("key", "name", "weight"),
+    ("key", "name", "weight", "first"),
     [
-        ("key-of-ann", "ann", 2.0),
-        ("key-of-bob", "bob", 1.0),
-        ("key-of-all", "default", 1.0),
-        ("key-of-admin", "admin", 1.0),
+        ("key-of-ann", "ann", 2.0, 0),
+        ("key-of-bob", "bob", 1.0, 0),
+        ("key-of-all", "default", 1.0, -INT64),
+        ("key-of-admin", "admin", 1.0, -INT64),
     ],
 )
-async def test_each_key_has_a_name_that_the_engine_hears(shared, key, name, weight):
+async def test_each_key_has_a_name_that_the_engine_hears(shared, key, name, weight, first):
     server, http = shared
     server.engine.go.set()
     assert (await http.post("/v1/completions", json=BODY, headers=headers(key))).status_code == 200
     await ask_over_grpc(server, key)
-    assert server.engine.clients == [Client(name, weight)] * 2
+    assert server.engine.clients == [Client(name, weight, first)] * 2
     for wrong in ("x", key + "x", key[:-1], name):
         assert (await http.post("/v1/completions", json=BODY, headers=headers(wrong))).status_code == 401
 

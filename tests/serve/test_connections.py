@@ -18,6 +18,7 @@ from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving import limits
 from serving.grpc import guard
 from serving.grpc import server as grpc_server
+from serving.http.server import HttpServer
 from tests.chaos.unruly import HEADERS, PREFACE, RST, SETTINGS, frame
 from tests.unit.fuzzed_port import num_descriptors
 from tests.waiting import WAIT_S, eventually
@@ -299,6 +300,51 @@ async def test_connections_are_counted_down_again(start):
                 await answered(sock)
         others = server.gateway.http.server.config.http_protocol_class.others
         await eventually(lambda: not others.by_peer)
+
+
+class Held:
+    """A program behind a listener: it answers when it may go on."""
+
+    def __init__(self):
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        self.begun.set()
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+async def test_a_listener_that_stops_closes_who_asks_nothing_and_lets_an_answer_end():
+    held = Held()
+    listener = HttpServer(held, ServeConfig(http_port=0))
+    await listener.start()
+    url = f"http://127.0.0.1:{listener.port}"
+    with connected(url) as idle, connected(url) as asking:
+        asked = asyncio.create_task(answered(asking))
+        await held.begun.wait()
+        stopping = asyncio.create_task(listener.stop(WAIT_S))
+        assert await answered(idle, b"") == b""
+        with pytest.raises(ConnectionRefusedError):
+            connected(url)
+        assert not stopping.done()
+        held.go.set()
+        assert b"200" in await asked
+        await stopping
+
+
+async def test_a_listener_that_stops_does_not_wait_for_ever():
+    held = Held()
+    listener = HttpServer(held, ServeConfig(http_port=0))
+    await listener.start()
+    with connected(f"http://127.0.0.1:{listener.port}") as asking:
+        asked = asyncio.create_task(answered(asking))
+        await held.begun.wait()
+        await listener.stop(0.01)
+        assert listener._task.done()
+        assert not asked.done()
+        held.go.set()
+        await asked
 
 
 @pytest.mark.parametrize(("soft", "hard", "given"), [(1024, 1024, 384), (300, 300, 22), (256, 4096, 1920), (10, 10, 1)])

@@ -41,6 +41,7 @@ FIELDS = {  # (a value that a float32 and JSON hold exactly, values that are ref
     "logit_bias": ({5: -2.5}, [{5: 101.0}]),
     "version_policy": ("pinned", []),
     "structured_outputs": ({"regex": "a+"}, []),
+    "cache_salt": ("s", ["", "x" * 1025]),
 }
 READ = {"structured_outputs": Constraint.of}  # what is made of a value
 INSIDE = {"trace"}  # for programs in the engine's process; over HTTP and gRPC it is return_routed_experts

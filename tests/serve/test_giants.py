@@ -7,13 +7,11 @@ less than once where the reading is done elsewhere. What was here before stalled
 import asyncio
 import base64
 import functools
-import gc
 import io
 import json
-import math
 import threading
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 import h11
 import httpx
@@ -25,10 +23,10 @@ from serving.frontend import INLINE_CHARS, LARGE_CHAT_CHARS
 from serving.http import routes
 from serving.http.openai import encoded, sse
 from serving.http.server import FED_BYTES
+from tests.serve.standstill import FEWEST_S, least_standstill
 from tests.waiting import WAIT_S
 from trinity.engine.request import Delta, TokenLogprobs
 
-FEWEST_S = 0.03  # what the client of these tests takes in the same process to send megabytes, and more
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 
@@ -144,7 +142,7 @@ GIANTS = {  # -> path, body, status
 class Verbose(FakeEngine):
     """As many log-probabilities as may be asked for."""
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None):
         top = tuple((i, -1.0 - i) for i in range(20))
         for at in range(params.max_tokens):
             await asyncio.sleep(0)  # an engine hands out a token at a time
@@ -158,36 +156,6 @@ class Verbose(FakeEngine):
                 num_prompt_tokens=1,
                 num_generated_tokens=at + 1,
             )
-
-
-@asynccontextmanager
-async def standstill():
-    """-> a list with the most CPU seconds that this process took while its event loop, the server's too, did nothing else."""
-    longest, ended = [0.0], False
-
-    async def watch():
-        before = time.process_time()
-        while not ended:
-            await asyncio.sleep(0.001)
-            now = time.process_time()
-            longest[0], before = max(longest[0], now - before), now
-
-    watching = asyncio.create_task(watch())
-    yield longest
-    ended = True
-    await watching
-
-
-async def least_standstill(ask, most_s):
-    """-> what `ask()` gave, and the least standstill of up to three: a busy machine's caches make any one of them slow."""
-    least_s = math.inf
-    gc.freeze()  # what hundreds of other tests left in this process is not walked through while we look
-    for _ in range(3):
-        async with standstill() as longest:
-            answer = await ask()
-        if (least_s := min(least_s, longest[0])) < most_s:
-            break
-    return answer, least_s
 
 
 USUAL = (  # of the kinds that are alike, by default; the others with `make chaos`
@@ -340,7 +308,7 @@ EXPERTS_TLK[-1] = 7
 class Routed(FakeEngine):
     """Few tokens, and the experts of a long prompt."""
 
-    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None):
+    async def generate(self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None):
         yield Delta(request_id, "a", (5,), num_prompt_tokens=1, num_generated_tokens=1)
         yield Delta(
             request_id, "a", (5,), finish_reason="length", num_prompt_tokens=1, num_generated_tokens=2, experts_TLK=EXPERTS_TLK

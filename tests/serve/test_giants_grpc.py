@@ -10,7 +10,7 @@ import pytest
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from tests.serve.test_giants import FEWEST_S, least_standstill
+from tests.serve.standstill import FEWEST_S, least_standstill
 
 EMPTY = pb.ChatMessage(role=pb.ROLE_USER)
 

@@ -106,7 +106,8 @@ async def test_unset_fields_keep_their_defaults_and_zero_does_not(stub, server):
     await collect(stub.Generate(request(version_policy=pb.VERSION_POLICY_PINNED)))
     first, second, third = server.engine.seen
     assert (first.version_policy, third.version_policy) == ("live", "pinned")
-    assert (first.temperature, first.seed, first.stop, first.logprobs) == (1.0, None, (), None)
+    assert (first.temperature, first.stop, first.logprobs) == (1.0, (), None)
+    assert first.seed != third.seed, "the gateway draws one where none is given"
     assert (second.temperature, second.top_k, second.seed, second.stop) == (0.0, 0, -5, ("x",))
     assert (second.logit_bias, second.ignore_eos) == ({5: -3.0}, True)
 

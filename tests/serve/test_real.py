@@ -15,6 +15,7 @@ import torch
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc
+from tests.unit.adapter_folders import write_adapter
 from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
 from trinity.config import Config, preset
 from trinity.experts.stacked import named_matrices
@@ -140,6 +141,50 @@ def test_http_clients_at_random_times_get_what_transformers_says(served):
 
 def test_a_grpc_client_gets_the_same(served):
     assert [ask_grpc(served.server.grpc_address, prompt) for prompt in PROMPTS[:3]] == served.want[:3]
+
+
+def test_adapters_are_served_beside_the_base(served, tmp_path):
+    """Loaded while requests run; each says what its merged checkpoint does, in company with the others, and after a shard has
+    started again, which is told of them by who asks."""
+    from actors import pool as pools
+    from trinity import LLM
+    from trinity.engine.request import SamplingParams
+
+    url, paths = served.server.http_url, {}
+    for seed, name in enumerate(("poet", "clerk")):
+        paths[name] = str(write_adapter(tmp_path / name, served.checkpoint, seed))
+        loaded = httpx.post(
+            f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": paths[name]}, timeout=60
+        )
+        assert loaded.status_code == 200, loaded.text
+    bad = httpx.post(
+        f"{url}/v1/load_lora_adapter", json={"lora_name": "bad", "lora_path": str(served.checkpoint)}, timeout=60
+    )
+    assert (bad.status_code, "adapter_config.json is missing" in bad.text) == (400, True)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
+    texts = {name: [c.text for c in LLM(path).generate(PROMPTS[:4], params)] for name, path in paths.items()}
+    mixed = [(name, at) for at in range(4) for name in ("", "poet", "clerk")]
+    want = [served.want[at] if not name else texts[name][at] for name, at in mixed]
+    asked = [(name and f":{name}", PROMPTS[at]) for name, at in mixed]
+    assert asyncio.run(ask_models(url, asked)) == want
+    pool = pools.connect(served.config.placement, served.config.cluster.namespace)
+    os.kill(served.ray.get(pool.shards["shard-0"].where.remote())[1], signal.SIGKILL)
+    assert asyncio.run(ask_models(url, asked)) == want
+    assert len({*texts["poet"], *texts["clerk"], *served.want[:4]}) == 12
+
+
+async def ask_models(url, asked):
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        base = (await client.models.list()).data[0].id
+
+        async def one(name, prompt):
+            answer = await client.completions.create(
+                model=base + name, prompt=prompt, max_tokens=NUM_TOKENS, temperature=0
+            )
+            assert answer.model == base + name
+            return answer.choices[0].text
+
+        return await asyncio.gather(*(one(*each) for each in asked))
 
 
 def test_a_killed_shard_delays_answers_and_changes_none(served):

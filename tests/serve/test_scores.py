@@ -122,4 +122,4 @@ def test_a_checkpoint_to_evaluate_gets_a_server_for_as_long(checkpoint):
 def test_without_lm_eval_there_is_a_sentence(monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'trinity-moe\[eval\]'"):
-        command.run(Namespace(tasks="niah,arc_easy"), [])
+        command.run(Namespace(tasks="niah,arc_easy", rewards=None, prompts=None), [])

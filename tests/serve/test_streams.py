@@ -46,6 +46,12 @@ async def test_batched_sends_what_waits_as_one_message():
     assert len(got) < 40
 
 
+async def test_batched_says_that_it_is_there_while_nothing_comes():
+    got = [batch async for batch in batched(Source(range(3), [0, 0, 0.2]).stream(), beat_s=0.02)]
+    assert [item for batch in got for item in batch] == [0, 1, 2]
+    assert got.count([]) > 1
+
+
 @pytest.mark.parametrize("use", [batched, lambda stream: merge([stream])])
 async def test_an_error_comes_after_the_items_before_it(use):
     source, seen = Source([1, 2, 3], error=KeyError("gone")), []

@@ -74,7 +74,7 @@ class FakeAfmoe(nn.Module):
         self.head = nn.Parameter(2 * torch.randn(VOCAB, config.num_hidden_layers * heads * dim, generator=made))
 
     def forward_all(self, passes):
-        return [self(*inputs) for inputs in passes]
+        return [self(*inputs[:3]) for inputs in passes]
 
     def qkv(self, ids_T, positions_T):
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]
@@ -202,17 +202,19 @@ def weights_of(version: int, window: int) -> FakeAfmoe:
     return FakeAfmoe(fake_config(window), version).requires_grad_(False)
 
 
-def next_token(window: int, version: int, cached: list[int], token_ids: list[int], prompt: int, params) -> int:
-    """The token after `token_ids` by weights of `version`, where keys and values of position p are of `cached[p]`."""
+def next_token(window: int, version: int, cached: tuple, token_ids: list[int], prompt: int, params) -> int:
+    """The token after `token_ids` by weights of `version`, where keys and values of position p are of `cached[layer][p]`."""
     ids, positions = torch.tensor(token_ids), torch.arange(len(token_ids))
     model, attend = weights_of(version, window), DenseAttend(fake_config(window))
     q = model.qkv(ids, positions)[0]
-    rows = [[x[p] for x in weights_of(v, window).qkv(ids, positions)[1:]] for p, v in enumerate(cached)]
-    k, v = (torch.stack(each) for each in zip(*rows, strict=True))
-    hidden = torch.cat([attend(layer, q, k, v)[-1:].flatten(1) for layer in range(model.config.num_hidden_layers)], 1)
+    outs = []
+    for layer, versions in enumerate(cached):
+        rows = [[x[p] for x in weights_of(v, window).qkv(ids, positions)[1:]] for p, v in enumerate(versions)]
+        k, v = (torch.stack(each) for each in zip(*rows, strict=True))
+        outs.append(attend(layer, q, k, v)[-1:].flatten(1))
     sequence = Sequence("one", tuple(token_ids[:prompt]), params, TextStream(None))
     sequence.token_ids = list(token_ids)
-    return sample(model.logits(hidden), [sequence])[0].token_id
+    return sample(model.logits(torch.cat(outs, 1)), [sequence])[0].token_id
 
 
 def fake_engine(

@@ -1,8 +1,10 @@
-"""One of two processes that shard a model with fully_shard, by parts and by blocks: run by test_parts.py with rank and port.
+"""Two processes that shard a model with fully_shard, by parts and by blocks: run by test_parts.py with a port. The second is
+forked from the first, so that one import serves both.
 
 Each computes its half of a batch; the summed gradients must be those of one process with the whole of it.
 """
 
+import os
 import sys
 
 import torch
@@ -93,4 +95,6 @@ def main(rank: int, port: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    child = os.fork()
+    main(0 if child else 1, sys.argv[1])
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)

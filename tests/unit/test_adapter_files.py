@@ -46,6 +46,8 @@ def test_the_files_are_pefts(adapter, base):  # noqa: F811
     assert (tree["peft_type"], tree["r"], tree["lora_alpha"], tree["bias"]) == ("LORA", RANK, 16.0, "none")
     assert tree["base_model_name_or_path"] == str(base[0].resolve())
     assert {"q_proj", "o_proj", "gate_proj", "down_proj"} <= {*tree["target_modules"]}
+    assert {"mlp.up_proj.weight", "shared_experts.down_proj.weight"} <= {*tree["target_parameters"]}
+    assert "self_attn.gate_proj.weight" in tree["target_parameters"], "else PEFT would take it for an expert's"
     file, model = TensorFile(path / "adapter_model.safetensors"), base[1].model
     last, f, d = model.moe_layers[-1], model.moe_intermediate_size, model.hidden_size
     for module, (n, k) in {f"mlp.experts.{model.num_experts - 1}.down_proj": (d, f), "self_attn.q_proj": (None, d),
@@ -116,6 +118,11 @@ def renamed(old, new):
     [
         ({"fields": {"r": 8}}, r"lora_A.weight is F32 \[4, .*r 8 want \[8"),
         ({"fields": {"use_dora": True}}, "use_dora True is not implemented"),
+        (
+            {"fields": {"target_parameters": ["gate_up_proj"]}},
+            r"target_parameters \['gate_up_proj'\] are stacks of experts",
+        ),
+        ({"fields": {"init_lora_weights": "pissa"}}, "init_lora_weights 'pissa' is not implemented"),
         ({"fields": {"peft_type": "IA3"}}, "peft_type 'IA3' is not implemented"),
         ({"fields": {"r": 0}}, "r 0 and lora_alpha 16.0 are no rank"),
         ({"fields": {"base_model_name_or_path": "nowhere"}}, "nowhere"),

@@ -29,8 +29,8 @@ def differing(**sections):
         ({"engine": {"max_num_seqs": 7}}, ["engine.max_num_seqs is 64, not 7"]),
         ({"model": {"dtype": "bfloat16"}}, ["model.dtype is 'float32', not 'bfloat16'"]),
         (
-            {"serve": {"num_engines": 2, "http_port": 1}},
-            ["serve.http_port is 8000, not 1", "serve.num_engines is 1, not 2"],
+            {"serve": {"http_port": 1}, "engine": {"replicas": 2}},
+            ["engine.replicas is 1, not 2", "serve.http_port is 8000, not 1"],
         ),
         ({"serve": {"api_key": "a"}}, ["serve.api_key is another"]),
         ({"serve": {"clients": {"search": {"key": "hidden"}}}}, ["serve.clients.search.key is another"]),

@@ -27,13 +27,14 @@ LIBRARY = {
 ACTORS = {
     "actors.names", "actors.dataplane", "actors.sync", "actors.shard", "actors.shard_server", "actors.control", "actors.pool",
     "actors.cluster", "actors.round_trips", "actors.train", "actors.train_metrics", "actors.chaos", "actors.jobs",
+    "actors.rendezvous",
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
-    "serving.app", "serving.bodies", "serving.body_worker", "serving.deploy", "serving.fitting",
+    "serving.app", "serving.bodies", "serving.body_worker", "serving.continuation", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
-    "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pool_operator", "serving.streams",
-    "serving.tracing", "serving.training_run", "serving.vllm_names",
+    "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pins", "serving.pool_operator",
+    "serving.streams", "serving.tracing", "serving.training_run", "serving.vllm_names",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -90,16 +91,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trinity.data",  # prompts whose answers rewards judge
     },
     "trinity.launch": {
-        "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.rl",
+        "trinity.checkpoint", "trinity.evaluate", "trinity.observability", "trinity.pool", "trinity.preparing", "trinity.rl",
         "trinity.train", "actors.pool", "actors.train", "serving.app",
     },
-    "trinity.stages": {"trinity.checkpoint", "trinity.data", "trinity.evaluate"},
+    "trinity.preparing": {  # of all stages, by a job where there is much
+        "trinity.checkpoint", "trinity.data", "trinity.stages", "trinity.text", "actors.jobs",
+    },
+    "trinity.stages": {"trinity.checkpoint", "trinity.evaluate"},
     "trinity.synthesis": {"trinity.checkpoint", "trinity.data", "trinity.text"},  # tokenizers of models, too
     "trinity.bench": {*LIBRARY, "trinity.llm", "trinity.launch", *ACTORS, *SERVING, "protos"},
-    "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", *ACTORS, *SERVING, "protos"},
+    "trinity.chaos": {*LIBRARY, "trinity.bench", "trinity.launch", "trinity.rl", *ACTORS, *SERVING, "protos"},
     "trinity.commands": {
-        *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.stages", "trinity.bench",
-        "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
+        *LIBRARY, "trinity", "trinity.evaluate", "trinity.llm", "trinity.launch", "trinity.preparing", "trinity.stages",
+        "trinity.bench", "trinity.chaos", "trinity.rl", *ACTORS, *SERVING, "protos",
     },
     "trinity.cli": {"trinity", "trinity.commands"},
     "actors.names": {"trinity.rpc"},
@@ -123,10 +127,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "actors.dataplane", "actors.sync", "actors.shard", "actors.control",
     },
     "actors.jobs": {"trinity.data", "trinity.synthesis"},
+    "actors.rendezvous": set(),
     "actors.round_trips": {"actors.names"},
     "actors.train": {
         "trinity.checkpoint", "trinity.data", "trinity.evaluate", "trinity.observability", "trinity.state", "trinity.train",
-        "actors.pool", "actors.sync", "actors.train_metrics",
+        "actors.pool", "actors.rendezvous", "actors.sync", "actors.train_metrics",
         "trinity.rl",  # preferences and rewards are runs like any other
     },
     "actors.train_metrics": {"trinity.models.common", "trinity.observability", "trinity.train"},
@@ -142,11 +147,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
     "serving.training_run": {"trinity.observability"},  # the log of the run that is served
+    "serving.pins": set(),
+    "serving.continuation": {"serving.pins", "trinity.engine"},
     "serving.metrics": {"serving.vllm_names", "trinity.engine", "trinity.observability", "trinity.placement"},
     "serving.pool_operator": {"serving.errors", "trinity.placement"},
     "serving.frontend": {
-        "serving.access", "serving.limits", "serving.metrics", "serving.pool_operator", "serving.tracing",
-        "serving.training_run", "trinity.engine", "trinity.text",
+        "serving.access", "serving.continuation", "serving.limits", "serving.metrics", "serving.pins",
+        "serving.pool_operator", "serving.tracing", "serving.training_run", "trinity.engine", "trinity.text",
     },
     "serving.bodies": set(),
     "serving.http": {
@@ -166,7 +173,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serving.fitting": {"trinity.engine", "trinity.models.registry"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
-    "serving.app": {"actors.control", "serving.engine", "serving.frontend", "serving.gateway", "serving.pool_operator"},
+    "serving.app": {
+        "actors.control", "actors.names", "serving.engine", "serving.frontend", "serving.gateway", "serving.pins",
+        "serving.pool_operator",
+    },
     "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
     "serving.deploy": {"serving.app", "serving.launch"},
     "protos": set(),
@@ -174,7 +184,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 ONLY_IN = {  # library -> the packages that may say it; others than these are free
     "ray": ("actors", "serving.adoption", "serving.app", "serving.deploy", "serving.engine", "trinity.bench"),
-    "grpc": ("serving.grpc", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
+    "grpc": ("serving.grpc", "serving.engine", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),
     "fastapi": ("serving.http",),

@@ -1,6 +1,8 @@
 """Conversations as training data: rows of every kind, and the mask against what a server of the model would sample."""
 
 import json
+import random
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ from trinity.data.chat_store import chat_stores
 from trinity.data.chat_tokens import control_in, examples
 from trinity.data.chats import Conversation
 from trinity.data.dataset import IGNORE
+from trinity.data.formats import rows as rows_in
 from trinity.data.packed_chats import PackedChats
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
@@ -24,6 +27,7 @@ from trinity.text.tokenizer import Tokenizer
 from trinity.train.collectives import Alone
 from trinity.train.loss import token_logprobs
 from trinity.train.trainer import Trainer
+from trinity.utils.trying import tried
 
 MODEL = preset("tiny")
 TOKENIZER = Tokenizer.train(iter(["what is it? it is so. no, really, twice seven is fourteen"]), 330)
@@ -76,13 +80,20 @@ SAME = [
         ],
         "tools": json.dumps([TOOLS[0]["function"]]),
     },
-    {  # as Arrow pads rows
+    {  # OpenAI's names of 2023
         "messages": [
-            {"role": m["role"], "content": m.get("content"), "weight": None, "name": None,
-             "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}] if "tool_calls" in m else None}
-            for m in CALLING
+            CALLING[0], {"role": "assistant", "content": None, "function_call": CALL["function"]},
+            {"role": "function", "name": "f", "content": "7"}, CALLING[3],
         ],
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": None}}}],
+        "functions": [TOOLS[0]["function"]],
+    },
+    {  # null says nothing, and of a function nobody is told more than a server tells
+        "messages": [{"content": None, "weight": None, "name": None, "tool_calls": None, **m} for m in CALLING],
+        "tools": [{"function": {"strict": True, "parameters": {"type": "object"}, "description": None, "name": "f"}}],
+    },
+    {
+        "prompt": json.dumps(CALLING[:1]), "completion": json.dumps(CALLING[1:]), "tools": json.dumps(TOOLS),
+        "chat_template_kwargs": None,
     },
 ]  # fmt: skip
 
@@ -101,6 +112,9 @@ def test_alpacas_rows_and_pairs_of_texts():
     row = {"instruction": "Add.", "input": "1 1", "output": "2", "system": "s"}
     assert [m["content"] for m in Conversation.of(row, "here").chat.messages] == ["s", "Add.\n\n1 1", "2"]
     assert [m["content"] for m in Conversation.of({**row, "input": ""}, "here").chat.messages] == ["s", "Add.", "2"]
+    before = Conversation.of({**row, "history": [["a", "b"]]}, "here")
+    assert [m["content"] for m in before.chat.messages] == ["s", "a", "b", "Add.\n\n1 1", "2"]
+    assert before.is_trained == (False, False, True, False, True)
     pair = Conversation.of({"prompt": "a", "completion": "b"}, "here")
     assert (pair.chat.messages, pair.is_trained) == ([*map(dict, [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])], (False, True))  # fmt: skip
@@ -112,6 +126,8 @@ def test_who_is_trained():
     given_before = Conversation.of({"prompt": LONG[:4], "completion": LONG[4:]}, "here")
     assert given_before.is_trained == (False, False, False, False, True)
     assert conversation([PLAIN[1], *PLAIN]).is_trained == (False, False, True), "nobody asked for the first"
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f"}', "weight": 0}]
+    assert Conversation.of({"conversations": turns}, "here").is_trained == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +143,41 @@ def test_who_is_trained():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts that are no text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "a call without the name of a function"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 0 is from 'alien'"),
+        ({"messages": [PLAIN[0] | {"weight": "0"}]}, "message 0 has weight '0'; it is 1, or 0"),
+        ({"messages": [PLAIN[0] | {"weight": 0.5}]}, "message 0 has weight '0.5'; it is 1, or 0"),
+        ({"messages": [PLAIN[0], {"role": "assistant", "text": "x"}]}, "message 1 has role, text, and neither content"),
+        ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "message 0: tool_calls are a int, no list"),
+        ({"messages": [{"role": "assistant", "content": "x", "reasoning": ["y"]}]}, "has a list as reasoning"),
+        ({"instruction": 7, "output": "x"}, "here has a int as instruction; give a text"),
+        ({"instruction": "x", "output": "y", "history": ["z"]}, "a history that is no list of pairs"),
         ({"messages": PLAIN, "tools": [TOOLS[0], TOOLS[0]]}, "two tools are called 'f'"),
     ],
 )
 def test_what_is_no_conversation_is_named(row, says):
     with pytest.raises(DataError, match=says):
         Conversation.of(row, "here")
+
+
+def test_whatever_a_row_holds_it_is_read_or_refused_by_name():
+    rng, num_read = random.Random(0), 0
+    junk = [None, 7, True, "", "x", "[", "[]", '[{"role": "user"}]', [], {}, [1], [None], {"a": 1}, [[]], float("nan")]
+    for _ in range(3000):
+        row = json.loads(
+            json.dumps(rng.choice([SAME[0], SAME[3], SAME[4], {"prompt": "a", "completion": CALLING[3:]}]))
+        )
+        for _ in range(rng.randint(1, 2)):
+            at = row
+            while isinstance(
+                inside := at[key := rng.choice([*(at if isinstance(at, dict) else range(len(at)))])], dict | list
+            ):
+                if not inside or rng.random() < 0.2:
+                    break
+                at = inside
+            at[key] = json.loads(json.dumps(rng.choice(junk)))
+        found = tried(partial(Conversation.of, row, "here"), DataError)
+        assert isinstance(found, Conversation) or str(found).startswith("here")
+        num_read += isinstance(found, Conversation)
+    assert 300 < num_read < 2700
 
 
 # -- masks
@@ -200,6 +245,11 @@ def test_a_template_that_drops_old_reasoning_gives_an_example_for_each_answer():
     with pytest.raises(DataError, match=r"here, message 1: the template shows it other than as an answer.*<think>"):
         examples(conversation(PLAIN), tokenizer, "here")
     assert len(examples(conversation(thinking), tokenizer, "here", last_only=True)) == 1
+
+
+def test_half_a_character_is_named_with_its_message():
+    with pytest.raises(DataError, match=r"here, message 1: text has a lone surrogate"):
+        examples(conversation([PLAIN[0], {"role": "assistant", "content": "\ud800"}]), TOKENIZER, "here")
 
 
 def test_control_tokens_in_a_text_are_found():
@@ -275,6 +325,22 @@ def test_rows_of_a_table_are_the_same(folder, tmp_path):
         for file in (folder / "a.jsonl", tmp_path / "a.parquet", tmp_path / "b.parquet")
     ]
     assert len({store.content for store in stores}) == 1
+
+
+def test_nulls_of_a_table_say_nothing_and_those_of_json_are_values(tmp_path):
+    rows = [
+        {"messages": [PLAIN[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {key: 1}}]}]}
+        for key in "xy"
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [PLAIN[0], {
+        "role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": None}}]}]}))  # fmt: skip
+    told = [
+        Conversation.of(row, where).chat.messages[1]["tool_calls"][0]["function"]["arguments"]
+        for name in ("a.parquet", "b.jsonl")
+        for where, row in rows_in(tmp_path / name)
+    ]
+    assert told == ['{"x": 1}', '{"y": 1}', '{"x": null}']
 
 
 def test_what_is_left_out_is_counted(folder, tmp_path, caplog):

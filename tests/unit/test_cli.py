@@ -1,5 +1,6 @@
 """The command line as a person meets it: its surface, its sentences, its exit codes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -102,6 +103,20 @@ def test_mistakes_end_in_one_sentence_and_code_2(arguments, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_full_disk_ends_in_one_sentence_too(capsys, monkeypatch):
+    failing = {"number": errno.ENOSPC}
+
+    def run(*_):
+        raise OSError(failing["number"], os.strerror(failing["number"]), "runs/a.json")
+
+    monkeypatch.setattr("trinity.commands.doctor.run", run)
+    assert main(["doctor"]) == 2
+    assert "cannot write runs/a.json: No space left on device; make room there" in capsys.readouterr().err
+    failing["number"] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        main(["doctor"])
 
 
 def test_the_demo_deletes_only_what_a_demo_made(tmp_path, capsys):

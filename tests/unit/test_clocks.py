@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STAMPS = {  # what shows a time of day, or keeps one for the next process
     "actors/control/migration.py", "actors/control/reconciler.py", "actors/dataplane/handshake.py", "actors/round_trips.py",
-    "serving/frontend.py", "trinity/observability/tracking/trackers.py",
+    "serving/frontend.py", "serving/vllm_names.py", "trinity/data/kept.py", "trinity/observability/tracking/trackers.py",
 }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ def test_presets_parse_and_round_trip(name):
 
 @pytest.mark.parametrize("path", [p for folder in ("clusters", "docs") for p in (ROOT / folder).glob("**/train*.yaml")])
 def test_every_training_file_in_the_repository_parses(path, monkeypatch):
-    monkeypatch.setattr("trinity.stages.files", lambda pattern: [])  # the reader's own are not there
     tree = merged(path)
     if "stages" in tree:
         assert [stage.name for stage in read_stages(tree)]
@@ -79,8 +78,11 @@ def preset_optim(name):
             "serve.weights: choose checkpoint, live, pinned or pinned:STEP (got 'pinned:x')",
         ),
         (["--serve.weights", "newest"], "choose checkpoint, live, pinned or pinned:STEP"),
-        (["--engine.kv_policy", "drop"], "engine.kv_policy"),
+        (["--engine.kv_policy", "keep"], "it is called 'engine.kv_max_age' now"),
+        (["--engine.kv_max_age", "keep"], "engine.kv_max_age: give a number of steps, 0 and more, or `unbounded`"),
+        (["--engine.kv_max_age", "-1"], "engine.kv_max_age: give a number of steps"),
         (["--engine.max_versions", "0"], "engine.max_versions"),
+        (["--engine.replicas", "3", "--engine.max_replicas", "2"], "max_replicas 2 is below replicas 3"),
     ],
 )
 def test_mistakes_are_named(flags, message):

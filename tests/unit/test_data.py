@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +193,29 @@ def test_a_second_run_reuses_and_a_changed_one_does_not(corpus, tmp_path, monkey
     Tokenizer.train(iter(TEXTS), 300).save(corpus.parent / "tokenizer")
     prepared(corpus, tmp_path / "out")
     assert len(folders()) == 6
+
+
+def test_what_a_killed_builder_left_is_removed_and_nothing_else(tmp_path):
+    left = {name: tmp_path / f".shard-{name}" for name in ("old", "in-work", "new", "written-now")}
+    for folder in left.values():
+        folder.mkdir()
+        (folder / "tokens.bin").touch()
+    (tmp_path / ".shard.lock").touch()
+    (tmp_path / ".tokens-old").mkdir()
+    for path in [
+        left["old"],
+        left["in-work"],
+        left["written-now"],
+        *tmp_path.rglob("*/tokens.bin"),
+        tmp_path / ".tokens-old",
+    ]:
+        if path.parent not in (left["new"], left["written-now"]):
+            os.utime(path, (1, 1))
+    with kept._held(left["in-work"]) as is_held:
+        assert is_held
+        kept.made_once(tmp_path / "shard-x", lambda to: (to / "x").touch())
+    assert not left.pop("old").exists()
+    assert all(folder.is_dir() for folder in (*left.values(), tmp_path / ".tokens-old", tmp_path / "shard-x"))
 
 
 @pytest.mark.parametrize("form", [1, 2])

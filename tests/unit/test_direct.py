@@ -21,7 +21,9 @@ from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.connection import Wire
 from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
 from actors.dataplane.server import Combiner, DirectServer, merged
+from tests.unit.adapter_folders import write_adapter
 from tests.waiting import sooner_than
+from trinity.checkpoint import examined
 from trinity.config import OptimConfig, preset
 from trinity.dispatch.transport import LocalTransport
 from trinity.dispatch.view import StaticView
@@ -99,6 +101,32 @@ def test_forward_and_backward_equal_the_transport_in_process(served):
         mine = shard.gathered.sums()
         for key, grad in alone.transport.shards[name].gathered.sums().items():
             assert torch.equal(mine[key], grad)
+
+
+def test_rows_of_adapters_and_of_none_travel_together(served, tmp_path):
+    """The shards are told of an adapter by who asks for it; calls that wait are one, whichever adapters they are for."""
+    source = str(write_adapter(tmp_path / "adapter", MODEL, seed=0))
+    content = examined(source, MODEL, None).adapter.content
+    x, ids, weights = (tensor.detach() for tensor in batch())
+    content_T = torch.tensor([0, content, 0, *[content] * 5, *[0] * 5])
+
+    def layer(pool, own_T=slice(None), adapters=True):
+        told = (content_T[own_T], {content: source}) if adapters else None
+        with torch.no_grad():
+            return pool.dispatcher().begin(LAYER, x[own_T], ids[own_T], weights[own_T], told).result()
+
+    alone = local_pool(MODEL, Load(seed=5), num_shards=2, optim=OptimConfig(), backend="torch")
+    want = layer(alone)
+    assert torch.equal(layer(served.pool), want)
+    for has_one in (True, False):
+        own_T = (content_T != 0) == has_one
+        assert torch.equal(layer(served.pool, own_T), want[own_T])
+        assert torch.equal(layer(served.pool, own_T, adapters=False), want[own_T]) is not has_one
+    calls = [
+        replace(forward(), rows=replace(rows_of(), adapter_R=own)) for own in (None, content_T[:5], content_T[5:10])
+    ]
+    shard = served.shards["shard-0"]
+    assert torch.equal(shard.infer(merged(calls)), torch.cat([shard.infer(call) for call in calls]))
 
 
 def test_tcp_carries_the_same(served, monkeypatch):

@@ -17,7 +17,8 @@ from tests.unit.engine_fakes import VOCAB, DenseAttend, fake_config, fake_engine
 from trinity.config import EngineConfig, LayerCache
 from trinity.engine import attention
 from trinity.engine.attention import KVPools, PagedAttention
-from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import plan_layout
 from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.runner import flatten, in_order
 from trinity.models.common.attention import PackedAttention
@@ -150,7 +151,7 @@ class LatentModel(torch.nn.Module):
         self.head = torch.nn.Parameter(torch.randn(VOCAB, 16 * len(CACHES), generator=made))
 
     def forward_all(self, passes):
-        return [self(*inputs) for inputs in passes]
+        return [self(*inputs[:3]) for inputs in passes]
 
     def forward(self, ids_T, positions_T, attend):
         turn_T11 = 1 + 0.5 * torch.sin(1.7 * positions_T.float())[:, None, None]

@@ -27,38 +27,68 @@ def _no_pauses(monkeypatch):
 
 
 class Watch:
-    """An engine over a FakeSource, and a record of which version computed each cached position and each token."""
+    """An engine over a FakeSource, and a record of which version computed each cached position, in each kind of layer, and each
+    token; with what is read of the prefix cache, too."""
 
     def __init__(self, **settings):
         self.source = FakeSource(fake_config(WINDOW))
         base = {"max_model_len": MAX_LEN, "block_size": 2}
         self.engine = fake_engine(self.source.config, source=self.source, **base | settings)
-        self.cached: dict[str, list[int]] = {}
+        self.cached: dict[str, list[int]] = {}  # of the layer that sees everything
+        self.windows: dict[str, list[int]] = {}  # of the other one
+        self.blocks: dict[tuple[str, int], list[int]] = {}
         self.tokens: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}  # token, version, versions of the cache
+        self.looks: dict[str, list[tuple[int, ...]]] = {}  # versions of the window, for each token
         self.asked, self.ended, self.prompts, self.none_was_good = {}, {}, {}, {}
         self._accept, self.engine._accept_pass = self.engine._accept_pass, self.watched
+        prefixes = self.engine._prefixes
+        self._begin, prefixes.begin = prefixes.begin, self.begun
+        self._computed, prefixes.computed = prefixes.computed, self.computed
 
     def add(self, name, prompt, params):
         self.engine.add(name, prompt, params)
-        self.asked[name], self.prompts[name], self.tokens[name], self.cached[name] = params, list(prompt), [], []
+        self.asked[name], self.prompts[name], self.tokens[name], self.looks[name] = params, list(prompt), [], []
+
+    def kinds(self, name):
+        """The record, the layer's window and its table."""
+        full, sliding = self.engine._cache.tables.values()
+        return (self.cached.setdefault(name, []), "full", full), (self.windows.setdefault(name, []), "sliding", sliding)
+
+    def begun(self, sequence, hit):
+        self._begin(sequence, hit)
+        size = self.engine.settings.block_size
+        for (record, kind, _), blocks in zip(self.kinds(sequence.request_id), hit.blocks.values(), strict=False):
+            found = [version for block in blocks for version in self.blocks[kind, block]]
+            record[:] = [hit.oldest] * (hit.num_blocks * size - len(found)) + found
+            assert all(hit.oldest <= version <= hit.newest for version in found)
+
+    def computed(self, chunk):
+        sequence, size = chunk.sequence, self.engine.settings.block_size
+        for record, _, _ in self.kinds(sequence.request_id):
+            record[chunk.start :] = [sequence.version] * chunk.count
+        places = range(chunk.start // size, chunk.end // size)
+        held = [
+            (kind, place, int(table.block_NC[chunk.row, place]))
+            for _, kind, table in self.kinds(sequence.request_id)
+            for place in places
+        ]
+        self._computed(chunk)
+        for kind, place, block in held:
+            record = self.cached if kind == "full" else self.windows
+            self.blocks[kind, block] = record[sequence.request_id][place * size : (place + 1) * size]
 
     def watched(self, each, result):
-        version, batch = each
+        version, _ = each
         deltas = self._accept(each, result)
-        got = {d.request_id: d for d in deltas}
-        for name in got:
-            if got[name].finish_reason == "error":
+        for delta in deltas:
+            name = delta.request_id
+            if delta.finish_reason == "error":
                 self.none_was_good[name] = self.source.known <= self.source.poisoned
-        for chunk in batch:
-            name = chunk.sequence.request_id
-            delta = got.get(name)
-            if chunk.sequence.num_computed != chunk.end and not (delta and delta.token_ids):
-                continue
-            self.cached[name][chunk.start :] = [version] * chunk.count
-            if delta and delta.token_ids:
+            if delta.token_ids:
                 assert delta.version == version
-                assert not self.source.quarantined & set(self.cached[name])
+                assert not self.source.quarantined & {*self.cached[name], *self.windows[name][-WINDOW:]}
                 self.tokens[name].append((*delta.token_ids, version, tuple(self.cached[name])))
+                self.looks[name].append(tuple(self.windows[name]))
         return deltas
 
     def step(self, times=1):
@@ -83,9 +113,9 @@ class Watch:
     def check_tokens(self, name):
         """Each token against the monolith."""
         ids = list(self.prompts[name])
-        for token, version, cached in self.tokens[name]:
-            assert len(cached) == len(ids)
-            assert token == next_token(WINDOW, version, cached, ids, len(self.prompts[name]), self.asked[name])
+        for (token, version, cached), looks in zip(self.tokens[name], self.looks[name], strict=True):
+            assert len(cached) == len(looks) == len(ids)
+            assert token == next_token(WINDOW, version, (looks, cached), ids, len(self.prompts[name]), self.asked[name])
             ids.append(token)
 
     def versions(self, name):
@@ -95,7 +125,7 @@ class Watch:
 def test_live_requests_take_up_a_version_at_once_and_pinned_ones_never():
     watch = Watch()
     watch.add("live", [1, 2, 3], GREEDY)
-    watch.add("pinned", [1, 2, 3], PINNED)
+    watch.add("pinned", [2, 2, 3], PINNED)
     for _ in range(12):
         watch.step()
         watch.source.commit()
@@ -109,23 +139,23 @@ def test_live_requests_take_up_a_version_at_once_and_pinned_ones_never():
     assert watch.source.held[1] == 0
 
 
-def test_keep_leaves_what_is_cached_and_recompute_does_not():
-    for policy in ("keep", "recompute"):
-        watch = Watch(kv_policy=policy)
+def test_what_is_cached_gets_as_old_as_the_setting_allows():
+    for most in (0, 3, "unbounded"):
+        watch = Watch(kv_max_age=most)
         watch.add("a", [1, 2, 3], GREEDY)
         for _ in range(12):
             watch.step()
             watch.source.commit()
         for number, (_, version, cached) in enumerate(watch.tokens["a"]):
             assert version == 1 + number
-            whole = [version] * (3 + number)
-            assert list(cached) == (whole if policy == "recompute" else [1, 1, 1, *range(2, version + 1)])
+            oldest = 1 if most == "unbounded" else version - number % (most + 1)
+            assert list(cached) == [oldest] * (3 + oldest - 1) + list(range(oldest + 1, version + 1))
         watch.check_tokens("a")
 
 
 def test_recompute_goes_on_although_versions_change_faster_than_contexts_are_computed():
     """Passes of 4 tokens, contexts of 12 and more, a version each pass; later requests are not left out either."""
-    watch = Watch(kv_policy="recompute", max_num_batched_tokens=4)
+    watch = Watch(kv_max_age=0, max_num_batched_tokens=4)
     watch.add("a", list(range(12)), GREEDY)
     watch.add("b", list(range(10)), GREEDY.model_copy(update={"max_tokens": 4}))
     for _ in range(200):
@@ -159,7 +189,7 @@ def test_so_many_versions_are_held_and_then_the_newest_of_those():
 
 
 def test_a_withdrawn_version_leaves_nothing_in_the_cache():
-    watch = Watch()
+    watch = Watch(kv_max_age="unbounded")
     watch.add("live", [1, 2, 3], GREEDY)
     watch.add("pinned", [4, 5], PINNED)
     watch.step(2)
@@ -196,7 +226,7 @@ def test_a_damaged_version_is_reported_and_no_request_fails():
 
 
 def test_what_a_damaged_version_left_in_the_cache_goes_although_a_newer_one_is_there():
-    watch = Watch(max_num_batched_tokens=6)
+    watch = Watch(max_num_batched_tokens=6, kv_max_age="unbounded")
     watch.add("a", list(range(13)), GREEDY)
     watch.step()
     watch.source.commit(poisoned=True)
@@ -206,7 +236,8 @@ def test_what_a_damaged_version_left_in_the_cache_goes_although_a_newer_one_is_t
     watch.source.quarantine = lambda version: (watch.source.commit(), quarantine(version))
     watch.finish()
     assert set(watch.versions("a")) == {3}
-    assert set(watch.cached["a"]) == {3}
+    assert watch.cached["a"][:7] == [1] * 6 + [3], "what is older is found again"
+    assert 2 not in watch.cached["a"]
     watch.check_tokens("a")
 
 
@@ -215,7 +246,7 @@ def test_damage_that_a_pinned_request_finds_clears_the_cache_of_live_ones():
     source = FakeSource(fake_config(WINDOW))
     source.commit()
     source.commit()
-    versions = Versions(source, 2, "keep")
+    versions = Versions(source, 2, None)
     used, later = (Sequence(name, (1, 2), GREEDY, TextStream(None)) for name in ("used", "later"))
     used.computed(0, 1, 2)
     used.computed(1, 2, 3)
@@ -227,7 +258,7 @@ def test_damage_that_a_pinned_request_finds_clears_the_cache_of_live_ones():
 
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_recompute_does_not_wait_at_a_version_that_is_no_good(is_lost):
-    watch = Watch(kv_policy="recompute", max_num_batched_tokens=6)
+    watch = Watch(kv_max_age=0, max_num_batched_tokens=6)
     watch.add("a", list(range(13)), GREEDY)
     watch.step(3)
     watch.source.commit(poisoned=not is_lost)
@@ -342,7 +373,8 @@ params = st.builds(
     ignore_eos=st.just(True),
     version_policy=st.sampled_from(["live", "pinned"]),
 )
-prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12).map(tuple)
+beginnings = st.sampled_from([(), (7, 7, 7, 7), tuple(range(9))])
+prompts = st.builds(lambda a, b: (*a, *b), beginnings, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9))
 actions = st.one_of(
     st.tuples(st.just("add"), prompts, params),
     st.tuples(st.just("abort"), names),
@@ -373,17 +405,19 @@ def act(watch, name, *arguments):
 @settings(max_examples=150, deadline=None)
 @given(
     trace=st.lists(actions, max_size=30),
-    policy=st.sampled_from(["keep", "recompute"]),
+    age=st.sampled_from([0, 0, 1, 3, "unbounded"]),
+    is_on=st.booleans(),
     budget=st.integers(2, 20),
     seqs=st.integers(1, 6),
     most=st.integers(1, 3),
     blocks=st.integers(18, 40),
 )
-def test_any_trace(trace, policy, budget, seqs, most, blocks):
+def test_any_trace(trace, age, is_on, budget, seqs, most, blocks):
     """Requests come and go, versions are committed (some damaged), rolled back and lost, shards conflict, memory is short."""
     block_bytes = 2 * 2 * 4 * 4 * 2
     watch = Watch(
-        kv_policy=policy,
+        kv_max_age=age,
+        prefix_cache=is_on,
         max_num_batched_tokens=budget,
         max_num_seqs=seqs,
         max_versions=most,
@@ -399,13 +433,13 @@ def test_any_trace(trace, policy, budget, seqs, most, blocks):
         if asked.version_policy == "pinned":
             assert len({version for version, _ in caches}) <= 1
             assert all(cached == {version} for version, cached in caches)
-        elif policy == "recompute":
-            assert all(cached == {version} for version, cached in caches)
+        elif age != "unbounded":
+            assert all(min(cached) >= version - age for version, cached in caches)
         assert all(max(cached) <= version for version, cached in caches), "withdrawn, but still cached"
         if watch.ended[name].finish_reason == "error" and not watch.none_was_good[name]:
             assert asked.version_policy == "pinned"
             assert caches, "a pinned request without a token starts again"
             assert caches[0][0] in watch.source.gone
     held = {version: count for version, count in watch.source.held.items() if count}
-    assert held == ({watch.engine.version: 1} if policy == "recompute" else {})
+    assert held == ({watch.engine.version: 1} if age != "unbounded" else {})
     assert not torch.is_inference_mode_enabled()

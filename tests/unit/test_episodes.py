@@ -44,20 +44,20 @@ def player(folder, which="thrice", rows=ROWS, wants_to_end=4.5, **rl):
     sizes = {"seq_len": 192, "global_batch_size": 16, "micro_batch_size": 8}
     config = config_for(folder, rows, rl=told, train=sizes).replace(data={"val_fraction": 0})
     trainer = trainer_for(config)
-    drawn, eos = trainer._params, trainer.data.tokenizer.eos_id
+    drawn, eos = trainer.drawing.params, trainer.data.tokenizer.eos_id
 
     def params(*asked):
         return drawn(*asked).model_copy(update={"logit_bias": {eos: wants_to_end}})
 
-    trainer._params = params
+    trainer.drawing.params = params
     return trainer
 
 
 def test_a_conversation_goes_on_by_its_tokens(tmp_path):
     trainer = player(tmp_path, mask_truncated=True)
     tokenizer = trainer.data.tokenizer
-    prompts, first = trainer.next_prompts()
-    samples = trainer.drawn(prompts, first)
+    prompts, first = trainer.prompts_at(0)
+    samples = trainer.drawing.drawn(prompts, first)
     whole = [sample for sample in samples if sample.num_turns == 3]
     assert len(whole) > 8
     says = "\n<|im_start|>user\n<tool_response>\nit is {}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
@@ -91,8 +91,8 @@ def test_a_conversation_goes_on_by_its_tokens(tmp_path):
 def test_what_the_environment_said_has_no_gradient(tmp_path):
     """Other words of the environment at the end, where nothing of the model follows: the same gradient."""
     trainer = player(tmp_path)
-    prompts, first = trainer.next_prompts()
-    [sample, *_] = [each for each in trainer.drawn(prompts, first) if each.num_turns == 3]
+    prompts, first = trainer.prompts_at(0)
+    [sample, *_] = [each for each in trainer.drawing.drawn(prompts, first) if each.num_turns == 3]
     batch = policy_batch([Judged(sample, 1.0)])
     others = (~batch.counts_BS).nonzero()[:, 1]
     grads = []
@@ -112,7 +112,7 @@ def test_what_the_environment_said_has_no_gradient(tmp_path):
 def test_an_environment_that_fails_costs_its_conversation(tmp_path, caplog):
     trainer = player(tmp_path, "moody", wants_to_end=30.0)
     prompts = trainer.data.train.take(range(4))
-    samples = trainer.drawn(prompts, 0, 1)
+    samples = trainer.drawing.drawn(prompts, 0, 1)
     rewards = {prompt.row["n"]: sample for prompt, sample in zip(prompts, samples, strict=True)}
     assert {n: sample.reward for n, sample in rewards.items()} == {1: None, 2: None, 3: None, 4: 1.0}
     assert [rewards[n].num_turns for n in (1, 2, 3, 4)] == [2, 2, 1, 3]
@@ -123,14 +123,16 @@ def test_an_environment_that_fails_costs_its_conversation(tmp_path, caplog):
 def test_limits_end_a_conversation(tmp_path):
     trainer = player(tmp_path, max_turns=2, wants_to_end=30.0)
     prompts = trainer.data.train.take(range(2))
-    for sample in trainer.drawn(prompts, 0, 1):
+    for sample in trainer.drawing.drawn(prompts, 0, 1):
         assert (sample.num_turns, sample.reward, sample.finish_reason) == (2, 0.25, "stop"), "what it was worth so far"
-    trainer.episodes.room = len(prompts[0].ids) + 10
-    [sample] = trainer.drawn(prompts[:1], 0, 1)
+    trainer.drawing.episodes.room = len(prompts[0].ids) + 10
+    [sample] = trainer.drawing.drawn(prompts[:1], 0, 1)
     assert (sample.num_turns, sample.reward, sample.finish_reason) == (1, 0.25, "length")
     trainer.config = trainer.config.replace(rl={"max_tokens": 1})
     [sample] = Episodes(trainer.config, trainer.data.tokenizer).play(
-        trainer.rollout, prompts[:1], lambda *asked: trainer._params(*asked, {}).model_copy(update={"ignore_eos": True})
+        trainer.drawing.rollout,
+        prompts[:1],
+        lambda *asked: trainer.drawing.params(*asked, {}).model_copy(update={"ignore_eos": True}),
     )
     assert (sample.num_turns, sample.finish_reason) == (1, "length"), "an answer that was cut off is not answered"
 
@@ -140,11 +142,11 @@ def test_calls_of_tools_are_told_as_such(tmp_path):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
     row = {"messages": ROWS[0]["messages"], "tools": tools}
     prompt = trainer.data.train.take(range(1))[0]._replace(row=row)
-    [answer] = trainer.drawn([prompt], 0, 1)
+    [answer] = trainer.drawing.drawn([prompt], 0, 1)
     called = 'so <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     answer.__dict__.update(token_ids=tuple(trainer.data.tokenizer.encode(called)), text=called)
     episode = Episode(prompt, chat_of(row, "row"), list(prompt.ids))
-    trainer.episodes._note(episode, answer)
+    trainer.drawing.episodes._note(episode, answer)
     [message] = episode.messages
     [call] = message["tool_calls"]
     assert (message["content"].strip(), call["id"], call["function"]["name"]) == ("so", "call_0", "add")

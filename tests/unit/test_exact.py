@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from trinity.config import preset
 from trinity.experts.base import Assignments, LayerWeights
+from trinity.experts.rows import weighted_swiglu
 from trinity.experts.torch_backend import TorchBackend
 from trinity.models.common.attention import PackedAttention, causal_mask, document_positions
 from trinity.models.common.layers import Linear, RMSNorm, SwiGLU, project
 from trinity.models.common.router import SigmoidRouter
-from trinity.ops.batch_invariant import elementwise, gemm
-from trinity.ops.batch_invariant.attention import attention, differentiable
+from trinity.ops.batch_invariant import elementwise, gemm, low_rank
+from trinity.ops.batch_invariant.attention import attention
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -111,6 +112,36 @@ def test_its_gradients_are_those_of_the_plain_product():
     assert not got[1][1].any()
 
 
+def test_gradients_of_swiglu_are_the_librarys():
+    gate, up, weight = (random(50, n, seed=i).requires_grad_() for i, n in enumerate((97, 97, 1)))
+    weighted = weighted_swiglu(gate, up, weight), F.silu(gate) * up * weight
+    for mine, theirs in (weighted, (elementwise.swiglu(gate, up), F.silu(gate) * up)):
+        leaves, dy = [gate, up, weight][: 3 if mine is weighted[0] else 2], random(50, 97, seed=3)
+        torch.testing.assert_close(torch.autograd.grad(mine, leaves, dy), torch.autograd.grad(theirs, leaves, dy))
+
+
+@pytest.mark.parametrize(
+    "counts", [(70,), (5, 0, 13, 1, 0, 40, 6, 7, 2)]
+)  # a job after the other, a matrix after the other
+@pytest.mark.parametrize("outputs", [(64, 128), (7,)])  # by the kernel, by the library
+@pytest.mark.parametrize("threads", [1, 2])
+def test_adapters_have_the_gradients_of_the_matrices_that_they_are_part_of(counts, outputs, threads):
+    torch.set_num_threads(threads)
+    num, end_E, inner, rank = len(counts), torch.tensor(counts).cumsum(0), 128, 8
+    x = random(sum(counts), inner).requires_grad_()
+    shapes = [shape for n in outputs for shape in ((n, inner), (rank, inner), (n, rank))]
+    leaves = [random(num, *shape, seed=i) / inner**0.5 for i, shape in enumerate(shapes)]
+    leaves = [leaf.requires_grad_(i % 3 > 0) for i, leaf in enumerate(leaves)]
+    parts = [tuple(leaves[i : i + 3]) for i in range(0, len(leaves), 3)]
+    mine = low_rank.grouped(x, parts, 0.5, end_E)
+    theirs = [gemm.grouped(x, w + 0.5 * b @ a, end_E) for w, a, b in parts]
+    torch.testing.assert_close(list(mine), theirs)
+    trained = [x, *(leaf for leaf in leaves if leaf.requires_grad)]
+    dys = [random(*y.shape, seed=9) for y in theirs]
+    want = torch.autograd.grad(theirs, trained, dys)
+    torch.testing.assert_close(torch.autograd.grad(mine, trained, dys), want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_element_is_the_same_wherever_it_stands(dtype):
     """1,000 x 97 elements are shared out unevenly among threads, and the compiler's vectors leave remainders."""
@@ -175,19 +206,18 @@ def test_a_query_sees_its_keys_and_nothing_else(length, window, heads, dim, dtyp
     torch.testing.assert_close(whole.double(), want, atol=1e-2 if dtype is torch.bfloat16 else 2e-6, rtol=1e-2)
 
 
-def test_gradients_of_attention_are_the_librarys():
-    leaves = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
-
-    def library(q, k, v):
-        parts = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-    got = differentiable(*leaves, torch.zeros(9, dtype=torch.int64), torch.arange(9) + 1, library)
-    dy = random(9, 4, 8, seed=5)
-    for mine, theirs in zip(
-        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(library(*leaves), leaves, dy), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs)
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("layer", [0, 3])  # sliding, full
+def test_gradients_of_attention_are_the_librarys(layer, has_documents):
+    """Where ours is computed forward, the library's backward is given our result."""
+    model = preset("tiny").model_copy(update={"sliding_window": 5})
+    docs_BS = torch.tensor([[0] * 4 + [1] * 9 + [2] * 7] * 2) if has_documents else None
+    attend, size = PackedAttention(model, docs_BS, 2, 20), model.head_dim
+    leaves = [random(40, heads, size, seed=seed).requires_grad_() for seed, heads in enumerate((4, 2, 2))]
+    dy = random(40, 4, size, seed=5)
+    mine = torch.autograd.grad(attend(layer, *leaves), leaves, dy)
+    attend.is_exact = False
+    torch.testing.assert_close(mine, torch.autograd.grad(attend(layer, *leaves), leaves, dy))
 
 
 def test_documents_of_a_packed_sequence_are_computed_as_if_alone():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serving import fitting
 from trinity.config import Config, EngineConfig, preset
-from trinity.engine.kv_cache import BlockSizes, plan_layout
+from trinity.engine.kv_layout import BlockSizes, plan_layout
 from trinity.engine.memory import CPU_BYTES, LEAST_TOKENS, Memory, plan_memory
 from trinity.errors import ConfigError
 from trinity.models.registry import weight_bytes
@@ -49,16 +49,16 @@ def test_one_sequence_of_each_published_shape_is_as_long_in_bytes_as_counted_by_
 @pytest.mark.parametrize(
     ("name", "free_gib", "wanted", "tokens", "cache_gib"),
     [
-        ("tiny", 2, {}, 1024, 0.0386),  # what 64 whole sequences take, however much there is
-        ("tiny", 1000, {}, 1024, 0.0386),
+        ("tiny", 2, {}, 1024, 0.0772),  # what 64 whole sequences and 64 kept ones take, however much there is
+        ("tiny", 1000, {}, 1024, 0.0772),
         ("nano", 19, {}, 131072, (19 - 11.4) / 2),
         ("nano", 64, {}, 131072, 4),  # CPU_BYTES
         ("nano", 64, {"memory_fraction": 0.8}, 131072, (64 - 11.4) * 0.8),  # asked for: no bound
-        ("nano", 19, {"max_model_len": 1024}, 1024, 3.5),  # 64 of them
+        ("nano", 19, {"max_model_len": 1024, "prefix_cache": False}, 1024, 3.5),  # 64 of them
         ("nano", 13, {"max_model_len": 65536}, 65536, None),  # half of what is left is too little; all of it is not
         ("mini", 64, {}, 131072, 4),
         ("large", 1000, {}, 262144, 15.7),  # one whole sequence, beyond CPU_BYTES
-        ("large", 1000, {"max_num_seqs": 1, "max_model_len": 4096}, 4096, 0.938),
+        ("large", 1000, {"max_num_seqs": 1, "max_num_kept": 0, "max_model_len": 4096}, 4096, 0.938),
     ],
 )
 def test_choices_on_a_cpu(name, free_gib, wanted, tokens, cache_gib):
@@ -141,7 +141,7 @@ def test_a_server_on_one_machine_fixes_the_numbers_of_all_its_engines(monkeypatc
         return Memory(19 * GIB, 19 * GIB, **seen.setdefault("known", known))
 
     monkeypatch.setattr(fitting, "memory_of", memory_of)
-    config = Config.from_tree({"model": "nano", "placement": {"num_shards": 2}, "serve": {"num_engines": 2}})
+    config = Config.from_tree({"model": "nano", "placement": {"num_shards": 2}, "engine": {"replicas": 2}})
     found = fitting.fitted(config)
     backbone, routed = weight_bytes(config.model)
     assert seen["known"]["weights"] == routed + 2 * backbone

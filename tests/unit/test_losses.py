@@ -50,7 +50,8 @@ def test_cross_entropy_is_the_formula(seed, tokens, vocab, scale):
 @quick
 @given(seed=seeds, tokens=st.integers(1, 20), chunk=st.integers(1, 25), a=st.floats(0, 2), b=st.floats(0, 2))
 def test_loss_from_hidden_equals_autograd(seed, tokens, chunk, a, b):
-    """Value and both gradients, for any chunk and any weighting of the two sums, against plain autograd in float64."""
+    """Value and both gradients, for any chunk and any weighting of the two sums, against plain autograd in float64; of a frozen
+    head, too, whose gradient is made in another way."""
     head_VD, hidden_TD, targets_T = randn(seed, 31, 6), randn(seed + 1, tokens, 6), random_targets(seed, tokens, 31)
     w, h = head_VD.double().requires_grad_(), hidden_TD.double().requires_grad_()
     logits_TV = h @ w.T
@@ -64,6 +65,11 @@ def test_loss_from_hidden_equals_autograd(seed, tokens, chunk, a, b):
     torch.testing.assert_close(torch.stack(got).double(), torch.stack((ce, z)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(head_VD.grad.double(), w.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(hidden_TD.grad.double(), h.grad, rtol=1e-4, atol=1e-5)
+    alone_TD = hidden_TD.detach().requires_grad_()
+    frozen = loss_from_hidden(head_VD.detach(), alone_TD, targets_T, 0.1, chunk)
+    assert [each.item() for each in frozen] == [each.item() for each in got]
+    (a * frozen[0] + b * frozen[1]).backward()
+    torch.testing.assert_close(alone_TD.grad.double(), h.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_cross_entropy_gradient_equals_the_fused_one():
@@ -106,9 +112,13 @@ def test_bf16_losses_are_computed_in_fp32():
         np.testing.assert_allclose([x.item() for x in got], want, rtol=1e-5)
     sum(fused).backward()
     exact = head.detach().float().requires_grad_()
-    sum(loss_from_hidden(exact, hidden.detach().float(), targets_T, 1e-3, 10)).backward()
+    sum(loss_from_hidden(exact, exact_TD := hidden.detach().float().requires_grad_(), targets_T, 1e-3, 10)).backward()
     assert head.grad.dtype == hidden.grad.dtype == torch.bfloat16
     assert (head.grad.float() - exact.grad).norm() < 0.02 * exact.grad.norm()
+    alone_TD = hidden.detach().requires_grad_()
+    sum(loss_from_hidden(head.detach(), alone_TD, targets_T, 1e-3, 10)).backward()  # of a frozen head
+    for found_TD in (hidden, alone_TD):
+        assert (found_TD.grad.float() - exact_TD.grad).norm() < 0.02 * exact_TD.grad.norm()
 
 
 def test_all_targets_ignored_is_zero_with_zero_gradient():

@@ -17,6 +17,7 @@ from trinity.data.dataset import IGNORE, PackedDataset, Source
 from trinity.data.mixture import BLOCK, Mixture
 from trinity.errors import ConfigError, DataError
 from trinity.observability.train_log import TrainLog, read_rows
+from trinity.preparing import prepare_stages
 from trinity.stages import read_stages
 from trinity.train.loss import token_logprobs
 
@@ -229,7 +230,7 @@ def test_a_stage_has_a_mixture_in_the_place_of_files_and_files_in_that_of_a_mixt
     assert read_stages(tree)[0].config.data.sources == ()
     mixture["data"]["sources"][1]["train"] = "/nowhere.jsonl"
     with pytest.raises(DataError, match=r"no text file matches '/nowhere\.jsonl'"):
-        read_stages({**base, "stages": [mixture]})
+        next(prepare_stages(read_stages({**base, "stages": [mixture]}), join=int))
 
 
 ONE = {"train": "a.txt"}

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from actors.dataplane.connection import machine_id
+from actors.dataplane.connection import SILENCE_S, machine_id
 from tests.chaos import switch
 from tests.unit.network_hosts import (
     CALLER_HOST,
@@ -39,6 +39,26 @@ def hosts(both):
     both.mend()
     both.shard("release")
     both.shard("gathered")
+
+
+@pytest.fixture(scope="module")
+def plugged():
+    """Two other hosts, on a switch."""
+    if reason := switch.why_not():
+        pytest.skip(reason)
+    with switch.switched(f"{SHARD_HOST}/24", f"{CALLER_HOST}/24") as (cable, (one, two)), Hosts(one, two) as made:
+        yield made, cable.both(one, two)
+
+
+@pytest.fixture
+def switched(plugged):
+    """-> hosts that have yet to connect, and the two ways between them, at which nothing is wrong yet."""
+    made, ways = plugged
+    made.caller("elsewhere", **made.address)
+    for way in ways:
+        vars(way).update(vars(switch.Way()))
+    yield made, ways
+    made.caller("impatient", silence_s=SILENCE_S)
 
 
 def wanted(seed=0):
@@ -167,22 +187,19 @@ def test_a_host_that_computes_for_long_is_not_silent(hosts):
 
 
 @pytest.mark.parametrize("ways", ["answers", pytest.param("both", marks=pytest.mark.chaos)])
-def test_after_a_silent_cut_a_call_goes_on_at_once(ways):
+def test_after_a_silent_cut_a_call_goes_on_at_once(switched, ways):
     """TCP would try again 3 s after the mending."""
-    if reason := switch.why_not():
-        pytest.skip(reason)
-    with switch.switched(f"{SHARD_HOST}/24", f"{CALLER_HOST}/24") as (cable, (one, two)), Hosts(one, two) as hosts:
-        hosts.caller("impatient")
-        assert hosts.caller("forward") == wanted()[0]["y"]
-        back, there = cable.both(one, two)
-        back.is_cut, there.is_cut = True, ways == "both"
-        hosts.caller.start("forward", timeout_s=60.0)
-        time.sleep(3.2)
-        cable.cut(one, two, False)
-        mended_s = time.monotonic()
-        assert hosts.caller.finish() == wanted()[0]["y"]
-        assert not have_passed(2.8, mended_s)
-        assert back.num_dropped > 0
+    hosts, (back, there) = switched
+    hosts.caller("impatient")
+    assert hosts.caller("forward") == wanted()[0]["y"]
+    back.is_cut, there.is_cut = True, ways == "both"
+    hosts.caller.start("forward", timeout_s=60.0)
+    time.sleep(3.2)
+    back.is_cut = there.is_cut = False
+    mended_s = time.monotonic()
+    assert hosts.caller.finish() == wanted()[0]["y"]
+    assert not have_passed(2.8, mended_s)
+    assert back.num_dropped > 0
 
 
 def test_nobody_can_connect_while_the_cable_is_cut(hosts):
@@ -202,16 +219,12 @@ def test_nobody_can_connect_while_the_cable_is_cut(hosts):
     ],
     ids=["late-lost-reordered", "narrow-and-dropping"],
 )
-def test_a_bad_cable_changes_no_answer(shape):
-    if reason := switch.why_not():
-        pytest.skip(reason)
-    with switch.switched(f"{SHARD_HOST}/24", f"{CALLER_HOST}/24") as (cable, (one, two)), Hosts(one, two) as hosts:
-        ways = cable.both(one, two)
-        for way in ways:
-            for name, value in shape.items():
-                setattr(way, name, value)
-        assert hosts.caller("many", num=100) == [100, 100]
-        assert sum(way.num_dropped for way in ways) > 0
+def test_a_bad_cable_changes_no_answer(switched, shape):
+    hosts, ways = switched
+    for way in ways:
+        vars(way).update(shape)
+    assert hosts.caller("many", num=100) == [100, 100]
+    assert sum(way.num_dropped for way in ways) > 0
 
 
 def test_a_cable_that_comes_and_goes_changes_no_answer(hosts):

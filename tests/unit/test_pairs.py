@@ -24,6 +24,8 @@ def read(tmp_path, *rows):
         {"prompt": PLAIN[:1], "chosen": PLAIN[1:], "rejected": OTHER},
         {"prompt": "What is it?", "chosen": "It is so.", "rejected": "It is not."},
         {"chosen": PLAIN, "rejected": [PLAIN[0], *OTHER], "tools": None},
+        {"prompt": "What is it?", "chosen": PLAIN, "rejected": [PLAIN[0], *OTHER]},  # both have the prompt, too
+        {"prompt": json.dumps(PLAIN[:1]), "chosen": json.dumps(PLAIN[1:]), "rejected": json.dumps(OTHER)},
         {"input": {"messages": PLAIN[:1], "tools": None}, "preferred_output": PLAIN[1:], "non_preferred_output": OTHER},
     ],
 )
@@ -72,11 +74,11 @@ def test_pairs_stay_together_in_a_store_made_of_shards_that_were_made_before(tmp
     tokenizer = str(tmp_path / "tokenizer")
     data = DataConfig(train=(str(tmp_path / "pairs.jsonl"),), format="pairs", tokenizer=tokenizer)
     model = preset("tiny").model_copy(update={"vocab_size": TOKENIZER.vocab_size})
-    [(recipe, files, folder)] = recipes(data, TrainConfig(), model, tmp_path / "run")
-    made = [recipe.made(each, folder).folder for each in files]
+    [(recipe, files, cache)] = recipes(data, TrainConfig(), model, tmp_path / "run")
+    made = [recipe.made(each, cache).folder for each in files]
     for fraction in (0.0, 1e-9, 0.3, 0.499):
         train, val = answer_stores(data.train, data, TOKENIZER, fraction, 0, tmp_path / "run" / "data")
-        assert list(folder.glob("shard-*")) == made, "none is made again"
+        assert list(cache.folder.glob("shard-*")) == made, "none is made again"
         texts = [document(store, n) for store in (train, val) for n in range(len(store.starts_N) - 1)]
         assert len(texts) == 42
         assert len(train.starts_N) % 2 == len(val.starts_N) % 2 == 1

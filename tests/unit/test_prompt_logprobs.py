@@ -143,7 +143,7 @@ def test_scores_do_not_depend_on_company_or_preemption(prompts, budget, num_byte
 def test_scores_are_of_the_weights_that_the_answer_is_of():
     """New weights between two parts of a prompt, whose first part is computed again with them."""
     source = FakeSource(fake_config(), 1)
-    engine = fake_engine(source.config, source=source, max_num_batched_tokens=10, kv_policy="recompute", max_num_seqs=2)
+    engine = fake_engine(source.config, source=source, max_num_batched_tokens=10, kv_max_age=0, max_num_seqs=2)
     engine.add("a", PROMPT, ASKED)
     engine.step()
     source.commit()

@@ -14,8 +14,9 @@ from trinity.config import Config, RLConfig, Sequences
 from trinity.data.prepare import prepare
 from trinity.errors import ConfigError, DataError
 from trinity.pool.local import local_pool
+from trinity.rl.drawing import told
 from trinity.rl.kinds import check, trainer_kind
-from trinity.rl.policy import Judged, k3, policy_batch, surrogate
+from trinity.rl.policy import SAMPLED, Judged, k3, policy_batch, surrogate
 from trinity.rl.policy_trainer import group_advantages
 from trinity.rl.rewards import Rewards
 from trinity.rpc.messages import Load
@@ -79,7 +80,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     first, config = told.steps[0], config_for(tmp_path)
     assert 0 <= first.measures["reward"] <= 2
     assert 1 <= first.measures["length"] <= 6
-    assert first.measures["staleness"] == first.measures["unjudged"] == 0
+    assert first.measures["staleness"] == first.measures["staleness_max"] == first.measures["unjudged"] == 0
+    assert not (tmp_path / "whole" / "rollouts").exists(), "nothing is drawn ahead"
     assert first.measures["divergence"] == pytest.approx(0, abs=1e-6), "the engine computes what the trainer does"
     assert 0 < first.measures["entropy"] <= math.log(SMALL["vocab_size"])
     assert "kl" not in first.measures
@@ -95,18 +97,19 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
 
 def test_what_does_not_count_moves_nothing(tmp_path, monkeypatch):
     trainer = trainer_for(config_for(tmp_path, rl={"mask_truncated": True}))
-    prompts, first = trainer.next_prompts()
-    samples = trainer.drawn(prompts, first)
+    prompts, first = trainer.prompts_at(0)
+    samples = trainer.drawing.drawn(prompts, first)
     rewards = [1.0, None, 0.0, 0.0, 3.0, 3.0, None, 3.0]
-    monkeypatch.setattr(trainer.judge.functions, "of", lambda answers, rows: rewards)
+    monkeypatch.setattr(trainer.drawing.judge.functions, "of", lambda answers, rows: rewards)
     cut = [sample.finish_reason == "length" for sample in samples]
-    judged, told_M2 = trainer.judged(prompts, samples)
+    verdict = trainer.drawing.verdict(prompts, samples)
+    judged, told_M2 = verdict.judged, told(verdict, 0, trainer.config)
     assert [each.counts for each in judged[:4]] == [not cut[0], False, not cut[2], not cut[3]]
     assert not any(each.counts for each in judged[4:]), "a group without spread says nothing"
     want = group_advantages([1.0, 0.0, 0.0], 3)
     assert [each.advantage for each in judged[:4]] == pytest.approx([want[0], 0, want[1], want[2]])
-    assert told_M2[4].tolist() == [2, 8]
-    assert told_M2[5].tolist() == [1, 2]
+    assert told_M2[SAMPLED.index("unjudged")].tolist() == [2, 8]
+    assert told_M2[SAMPLED.index("uniform")].tolist() == [1, 2]
     batch = policy_batch([Judged(samples[0], 1.0), Judged(samples[1], 1.0, counts=False)])
     assert batch.num_trained == len(samples[0].token_ids)
     assert int(batch.docs_BS.max()) == 0
@@ -213,7 +216,7 @@ def test_corrections_weigh_tokens_as_their_papers_say():
         ("icepop", torch.tensor([0.0, 1.0, 2.5, 0.0])),
         ("clip", torch.tensor([1 / 9, 1.0, 0.0, 9.0])),  # 2.5 > 1.28 the way its advantage points; 9 is not
     ):
-        loss_T, is_clipped_T = surrogate(logprobs_T, drawn_T, advantages_T, RLConfig(correction=correction))
+        loss_T, is_clipped_T = surrogate(logprobs_T - drawn_T, advantages_T, RLConfig(correction=correction))
         [grad_T] = torch.autograd.grad(loss_T.sum(), logprobs_T)
         torch.testing.assert_close(grad_T, -weights_T * advantages_T)
         assert is_clipped_T.any()
@@ -223,16 +226,24 @@ def test_corrections_weigh_tokens_as_their_papers_say():
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"divisor": "constant"}, {"kl": 0.5}, {"correction": "tis", "tis_cap": 1.1}], ids=str
+    "how",
+    [
+        {},
+        {"divisor": "constant"},
+        {"kl": 0.5},
+        {"correction": "tis", "tis_cap": 1.1},
+        {"ratio": "sequence", "divisor": "answers"},
+    ],
+    ids=str,
 )
 def test_the_loss_is_the_formula_token_by_token(tmp_path, how):
     """Written out from the papers, of each answer alone; the second of them does not count."""
     trainer = trainer_for(config_for(tmp_path, rl={name: value for name, value in how.items() if name != "kl"}))
     trainer.config = trainer.config.replace(rl=how)
     trainer.objective.config = trainer.config
-    prompts, first = trainer.next_prompts()
+    prompts, first = trainer.prompts_at(0)
     rng, judged, want = torch.Generator().manual_seed(3), [], 0.0
-    samples = [trainer.drawn(prompts, first)[at] for at in (0, 3, 4)]
+    samples = [trainer.drawing.drawn(prompts, first)[at] for at in (0, 3, 4)]
     settings = trainer.config.rl
     for sample, advantage, counts in zip(samples, (0.8, 1.0, -1.5), (True, False, True), strict=True):
         now_N = sample.logprobs_N
@@ -240,14 +251,15 @@ def test_the_loss_is_the_formula_token_by_token(tmp_path, how):
         prompt = torch.zeros(len(sample.prompt_ids) - 1)
         sample = replace(sample, logprobs_N=drawn_N)
         judged.append(Judged(sample, advantage, counts, torch.cat([prompt, reference_N])))
+        by_answer, share = settings.ratio == "sequence", len(now_N) if settings.divisor == "answers" else 1
         for now, drawn, reference in zip(now_N.tolist(), drawn_N.tolist(), reference_N.tolist(), strict=True):
-            ratio = math.exp(now - drawn)
+            ratio = math.exp(float((now_N - drawn_N).mean()) if by_answer else now - drawn)
             gain = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
             gain = min(ratio, 1.1) * advantage if settings.correction == "tis" else gain
             away = math.exp(reference - now) - (reference - now) - 1
-            want += (settings.kl * away - gain) * counts
+            want += (settings.kl * away - gain) * counts / share
     batch = policy_batch(judged)
-    num = 8 * settings.max_tokens if settings.divisor == "constant" else batch.num_trained
+    num = {"constant": 8 * settings.max_tokens, "answers": 8}.get(settings.divisor, batch.num_trained)
     trainer.dispatcher.use(0)
     [found] = trainer.objective([batch], batch.num_trained)
     assert found.ce.item() == pytest.approx(want / num, rel=1e-4, abs=1e-6)
@@ -260,8 +272,9 @@ def test_a_teacher_is_followed_where_the_student_goes(tmp_path):
     other = trainer_for(config_for(tmp_path, train={"out_dir": str(tmp_path / "other"), "seed": 5}))
     rl = {"rewards": (), "teacher": str(other.save())}
     student = trainer_for(config_for(tmp_path, rl=rl, train={"global_batch_size": 16, "micro_batch_size": 16}))
-    prompts, first = student.next_prompts()
-    judged, told_M2 = student.judged(prompts, student.drawn(prompts, first))
+    prompts, first = student.prompts_at(0)
+    verdict = student.drawing.verdict(prompts, student.drawing.drawn(prompts, first))
+    judged, told_M2 = verdict.judged, told(verdict, 0, student.config)
     for sample, gain_N, counts, _ in judged[:3]:
         other.dispatcher.use(0)
         scores = token_logprobs(other.model, torch.tensor([sample.prompt_ids + sample.token_ids]))[0]

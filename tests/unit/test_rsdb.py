@@ -1,6 +1,7 @@
 """A random sequential document buffer: everything once, in an order that lengths and the seed give, mixed as it should be."""
 
 import itertools
+import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,9 @@ from trinity.data.dataset import IGNORE, PackedDataset
 from trinity.data.rsdb import BufferedDocuments, Draws, Slot
 from trinity.data.slot_states import SlotStates
 from trinity.errors import ConfigError, DataError
+from trinity.pool.ledger import Decision
+from trinity.train.collectives import Alone
+from trinity.train.trainer import Trainer
 from trinity.train.validation import Recent
 
 
@@ -202,6 +206,31 @@ def test_the_tail_of_gradient_norms():
     norms.add(1.0, 9.0)
     assert norms.kurtosis > 50
     assert Recent().kurtosis is None
+
+
+def test_a_run_that_goes_on_knows_what_is_usual(texts, tmp_path):  # noqa: F811
+    """Two steps were skipped before it was cut, a third is after it, and then a level that stays is none."""
+    config = config_for(texts, tmp_path, steps=99, resume=True).replace(optim={"skip_above_sigma": 6.0})
+    first = trainer_for(config)
+    for n in range(20):
+        first.recent.add(2.0 + 0.01 * (n % 3), 1.0)
+    first.usual_loss.mean = 2.0
+    for _ in range(2):
+        first.step()
+    first.save()
+    second, decisions = trainer_for(config), []
+    assert second.counts == first.counts
+    second.pool.ledger.decide = lambda step, attempt, notes: decisions.append(
+        Decision(step, json.loads(json.dumps(notes)))
+    )
+    found = [second.step().skipped for _ in range(3)]
+    assert (found, second.version) == ([3, 3, 3], 2)
+
+    second.pool.ledger.decided = lambda: decisions[-1]
+    third = Trainer(config, second.pool, second.data, Alone(), store=second.backbone.store)  # from what was decided
+    third.start()
+    assert third.counts == second.counts
+    assert len(third.recent.steps) == 22
 
 
 def test_a_step_that_sticks_out_is_skipped_and_a_level_that_stays_is_not(texts, tmp_path, caplog):  # noqa: F811

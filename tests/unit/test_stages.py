@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from trinity import __version__
 from trinity.checkpoint import open_checkpoint
 from trinity.checkpoint.export import export
 from trinity.cli import main
-from trinity.errors import ConfigError, DataError
+from trinity.data.shards import Recipe
+from trinity.errors import ConfigError
 from trinity.experts.stacked import kinds_of, named_matrices
 from trinity.launch import check_out_dir, rewound
 from trinity.stages import read_stages
+from trinity.text.tokenizer import Tokenizer
+from trinity.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 FLAT = {"warmup_steps": 1, "decay": "none"}
@@ -100,7 +104,8 @@ def story(texts, tmp_path, *more):  # noqa: F811
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "so"}]} for n in range(40)
     ]
-    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not chats.exists():
+        chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = config_for(texts, tmp_path / "run", steps=2).model_dump(mode="json", exclude={"serve", "cluster"})
     longer = 2 * base["model"]["max_position_embeddings"]
     return base | {
@@ -122,7 +127,7 @@ def story(texts, tmp_path, *more):  # noqa: F811
     }
 
 
-def told(tmp_path, texts, monkeypatch, *flags, stop_in=None):  # noqa: F811
+def told(tmp_path, texts, monkeypatch, *flags, stop_in=None, more=(), first=None):  # noqa: F811
     """-> (exit code, the runs that were made) of the command, with a run in this process in the place of Ray's."""
     made = []
 
@@ -142,7 +147,9 @@ def told(tmp_path, texts, monkeypatch, *flags, stop_in=None):  # noqa: F811
         return result
 
     monkeypatch.setattr("trinity.commands.train._trained", run_here)
-    (tmp_path / "story.yaml").write_text(yaml.safe_dump(story(texts, tmp_path)))
+    tree = story(texts, tmp_path, *more)
+    tree["stages"][0] |= first or {}
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump(tree))
     return main(["train", str(tmp_path / "story.yaml"), *flags]), made
 
 
@@ -197,17 +204,95 @@ def test_a_stage_that_was_stopped_goes_on(texts, tmp_path, monkeypatch):  # noqa
         ([{"name": "a", "train": {"stepz": 1}}], r"unknown setting 'train\.stepz'; did you mean 'train\.steps'"),
         ([{"name": "a", "export": 7}], "stage 'a' has export 7"),
         ([{"name": "a"}, {"name": "b", "model": {"preset": "nano"}}], "stage 'b' has a model of its own"),
+        (
+            [{"name": "a"}, {"name": "b", "model": {"num_experts": 8}}],
+            "stage 'b' is of another architecture than 'a'.*: num_experts 4 instead of 8",
+        ),
+        (
+            [{"name": "a"}, {"name": "b", "export": "a"}],
+            "stage 'b' exports .*run/a, which is of stage 'a'; name another",
+        ),
+        ([{"name": "a"}, {"name": "b", "export": "1-a"}], "stage 'b' exports .*run/1-a, which is of stage 'a'"),
+        ([{"name": "a", "export": "../mine"}], "mine is there and is no export"),
+        (
+            [{"name": "a"}, {"name": "b", "optim": {"matrices": "adamw"}, "train": {"carry": "all"}}],
+            r"stage 'b' trains otherwise than 'a' .*leave train\.carry out",
+        ),
+        (
+            [{"name": "a"}, *({"name": f"r{rank}", "optim": {"lora": {"rank": rank}}} for rank in (2, 4))],
+            "stage 'r4' goes on with the adapter of 'r2', and has other optim.lora: rank is 2, not 4; take the same",
+        ),
     ],
 )
 def test_stages_that_cannot_be_are_refused_by_name(texts, tmp_path, stages, says):  # noqa: F811
     tree = story(texts, tmp_path) | {"stages": stages}
+    for folder in ("run", "mine"):
+        (tmp_path / folder).mkdir()
     with pytest.raises(ConfigError, match=says):
         read_stages(tree)
 
 
-def test_a_source_that_is_missing_is_named_before_a_step(texts, tmp_path):  # noqa: F811
-    with pytest.raises(DataError, match=r"no text file matches '/nowhere\.jsonl'"):
-        read_stages(story(texts, tmp_path, {"name": "more", "data": {"train": ["/nowhere.jsonl"]}}))
+COUNTING = (  # a template whose beginning says how many messages follow
+    "{{ messages | length }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ({"data": {"train": ["/nowhere.jsonl"]}}, r"no text file matches '/nowhere\.jsonl'"),
+        ({"data": {"train": ["FOLDER/empty.txt"]}}, "the data holds no text: every document is empty"),
+        ({"data": {"train": ["FOLDER/rows.jsonl"]}}, r"rows\.jsonl has no text in 'text', only messages"),
+        ({"data": {"train": ["FOLDER/short.txt"]}}, "tokens of text are less than one sequence of train.seq_len"),
+        (
+            {"data": {"sources": [{"train": ["FOLDER/some.txt"], "epochs": 1}]}, "train": {"steps": 50}},
+            r"source 'some.*' would be read .* times in 50 steps; its epochs 1 allow \d+ steps",
+        ),
+        (
+            {"data": {"train": ["FOLDER/rows.jsonl"], "format": "chats", "tokenizer": "FOLDER/odd"}},
+            r"rows\.jsonl:1, message 1: the template is not prefix-preserving",
+        ),
+        (
+            {"data": {"train": ["FOLDER/rows.jsonl"], "format": "pairs"}},
+            r"rows\.jsonl:1 has messages; it is to have chosen and rejected",
+        ),
+        ({"data": {"length_bias": {"tokens": 9999, "share": 0.5}}}, "length_bias cannot make 50.0%"),
+        ({"distill": {"teacher": "FOLDER/odd"}}, "distill.teacher .*odd has another tokenizer"),
+        ({"distill": {"teacher": "FOLDER/gone"}}, "gone"),
+    ],
+)
+def test_what_ends_a_later_stage_is_named_before_a_step(texts, tmp_path, monkeypatch, capfd, last, says):  # noqa: F811
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("so")
+    (tmp_path / "some.txt").write_text("so it goes on and on " * 300)
+    row = {"messages": [{"role": "user", "content": "so?"}, {"role": "assistant", "content": "so"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    odd = Tokenizer.train(iter(["so it goes " * 99]), 300)
+    odd.chat_template = COUNTING
+    odd.save(tmp_path / "odd")
+    last = json.loads(json.dumps({"name": "last", **last}).replace("FOLDER", str(tmp_path)))
+    code, made = told(tmp_path, texts, monkeypatch, more=[last])
+    assert (code, made) == (2, [])
+    error = capfd.readouterr().err
+    assert re.search(f"stage 'last': .*{says}", error), error
+
+
+def test_data_are_made_ready_once_and_those_of_stages_that_are_done_may_go(texts, tmp_path, monkeypatch):  # noqa: F811
+    """All before the first step, under the names that the stages look for."""
+    builds, steps = [], []
+    build, step = Recipe._build, Trainer.step
+    monkeypatch.setattr(
+        Recipe, "_build", lambda recipe, found, to: (builds.append(len(steps)), build(recipe, found, to))
+    )
+    monkeypatch.setattr(Trainer, "step", lambda trainer: (steps.append(1), step(trainer))[1])
+    shutil.copytree(texts, own := tmp_path / "own")
+    first = {"data": {"train": [str(own)]}}
+    assert told(tmp_path, texts, monkeypatch, stop_in=2, first=first)[0] == 130
+    assert builds == [0] * (12 + 12 + 1), "text for two stages, and conversations"
+    shutil.rmtree(own)
+    assert told(tmp_path, texts, monkeypatch, "--resume", first=first)[0] == 0
+    assert len(builds) == 25
 
 
 def test_an_export_takes_no_others_place(texts, tmp_path):  # noqa: F811

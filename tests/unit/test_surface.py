@@ -111,6 +111,7 @@ def test_the_record_has_both_halves():
         ("train.num_in_flight", "train.num_overlapped_microbatches"),
         ("engine.num_in_flight", "engine.num_overlapped_microbatches"),
         ("train.runaway_nats", "train.loss_spike_threshold"),
+        ("serve.num_engines", "engine.replicas"),
     ],
 )
 def test_an_old_name_is_refused_with_the_new_one(old, new):

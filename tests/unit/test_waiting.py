@@ -12,7 +12,10 @@ from tests import waiting
 LOOP = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
 HANGS = """
 import threading
+from tests import hang
 from tests.hang import pytest_timeout_set_timer
+
+hang.LOOK_AGAIN_S = 0.2
 
 def test_hangs():
     threading.Event().wait()

@@ -6,6 +6,7 @@ that a run begins at its base, bit for bit. Both are fp32 whatever the model's t
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from trinity.ops import batch_invariant
 
 
 class Adapter(nn.Module):
-    """The adapter of one matrix, and the product with both."""
+    """The adapter of one matrix, and the products with both of those that rows go through side by side."""
 
     def __init__(self, of: Linear, lora: LoraConfig):
         super().__init__()
@@ -29,14 +30,17 @@ class Adapter(nn.Module):
         self.lora_B = Linear(lora.rank, of.out_features, device=device, dtype=torch.float32)
         self.lora_A.is_exact = self.lora_B.is_exact = of.is_exact
 
-    def forward(self, x: Tensor, weight_NK: Tensor) -> Tensor:
+    def forward(self, x: Tensor, parts: Sequence[Linear]) -> list[Tensor]:
+        """x times each part, which have adapters like this one; biases are the caller's."""
+        adapters = [part.adapter for part in parts if isinstance(part.adapter, Adapter)]
+        triples = [(part.weight, own.lora_A, own.lora_B) for part, own in zip(parts, adapters, strict=True)]
         is_exact = self.lora_A.is_exact
         if is_exact and torch.is_grad_enabled() and batch_invariant.is_for(x) and x.dtype == torch.float32:
             from trinity.ops.batch_invariant import low_rank  # a compiler comes with it
 
-            return low_rank.linear(x, weight_NK, self.lora_A.weight, self.lora_B.weight, self.scale)
-        share: Tensor = self.lora_B(self.lora_A(x) * self.scale)
-        return product(x, weight_NK, is_exact).add_(share)
+            return low_rank.linear(x, [(w_NK, a.weight, b.weight) for w_NK, a, b in triples], self.scale)
+        shares = [b(a(x) * self.scale) for _, a, b in triples]
+        return [product(x, w_NK, is_exact).add_(share) for (w_NK, *_), share in zip(triples, shares, strict=True)]
 
 
 def choose_trained(model: CausalLM, optim: OptimConfig, seed: int) -> None:

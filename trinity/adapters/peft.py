@@ -3,7 +3,9 @@
 Legend: N outputs and K inputs of a matrix, r rank.
 `base_model.model.{module}.lora_A.weight` is [r, K], `…lora_B.weight` [N, r]; `module` is the matrix's name in a checkpoint
 without `.weight`, and each routed expert has modules of its own. Decisions: what would make another forward pass is refused by
-name; what PEFT has no field for stands under `trinity`, which PEFT passes over.
+name; what PEFT has no field for stands under `trinity`, which PEFT passes over. Where transformers stacks a layer's experts
+(from 5 on), PEFT takes the names of an expert's three matrices to mean routed experts, and those alone: other matrices of
+these names are said to be targets by their parameter.
 """
 
 import re
@@ -13,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from trinity.errors import CheckpointError
+from trinity.models.common.keys import PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = ("lora_A", "lora_B")
+EXPERT = re.compile(r"\.experts\.\d+\.")
 KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight")
 PLAIN: dict[str, tuple[Any, ...]] = {  # field -> values of the adapters that we compute
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), (False, None)),
-    **{
-        name: (None, {}, [])
-        for name in ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters")
-    },
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others begin by changing the base
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias"), (False, None)
+    ),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config"), (None, {})),
+    **dict.fromkeys(("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"), (None, {}, [])),
+    **dict.fromkeys(("alora_invocation_tokens", "trainable_token_indices"), (None, [], {})),
 }
 
 
@@ -68,13 +74,26 @@ def tree_of(config: AdapterConfig, modules: Collection[str]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules if not _is_by_parameter(module)}),
+        "target_parameters": sorted(
+            {f"{'.'.join(module.split('.')[-2:])}.weight" for module in modules if _is_by_parameter(module)}
+        ),
         "trinity": {"base_content": config.content},
     }
 
 
+def _is_by_parameter(module: str) -> bool:
+    """Say whether it has the name of an expert's matrix, and is none."""
+    return module.endswith(PROJECTIONS) and not EXPERT.search(module)
+
+
 def config_of(tree: Mapping[str, Any], source: str | Path) -> AdapterConfig:
     """The inverse, of anybody's. Raises CheckpointError naming the file, the field and its value."""
+    parameters = tree.get("target_parameters") or []
+    if others := [name for name in parameters if not str(name).endswith(".weight")]:
+        raise CheckpointError(
+            f"{source}: target_parameters {others} are stacks of experts; Trinity reads adapters of each expert's matrices"
+        )
     for name, wanted in PLAIN.items():
         if (value := tree.get(name)) not in wanted:
             raise CheckpointError(

@@ -130,16 +130,16 @@ def undisturbed(config: Config) -> "Checkpoint":
     from trinity.checkpoint import open_checkpoint
     from trinity.data.prepare import prepare
     from trinity.pool.local import local_pool
+    from trinity.rl.kinds import trainer_kind
     from trinity.rpc.messages import Load
     from trinity.train.collectives import Alone
-    from trinity.train.trainer import Trainer
 
     out_dir = Path(config.train.out_dir) / UNDISTURBED
     config = config.replace(train={"out_dir": str(out_dir), "num_workers": 1, "eval_every": 0, "save_every": 0})
     torch.set_num_threads(config.train.num_threads_per_worker)
     settings = {"num_shards": config.placement.num_shards, "backend": config.placement.backend}
     pool = local_pool(config.model, Load(), optim=config.optim, **settings)  # type: ignore[arg-type]
-    trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, out_dir), Alone())
+    trainer = trainer_kind(config)(config, pool, prepare(config.data, config.train, config.model, out_dir), Alone())
     trainer.start()
     return open_checkpoint(trainer.run()["checkpoint"])
 

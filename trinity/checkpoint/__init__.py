@@ -21,7 +21,7 @@ adapter's in PEFT's format (adapter.py), as runs that train adapters write them:
       training/, manifest.json
 """
 
-from trinity.checkpoint.adapter import adaptable, check_adapter
+from trinity.checkpoint.adapter import AdapterFolder, adaptable, backbone_adapter, check_adapter, examined
 from trinity.checkpoint.hub import hub_name, located, small_files, title_of
 from trinity.checkpoint.layout import all_experts, expert_key, step_path
 from trinity.checkpoint.read import Checkpoint, open_checkpoint
@@ -39,11 +39,14 @@ from trinity.models.common.keys import PROJECTIONS
 
 __all__ = [
     "PROJECTIONS",
+    "AdapterFolder",
     "Checkpoint",
     "CheckpointWriter",
     "adaptable",
     "all_experts",
+    "backbone_adapter",
     "check_adapter",
+    "examined",
     "expert_key",
     "hub_name",
     "kept_generation",

@@ -18,14 +18,17 @@ from torch import Tensor
 from trinity.adapters import peft
 from trinity.adapters.lora import merged
 from trinity.checkpoint.layout import all_experts
-from trinity.checkpoint.read import Checkpoint, read_json, reading
+from trinity.checkpoint.read import Checkpoint, open_checkpoint, read_json, reading
 from trinity.checkpoint.tensor_file import TYPES, Part, TensorFile
-from trinity.config import ModelConfig, OptimConfig, Target
+from trinity.config import AdapterRef, ModelConfig, OptimConfig, Target
 from trinity.errors import CheckpointError, ConfigError
+from trinity.models.common.adapted import BackboneAdapter
 from trinity.models.common.family import Nobody
 from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import build, family_of, read_config
 from trinity.rpc.messages import Experts
+
+AGAIN = "put its files back, or load it anew under another name"
 
 
 class Adapter:
@@ -35,6 +38,7 @@ class Adapter:
         self.path, self.config = path, config
         with reading(path):
             self._file = TensorFile(path)
+            self._stamp = self._file.stamp()
         parts = [peft.module_of(key, path) for key in self._file.keys]
         self.modules, matrices = frozenset(module for module, _ in parts), adaptable(model)
         for module in sorted(self.modules):
@@ -68,9 +72,34 @@ class Adapter:
         with reading(self.path, f"{key!r} in "):
             found = torch.empty(self._file.entry(key).shape)
             self._file.read(Part(key, found))
+            self._check_same(self._file.stamp())
         if not torch.isfinite(found).all():
             raise CheckpointError(f"{self.path}: {key} has numbers that are not finite; take an earlier checkpoint")
         return found
+
+    @cached_property
+    def content(self) -> int:
+        """A number above 0 made of all that is in its file, its rank and its share: whoever computes with an adapter of that
+        number computes with these factors."""
+        with reading(self.path):
+            digest = self._file.digest()
+        digest.update(f"{self.config.rank} {self.config.alpha!r}".encode())
+        return int.from_bytes(digest.digest()[:8], "big") >> 1 or 1
+
+    def check_content(self, wanted: int) -> None:
+        """Raise CheckpointError where its files are others than those that somebody has seen."""
+        if wanted != self.content:
+            raise CheckpointError(f"{self.path} has changed since the adapter was loaded; {AGAIN}")
+
+    def _check_same(self, stamp: tuple[int, int]) -> None:
+        if stamp != self._stamp:
+            raise CheckpointError(f"{self.path} was written to while it was in use; {AGAIN}")
+
+    def verify(self) -> None:
+        """Look at every number. Raises CheckpointError for one that is not finite."""
+        for module in self.modules:
+            for part in peft.PARTS:
+                self.tensor(peft.key_of(module, part))
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Copy parts into this memory, by their keys."""
@@ -82,6 +111,48 @@ class Adapter:
         if module in self.modules:
             a_rK, b_Nr = (self.tensor(peft.key_of(module, part)) for part in peft.PARTS)
             weight_NK.copy_(merged(weight_NK, a_rK, b_Nr, self.config.scale))
+
+
+class AdapterFolder(Checkpoint):
+    """An adapter's folder, or one on the Hub, for a model that somebody else has opened. Raises CheckpointError where it is the
+    adapter of another architecture."""
+
+    def __init__(self, source: str | Path, model: ModelConfig):
+        self.config = model
+        super().__init__(source)
+
+    def _open_weights(self) -> None:
+        path = self._verified(peft.CONFIG)
+        self._adapter = Adapter(self._verified(peft.WEIGHTS), peft.config_of(read_json(path), path), self.config)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self._adapter
+
+
+def examined(source: str, model: ModelConfig, base: str | None) -> AdapterFolder:
+    """An adapter for that model, all its files and numbers looked at. `base`: the weights' checkpoint, where it is known."""
+    folder = AdapterFolder(source, model)
+    if base is not None and folder.adapter.config.content is not None:
+        served = open_checkpoint(base)
+        if served.adapter is not None:
+            raise CheckpointError(f"{source} belongs to plain weights, {base} has an adapter of its own merged in")
+        folder.adapter.check_base(served)
+    folder.verify()
+    folder.adapter.verify()
+    return folder
+
+
+def backbone_adapter(ref: AdapterRef, model: ModelConfig, device: str) -> BackboneAdapter:
+    """An adapter's part that is beside the backbone."""
+    adapter = AdapterFolder(ref.source, model).adapter
+    adapter.check_content(ref.content)
+    dtype, matrices = getattr(torch, model.dtype), adaptable(model)
+    own = [module for module in adapter.modules if matrices[module].role != "experts"]
+    pairs = {
+        module: [adapter.tensor(peft.key_of(module, part)).to(device, dtype) for part in peft.PARTS] for module in own
+    }
+    return BackboneAdapter(ref, {module: (a_rK, b_Nr) for module, (a_rK, b_Nr) in pairs.items()}, adapter.config.scale)
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -130,9 +201,7 @@ class AdaptedCheckpoint(Checkpoint):
     def verify(self) -> None:
         super().verify()
         self._base.verify()
-        for module in self._adapter.modules:
-            for part in peft.PARTS:
-                self._adapter.tensor(peft.key_of(module, part))
+        self._adapter.verify()
 
     def fetch(self, experts: Experts | None = None) -> None:
         self._base.fetch(experts)

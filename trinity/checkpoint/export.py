@@ -22,8 +22,7 @@ def export(checkpoint: Path, target: Path, card: str) -> Path:
     """Make `target` from a checkpoint, whole or not at all, in the place of an export that was there; -> target.
 
     Raises ConfigError where something else is there, or nothing can be written."""
-    if target.exists() and not (target / CARD).is_file():
-        raise ConfigError(f"{target} is there and is no export; choose another name, or move it away")
+    check_target(target)
     scratch = target.with_name(target.name + PARTIAL)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -42,6 +41,12 @@ def export(checkpoint: Path, target: Path, card: str) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror}") from None
     return target
+
+
+def check_target(target: Path) -> None:
+    """Raise ConfigError where something else than an export is there."""
+    if target.exists() and not (target / CARD).is_file():
+        raise ConfigError(f"{target} is there and is no export; choose another name, or move it away")
 
 
 def _linked(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ another type or device, or one that is not dense, gets a copy of the part that i
 the file by a few threads: a disk answers several questions at once, and copies out of the page cache use several cores.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -76,6 +77,16 @@ class TensorFile:
         if key not in self._entries:
             raise ValueError("it is not in this file, though the index says so")
         return self._entries[key]
+
+    def stamp(self) -> tuple[int, int]:
+        """Return when it was written to the last time, and its size: others where somebody writes to it."""
+        found = os.fstat(self._file.fileno())
+        return found.st_mtime_ns, found.st_size
+
+    def digest(self) -> "hashlib._Hash":
+        """SHA-256 of all that is in it. For one thread."""
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256")
 
     def order(self, part: Part) -> int:
         """The place of a part in the file, in bytes."""

@@ -4,17 +4,19 @@ import argparse
 from pathlib import Path
 
 from trinity.config import Config, merged, setup_environment
+from trinity.data.prepare import Prepared
 from trinity.launch import load
-from trinity.stages import read_stages
+from trinity.preparing import prepare_stages, prepared
+from trinity.stages import Stage, read_stages
 from trinity.utils.terminal import say
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     path = Path(arguments.config)
+    stages: tuple[Stage, ...] = ()
     if path.is_file() and "stages" in (tree := merged(path, flags)):
-        configs = [stage.config for stage in read_stages(tree)]
-    else:
-        configs = [load(arguments.config, flags)]
+        stages = read_stages(tree)
+    configs = [stage.config for stage in stages] or [load(arguments.config, flags)]
     if arguments.dry_run:
         for config in configs:
             print(config.to_yaml(), end="")
@@ -25,18 +27,13 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
 
     say("starting Ray" if cluster.address == "local" else f"joining {cluster.address}")
     with joined(cluster):
-        for config in configs:
-            _prepare(config)
+        if not stages:
+            _tell(configs[0], prepared(configs[0], everywhere=True))
+        for stage, found in prepare_stages(stages, join=lambda: None, everywhere=True):
+            _tell(stage.config, found)
     return 0
 
 
-def _prepare(config: Config) -> None:
-    """Shards on all nodes, then here the order of their documents."""
-    from actors.jobs.tokenise import tokenise
-    from trinity.data.prepare import prepare, recipes
-
-    out_dir = Path(config.train.out_dir).absolute()
-    for recipe, files, folder in recipes(config.data, config.train, config.model, out_dir):
-        tokenise(recipe, files, folder, lambda num, total: say(f"tokenised {num} of {total} files"))
-    train = prepare(config.data, config.train, config.model, out_dir).train
-    print(f"{train.num_sequences:,} sequences of {config.train.seq_len:,} tokens are ready in {out_dir / 'data'}")
+def _tell(config: Config, found: Prepared) -> None:
+    folder = Path(config.train.out_dir).absolute() / "data"
+    print(f"{found.train.num_sequences:,} sequences of {config.train.seq_len:,} tokens are ready in {folder}")

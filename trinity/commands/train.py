@@ -19,6 +19,7 @@ from trinity.observability.run_history import note_export, write_stages
 from trinity.observability.scores import Score, of_rows, table
 from trinity.observability.tracking.run import told_of, tracked
 from trinity.observability.train_log import read_rows
+from trinity.preparing import prepare_stages
 from trinity.rl.kinds import check
 from trinity.stages import Stage, read_stages
 from trinity.utils.machine import commit
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
+    check(config)
     goes_on = config.train.resume and config.train.resume_from is None
     told = tracked(config.track, Path(config.train.out_dir), told_of([("", config)]), goes_on)
     with told, ExitStack() as cluster:
@@ -50,21 +52,27 @@ def _trained(config: Config, served: Served, cluster: ExitStack, num_workers: in
     point = check_out_dir(config)
     if point is not None and not rewound(config, point):
         return None
-    setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
+    _join(config, cluster, num_workers)
     from actors import pool as pools
-    from actors.cluster import is_joined, joined
     from actors.sync import placement_watcher
 
-    if not is_joined():
-        say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
-    most = max(num_workers, config.train.num_workers)
-    cluster.enter_context(joined(config.cluster, config.train.model_copy(update={"num_workers": most})))
     try:
         return train(config, served)
     finally:
         placement_watcher.stop_all()
         if not config.placement.keep:
             pools.destroy(config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
+
+
+def _join(config: Config, cluster: ExitStack, num_workers: int) -> None:
+    """Join a run's cluster, unless this process has, with room for so many workers; it is left with `cluster`."""
+    setup_environment(config.cluster.auth, is_local=config.cluster.address == "local")
+    from actors.cluster import is_joined, joined
+
+    if not is_joined():
+        say("starting Ray" if config.cluster.address == "local" else f"joining {config.cluster.address}")
+    most = max(num_workers, config.train.num_workers)
+    cluster.enter_context(joined(config.cluster, config.train.model_copy(update={"num_workers": most})))
 
 
 def _run_stages(stages: tuple[Stage, ...], arguments: argparse.Namespace, served: Served) -> int:
@@ -97,6 +105,9 @@ def _go_through(
 ) -> int:
     done, is_first = 0, not arguments.resume
     most = max(stage.config.train.num_workers for stage in stages)
+    say("preparing the data of all stages")
+    for _ in prepare_stages(stages, join=lambda: _join(stages[0].config, cluster, most)):
+        pass
     for number, stage in enumerate(stages, 1):
         found = latest_checkpoint(stage.config.train.out_dir)
         before = " (done before)" if stage.checkpoint == found else ""

@@ -17,11 +17,22 @@ from trinity.config.env import (
     setup_threads,
 )
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
-from trinity.config.model import LayerCache, ModelConfig
+from trinity.config.model import NEW_IN_STAGE, LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
 from trinity.config.placement import PlacementConfig
 from trinity.config.ramp import RampPart, Sequences
-from trinity.config.serve import ADMIN_CLIENT, ANYBODY, Client, ClusterConfig, EngineConfig, ServeConfig
+from trinity.config.serve import (
+    ADMIN_CLIENT,
+    ANYBODY,
+    MOST_ADAPTERS,
+    AdapterRef,
+    AdapterSet,
+    Client,
+    ClusterConfig,
+    EngineConfig,
+    ServeConfig,
+    check_adapter_name,
+)
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
     PASSAGE,
@@ -41,12 +52,16 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
+    "MOST_ADAPTERS",
+    "NEW_IN_STAGE",
     "PACKAGES",
     "PASSAGE",
     "PRESETS",
     "RUN_SETTINGS",
     "RUN_TOKENIZER",
     "THREADS",
+    "AdapterRef",
+    "AdapterSet",
     "AskedConfig",
     "ChecksConfig",
     "Client",
@@ -81,6 +96,7 @@ __all__ = [
     "TrainConfig",
     "admin_key",
     "api_key",
+    "check_adapter_name",
     "differences",
     "merge",
     "merged",

@@ -92,6 +92,8 @@ def setup_environment(auth: str, is_local: bool = True) -> None:
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # The head would remember its last 100,000 tasks, 60 MB an hour at first, for `ray list tasks`, which is not there.
         wanted["RAY_task_events_report_interval_ms"] = "0"
+        # Ray Train would have a process for each run that looks whether a cloud takes a node away.
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Below `uv run`, Ray would pack the working directory for its workers, checkpoints and all.
         wanted["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
         # Workers look into the working directory first: what is called as our packages there would be taken for them.

@@ -5,7 +5,7 @@ Decisions: a family's own fields are those of its folder; what engine, trainer, 
 nothing else is known of a model outside trinity/models/. A mapping without `model_type` is AFMoE's, as runs of before wrote it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,6 +15,12 @@ from trinity.config.yaml import Frozen
 from trinity.errors import ConfigError
 
 FIRST_FAMILY = "afmoe"
+NEW_IN_STAGE = (
+    "dtype",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+)  # other than of the weights it begins with
 # Far above any model that is known, and below what would hurt before it is found out to be nonsense.
 MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 1 << 12, 1 << 16, 1 << 24
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]  # of a tensor along one dimension
@@ -106,6 +112,16 @@ class ModelConfig(Frozen):
     def document_eos_id(self) -> int | None:
         """The one of them that ends the documents of a training run."""
         return next(iter(self.eos_token_ids), None)
+
+    def differs_from(self, other: "ModelConfig", but: Sequence[str]) -> list[str]:
+        """Words for each setting that a run could not go on with from weights of the other, but these. Of what ends a text that
+        is what ends its documents."""
+        theirs, mine = (each.model_dump() | {"eos_token_id": each.document_eos_id} for each in (other, self))
+        return [
+            f"{name} {theirs.get(name)} instead of {value}"
+            for name, value in mine.items()
+            if theirs.get(name) != value and name not in but
+        ]
 
     @property
     def itemsize(self) -> int:

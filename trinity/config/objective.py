@@ -82,11 +82,18 @@ class RLConfig(RewardConfig):
     group_size: int = Field(
         default=8, ge=2, description="answers to one prompt; train.global_batch_size is a multiple of it"
     )
+    max_staleness: int = Field(
+        default=0, ge=0, le=64, description="steps by which answers are drawn ahead, beside training; 0: between steps"
+    )
     max_tokens: int = Field(default=256, ge=1, description="of an answer, within train.seq_len with its prompt")
     scale_by_std: bool = Field(default=True, description="advantages over their group's deviation; false: Dr. GRPO")
-    divisor: Literal["tokens", "constant"] = Field(
+    divisor: Literal["tokens", "constant", "answers"] = Field(
         default="tokens",
-        description="of the loss: tokens that count in the step (DAPO), or train.global_batch_size x max_tokens (Dr. GRPO)",
+        description="of the loss: tokens that count in the step (DAPO), train.global_batch_size x max_tokens (Dr. GRPO), or "
+        "each answer's own tokens and their number (GRPO, GSPO)",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        default="token", description="to the weights that drew it, of each token or of the whole answer (GSPO)"
     )
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)

@@ -17,6 +17,9 @@ HIDDEN = "(set)"  # in place of a key, where settings are printed
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
+    replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
+    max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
+    requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
@@ -36,11 +39,11 @@ class EngineConfig(Frozen):
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
     max_draft_tokens: int = Field(
-        default=8,
+        default=0,
         ge=0,
         le=64,
-        description="tokens that a pass computes after a sequence's last one where the text said so before, at most; as many as "
-        "pay, by what passes take and what came true. The text is the same with any number; 0: none",
+        description="most tokens that a pass computes after a sequence's last one, where its text or earlier answers of the "
+        "client went on so before; as many as pay, by what passes take and what came true. The text is the same with any",
     )
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int | None = Field(
@@ -58,13 +61,48 @@ class EngineConfig(Frozen):
     num_gpus: float = Field(default=0, ge=0, description="of one engine replica; 0: it computes on the CPU")
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
-    kv_policy: Literal["keep", "recompute"] = Field(
-        default="keep", description="what becomes of a live request's cache when the version of the weights changes"
+    prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
+    max_num_kept: int | None = Field(
+        default=None,
+        ge=0,
+        description="sequences that have ended and for which the cache has room beside max_num_seqs; default: as many, with "
+        "prefix_cache",
+    )
+    kv_max_age: int | Literal["unbounded"] = Field(
+        default=0,
+        description="steps by which cached keys and values may be older than the weights that a live request uses (`keep` was "
+        "`unbounded`, `recompute` was 0)",
     )
     preload: bool = Field(
         default=True, description="copy a newer version's backbone beside the one in use, so that no pass waits for it"
     )
     max_versions: int = Field(default=2, ge=1, description="versions that pinned requests hold at once")
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
+            )
+        return self
+
+    @field_validator("kv_max_age", mode="before")
+    @classmethod
+    def _check_age(cls, value: Any) -> Any:
+        if value != "unbounded" and not (type(value) is int and value >= 0):
+            raise ValueError("give a number of steps, 0 and more, or `unbounded`")
+        return value
+
+    @property
+    def num_kept_seqs(self) -> int:
+        """Sequences of the longest length that the cache has room for at most."""
+        kept = self.max_num_seqs * self.prefix_cache if self.max_num_kept is None else self.max_num_kept
+        return self.max_num_seqs + kept
+
+    @property
+    def max_age(self) -> int | None:
+        """`kv_max_age` as a number; None: any."""
+        return None if self.kv_max_age == "unbounded" else self.kv_max_age
 
     @property
     def max_pass_s(self) -> float | None:
@@ -80,6 +118,33 @@ class Client(NamedTuple):
 
 
 ANYBODY = Client("anybody")  # where nobody has a key
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MOST_ADAPTERS = 64  # of one pool at once
+
+
+class AdapterRef(NamedTuple):
+    """An adapter that is served beside its base. `content`: a number made of all that is in its files, above 0, by which shards
+    and engines know it; `source`: by what any process finds them."""
+
+    name: str
+    content: int
+    source: str
+
+
+class AdapterSet(NamedTuple):
+    """All adapters of a pool. `number` grows with each change."""
+
+    number: int = 0
+    refs: tuple[AdapterRef, ...] = ()
+
+
+def check_adapter_name(name: str) -> str:
+    """Return it. Raises ValueError for a name that would not be told from a model's, a path's or a separator."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:150]!r} is no adapter's name; use 1 to 128 letters, digits, _ . and -, beginning with a letter or digit"
+        )
+    return name
 
 
 class ClientConfig(Frozen):
@@ -115,6 +180,11 @@ class ServeConfig(Frozen):
         default={}, max_length=1000, description="other keys, by name; each has a share of the slots, and its turn"
     )
     served_model_name: str | None = None
+    adapters: dict[str, str] = Field(
+        default={},
+        max_length=MOST_ADAPTERS,
+        description="adapters served beside the weights, by name: folders in PEFT's format, or names on the Hub",
+    )
     weights: str = Field(
         default="checkpoint",
         description="those of a checkpoint, or of a run that trains: `live`, `pinned` (its newest) or `pinned:STEP`",
@@ -131,11 +201,6 @@ class ServeConfig(Frozen):
     )
     reasoning_format: Literal["auto", "think", "none"] = Field(
         default="auto", description="does it reason between <think> and </think>? auto: if its chat template shows them"
-    )
-    num_engines: int = Field(default=1, ge=1)
-    max_engines: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
-    max_requests_per_engine: int = Field(
-        default=48, ge=1, description="running requests at which another engine starts"
     )
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -203,6 +268,13 @@ class ServeConfig(Frozen):
     def _known_weights(cls, value: str) -> str:
         if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapter_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            check_adapter_name(name)
         return value
 
     @field_validator("clients")

@@ -129,7 +129,7 @@ class DataConfig(Frozen):
     max_documents: int | None = Field(default=None, ge=1)
     cache: str | None = Field(
         default=None,
-        description="folder of tokenised files, shared by runs; on several nodes one that all see; default: in train.out_dir",
+        description="tokenised files, shared by runs: a folder, that all nodes see, or an address; default: in train.out_dir",
     )
 
     _at_home = field_validator("tokenizer", "cache")(at_home)

@@ -10,7 +10,8 @@ number of tokens varies. A piece is 24 bytes in memory.
 import numpy as np
 import torch
 
-from trinity.data.dataset import IGNORE, Batch, Drawn, Facts, Packed, ranges
+from trinity.data.dataset import IGNORE, Batch, Drawn, Facts, Packed
+from trinity.data.shards import ranges
 from trinity.data.token_store import TokenStore
 
 

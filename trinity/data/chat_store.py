@@ -16,10 +16,10 @@ from trinity.data.chat_tokens import Example, control_in, examples
 from trinity.data.chats import Conversation
 from trinity.data.documents import Found
 from trinity.data.formats import rows
-from trinity.data.kept import fingerprint, made_once
+from trinity.data.kept import fingerprint
 from trinity.data.listing import listed
 from trinity.data.shards import TOKENS, TRAINED, Recipe
-from trinity.data.token_store import SourceShards, TokenStore, opened_stores, shards_folder, write_order
+from trinity.data.token_store import SourceShards, TokenStore, made_stores, shards_cache, write_order
 from trinity.text.tokenizer import Tokenizer
 
 Files = Mapping[str, Sequence[Found]]  # by pattern
@@ -53,7 +53,8 @@ class ChatRecipe(ExampleRecipe):
     @cached_property
     def facts(self) -> list[Any]:
         template = self.tokenizer.chat_template
-        return ["chats", self.last_only, self.most, fingerprint(self.tokenizer.to_json(), template)]
+        made_by = fingerprint(self.tokenizer.to_json(), template, *other_ends(self.tokenizer))
+        return ["chats", self.last_only, self.most, made_by]
 
     def rows(self, found: Found, left_out: Counter[str]) -> Iterator[Sequence[Example]]:
         for where, row in islice(rows(found.file), self.most):
@@ -79,27 +80,43 @@ def chat_stores(
         data.train_on,
         tokenizer.to_json(),
         tokenizer.chat_template,
+        *other_ends(tokenizer),
     ]
     facts += [val_fraction, seed]
     before, recipe = folder / f"chats-{fingerprint(*facts, form=2)}", ChatRecipe(data, tokenizer)
     if before.is_dir():  # of a run that began with an older release
         return TokenStore(before / "train"), TokenStore(before / "val")
 
-    store = folder / f"chats-{fingerprint(*facts)}"
-    return example_stores(store, recipe, found, data, val_fraction, seed, "conversation with an answer to train on")
+    store = f"chats-{fingerprint(*facts)}"
+    return example_stores(
+        store, folder, recipe, found, data, val_fraction, seed, "conversation with an answer to train on"
+    )
 
 
 def example_stores(
-    store: Path, recipe: ExampleRecipe, found: Files, data: DataConfig, val_fraction: float, seed: int, what: str
+    store: str,
+    folder: Path,
+    recipe: ExampleRecipe,
+    found: Files,
+    data: DataConfig,
+    val_fraction: float,
+    seed: int,
+    what: str,
 ) -> tuple[TokenStore, TokenStore]:
-    """-> (train, held out) in `store`, unless they are there already. `what` a row is, in words. Raises DataError."""
+    """-> (train, held out) in `store` of `folder`, made unless they are there. `what` a row is, in words. Raises DataError."""
 
     def build(to: Path) -> None:
-        at = shards_folder(data, store.parent)
-        sources = (SourceShards(pattern, [recipe.made(each, at) for each in files]) for pattern, files in found.items())
+        cache = shards_cache(data, folder)
+        sources = (SourceShards(pattern, list(recipe.all_made(files, cache))) for pattern, files in found.items())
         write_order(to, sources, val_fraction, seed, what=what)
 
-    return opened_stores(made_once(store, build))
+    return made_stores(store, build, data, folder)
+
+
+def other_ends(tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokens other than eos that end an answer: a fact of examples where there are some, and else none, as before."""
+    others = sorted(tokenizer.end_ids - {tokenizer.eos_id})
+    return [others] if others else []
 
 
 def _digest(found: Sequence[Example]) -> int:

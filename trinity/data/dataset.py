@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trinity.config import Sequences
+from trinity.data.shards import ranges
 from trinity.data.shuffle import TABLE, Order, permutation
 from trinity.data.token_store import TokenStore
 from trinity.errors import DataError
@@ -190,11 +191,3 @@ def _laid(starts_N: np.ndarray, drawn: Drawn | None) -> tuple[np.ndarray, np.nda
         return starts_N, None
     starts_M = np.concatenate([[0], np.cumsum(np.diff(starts_N)[drawn.documents_M])])
     return starts_M, starts_N[drawn.documents_M] - starts_M[:-1]
-
-
-def ranges(begins_P: np.ndarray, nums_P: np.ndarray) -> np.ndarray:
-    """begin, begin + 1, ... of each piece, `num` of them, one piece after the other."""
-    ends_P = np.cumsum(nums_P)
-    found = np.arange(ends_P[-1] if len(ends_P) else 0)
-    found += np.repeat(begins_P - (ends_P - nums_P), nums_P)
-    return found

@@ -30,6 +30,12 @@ class Found(NamedTuple):
     stamp: list[Any]
 
     @property
+    def num_bytes(self) -> int | None:
+        """Its size, where its store says one."""
+        size: int | None = self.stamp[1]
+        return size
+
+    @property
     def facts(self) -> list[Any]:
         """Facts that its documents depend on."""
         is_text = (

@@ -246,7 +246,15 @@ def _rows_of_tables(
 ) -> Iterator[tuple[str, Any]]:
     with _readable(file, f"{name} file"):
         rows = (row for table in tables_of(stream, file) for row in table.to_pylist())
-        yield from ((f"{file}: row {i}", row) for i, row in enumerate(rows, 1))
+        for i, row in enumerate(rows, 1):
+            yield f"{file}: row {i}", {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the fields that are null, at any depth: tables pad unlike ones with them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 @contextmanager

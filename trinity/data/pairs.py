@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trinity.config import DataConfig
-from trinity.data.chat_store import ExampleRecipe, example_stores
+from trinity.data.chat_store import ExampleRecipe, example_stores, other_ends
 from trinity.data.chat_tokens import Example, control_in, examples
-from trinity.data.chats import Conversation
+from trinity.data.chats import Conversation, messages_in
 from trinity.data.documents import Found, files, say_left_out
 from trinity.data.formats import DataFile, rows
 from trinity.data.kept import fingerprint
@@ -36,8 +36,8 @@ def answer_stores(
     """-> (train, held out): answers of the rows in these files, two a row, unless they are there already. Raises DataError."""
     found, recipe = listed(patterns, folder), AnswerRecipe(data.max_documents, tokenizer)
     stamps = [each.stamp for pattern in patterns for each in found[pattern]]
-    store = folder / f"answers-{fingerprint(*recipe.facts, stamps, val_fraction, seed)}"
-    return example_stores(store, recipe, found, data, val_fraction, seed, "row with an answer to train on")
+    store = f"answers-{fingerprint(*recipe.facts, stamps, val_fraction, seed)}"
+    return example_stores(store, folder, recipe, found, data, val_fraction, seed, "row with an answer to train on")
 
 
 class AnswerRecipe(ExampleRecipe):
@@ -48,7 +48,9 @@ class AnswerRecipe(ExampleRecipe):
 
     @cached_property
     def facts(self) -> list[Any]:
-        return ["answers", self.most, fingerprint(self.tokenizer.to_json(), self.tokenizer.chat_template)]
+        tokenizer = self.tokenizer
+        made_by = fingerprint(tokenizer.to_json(), tokenizer.chat_template, *other_ends(tokenizer))
+        return ["answers", self.most, made_by]
 
     def rows(self, found: Found, left_out: Counter[str]) -> Iterator[tuple[Example, Example]]:
         yield from _answers(found.file, self.tokenizer, self.most, left_out)
@@ -89,21 +91,27 @@ def sides_of(row: Any, where: str) -> tuple[dict[str, Any] | None, dict[str, Any
         asked, chosen, rejected = given["input"], given["preferred_output"], given["non_preferred_output"]
         tools, prompt = asked.get("tools"), asked.get("messages", [])
     elif {"chosen", "rejected"} <= given.keys():
-        chosen, rejected, tools = given["chosen"], given["rejected"], given.get("tools")
-        prompt = given["prompt"] if "prompt" in given else _common(chosen, rejected, where)
-        if "prompt" not in given:
+        chosen, rejected, tools = _listed(given["chosen"]), _listed(given["rejected"]), given.get("tools")
+        prompt = _listed(given.get("prompt"))
+        if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):  # TRL, too: both have the prompt
+            prompt = _common(chosen, rejected, where)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
         raise DataError(f"{where} has {', '.join(sorted(given)) or 'nothing'}; it is to have {KINDS}")
-    first, second = ({"prompt": prompt, "completion": answer, "tools": tools} for answer in (chosen, rejected))
-    return first, second
+    told = {"prompt": prompt, "tools": tools, "chat_template_kwargs": given.get("chat_template_kwargs")}
+    return told | {"completion": chosen}, told | {"completion": rejected}
+
+
+def _listed(value: Any) -> Any:
+    """Messages, where it is the JSON text of some; else as it is."""
+    return messages_in(value) or value if isinstance(value, str) else value
 
 
 def _labelled(given: dict[str, Any], where: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     label = given["label"]
     if label not in (True, False):
         raise DataError(f"{where} has the label {str(label)[:80]!r}; it is true for an answer that is wanted, or false")
-    row = {name: given.get(name) for name in ("prompt", "completion", "tools")}
+    row = {name: given.get(name) for name in ("prompt", "completion", "tools", "chat_template_kwargs")}
     return (row, None) if label else (None, row)
 
 

@@ -17,23 +17,26 @@ from trinity.checkpoint import small_files
 from trinity.config import DataConfig, ModelConfig, TrainConfig
 from trinity.data.answers import PackedLabels, PackedPairs
 from trinity.data.best_fit import PackedDocuments
+from trinity.data.cache import Cache
 from trinity.data.chat_store import ChatRecipe, chat_stores
 from trinity.data.dataset import Dataset, Packed, PackedDataset, Source
 from trinity.data.documents import Found, documents
-from trinity.data.kept import fingerprint, made_once
+from trinity.data.kept import fingerprint
 from trinity.data.length_bias import drawn
 from trinity.data.listing import listed
 from trinity.data.mixture import Mixture, with_name
 from trinity.data.packed_chats import PackedChats
 from trinity.data.pairs import AnswerRecipe, answer_stores
 from trinity.data.prompts import PackedPrompts, prompt_stores
+from trinity.data.remote import RemoteFile
 from trinity.data.rsdb import BufferedDocuments
 from trinity.data.shards import Recipe
 from trinity.data.slot_states import SlotStates
-from trinity.data.token_store import TextRecipe, TokenStore, logger, shards_folder, token_stores
+from trinity.data.token_store import TextRecipe, TokenStore, logger, shards_cache, token_stores
 from trinity.errors import ConfigError
 from trinity.text.tokenizer import Tokenizer
 
+MUCH_BYTES, ASKED_BYTES = 256 << 20, 1 << 20  # to tokenise; that could be read while a store is asked for a file
 SEEDS_APART = 0x9E3779B97F4A7C15  # between those of two sources: 2^64 over the golden ratio, so they stay apart
 STORES = {
     "text": token_stores,
@@ -97,17 +100,31 @@ def _packed(
     return packed, held_out
 
 
-def recipes(
-    data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: str | Path
-) -> Iterator[tuple[Recipe, list[Found], Path]]:
-    """Work that `prepare` will do, for who does it beforehand (actors/jobs/tokenise.py), of each source: how, which files, and
-    the folder of their shards. Raises as `prepare` does."""
+class Work(NamedTuple):
+    """Shards that `prepare` would make one by one: how, of which files, and where to."""
+
+    recipe: Recipe
+    files: list[Found]
+    cache: Cache
+
+    @property
+    def is_much(self) -> bool:
+        """Say whether it is worth the time that the processes of a job take to start."""
+        missing = self.recipe.missing(self.files, self.cache)
+        num_bytes = sum(MUCH_BYTES if found.num_bytes is None else found.num_bytes for found in missing)
+        num_bytes += ASKED_BYTES * sum(isinstance(found.file, RemoteFile) for found in missing)
+        return len(missing) > 1 and num_bytes >= MUCH_BYTES and self.recipe.most is None
+
+
+def recipes(data: DataConfig, train: TrainConfig, model: ModelConfig, out_dir: str | Path) -> Iterator[Work]:
+    """Work that `prepare` will do, for who does it beforehand (actors/jobs/tokenise.py), of each source. Raises as `prepare`
+    does."""
     folder = Path(out_dir) / "data"
     tokenizer = _tokenizer(data, data.tokenizer or train.init_from, model, folder)
     for part in data.parts:
         if (recipe := _recipe(part, tokenizer)) is not None:
             files = [each for found in listed((*part.train, *part.val), folder).values() for each in found]
-            yield recipe, files, shards_folder(part, folder)
+            yield Work(recipe, files, shards_cache(part, folder))
 
 
 def _recipe(data: DataConfig, tokenizer: Tokenizer) -> Recipe | None:
@@ -143,7 +160,8 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
         facts = [fact for part in texts for fact in (_stamps(part, folder), part.text_field, part.max_documents)]
         found = itertools.chain.from_iterable(documents(p.train, p.text_field, p.max_documents) for p in texts)
         name = f"tokenizer-{fingerprint(*facts, model.vocab_size)}"
-        source = str(made_once(folder / name, lambda to: Tokenizer.train(found, model.vocab_size).save(to)))
+        cache = Cache.of_orders(folder, data.cache)
+        source = str(cache.made(name, lambda to: Tokenizer.train(found, model.vocab_size).save(to)))
     tokenizer = Tokenizer.load(small_files(source))
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"tokenizer {source} has {tokenizer.vocab_size} ids; model.vocab_size is {model.vocab_size}")
@@ -154,7 +172,7 @@ def _tokenizer(data: DataConfig, source: str | None, model: ModelConfig, folder:
         )
     _require_same("bos", tokenizer.bos_id, model.bos_token_id)
     _require_same("eos", tokenizer.eos_id, model.document_eos_id)
-    return tokenizer
+    return tokenizer.of_model(model.eos_token_ids)
 
 
 def _stamps(data: DataConfig, folder: Path) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""Files at addresses (s3://, gs://, hf://, https://, memory://), listed and read through fsspec.
+"""Files at addresses (s3://, gs://, hf://, https://, memory://), listed, read and written through fsspec.
 
 Decisions. Keys, endpoints and proxies are found where each store's own client looks for them (its environment variables and
 files), and are in no settings of ours. A file is what it was when it was listed: size and mark (its hash, where the store says
@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
+from uuid import uuid4
 
 from trinity.errors import DataError, TrinityError, Unavailable
 from trinity.utils.trying import retrying, tried
@@ -220,36 +221,77 @@ def _reads_ranges(address: str) -> bool:
         return not isinstance(tried(functools.partial(stream.read, 1), ValueError), ValueError)
 
 
-def asked(address: str, call: Callable[[], T]) -> T:
-    """Return what `call` asks a store for, with patience. Raises DataError for what will not change by itself, Unavailable for
-    what may; `call` must be harmless when repeated."""
-    return retrying(functools.partial(_once, address, call), time.monotonic() + PATIENCE_S, Unavailable)
+class Refused(DataError):
+    """A store says no."""
 
 
-def _once(address: str, call: Callable[[], T]) -> T:
+class NotThere(DataError):
+    """Nothing is at an address."""
+
+
+def read(address: str, begin: int = 0, end: int | None = None) -> bytes | None:
+    """Bytes begin : end of what lies at an address; None where nothing does. Raises as `asked` does."""
+    system, path = _system(address)
+    found = tried(lambda: asked(address, lambda: _some(system, path, begin, end)), NotThere)
+    return None if isinstance(found, NotThere) else found
+
+
+def _some(system: Any, path: str, begin: int, end: int | None) -> bytes:
+    data = bytes(system.cat_file(path, **({} if end is None else {"start": begin, "end": end})))
+    if end is not None and len(data) != end - begin:
+        raise OSError(f"gave {len(data):,} of {end - begin:,} bytes")
+    return data
+
+
+def write(address: str, content: Path | bytes) -> None:
+    """Write a file, or these bytes, to an address, which then has all of it or what it had. Raises as `asked` does."""
+    system, path = _system(address)
+    asked(address, lambda: _written(system, path, content), "written")
+
+
+def _written(system: Any, path: str, content: Path | bytes) -> None:
+    if "file" in system.protocol:  # where folders are made, and files renamed when whole
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        scratch = f"{path}.{uuid4().hex}"
+        system.pipe_file(scratch, content) if isinstance(content, bytes) else system.put_file(str(content), scratch)
+        system.mv(scratch, path)
+    elif isinstance(content, bytes):
+        system.pipe_file(path, content)
+    else:
+        system.put_file(str(content), path, **({"method": "put"} if "http" in system.protocol else {}))
+
+
+def asked(address: str, call: Callable[[], T], done: str = "read") -> T:
+    """Return what `call` asks a store for, with patience: that the address be read, or what else is `done` with it. Raises
+    DataError for what will not change by itself, Unavailable for what may; `call` must be harmless when repeated."""
+    return retrying(functools.partial(_once, address, call, done), time.monotonic() + PATIENCE_S, Unavailable)
+
+
+def _once(address: str, call: Callable[[], T], done: str) -> T:
     found = tried(call, Exception)  # whatever the client of that store raises
     if isinstance(found, TrinityError):
         raise found
     if isinstance(found, Exception):
-        raise _ours(address, found) from None
+        raise _ours(address, found, done) from None
     return found
 
 
-def _ours(address: str, error: Exception) -> TrinityError:
+def _ours(address: str, error: Exception, done: str) -> TrinityError:
     """Our error for that of a store's client."""
     status, root = _status(error), _root(error)
     reason = str(root).strip() or type(root).__name__
     if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        return DataError(
-            f"{address} may not be read ({reason}); give its client keys that may, for s3:// AWS_ACCESS_KEY_ID and "
+        return Refused(
+            f"{address} may not be {done} ({reason}); give its client keys that may, for s3:// AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY or a profile, for public buckets FSSPEC_S3='{\"anon\": true}'"
         )
-    if status == 404 or (status is None and isinstance(root, FileNotFoundError)):
-        return DataError(f"{address} is not there ({reason}); check the address, and the bucket or repository in it")
+    is_missing = isinstance(root, FileNotFoundError) or {type(error), type(root)} == {FileNotFoundError, KeyError}
+    if status == 404 or (status is None and is_missing):  # the latter is how memory:// says it
+        return NotThere(f"{address} is not there ({reason}); check the address, and the bucket or repository in it")
     if isinstance(root, LASTING) if status is None else 400 <= status < 500 and status not in (408, 429):
-        return DataError(f"{address} cannot be read: {reason}")
+        return DataError(f"{address} cannot be {done}: {reason}")
     return Unavailable(
-        f"{address} cannot be read now, its store does not answer or refuses: {reason}; start again when it does, what is "
+        f"{address} cannot be {done} now, its store does not answer or refuses: {reason}; start again when it does, what is "
         "prepared so far is kept"
     )
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from trinity.data.dataset import IGNORE, Batch, Drawn, Facts, Packed, ranges
+from trinity.data.dataset import IGNORE, Batch, Drawn, Facts, Packed
+from trinity.data.shards import ranges
 from trinity.data.slot_states import SlotStates
 from trinity.data.token_store import TokenStore
 

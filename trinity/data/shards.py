@@ -9,24 +9,26 @@ is counted in it. A file that changes while it is read makes none.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trinity.data.cache import THERE, Cache, Ranged
 from trinity.data.documents import Found, require_unchanged
-from trinity.data.kept import fingerprint, made_once
+from trinity.data.kept import fingerprint
 from trinity.errors import DataError
 
 TOKENS, TRAINED = ("tokens.bin", np.uint32), ("trained.bin", np.bool_)
 
 
 class Recipe(ABC):
-    """A way to make a shard of a file."""
+    """A way to make a shard of a file, of `most` documents of it at most."""
+
+    most: int | None
 
     @property
     @abstractmethod
@@ -37,13 +39,23 @@ class Recipe(ABC):
     def write(self, found: Found, to: Path) -> tuple[Sequence[int], Sequence[int], Counter[str]]:
         """Write TOKENS, and TRAINED where it is wanted; -> lengths_N, digests_N, and what was left out."""
 
-    def place(self, found: Found, folder: Path) -> Path:
-        """Place of the shard of a file in `folder`, once it is made."""
-        return folder / f"shard-{fingerprint(*self.facts, found.facts)}"
+    def name(self, found: Found) -> str:
+        """Name of the shard of a file."""
+        return f"shard-{fingerprint(*self.facts, found.facts)}"
 
-    def made(self, found: Found, folder: Path, one_at_a_time: bool = True) -> "Shard":
+    def missing(self, files: Sequence[Found], cache: Cache) -> list[Found]:
+        """Files without a shard, each once."""
+        named = {self.name(found): found for found in files}
+        return [named[name] for name in cache.missing(list(named))]
+
+    def all_made(self, files: Sequence[Found], cache: Cache) -> "Iterator[Shard]":
+        """The shard of each file, one after the other, made now unless it is there."""
+        cache.fetch([self.name(found) for found in files])
+        return (self.made(found, cache) for found in files)
+
+    def made(self, found: Found, cache: Cache, one_at_a_time: bool = True) -> "Shard":
         """The shard of a file, made now unless it is there. Raises DataError."""
-        return Shard(made_once(self.place(found, folder), partial(self._build, found), one_at_a_time))
+        return Shard(cache.made(self.name(found), partial(self._build, found), one_at_a_time))
 
     def _build(self, found: Found, to: Path) -> None:
         lengths, digests, left_out = self.write(found, to)
@@ -81,12 +93,14 @@ def damaged(folder: Path, error: object) -> DataError:
     return DataError(f"prepared data in {folder} is damaged ({error}); delete that folder")
 
 
-def mapped(folder: Path, what: tuple[str, Any], num: int) -> np.ndarray:
-    """The tokens of a shard, `num` of them, or whether they are trained; memory-mapped. Raises DataError."""
+def mapped(folder: Path, what: tuple[str, Any], num: int) -> Any:
+    """The tokens of a shard, `num` of them, or whether they are trained; memory-mapped, or a Ranged. Raises DataError."""
     name, kind = what
     try:
-        found = np.asarray(np.memmap(folder / name, kind, "r")) if num else np.empty(0, kind)
-    except (OSError, ValueError) as error:
+        found: Any = np.asarray(np.memmap(folder / name, kind, "r")) if num else np.empty(0, kind)
+        if num and (folder / f"{name}{THERE}").is_file():
+            found = Ranged(folder / name, kind)
+    except (OSError, ValueError, KeyError) as error:
         raise damaged(folder, error) from None
     if len(found) != num:
         raise damaged(folder, f"{name} has {len(found):,} entries for {num:,}")
@@ -109,9 +123,9 @@ class Gathered:
     """Documents that lie in several arrays, as if end to end in one: document n is starts_N[n] : starts_N[n + 1] of this, and
     begins at places_N[n] of `parts`, end to end. Read by slices, and by integer arrays, of which runs are read at once."""
 
-    def __init__(self, parts: Sequence[np.ndarray], starts_N: np.ndarray, places_N: np.ndarray):
+    def __init__(self, parts: Sequence[Any], starts_N: np.ndarray, places_N: np.ndarray):
         self._parts, self._starts_N, self._places_N = parts, starts_N, places_N
-        self._begins_H: list[int] = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()
+        self._begins_H = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)[:-1]
         self.dtype = parts[0].dtype
 
     def __len__(self) -> int:
@@ -120,37 +134,31 @@ class Gathered:
     def __getitem__(self, at: Any) -> np.ndarray:
         if isinstance(at, slice):
             begin, end, step = at.indices(len(self))
-            return self._run(begin, max(begin, end))[::step]
+            return self._runs(np.array([begin]), np.array([max(begin, end)]))[::step]
         places = np.asarray(at)
         flat = places.ravel()
-        runs = np.flatnonzero(np.diff(flat, prepend=-2, append=-2) != 1)
-        begins, nums = flat[runs[:-1]].tolist(), np.diff(runs).tolist()
-        found = [self._run(begin, begin + num) for begin, num in zip(begins, nums, strict=True)]
-        return np.concatenate([*found, np.empty(0, self.dtype)]).reshape(places.shape)
+        cuts = np.flatnonzero(np.diff(flat, prepend=-2, append=-2) != 1)
+        begins_R, nums_R = flat[cuts[:-1]], np.diff(cuts)
+        return self._runs(begins_R, begins_R + nums_R).reshape(places.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype)
 
-    def _run(self, begin: int, end: int) -> np.ndarray:
-        """Entries begin : end, which may be of many documents."""
-        if not 0 <= begin <= end <= len(self):
-            raise IndexError(f"{begin}:{end} of {len(self)}")
-        first = int(np.searchsorted(self._starts_N, begin, "right")) - 1
-        if first + 1 < len(self._starts_N) and end <= self._starts_N[first + 1]:  # of one document, as most are
-            place = int(self._places_N[first]) + begin - int(self._starts_N[first])
-            part = self._part(place)
-            return self._parts[part][place - self._begins_H[part] :][: end - begin]
-        last = int(np.searchsorted(self._starts_N, end, "left"))
-        pieces = [np.empty(0, self.dtype)]
-        starts, places = self._starts_N[first : last + 1].tolist(), self._places_N[first:last].tolist()
-        for n, place in enumerate(places):
-            part = self._part(place)
-            inside, skipped = place - self._begins_H[part], max(begin - starts[n], 0)
-            pieces.append(self._parts[part][inside + skipped : inside + min(end, starts[n + 1]) - starts[n]])
-        return np.concatenate(pieces)
-
-    def _part(self, place: int) -> int:
-        return bisect_right(self._begins_H, place, hi=len(self._parts)) - 1
+    def _runs(self, begins_R: np.ndarray, ends_R: np.ndarray) -> np.ndarray:
+        """Entries begin : end of each run, which may be of many documents, one run after the other."""
+        if len(begins_R) and not (begins_R.min() >= 0 and ends_R.max() <= len(self)):
+            raise IndexError(f"{begins_R.min()}:{ends_R.max()} of {len(self)}")
+        starts_N = self._starts_N
+        first_R = starts_N.searchsorted(begins_R, "right") - 1
+        nums_R = np.maximum(starts_N.searchsorted(ends_R, "left") - first_R, 0) * (ends_R > begins_R)
+        documents_P, runs_P = ranges(first_R, nums_R), np.repeat(np.arange(len(begins_R)), nums_R)
+        begins_P = np.maximum(starts_N[documents_P], begins_R[runs_P])
+        sizes_P = np.minimum(starts_N[documents_P + 1], ends_R[runs_P]) - begins_P
+        places_P = self._places_N[documents_P] + begins_P - starts_N[documents_P]
+        parts_P = self._begins_H.searchsorted(places_P, "right") - 1
+        inside_P = places_P - self._begins_H[parts_P]
+        pieces = zip(parts_P.tolist(), inside_P.tolist(), (inside_P + sizes_P).tolist(), strict=True)
+        return np.concatenate([*(self._parts[part][begin:end] for part, begin, end in pieces), np.empty(0, self.dtype)])
 
 
 class Order(NamedTuple):
@@ -165,3 +173,11 @@ class Order(NamedTuple):
         ends_N = np.cumsum(lengths_N)
         starts = np.concatenate([[0], np.cumsum(lengths_N[chosen])]).astype(np.int64)
         return cls(starts, (ends_N - lengths_N)[chosen].astype(np.int64))
+
+
+def ranges(begins_P: np.ndarray, nums_P: np.ndarray) -> np.ndarray:
+    """begin, begin + 1, ... of each piece, `num` of them, one piece after the other."""
+    ends_P = np.cumsum(nums_P)
+    found = np.arange(ends_P[-1] if len(ends_P) else 0)
+    found += np.repeat(begins_P - (ends_P - nums_P), nums_P)
+    return found

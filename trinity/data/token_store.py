@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trinity.config import DataConfig
+from trinity.data.cache import Build, Cache
 from trinity.data.documents import Found, say_left_out, texts_of
-from trinity.data.kept import fingerprint, made_once
+from trinity.data.kept import fingerprint
 from trinity.data.listing import listed
 from trinity.data.shards import TOKENS, TRAINED, Gathered, Order, Recipe, Shard, damaged, keys_of, mapped
 from trinity.errors import DataError
@@ -111,33 +112,47 @@ def token_stores(
     for form in (1, 2):  # of a run that began with an older release
         if (before := folder / f"tokens-{fingerprint(*facts, form=form)}").is_dir():
             return TokenStore(before / "train"), TokenStore(before / "val")
-    done = made_once(
-        folder / f"tokens-{fingerprint(*facts)}",
+    return made_stores(
+        f"tokens-{fingerprint(*facts)}",
         lambda to: write_order(to, _sources(found, recipe, data, folder), val_fraction, seed, data.max_documents),
+        data,
+        folder,
     )
-    return opened_stores(done)
 
 
-def opened_stores(folder: Path) -> tuple[TokenStore, TokenStore]:
-    """The two sides of a store; says what was left out of it."""
+def made_stores(name: str, build: Build, data: DataConfig, folder: Path) -> tuple[TokenStore, TokenStore]:
+    """The two sides of the store of that name in `folder`, made unless it is there, with its shards; says what was left out."""
+    shards, orders = shards_cache(data, folder), Cache.of_orders(folder, data.cache)
+    if (folder / name).is_dir():  # maybe of a time before it was shared, or of shards that lie elsewhere here
+        names, are_own = _shards_of(folder / name)
+        shards.share(names)
+        orders = orders if are_own else Cache(folder)
+    folder = orders.made(name, build)
+    shards.fetch(_shards_of(folder)[0])
     for note in json.loads((folder / "skipped.json").read_text()):
         say_left_out(note["source"], Counter(note["left_out"]))
     return TokenStore(folder / "train"), TokenStore(folder / "val")
 
 
-def shards_folder(data: DataConfig, folder: Path) -> Path:
-    return Path(data.cache or folder / "shards")
+def _shards_of(store: Path) -> tuple[list[str], bool]:
+    """(names of the shards that a store is of, whether all lie below the run's folder)."""
+    folders = [Path(each["folder"]) for each in json.loads((store / "shards.json").read_text())]
+    return [folder.name for folder in folders], not any(folder.is_absolute() for folder in folders)
+
+
+def shards_cache(data: DataConfig, folder: Path) -> Cache:
+    return Cache.of_shards(folder, data.cache)
 
 
 def _sources(
     found: dict[str, list[Found]], recipe: TextRecipe, data: DataConfig, folder: Path
 ) -> Iterator[SourceShards]:
     """Shards of the files, made unless they are there; no more files than `data.max_documents` needs."""
-    room = data.max_documents
+    room, cache = data.max_documents, shards_cache(data, folder)
     for pattern, files in found.items():
         shards = []
-        for each in files if room is None or room > 0 else ():
-            shards.append(recipe.made(each, shards_folder(data, folder)))
+        for shard in recipe.all_made(files, cache) if room is None or room > 0 else ():
+            shards.append(shard)
             room = None if room is None else room - len(shards[-1].lengths_N)
             if room is not None and room <= 0:
                 break

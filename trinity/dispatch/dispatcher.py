@@ -11,16 +11,17 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.dispatch.exchange import Exchange, Route, SendRows, replica_hash
+from trinity.dispatch.exchange import Exchange, Route, RowAdapters, SendRows, replica_hash
 from trinity.dispatch.patience import Patience
 from trinity.dispatch.transport import Transport
 from trinity.dispatch.view import PlacementView, StaticView
-from trinity.errors import DeadlineExceeded, TrinityError, WrongEpoch
+from trinity.errors import AdapterMissing, DeadlineExceeded, TrinityError, WrongEpoch
 from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
 from trinity.placement.table import PlacementTable
 from trinity.rpc.messages import REMOTE, Forward, op_name
@@ -105,10 +106,12 @@ class Dispatcher:
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return self.begin(layer, x_TD, ids_TK, weights_TK).result()
 
-    def begin(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> "Exchange":
+    def begin(
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, adapters: RowAdapters | None = None
+    ) -> "Exchange":
         """Send the rows; the answer's `result()` waits for what comes back. The backward, too, is sent and awaited apart.
 
-        Slots that are REMOTE are nobody's.
+        Slots that are REMOTE are nobody's. `adapters`: of each row, in inference, and where a shard finds them.
         """
         if self._has_news():
             self.follow()
@@ -116,7 +119,7 @@ class Dispatcher:
         routes = [] if self.failure else self._route(layer, x_TD, ids_TK)
         started_s = self.times.add("route", started_s)
         name = op_name(self.attempt, self.caller, next(self._ops))
-        exchange = Exchange(self, layer, name, routes, self.deadline())
+        exchange = Exchange(self, layer, name, routes, self.deadline(), adapters)
         keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad or self.attempt > 0)
         if (
             keep
@@ -127,12 +130,13 @@ class Dispatcher:
         self.times.add("send", started_s)
         return exchange
 
-    def again(self, call: Forward, until_s: float) -> "Exchange":
+    def again(self, call: Forward, until_s: float, sources: Mapping[int, str]) -> "Exchange":
         """Rows that a shard did not compute, to whoever holds their experts now; it fails with the first of them that does."""
         if self._has_news():
             self.follow()
         routes = self._route(call.layer, call.rows.x_RD, call.rows.ids_RK)
-        exchange = Exchange(self, call.layer, call.op_id, routes, until_s, is_retry=True)
+        adapters = None if call.rows.adapter_R is None else (call.rows.adapter_R, sources)
+        exchange = Exchange(self, call.layer, call.op_id, routes, until_s, adapters, is_retry=True)
         exchange.send_forward(call.rows.x_RD, call.rows.weights_RK, False)
         return exchange
 
@@ -172,7 +176,7 @@ class Dispatcher:
             self.patience.was_late(shard)
         if isinstance(error, WrongEpoch):
             self.view.refresh()
-        else:
+        elif not isinstance(error, AdapterMissing):
             self.view.mark_unreachable(shard)
 
     def deadline(self) -> float:

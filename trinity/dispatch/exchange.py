@@ -3,8 +3,9 @@
 Legend: T tokens, D model, K top-k, R rows of one shard.
 """
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,14 +14,26 @@ import torch
 from torch import Tensor
 
 from trinity.dispatch.transport import Reply, result_with_retry
-from trinity.errors import DeadlineExceeded, InputGone, TrinityError, Unavailable, WrongEpoch
-from trinity.rpc.messages import Backward, Forward, Rows
-from trinity.utils.trying import retrying
+from trinity.errors import (
+    AdapterLost,
+    AdapterMissing,
+    CheckpointError,
+    DeadlineExceeded,
+    InputGone,
+    TrinityError,
+    Unavailable,
+    WrongEpoch,
+)
+from trinity.rpc.messages import Adapt, Backward, Forward, Rows
+from trinity.utils.trying import retrying, tried
 
 if TYPE_CHECKING:
     from trinity.dispatch.dispatcher import Dispatcher
 
-MOVED = (Unavailable, WrongEpoch, DeadlineExceeded)  # rows may go to another shard after these
+log = logging.getLogger(__name__)
+# Rows may go to another shard after these, or to the same one, which knows more by then.
+MOVED = (Unavailable, WrongEpoch, DeadlineExceeded, AdapterMissing)
+RowAdapters = tuple[Tensor, Mapping[int, str]]  # content_T of each row's adapter (0: none), and each one's source
 
 
 class Route(NamedTuple):
@@ -57,9 +70,12 @@ class Exchange:
         op_id: str,
         routes: list[Route],
         until_s: float,
+        adapters: RowAdapters | None = None,
         is_retry: bool = False,
     ):
         self.dispatcher, self.routes = dispatcher, routes
+        self._content_T: Tensor | None = None if adapters is None else adapters[0]
+        self._sources: Mapping[int, str] = {} if adapters is None else adapters[1]
         self._until_s, self._is_retry = until_s, is_retry
         self._names = (op_id, layer, dispatcher.table.epoch, dispatcher.version)
         self._calls: list[Any] = []
@@ -78,7 +94,7 @@ class Exchange:
     def send_forward(self, x_TD: Tensor, weights_TK: Tensor, keep: bool) -> None:
         """Send each shard its rows. With replicas, inference has only so much patience with a shard and then asks another."""
         self._like_TD, self._keep, self._sent_s = x_TD, keep, time.monotonic()
-        rows = [_rows(route, x_TD, weights_TK) for route in self.routes]
+        rows = [_rows(route, x_TD, weights_TK, self._content_T) for route in self.routes]
         until_s = [self._attempt_until_s(*each) for each in zip(self.routes, rows, strict=True)]
         self._send("infer", [self._forward(*each) for each in zip(until_s, rows, strict=True)])
 
@@ -145,9 +161,25 @@ class Exchange:
         except MOVED as error:
             self._is_delayed = True
             self.dispatcher.note_failure(self.routes[i].shard, error)
+            if isinstance(error, AdapterMissing):
+                self._tell(self.routes[i].shard, call)
             if self._is_retry or time.monotonic() >= self._until_s:
                 raise
-        return retrying(lambda: self.dispatcher.again(call, self._until_s).result(), self._until_s, MOVED)
+        return retrying(
+            lambda: self.dispatcher.again(call, self._until_s, self._sources).result(), self._until_s, MOVED
+        )
+
+    def _tell(self, shard: str, call: Forward) -> None:
+        """Have a shard take up the adapters of a call: it has started again, or is a new one. Raises AdapterLost where it
+        cannot read them; one that is away is asked again."""
+        assert call.rows.adapter_R is not None
+        for content in set(call.rows.adapter_R.tolist()) & self._sources.keys():
+            reply = self.dispatcher.transport.send(
+                shard, "adapt", Adapt(self._sources[content], self._until_s, content)
+            )
+            if isinstance(error := tried(reply.result, TrinityError), CheckpointError):
+                log.error("shard %s cannot take up adapter %x: %s", shard, content, error)
+                raise AdapterLost("the files of this adapter cannot be read any more; the server's log says why")
 
     def _note_time(self, i: int) -> None:
         if self.dispatcher.is_replicated and not self._is_delayed:  # by waiting for another shard
@@ -177,8 +209,10 @@ def replica_hash(x_TD: Tensor) -> np.ndarray:
     return ((bits_T * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype(np.int64)
 
 
-def _rows(route: Route, x_TD: Tensor, weights_TK: Tensor) -> Rows:
-    return Rows(route.rows(x_TD), route.ids_RK, route.rows(weights_TK))
+def _rows(route: Route, x_TD: Tensor, weights_TK: Tensor, content_T: Tensor | None = None) -> Rows:
+    content_R = None if content_T is None else route.rows(content_T)
+    has_some = content_R is not None and bool(content_R.any())
+    return Rows(route.rows(x_TD), route.ids_RK, route.rows(weights_TK), content_R if has_some else None)
 
 
 def combine(like_TD: Tensor, routes: list[Route], partials: list[Tensor]) -> Tensor:

@@ -14,15 +14,20 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Ids
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trinity.config import ANYBODY, Client
+from trinity.config import ANYBODY, AdapterRef, Client
+from trinity.engine.begun import Begun
 from trinity.engine.defaults import SamplingDefaults
-from trinity.engine.engine import Engine, EngineStats
+from trinity.engine.engine import Engine
 from trinity.engine.request import Delta, SamplingParams
-from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
+from trinity.engine.stats import EngineStats
+from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
+
+if TYPE_CHECKING:
+    from trinity.models.common.adapted import BackboneAdapter
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_S = 0.02
@@ -58,11 +63,14 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         deadline_s: float | None = None,
         client: Client = ANYBODY,
+        adapter: AdapterRef | None = None,
+        begun: Begun | None = None,
     ) -> AsyncIterator[Delta]:
-        """Deltas of one request; the last has a finish_reason. `deadline_s` counts from now.
+        """Deltas of one request, or of the rest of one that has `begun` elsewhere; the last has a finish_reason. `deadline_s`
+        counts from now. `adapter`: computed beside the weights for this request.
 
-        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, or Unavailable while
-        draining or closed. Leaving early aborts the request and frees its cache.
+        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, EngineLost where the engine
+        stops before its end, or Unavailable while draining or closed. Leaving early aborts the request and frees its cache.
         """
         stream, started_s = Stream(request_id, asyncio.get_running_loop()), time.monotonic()
         self._enter(stream)
@@ -72,8 +80,9 @@ class AsyncEngine:
             if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
                 compiled = self._engine.grammars.compiled(params.structured_outputs)
                 await asyncio.shield(asyncio.wrap_future(compiled))
+            own = None if adapter is None else await self._adapter(adapter)
             until_s = math.inf if deadline_s is None else started_s + deadline_s
-            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s))
+            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s, own, begun=begun))
             while not stream.ended:
                 yield await _next(stream)
         finally:
@@ -120,6 +129,10 @@ class AsyncEngine:
         """Raise at once what `generate` would raise for a request that can never succeed."""
         self._engine.validate(prompt_ids, params)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget, before the next pass, what is cached and no running request has."""
+        self._post(self._engine.reset_prefix_cache)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -157,6 +170,13 @@ class AsyncEngine:
         if not stream.ended:
             self._post(partial(self._stop, stream))
 
+    async def _adapter(self, ref: AdapterRef) -> "BackboneAdapter":
+        store = self._engine.adapters
+        if store is None:
+            raise InvalidRequest(f"this engine has no adapters, and none is called {ref.name!r}", param="model")
+        known = store.known(ref)
+        return await asyncio.to_thread(store.get, ref) if known is None else known
+
     def _post(self, command: Callable[[], None]) -> None:
         with self._changed:
             self._commands.append(command)
@@ -185,9 +205,9 @@ class AsyncEngine:
         for command in commands:
             command()
 
-    def _start(self, stream: Stream, *request: Any) -> None:
+    def _start(self, stream: Stream, *request: Any, **begun: Any) -> None:
         try:
-            self._engine.add(stream.request_id, *request)
+            self._engine.add(stream.request_id, *request, **begun)
         except TrinityError as error:
             _send({stream: [error]})
             return
@@ -211,7 +231,7 @@ class AsyncEngine:
             self._closed = True
             streams = list(self._open)
         self._routes.clear()
-        _send({stream: [Unavailable("the engine has stopped; send the request again")] for stream in streams})
+        _send({stream: [EngineLost("the engine has stopped; send the request again")] for stream in streams})
 
 
 def _deadline(stream: Stream, deadline_s: float) -> asyncio.TimerHandle:

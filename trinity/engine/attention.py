@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.config import LayerCache
-from trinity.engine.kv_cache import BlockTable, CacheLayout, KVCache
+from trinity.engine.block_table import BlockTable
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import CacheLayout
 from trinity.utils.hugepages import lazy_zeros
 
 PAD_FREELY = 256  # keys; contexts up to this length share one padded call
@@ -156,8 +158,8 @@ def _prefill(
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> AttentionPlan:
-    """`window` None: every earlier token is seen. Only the last `window` tokens of a chunk are written."""
-    keep_T = np.ones(len(flat.position_T), bool) if window is None else flat.position_T >= flat.end_T - window
+    """`window` None: every earlier token is seen. Of a long chunk only the end is written."""
+    keep_T = table.is_stored(flat.position_T, flat.end_T)
     slots = table.slots(flat.row_T[keep_T], flat.position_T[keep_T])
     write_rows = None if keep_T.all() else _to(np.nonzero(keep_T)[0], device)
     decodes = tuple(_plan_decodes(table, flat, window, device))

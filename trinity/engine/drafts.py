@@ -20,7 +20,7 @@ BOUNDARY = -1
 
 
 class Trust:
-    """How often guesses came true, by the length of the match behind them; where little is known, as in `prior`."""
+    """Counts of how often guesses came true, by the length of the match behind them; where little is known, as in `prior`."""
 
     def __init__(self, prior: "Trust | None" = None):
         self._prior = prior
@@ -88,7 +88,7 @@ class Drafter:
 
 
 class Clients:
-    """What was answered lately, by client."""
+    """Answers of late, by client."""
 
     def __init__(self) -> None:
         self._memories: OrderedDict[str, Memory] = OrderedDict()

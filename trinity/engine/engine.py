@@ -10,17 +10,21 @@ are left as they were, and the next step schedules them again.
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
+from trinity.engine.adapters import AdapterStore
+from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.grammars import Grammars
-from trinity.engine.kv_cache import KVCache, plan_layout
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import plan_layout
 from trinity.engine.memory import settled
 from trinity.engine.pace import Pace
+from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.repeats import Repeats
 from trinity.engine.request import (
     Chunk,
@@ -34,17 +38,18 @@ from trinity.engine.request import (
 )
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
-from trinity.engine.scheduler import Pass, Scheduler
+from trinity.engine.scheduler import Pass, Scheduler, overloaded
 from trinity.engine.speculation import Speculation
+from trinity.engine.stats import EngineStats
 from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    Overloaded,
     StepConflict,
     TrinityError,
+    Unavailable,
     VersionGone,
     WrongEpoch,
 )
@@ -54,42 +59,20 @@ from trinity.text.grammar.progress import reasoning_end
 from trinity.text.reasoning import MARKERS
 
 if TYPE_CHECKING:
+    from trinity.models.common.adapted import BackboneAdapter
     from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-RETRY_AFTER_S = 1.0
 FULL = "a more urgent request has its place in the queue"
 LATE = "the next token would come after the deadline, even if nothing else were computed; allow more time"
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Sequences, cache blocks and versions held now; the other numbers since the start, the last switch's seconds apart."""
-
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_total_blocks: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_versions_held: int = 0
-    num_quarantined: int = 0
-    num_repeats: int = 0
-    switch_seconds: float = 0.0
-    longest_pass_seconds: float = 0.0  # of the last minute
-    num_dispatch_retries: int = 0
-    dispatch_seconds: Mapping[str, tuple[list[int], float]] = field(
-        default_factory=dict
-    )  # as in trinity/observability/
 
 
 class Engine:
     """Owns the KV cache and the requests; the weights stay their source's. Not thread-safe: see AsyncEngine.
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
-    seconds by phase. `defaults` are those of fields that a request does not set. Raises ConfigError if the KV cache cannot hold
-    one longest sequence, and what `source.model` raises.
+    seconds by phase. `defaults` are those of fields that a request does not set; `adapters` is where AsyncEngine finds those of
+    requests. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
     """
 
     def __init__(
@@ -100,9 +83,11 @@ class Engine:
         tokenizer: "Tokenizer",
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
         defaults: SamplingDefaults | None = None,
+        adapters: AdapterStore | None = None,
     ):
+        self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
-        self._versions = versions = Versions(source, settings.max_versions, settings.kv_policy)
+        self._versions = versions = Versions(source, settings.max_versions, settings.max_age)
         weight = next(versions.model(versions.live).parameters())
         settings = settled(config, settings, weight.element_size(), str(weight.device))
         layout = plan_layout(config, settings, weight.element_size())
@@ -111,16 +96,15 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
-        max_running = min(
-            settings.max_num_seqs, settings.max_num_batched_tokens
-        )  # each decode has a place in each pass
+        self._prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
+        max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
         self._drafts = Speculation(settings.max_draft_tokens)
-        self._scheduler = Scheduler(self._cache, versions, max_running, self._pace, self._drafts)
+        self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace, self._drafts)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
-        self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_prompt_tokens = self._num_generated_tokens = self._num_computed_tokens = 0
         self._refused: list[
             Delta
         ] = []  # last Deltas of requests that others took the place of, for the next step to give
@@ -142,9 +126,12 @@ class Engine:
         client: Client = ANYBODY,
         words: BadWords | None = None,
         until_s: float = math.inf,
+        adapter: "BackboneAdapter | None" = None,
+        begun: Begun | None = None,
     ) -> None:
         """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. After `until_s`
-        on time.monotonic() nobody waits for it.
+        on time.monotonic() nobody waits for it. `adapter`: what is computed beside the weights for it, whatever their version.
+        An answer that has `begun` elsewhere goes on here after its last token.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing. Where the queue is full an urgent
         request takes the place of the last of a less urgent priority."""
@@ -153,7 +140,7 @@ class Engine:
         self.validate(prompt_ids, params)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
-        crowded_out = self._room_for(params.priority)
+        crowded_out = self._scheduler.room_for(params.priority, self.settings.max_num_waiting)
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
@@ -164,29 +151,28 @@ class Engine:
         sequence = Sequence(
             request_id, tuple(prompt_ids), params, text, client, rules, progress=progress, until_s=until_s
         )
+        sequence.adapter = adapter
+        if begun is not None and begun.token_ids:
+            self._resume(sequence, begun)
         if crowded_out is not None:
-            self._refused.append(self._end(crowded_out, "error", error=FULL, cause=self._overloaded()))
+            self._refused.append(
+                self._end(crowded_out, "error", error=FULL, cause=overloaded(self.settings.max_num_waiting))
+            )
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
 
-    def _room_for(self, priority: int) -> Sequence | None:
-        """The waiting sequence whose place a newcomer of that priority takes, where the queue is full. Raises Overloaded where
-        all are as urgent."""
-        waiting = self._scheduler.waiting
-        if len(waiting) < self.settings.max_num_waiting:
-            return None
-        last = waiting.last()
-        if last.priority <= priority or last.num_generated:
-            raise self._overloaded()
-        return last
-
-    def _overloaded(self) -> Overloaded:
-        most = self.settings.max_num_waiting
-        return Overloaded(
-            f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
-            retry_after_s=RETRY_AFTER_S,
-        )
+    def _resume(self, sequence: Sequence, begun: Begun) -> None:
+        length = sequence.num_prompt + len(begun.token_ids)
+        if length >= self.max_model_len:
+            raise Unavailable(
+                f"prompt and answer have {length} tokens so far; this engine takes {self.max_model_len}, less than the one "
+                "that began: give all of them the same engine.max_model_len"
+            )
+        self._check_ids(begun.token_ids, "begun")
+        if sequence.params.version_policy == "pinned":
+            self._versions.pin_to(sequence, begun.version)
+        resume(sequence, begun)
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
@@ -259,23 +245,33 @@ class Engine:
             return self._fail(each.chunks, result.error)
         counts = self._repeats.after_damage(*each) if result.is_damaged else each.chunks
         for chunk in counts:
-            chunk.sequence.computed(chunk.start, chunk.end, each.version)
+            self._computed(chunk.own, each.version)
+            self._num_computed_tokens += chunk.count
         sampled = [chunk for chunk in counts if chunk.sequence in result.sampled]
         deltas = [self._accept(chunk.sequence, result.sampled[chunk.sequence]) for chunk in sampled]
-        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], result)
+        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], each.version, result)
 
-    def _accept_drafts(self, chunks: list[Chunk], result: Result) -> list[Delta]:
+    def _computed(self, chunk: Chunk, version: int) -> None:
+        chunk.sequence.computed(chunk.start, chunk.end, version)
+        self._prefixes.computed(chunk)
+
+    def _accept_drafts(self, chunks: list[Chunk], version: int, result: Result) -> list[Delta]:
         """Take the tokens of drafts as far as they are what was sampled, and one more of each."""
         deltas, going, at = list[Delta](), chunks, 0
+        accepted = Counter[Sequence]()
         while going := [chunk for chunk in going if self._came_true(chunk, at)]:
+            for chunk in going:
+                self._computed(chunk.drafted(at), version)
+                accepted[chunk.sequence] += 1
             at += 1
             sampled = self._runner.sample_drafts(result, [chunk.sequence for chunk in going], at)
-            found = [(c, s) for c, s in zip(going, sampled, strict=True) if s.token_id is not None]  # else the next pass tells
-            deltas += [self._accept(chunk.sequence, each) for chunk, each in found]
-            going = [chunk for chunk, _ in found]
+            good = [
+                (c, s) for c, s in zip(going, sampled, strict=True) if s.token_id is not None
+            ]  # else the next pass tells
+            deltas += [self._accept(chunk.sequence, each) for chunk, each in good]
+            going = [chunk for chunk, _ in good]
         for chunk in chunks:
-            chunk.sequence.keep(len(chunk.sequence.token_ids) - 1)
-            self._drafts.accepted(chunk, chunk.sequence.num_computed - chunk.start - 1)
+            self._drafts.note(chunk, accepted[chunk.sequence])
         return deltas
 
     def _came_true(self, chunk: Chunk, at: int) -> bool:
@@ -317,7 +313,10 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
-        error = TrinityError("the model's logits are not finite; its weights are damaged")
+        self._prefixes.forget(sequence)
+        own = sequence.adapter
+        whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
+        error = TrinityError(f"{whose} are not finite; its weights are damaged")
         return self._end(sequence, "error", error=error.message, cause=error)
 
     def _is_eos(self, sequence: Sequence, token: int) -> bool:
@@ -346,24 +345,35 @@ class Engine:
             num_generated_tokens=sequence.num_generated,
             version=sequence.version,
             first_version=sequence.first_version,
+            num_cached_tokens=sequence.num_cached or 0,
             queue_s=sequence.queue_s or 0.0,
             **fields,
         )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget everything that is cached, but for what running requests have."""
+        self._cache.drop(lambda oldest, newest: True)
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
         retries, seconds = self._dispatch()
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._cache.num_free_blocks,
             num_total_blocks=self._cache.num_total_blocks,
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_prefix_queries=self._prefixes.num_queries,
+            num_prefix_hits=self._prefixes.num_hits,
+            num_idle_blocks=self._cache.num_idle_blocks,
+            num_computed_tokens=self._num_computed_tokens,
             num_versions_held=self._versions.num_held,
             num_quarantined=self._versions.num_quarantined,
             num_repeats=self._repeats.num,
+            num_drafted=self._drafts.num_drafted,
+            num_accepted=self._drafts.num_accepted,
             switch_seconds=self._versions.switch_s,
             longest_pass_seconds=self._pace.longest_s,
             num_dispatch_retries=retries,
@@ -371,9 +381,9 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Assert the invariants: free + used == total for each kind of block, only running sequences hold any, and versions
-        are held for just those requests that are pinned to them."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
+        """Assert the invariants: each block is free, idle or held, only running sequences hold any, and versions are held for
+        just those requests that are pinned to them."""
+        running, waiting = self._scheduler.running, [*self._scheduler.following, *self._scheduler.waiting]
         self._cache.check([s.row for s in running if s.row is not None])
         assert all(s.row is not None for s in running), "a running sequence has no row"
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from trinity.engine.attention import Flat, KVPools
-from trinity.engine.kv_cache import BlockTable, KVCache
+from trinity.engine.block_table import BlockTable
+from trinity.engine.kv_cache import KVCache
 from trinity.ops.batch_invariant.attention import attention
 
 
@@ -60,9 +61,9 @@ class ExactAttention:
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:
-    """`window` None: every earlier token is seen. Only the last `window` tokens of a chunk are written."""
+    """`window` None: every earlier token is seen. Of a long chunk only the end is written."""
     reach = int(flat.end_T.max(initial=0)) if window is None else window
-    write_T = np.nonzero(flat.position_T >= flat.end_T - reach)[0]
+    write_T = np.nonzero(table.is_stored(flat.position_T, flat.end_T))[0]
     slots = table.slots(flat.row_T[write_T], flat.position_T[write_T])
     prefills, at = [], flat.num_decodes
     for row, start, end in flat.prefills:

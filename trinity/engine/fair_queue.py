@@ -40,6 +40,10 @@ class PriorityQueue:
     def append(self, sequence: Sequence) -> None:
         self._level(sequence).append(sequence)
 
+    def resume(self, sequence: Sequence) -> None:
+        """It has run in another engine: it comes before what has not run yet."""
+        self._level(sequence).resume(sequence)
+
     def put_back(self, sequence: Sequence) -> None:
         """It was taken and could not stay."""
         self._level(sequence).put_back(sequence)
@@ -90,9 +94,17 @@ class FairQueue:
     def append(self, sequence: Sequence) -> None:
         name = sequence.client.name
         if name not in self._waiting:
-            self._turns.had[name] = max(self._turns.had.get(name, 0.0), self._level())
+            self._begin(name)
             self._waiting[name] = deque()
         self._waiting[name].append(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """It has run in another engine: it comes before what has not run yet."""
+        self._begin(sequence.client.name)
+        self._preempted.append(sequence)
+
+    def _begin(self, name: str) -> None:
+        self._turns.had[name] = max(self._turns.had.get(name, 0.0), self._level())
 
     def put_back(self, sequence: Sequence) -> None:
         """It was taken and could not stay."""

@@ -1,17 +1,17 @@
 """Memory of the KV cache, chosen by what is free, and the longest sequence that fits then. Numbers in, numbers out.
 
 Decisions: an engine's share is a fraction of what weights leave free, divided by the engines that share the memory, and never
-more than `max_num_seqs` sequences can use. On a CPU it is small (half), because others need the memory, too, and unless a
-fraction is asked for it is bounded: to CPU_BYTES, or one sequence of the model's whole length where that is more. Pages of the
-cache that were never written take no memory there. What somebody asked for by a number is granted as long as it can be there at
-all, and refused otherwise; what nobody asked for is lowered to what fits.
+more than `max_num_seqs` sequences and those that are kept can use. On a CPU it is small (half), because others need the memory,
+too, and unless a fraction is asked for it is bounded: to CPU_BYTES, or one sequence of the model's whole length where that is
+more. Pages of the cache that were never written take no memory there. What somebody asked for by a number is granted as long as
+it can be there at all, and refused otherwise; what nobody asked for is lowered to what fits.
 """
 
 import logging
 from dataclasses import dataclass
 
 from trinity.config import EngineConfig, ModelConfig
-from trinity.engine.kv_cache import BlockSizes, check_fits, checked_max_len
+from trinity.engine.kv_layout import BlockSizes, check_fits, checked_max_len
 from trinity.errors import ConfigError
 from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
@@ -136,7 +136,7 @@ def _chosen(sizes: BlockSizes, settings: EngineConfig, limit: int, least: int, m
         share = max(min(share, max(CPU_BYTES, one)), min(need, memory.left))
     if need > share:
         raise ConfigError(_too_long(sizes, settings, least, share, memory))
-    return min(share, settings.max_num_seqs * one)
+    return min(share, settings.num_kept_seqs * one)
 
 
 def _too_long(sizes: BlockSizes, settings: EngineConfig, least: int, share: int, memory: Memory) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from trinity.engine.prompt_logprobs import PromptLogprobs
     from trinity.engine.token_rules import TokenRules
+    from trinity.models.common.adapted import BackboneAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VersionPolicy = Literal["live", "pinned"]
@@ -37,6 +38,7 @@ MAX_STOP_TOKENS = 128
 MAX_LISTED_TOKENS = 1024  # logit_bias, allowed_token_ids
 MAX_BAD_WORDS, MAX_BAD_CHARS = 1000, 1000
 MAX_N = 128
+MAX_SALT_CHARS = 1024
 INT64 = 1 << 63
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy decoding: logits / T would overflow
 
@@ -61,6 +63,7 @@ class SamplingParams(Frozen, strict=True):
     `structured_outputs` is a grammar that the answer follows: {"json": a JSON Schema}, {"regex": ...}, {"choice": [...]},
     {"grammar": in Lark's notation} or {"json_object": True}; text is cut only by max_tokens and stop strings, and ends when no
     more can follow.
+    `cache_salt`: only requests of the same client with the same text see that the beginning of this one is cached.
     """
 
     max_tokens: int = Field(default=16, ge=0, le=1 << 31)
@@ -93,6 +96,7 @@ class SamplingParams(Frozen, strict=True):
     logit_bias: dict[int, float] = Field(default_factory=dict)
     version_policy: VersionPolicy = "live"
     structured_outputs: InstanceOf[Constraint] | None = None
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=MAX_SALT_CHARS)
 
     @field_validator("structured_outputs", mode="before")
     @classmethod
@@ -233,8 +237,8 @@ class Delta:
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the
-    first token: from there to here the answer's versions reach. `queue_s`: until it was first in a batch. `cause` is the typed
-    error behind `error`.
+    first token: from there to here the answer's versions reach. `num_cached_tokens`: of the prompt, that were not computed for
+    it. `queue_s`: until it was first in a batch. `cause` is the typed error behind `error`.
     The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
     layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
     The first one of a request with `prompt_logprobs` has them; it may be the last one, too.
@@ -251,6 +255,7 @@ class Delta:
     num_generated_tokens: int = 0
     version: int = 0
     first_version: int = 0
+    num_cached_tokens: int = 0
     queue_s: float = field(default=0.0, compare=False)
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     prompt_logprobs: "PromptLogprobs | None" = field(default=None, repr=False, compare=False)
@@ -262,6 +267,7 @@ class Sequence:
     """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs.
 
     What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does.
+    `adapter`: what is computed beside the weights for it, and for nobody else in its batch.
     """
 
     request_id: str
@@ -284,7 +290,13 @@ class Sequence:
     queue_s: float | None = None  # until it was first in a batch
     progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
+    adapter: "BackboneAdapter | None" = None
     until_s: float = math.inf  # time.monotonic() after which nobody waits for it
+    root: bytes = b""  # of the keys of its blocks (prefix_keys.py)
+    keys: list[bytes] = field(default_factory=list)
+    tips: tuple[int, ...] = ()  # blocks before which windows are kept for others
+    num_cached: int | None = None  # tokens of its prompt that were not computed for it, once it has begun
+    awaits: "tuple[Sequence, int] | None" = None  # another one, until it has computed so many tokens
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -307,6 +319,13 @@ class Sequence:
         return np.stack(self.experts[: len(self.token_ids) - 1]) if self.experts else None
 
     @property
+    def is_waiting_for_another(self) -> bool:
+        if self.awaits is None:
+            return False
+        other, num_tokens = self.awaits
+        return other.row is not None and other.num_computed < num_tokens
+
+    @property
     def is_scored(self) -> bool:
         """Shall the passes of its prompt say how likely the tokens are? Not again once its first Delta has told."""
         return self.params.prompt_logprobs is not None and not self.num_generated
@@ -327,11 +346,6 @@ class Sequence:
             self.oldest = version
         if not self.num_generated:
             self.first_version = self.oldest
-
-    def keep(self, num_computed: int) -> None:
-        """Forget what was computed beyond so many tokens: a draft that did not come true."""
-        self.num_computed = min(self.num_computed, num_computed)
-        del self.experts[self.num_computed :]
 
     @property
     def generated_ids(self) -> list[int]:
@@ -361,6 +375,15 @@ class Chunk:
     def num_own(self) -> int:
         """Tokens that are the sequence's."""
         return self.count - len(self.draft)
+
+    @property
+    def own(self) -> "Chunk":
+        """The chunk without its draft."""
+        return Chunk(self.sequence, self.start, self.num_own) if self.draft else self
+
+    def drafted(self, at: int) -> "Chunk":
+        """A token of the draft, alone."""
+        return Chunk(self.sequence, self.start + self.num_own + at, 1)
 
     @property
     def token_ids(self) -> list[int]:

@@ -20,13 +20,14 @@ from trinity.engine.sampler import Sampled, sample
 from trinity.engine.scheduler import Pass
 from trinity.engine.scoring import is_damaged, score
 from trinity.engine.versions import Versions
+from trinity.models.common.adapted import PassAdapters
 from trinity.models.common.attention import Attend, is_plain
 from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
 
 
 class Logits(NamedTuple):
-    """Logits of the sequences whose last token a pass computed: N rows, of each that of its last token and those of its draft."""
+    """Logits of the sequences whose last token a pass computed: N rows, of each its last token's and those of its draft."""
 
     first: Mapping[Sequence, int]  # rows
     all_NV: Tensor
@@ -48,8 +49,9 @@ class Result(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Say whether logits were not finite."""
-        return self.has_bad_scores or any(each.token_id is None for each in self.sampled.values())
+        """Say whether logits were not finite, other than of requests with an adapter: these say nothing of the weights."""
+        bad = (sequence for sequence, each in self.sampled.items() if each.token_id is None)
+        return self.has_bad_scores or any(sequence.adapter is None for sequence in bad)
 
 
 class ModelRunner:
@@ -81,8 +83,8 @@ class ModelRunner:
             logits = self.forward(model, chunks)
             assert list(logits.first) == sampling, "a mask is another sequence's"
             sampled = sample(logits.after(sampling, 0), sampling, None if masks is None else masks.result())
-            found = dict(zip(sampling, sampled, strict=True))
-            return Result(found, None, logits, any(map(is_damaged, chunks)))
+            is_bad = any(chunk.sequence.adapter is None and is_damaged(chunk) for chunk in chunks)
+            return Result(dict(zip(sampling, sampled, strict=True)), None, logits, is_bad)
         except Exception as error:  # the edge between requests and weights: shards die, memory runs out
             return Result({}, error)
 
@@ -124,7 +126,13 @@ class ModelRunner:
         flat = flatten(chunks)
         ids_T = np.concatenate([np.asarray(c.token_ids, np.int64) for c in chunks])
         attend = self._attention()(self._pools, self._cache, flat)
-        return self._to(ids_T), self._to(flat.position_T), attend
+        return Inputs(self._to(ids_T), self._to(flat.position_T), attend, self._adapters(chunks))
+
+    def _adapters(self, chunks: list[Chunk]) -> PassAdapters | None:
+        own = [chunk.sequence.adapter for chunk in chunks]
+        if not any(own):
+            return None
+        return PassAdapters([a for a, c in zip(own, chunks, strict=True) for _ in range(c.count)], self._device)
 
     def _attention(self) -> Callable[[KVPools, KVCache, Flat], Attend]:
         if not self._is_exact:

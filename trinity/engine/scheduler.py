@@ -2,8 +2,10 @@
 
 What is urgent comes first, then clients take turns (fair_queue.py), then what was taken up first: `running` is in that order,
 and all of the same priority in `waiting` comes later. A sequence is admitted when all its tokens fit, or when they do once
-less urgent ones have given way; when the cache runs out, the last one gives its blocks back and is recomputed later. The
-first can take everything and always fits (kv_cache.py), so there is always progress.
+less urgent ones have given way; it begins with what is cached of it. One whose beginning is being computed by another follows:
+it is admitted when that is done (prefix_cache.py). When the cache runs out, the last one gives its blocks back and goes on
+later, as does whose blocks are of no more use. The first can take everything and always fits (block_table.py), so there is
+always progress.
 Among equals decodes go before prefill without a special case: all but the last of them have finished their prefill, because a
 prefill that is cut short has used up the token budget. While a prompt is computed nothing less urgent is in its passes: it
 would wait for that, too.
@@ -16,9 +18,13 @@ from typing import NamedTuple
 from trinity.engine.fair_queue import PriorityQueue
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.pace import Pace
+from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.speculation import Speculation
 from trinity.engine.versions import Versions
+from trinity.errors import Overloaded
+
+RETRY_AFTER_S = 1.0
 
 
 class Pass(NamedTuple):
@@ -28,37 +34,85 @@ class Pass(NamedTuple):
     chunks: list[Chunk]
 
 
-class Scheduler:
-    """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with, `pace` how many
-    tokens a step has, `drafts` what may follow a sequence's last token."""
+def overloaded(most: int) -> Overloaded:
+    return Overloaded(
+        f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
+        retry_after_s=RETRY_AFTER_S,
+    )
 
-    def __init__(self, cache: KVCache, versions: Versions, max_running: int, pace: Pace, drafts: Speculation):
-        self.cache, self.versions, self.max_running, self.pace, self.drafts = cache, versions, max_running, pace, drafts
+
+class Scheduler:
+    """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with, `prefixes` what
+    it need not compute, `pace` how many tokens a step has, `drafts` what may follow a sequence's last token."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        versions: Versions,
+        prefixes: PrefixCache,
+        max_running: int,
+        pace: Pace,
+        drafts: Speculation,
+    ):
+        self.cache, self.versions, self.prefixes, self.pace, self.drafts = cache, versions, prefixes, pace, drafts
+        self.max_running = max_running
         self.running: list[Sequence] = []
+        self.following: list[Sequence] = []  # each has a place among the running ones, and no row
         self.waiting = PriorityQueue()
         self.num_preemptions = 0
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.following)
+
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        if sequence.num_generated:
+            self.waiting.resume(sequence)
+        else:
+            self.waiting.append(sequence)
+
+    def room_for(self, priority: int, most: int) -> Sequence | None:
+        """The waiting sequence whose place a newcomer of that priority takes, where `most` wait. Raises Overloaded where all
+        are as urgent."""
+        if self.num_waiting < most:
+            return None
+        last = self.waiting.last() if self.waiting else None
+        if last is None or last.priority <= priority or last.num_generated:
+            raise overloaded(most)
+        return last
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is finished, aborted or failed: forget it and take its blocks back."""
-        if sequence.row is None:
+        if sequence.row is not None:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.awaits is not None:
+            self.following.remove(sequence)
+        else:
             self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        self._release(sequence)
 
     def schedule(self) -> list[Pass]:
         """The passes of the next step: one for each version that requests use. Takes up the newest version first, with or
         without work; empty only when nothing is left to do."""
-        self.versions.follow(self.running)
+        if self.versions.follow(self.running, self.following):
+            self.cache.drop(self.versions.is_withdrawn)
+        for sequence in [each for each in reversed(self.following) if not each.is_waiting_for_another]:
+            self._let_go_on(sequence)
+        for sequence in [each for each in reversed(self.running) if not each.num_computed]:
+            self._put_back(sequence)
         return [Pass(*each) for each in self.versions.passes(self._chunks())]
 
     def late(self) -> list[Sequence]:
         """Waiting sequences that cannot have their next token by their deadline, even if all else stood still."""
         now_s = time.monotonic()
-        return [s for s in self.waiting if s.until_s - now_s < self.pace.least_s(s.num_uncomputed)]
+        return [s for s in (*self.following, *self.waiting) if self._is_late(s, s.until_s - now_s)]
+
+    def _is_late(self, sequence: Sequence, left_s: float) -> bool:
+        if left_s >= self.pace.least_s(sequence.num_uncomputed):
+            return False
+        cached = self.prefixes.match(sequence).num_blocks * self.cache.layout.block_size
+        most = 1 if sequence.awaits is not None else sequence.num_uncomputed - cached
+        return left_s < self.pace.least_s(most)
 
     def _chunks(self) -> list[Chunk]:
         self._make_way()
@@ -69,21 +123,24 @@ class Scheduler:
             if sequence.priority > urgent:
                 break
             count = min(sequence.num_uncomputed, budget)
-            if not self._make_room(sequence, sequence.num_computed + count):
+            some = self.prefixes.stop(sequence, count)
+            if not self._make_room(sequence, sequence.num_computed + some):
                 break  # the last one; it keeps what it has and waits for the others
-            draft = self._draft(sequence, count, budget - (len(self.running) - at))
-            batch.append(Chunk(sequence, sequence.num_computed, count + len(draft), draft))
+            draft = self._draft(sequence, budget - (len(self.running) - at)) if count == 1 else ()
+            batch.append(Chunk(sequence, sequence.num_computed, some + len(draft), draft))
             urgent = min(urgent, sequence.priority) if batch[-1].is_prefill else urgent
-            self.waiting.charge(sequence, count)
-            budget, at = budget - batch[-1].count, at + 1
-        assert batch or not (self.running or self.waiting), "there is work but nothing could be scheduled"
+            self.waiting.charge(sequence, some)
+            budget, at = budget - count - len(draft), at + 1
+        assert batch or not (self.running or self.following or self.waiting), (
+            "there is work but nothing could be scheduled"
+        )
         return batch
 
-    def _draft(self, sequence: Sequence, count: int, spare: int) -> tuple[int, ...]:
-        """A draft after its last token, where that is all it computes; nobody gives way for it."""
-        assert sequence.row is not None
-        if count != 1 or sequence.num_uncomputed != 1 or spare <= 0:
+    def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
+        """What may follow its last token, which is all that it computes. Nobody gives way for a draft."""
+        if sequence.num_uncomputed != 1 or spare <= 0 or self.cache.num_spare <= len(self.running):
             return ()
+        assert sequence.row is not None
         room = min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1)
         draft = self.drafts.draft(sequence, room)
         return draft if self.cache.grow(sequence.row, len(sequence.token_ids) + len(draft)) else ()
@@ -91,23 +148,36 @@ class Scheduler:
     def _make_way(self) -> None:
         """Start what is more urgent than the last that runs; less urgent ones give way where it does not fit."""
         while self._is_urgent():
-            if not self._admit():
+            if self._take_up() is None:
                 self._preempt(self.running[-1])
 
     def _is_urgent(self) -> bool:
         return bool(self.waiting and self.running) and self.waiting.first().priority < self.running[-1].priority
 
     def _admit(self) -> bool:
-        """Start the sequence whose turn it is if it fits beside a spare block for each running one."""
-        if not self.waiting or len(self.running) >= self.max_running:
-            return False
-        if not self.cache.fits(len(self.waiting.first().token_ids), reserve=len(self.running)):
-            return False
-        sequence = self.waiting.take()
-        sequence.row = self.cache.open_row()
-        sequence.admitted()
-        bisect.insort(self.running, sequence, key=lambda each: each.priority)
-        return True
+        """Start the sequence whose turn it is. Whoever finds another one about to compute what it needs lets the next pass."""
+        while (sequence := self._take_up()) is not None:
+            if sequence.row is not None:
+                return True
+        return False
+
+    def _take_up(self) -> Sequence | None:
+        """-> the next one, which has begun or follows another now; None: it does not fit beside a spare block for each running
+        one."""
+        if not self.waiting or len(self.running) + len(self.following) >= self.max_running:
+            return None
+        sequence = self.waiting.first()
+        hit = self.prefixes.match(sequence)
+        sequence.awaits = self.prefixes.leader(sequence, hit, self.running)
+        if sequence.awaits is not None:
+            self.following.append(self.waiting.take())
+        elif self.cache.fits(len(sequence.token_ids), hit, reserve=len(self.running)):
+            self.prefixes.begin(self.waiting.take(), hit)
+            sequence.admitted()
+            bisect.insort(self.running, sequence, key=lambda each: each.priority)
+        else:
+            return None
+        return sequence
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Get blocks for num_tokens, preempting what was taken up later if need be."""
@@ -119,10 +189,19 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._put_back(sequence)
+        self.num_preemptions += 1
+
+    def _put_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.put_back(sequence)
-        self.num_preemptions += 1
+
+    def _let_go_on(self, sequence: Sequence) -> None:
+        """The one that it has followed is where their ways part, or gone."""
+        self.following.remove(sequence)
+        sequence.awaits = None
+        self.waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.row is not None

@@ -33,7 +33,7 @@ class PassCost:
         """The share of a pass of so many tokens that grows with their number; UNKNOWN_SHARE until they have varied."""
         one, n, nn, t, nt = self._sums
         spread = one * nn - n * n
-        if spread <= 1e-3 * one * one:
+        if spread <= 1e-3 * one * one or not num_tokens:
             return UNKNOWN_SHARE
         slope = min(max((one * nt - n * t) / spread, 0.0), t / n)
         fixed = (t - slope * n) / one
@@ -88,7 +88,8 @@ class Speculation:
         if chunks and all(chunk.is_single for chunk in chunks):
             self._cost.took(sum(chunk.count for chunk in chunks), seconds)
 
-    def accepted(self, chunk: Chunk, num: int) -> None:
-        """Count what became of a draft."""
+    def note(self, chunk: Chunk, num_accepted: int) -> None:
+        """Count what became of a draft, and forget where the tokens went that did not come true."""
         self.num_drafted += len(chunk.draft)
-        self.num_accepted += num
+        self.num_accepted += num_accepted
+        del chunk.sequence.experts[chunk.start + chunk.num_own + num_accepted :]

@@ -1,7 +1,7 @@
 """All suffixes of a growing text of tokens, and where each was followed by what.
 
-A suffix automaton (Blumer et al. 1985, "The smallest automaton recognizing the subwords of a text"): at most two states a token,
-and a constant number of steps for each on average. Its longest suffix that occurred before is one link away.
+A suffix automaton (Blumer et al. 1985, "The smallest automaton recognizing the subwords of a text"): at most two states a
+token, and a constant number of steps for each on average. Its longest suffix that occurred before is one link away.
 Host code, without torch.
 """
 

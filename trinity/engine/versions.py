@@ -1,44 +1,47 @@
 """Which version of the weights each request computes with, and what becomes of its cache when that changes.
 
 Decisions. A pass has one version. Live requests share one, the source's newest; a pinned request keeps that of its first
-pass, which the engine holds for it. What is cached of a version that was withdrawn (rolled back, quarantined) is computed
-again; what is cached of an older one is kept, or computed again with `engine.kv_policy: recompute`. In that case the next
-version waits until every request that the last one threw back has got a token: a trainer that commits faster than contexts
-are computed would otherwise stop them all.
+pass, which the engine holds for it. What is cached of a version that was withdrawn (rolled back, quarantined) is used by nobody
+any more. A pinned request uses what its version alone has computed, a live one what is at most `engine.kv_max_age` steps older
+than its own version; what is older is computed again. In that case the next version waits until every request that the last one
+threw back has got a token: a trainer that commits faster than contexts are computed would otherwise stop them all.
 """
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.weights import WeightSource
+from trinity.errors import Overloaded
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
 
 log = logging.getLogger(__name__)
-KVPolicy = Literal["keep", "recompute"]
 
 
 class Versions:
     """The engine's dealings with its WeightSource, which it borrows. `live` is the version of all live requests.
 
-    `max_pinned` bounds the versions that pinned requests hold; the live one comes on top.
+    `max_pinned` bounds the versions that pinned requests hold; the live one comes on top. `max_age`: None is unbounded.
     """
 
-    def __init__(self, source: WeightSource, max_pinned: int, kv_policy: KVPolicy):
-        self._source, self._max_pinned, self._kv_policy = source, max_pinned, kv_policy
+    def __init__(self, source: WeightSource, max_pinned: int, max_age: int | None):
+        self._source, self._max_pinned, self._max_age = source, max_pinned, max_age
         self._pinned: Counter[int] = Counter()  # version -> requests that hold it
         self._behind: list[tuple[Sequence, int]] = []  # thrown back by the last switch, and the tokens they had then
         self._damaged: set[int] = set()
+        self._withdrawn: set[int] = (
+            set()
+        )  # versions that went while pinned requests held them: another may get that number
         self._found_damage = False  # since the last `follow`
         self._loaded: int | None = None
         self.live = source.newest()
         self.switch_s = 0.0  # seconds that it took to take up the present live version
-        if kv_policy == "recompute":  # it may be in use when it is not the newest any more
+        if max_age is not None:  # it may be in use when it is not the newest any more
             source.hold(self.live)
 
     @property
@@ -51,54 +54,85 @@ class Versions:
         """Versions that gave logits which are not finite."""
         return len(self._damaged)
 
-    def follow(self, running: Iterable[Sequence]) -> None:
-        """Take up the newest version before the passes of a step, and have computed again what that makes stale."""
-        newest = self._source.newest()
-        switches = newest < self.live or (newest > self.live and not self._catching_up)
-        if switches:
+    def follow(self, running: Iterable[Sequence], waiting: Iterable[Sequence] = ()) -> bool:
+        """Take up the newest version before the passes of a step, and have computed again what that makes stale.
+
+        `waiting`: those that begin when others have computed what they need. -> whether cached keys and values may be wrong.
+        """
+        newest, is_wrong = self._source.newest(), self._found_damage
+        if newest < self.live or (newest > self.live and not self._catching_up):
+            is_wrong |= newest < self.live or bool(self._damaged)
             self._switch(newest)
-        if switches or self._found_damage:
-            stale = [s for s in running if s.pinned is None and s.num_computed and self._is_stale(s)]
-            for sequence in stale:
-                sequence.num_computed = 0
-            self._behind = [(s, s.num_generated) for s in stale if self._kv_policy == "recompute"]
-            self._found_damage = False
+        elif not is_wrong:
+            return False
+        stale = [s for s in running if s.pinned is None and s.num_computed and self._is_stale(s)]
+        for sequence in stale:
+            sequence.num_computed = 0
+        behind = [*stale, *waiting] if self._max_age is not None else []
+        self._behind = [(s, s.num_generated) for s in behind]
+        self._found_damage = False
+        return is_wrong
 
     def _is_stale(self, sequence: Sequence) -> bool:
-        oldest, version = sequence.oldest, sequence.version
-        if version > self.live or any(oldest <= bad <= version for bad in self._damaged):
-            return True
-        return self._kv_policy == "recompute" and version < self.live
+        return self.is_withdrawn(sequence.oldest, sequence.version) or sequence.oldest < self.bounds(sequence)[0]
+
+    def is_withdrawn(self, oldest: int, newest: int) -> bool:
+        """Shall nothing be used any more that these versions, and those between them, have computed?"""
+        bad = self._withdrawn | (self._damaged - {self.live})
+        return newest > self.live or any(oldest <= version <= newest for version in bad)
+
+    def bounds(self, sequence: Sequence) -> tuple[int, int]:
+        """The oldest and the newest version whose keys and values it may use."""
+        version = self.of(sequence)
+        if sequence.params.version_policy == "pinned":
+            return version, version
+        return 0 if self._max_age is None else version - self._max_age, version
 
     @property
     def _catching_up(self) -> bool:
-        return any(s.row is not None and s.num_generated == before for s, before in self._behind)
+        is_here = (s.num_generated == before for s, before in self._behind if s.row is not None or s.awaits is not None)
+        return any(is_here)
 
     def _switch(self, newest: int) -> None:
-        if self._kv_policy == "recompute":
+        if self._max_age is not None:
             self._source.hold(newest)
             self._source.release(self.live)
+        self._withdrawn |= {version for version in self._pinned if newest < version <= self.live}
         self.live = newest
 
     def passes(self, batch: Iterable[Chunk]) -> list[tuple[int, list[Chunk]]]:
-        """The chunks by version, newest first. Pinned requests take their version here, when they are first scheduled."""
+        """The chunks by version, newest first."""
         found: dict[int, list[Chunk]] = {}
         for chunk in batch:
-            found.setdefault(self._of(chunk.sequence), []).append(chunk)
+            found.setdefault(self.of(chunk.sequence), []).append(chunk)
         return sorted(found.items(), reverse=True)
 
-    def _of(self, sequence: Sequence) -> int:
+    def of(self, sequence: Sequence) -> int:
+        """The version that it computes with, or would if it began now."""
         if sequence.params.version_policy == "live":
             return self.live
-        if sequence.pinned is None:
-            self._pin(sequence)
-        assert sequence.pinned is not None
-        return sequence.pinned
-
-    def _pin(self, sequence: Sequence) -> None:
-        """Pin to the live version; with too many held already, to the newest of those (at best not a withdrawn one)."""
+        if sequence.pinned is not None:
+            return sequence.pinned
         free = self.live in self._pinned or len(self._pinned) < self._max_pinned
-        version = self.live if free else max(self._pinned, key=lambda v: (v <= self.live, v))
+        return self.live if free else max(self._pinned, key=lambda v: (v <= self.live, v))
+
+    def begin(self, sequence: Sequence) -> None:
+        """Pin a request that wants it to the live version; with too many held already, to the newest of those (at best not a
+        withdrawn one)."""
+        if sequence.params.version_policy == "pinned" and sequence.pinned is None:
+            self._hold(sequence, self.of(sequence))
+
+    def pin_to(self, sequence: Sequence, version: int) -> None:
+        """Pin a request that another engine has begun to what it had there. Raises Overloaded while too many others are held;
+        whether that one is there is said by its first pass."""
+        if version not in self._pinned and len(self._pinned) >= self._max_pinned:
+            raise Overloaded(
+                f"pinned requests hold versions {sorted(self._pinned)}, engine.max_versions is {self._max_pinned}; one at "
+                f"version {version} has to wait"
+            )
+        self._hold(sequence, version)
+
+    def _hold(self, sequence: Sequence, version: int) -> None:
         sequence.pinned = version
         self._pinned[version] += 1
         self._source.hold(version)
@@ -110,6 +144,7 @@ class Versions:
             self._source.release(version)
             self._pinned[version] -= 1
             self._pinned += Counter()  # drops zeros
+            self._withdrawn &= self._pinned.keys()
 
     def model(self, version: int) -> "CausalLM":
         """Raises what the source raises."""

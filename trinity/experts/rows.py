@@ -10,7 +10,7 @@ Decisions:
   projections are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,9 @@ from trinity.experts.base import Assignments, LayerAdapters, LayerWeights, Pair
 from trinity.ops import batch_invariant
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows in expert order [P, K], matrices [E, N, K] -> [P, N]
-Adapted = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]  # the same, with A, B and scale: of W + scale B A
+Adapted = Callable[
+    [Tensor, list[tuple[Tensor, ...]], float], Sequence[Tensor]
+]  # rows, (W, A, B) of each product, scale
 
 
 class Order(Protocol):
@@ -110,6 +112,10 @@ class _WeightedSwiGLU(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if batch_invariant.is_for(grad):
+            from trinity.ops.batch_invariant.elementwise import gated_gradients
+
+            return gated_gradients(grad, *ctx.saved_tensors)
         kind = accumulator(grad.dtype)
         gate, up, weight = (t.to(kind) for t in ctx.saved_tensors)
         silu, grad = F.silu(gate), grad.to(kind)
@@ -137,20 +143,23 @@ def feed_forward(
     adapted: Adapted | None = None,
 ) -> Tensor:
     """-> y_PD: rows in expert order through their experts, times their weights, by a backend's product. `adapted`: one that has
-    matrices with adapters at once."""
+    matrices with adapters at once, and several of the same rows."""
 
-    def projected(x: Tensor, stack: Tensor, pair: Pair | None) -> Tensor:
-        if pair is None or adapters is None:
-            return product(x, stack)
-        a, b = (part.to(x.dtype) for part in pair)
+    def projected(x: Tensor, *parts: tuple[Tensor, Pair | None]) -> Sequence[Tensor]:
+        if adapters is None:
+            return [product(x, stack) for stack, _ in parts]
+        triples = [(stack, *(part.to(x.dtype) for part in pair)) for stack, pair in parts if pair is not None]
         if adapted is not None:
-            return adapted(x, stack, a, b, adapters.scale)
-        share = product(product(x, a) * adapters.scale, b)
-        return product(x, stack).add_(share)  # in place: no other memory of that size
+            return adapted(x, triples, adapters.scale)
+        shares = [product(product(x, a) * adapters.scale, b) for _, a, b in triples]
+        return [
+            product(x, stack).add_(share) for (stack, _), share in zip(parts, shares, strict=True)
+        ]  # no other memory
 
-    gate, up, down = (None, None, None) if adapters is None else adapters[:3]
-    hidden = weighted_swiglu(projected(x_PD, weights.gate_EFD, gate), projected(x_PD, weights.up_EFD, up), weight_P1)
-    return projected(hidden, weights.down_EFD.mT, down)
+    pairs = (None, None, None) if adapters is None else adapters[:3]
+    gate, up = projected(x_PD, (weights.gate_EFD, pairs[0]), (weights.up_EFD, pairs[1]))
+    [y_PD] = projected(weighted_swiglu(gate, up, weight_P1), (weights.down_EFD.mT, pairs[2]))
+    return y_PD
 
 
 class _NoRows(Function):

@@ -8,15 +8,17 @@ present version, so rows of that version are computed meanwhile, and those of th
 backward are a bounded cache, never the truth.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from trinity.errors import InputGone, StepConflict
+from trinity.errors import InputGone, InvalidRequest, StepConflict
 from trinity.experts.activation_cache import ActivationCache, Activations
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
+from trinity.experts.named_adapters import NamedAdapters, both
 from trinity.experts.peers import Peers
 from trinity.experts.registry import resolve
 from trinity.experts.spec import ShardSpec
@@ -26,11 +28,13 @@ from trinity.experts.weights import ExpertWeights
 from trinity.rpc.messages import (
     GRADIENT,
     Abort,
+    Adapt,
     Backward,
     BytesRead,
     Commit,
     Experts,
     Fetch,
+    Forget,
     Forward,
     Install,
     Load,
@@ -45,6 +49,7 @@ from trinity.rpc.messages import (
     Stage,
     Status,
     StepReport,
+    TakenAdapter,
     attempt_of,
 )
 from trinity.state.versioned_store import Store
@@ -69,6 +74,7 @@ class ExpertShard:
         self.lock = self.versions.lock
         self.weights = ExpertWeights(spec, self.backend, self.versions)
         attempt = self.store.staged.notes["attempt"] if self.store.staged else 0
+        self.adapters = NamedAdapters(spec)
         self.gathered = GradAccumulator(spec.name, attempt, spec.ordered_gradients)
         self.activations = ActivationCache(spec.activation_cache_bytes)
         self.cache_misses = 0
@@ -90,8 +96,9 @@ class ExpertShard:
         """-> y_RD, one row per row received. Pure, unless `keep`: then it runs beside all else."""
         if not call.keep:
             with self.versions.reading(call) as layer, torch.inference_mode():
-                slots = self._counted(layer, call)
-                return self._compute(call.rows.x_RD.to(self.spec.device), call.rows.weights_RK, slots, layer)
+                return self._inferred(layer, call)
+        if call.rows.adapter_R is not None:
+            raise InvalidRequest("rows of a named adapter are for inference; no gradient is kept of them")
         with self.lock:
             layer = self._layer_to_train(call)
             slots = self._counted(layer, call)
@@ -178,6 +185,12 @@ class ExpertShard:
 
     # -- control
 
+    def adapt(self, message: Adapt) -> TakenAdapter:
+        return self.adapters.adapt(message, self.experts)
+
+    def forget(self, message: Forget) -> bool:
+        return self.adapters.forget(message)
+
     def load(self, message: Load) -> int:
         return self.weights.load(message)
 
@@ -251,6 +264,22 @@ class ExpertShard:
         rows_E = torch.bincount(slots.expert_A, minlength=len(layer.experts))
         self.weights.row_counts.add(call.layer, layer.ids_E, rows_E)
         return slots
+
+    def _inferred(self, layer: ReadyLayer, call: Forward) -> Tensor:
+        """y_RD. Rows of each adapter, and those of none, are computed apart: then all have the bits that they have alone."""
+        rows = call.rows
+        if rows.adapter_R is None:
+            return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)
+        contents = rows.adapter_R.unique().tolist()
+        found = self.adapters.of(contents, call.layer, layer.experts)
+        ready = [layer._replace(adapters=both(layer.adapters, named)) for named in found]
+        if len(ready) == 1:
+            return self._inferred(ready[0], replace(call, rows=replace(rows, adapter_R=None)))
+        y_RD = torch.empty_like(rows.x_RD, device=self.spec.device)
+        for content, own in zip(contents, ready, strict=True):
+            own_R = (rows.adapter_R == content).nonzero().squeeze(1)
+            y_RD[own_R.to(y_RD.device)] = self._inferred(own, replace(call, rows=rows.only(own_R)))
+        return y_RD
 
     def _compute(self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer) -> Tensor:
         assigned = assignments(slots, weights_RK, self.spec.device)

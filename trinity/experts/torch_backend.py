@@ -100,7 +100,7 @@ def in_order(
         return fused_mlp.feed_forward(x_AD, *stored, end_E, weight_A1.squeeze(1))
     adapted: Adapted | None = None
     if torch.is_grad_enabled() and x_AD.dtype == torch.float32 == weights.gate_EFD.dtype:
-        adapted = lambda x, stack, a, b, scale: low_rank.grouped(x, stack, a, b, scale, end_E)  # noqa: E731
+        adapted = lambda x, parts, scale: low_rank.grouped(x, parts, scale, end_E)  # noqa: E731
     product: Product = lambda x, stack: gemm.grouped(x, stack, end_E)  # noqa: E731
     return feed_forward(product, x_AD, weight_A1, weights, adapters, adapted)
 

@@ -5,7 +5,10 @@ Legend: L layers with routed experts, E experts of a layer.
 
 from dataclasses import dataclass
 
+from trinity.config import AdapterSet
 from trinity.placement.table import PlacementTable
+
+NO_ADAPTERS = AdapterSet()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Snapshot:
     imbalance: float  # max / mean of the shards' rows in the same window; 1 is even, 0 without rows
     changes: tuple[ChangeView, ...]  # latest first, at most 50
     num_recoveries: int
+    adapters: AdapterSet = NO_ADAPTERS  # that are served beside the pool's weights
 
     @property
     def survives(self) -> tuple[int, int]:

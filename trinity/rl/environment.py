@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 
 class Turn(NamedTuple):
-    """What comes next, nothing at the end; and what the conversation is worth so far."""
+    """Messages that come next, none at the end; and what the conversation is worth so far."""
 
     messages: list[Message]
     reward: float

@@ -52,7 +52,7 @@ class Functions:
         return str(said["error"]) if "error" in said else said
 
     def of_each(self, what: Callable[[A], T | str], asked: Sequence[A]) -> list[T | None]:
-        """What that finds of each, side by side; None where it is words on why there is nothing, which are said."""
+        """Results for each, side by side; None where it is words on why there is none, which are said."""
         found = list(self._threads.map(what, asked))
         for why, num in Counter(each for each in found if isinstance(each, str)).items():
             log.warning("%d of %d answers have no reward and are left out: %s", num, len(asked), why)

@@ -71,7 +71,7 @@ def _advantages(rewards: Sequence[float | None], scale_by_std: bool) -> tuple[li
 
 
 class ByEnvironment(ByRewards):
-    """What the environment said of each conversation, against the mean of its group."""
+    """Rewards that the environment gave, against the mean of their group."""
 
     def __init__(self, config: Config):
         self.settings = config.rl

@@ -1,15 +1,17 @@
 """The loss of answers that were drawn and judged: the clipped surrogate, whose share each token is, and what it tells.
 
 Legend: B = 1 and S of a packed batch, T = S tokens, L MoE layers, K top-k, D model.
-Formulas. rho = p / p_drawn of a token, A its answer's advantage. Each token that counts adds
+Formulas. rho = p / p_drawn of a token, or with `rl.ratio` sequence its geometric mean over the answer's tokens (GSPO, arXiv
+2507.18071); A is its answer's advantage. Each token that counts adds
 - clip (arXiv 1707.06347, with the bounds of arXiv 2503.14476): -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A);
 - tis: an importance weight that is cut off, -min(rho, tis_cap) A p / sg(p), of which only p has a gradient;
 - icepop: the same with w = rho within icepop_band, and 0 outside;
 - kl: coefficient times e^d - d - 1, d = log p_ref - log p (the estimator of arXiv 2402.03300); kl_unbiased: times rho, through
   which the gradient is that of the divergence itself (arXiv 2512.02556).
-The sum is divided by the tokens that count in the step (DAPO), or by answers times max_tokens (Dr. GRPO, arXiv 2503.20783).
-Decisions: weights that an answer was drawn from are those of its `versions`, one step old at most, so there is no third set of
-log-probabilities. Answers that do not count are no part of a batch, unless it would be empty.
+The sum is divided by the tokens that count in the step (DAPO), by answers times max_tokens (Dr. GRPO, arXiv 2503.20783), or
+that of each answer by its own length, and by the number of answers (GRPO, GSPO).
+Decisions: p_drawn is of the weights that an answer was drawn from (its `versions`), however many steps ago, so there is no
+third set of log-probabilities. Answers that do not count are no part of a batch, unless it would be empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ SAMPLED = (
     "length",
     "truncated",
     "staleness",
+    "staleness_max",
     "unjudged",
     "uniform",
     "turns",
@@ -98,14 +101,26 @@ def _reference(judged: Judged) -> Tensor:
     return torch.zeros(len(judged.sample.prompt_ids) + len(judged.sample.token_ids) - 1)
 
 
-def surrogate(logprobs_T: Tensor, drawn_T: Tensor, advantages_T: Tensor, settings: RLConfig) -> tuple[Tensor, Tensor]:
+def log_ratios(log_T: Tensor, counts_T: Tensor, docs_T: Tensor) -> Tensor:
+    """log rho of each token's answer: the mean of `log_T` over its tokens that count."""
+    sums_D = log_T.new_zeros(int(docs_T[-1]) + 1).index_add(0, docs_T, log_T.where(counts_T, 0))
+    return sums_D[docs_T] / lengths(counts_T, docs_T)
+
+
+def lengths(counts_T: Tensor, docs_T: Tensor) -> Tensor:
+    """int64 [T], of each token's answer: its tokens that count, 1 where none does."""
+    num_D = docs_T.new_zeros(int(docs_T[-1]) + 1).index_add(0, docs_T, counts_T.to(docs_T.dtype))
+    return num_D.clamp_min(1)[docs_T]
+
+
+def surrogate(log_ratio_T: Tensor, advantages_T: Tensor, settings: RLConfig) -> tuple[Tensor, Tensor]:
     """(loss_T, is_clipped_T) of tokens, before any sum: see the head of this file."""
-    ratio_T = (logprobs_T - drawn_T).exp()
+    ratio_T = log_ratio_T.exp()
     low, high = 1 - settings.clip_low, 1 + settings.clip_high
     if settings.correction == "clip":
         loss_T = -torch.minimum(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
         return loss_T, torch.where(advantages_T > 0, ratio_T > high, ratio_T < low) & (advantages_T != 0)
-    ratio_T, one_T = ratio_T.detach(), (logprobs_T - logprobs_T.detach()).exp()
+    ratio_T, one_T = ratio_T.detach(), (log_ratio_T - log_ratio_T.detach()).exp()
     if settings.correction == "tis":
         is_clipped_T, weights_T = ratio_T > settings.tis_cap, ratio_T.clamp(max=settings.tis_cap)
     else:
@@ -144,12 +159,19 @@ class PolicyObjective(Objective):
         drawn_T, advantages_T = batch.logprobs_BS[0], batch.advantages_BS[0]
         logprobs_T, entropy_T = target_logprobs_and_entropy(head_VD, out.hidden_TD, targets_T, is_exact)
         logprobs_T = logprobs_T.where(counts_T, drawn_T)  # ratios of 1 and no gradient where nothing counts
-        loss_T, is_clipped_T = surrogate(logprobs_T, drawn_T, advantages_T, settings)
+        log_ratio_T, docs_T = logprobs_T - drawn_T, batch.docs_BS[0]
+        by_answer_T = log_ratios(log_ratio_T, counts_T, docs_T) if settings.ratio == "sequence" else log_ratio_T
+        loss_T, is_clipped_T = surrogate(by_answer_T, advantages_T, settings)
         kl_T = k3(logprobs_T, reference_T.where(counts_T, logprobs_T.detach()))
-        kl_T = kl_T * (logprobs_T - drawn_T).exp() if settings.kl_unbiased else kl_T
-        by_tokens = settings.divisor == "tokens"
-        divisor = whole.num_tokens if by_tokens else whole.num_sequences * settings.max_tokens
-        loss = (loss_T + settings.kl * kl_T).where(counts_T, 0).sum() / divisor
+        kl_T = kl_T * log_ratio_T.exp() if settings.kl_unbiased else kl_T
+        divisor = {
+            "tokens": whole.num_tokens,
+            "constant": whole.num_sequences * settings.max_tokens,
+            "answers": whole.num_sequences,
+        }[settings.divisor]
+        loss_T = (loss_T + settings.kl * kl_T).where(counts_T, 0)
+        loss_T = loss_T / lengths(counts_T, docs_T) if settings.divisor == "answers" else loss_T
+        loss = loss_T.sum() / divisor
         rows = (k3(drawn_T, logprobs_T), entropy_T, is_clipped_T.float(), kl_T)
         num = counts_T.sum()
         told = [torch.stack([row_T.where(counts_T, 0).sum(), num.float()]) for row_T in rows]

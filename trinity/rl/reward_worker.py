@@ -43,7 +43,7 @@ def function(spec: str) -> Function:
 
 
 def answer(request: bytes) -> bytes:
-    """What was asked for, or why there is nothing."""
+    """The reply to what was asked for, or why there is none."""
     try:
         reply = _done(json.loads(request))
     except Exception as error:  # a foreign program can raise anything
@@ -60,7 +60,7 @@ def _done(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def turn(value: Any) -> dict[str, Any]:
-    """What an environment said (environment.py)."""
+    """Turn of an environment, from what it returned (environment.py)."""
     if isinstance(value, bool | int | float):
         return {"next": [], "reward": number(value)}
     said, reward = value if isinstance(value, tuple) and len(value) == 2 else (value, 0.0)

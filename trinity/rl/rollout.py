@@ -126,7 +126,20 @@ class Rollout:
         return [Score(ids, version, *row) for ids, row in zip(sequences, rows, strict=True)]
 
 
-class TrainerWeights:
+class _Unheld:
+    """A WeightSource's verbs about versions that are held, for one that has a single version at a time."""
+
+    def hold(self, version: int) -> None:
+        """Nothing: there is one version."""
+
+    def release(self, version: int) -> None:
+        """Nothing, either."""
+
+    def quarantine(self, version: int) -> None:
+        """Nothing: there is no other version."""
+
+
+class TrainerWeights(_Unheld):
     """A WeightSource: what a trainer in this process has committed last, with a dispatcher of its own.
 
     The trainer's backbone is fp32. A model of that type shares its tensors; another gets a copy in its own type, made
@@ -153,14 +166,35 @@ class TrainerWeights:
             self._copied = version
         return self._model
 
-    def hold(self, version: int) -> None:
-        """Nothing: a trainer's tensors have one version."""
 
-    def release(self, version: int) -> None:
-        """Nothing, either."""
+class PinnedWeights(_Unheld):
+    """A WeightSource beside a trainer that goes on: a version that it keeps, in a model and with a dispatcher of its own.
 
-    def quarantine(self, version: int) -> None:
-        """Nothing: there is no other version."""
+    For one thread, which says by `aim` which version that is; whoever keeps the version sees to it that it stays."""
+
+    def __init__(self, trainer: "Trainer"):
+        self._store = trainer.backbone.store
+        self._experts = trainer.pool.dispatcher(trainer.version)
+        self._model = build(trainer.config.model, self._experts, device=trainer.device).eval()
+        self._version, self._loaded = trainer.version, -1
+
+    def has(self, version: int) -> bool:
+        """Say whether the trainer keeps it."""
+        return version in self._store.versions
+
+    def aim(self, version: int) -> None:
+        """Compute with that version from now on."""
+        self._version = version
+
+    def newest(self) -> int:
+        return self._version
+
+    def model(self, version: int) -> CausalLM:
+        if version != self._loaded:
+            load_values(self._model, self._store.get(version))
+            self._loaded = version
+        self._experts.version = version
+        return self._model
 
 
 def packed(sequences: Sequence[Sequence[int]]) -> Batch:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades).
-PROTOCOL = 7
+PROTOCOL = 8
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
@@ -25,11 +25,18 @@ REMOTE = -1  # an expert id: this slot is another shard's
 @dataclass(frozen=True)
 class Rows:
     """The rows of one layer that one shard computes, each with its K slots. Experts are numbered as in the checkpoint, not
-    by position on the shard; ids_RK is REMOTE in slots that are not for this shard."""
+    by position on the shard; ids_RK is REMOTE in slots that are not for this shard. `adapter_R`: the content of each row's
+    adapter (trinity.config.AdapterRef), 0 where it has none; None where no row has one. Inference alone has some."""
 
     x_RD: Tensor
     ids_RK: Tensor  # int64
     weights_RK: Tensor  # float32
+    adapter_R: Tensor | None = None  # int64
+
+    def only(self, own_R: Tensor) -> Rows:
+        """Those rows, as if they had no adapter."""
+        sent = (self.x_RD, self.ids_RK, self.weights_RK)
+        return Rows(*(each.index_select(0, own_R.to(each.device)) for each in sent))
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,31 @@ class Load:
     checkpoint: str | None = None
     seed: int = 0
     training: bool = True
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Verb `adapt` -> TakenAdapter. Take up an adapter from its files, for inference beside weights of any version.
+    `content`: what it must be of, or 0 to have all its numbers looked at; `base`: the checkpoint that it must be an adapter
+    of, where that is known. Raises CheckpointError. Harmless when repeated."""
+
+    source: str
+    deadline_s: float
+    content: int = 0
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class TakenAdapter:
+    content: int
+    source: str  # by what any process finds the same
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Verb `forget` -> whether it was here: the shard lets go of an adapter."""
+
+    content: int
 
 
 WEIGHT = "weight"  # the kind of rows that every expert has; the others are kinds of optimizer state

@@ -134,9 +134,19 @@ def _rendered(chat: Chat, messages: list[dict[str, Any]], tokenizer: Tokenizer) 
     return before
 
 
+def shown_tool(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as templates get it: what a model is to know of the function, whatever else is said of it, in one order."""
+    names = ("name", "description", "parameters")
+    return {"type": "function", "function": {key: function[key] for key in names if function.get(key) is not None}}
+
+
 def for_template(message: Message) -> dict[str, Any]:
-    """A message as templates read it: no content is an empty one (they would write `None`), arguments are objects."""
+    """A message as templates read it: no content is an empty one (they would write `None`), arguments are objects, `developer`
+    is today's name of `system`, and only tools have one."""
     told = dict(message) | {"content": message.get("content") or ""}
+    told["role"] = "system" if told["role"] == "developer" else told["role"]
+    if told["role"] != "tool":
+        told.pop("name", None)
     if calls := told.pop("tool_calls", None):
         told["tool_calls"] = [_call(call) for call in calls]
     if reasoning := told.pop("reasoning", None) or told.pop("reasoning_content", None):

@@ -10,7 +10,8 @@ Decisions.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class Tokenizer:
     """A byte-level tokenizer with its special tokens ("", and no id, for one that it lacks) and its checkpoint's chat template
     (None: it has none).
 
-    `vocab_size` is the number of embedding rows it needs: the highest id plus one. Safe to share between threads.
+    `vocab_size` is the number of embedding rows it needs: the highest id plus one. `end_ids` are eos and those that end a text
+    of its model besides. Safe to share between threads.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: str | None):
@@ -104,6 +106,7 @@ class Tokenizer:
         added = core.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.added_ids = {token.content: i for i, token in added.items()}
+        self.end_ids = frozenset[int]() if self.eos_id is None else frozenset([self.eos_id])
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -132,6 +135,12 @@ class Tokenizer:
         core.encode_special_tokens = config.get("split_special_tokens") is True
         add_lacking(core, config, _read_object(file.parent / "added_tokens.json"))
         return cls(core, config, read_template(file.parent))
+
+    def of_model(self, eos_token_ids: Iterable[int]) -> "Tokenizer":
+        """The same for a model whose texts end with any of these, too."""
+        found = copy(self)
+        found.end_ids = self.end_ids.union(eos_token_ids)
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load` and transformers' AutoTokenizer read. Not atomic; a checkpoint's manifest is."""

@@ -60,7 +60,7 @@ def packed_inputs(config: ModelConfig, ids_BS: Tensor, docs_BS: Tensor | None) -
     is the same but for rounding.
     """
     positions_T = document_positions(docs_BS if config.batch_invariant else None, *ids_BS.shape)
-    return ids_BS.flatten(), positions_T.to(ids_BS.device), PackedAttention(config, docs_BS, *ids_BS.shape)
+    return Inputs(ids_BS.flatten(), positions_T.to(ids_BS.device), PackedAttention(config, docs_BS, *ids_BS.shape))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ micro-batches of a step are there before the first is computed: the loss of each
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from trinity.data.dataset import Dataset
 from trinity.rpc.messages import Experts
 from trinity.train.collectives import Comm
 from trinity.train.loss import Losses, Objective, Whole
+from trinity.train.retry import patiently
 
 BatchOf = Callable[[int], Any]  # the number of a micro-batch of this worker -> what the objective takes
 
@@ -84,7 +86,7 @@ class MicroBatches:
         num = len(range(self.comm.rank, self._num_micros, self.comm.world))
         side = self.config.train.num_overlapped_microbatches
         self.objective.zero_grad(set_to_none=True)
-        batches = [batch_of(micro) for micro in range(num)]
+        batches = [patiently(partial(batch_of, micro)) for micro in range(num)]
         self.num_trained = self._num_trained(batches)
         whole = Whole(max(1, self.num_trained), num_sequences)  # where no token counts the losses are 0
         self.num_read = sum(batch.ids_BS.numel() for batch in batches)

@@ -6,7 +6,7 @@ resumes its run.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunCounts:
-    """Position of a run: batches consumed, and steps skipped for a gradient that was not finite."""
+    """Position of a run: batches consumed, steps skipped, and what the next ones are compared with (validation.py)."""
 
     position: int = 0
     num_skipped: int = 0
+    usual: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, notes: Mapping[str, Any]) -> "RunCounts":
+        """Those that a checkpoint or a decision notes, of an older release without what was usual."""
+        return cls(int(notes["position"]), int(notes["num_skipped"]), notes.get("usual", {}))
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class RunIdentity:
     def notes(self, counts: RunCounts, num_updates: int) -> dict[str, Any]:
         """Notes for a job that takes over from a version, besides the weights."""
         names = {"job": self.job, "run": self.run, "order": dict(self.order)}
-        return {**names, "position": counts.position, "num_skipped": counts.num_skipped, "num_updates": num_updates}
+        return {**names, **asdict(counts), "num_updates": num_updates}
 
 
 class Recovery:
@@ -86,25 +92,26 @@ class Recovery:
     def _go_on(self) -> RunCounts | None:
         """Go on without a checkpoint. Worker 0 finds the backbone where a worker before it left it; the others get it there."""
         found = self._decided_version() if self.comm.rank == 0 else None
-        said = said_by_rank0(self.comm, None if found is None else [found.number, *self._counts_of(found)])
+        said = said_by_rank0(self.comm, None if found is None else self._facts_of(found))
         if said is None:
             return None
-        number, num_updates, *counts = said
+        number, num_updates, notes = said
         tensors = {} if found is None else found.tensors
         received = {
             name: self.comm.from_first(tensors[name] if name in tensors else torch.empty(like.shape, dtype=like.dtype))
             for name, like in self.backbone.expected().items()
         }
         self.backbone.take(found or Version(number, received, {"num_updates": num_updates}))
-        reached = RunCounts(*counts)
+        reached = RunCounts.of(notes)
         log.info("going on from version %d, position %d", self.backbone.version, reached.position)
         return reached
 
-    def _counts_of(self, found: Version) -> tuple[int, int, int]:
+    def _facts_of(self, found: Version) -> tuple[int, int, dict[str, Any]]:
+        """Its number, the updates that made it, and what its decision notes."""
         decision = self.pool.decided()
         assert decision is not None
         self.metrics_before = decision.notes.get("metrics")
-        return found.notes["num_updates"], decision.notes["position"], decision.notes["num_skipped"]
+        return found.number, found.notes["num_updates"], dict(decision.notes)
 
     def _decided_version(self) -> Version | None:
         """The backbone of the version that was decided last, once all shards are there. None: a checkpoint must do."""
@@ -185,7 +192,7 @@ class Recovery:
             )
         self._load_pool(Load(str(source.path.resolve()), training=True))
         self.backbone.restore(source)
-        return RunCounts(int(source.state["position"]), int(source.state["num_skipped"]))
+        return RunCounts.of(source.state)
 
     def _load_pool(self, message: Load) -> None:
         if self.comm.rank == 0:

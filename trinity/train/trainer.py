@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,6 +120,20 @@ class Trainer:
         """Get the weights that this run goes on from, here and on the shards; before the first step."""
         reached = self.recovery.start()
         self.position, self.num_skipped = reached.position, reached.num_skipped
+        self._skipped_in_a_row = reached.usual.get("skipped_in_a_row", 0)
+        self.usual_loss.mean = reached.usual.get("loss")
+        for loss, norm in reached.usual.get("recent", ()):
+            self.recent.add(loss, norm)
+
+    @property
+    def counts(self) -> RunCounts:
+        """Counts of the run so far, with all that decides whether its next step is a usual one."""
+        usual = {
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "loss": self.usual_loss.mean,
+            "recent": self.recent.steps,
+        }
+        return RunCounts(self.position, self.num_skipped, usual)
 
     def run(self) -> dict[str, Any]:
         """Train to `steps`, evaluating and saving on the way; -> the last losses, position, version and checkpoint."""
@@ -244,9 +258,8 @@ class Trainer:
     def _stage(self, norm: float, lrs: Mapping[str, float], totals: Totals, ticket: StepTicket) -> bool:
         """Make the next version, on the shards and here side by side; -> whether it is finite everywhere."""
         scale = min(1.0, self.config.optim.grad_clip / (norm + 1e-12))
-        keep = (*ticket.keep, *self.saver.versions) if self.comm.rank == 0 else ()
         idle = totals.idle(self.config.model.moe_layers)
-        message = Stage(self.version + 1, lrs, scale, ticket.attempt, keep, totals.num_sent_ops, idle)
+        message = Stage(self.version + 1, lrs, scale, ticket.attempt, self.kept(ticket), totals.num_sent_ops, idle)
         wait = self.pool.stage(message) if self.comm.rank == 0 else lambda: True
         mine = self.backbone.stage(self._grads(), message, totals.counts_LE)
         try:
@@ -255,6 +268,10 @@ class Trainer:
             self.backbone.discard_staged()
             raise
 
+    def kept(self, ticket: StepTicket) -> tuple[int, ...]:
+        """Older versions that shards, and this worker of its backbone, keep beside the next one."""
+        return (*ticket.keep, *self.saver.versions) if self.comm.rank == 0 else ()
+
     @phase("commit")
     def _commit(self, ticket: StepTicket, totals: Totals, norm: float, lrs: Mapping[str, float]) -> None:
         """Decided is committed: a shard that does not hear of it now does so from the next call, or when it starts again."""
@@ -262,13 +279,13 @@ class Trainer:
         is_good = self.is_usual and self.gate.is_open(self.position + 1)
         self.recent.add(totals.ce, norm)
         self.position += 1
+        self._skipped_in_a_row = 0
         if self.comm.rank == 0:
-            notes = self.identity.notes(RunCounts(self.position, self.num_skipped), self.backbone.num_updates + 1)
+            notes = self.identity.notes(self.counts, self.backbone.num_updates + 1)
             found = {"attempt": ticket.attempt, "is_good": is_good, "metrics": self._metrics(totals, norm, lrs).row()}
             self.pool.decide(self.version + 1, ticket.attempt, {**notes, **found})
         barrier(self.comm)
         self.backbone.commit()
-        self._skipped_in_a_row = 0
         if self.comm.rank == 0:
             self._tell(lambda: self.pool.commit(self.version))
 
@@ -372,5 +389,5 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json", exclude={"serve"})  # it holds keys
-        counts = {"position": self.position, "num_skipped": self.num_skipped, "num_updates": self.backbone.num_updates}
+        counts = {**asdict(self.counts), "num_updates": self.backbone.num_updates}
         return {**counts, "order": dict(self.identity.order), "config": config}

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from trinity.data.dataset import Dataset, Source
 from trinity.train.collectives import Comm
 from trinity.train.loss import Objective
 from trinity.train.microbatches import means_of
+from trinity.train.retry import patiently
 
 log = logging.getLogger(__name__)
 USUAL_STEPS = 50  # over which the usual loss is averaged
@@ -50,7 +52,7 @@ def _of_source(objective: Objective, config: Config, source: Source, comm: Comm)
     wanted = max(min(1, settings.eval_sequences), round(source.share * settings.eval_sequences))
     num = min(wanted, source.dataset.num_sequences)
     parts = np.split(np.arange(num), range(settings.micro_batch_size, num, settings.micro_batch_size))
-    batches = [source.dataset.take(part) for part in parts[comm.rank :: comm.world] if num]
+    batches = [patiently(partial(source.dataset.take, part)) for part in parts[comm.rank :: comm.world] if num]
     trained = torch.tensor([sum(batch.num_trained for batch in batches)], dtype=torch.float64)
     if not (num_tokens := int(comm.all_reduce(trained))):
         return Validation(math.nan, {}, {})
@@ -64,7 +66,8 @@ def _of_source(objective: Objective, config: Config, source: Source, comm: Comm)
 
 
 class UsualLoss:
-    """A running mean of the steps' losses, and whether one is so far above it that its weights have run away."""
+    """A running mean of the steps' losses (None before the first), and whether one is so far above it that its weights have run
+    away."""
 
     def __init__(self, spike_threshold: float):
         self.spike_threshold = spike_threshold
@@ -89,6 +92,11 @@ class Recent:
     def add(self, loss: float, norm: float) -> None:
         self._losses.append(loss)
         self._norms.append(norm)
+
+    @property
+    def steps(self) -> list[tuple[float, float]]:
+        """Loss and norm of each, the newest last: to be added again where a run goes on."""
+        return list(zip(self._losses, self._norms, strict=True))
 
     def spike(self, loss: float, norm: float, most_sigma: float | None) -> str:
         """Words for a step whose loss or norm is so many standard deviations above the mean; empty for a usual one, and while

@@ -1,8 +1,10 @@
 """Words to the person at the terminal, beside what a command prints as its result."""
 
 import logging
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,19 @@ LOOK_S = 0.25
 def say(text: str) -> None:
     """Print a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)
+
+
+def occasionally(tell: Callable[[str], object], every_s: float = 5.0) -> Callable[[str, bool], None]:
+    """Tell a text at most so often, and always when it `is_last`."""
+    told_s = -math.inf
+
+    def now_and_then(text: str, is_last: bool) -> None:
+        nonlocal told_s
+        if is_last or time.monotonic() - told_s >= every_s:
+            told_s = time.monotonic()
+            tell(text)
+
+    return now_and_then
 
 
 @contextmanager

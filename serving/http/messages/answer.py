@@ -64,11 +64,11 @@ class MessagesAnswer:
         self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
         self._usage: dict[str, Any] = {}
 
-    def opening(self, num_prompt_tokens: int) -> list[Message]:
+    def opening(self, first: Delta) -> list[Message]:
         self._usage = {
-            "input_tokens": num_prompt_tokens,
+            "input_tokens": first.num_prompt_tokens - first.num_cached_tokens,  # clients add the three
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": first.num_cached_tokens,
             "output_tokens": 0,
         }
         return [{"type": "message_start", "message": self.whole()}]

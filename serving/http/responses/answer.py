@@ -81,7 +81,7 @@ class ResponsesAnswer:
         self._end: dict[str, Any] = {}
         self._num_events = 0
 
-    def opening(self, num_prompt_tokens: int) -> list[Message]:
+    def opening(self, first: Delta) -> list[Message]:
         return self._numbered(
             [{"type": f"response.{what}", "response": self.whole()} for what in ("created", "in_progress")]
         )
@@ -144,7 +144,7 @@ def _asked(body: ResponsesRequest) -> dict[str, Any]:
 def _usage(last: Delta, num_reasoning_tokens: int) -> dict[str, Any]:
     return {
         "input_tokens": last.num_prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": last.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": last.num_generated_tokens,
         "output_tokens_details": {"reasoning_tokens": num_reasoning_tokens},
         "total_tokens": last.num_prompt_tokens + last.num_generated_tokens,

@@ -9,8 +9,10 @@ from trinity.llm import LLM
 from trinity.rl.rollout import Rollout
 
 
-def main(checkpoint: str, include_path: str, *tasks: str) -> None:
-    rollout = Rollout(LLM(checkpoint, max_model_len=64, kv_cache_bytes=8 << 20, backend="torch", device="cpu"))
+def main(checkpoint: str, include_path: str, max_model_len: str, *tasks: str) -> None:
+    rollout = Rollout(
+        LLM(checkpoint, max_model_len=int(max_model_len), kv_cache_bytes=8 << 20, backend="torch", device="cpu")
+    )
     found = {}
     for task in tasks:
         lm_eval.check_task(task, include_path)

@@ -5,6 +5,7 @@ The layer projects, normalises, rotates and gates; how the tokens see each other
 training, a paged cache in the engine. What a layer sees is in its LayerCache (trinity/config/model.py).
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -89,9 +90,7 @@ class PackedAttention:
             return self._library(cache, q_THd, k_TGd, v_TGe)
         from trinity.ops.batch_invariant import attention
 
-        return attention.differentiable(
-            q_THd, k_TGd, v_TGe, *self._visible(cache), lambda q, k, v: self._library(cache, q, k, v)
-        )
+        return attention.differentiable(q_THd, k_TGd, v_TGe, *self._visible(cache), partial(self._gradients, cache))
 
     def _visible(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """The keys that each token sees, of the T of this pass: (first_T, end_T)."""
@@ -103,11 +102,28 @@ class PackedAttention:
 
     def _library(self, cache: LayerCache, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor) -> Tensor:
         mask = self._mask(cache, q_THd.device)
-        q, k, v = (x.unflatten(0, (self.batch, self.seq)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGe))
+        q, k, v = map(self._sequences, (q_THd, k_TGd, v_TGe))
         out_BHSe = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=cache.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out_BHSe.transpose(1, 2).flatten(0, 1)
+
+    def _gradients(
+        self, cache: LayerCache, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_TH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The library's on a CPU, of a result that is ours: to let it compute that once more would take half as long again."""
+        mask = self._mask(cache, q.device)
+        if mask is not None:  # what is added to scores
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        lse_BHS = self._sequences(lse_TH[..., None]).squeeze(-1)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *map(self._sequences, (do, q, k, v, o)), lse_BHS, 0.0, mask is None, attn_mask=mask, scale=cache.scale
+        )
+        dq, dk, dv = (grad_BHSd.transpose(1, 2).flatten(0, 1) for grad_BHSd in found)
+        return dq, dk, dv
+
+    def _sequences(self, x_THd: Tensor) -> Tensor:
+        return x_THd.unflatten(0, (self.batch, self.seq)).transpose(1, 2)
 
     def _mask(self, cache: LayerCache, device: torch.device) -> Tensor | None:
         window = cache.window if cache.window is not None and cache.window < self.seq else None

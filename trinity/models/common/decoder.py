@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity.config import ModelConfig
+from trinity.models.common.adapted import PassAdapters, Passing
 from trinity.models.common.attention import Attend
 from trinity.models.common.block import Block, Hop, Table
 from trinity.models.common.experts import ExpertLayer
@@ -29,7 +30,13 @@ class Output(NamedTuple):
     routing: tuple[Routing, ...]  # one per MoE layer, in order
 
 
-Inputs = tuple[Tensor, Tensor, Attend]  # ids_T, positions_T, who sees whom
+class Inputs(NamedTuple):
+    """Inputs of one pass. `attend`: who sees whom; `adapters`: those of its rows, where any has one."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    attend: Attend
+    adapters: PassAdapters | None = None
 
 
 class Rotary(NamedTuple):
@@ -50,7 +57,7 @@ class Decoder(nn.Module):
         self.rotary, self.embed_scale, self.is_exact = rotary, embed_scale, config.batch_invariant
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
-        self.norm = norm
+        self.norm, self.passing = norm, Passing()
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer) -> Output:
         h_TD = self.embed(ids_T)
@@ -61,7 +68,7 @@ class Decoder(nn.Module):
         return Output(self.norm(h_TD), tuple(routing for routing in routings if routing is not None))
 
     def forward_all(self, passes: Sequence[Inputs], experts: ExpertLayer) -> list[Output]:
-        running = [_Pass(self, inputs, experts) for inputs in passes]
+        running = [_Pass(self, Inputs(*inputs), experts) for inputs in passes]
         for block in self.layers:
             assert isinstance(block, Block), "passes overlap around the parts of a block"
             for each in running:
@@ -82,16 +89,18 @@ class _Pass:
     """One of several forward passes on its way through the layers."""
 
     def __init__(self, decoder: Decoder, inputs: Inputs, experts: ExpertLayer):
-        ids_T, positions_T, self._attend = inputs
-        self.h_TD = decoder.embed(ids_T)
-        self._table, self._experts = decoder.table(positions_T, self.h_TD.dtype), experts
+        self._attend, self._adapters, self._passing = inputs.attend, inputs.adapters, decoder.passing
+        self.h_TD = decoder.embed(inputs.ids_T)
+        self._table = decoder.table(inputs.positions_T, self.h_TD.dtype)
+        self._experts = experts if inputs.adapters is None else inputs.adapters.over(experts)
         self._hop: Hop | None = None
         self.routings: list[Routing] = []
 
     def enter(self, block: Block) -> None:
         """Finish the layer before, and go as far into this one as its rows' leaving."""
         self.leave()
-        self._hop = block.begin(self.h_TD, self._table, self._attend, self._experts)
+        with self._passing.of(self._adapters):
+            self._hop = block.begin(self.h_TD, self._table, self._attend, self._experts)
         if self._hop.sent.routing is not None:
             self.routings.append(self._hop.sent.routing)
 
@@ -114,16 +123,22 @@ class CausalLM(nn.Module):
         self.model = decoder
         like = decoder.embed_tokens.weight
         self.lm_head = Linear(config.hidden_size, config.vocab_size, device=like.device, dtype=like.dtype)
-        for part in self.modules():
+        for path, part in self.named_modules():
             part.is_exact = config.batch_invariant  # type: ignore[assignment]  # read by the parts that have it
+            if isinstance(part, Linear):
+                part.name, part.passing = self.key(f"{path}.weight").removesuffix(".weight"), decoder.passing
 
     @property
     def experts(self) -> ExpertLayer:
         return self._experts[0]
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Output:
-        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0."""
-        out: Output = self.model(ids_T, positions_T, attend, self.experts)
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, adapters: PassAdapters | None = None
+    ) -> Output:
+        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0. `adapters`: see `Inputs`."""
+        experts = self.experts if adapters is None else adapters.over(self.experts)
+        with self.model.passing.of(adapters):
+            out: Output = self.model(ids_T, positions_T, attend, experts)
         return out
 
     def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:

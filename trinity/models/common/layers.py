@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trinity.models.common.adapted import Passing
 from trinity.ops import batch_invariant
 
 Device = torch.device | str | None
@@ -25,6 +26,7 @@ class Made(TypedDict):
     dtype: Dtype
 
 
+NO_PASS = Passing()  # of a matrix that is in no model
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -66,7 +68,7 @@ class SwiGLU(nn.Module):
         """The same bits, for inference; None where that does not fit."""
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         weights = [part.weight for part in parts]
-        if any(part.adapter is not None for part in parts) or not batch_invariant.at_once(x, *weights):
+        if any(part.is_adapted for part in parts) or not batch_invariant.at_once(x, *weights):
             return None
         from trinity.ops.batch_invariant import fused_mlp
 
@@ -85,14 +87,15 @@ class Embedding(nn.Embedding):
 
 class Linear(nn.Linear):
     """A matrix and, where the family has one, a bias; `adapter`: a module that makes the product instead (trinity/adapters/).
-    `is_exact`: see `ModelConfig.batch_invariant`; CausalLM sets it.
+    `is_exact`: see `ModelConfig.batch_invariant`; `name` in a checkpoint, without `.weight`; `passing`: whose pass may have
+    adapters that add to the product (adapted.py). CausalLM sets the three.
 
     Inference in fp32 on a CPU multiplies by a copy of the weight in oneDNN's own layout, packed again whenever the weight has
     changed (512 x 512, 2 threads: 114 us instead of 190 for 32 rows, 62 instead of 172 for 3). It sees a weight that was
     replaced or written in place (`load_state_dict`, `copy_`), but no write through `.data`, which leaves no trace.
     """
 
-    is_exact = False
+    is_exact, name, passing = False, "", NO_PASS
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, device: Device = None, dtype: Dtype = None
@@ -103,13 +106,27 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
-            return self.biased(self.adapter(x, self.weight))
-        y = self.packed_with([], x) if is_packed(x, self) else product(x, self.weight, self.is_exact)
-        return self.biased(y)
+            return self.biased(self.adapter(x, [self])[0])
+        y = self.packed_with([], x) if is_packed(x, self) else self.times(x, self.weight)
+        return self.finished(x, y)
+
+    def times(self, x: Tensor, weight_NK: Tensor) -> Tensor:
+        return product(x, weight_NK, self.is_exact)
+
+    def finished(self, x: Tensor, y: Tensor) -> Tensor:
+        """The product y with what the pass's adapters and the bias add to it."""
+        adapters = self.passing.adapters
+        return self.biased(y if adapters is None else adapters.add(self, x, y))
 
     def biased(self, y: Tensor) -> Tensor:
         """The product with the bias added."""
         return y if self.bias is None else y + self.bias
+
+    @property
+    def is_adapted(self) -> bool:
+        """Does an adapter change the product?"""
+        adapters = self.passing.adapters
+        return self.adapter is not None or (adapters is not None and adapters.has(self.name))
 
     def packed_with(self, others: Sequence["Linear"], x: Tensor) -> Tensor:
         """x times this weight and the others', side by side, as one multiplication."""
@@ -132,7 +149,10 @@ def is_packed(x: Tensor, part: Linear) -> bool:
 
 def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     """Each part's product with the same rows."""
-    if any(part.adapter is not None for part in parts):
+    adapters = [part.adapter for part in parts if part.adapter is not None]
+    if len(adapters) == len(parts):
+        return [part.biased(each) for part, each in zip(parts, adapters[0](x, parts), strict=True)]
+    if adapters:
         return [part(x) for part in parts]
     if is_packed(x, parts[0]):
         y = parts[0].packed_with(parts[1:], x)
@@ -143,7 +163,7 @@ def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
     else:
         return [part(x) for part in parts]
     products = y.split([part.out_features for part in parts], dim=-1)
-    return [part.biased(each) for part, each in zip(parts, products, strict=True)]
+    return [part.finished(x, each) for part, each in zip(parts, products, strict=True)]
 
 
 def product(x: Tensor, weight_NK: Tensor, is_exact: bool) -> Tensor:

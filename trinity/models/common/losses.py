@@ -36,7 +36,8 @@ def loss_from_hidden(
     head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int = 512, is_exact: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy` of `hidden @ head^T` that holds the logits of `chunk` tokens at a time, in backward too."""
-    return _HeadLoss.apply(head_VD, hidden_TD, targets_T, z_coef, chunk, is_exact)
+    is_frozen = hidden_TD.requires_grad and not head_VD.requires_grad and torch.is_grad_enabled()
+    return (_FrozenHeadLoss if is_frozen else _HeadLoss).apply(head_VD, hidden_TD, targets_T, z_coef, chunk, is_exact)
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,38 @@ class _HeadLoss(torch.autograd.Function):
         return grad_VD if grad_VD is None else grad_VD.to(head_VD.dtype), torch.cat(grads_TD), None, None, None, None
 
 
-def _grad_logits(logits_CV: Tensor, targets_C: Tensor, lse_C1: Tensor, g_ce: Tensor, g_z: Tensor) -> Tensor:
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The same of a head that takes no steps: the gradient of the hidden states is made while the logits are there, and nothing
+    is computed twice. d sum(-log p) = (p - [v == target]) head; what the squares add is made of it, p head being that plus
+    the target's row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int, is_exact: bool
+    ) -> Any:
+        losses, grads_TD = [], []
+        for h_CD, targets_C in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
+            logits_CV = product(h_CD, head_VD, is_exact)
+            losses.append(_token_losses(logits_CV, targets_C))
+            grads_TD.append(_grad_logits(logits_CV, targets_C, losses[-1][1][:, None], 1.0, 0.0) @ head_VD)
+        ctx.save_for_backward(head_VD, torch.cat(grads_TD), targets_T, torch.cat([lse_C for _, lse_C in losses]))
+        ctx.z_coef = z_coef
+        return _sums(losses, targets_T, z_coef)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_ce: Tensor, g_z: Tensor) -> Any:
+        head_VD, of_ce_TD, targets_T, lse_T = ctx.saved_tensors
+        grad_TD = of_ce_TD.float() * g_ce
+        if ctx.z_coef:
+            share_T = (2 * ctx.z_coef * g_z * lse_T).where(targets_T != IGNORE, 0)
+            grad_TD.addcmul_(of_ce_TD + head_VD[_indexable(targets_T)], share_T[:, None])
+        return None, grad_TD.to(of_ce_TD.dtype), None, None, None, None
+
+
+def _grad_logits(
+    logits_CV: Tensor, targets_C: Tensor, lse_C1: Tensor, g_ce: Tensor | float, g_z: Tensor | float
+) -> Tensor:
     """Gradient of g_ce * sum(-log p) + g_z * sum(lse^2), in the logits' type; zero rows where the target is IGNORE.
 
     d(-log p(target)) / d logit_v = p_v - [v == target];  d(lse^2) / d logit_v = 2 lse p_v;  p_v = exp(logit_v - lse)

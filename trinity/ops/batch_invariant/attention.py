@@ -6,8 +6,7 @@ without gathering or padding; scores of a query are held in full, so there are n
 lines (query, head) of a key-value head are computed together: a key that one of them does not see has weight 0 there.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -17,10 +16,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.compiled import kernel
-from trinity.ops.batch_invariant.elementwise import exp
+from trinity.ops.batch_invariant.elementwise import exp, total
 from trinity.ops.batch_invariant.simd import COLUMNS, LANES, ROWS, as_array, dots, fma, mixes, widened
 from trinity.ops.batch_invariant.threads import in_threads
-from trinity.utils.gradients import gradients_of
 
 
 def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first_T: Tensor, end_T: Tensor) -> Tensor:
@@ -29,42 +27,57 @@ def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first
     float32 or bfloat16; slot_N, first_T, end_T int64. Query head h uses key head h // (H / G). Neighbouring queries had better
     see neighbouring keys: all that lie between the keys of four lines are read.
     """
-    out_THd = torch.empty(q_THd.shape)
-    arrays = [as_array(t.contiguous()) for t in (q_THd.float(), k_PGd, v_PGd, slot_N, first_T, end_T, out_THd)]
+    return _attended(q_THd, k_PGd, v_PGd, slot_N, first_T, end_T)[0]
+
+
+def _attended(
+    q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, slot_N: Tensor, first_T: Tensor, end_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-> o_THd, and lse_TH: the logarithm of the sum of a query's exponentiated scores, float32."""
+    out_THd, lse_TH = torch.empty(q_THd.shape), torch.empty(q_THd.shape[:2])
+    arrays = [as_array(t.contiguous()) for t in (q_THd.float(), k_PGd, v_PGd, slot_N, first_T, end_T, out_THd, lse_TH)]
     num, heads, dim = q_THd.shape
     lines = num * (heads // k_PGd.shape[1])  # of one key-value head
     tiles = k_PGd.shape[1] * -(-lines // ROWS)
     operations = 4 * heads * dim * int((end_T - first_T).sum())
     in_threads(tiles, operations, lambda first, last: _tiles(*arrays, first, last))
-    return out_THd.to(q_THd.dtype)
+    return out_THd.to(q_THd.dtype), lse_TH
+
+
+class Gradients(Protocol):
+    """Gradients of attention by q, k and v, of a result that is there: somebody's that computes the same."""
+
+    def __call__(
+        self, do_THd: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, o_THd: Tensor, lse_TH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def differentiable(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_T: Tensor, end_T: Tensor, library: Callable[..., Tensor]
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_T: Tensor, end_T: Tensor, gradients: Gradients
 ) -> Tensor:
-    """`attention` among the queries' own keys; gradients are those of `library(q, k, v)`, which must compute the same."""
-    out_THd: Tensor = _Attention.apply(q_THd, k_TGd, v_TGd, first_T, end_T, library)
+    """`attention` among the queries' own keys, with these gradients."""
+    out_THd: Tensor = _Attention.apply(q_THd, k_TGd, v_TGd, first_T, end_T, gradients)
     return out_THd
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_T: Tensor, end_T: Tensor, library: Any) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.library = library
-        return attention(q, k, v, torch.arange(len(k)), first_T, end_T)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_T: Tensor, end_T: Tensor, gradients: Gradients
+    ) -> Tensor:
+        o_THd, lse_TH = _attended(q, k, v, torch.arange(len(k)), first_T, end_T)
+        ctx.save_for_backward(q, k, v, o_THd, lse_TH)
+        ctx.gradients = gradients
+        return o_THd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_THd: Tensor) -> Any:
-        leaves = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
-        with torch.enable_grad():
-            o_THd = ctx.library(*leaves)
-        return *gradients_of(o_THd, do_THd, leaves), None, None, None
+        return *ctx.gradients(do_THd, *ctx.saved_tensors), None, None, None
 
 
 @kernel
-def _tiles(q, k, v, slot, first_of, end_of, out, first, last):  # type: ignore[no-untyped-def]
+def _tiles(q, k, v, slot, first_of, end_of, out, lse, first, last):  # type: ignore[no-untyped-def]
     """Tiles [first, last): tile u is four lines of key-value head u // tiles; line i is head i % R of query i // R."""
     groups = k.shape[1]
     share = q.shape[1] // groups
@@ -80,8 +93,9 @@ def _tiles(q, k, v, slot, first_of, end_of, out, first, last):  # type: ignore[n
             weights = np.empty((ROWS, 2 * (end - begin)), np.float32)
         _score(q, k, slot, group, line, rows, begin, end, weights)
         for i in range(ROWS):
-            query = (line + min(i, rows - 1)) // share
-            _softmax(weights[i], first_of[query] - begin, end_of[query] - begin, end - begin)
+            query, head = (line + min(i, rows - 1)) // share, group * share + (line + min(i, rows - 1)) % share
+            seen = first_of[query] - begin, end_of[query] - begin
+            lse[query, head] = _softmax(weights[i], seen[0], seen[1], end - begin)
         _mix(v, slot, group, line, rows, begin, end, weights, mixed, out)
 
 
@@ -121,34 +135,19 @@ def _query(q, line, share, group):  # type: ignore[no-untyped-def]
 
 @kernel
 def _softmax(weights, begin, end, num):  # type: ignore[no-untyped-def]
-    """Scores become probabilities from begin to end, and 0 around. Lane l of the sum has the keys begin + l, + 16, ..."""
-    highest = weights[begin]
-    for j in range(begin, end):
-        highest = weights[j] if weights[j] > highest else highest
-    for j in range(begin, end):
-        weights[j] = exp(weights[j] - highest)
-    total = _total(weights, begin, end)
-    for j in range(begin):
-        weights[j] = 0
-    for j in range(begin, end):
-        weights[j] /= total
-    for j in range(end, num):
-        weights[j] = 0
-
-
-@kernel
-def _total(weights, begin, end):  # type: ignore[no-untyped-def]
-    lanes = np.zeros(LANES, np.float32)
-    whole = begin + (end - begin) // LANES * LANES
-    for j in range(begin, whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] += weights[j + lane]
-    for j in range(whole, end):
-        lanes[j - whole] += weights[j]
-    total = np.float32(0)
-    for lane in range(LANES):
-        total += lanes[lane]
-    return total
+    """Scores become probabilities from begin to end, and 0 around; -> the logarithm of the sum of their exponentials."""
+    seen = weights[begin:end]
+    highest = seen[0]
+    for j in range(len(seen)):
+        highest = seen[j] if seen[j] > highest else highest
+    for j in range(len(seen)):
+        seen[j] = exp(seen[j] - highest)
+    sum_of_all = total(seen)
+    for j in range(len(seen)):
+        seen[j] /= sum_of_all
+    weights[:begin] = 0
+    weights[end:num] = 0
+    return highest + np.float32(np.log(sum_of_all))
 
 
 @kernel

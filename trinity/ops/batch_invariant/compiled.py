@@ -12,7 +12,7 @@ import numba
 from trinity.utils.private import private_folder
 from trinity.utils.trying import tried
 
-kernel: Any = functools.partial(numba.njit, nogil=True, cache=True)
+kernel: Any = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 
 
 def _nothing() -> None:

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.compiled import kernel
-from trinity.ops.batch_invariant.simd import as_float, fma
+from trinity.ops.batch_invariant.simd import LANES, as_float, fma
 from trinity.ops.batch_invariant.threads import in_threads
 
 OPERATIONS = 30  # of one exp and what surrounds it, for the number of threads
@@ -34,13 +34,36 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, both [..., F], times weight [..., 1] if there is one; no gradients (see trinity/experts/rows.py)."""
-    width = gate.shape[-1]
-    num = gate.numel() // max(1, width)
-    weight_T, out = torch.ones(num) if weight is None else weight, torch.empty(gate.shape)
-    arrays = [t.detach().float().contiguous().view(-1).numpy() for t in (gate, up, weight_T, out)]
-    in_threads(num, OPERATIONS * gate.numel(), lambda first, last: _gated(*arrays, width, first, last))
+    """silu(gate) * up, both [..., F], times weight [..., 1] if there is one; no gradients (see `gated_gradients`)."""
+    out = torch.empty(gate.shape)
+    arrays, num = _lines(gate, up, out, weight=weight)
+    in_threads(num, OPERATIONS * gate.numel(), lambda first, last: _gated(*arrays, first, last))
     return out.to(gate.dtype)
+
+
+def gated_gradients(
+    grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gated` by gate and up, in their type, and by the weight, in float32, for one of its result. In one pass:
+    three tensors are read and two written, where torch's operations one by one read and write twenty."""
+    dgate, dup, dweight = torch.empty(gate.shape), torch.empty(gate.shape), torch.empty((*gate.shape[:-1], 1))
+    (dgate_TF, dup_TF, dweight_T), num = _lines(dgate, dup, weight=dweight)
+    arrays, _ = _lines(grad, gate, up, weight=weight)
+    in_threads(
+        num,
+        2 * OPERATIONS * gate.numel(),
+        lambda first, last: _gated_gradients(*arrays, dgate_TF, dup_TF, dweight_T, first, last),
+    )
+    return dgate.to(gate.dtype), dup.to(gate.dtype), dweight
+
+
+def _lines(*tensors: Tensor, weight: Tensor | None = None) -> tuple[list[np.ndarray], int]:
+    """float32 arrays [T, F] of tensors [..., F], and [T] of their weights, ones where there are none; T."""
+    width = tensors[0].shape[-1]
+    num = tensors[0].numel() // max(1, width)
+    weight = torch.ones(num) if weight is None else weight
+    flat = [t.detach().float().contiguous() for t in (*tensors, weight)]
+    return [*(t.view(num, width).numpy() for t in flat[:-1]), flat[-1].view(num).numpy()], num
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -81,8 +104,7 @@ class _SwiGLU(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), dy * torch.nn.functional.silu(gate)
+        return gated_gradients(dy, *ctx.saved_tensors)[:2]
 
 
 @numba.njit(inline="always")
@@ -96,18 +118,54 @@ def exp(x):  # type: ignore[no-untyped-def]
     return (fma(p, r * r, r) + ONE) * as_float(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
+# Loops count from 0: the compiler would look whether another index means one from the end, and gather element by element.
+
+
 @kernel
 def _sigmoid(x, y, first, last):  # type: ignore[no-untyped-def]
-    for i in range(first, last):
+    x, y = x[first:last], y[first:last]
+    for i in range(len(x)):
         y[i] = ONE / (ONE + exp(-x[i]))
 
 
 @kernel
-def _gated(gate, up, weight, out, width, first, last):  # type: ignore[no-untyped-def]
+def _gated(gate, up, out, weight, first, last):  # type: ignore[no-untyped-def]
     for row in range(first, last):
-        w = weight[row]
-        for i in range(row * width, (row + 1) * width):
-            out[i] = gate[i] / (ONE + exp(-gate[i])) * up[i] * w
+        g, u, y, w = gate[row], up[row], out[row], weight[row]
+        for i in range(len(g)):
+            y[i] = g[i] / (ONE + exp(-g[i])) * u[i] * w
+
+
+@kernel
+def _gated_gradients(grad, gate, up, weight, dgate, dup, dweight, first, last):  # type: ignore[no-untyped-def]
+    """d silu(g) / dg = s (1 + g (1 - s)) with s = sigmoid(g)."""
+    part = np.empty(gate.shape[1], np.float32)
+    for row in range(first, last):
+        d, g, u, w, dg, du = grad[row], gate[row], up[row], weight[row], dgate[row], dup[row]
+        for i in range(len(g)):
+            s = ONE / (ONE + exp(-g[i]))
+            silu = g[i] * s
+            part[i] = d[i] * silu * u[i]
+            dg[i] = d[i] * w * u[i] * (s * (ONE + g[i] * (ONE - s)))
+            du[i] = d[i] * w * silu
+        dweight[row] = total(part)
+
+
+@kernel
+def total(values):  # type: ignore[no-untyped-def]
+    """Sum of float32. Lane l has the elements l, l + 16, ... in turn, and lanes are added up in turn."""
+    lanes, whole = np.zeros(LANES, np.float32), len(values) // LANES * LANES
+    for at in range(0, whole, LANES):
+        some = values[at : at + LANES]
+        for lane in range(LANES):
+            lanes[lane] += some[lane]
+    rest = values[whole:]
+    for lane in range(len(rest)):
+        lanes[lane] += rest[lane]
+    found = np.float32(0)
+    for lane in range(LANES):
+        found += lanes[lane]
+    return found
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 Legend: A rows sorted by matrix, T rows of one matrix, E matrices, K inner dimension, N outputs.
 Decisions: one kernel for any number of rows (simd.py has the order of its sums); the weights are used as
-they are stored, rows of K; gradients are the library's products, since nobody needs their bits to be independent of company.
+they are stored, rows of K; gradients are what is quickest (outer.py): nobody needs their bits to be independent of company.
 It is no slower than the library: what it costs is in docs/benchmarks.md, "Same bits in any company".
 """
 
@@ -18,8 +18,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops.batch_invariant.compiled import kernel
+from trinity.ops.batch_invariant.outer import products, sums
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
-from trinity.ops.batch_invariant.threads import in_threads
+from trinity.ops.batch_invariant.threads import Job, in_threads, in_turn
 
 PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
 
@@ -46,33 +47,28 @@ class _Grouped(Function):
     def forward(ctx: Any, x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
         x_AK, w_ENK = x_AK.contiguous(), w_ENK.contiguous()
         ctx.save_for_backward(x_AK, w_ENK)
-        ctx.ends = end_E.tolist()
+        ctx.end_E = end_E
         return multiply(x_AK, w_ENK, end_E).to(x_AK.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_AK, w_ENK = ctx.saved_tensors
-        dx_AK, dw_ENK = (
-            torch.empty_like(t) if wanted else None
-            for t, wanted in zip((x_AK, w_ENK), ctx.needs_input_grad[:2], strict=True)
-        )
-        for e, (lo, hi) in enumerate(zip([0, *ctx.ends[:-1]], ctx.ends, strict=True)):
-            if dx_AK is not None and hi > lo:
-                torch.mm(dy_AN[lo:hi], w_ENK[e], out=dx_AK[lo:hi])
-            if dw_ENK is not None:
-                torch.mm(dy_AN[lo:hi].T, x_AK[lo:hi], out=dw_ENK[e])  # zeros where there are no rows
-        return dx_AK, dw_ENK, None
+        (x_AK, w_ENK), dy_AN = ctx.saved_tensors, dy_AN.contiguous()
+        dx_AK = products(dy_AN, w_ENK, ctx.end_E) if ctx.needs_input_grad[0] else None
+        return dx_AK, sums(dy_AN, x_AK, ctx.end_E) if ctx.needs_input_grad[1] else None, None
 
 
 def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     """`grouped` without gradients, for contiguous tensors; y in float32."""
-    num, (num_matrices, n, k) = len(x_AK), w_ENK.shape
-    y_AN = torch.empty(num, n)
-    arrays = [as_array(t) for t in (x_AK.float(), w_ENK, end_E, y_AN)]
-    units = num_matrices * _num_panels(n)
-    in_threads(units, 2 * num * n * k, lambda first, last: _units(*arrays, first, last))
+    y_AN = torch.empty(len(x_AK), w_ENK.shape[1])
+    in_turn(len(w_ENK), [multiplying(x_AK.float(), w_ENK, end_E, y_AN)])
     return y_AN
+
+
+def multiplying(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor, y_AN: Tensor) -> Job:
+    """`multiply` into y, as a job. x is float32."""
+    arrays, (_, n, k) = [as_array(t) for t in (x_AK, w_ENK, end_E, y_AN)], w_ENK.shape
+    return Job(_num_panels(n), 2 * len(x_AK) * n * k, lambda first, last: _units(*arrays, first, last))
 
 
 def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ reassociate chooses anew at each place where a loop is written. Here the order i
 - `dots`: lane l sums w[i] x[i] over i = l, l + 16, ... in turn; lanes are added as a tree (l with l + 8, + 4, + 2, + 1); what
   is left of K comes last, one by one. Every product is fused with its sum. Four rows meet two weight rows at a time, so that
   one loaded number serves several products; with fewer rows some of the code's results are not used.
+- `adds`: each lane is one output and sums p[k] v[k] over k in turn; what was there is added last. Six rows meet four vectors.
 - `mixes`: each lane is one output and sums p[j] v[j] over the keys j in turn; terms of p = 0 change nothing.
 
 The same bits, therefore, on any machine and from any number of threads. Addresses are plain integers: arrays stay alive and
@@ -24,6 +25,7 @@ from numba.extending import intrinsic as numba_intrinsic
 from torch import Tensor
 
 LANES, ROWS, COLUMNS = 16, 4, 2
+TALL, WIDE = 6, 4  # of `adds`: with what they are multiplied by, they fill the registers
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VECTOR, SUMS = ir.VectorType(F32, LANES), ir.VectorType(F32, ROWS * COLUMNS)
 intrinsic: Any = numba_intrinsic  # what it makes is called without the first argument, which its type does not say
@@ -106,6 +108,34 @@ def mixes(typing: Any, ps: Any, slots: Any, v: Any, stride: Any, num: Any, outs:
             b.store(b.load(total), b.bitcast(pointer, VECTOR.as_pointer()), align=4)
 
     return types.void(ps, slots, v, stride, num, outs, values), generate
+
+
+@intrinsic
+def adds(typing: Any, ps: Any, p_step: Any, v: Any, v_step: Any, num: Any, starts: Any, outs: Any) -> Any:
+    """outs[row][lane] = starts[row][lane] + sum over k < num of ps[row][k * p_step] * v[k * v_step + lane], for WIDE * LANES
+    lanes; ps, starts, outs: tuples of TALL addresses. All float32."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        ps, p_step, v, v_step, num, starts, outs = arguments
+        rows, start, out = (_pointers(b, addresses) for addresses in (ps, starts, outs))
+        v, places = b.inttoptr(v, F32.as_pointer()), [I64(LANES * at) for at in range(WIDE)]
+        sums = [[_variable(b, VECTOR) for _ in places] for _ in rows]
+        with cgutils.for_range(b, num, intp=I64) as loop:
+            line = b.gep(v, [b.mul(loop.index, v_step)])
+            loaded = [_loaded(b, b.gep(line, [at]), LANES) for at in places]
+            for row, totals in zip(rows, sums, strict=True):
+                spread = _spread(b, b.load(b.gep(row, [b.mul(loop.index, p_step)])))
+                for vector, total in zip(loaded, totals, strict=True):
+                    b.store(_fma(b, spread, vector, b.load(total)), total)
+        found = [  # all of it, before anything is stored: an address may be there twice
+            (b.gep(to, [at]), b.fadd(_loaded(b, b.gep(before, [at]), LANES), b.load(total)))
+            for before, to, totals in zip(start, out, sums, strict=True)
+            for at, total in zip(places, totals, strict=True)
+        ]
+        for pointer, vector in found:
+            b.store(vector, b.bitcast(pointer, VECTOR.as_pointer()), align=4)
+
+    return types.void(ps, p_step, v, v_step, num, starts, outs), generate
 
 
 @intrinsic

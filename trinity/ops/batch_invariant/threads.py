@@ -1,9 +1,10 @@
 """Work shared out among threads: each takes the next chunk, so that one that is held up leaves its share to the others."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,33 @@ def in_threads(num: int, operations: int, run: Callable[[int, int], None]) -> No
     work()
     for helper in helpers:
         helper.result()
+
+
+class Job(NamedTuple):
+    """Work on a stack of matrices and their rows: `run(first, last)` over its units, of which each matrix has as many.
+    `is_compiled`: any thread may run it."""
+
+    num_units: int
+    operations: int
+    run: Callable[[int, int], None]
+    is_compiled: bool = True
+
+
+def in_turn(num_matrices: int, jobs: Sequence[Job]) -> None:
+    """Do all jobs, where there are many matrices one matrix after the other: what a job has read is in a core's cache for the
+    next. Each job may need what those before it have made of the same matrix."""
+    if num_matrices < CHUNKS_PER_THREAD * torch.get_num_threads() or not all(job.is_compiled for job in jobs):
+        for job in jobs:
+            is_compiled, num = job.is_compiled, num_matrices * job.num_units
+            in_threads(num, job.operations, job.run) if is_compiled else job.run(0, num)
+        return
+
+    def work(first: int, last: int) -> None:
+        for matrix in range(first, last):
+            for job in jobs:
+                job.run(matrix * job.num_units, (matrix + 1) * job.num_units)
+
+    in_threads(num_matrices, sum(job.operations for job in jobs), work)
 
 
 @cache

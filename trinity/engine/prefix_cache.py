@@ -1,0 +1,135 @@
+"""Prefix cache: what requests need not compute, because it was computed before or is being computed for another one.
+
+Decisions. All full blocks are found again, by the key of their tokens and of all before them (prefix_keys.py); a request
+reads the longest beginning that is there, but never all of its own, because its last token's logits are wanted. Windows are
+kept where somebody may go on: at the end of a prompt and of an answer, where a hit ended or would have ended but for the
+window, and now and then in long prompts; others only while there is room. Whoever would compute what a running request is
+about to compute waits for it, so that a prompt is prefilled once. Versions say what may be read (versions.py). Requests that
+want the log-probabilities of their prompt have to compute it; traced ones share among themselves: experts are noted for them
+alone.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from trinity.engine.block_pool import Content
+from trinity.engine.kv_cache import NO_HIT, Hit, KVCache
+from trinity.engine.prefix_keys import extend, root
+from trinity.engine.request import Chunk, Sequence
+from trinity.engine.versions import Versions
+
+CHECKPOINT_WINDOWS = 4  # a window is kept at every so many windows of a prompt
+
+
+class PrefixCache:
+    """The scheduler's dealings with what is cached. `model` names the model whose keys and values these are, and their type.
+
+    `num_queries` and `num_hits` count tokens of requests that were looked up, and that were there, when they first began.
+    """
+
+    def __init__(self, cache: KVCache, versions: Versions, is_on: bool, model: str):
+        self._cache, self._versions, self._is_on, self._model = cache, versions, is_on, model
+        self._size = cache.layout.block_size
+        self._sees_all = cache.layout.kinds[0].window is None
+        windows = [table.reach for table in cache.tables.values() if table.reach is not None]
+        self._every = CHECKPOINT_WINDOWS * (max(windows, default=0) + 1)
+        self.num_queries = self.num_hits = 0
+
+    def match(self, sequence: Sequence) -> Hit:
+        """Find what is there of a sequence that is to begin."""
+        if not self._reads(sequence):
+            return NO_HIT
+        return self._cache.match(self._keys(sequence)[: self._most(sequence)], *self._versions.bounds(sequence))
+
+    def leader(self, sequence: Sequence, hit: Hit, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
+        """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike."""
+        place = hit.num_known
+        if not self._reads(sequence) or place >= self._most(sequence):
+            return None
+        keys, version = sequence.keys[: self._most(sequence)], self._versions.of(sequence)
+        for other in running:
+            if other.priority > sequence.priority or place >= len(other.keys):
+                continue
+            is_ahead = other.num_computed < (place + 1) * self._size and other.keys[place] == keys[place]
+            if is_ahead and self._versions.of(other) == version:
+                return other, self._size * _num_alike(keys, other.keys)
+        return None
+
+    def begin(self, sequence: Sequence, hit: Hit) -> None:
+        """Give it a row, and what is there of it."""
+        sequence.row, sequence.num_computed = self._cache.open_row(hit), hit.num_blocks * self._size
+        self._versions.begin(sequence)
+        if hit.num_blocks:
+            sequence.oldest, sequence.version = hit.oldest, hit.newest
+        if sequence.params.trace:
+            sequence.experts[: sequence.num_computed] = self._cache.routes(hit)
+        if self._is_on:
+            self._keys(sequence)
+            sequence.tips = self._tips(sequence, hit)
+        self._count(sequence)
+
+    def stop(self, sequence: Sequence, count: int) -> int:
+        """Number of the next `count` tokens up to a window within the prompt that is to be kept, where a longer chunk would not
+        store it."""
+        start, end = sequence.num_computed, sequence.num_computed + count
+        for tip in sequence.tips if count > 1 else ():
+            is_within = start < tip * self._size < min(end, sequence.num_prompt - self._size)
+            if is_within and not self._cache.stores(tip, end):
+                return tip * self._size - start
+        return count
+
+    def computed(self, chunk: Chunk) -> None:
+        """A pass has computed the chunk: note which blocks are full now, and let go those behind windows."""
+        if chunk.start // self._size == chunk.end // self._size:
+            return
+        sequence = chunk.sequence
+        if self._is_on and not self._versions.is_withdrawn(sequence.oldest, sequence.version):
+            first, keys = chunk.start // self._size, self._keys(sequence)
+            contents = [self._content(sequence, keys[place], place) for place in range(first, chunk.end // self._size)]
+            self._cache.know(chunk.row, (chunk.start, chunk.end), contents)
+        self._cache.trim(chunk.row, chunk.end, sequence.tips)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Let what is cached of it be found no more: it is damaged."""
+        self._cache.forget(sequence.keys)
+
+    def _content(self, sequence: Sequence, key: bytes, place: int) -> Content:
+        tokens = slice(place * self._size, (place + 1) * self._size)
+        experts = sequence.experts[tokens]  # none where nobody asked, or the model has none
+        routes = np.stack(experts) if experts else None
+        return Content(key, sequence.oldest, sequence.version, routes)
+
+    def _reads(self, sequence: Sequence) -> bool:
+        return self._is_on and not sequence.is_scored and (self._sees_all or not sequence.params.trace)
+
+    def _most(self, sequence: Sequence) -> int:
+        """Blocks that it may read."""
+        return (len(sequence.token_ids) - 1) // self._size
+
+    def _keys(self, sequence: Sequence) -> list[bytes]:
+        """Keys of all its full blocks."""
+        if not sequence.root:
+            params = sequence.params
+            adapter = None if sequence.adapter is None else sequence.adapter.ref.content
+            whose = (sequence.client.name, params.cache_salt, adapter)
+            sequence.root = root(self._model, self._size, params.trace, *whose)
+        extend(sequence.keys, sequence.root, sequence.token_ids, self._size, len(sequence.token_ids) // self._size)
+        return sequence.keys
+
+    def _tips(self, sequence: Sequence, hit: Hit) -> tuple[int, ...]:
+        end = sequence.num_prompt // self._size
+        wanted = {hit.num_blocks, hit.num_known, (sequence.num_prompt - 1) // self._size, end}
+        return tuple(sorted(wanted | set(range(self._every, end, self._every))))
+
+    def _count(self, sequence: Sequence) -> None:
+        if sequence.num_cached is None and self._is_on:
+            self.num_queries += len(sequence.token_ids)
+            self.num_hits += sequence.num_computed
+        found = min(sequence.num_computed, sequence.num_prompt)
+        if sequence.num_cached is None or not sequence.num_generated:
+            sequence.num_cached = found if sequence.num_cached is None else min(found, sequence.num_cached)
+
+
+def _num_alike(keys: list[bytes], others: list[bytes]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(keys, others, strict=False)) if a != b), min(len(keys), len(others)))
