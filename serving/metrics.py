@@ -48,6 +48,8 @@ COUNTERS = {
     "num_dispatch_retries": "trinity_dispatch_retries_total",
     "num_quarantined": "trinity_weights_quarantined_total",
     "num_repeats": "trinity_passes_repeated_total",
+    "num_drafted": "trinity_draft_tokens_total",
+    "num_accepted": "trinity_draft_tokens_accepted_total",
 }
 STATES = ("starting", "ready", "draining", "away")
 SURVIVES = ("shards", "nodes")

@@ -10,6 +10,7 @@ are left as they were, and the next step schedules them again.
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ from trinity.engine.request import (
 )
 from trinity.engine.runner import ModelRunner, Result
 from trinity.engine.sampler import Sampled
-from trinity.engine.scheduler import Pass, Scheduler
+from trinity.engine.scheduler import Pass, Scheduler, overloaded
+from trinity.engine.speculation import Speculation
 from trinity.engine.stats import EngineStats
 from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
 from trinity.engine.versions import Versions
@@ -45,7 +47,6 @@ from trinity.engine.weights import WeightSource
 from trinity.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    Overloaded,
     StepConflict,
     TrinityError,
     Unavailable,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-RETRY_AFTER_S = 1.0
 FULL = "a more urgent request has its place in the queue"
 LATE = "the next token would come after the deadline, even if nothing else were computed; allow more time"
 
@@ -97,10 +97,9 @@ class Engine:
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
         self._prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
-        max_running = min(
-            settings.max_num_seqs, settings.max_num_batched_tokens
-        )  # each decode has a place in each pass
-        self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace)
+        max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
+        self._drafts = Speculation(settings.max_draft_tokens)
+        self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace, self._drafts)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
@@ -141,7 +140,7 @@ class Engine:
         self.validate(prompt_ids, params)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
-        crowded_out = self._room_for(params.priority)
+        crowded_out = self._scheduler.room_for(params.priority, self.settings.max_num_waiting)
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
@@ -156,28 +155,12 @@ class Engine:
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
         if crowded_out is not None:
-            self._refused.append(self._end(crowded_out, "error", error=FULL, cause=self._overloaded()))
+            self._refused.append(
+                self._end(crowded_out, "error", error=FULL, cause=overloaded(self.settings.max_num_waiting))
+            )
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
-
-    def _room_for(self, priority: int) -> Sequence | None:
-        """The waiting sequence whose place a newcomer of that priority takes, where the queue is full. Raises Overloaded where
-        all are as urgent."""
-        waiting = self._scheduler.waiting
-        if len(waiting) < self.settings.max_num_waiting:
-            return None
-        last = waiting.last()
-        if last.priority <= priority or last.num_generated:
-            raise self._overloaded()
-        return last
-
-    def _overloaded(self) -> Overloaded:
-        most = self.settings.max_num_waiting
-        return Overloaded(
-            f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
-            retry_after_s=RETRY_AFTER_S,
-        )
 
     def _resume(self, sequence: Sequence, begun: Begun) -> None:
         length = sequence.num_prompt + len(begun.token_ids)
@@ -237,9 +220,12 @@ class Engine:
         Without work it only looks which version is the newest.
         """
         ended, self._refused = self._refused + self._end_late(), []
+        self._drafts.begin(self._scheduler.running, self._pace.last_s)
         plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
-        self._pace.took(sum(chunk.count for each in plan for chunk in each.chunks), time.perf_counter() - started_s)
+        chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
+        self._pace.took(sum(chunk.count for chunk in chunks), seconds)
+        self._drafts.took(chunks, seconds)
         return ended + self.accept(plan, results)
 
     def _end_late(self) -> list[Delta]:
@@ -259,13 +245,39 @@ class Engine:
             return self._fail(each.chunks, result.error)
         counts = self._repeats.after_damage(*each) if result.is_damaged else each.chunks
         for chunk in counts:
-            chunk.sequence.computed(chunk.start, chunk.end, each.version)
-            self._prefixes.computed(chunk)
+            self._computed(chunk.own, each.version)
             self._num_computed_tokens += chunk.count
-        sequences = [chunk.sequence for chunk in counts]
-        return [
-            self._accept(sequence, result.sampled[sequence]) for sequence in sequences if sequence in result.sampled
-        ]
+        sampled = [chunk for chunk in counts if chunk.sequence in result.sampled]
+        deltas = [self._accept(chunk.sequence, result.sampled[chunk.sequence]) for chunk in sampled]
+        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], each.version, result)
+
+    def _computed(self, chunk: Chunk, version: int) -> None:
+        chunk.sequence.computed(chunk.start, chunk.end, version)
+        self._prefixes.computed(chunk)
+
+    def _accept_drafts(self, chunks: list[Chunk], version: int, result: Result) -> list[Delta]:
+        """Take the tokens of drafts as far as they are what was sampled, and one more of each."""
+        deltas, going, at = list[Delta](), chunks, 0
+        accepted = Counter[Sequence]()
+        while going := [chunk for chunk in going if self._came_true(chunk, at)]:
+            for chunk in going:
+                self._computed(chunk.drafted(at), version)
+                accepted[chunk.sequence] += 1
+            at += 1
+            sampled = self._runner.sample_drafts(result, [chunk.sequence for chunk in going], at)
+            good = [
+                (c, s) for c, s in zip(going, sampled, strict=True) if s.token_id is not None
+            ]  # else the next pass tells
+            deltas += [self._accept(chunk.sequence, each) for chunk, each in good]
+            going = [chunk for chunk, _ in good]
+        for chunk in chunks:
+            self._drafts.note(chunk, accepted[chunk.sequence])
+        return deltas
+
+    def _came_true(self, chunk: Chunk, at: int) -> bool:
+        sequence = chunk.sequence
+        is_here = self._sequences.get(sequence.request_id) is sequence
+        return is_here and at < len(chunk.draft) and sequence.token_ids[-1] == chunk.draft[at]
 
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Delta:
         """Append the sampled token and decide whether the sequence ends with it."""
@@ -321,6 +333,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, **fields: Any) -> Delta:
         self._scheduler.remove(sequence)
+        self._drafts.end(sequence)
         self._versions.release(sequence)
         del self._sequences[sequence.request_id]
         return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
@@ -359,6 +372,8 @@ class Engine:
             num_versions_held=self._versions.num_held,
             num_quarantined=self._versions.num_quarantined,
             num_repeats=self._repeats.num,
+            num_drafted=self._drafts.num_drafted,
+            num_accepted=self._drafts.num_accepted,
             switch_seconds=self._versions.switch_s,
             longest_pass_seconds=self._pace.longest_s,
             num_dispatch_retries=retries,

@@ -52,6 +52,11 @@ class KVCache:
         return sum(table.pool.num_available for table in self.tables.values())
 
     @property
+    def num_spare(self) -> int:
+        """Blocks that nobody holds, of the kind that has fewest of them."""
+        return min(table.pool.num_available for table in self.tables.values())
+
+    @property
     def num_idle_blocks(self) -> int:
         """Those of them that would be found."""
         return sum(table.pool.num_idle for table in self.tables.values())

@@ -46,24 +46,27 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Bytes of a block of each kind, over all the layers of the kind."""
+    """Bytes of a block of each kind, over all the layers of the kind. A window leaves room for `lookahead` tokens that may turn
+    out to be no part of the sequence: they must not lie where its last token looks back at."""
 
     block_size: int
     block_bytes: Mapping[LayerCache, int]
+    lookahead: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, block_size: int, itemsize: int) -> "BlockSizes":
+    def of(cls, config: ModelConfig, block_size: int, itemsize: int, lookahead: int = 0) -> "BlockSizes":
         """`itemsize` is the bytes of one cached number. Kinds that see everything come first."""
         caches = config.layer_caches
         kinds = sorted(dict.fromkeys(caches), key=lambda kind: kind.window is not None)
         sizes = {kind: block_size * kind.numbers_per_token * itemsize * caches.count(kind) for kind in kinds}
-        return cls(block_size, sizes)
+        return cls(block_size, sizes, lookahead)
 
     def blocks_per_seq(self, num_tokens: int) -> dict[LayerCache, int]:
         """Blocks of each kind that a sequence of so many tokens takes."""
         every, size = ceil_div(num_tokens, self.block_size), self.block_size
         windows = {
-            kind: every if kind.window is None else window_blocks(kind.window, size) for kind in self.block_bytes
+            kind: every if kind.window is None else window_blocks(kind.window + self.lookahead, size)
+            for kind in self.block_bytes
         }
         return {kind: min(every, blocks) for kind, blocks in windows.items()}
 
@@ -85,7 +88,7 @@ def plan_layout(config: ModelConfig, settings: EngineConfig, itemsize: int) -> C
     """
     assert settings.kv_cache_bytes is not None, "kv_cache_bytes is chosen in memory.py"
     size, caches = settings.block_size, config.layer_caches
-    sizes, max_len = BlockSizes.of(config, size, itemsize), checked_max_len(config, settings)
+    sizes, max_len = BlockSizes.of(config, size, itemsize, settings.max_draft_tokens), checked_max_len(config, settings)
     check_fits(sizes, settings.kv_cache_bytes, max_len)
     kinds, per_seq = tuple(sizes.block_bytes), sizes.blocks_per_seq(max_len)
     num_blocks = _split(settings.kv_cache_bytes, settings.num_kept_seqs, sizes.block_bytes, per_seq)

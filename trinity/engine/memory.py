@@ -98,7 +98,7 @@ def plan_memory(config: ModelConfig, settings: EngineConfig, itemsize: int, memo
     `kv_cache_bytes` that does not fit beside them, and for a `max_model_len` of which not one sequence fits.
     """
     limit = checked_max_len(config, settings)
-    sizes = BlockSizes.of(config, settings.block_size, itemsize)
+    sizes = BlockSizes.of(config, settings.block_size, itemsize, settings.max_draft_tokens)
     _check_weights(memory)
     least = settings.max_model_len or min(LEAST_TOKENS, limit)
     if settings.kv_cache_bytes is not None:

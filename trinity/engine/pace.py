@@ -23,7 +23,7 @@ class Pace:
         self._recent: deque[tuple[float, float]] = (
             deque()
         )  # (ended, seconds) of steps that no later one was longer than
-        self.longest_s = 0.0
+        self.longest_s = self.last_s = 0.0
 
     def size(self, num_running: int) -> int:
         """Tokens that the next step may have; one for each running sequence in any case."""
@@ -34,6 +34,7 @@ class Pace:
         if not num_tokens or seconds <= 0:
             return
         self._least_s = min(seconds, FORGET * self._least_s or seconds)
+        self.last_s = seconds
         self._note_longest(time.monotonic(), seconds)
         is_full = num_tokens >= self._size
         if is_full:

@@ -40,6 +40,6 @@ class Repeats:
             return False
         sequence.num_repeats += 1
         self.num += 1
-        if chunk.count > 1:  # it may have written over what its first tokens look back at
+        if not chunk.is_single:  # it may have written over what its first tokens look back at
             sequence.num_computed = 0
         return True

@@ -232,7 +232,8 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """Addition of one step to one request. The last one, and only that, has a finish_reason.
+    """Addition of one step to one request: a token; a step that had drafts gives several. The last one, and only that, has a
+    finish_reason.
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the
@@ -315,7 +316,7 @@ class Sequence:
 
     @property
     def experts_TLK(self) -> np.ndarray | None:
-        return np.stack(self.experts) if self.experts else None
+        return np.stack(self.experts[: len(self.token_ids) - 1]) if self.experts else None
 
     @property
     def is_waiting_for_another(self) -> bool:
@@ -353,11 +354,13 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The tokens of one sequence in one forward pass: positions [start, start + count)."""
+    """The tokens of one sequence in one forward pass: positions [start, start + count), the last of them a draft of what may
+    follow its own."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -369,11 +372,34 @@ class Chunk:
         return self.sequence.row
 
     @property
+    def num_own(self) -> int:
+        """Tokens that are the sequence's."""
+        return self.count - len(self.draft)
+
+    @property
+    def own(self) -> "Chunk":
+        """The chunk without its draft."""
+        return Chunk(self.sequence, self.start, self.num_own) if self.draft else self
+
+    def drafted(self, at: int) -> "Chunk":
+        """A token of the draft, alone."""
+        return Chunk(self.sequence, self.start + self.num_own + at, 1)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.sequence.token_ids[self.start : self.start + self.num_own], *self.draft]
+
+    @property
+    def is_single(self) -> bool:
+        """Say whether it is one token, with or without a draft."""
+        return self.num_own == 1
+
+    @property
     def is_prefill(self) -> bool:
         """Say whether it is of a prompt, or of what is computed again."""
-        return self.count > 1 or not self.sequence.num_generated
+        return not self.is_single or not self.sequence.num_generated
 
     @property
     def samples(self) -> bool:
-        """Does this pass end at the sequence's last token, so that its logits give the next one?"""
-        return self.end == len(self.sequence.token_ids)
+        """Does this pass come to the sequence's last token, so that its logits give the next one?"""
+        return self.start + self.num_own == len(self.sequence.token_ids)

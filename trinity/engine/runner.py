@@ -4,7 +4,7 @@ Legend: T tokens of all chunks, D model, B sequences that sample, V vocabulary, 
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +26,25 @@ from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
 
 
+class Logits(NamedTuple):
+    """Logits of the sequences whose last token a pass computed: N rows, of each its last token's and those of its draft."""
+
+    first: Mapping[Sequence, int]  # rows
+    all_NV: Tensor
+
+    def after(self, sequences: list[Sequence], num: int) -> Tensor:
+        """logits_BV of what follows the first `num` tokens of each one's draft."""
+        rows = [self.first[sequence] + num for sequence in sequences]
+        return self.all_NV if rows == list(range(len(self.all_NV))) else self.all_NV[rows]
+
+
 class Result(NamedTuple):
-    """Result of a pass: the tokens of the sequences whose last token it computed, or the error that prevented it."""
+    """Result of a pass: the next token of the sequences whose last token it computed, and the logits of their drafts; or the
+    error that prevented it."""
 
     sampled: dict[Sequence, Sampled]
     error: Exception | None = None
+    logits: Logits | None = None
     has_bad_scores: bool = False  # log-probabilities of prompts that are not finite
 
     @property
@@ -66,17 +80,24 @@ class ModelRunner:
             masks = self._masks.start(sampling, self._config.vocab_size)
             model = self._versions.model(version)
             model.experts.priority = min(chunk.sequence.priority for chunk in chunks)
-            sequences, logits_BV = self.forward(model, chunks)
-            assert sequences == sampling, "a mask is another sequence's"
-            sampled = sample(logits_BV, sequences, None if masks is None else masks.result())
-            found = dict(zip(sequences, sampled, strict=True))
-            return Result(found, has_bad_scores=any(c.sequence.adapter is None and is_damaged(c) for c in chunks))
+            logits = self.forward(model, chunks)
+            assert list(logits.first) == sampling, "a mask is another sequence's"
+            sampled = sample(logits.after(sampling, 0), sampling, None if masks is None else masks.result())
+            is_bad = any(chunk.sequence.adapter is None and is_damaged(chunk) for chunk in chunks)
+            return Result(dict(zip(sampling, sampled, strict=True)), None, logits, is_bad)
         except Exception as error:  # the edge between requests and weights: shards die, memory runs out
             return Result({}, error)
 
+    def sample_drafts(self, result: Result, sequences: list[Sequence], at: int) -> list[Sampled]:
+        """The tokens after the first `at` of these sequences' drafts, which are theirs by now."""
+        masks = self._masks.start(sequences, self._config.vocab_size)
+        assert result.logits is not None, "it was a draft's pass"
+        logits_BV = result.logits.after(sequences, at)
+        return sample(logits_BV, sequences, None if masks is None else masks.result())
+
     @torch.inference_mode()
-    def forward(self, model: CausalLM, batch: list[Chunk]) -> tuple[list[Sequence], Tensor]:
-        """-> the sequences whose last token this pass computed, and their logits_BV.
+    def forward(self, model: CausalLM, batch: list[Chunk]) -> Logits:
+        """-> logits of the sequences whose last token this pass computed.
 
         Calling again after a failure is harmless for single tokens. A longer chunk may have gone round the ring of a sliding
         layer by then: it needs its sequence computed from the start.
@@ -89,10 +110,12 @@ class ModelRunner:
             trace(chunks, chosen(outputs, self._config.num_experts))
         if any(chunk.sequence.is_scored for chunk in chunks):
             self._score(model, chunks, hidden_TD)
-        last = np.cumsum([c.count for c in chunks]) - 1
-        samples = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        logits_BV = model.logits(hidden_TD[self._to(last[samples])])
-        return [chunks[i].sequence for i in samples], logits_BV
+        ends = np.cumsum([chunk.count for chunk in chunks])
+        sampling = [(c, int(end)) for c, end in zip(chunks, ends, strict=True) if c.samples]
+        rows_N = np.array([row for c, end in sampling for row in range(end - 1 - len(c.draft), end)], np.int64)
+        first = np.cumsum([0, *(1 + len(chunk.draft) for chunk, _ in sampling)])
+        rows = dict(zip([chunk.sequence for chunk, _ in sampling], first.tolist(), strict=False))
+        return Logits(rows, model.logits(hidden_TD[self._to(rows_N)]))
 
     def _score(self, model: CausalLM, chunks: list[Chunk], hidden_TD: Tensor) -> None:
         for chunk, own_TD in zip(chunks, hidden_TD.split([chunk.count for chunk in chunks]), strict=True):
@@ -101,7 +124,7 @@ class ModelRunner:
 
     def _inputs(self, chunks: list[Chunk]) -> Inputs:
         flat = flatten(chunks)
-        ids_T = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.end], np.int64) for c in chunks])
+        ids_T = np.concatenate([np.asarray(c.token_ids, np.int64) for c in chunks])
         attend = self._attention()(self._pools, self._cache, flat)
         return Inputs(self._to(ids_T), self._to(flat.position_T), attend, self._adapters(chunks))
 
@@ -138,8 +161,8 @@ def trace(chunks: list[Chunk], experts_TLK: np.ndarray) -> None:
 
 
 def in_order(batch: list[Chunk]) -> list[Chunk]:
-    """Single tokens first, longest context first, so that decodes of similar length are neighbours."""
-    return sorted(batch, key=lambda chunk: (chunk.count > 1, -chunk.end))
+    """Single tokens and their drafts first, longest context first, so that decodes of similar length are neighbours."""
+    return sorted(batch, key=lambda chunk: (not chunk.is_single, -chunk.end))
 
 
 def in_parts(chunks: list[Chunk], most: int, min_tokens: int) -> list[list[Chunk]]:
@@ -152,12 +175,17 @@ def in_parts(chunks: list[Chunk], most: int, min_tokens: int) -> list[list[Chunk
 
 
 def flatten(chunks: list[Chunk]) -> Flat:
+    """A draft's tokens see what is before them as if each were alone: all keys of a layer are written before decodes read."""
     rows = [chunk.row for chunk in chunks]
     counts = [chunk.count for chunk in chunks]
+    position_T = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+    end_T = np.repeat([chunk.end for chunk in chunks], counts)
+    num_decodes = sum(chunk.count for chunk in chunks if chunk.is_single)
+    end_T[:num_decodes] = position_T[:num_decodes] + 1
     return Flat(
-        position_T=np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks]),
+        position_T=position_T,
         row_T=np.repeat(np.array(rows, np.int64), counts),
-        end_T=np.repeat([chunk.end for chunk in chunks], counts),
-        num_decodes=counts.count(1),
-        prefills=tuple((row, c.start, c.end) for row, c in zip(rows, chunks, strict=True) if c.count > 1),
+        end_T=end_T,
+        num_decodes=num_decodes,
+        prefills=tuple((row, c.start, c.end) for row, c in zip(rows, chunks, strict=True) if not c.is_single),
     )

@@ -20,7 +20,11 @@ from trinity.engine.kv_cache import KVCache
 from trinity.engine.pace import Pace
 from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.request import Chunk, Sequence
+from trinity.engine.speculation import Speculation
 from trinity.engine.versions import Versions
+from trinity.errors import Overloaded
+
+RETRY_AFTER_S = 1.0
 
 
 class Pass(NamedTuple):
@@ -30,12 +34,27 @@ class Pass(NamedTuple):
     chunks: list[Chunk]
 
 
+def overloaded(most: int) -> Overloaded:
+    return Overloaded(
+        f"{most} requests are waiting, as many as engine.max_num_waiting allows; try again later",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
 class Scheduler:
     """Owns the sequences and the rows of the cache. `versions` says which weights each sequence computes with, `prefixes` what
-    it need not compute, `pace` how many tokens a step has."""
+    it need not compute, `pace` how many tokens a step has, `drafts` what may follow a sequence's last token."""
 
-    def __init__(self, cache: KVCache, versions: Versions, prefixes: PrefixCache, max_running: int, pace: Pace):
-        self.cache, self.versions, self.prefixes, self.pace = cache, versions, prefixes, pace
+    def __init__(
+        self,
+        cache: KVCache,
+        versions: Versions,
+        prefixes: PrefixCache,
+        max_running: int,
+        pace: Pace,
+        drafts: Speculation,
+    ):
+        self.cache, self.versions, self.prefixes, self.pace, self.drafts = cache, versions, prefixes, pace, drafts
         self.max_running = max_running
         self.running: list[Sequence] = []
         self.following: list[Sequence] = []  # each has a place among the running ones, and no row
@@ -51,6 +70,16 @@ class Scheduler:
             self.waiting.resume(sequence)
         else:
             self.waiting.append(sequence)
+
+    def room_for(self, priority: int, most: int) -> Sequence | None:
+        """The waiting sequence whose place a newcomer of that priority takes, where `most` wait. Raises Overloaded where all
+        are as urgent."""
+        if self.num_waiting < most:
+            return None
+        last = self.waiting.last() if self.waiting else None
+        if last is None or last.priority <= priority or last.num_generated:
+            raise overloaded(most)
+        return last
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is finished, aborted or failed: forget it and take its blocks back."""
@@ -97,14 +126,24 @@ class Scheduler:
             some = self.prefixes.stop(sequence, count)
             if not self._make_room(sequence, sequence.num_computed + some):
                 break  # the last one; it keeps what it has and waits for the others
-            batch.append(Chunk(sequence, sequence.num_computed, some))
+            draft = self._draft(sequence, budget - (len(self.running) - at)) if count == 1 else ()
+            batch.append(Chunk(sequence, sequence.num_computed, some + len(draft), draft))
             urgent = min(urgent, sequence.priority) if batch[-1].is_prefill else urgent
             self.waiting.charge(sequence, some)
-            budget, at = budget - count, at + 1
+            budget, at = budget - count - len(draft), at + 1
         assert batch or not (self.running or self.following or self.waiting), (
             "there is work but nothing could be scheduled"
         )
         return batch
+
+    def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
+        """What may follow its last token, which is all that it computes. Nobody gives way for a draft."""
+        if sequence.num_uncomputed != 1 or spare <= 0 or self.cache.num_spare <= len(self.running):
+            return ()
+        assert sequence.row is not None
+        room = min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1)
+        draft = self.drafts.draft(sequence, room)
+        return draft if self.cache.grow(sequence.row, len(sequence.token_ids) + len(draft)) else ()
 
     def _make_way(self) -> None:
         """Start what is more urgent than the last that runs; less urgent ones give way where it does not fit."""

@@ -26,6 +26,8 @@ class EngineStats:
     num_versions_held: int = 0
     num_quarantined: int = 0
     num_repeats: int = 0
+    num_drafted: int = 0  # tokens of drafts
+    num_accepted: int = 0  # those of them that came true
     switch_seconds: float = 0.0
     longest_pass_seconds: float = 0.0  # of the last minute
     num_dispatch_retries: int = 0
