@@ -137,7 +137,7 @@ class Scheduler:
         return batch
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
-        """What may follow its last token, which is all that it computes. Nobody gives way for a draft."""
+        """Tokens that may follow its last one, which is all that it computes. Nobody gives way for a draft."""
         if sequence.num_uncomputed != 1 or spare <= 0 or self.cache.num_spare <= len(self.running):
             return ()
         assert sequence.row is not None
