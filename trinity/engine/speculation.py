@@ -50,7 +50,7 @@ class Speculation:
         self._least = UNKNOWN_SHARE
 
     def begin(self, running: Ids[Sequence], last_pass_s: float) -> None:
-        """Before a step: take up tokens that drafters have not seen, for as long as that is a small part of a pass."""
+        """Take up tokens that drafters have not seen, before a step, for as long as that is a small part of a pass."""
         if not self.most:
             return
         until_s = time.perf_counter() + max(LEAST_WORK_S, WORK_SHARE * last_pass_s)
