@@ -91,7 +91,7 @@ def main(rank: int, port: str) -> None:
             loss_of(sharded, ids_BS[rank : rank + 1]).backward()
             check_gradients(sharded, want)
     dist.destroy_process_group()
-    print("ok", flush=True)
+    os.write(1, b"ok\n")  # whole: another process writes there, too
 
 
 if __name__ == "__main__":

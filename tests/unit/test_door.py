@@ -21,6 +21,7 @@ from actors.dataplane.door import Door
 from actors.dataplane.frames import WELCOME, BadFrame, Header
 from actors.dataplane.handshake import GREETING_BYTES, PROOF_BYTES, REPLY_BYTES
 from tests.unit.fuzzed_port import SECRET, Port, num_descriptors, num_serving
+from trinity.rpc.messages import PROTOCOL
 
 NOBODY = 65534
 
@@ -131,7 +132,8 @@ def test_clocks_that_differ_are_named(port, monkeypatch, caplog, ahead_s, said):
 
 
 @pytest.mark.parametrize(
-    ("said", "answer"), [(b"TRH\x01", b"speaks protocol 1, this process 6"), (b"HTTP", b"is it a shard?")]
+    ("said", "answer"),
+    [(b"TRH\x01", f"speaks protocol 1, this process {PROTOCOL}".encode()), (b"HTTP", b"is it a shard?")],
 )
 def test_another_release_is_named(port, said, answer):
     with port.stranger() as sock:

@@ -127,7 +127,10 @@ def test_killed_and_stopped_commands_go_on(inputs, tokenizer, tmp_path):
         file.write_text(yaml.safe_dump(config))
         for number in (signal.SIGKILL, signal.SIGTERM):
             ended, at = [], len(server.asked) + 5
-            server.is_met = lambda n, number=number, at=at, ended=ended: n == at and (ended[0].send_signal(number))
+            # its answer is held until then, so that not all is done before the signal is seen
+            server.is_met = lambda n, how=number, at=at, ended=ended: (
+                n == at and (ended[0].send_signal(how), ended[0].wait())
+            )
             ended.append(subprocess.Popen(command("synthesize", file), env=ENV, stderr=subprocess.PIPE, text=True))
             said = ended[0].communicate()[1]
             assert ended[0].returncode == (-9 if number == signal.SIGKILL else 130), said

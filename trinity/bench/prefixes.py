@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trinity.bench.models import config_of
 from trinity.bench.report import Report, Table, alternated, percentile, ratio
 from trinity.config import EngineConfig, num_cpus
-from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import TrinityError
 from trinity.utils.terminal import say
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from trinity.engine.engine import Engine
+    from trinity.engine.request import Delta
 
 USUAL: dict[str, Any] = {"preset": "bench", "rounds": 3, "concurrency": 8, "input_len": 512, "output_len": 32}
 QUICK: dict[str, Any] = {"preset": "tiny", "rounds": 1, "concurrency": 2, "input_len": 64, "output_len": 4}
@@ -198,12 +198,14 @@ class Asked:
             return
         name = f"{talk.number}.{len(talk.parts)}"
         seed = 1000 * talk.number + len(talk.parts)
+        from trinity.engine.request import SamplingParams
+
         params = SamplingParams(max_tokens=self._given["output_len"], seed=seed, ignore_eos=True)
         self._engine.add(name, prompt, params)
         self._open[name], self.prompts[name], self.answers[name] = talk, prompt, []
         self._began_s[name] = time.perf_counter()
 
-    def _take(self, delta: Delta) -> None:
+    def _take(self, delta: "Delta") -> None:
         name = delta.request_id
         if not self.answers[name]:
             self.ttft_s.append(time.perf_counter() - self._began_s[name])

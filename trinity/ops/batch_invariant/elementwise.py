@@ -60,7 +60,7 @@ def gated_gradients(
 def _lines(*tensors: Tensor, weight: Tensor | None = None) -> tuple[list[np.ndarray], int]:
     """float32 arrays [T, F] of tensors [..., F], and [T] of their weights, ones where there are none; T."""
     width = tensors[0].shape[-1]
-    num = tensors[0].numel() // max(1, width)
+    num = math.prod(tensors[0].shape[:-1])
     weight = torch.ones(num) if weight is None else weight
     flat = [t.detach().float().contiguous() for t in (*tensors, weight)]
     return [*(t.view(num, width).numpy() for t in flat[:-1]), flat[-1].view(num).numpy()], num
