@@ -49,7 +49,7 @@ COUNTERS = {
     "num_quarantined": "trinity_weights_quarantined_total",
     "num_repeats": "trinity_passes_repeated_total",
     "num_drafted": "trinity_draft_tokens_total",
-    "num_accepted": "trinity_draft_tokens_accepted_total",
+    "num_accepted": "trinity_accepted_draft_tokens_total",
 }
 STATES = ("starting", "ready", "draining", "away")
 SURVIVES = ("shards", "nodes")

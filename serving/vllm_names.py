@@ -16,7 +16,7 @@ NAMES = {
     "vllm:prefix_cache_queries": "trinity_prefix_queries_total",
     "vllm:prefix_cache_hits": "trinity_prefix_hits_total",
     "vllm:spec_decode_num_draft_tokens": "trinity_draft_tokens_total",
-    "vllm:spec_decode_num_accepted_tokens": "trinity_draft_tokens_accepted_total",
+    "vllm:spec_decode_num_accepted_tokens": "trinity_accepted_draft_tokens_total",
     "vllm:prompt_tokens": "trinity_prompt_tokens_total",
     "vllm:generation_tokens": "trinity_generated_tokens_total",
     "vllm:request_success": "trinity_sequences_total",

@@ -58,7 +58,7 @@ SERVING_METRICS = (
     Metric("trinity_weights_quarantined_total", "counter", "Versions that gave logits which are not finite."),
     Metric("trinity_weights_switch_seconds", "gauge", "Seconds that it took to take up the version in use."),
     Metric("trinity_draft_tokens_total", "counter", "Tokens computed as drafts of what may come next."),
-    Metric("trinity_draft_tokens_accepted_total", "counter", "Those of them that came true."),
+    Metric("trinity_accepted_draft_tokens_total", "counter", "Those of them that came true."),
     Metric("trinity_longest_pass_seconds", "gauge", "Longest step of an engine in the last minute that it worked."),
     Metric("trinity_passes_repeated_total", "counter", "Passes of requests repeated for want of good weights."),
 )
