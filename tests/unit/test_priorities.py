@@ -101,6 +101,16 @@ def test_in_a_full_queue_it_takes_the_place_of_the_last():
     assert tokens_of(ended["urgent"]) == solo(engine.config, (1,), URGENT)
 
 
+def test_a_pass_that_failed_says_nothing_about_what_passes_take(monkeypatch):
+    engine, took = fake_engine(), []
+    monkeypatch.setattr(engine._pace, "took", lambda *what: took.append(what))
+    for forward_all, num in ((lambda passes: 1 / 0, 0), (engine._versions.model(0).forward_all, 1)):
+        monkeypatch.setattr(engine._versions.model(0), "forward_all", forward_all)
+        engine.add("a", (1, 2), SamplingParams(max_tokens=1))
+        engine.step()
+        assert len(took) == num
+
+
 def test_who_cannot_make_it_costs_no_pass():
     engine = fake_engine(max_num_seqs=1)
     engine._pace.took(1024, 100.0)  # 0.1 s a token at the least

@@ -57,7 +57,7 @@ class Drafter:
 
     def __init__(self, memory: Memory, trust: Trust):
         self._memory, self._trust, self._own = memory, trust, SuffixAutomaton()
-        self._walks: dict[int, tuple[SuffixAutomaton, int, int]] = {}
+        self._walks: dict[SuffixAutomaton, tuple[int, int]] = {}  # where its end stands in each half of the memory
         self._match: Match | None = None
 
     def __len__(self) -> int:
@@ -67,12 +67,8 @@ class Drafter:
         """Take the next token; one of the answer shows whether the guess was right."""
         if is_answer and self._match is not None and (guess := self._match.next(1)):
             self._trust.note(self._match.length, guess[0] == token)
-        matches = [self._own.push(token)]
-        for half in self._memory.halves:
-            _, state, length = self._walks.get(id(half), (half, 0, 0))
-            self._walks[id(half)] = (half, *half.follow(state, length, token))
-            matches.append(half.match(*self._walks[id(half)][1:]))
-        self._walks = {id(half): self._walks[id(half)] for half in self._memory.halves}
+        self._walks = {half: half.follow(*self._walks.get(half, (0, 0)), token) for half in self._memory.halves}
+        matches = [self._own.push(token), *(half.match(*walk) for half, walk in self._walks.items())]
         best = max(matches, key=lambda match: match.length)
         self._match = best if best.length else None
 

@@ -63,7 +63,6 @@ if TYPE_CHECKING:
     from trinity.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-FULL = "a more urgent request has its place in the queue"
 LATE = "the next token would come after the deadline, even if nothing else were computed; allow more time"
 
 
@@ -105,9 +104,7 @@ class Engine:
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._num_prompt_tokens = self._num_generated_tokens = self._num_computed_tokens = 0
-        self._refused: list[
-            Delta
-        ] = []  # last Deltas of requests that others took the place of, for the next step to give
+        self._refused: list[Delta] = []  # the last of requests whose place others took, for the next step to give
 
     @property
     def has_work(self) -> bool:
@@ -155,9 +152,8 @@ class Engine:
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
         if crowded_out is not None:
-            self._refused.append(
-                self._end(crowded_out, "error", error=FULL, cause=overloaded(self.settings.max_num_waiting))
-            )
+            full = overloaded(self.settings.max_num_waiting)
+            self._refused.append(self._end(crowded_out, "error", error=full.message, cause=full))
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
@@ -223,9 +219,10 @@ class Engine:
         self._drafts.begin(self._scheduler.running, self._pace.last_s)
         plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
-        chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
-        self._pace.took(sum(chunk.count for chunk in chunks), seconds)
-        self._drafts.took(chunks, seconds)
+        if not any(result.error for result in results):  # what failed says nothing about what a pass takes
+            chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
+            self._pace.took(sum(chunk.count for chunk in chunks), seconds)
+            self._drafts.took(chunks, seconds)
         return ended + self.accept(plan, results)
 
     def _end_late(self) -> list[Delta]:
@@ -265,9 +262,8 @@ class Engine:
                 accepted[chunk.sequence] += 1
             at += 1
             sampled = self._runner.sample_drafts(result, [chunk.sequence for chunk in going], at)
-            good = [
-                (c, s) for c, s in zip(going, sampled, strict=True) if s.token_id is not None
-            ]  # else the next pass tells
+            pairs = zip(going, sampled, strict=True)
+            good = [(chunk, each) for chunk, each in pairs if each.token_id is not None]  # else the next pass tells
             deltas += [self._accept(chunk.sequence, each) for chunk, each in good]
             going = [chunk for chunk, _ in good]
         for chunk in chunks:

@@ -20,9 +20,7 @@ class Pace:
         self._most, self._max_s = most, max_pass_s
         self._size = most if max_pass_s is None else min(most, FIRST_TOKENS)
         self._least_s, self._least_token_s = 0.0, 0.0  # of a step, and of a token in a full one; 0: nothing is known
-        self._recent: deque[tuple[float, float]] = (
-            deque()
-        )  # (ended, seconds) of steps that no later one was longer than
+        self._recent = deque[tuple[float, float]]()  # (ended, seconds) of steps that no later one was longer than
         self.longest_s = self.last_s = 0.0
 
     def size(self, num_running: int) -> int:

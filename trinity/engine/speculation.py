@@ -85,7 +85,7 @@ class Speculation:
 
     def took(self, chunks: Ids[Chunk], seconds: float) -> None:
         """Note the time of a step."""
-        if chunks and all(chunk.is_single for chunk in chunks):
+        if self.most and chunks and all(chunk.is_single for chunk in chunks):
             self._cost.took(sum(chunk.count for chunk in chunks), seconds)
 
     def note(self, chunk: Chunk, num_accepted: int) -> None:
