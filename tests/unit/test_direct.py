@@ -3,23 +3,20 @@
 import os
 import random
 import socket
-import struct
 import sys
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.dataplane import connection, frames, ray_transport
+from actors.dataplane import connection
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.connection import Wire
-from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits, Header, answer, call_of, request, value_of
+from actors.dataplane.frames import HEADER, MAGIC, BadFrame, FrameLimits
 from actors.dataplane.server import Combiner, DirectServer, merged
 from tests.unit.adapter_folders import write_adapter
 from tests.waiting import sooner_than
@@ -30,7 +27,6 @@ from trinity.dispatch.view import StaticView
 from trinity.errors import DeadlineExceeded, InputGone, StepConflict, TrinityError, Unavailable, VersionGone
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
-from trinity.rpc import messages
 from trinity.rpc.messages import Backward, Fetch, Forward, Load, Rows
 from trinity.utils.niceness import IDLE, LowPriorityExecutor, of_this_thread
 
@@ -355,55 +351,12 @@ def test_training_gives_way_and_inference_does_not():
     assert Combiner(Shard()).run(backward) == usual
 
 
-def clock_at(now_s, module=frames):
-    return mock.patch.object(module, "time", SimpleNamespace(monotonic=lambda: now_s))
-
-
-@given(st.integers(0, 7), st.integers(0, 4), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_frames_round_trip(num_rows, seed, keep, dtype):
-    limits = replace(LIMITS, dtype=dtype)
-    call = replace(forward("abc:12", deadline_s=12.5, keep=keep), rows=rows_of(num_rows, seed, dtype))
-    for sent in (
-        call,
-        Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD),
-        Backward("b:1", 3, 9, 7, 2.5, call.rows.x_RD, call.rows),
-    ):
-        with clock_at(2.0):
-            header, tensors = request(4, sent)
-        head = Header.unpack(header)
-        head.check(limits)
-        assert head.payload_bytes == sum(t.nbytes for t in tensors)
-        got = call_of(head, tensors, limits, 1002.0)  # by another host's clock
-        assert flat(got) == flat(replace(sent, deadline_s=sent.deadline_s + 1000))
-    for value in (call.rows.x_RD, (call.rows.x_RD, call.rows.weights_RK), InputGone("gone")):
-        header, tensors = answer(9, value)
-        got = value_of(Header.unpack(header), tensors)
-        assert flat(got) == flat(value)
-
-
-def flat(value):
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.tolist()
-    if isinstance(value, tuple):
-        return [flat(v) for v in value]
-    if isinstance(value, Exception):
-        return type(value), str(value)
-    return {k: flat(v) for k, v in vars(value).items()} if hasattr(value, "__dict__") else value
-
-
 def test_merged_rows_are_those_of_each():
     calls = [replace(forward(), rows=rows_of(n, seed=n)) for n in (2, 4, 1)]
     both = merged(calls).rows
     assert both.x_RD.shape == (7, 16)
     assert torch.equal(both.ids_RK, torch.cat([c.rows.ids_RK for c in calls]))
     assert torch.equal(both.weights_RK, torch.cat([c.rows.weights_RK for c in calls]))
-
-
-def test_giant_frames_are_refused_before_they_are_allocated():
-    head = bytearray(request(1, forward())[0])
-    struct.pack_into("<III", head, HEADER.size - 12, 2**31, 2**31, 0)
-    with pytest.raises(BadFrame, match="over the limit"):
-        Header.unpack(head)
 
 
 def test_connections_to_shards_that_have_gone_are_closed_when_others_come(served):
@@ -434,16 +387,6 @@ def test_a_send_ends_with_its_deadline_though_the_peer_takes_a_little_now_and_th
             Wire(sock).send(bytes(64), [torch.zeros(64 << 20)], time.monotonic() + 0.5)  # all of it would take 40 s
         stop.set()
         thread.join()
-
-
-def test_time_that_is_left_travels_through_ray():
-    for sent in (forward(deadline_s=12.5), Fetch(LAYER, 0, 1, 12.5), 5, Load("somewhere")):
-        with clock_at(2.0, messages):
-            packed = ray_transport.pack(messages.departing(sent))
-        with clock_at(1002.0, messages):
-            got = messages.arrived(ray_transport.unpack(packed))
-        assert getattr(got, "deadline_s", 1012.5) == 1012.5
-        assert type(got) is type(sent)
 
 
 def test_a_peer_that_takes_nothing_is_not_silent(monkeypatch):
