@@ -35,6 +35,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._contents: dict[int, Content] = {}
         self._blocks: dict[bytes, list[int]] = {}  # by the key of their contents
+        self.watch: Callable[[bytes, bool], None] = lambda key, is_there: None  # hears which keys come and go
 
     @property
     def num_available(self) -> int:
@@ -84,6 +85,7 @@ class BlockPool:
         self.forget(block)
         self._contents[block] = content
         self._blocks.setdefault(content.key, []).append(block)
+        self.watch(content.key, True)
 
     def forget(self, block: int) -> None:
         """Let what is in it be found no more. Harmless where nothing is known of it."""
@@ -93,6 +95,7 @@ class BlockPool:
         alike.remove(block)
         if not alike:
             del self._blocks[content.key]
+            self.watch(content.key, False)
         if block in self._idle:
             del self._idle[block]
             self._free.append(block)

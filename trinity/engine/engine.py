@@ -350,6 +350,11 @@ class Engine:
         """Forget everything that is cached, but for what running requests have."""
         self._cache.drop(lambda oldest, newest: True)
 
+    @property
+    def prefixes(self) -> PrefixCache:
+        """What is cached, for accounts of it."""
+        return self._prefixes
+
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
         retries, seconds = self._dispatch()
