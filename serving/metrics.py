@@ -63,7 +63,7 @@ RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a ch
 
 
 class Info(Protocol):
-    """What an engine says of itself (serving/frontend.py, EngineInfo)."""
+    """Facts that an engine says of itself (serving/frontend.py, EngineInfo)."""
 
     @property
     def engine_id(self) -> str: ...

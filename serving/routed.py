@@ -31,7 +31,7 @@ LARGE_TOKENS = 1 << 13  # whose names take more than a millisecond
 
 @dataclass(frozen=True)
 class Status:
-    """What an engine says of itself, of its cache since an earlier account, and of the roles that it has heard of."""
+    """Facts of an engine, of its cache since an earlier account, and the roles that it has heard of."""
 
     info: EngineInfo
     changes: KeyChanges | None = None

@@ -61,14 +61,14 @@ class Sent:
 
 
 class Asked(NamedTuple):
-    """What an engine had from here when it was asked for an account."""
+    """Requests that an engine had from here when it was asked for an account, and when that was."""
 
     time: int
     num_sent: int
 
 
 class Seat:
-    """What a gateway knows of one engine."""
+    """Knowledge that a gateway has of one engine."""
 
     def __init__(self, info: EngineInfo):
         self.info = info

@@ -140,7 +140,7 @@ class AsyncEngine:
 
     @property
     def key_base(self) -> KeyBase | None:
-        """What others need to name the blocks of its prefix cache; None without one."""
+        """Facts by which others name the blocks of its prefix cache; None without one."""
         return self._engine.prefixes.base
 
     def key_changes(self, since: int) -> KeyChanges:

@@ -352,7 +352,7 @@ class Engine:
 
     @property
     def prefixes(self) -> PrefixCache:
-        """What is cached, for accounts of it."""
+        """The cache of beginnings, for accounts of it."""
         return self._prefixes
 
     def stats(self) -> EngineStats:

@@ -95,7 +95,7 @@ class PrefixCache:
 
     @property
     def base(self) -> KeyBase | None:
-        """What others need to name its blocks; None where it is off."""
+        """Facts by which others name its blocks; None where it is off."""
         return self._base if self._is_on else None
 
     def changes(self, since: int) -> KeyChanges:

@@ -20,8 +20,8 @@ def root(*parts: object) -> bytes:
 
 
 class KeyBase(NamedTuple):
-    """What an engine says of its roots, so that others can name its blocks: the model, how its keys and values are stored, and
-    how many tokens are in a block."""
+    """Facts about an engine's roots, so that others can name its blocks: the model, how its keys and values are stored, and how
+    many tokens are in a block."""
 
     model: str
     block_size: int
