@@ -148,8 +148,9 @@ class AsyncEngine:
         return self._engine.prefixes.changes(since)
 
     def give_way(self, gives_way: bool) -> None:
-        """Compute, from the next pass on, where others want the cores only as far as they leave any; or as usual again."""
+        """Compute, from the next pass on, with what others leave of the cores, here and on the shards; or as usual again."""
         self._gives_way = gives_way
+        self._engine.give_way(gives_way)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -350,6 +350,10 @@ class Engine:
         """Forget everything that is cached, but for what running requests have."""
         self._cache.drop(lambda oldest, newest: True)
 
+    def give_way(self, gives_way: bool) -> None:
+        """Have shards compute its rows with what others leave of their cores, or as usual again. Safe from any thread."""
+        self._runner.gives_way = gives_way
+
     @property
     def prefixes(self) -> PrefixCache:
         """The cache of beginnings, for accounts of it."""
