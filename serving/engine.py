@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
     from trinity.engine.handoff import Prefilled
+    from trinity.engine.kv_tier import TierPlace
 
 BEAT_S, SILENT_S = 5.0, 20.0
 Built = tuple["AsyncEngine", Tokenizer, str]
@@ -63,7 +64,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from trinity.checkpoint import open_checkpoint
     from trinity.engine.defaults import read_defaults
     from trinity.engine.engine import Engine
-    from trinity.engine.weights import FixedWeights
+    from trinity.engine.weights import FixedWeights, fingerprint
     from trinity.models.registry import weight_bytes
 
     found = open_checkpoint(checkpoint)
@@ -74,7 +75,10 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
-    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, _adapters(config, found.config))
+    line = f"{pool.service.identity()}/{fingerprint(weights.model(found.version))}"
+    tier = _tier(config, lambda version: line)
+    own = _adapters(config, found.config)
+    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, own, tier)
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
@@ -85,7 +89,20 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
     settings, adapters = _settled(config, model), _adapters(config, model)
-    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters)
+    tier = _tier(config, weights.line)
+    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters, tier=tier)
+
+
+def _tier(config: Config, line: "Callable[[int], str | None]") -> "TierPlace | None":
+    """Where this node's engines keep what they have cached; what gone servers have left is removed in any case."""
+    from actors.sync import shm_folders
+    from trinity.engine.kv_tier import TierPlace
+
+    num_bytes = config.engine.kv_tier_bytes
+    if not num_bytes or not config.engine.prefix_cache:
+        shm_folders.sweep(shm_folders.base(config.placement.memory_dir))
+        return None
+    return TierPlace(shm_folders.cache_folder(config.placement, config.cluster.namespace), num_bytes, line)
 
 
 def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":

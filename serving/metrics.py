@@ -45,6 +45,9 @@ COUNTERS = {
     "num_computed_tokens": "trinity_computed_tokens_total",
     "num_prefix_queries": "trinity_prefix_queries_total",
     "num_prefix_hits": "trinity_prefix_hits_total",
+    "num_tier_hits": "trinity_kv_tier_hits_total",
+    "num_tier_written": "trinity_kv_tier_written_total",
+    "num_tier_evicted": "trinity_kv_tier_evicted_total",
     "num_dispatch_retries": "trinity_dispatch_retries_total",
     "num_quarantined": "trinity_weights_quarantined_total",
     "num_repeats": "trinity_passes_repeated_total",
@@ -129,6 +132,7 @@ class Exporter:
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
         longest_s = max(found.get("longest_pass_seconds", 0.0) for _, found in self._engines.values())
         self["trinity_longest_pass_seconds"].set(longest_s)
+        self["trinity_kv_tier_bytes"].set(max(found.get("tier_bytes", 0) for _, found in self._engines.values()))
         for field, name in SUMS.items():
             self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
         free, total = (sum(found.get(f"num_{what}_blocks", 0) for _, found in self._engines.values()) for what in KV)

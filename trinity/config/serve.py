@@ -81,6 +81,12 @@ class EngineConfig(Frozen):
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
     prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
+    kv_tier_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="of each node's shared memory, for what its engines have cached: all of them find it there, and one that "
+        "starts again does; 0: none",
+    )
     max_num_kept: int | None = Field(
         default=None,
         ge=0,

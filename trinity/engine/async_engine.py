@@ -171,6 +171,7 @@ class AsyncEngine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._engine.close()
 
     # On the caller's side
 

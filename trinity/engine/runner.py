@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.config import EngineConfig, ModelConfig
+from trinity.config import EngineConfig, LayerCache, ModelConfig
 from trinity.engine.attention import Flat, KVPools, PagedAttention
 from trinity.engine.grammars import MaskThread
 from trinity.engine.kv_cache import KVCache
@@ -71,6 +71,10 @@ class ModelRunner:
             from trinity.ops.batch_invariant.warm import warm_up
 
             warm_up(parameter.dtype)
+
+    def parts(self, kind: LayerCache) -> tuple[Tensor, ...]:
+        """All that is stored of the layers of a kind, each [layers, slots, ...]; it stays the runner's."""
+        return self._pools.parts(kind)
 
     def run(self, plan: list[Pass]) -> list[Result]:
         """Compute and sample each pass; what prevented one is its result, and nobody else's."""
