@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from actors.names import PlacementClient
@@ -60,7 +61,8 @@ class GatewayReplica:
         self.settings = json.loads(settings_json)
         self.namespace = self.settings["cluster"]["namespace"]
         config = ServeConfig.model_validate(self.settings["serve"])
-        client, tokenizer, info = await connect_client(engines, ready_timeout_s)
+        own = EngineConfig.model_validate(self.settings["engine"])
+        client, tokenizer, info = await connect_client(engines, ready_timeout_s, own)
         operator = functools.partial(find_operator, placement_json, self.namespace) if placement_json else None
         pins = Pins(placement(placement_json, self.namespace).tell) if placement_json and config.is_of_run else None
         self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"], pins))
@@ -152,6 +154,7 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     grace_s = settings.drain_timeout_s + SPARE_S
     engines = serve.deployment(EngineReplica, name="Engine").options(
         **_scaling(config.engine),
+        request_router_config=RequestRouterConfig(request_router_class="serving.chosen_replica.ChosenReplica"),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
         ray_actor_options={
             "num_cpus": 0,

@@ -30,8 +30,10 @@ from trinity.config.serve import (
     Client,
     ClusterConfig,
     EngineConfig,
+    Role,
     ServeConfig,
     check_adapter_name,
+    check_roles,
 )
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
@@ -85,6 +87,7 @@ __all__ = [
     "RLConfig",
     "RampPart",
     "RewardConfig",
+    "Role",
     "Sequences",
     "ServeConfig",
     "SourceConfig",
@@ -97,6 +100,7 @@ __all__ = [
     "admin_key",
     "api_key",
     "check_adapter_name",
+    "check_roles",
     "differences",
     "merge",
     "merged",

@@ -1,6 +1,7 @@
 """The settings of an engine, its edges and the cluster."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -14,12 +15,30 @@ DEFAULT_PORT = re.compile(r"^(http(?=://.*:80$)|https(?=://.*:443$))(://.*):\d+$
 HIDDEN = "(set)"  # in place of a key, where settings are printed
 
 
+Role = Literal["both", "prefill", "decode"]
+
+
+def check_roles(roles: Sequence[Role]) -> None:
+    """Raises ValueError where no engine would be there to answer."""
+    if all(role == "prefill" for role in roles):
+        raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
+
+
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
     replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
     max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
     requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
+    role: tuple[Role, ...] = Field(
+        default=("both",),
+        min_length=1,
+        description="what an engine is sent: both, long prompts (prefill), or answers (decode); one for all, or a list in the "
+        "order of their start, whose last is that of the rest",
+    )
+    min_prefill_tokens: int = Field(
+        default=512, ge=1, description="a prompt with so many tokens that are not cached goes to a prefill engine first"
+    )
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
@@ -90,6 +109,18 @@ class EngineConfig(Frozen):
             raise ValueError(
                 f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
             )
+        return self
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _one_role_is_enough(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "EngineConfig":
+        check_roles(self.role)
+        if len(self.role) > (most := self.max_replicas or self.replicas):
+            raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
         return self
 
     @field_validator("kv_max_age", mode="before")

@@ -360,6 +360,15 @@ class Engine:
         """Leave the node's tier, for good."""
         self._prefixes.close()
 
+    def give_way(self, gives_way: bool) -> None:
+        """Have shards compute its rows with what others leave of their cores, or as usual again. Safe from any thread."""
+        self._runner.gives_way = gives_way
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """The cache of beginnings, for accounts of it."""
+        return self._prefixes
+
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
         retries, seconds = self._dispatch()
