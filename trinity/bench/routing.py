@@ -105,7 +105,7 @@ def alternated_arms(load: str, models: Sequence[Any], given: dict[str, Any]) -> 
 
 
 def sessions(load: str, given: dict[str, Any], vocab: int, rng: "np.random.Generator") -> list[Talk]:
-    """What each session asks. Lengths vary; a conversation's last prompt and an agent's have about `input_len` tokens."""
+    """Requests of each session. Lengths vary; a conversation's last prompt and an agent's have about `input_len` tokens."""
     whole, num = given["input_len"], given["sessions"]
 
     def drawn(mean: float) -> list[int]:
