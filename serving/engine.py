@@ -94,7 +94,7 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
 
 
 def _tier(config: Config, line: "Callable[[int], str | None]") -> "TierPlace | None":
-    """Where this node's engines keep what they have cached; what gone servers have left is removed in any case."""
+    """Place where this node's engines keep what they have cached; what gone servers have left is removed in any case."""
     from actors.sync import shm_folders
     from trinity.engine.kv_tier import TierPlace
 

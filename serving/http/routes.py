@@ -252,13 +252,13 @@ async def health(front: Frontend, request: Request) -> Response:
 async def ready(front: Frontend, request: Request) -> Response:
     """Readiness: an engine answers and nobody is draining us."""
     if not front.ready:
-        raise Unavailable("not ready: draining" if front.admission.draining else "not ready: no engine answers")
+        raise Unavailable("not ready: draining" if front.leaving else "not ready: no engine answers")
     return JSONResponse({"status": "ready"})
 
 
 async def healthz(front: Frontend, request: Request) -> Response:
     """Answer KubeRay's question to a node that serves: the word `success`, until it drains."""
-    if front.admission.draining:
+    if front.leaving:
         raise Unavailable("draining")
     return PlainTextResponse("success")
 

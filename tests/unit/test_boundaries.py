@@ -34,8 +34,8 @@ SERVING = {
     "serving.app", "serving.bodies", "serving.body_worker", "serving.chosen_replica",
     "serving.continuation", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
-    "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pins", "serving.pool_operator",
-    "serving.roles", "serving.routed", "serving.routing",
+    "serving.launch", "serving.limits", "serving.metrics", "serving.nodes", "serving.page", "serving.pins",
+    "serving.pool_operator", "serving.roles", "serving.routed", "serving.routing",
     "serving.streams", "serving.tracing", "serving.training_run", "serving.vllm_names",
 }  # fmt: skip
 
@@ -145,6 +145,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.streams": set(),
     "serving.errors": set(),
     "serving.limits": set(),
+    "serving.nodes": set(),
     "serving.page": {"trinity.placement"},
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
@@ -180,8 +181,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.fitting": {"trinity.engine", "trinity.models.registry"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {
-        "actors.control", "actors.names", "serving.engine", "serving.frontend", "serving.gateway", "serving.pins",
-        "serving.pool_operator",
+        "actors.control", "actors.names", "serving.addresses", "serving.engine", "serving.frontend", "serving.gateway",
+        "serving.nodes", "serving.pins", "serving.pool_operator",
     },
     "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
     "serving.deploy": {"serving.app", "serving.launch"},
@@ -190,7 +191,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 ONLY_IN = {  # library -> the packages that may say it; others than these are free
     "ray": ("actors", "serving.adoption", "serving.app", "serving.chosen_replica", "serving.deploy", "serving.engine",
-        "trinity.bench"),
+        "serving.nodes", "trinity.bench"),
     "grpc": ("serving.grpc", "serving.engine", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),

@@ -24,7 +24,9 @@ from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import (
     ADMIN_CLIENT,
     ANYBODY,
+    EVERY_NODE,
     MOST_ADAPTERS,
+    NODE,
     AdapterRef,
     AdapterSet,
     Client,
@@ -54,8 +56,10 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
+    "EVERY_NODE",
     "MOST_ADAPTERS",
     "NEW_IN_STAGE",
+    "NODE",
     "PACKAGES",
     "PASSAGE",
     "PRESETS",

@@ -13,6 +13,8 @@ DEFAULT_CLIENT, ADMIN_CLIENT = "default", "admin"  # the names of those with ser
 ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@]+")
 DEFAULT_PORT = re.compile(r"^(http(?=://.*:80$)|https(?=://.*:443$))(://.*):\d+$")  # which browsers leave out
 HIDDEN = "(set)"  # in place of a key, where settings are printed
+NODE = "node"  # the address by which Ray knows the node
+EVERY_NODE = "every_node"
 
 
 Role = Literal["both", "prefill", "decode"]
@@ -205,7 +207,16 @@ class ClientConfig(Frozen):
 class ServeConfig(Frozen):
     """The HTTP and gRPC edges. Loopback unless `allow_remote` is set and an API key is configured."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(
+        default="127.0.0.1",
+        description="where each gateway listens on its own node; `node`: the address by which Ray knows the node",
+    )
+    gateways: int | Literal["every_node"] = Field(
+        default=1, description="gateways over the same engines; every_node: one on each node, and on those that come"
+    )
+    gateway_resources: dict[str, float] = Field(
+        default={}, description="custom resources of each gateway, such as gateway: 1; with them it need not run here"
+    )
     http_port: int = Field(default=8000, ge=0, le=65535)
     grpc_port: int = Field(default=9000, ge=0, le=65535)
     allow_remote: bool = False
@@ -257,6 +268,11 @@ class ServeConfig(Frozen):
         default=(), description="of pages that may call over HTTP, such as http://localhost:3000; * for all"
     )
     drain_timeout_s: float = Field(default=20.0, ge=0)
+    drain_delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="from the moment when health says NOT_SERVING until new requests are refused: as long as a balancer takes",
+    )
     otlp_endpoint: str | None = Field(
         default=None,
         pattern="^https?://",
@@ -265,6 +281,13 @@ class ServeConfig(Frozen):
     )
 
     _at_home = field_validator("tls_cert", "tls_key")(at_home)
+
+    @field_validator("gateways", mode="before")
+    @classmethod
+    def _check_gateways(cls, value: Any) -> Any:
+        if value != EVERY_NODE and not (type(value) is int and value >= 1):
+            raise ValueError("give a number, 1 and more, or `every_node`")
+        return value
 
     @field_validator("allowed_origins", mode="before")
     @classmethod
@@ -336,11 +359,20 @@ class ServeConfig(Frozen):
                 f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
             )
         self._check_keys()
-        if self.http_port == self.grpc_port != 0:
-            raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
+        self._check_ports()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together; one of them is missing")
         return self
+
+    def _check_ports(self) -> None:
+        http, grpc, most = self.http_port, self.grpc_port, self.gateways if isinstance(self.gateways, int) else 1
+        if http == grpc != 0:
+            raise ValueError(f"http_port and grpc_port are both {http}; choose two")
+        if http and grpc and (abs(http - grpc) < most or max(http, grpc) + most > 1 << 16):
+            raise ValueError(
+                f"{most} gateways on one machine would take ports from {http} and from {grpc} on, which meet each other or "
+                "65535; choose http_port and grpc_port further apart, or fewer gateways"
+            )
 
     def _check_keys(self) -> None:
         owners: dict[str, str] = {} if self.api_key is None else {self.api_key: "api_key"}
