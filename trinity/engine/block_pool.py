@@ -29,13 +29,8 @@ class Content:
 
 
 class BlockPool:
-<<<<<<< HEAD
     """Owns the numbers 0 to num_blocks - 1. `kept` hears of what is worth keeping, and whether its sequence lets it go;
     `watch` which keys come and go."""
-=======
-    """Owns the numbers 0 to num_blocks - 1. `watch` hears of what is worth keeping, and whether its sequence lets it go;
-    `log`, which keys come and go."""
->>>>>>> h-route
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
@@ -45,11 +40,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._contents: dict[int, Content] = {}
         self._blocks: dict[bytes, list[int]] = {}  # by the key of their contents
-<<<<<<< HEAD
         self.watch: Callable[[bytes, bool], None] = lambda key, is_there: None
-=======
-        self.log: Callable[[bytes, bool], None] = lambda key, is_there: None
->>>>>>> h-route
 
     @property
     def num_available(self) -> int:
@@ -101,15 +92,9 @@ class BlockPool:
         self.forget(block)
         self._contents[block] = content
         self._blocks.setdefault(content.key, []).append(block)
-<<<<<<< HEAD
         if keep and self.kept is not None:
             self.kept(block, content, False)
         self.watch(content.key, True)
-=======
-        self.log(content.key, True)
-        if keep and self.watch is not None:
-            self.watch(block, content, False)
->>>>>>> h-route
 
     def forget(self, block: int) -> None:
         """Let what is in it be found no more. Harmless where nothing is known of it."""
@@ -119,7 +104,7 @@ class BlockPool:
         alike.remove(block)
         if not alike:
             del self._blocks[content.key]
-            self.log(content.key, False)
+            self.watch(content.key, False)
         if block in self._idle:
             del self._idle[block]
             self._free.append(block)
