@@ -22,6 +22,8 @@ SERVING_METRICS = (
     Metric("trinity_ignored_fields_total", "counter", "Fields of requests that had no effect, by name.", ("field",)),
     Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
     Metric("trinity_requests_waiting", "gauge", "Sequences waiting to be scheduled."),
+    Metric("trinity_gateways", "gauge", "Gateways that divide serve.max_concurrent_requests, as this one has heard."),
+    Metric("trinity_displaced_total", "counter", "Requests that lost their place to a more urgent one."),
     Metric("trinity_client_requests", "gauge", "Sequences that hold a slot, by the name of their key.", ("client",)),
     Metric("trinity_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
     Metric("trinity_generated_tokens_total", "counter", "Tokens generated."),
