@@ -90,7 +90,7 @@ class KVTier:
         self.num_written = 0
         self._pools = {kind: table.pool for kind, table in cache.tables.items()}
         for kind, pool in self._pools.items():
-            pool.kept = partial(self._note, kind)
+            pool.watch = partial(self._note, kind)
 
     @property
     def has_work(self) -> bool:
