@@ -60,11 +60,11 @@ class EngineConfig(Frozen):
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
     max_draft_tokens: int = Field(
-        default=0,
+        default=8,
         ge=0,
         le=64,
         description="most tokens that a pass computes after a sequence's last one, where its text or earlier answers of the "
-        "client went on so before; as many as pay, by what passes take and what came true. The text is the same with any",
+        "client went on so before; as many as pay, by what passes take and what came true. The text is the same. 0: none",
     )
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int | None = Field(
