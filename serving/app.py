@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from actors.names import PlacementClient
@@ -72,7 +73,8 @@ class GatewayReplica:
         self.namespace = self.settings["cluster"]["namespace"]
         self.node = ray.util.get_node_ip_address()
         config = at_node(ServeConfig.model_validate(self.settings["serve"]), self.node)
-        client, tokenizer, info = await connect_client(engines, ready_timeout_s)
+        own = EngineConfig.model_validate(self.settings["engine"])
+        client, tokenizer, info = await connect_client(engines, ready_timeout_s, own)
         operator = functools.partial(find_operator, placement_json, self.namespace) if placement_json else None
         pins = Pins(placement(placement_json, self.namespace).tell) if placement_json and config.is_of_run else None
         self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"], pins))
@@ -212,6 +214,7 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     settings = config.serve
     engines = serve.deployment(EngineReplica, name="Engine").options(
         **_scaling(config.engine),
+        request_router_config=RequestRouterConfig(request_router_class="serving.chosen_replica.ChosenReplica"),
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_CALLS,
         ray_actor_options={
             "num_cpus": 0,

@@ -23,8 +23,9 @@ from serving.pins import Pins
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
-from trinity.config import AdapterRef, Client, ServeConfig
+from trinity.config import AdapterRef, Client, Role, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
 from trinity.text.answers import AnswerFormat
@@ -52,6 +53,9 @@ class EngineInfo:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     routed_bytes: int = 0  # of the experts that one token goes to
     moe_layers: tuple[int, ...] = ()  # layers with routed experts
+    started: int = 0  # when, in seconds
+    keys: KeyBase | None = None  # how its blocks are named, where they are cached
+    role: Role = "both"  # which it has heard of
 
 
 class Served(NamedTuple):
@@ -65,6 +69,14 @@ class EngineClient(Engines, Protocol):
     """An engine near or far. Closing the generator frees what the request holds. EngineLost: another one can go on."""
 
     async def info(self) -> EngineInfo: ...
+
+    async def infos(self) -> list[EngineInfo]:
+        """Facts of all engines that answer. Raises Unavailable where none does."""
+        ...
+
+    async def set_roles(self, names: Sequence[Role]) -> None:
+        """Have engines compute prompts, answers or both (serving/roles.py). Raises InvalidRequest."""
+        ...
 
     async def reset_prefix_cache(self) -> None: ...
 
@@ -276,9 +288,9 @@ class Frontend:
     async def probe(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                self.info = await self.engine.info()
-            self.engine_healthy = True
-            self.metrics.engine(self.info.engine_id, self.info.version, self.info.stats)
+                infos = await self.engine.infos()
+            self.info, self.engine_healthy = infos[0], True
+            self.metrics.engines(infos)
         except Exception as error:
             if self.engine_healthy:
                 log.warning("no engine answers: %s", type(error).__name__)

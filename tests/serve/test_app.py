@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -181,6 +182,38 @@ async def asked(http, prompt):
         except httpx.TransportError:
             pass
     raise AssertionError("no gateway serves it")
+
+
+async def engines_shown(http):
+    """-> requests that run in each engine, with its role."""
+    name = "trinity_engine_requests_running{"
+    lines = [line for line in (await http.get("/metrics")).text.splitlines() if line.startswith(name)]
+    return sorted((re.search('role="(.*)"', line)[1], float(line.split()[-1])) for line in lines)
+
+
+async def test_prompts_that_begin_alike_go_to_one_engine_and_roles_change(server, gate):
+    """Each engine is shown by itself. The one that computes prompts is sent no answer while there is another."""
+    prompt = "stay " + "the quick brown fox jumps over the lazy dog " * 8
+    async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
+
+        async def stay(name, shown):
+            calls = [
+                http.post("/v1/completions", json={"prompt": f"{prompt}{name}{i}", "max_tokens": 1}) for i in range(3)
+            ]
+            calls = [asyncio.create_task(call) for call in calls]
+            async with asyncio.timeout(WAIT_S):
+                while await engines_shown(http) != shown:
+                    await asyncio.sleep(0.1)
+            for call in calls:
+                call.cancel()
+            await eventually(lambda: num_staying(gate) == 0)
+
+        await stay("a", [("both", 0.0), ("both", 3.0)])
+        assert (await http.post("/engine_roles", json={"roles": ["prefill", "decode"]})).status_code == 200
+        await stay("b", [("decode", 3.0), ("prefill", 0.0)])
+        answer = await http.post("/engine_roles", json={"roles": ["prefill"]})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "roles")
+        assert (await http.post("/engine_roles", json={"roles": ["both"]})).status_code == 200
 
 
 async def test_f23_a_killed_gateway_takes_its_own_streams_and_no_others(server):

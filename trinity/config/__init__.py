@@ -32,8 +32,10 @@ from trinity.config.serve import (
     Client,
     ClusterConfig,
     EngineConfig,
+    Role,
     ServeConfig,
     check_adapter_name,
+    check_roles,
 )
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
@@ -89,6 +91,7 @@ __all__ = [
     "RLConfig",
     "RampPart",
     "RewardConfig",
+    "Role",
     "Sequences",
     "ServeConfig",
     "SourceConfig",
@@ -101,6 +104,7 @@ __all__ = [
     "admin_key",
     "api_key",
     "check_adapter_name",
+    "check_roles",
     "differences",
     "merge",
     "merged",

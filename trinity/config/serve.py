@@ -1,6 +1,7 @@
 """The settings of an engine, its edges and the cluster."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -16,12 +17,30 @@ NODE = "node"  # the address by which Ray knows the node
 EVERY_NODE = "every_node"
 
 
+Role = Literal["both", "prefill", "decode"]
+
+
+def check_roles(roles: Sequence[Role]) -> None:
+    """Raises ValueError where no engine would be there to answer."""
+    if all(role == "prefill" for role in roles):
+        raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
+
+
 class EngineConfig(Frozen):
     """Continuous batching and the paged KV cache."""
 
     replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
     max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
     requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
+    role: tuple[Role, ...] = Field(
+        default=("both",),
+        min_length=1,
+        description="what an engine is sent: both, long prompts (prefill), or answers (decode); one for all, or a list in the "
+        "order of their start, whose last is that of the rest",
+    )
+    min_prefill_tokens: int = Field(
+        default=512, ge=1, description="a prompt with so many tokens that are not cached goes to a prefill engine first"
+    )
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
@@ -41,11 +60,11 @@ class EngineConfig(Frozen):
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
     max_draft_tokens: int = Field(
-        default=0,
+        default=8,
         ge=0,
         le=64,
         description="most tokens that a pass computes after a sequence's last one, where its text or earlier answers of the "
-        "client went on so before; as many as pay, by what passes take and what came true. The text is the same with any",
+        "client went on so before; as many as pay, by what passes take and what came true. The text is the same. 0: none",
     )
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int | None = Field(
@@ -64,6 +83,12 @@ class EngineConfig(Frozen):
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
     prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
+    kv_tier_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="of each node's shared memory, for what its engines have cached: all of them find it there, and one that "
+        "starts again does; 0: none",
+    )
     max_num_kept: int | None = Field(
         default=None,
         ge=0,
@@ -86,6 +111,18 @@ class EngineConfig(Frozen):
             raise ValueError(
                 f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it, or leave it out"
             )
+        return self
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _one_role_is_enough(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "EngineConfig":
+        check_roles(self.role)
+        if len(self.role) > (most := self.max_replicas or self.replicas):
+            raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
         return self
 
     @field_validator("kv_max_age", mode="before")
