@@ -35,7 +35,7 @@ BYTES_TOGETHER = 1 << 20  # of blocks that are copied in one go
 
 
 class TierPlace(NamedTuple):
-    """Where a node's tier is, and its size. `line` names the weights that a version belongs to: equal lines and versions are
+    """Place and size of a node's tier. `line` names the weights that a version belongs to: equal lines and versions are
     equal weights, for all processes of a server; None: nobody knows, so nothing of that version is kept or read."""
 
     folder: Path
@@ -92,7 +92,7 @@ class KVTier:
         self.num_written = 0
         self._pools = {kind: table.pool for kind, table in cache.tables.items()}
         for kind, pool in self._pools.items():
-            pool.watch = partial(self._note, kind)
+            pool.kept = partial(self._note, kind)
 
     @property
     def has_work(self) -> bool:

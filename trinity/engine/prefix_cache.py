@@ -16,9 +16,10 @@ import numpy as np
 
 from trinity.config import AdapterRef, Client
 from trinity.engine.block_pool import Content
+from trinity.engine.key_log import KeyChanges, KeyLog
 from trinity.engine.kv_cache import NO_HIT, Hit, KVCache
 from trinity.engine.kv_tier import KVTier
-from trinity.engine.prefix_keys import extend, root
+from trinity.engine.prefix_keys import KeyBase, extend
 from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.versions import Versions
 
@@ -33,8 +34,10 @@ class PrefixCache:
     """
 
     def __init__(self, cache: KVCache, versions: Versions, is_on: bool, model: str):
-        self._cache, self._versions, self._is_on, self._model = cache, versions, is_on, model
+        self._cache, self._versions, self._is_on = cache, versions, is_on
         self._size = cache.layout.block_size
+        self._base, self._log = KeyBase(model, self._size), KeyLog()
+        cache.tables[cache.layout.kinds[0]].pool.watch = self._log.note
         self._sees_all = cache.layout.kinds[0].window is None
         windows = [table.reach for table in cache.tables.values() if table.reach is not None]
         self._every = CHECKPOINT_WINDOWS * (max(windows, default=0) + 1)
@@ -111,6 +114,16 @@ class PrefixCache:
             self._cache.know(chunk.row, (chunk.start, chunk.end), contents, sequence.tips)
         self._cache.trim(chunk.row, chunk.end, sequence.tips)
 
+    @property
+    def base(self) -> KeyBase | None:
+        """Facts by which others name its blocks; None where it is off."""
+        return self._base if self._is_on else None
+
+    def changes(self, since: int) -> KeyChanges:
+        """Keys that came and went after an earlier account, of the kind of layers that looks back furthest. Safe from any
+        thread."""
+        return self._log.since(since)
+
     def forget(self, sequence: Sequence) -> None:
         """Let what is cached of it be found no more: it is damaged."""
         self._cache.forget(sequence.keys)
@@ -181,7 +194,7 @@ class PrefixCache:
 
     def _root(self, params: SamplingParams, client: Client, adapter: AdapterRef | None) -> bytes:
         content = None if adapter is None else adapter.content
-        return root(self._model, self._size, params.trace, client.name, params.cache_salt, content)
+        return self._base.root(params.trace, client.name, params.cache_salt, content)
 
     def keys_of(
         self, token_ids: Ids[int], params: SamplingParams, client: Client, adapter: AdapterRef | None

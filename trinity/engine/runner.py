@@ -24,6 +24,7 @@ from trinity.models.common.adapted import PassAdapters
 from trinity.models.common.attention import Attend, is_plain
 from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
+from trinity.rpc.messages import PATIENT
 
 
 class Logits(NamedTuple):
@@ -62,6 +63,7 @@ class ModelRunner:
         self._versions, self._config, self._settings, self._cache = versions, config, settings, cache
         self._device = parameter.device
         self._masks = MaskThread()
+        self.gives_way = False  # to whoever else wants the shards' cores
         self._pools = KVPools(cache.layout, parameter.device, parameter.dtype)
         self._is_exact = config.batch_invariant and batch_invariant.is_for(parameter)
         self._is_exact &= all(is_plain(kept) for kept in cache.layout.kinds)
@@ -83,7 +85,8 @@ class ModelRunner:
             sampling = [chunk.sequence for chunk in in_order(chunks) if chunk.samples]
             masks = self._masks.start(sampling, self._config.vocab_size)
             model = self._versions.model(version)
-            model.experts.priority = min(chunk.sequence.priority for chunk in chunks)
+            urgency = min(chunk.sequence.priority for chunk in chunks)
+            model.experts.priority = PATIENT if self.gives_way else urgency
             logits = self.forward(model, chunks)
             assert list(logits.first) == sampling, "a mask is another sequence's"
             sampled = sample(logits.after(sampling, 0), sampling, None if masks is None else masks.result())
