@@ -17,6 +17,7 @@ NODE = "node"  # the address by which Ray knows the node
 EVERY_NODE = "every_node"
 
 
+ROLES_TIER_BYTES = 1 << 30
 Role = Literal["both", "prefill", "decode"]
 
 
@@ -83,11 +84,11 @@ class EngineConfig(Frozen):
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
     prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
-    kv_tier_bytes: int = Field(
-        default=0,
+    kv_tier_bytes: int | None = Field(
+        default=None,
         ge=0,
         description="of each node's shared memory, for what its engines have cached: all of them find it there, and one that "
-        "starts again does; 0: none",
+        "starts again does; 0: none. Default: none, or 1 GiB where roles are apart, which hand prompts over by it",
     )
     max_num_kept: int | None = Field(
         default=None,
@@ -131,6 +132,14 @@ class EngineConfig(Frozen):
         if value != "unbounded" and not (type(value) is int and value >= 0):
             raise ValueError("give a number of steps, 0 and more, or `unbounded`")
         return value
+
+    @property
+    def tier_bytes(self) -> int:
+        """`kv_tier_bytes` as a number; 0: none."""
+        if not self.prefix_cache:
+            return 0
+        is_apart = any(role != "both" for role in self.role)
+        return ROLES_TIER_BYTES * is_apart if self.kv_tier_bytes is None else self.kv_tier_bytes
 
     @property
     def num_kept_seqs(self) -> int:
