@@ -31,7 +31,7 @@ NUM_GATEWAYS = 2
 def config():
     ports = dict(zip(("http_port", "grpc_port"), free_ports(NUM_GATEWAYS), strict=True))
     serve = {**ports, "gateways": NUM_GATEWAYS, "max_concurrent_requests": 200, "drain_timeout_s": 90}
-    return Config.load(model="tiny", serve=serve, engine={"replicas": 2})
+    return Config.load(model="tiny", serve=serve, engine={"replicas": 2, "kv_tier_bytes": 1})
 
 
 @pytest.fixture(scope="module")
