@@ -20,7 +20,7 @@ from trinity.models.common.attention import PackedAttention, causal_mask, docume
 from trinity.models.common.layers import Linear, RMSNorm, SwiGLU, project
 from trinity.models.common.router import SigmoidRouter
 from trinity.ops.batch_invariant import elementwise, gemm, low_rank
-from trinity.ops.batch_invariant.attention import attention
+from trinity.ops.batch_invariant.attention import Seen, attention
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -173,37 +173,60 @@ def test_exp_is_within_an_ulp_and_keeps_nan():
     assert elementwise.sigmoid(torch.tensor([float("-inf"), float("inf"), 0.0])).tolist() == pytest.approx([0, 1, 0.5])
 
 
-@settings(max_examples=25, deadline=None)
+def seen_by(chunk: range, window: int, slot_N: torch.Tensor | None = None) -> Seen:
+    """What the chunk's queries see, of keys from the first on that any of them does."""
+    end_T = torch.arange(chunk.start, chunk.stop) + 1
+    first = max(0, chunk.start + 1 - window)
+    slot_N = torch.arange(chunk.stop - first) if slot_N is None else slot_N
+    return Seen(slot_N, (end_T - window).clamp(min=0) - first, end_T - first, torch.full_like(end_T, -first))
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    length=st.integers(1, 60),
-    window=st.integers(1, 70),
-    heads=st.sampled_from([(4, 2), (6, 1), (3, 3)]),
-    dim=st.sampled_from([4, 16, 40]),
+    length=st.integers(1, 300),
+    window=st.integers(1, 300),
+    heads=st.sampled_from([(4, 2), (6, 1), (3, 3), (16, 2)]),
+    dim=st.sampled_from([4, 16, 40, 128]),
     dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 3),
     data=st.data(),
 )
-def test_a_query_sees_its_keys_and_nothing_else(length, window, heads, dim, dtype, data):
-    """Alone, with scattered keys among NaN, the bits are those of the whole sequence; and they are what SDPA computes."""
+def test_a_query_sees_its_keys_and_nothing_else(length, window, heads, dim, dtype, threads, data):
+    """A query alone and a chunk of several, their keys scattered among NaN, have the bits of the whole sequence, whose are
+    what SDPA computes."""
+    torch.set_num_threads(threads)
     (num_q, num_kv), shape = heads, (length, heads[1], dim)
     q, k, v = (
         random(length, num_q, dim, dtype=dtype),
         random(*shape, seed=1, dtype=dtype),
         random(*shape, seed=2, dtype=dtype),
     )
-    end_T = torch.arange(length) + 1
-    first_T = (end_T - window).clamp(min=0)
-    whole = attention(q, k, v, torch.arange(length), first_T, end_T)
+    whole = attention(q, k, v, seen_by(range(length), window))
     t = data.draw(st.integers(0, length - 1))
-    seen = slice(int(first_T[t]), t + 1)
-    slots = torch.randperm(2 * length, generator=torch.Generator().manual_seed(t))[: seen.stop - seen.start]
-    pools = torch.full((2, 2 * length, num_kv, dim), torch.nan, dtype=dtype)
-    pools[0, slots], pools[1, slots] = k[seen], v[seen]
-    alone = attention(q[t : t + 1], *pools, slots, torch.tensor([0]), torch.tensor([len(slots)]))
-    assert torch.equal(alone[0], whole[t])
+    for end in (t + 1, data.draw(st.integers(t + 1, length))):
+        first = max(0, t + 1 - window)
+        slots = torch.randperm(2 * length, generator=torch.Generator().manual_seed(t))[: end - first]
+        pools = torch.full((2, 2 * length, num_kv, dim), torch.nan, dtype=dtype)
+        pools[0, slots], pools[1, slots] = k[first:end], v[first:end]
+        part = attention(q[t:end], *pools, seen_by(range(t, end), window, slots))
+        assert torch.equal(part, whole[t:end])
     plain = [x.double().transpose(0, 1)[None] for x in (q, k, v)]
     mask = causal_mask(length, window, None, torch.device("cpu"))
     want = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     torch.testing.assert_close(whole.double(), want, atol=1e-2 if dtype is torch.bfloat16 else 2e-6, rtol=1e-2)
+
+
+def test_queries_of_several_sequences_are_those_of_each():
+    """Side by side as in a decode: some have a query, one has three that share their keys."""
+    window, chunks = 90, (range(69, 70), range(4, 5), range(197, 200), range(1))
+    first = [max(0, chunk.start + 1 - window) for chunk in chunks]
+    qkv = [[random(c.stop, heads, 32, seed=i) for i, heads in enumerate((4, 2, 2))] for c in chunks]
+    parts = [(q[c.start :], k[at:], v[at:]) for (q, k, v), c, at in zip(qkv, chunks, first, strict=True)]
+    alone = [attention(*part, seen_by(chunk, window)) for part, chunk in zip(parts, chunks, strict=True)]
+    begins = np.cumsum([0, *(chunk.stop - at for chunk, at in zip(chunks, first, strict=True))])
+    seen = [[t + int(at) for t in seen_by(c, window).tensors] for c, at in zip(chunks, begins, strict=False)]
+    q, k, v = map(torch.cat, zip(*parts, strict=True))
+    assert torch.equal(attention(q, k, v, Seen(*map(torch.cat, zip(*seen, strict=True)))), torch.cat(alone))
 
 
 @pytest.mark.parametrize("has_documents", [False, True])

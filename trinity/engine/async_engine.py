@@ -22,9 +22,12 @@ from trinity.config import ANYBODY, AdapterRef, Client
 from trinity.engine.begun import Begun
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine
+from trinity.engine.key_log import KeyChanges
+from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import Delta, SamplingParams
 from trinity.engine.stats import EngineStats
 from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
+from trinity.utils.niceness import IDLE, LowPriorityExecutor
 
 if TYPE_CHECKING:
     from trinity.models.common.adapted import BackboneAdapter
@@ -53,6 +56,8 @@ class AsyncEngine:
         self._open: set[Stream] = set()
         self._draining = self._closed = False
         self._routes: dict[str, Stream] = {}  # the engine thread's own
+        self._gives_way = False
+        self._patient = LowPriorityExecutor(IDLE, partial(torch.set_num_threads, engine.settings.num_threads))
         self._thread = threading.Thread(target=self._run, name="trinity-engine", daemon=True)
         self._thread.start()
 
@@ -133,6 +138,20 @@ class AsyncEngine:
         """Forget, before the next pass, what is cached and no running request has."""
         self._post(self._engine.reset_prefix_cache)
 
+    @property
+    def key_base(self) -> KeyBase | None:
+        """Facts by which others name the blocks of its prefix cache; None without one."""
+        return self._engine.prefixes.base
+
+    def key_changes(self, since: int) -> KeyChanges:
+        """Account of what the prefix cache knows, or of what has changed since an earlier one."""
+        return self._engine.prefixes.changes(since)
+
+    def give_way(self, gives_way: bool) -> None:
+        """Compute, from the next pass on, with what others leave of the cores, here and on the shards; or as usual again."""
+        self._gives_way = gives_way
+        self._engine.give_way(gives_way)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -152,6 +171,7 @@ class AsyncEngine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._engine.close()
 
     # On the caller's side
 
@@ -189,7 +209,7 @@ class AsyncEngine:
             torch.set_num_threads(self._engine.settings.num_threads)
             while self._wait():
                 self._obey()
-                self._deliver(self._engine.step())
+                self._deliver(self._patient.run(self._engine.step) if self._gives_way else self._engine.step())
         except Exception:  # the thread's edge: nobody else would tell the waiting streams
             log.critical("the engine has failed and takes no more requests", exc_info=True)
         self._shut()

@@ -37,15 +37,21 @@ class KVPools:
     def __init__(self, layout: CacheLayout, device: torch.device, dtype: torch.dtype):
         self.k: dict[LayerCache, Tensor] = {}
         self.v: dict[LayerCache, Tensor] = {}
+        self._parts: dict[LayerCache, tuple[Tensor, ...]] = {}
         for kind in layout.kinds:
             shape = (layout.num_layers(kind), layout.num_blocks[kind] * layout.block_size, kind.num_heads)
             k, v = (_zeros((*shape, dim), device, dtype) for dim in (kind.key_dim, kind.own_value_dim))
             self.k[kind], self.v[kind] = k, k[..., : kind.value_dim] if kind.is_latent else v
+            self._parts[kind] = tuple(part for part in (k, v) if part.numel())
         self._layers = [(kind, self.k[kind][index], self.v[kind][index]) for kind, index in layout.places]
 
     def of(self, layer: int) -> tuple[LayerCache, Tensor, Tensor]:
         """The layer's kind, keys [P, G, d] and values [P, G, e]."""
         return self._layers[layer]
+
+    def parts(self, kind: LayerCache) -> tuple[Tensor, ...]:
+        """All that is stored of the layers of that kind, each [layers of the kind, P, ...]."""
+        return self._parts[kind]
 
     def write(self, layer: int, slots: Tensor, k_NGd: Tensor, v_NGe: Tensor | None) -> None:
         """Store new tokens at these slots; `v_NGe` is None in a latent layer."""

@@ -20,9 +20,10 @@ from trinity.engine.adapters import AdapterStore
 from trinity.engine.begun import Begun, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.deltas import by_request
-from trinity.engine.grammars import Grammars
+from trinity.engine.grammars import Grammars, advance
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
+from trinity.engine.kv_tier import KVTier, TierPlace
 from trinity.engine.memory import settled
 from trinity.engine.pace import Pace
 from trinity.engine.prefix_cache import PrefixCache
@@ -55,7 +56,6 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
-from trinity.text.grammar.admission import refusal
 from trinity.text.grammar.progress import reasoning_end
 from trinity.text.reasoning import MARKERS
 
@@ -72,7 +72,8 @@ class Engine:
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
     seconds by phase. `defaults` are those of fields that a request does not set; `adapters` is where AsyncEngine finds those of
-    requests. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
+    requests; `tier`, where the node keeps what engines have cached. Raises ConfigError if the KV cache cannot hold one longest
+    sequence or there can be no such tier, and what `source.model` raises.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Engine:
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
         defaults: SamplingDefaults | None = None,
         adapters: AdapterStore | None = None,
+        tier: TierPlace | None = None,
     ):
         self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
@@ -101,6 +103,8 @@ class Engine:
         self._drafts = Speculation(settings.max_draft_tokens)
         self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace, self._drafts)
         self._runner = ModelRunner(versions, config, settings, self._cache)
+        if tier is not None:
+            self._prefixes.tier = KVTier(tier, self._cache, self._runner.parts, versions.is_withdrawn)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
@@ -109,7 +113,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._refused)
+        return bool(self._sequences or self._refused or self._prefixes.has_unsaved)
 
     @property
     def version(self) -> int:
@@ -225,6 +229,7 @@ class Engine:
         if not any(result.error for result in results):  # what failed says nothing about what a pass takes
             self._pace.took(sum(chunk.count for chunk in chunks), run_s)
             self._drafts.took(chunks, time.perf_counter() - started_s)
+        self.prefixes.save(self._pace.last_s if self._sequences else None)
         return deltas
 
     def _end_late(self) -> list[Delta]:
@@ -288,7 +293,7 @@ class Engine:
         token = sampled.token_id
         sequence.token_ids.append(token)
         sequence.num_repeats = 0
-        if (stuck := _grammar_error(sequence, token)) is not None:
+        if (stuck := advance(sequence, token)) is not None:
             return self._end(sequence, "error", error=stuck.message, cause=stuck)
         self._num_generated_tokens += 1
         ends = token in sequence.params.stop_token_ids or self._is_eos(sequence, token)
@@ -351,7 +356,20 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget everything that is cached, but for what running requests have."""
-        self._cache.drop(lambda oldest, newest: True)
+        self._prefixes.drop(lambda oldest, newest: True)
+
+    def close(self) -> None:
+        """Leave the node's tier, for good."""
+        self._prefixes.close()
+
+    def give_way(self, gives_way: bool) -> None:
+        """Have shards compute its rows with what others leave of their cores, or as usual again. Safe from any thread."""
+        self._runner.gives_way = gives_way
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """The cache of beginnings, for accounts of it."""
+        return self._prefixes
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
@@ -364,8 +382,7 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
-            num_prefix_queries=self._prefixes.num_queries,
-            num_prefix_hits=self._prefixes.num_hits,
+            **self._prefixes.counts(),
             num_idle_blocks=self._cache.num_idle_blocks,
             num_computed_tokens=self._num_computed_tokens,
             num_versions_held=self._versions.num_held,
@@ -388,12 +405,3 @@ class Engine:
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"
         assert {id(s) for s in [*running, *waiting]} == {id(s) for s in self._sequences.values()}, "a sequence is lost"
         self._versions.check(self._sequences.values())
-
-
-def _grammar_error(sequence: Sequence, token: int) -> InvalidRequest | None:
-    """Error that keeps its grammar from going on with this token: it was too costly in the end."""
-    if sequence.progress is None:
-        return None
-    sequence.progress.take(token)
-    why = sequence.progress.error
-    return refusal(f"after {sequence.num_generated} tokens: {why}") if why else None

@@ -15,16 +15,21 @@ from torch import Tensor
 from trinity.engine.attention import Flat, KVPools
 from trinity.engine.block_table import BlockTable
 from trinity.engine.kv_cache import KVCache
-from trinity.ops.batch_invariant.attention import attention
+from trinity.ops.batch_invariant.attention import Seen, attention
 
 
 class Reads(NamedTuple):
-    """Queries, and the keys that each sees: slot_N[first:end]."""
+    """Queries, and the keys that each sees."""
 
     rows: slice  # of T
-    slot_N: Tensor
-    first_n: Tensor
-    end_n: Tensor
+    seen: Seen
+
+
+class Prefill(NamedTuple):
+    """A chunk, and the slots of the keys before it that it sees."""
+
+    past_N: Tensor
+    reads: Reads
 
 
 class ExactPlan(NamedTuple):
@@ -33,7 +38,7 @@ class ExactPlan(NamedTuple):
     write_rows: Tensor  # of T
     write_slots: Tensor
     decodes: Reads
-    prefills: tuple[tuple[Tensor, Reads], ...]  # the slots of the past, and reads of past and chunk together
+    prefills: tuple[Prefill, ...]
 
 
 class ExactAttention:
@@ -48,15 +53,13 @@ class ExactAttention:
         v_TGd = v_TGe  # values are as long as keys
         kind, k_PGd, v_PGd = self._pools.of(layer)
         plan, out_THd = self._plans[kind], torch.empty_like(q_THd)
-        for past_N, reads in plan.prefills:
-            k_SGd, v_SGd = (
-                torch.cat((pool[past_N], new[reads.rows])) for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd))
-            )
-            out_THd[reads.rows] = attention(q_THd[reads.rows], k_SGd, v_SGd, *reads[1:])
+        for past_N, (rows, seen) in plan.prefills:
+            k_SGd, v_SGd = (torch.cat((pool[past_N], new[rows])) for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd)))
+            out_THd[rows] = attention(q_THd[rows], k_SGd, v_SGd, seen)
         self._pools.write(layer, plan.write_slots, k_TGd[plan.write_rows], v_TGd[plan.write_rows])
-        rows = plan.decodes.rows
+        rows, seen = plan.decodes
         if rows.stop:
-            out_THd[rows] = attention(q_THd[rows], k_PGd, v_PGd, *plan.decodes[1:])
+            out_THd[rows] = attention(q_THd[rows], k_PGd, v_PGd, seen)
         return out_THd
 
 
@@ -76,14 +79,15 @@ def _decodes(table: BlockTable, flat: Flat, reach: int) -> Reads:
     row_B, length_B = flat.row_T[: flat.num_decodes], flat.end_T[: flat.num_decodes]
     seen_B = np.minimum(length_B, reach)
     end_B = seen_B.cumsum()
-    position_N = np.arange(seen_B.sum()) + np.repeat(length_B - end_B, seen_B)
+    origin_B = end_B - length_B
+    position_N = np.arange(seen_B.sum()) - np.repeat(origin_B, seen_B)
     slot_N = table.slots(np.repeat(row_B, seen_B), position_N)
-    return Reads(slice(0, flat.num_decodes), *map(torch.from_numpy, (slot_N, end_B - seen_B, end_B)))
+    return Reads(slice(0, flat.num_decodes), Seen(*map(torch.from_numpy, (slot_N, end_B - seen_B, end_B, origin_B))))
 
 
-def _prefill(table: BlockTable, row: int, start: int, end: int, at: int, reach: int) -> tuple[Tensor, Reads]:
+def _prefill(table: BlockTable, row: int, start: int, end: int, at: int, reach: int) -> Prefill:
     first = max(0, start - reach + 1)
     past_N = torch.from_numpy(table.slots(row, np.arange(first, start)))
     end_n = torch.arange(start, end) - first + 1
-    rows, every = slice(at, at + end - start), torch.arange(end - first)
-    return past_N, Reads(rows, every, (end_n - reach).clamp_(min=0), end_n)
+    seen = Seen(torch.arange(end - first), (end_n - reach).clamp_(min=0), end_n, torch.full_like(end_n, -first))
+    return Prefill(past_N, Reads(slice(at, at + end - start), seen))

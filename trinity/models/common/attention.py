@@ -90,15 +90,15 @@ class PackedAttention:
             return self._library(cache, q_THd, k_TGd, v_TGe)
         from trinity.ops.batch_invariant import attention
 
-        return attention.differentiable(q_THd, k_TGd, v_TGe, *self._visible(cache), partial(self._gradients, cache))
+        seen = attention.Seen(*self._visible(cache))
+        return attention.differentiable(q_THd, k_TGd, v_TGe, seen, partial(self._gradients, cache))
 
-    def _visible(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """The keys that each token sees, of the T of this pass: (first_T, end_T)."""
+    def _visible(self, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The keys that each token sees, of the T of this pass: all of them, (first_T, end_T), and its document's first token."""
         at_T = torch.arange(self.batch * self.seq)
-        begin_T = at_T - document_positions(self.docs_BS, self.batch, self.seq).cpu()
-        if cache.window is not None:
-            begin_T = begin_T.maximum(at_T - cache.window + 1)
-        return begin_T, at_T + 1
+        origin_T = at_T - document_positions(self.docs_BS, self.batch, self.seq).cpu()
+        first_T = origin_T if cache.window is None else origin_T.maximum(at_T - cache.window + 1)
+        return at_T, first_T, at_T + 1, origin_T
 
     def _library(self, cache: LayerCache, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor) -> Tensor:
         mask = self._mask(cache, q_THd.device)

@@ -5,15 +5,17 @@ A library chooses how it sums by the number of rows (other kernels for 1, 3 or 1
 reassociate chooses anew at each place where a loop is written. Here the order is written down, in LLVM's vector types:
 
 - `dots`: lane l sums w[i] x[i] over i = l, l + 16, ... in turn; lanes are added as a tree (l with l + 8, + 4, + 2, + 1); what
-  is left of K comes last, one by one. Every product is fused with its sum. Four rows meet two weight rows at a time, so that
-  one loaded number serves several products; with fewer rows some of the code's results are not used.
+  is left of K comes last, one by one. Every product is fused with its sum. Four rows meet two or four weight rows at a time, so
+  that one loaded number serves several products; with fewer rows some of the code's results are not used.
 - `adds`: each lane is one output and sums p[k] v[k] over k in turn; what was there is added last. Six rows meet four vectors.
-- `mixes`: each lane is one output and sums p[j] v[j] over the keys j in turn; terms of p = 0 change nothing.
+- `mixes`: each lane is one output and sums p[j] v[j] over the keys j in turn, to which what was there is added last; terms of
+  p = 0 change nothing.
 
 The same bits, therefore, on any machine and from any number of threads. Addresses are plain integers: arrays stay alive and
 in bounds because the callers, all in this folder, see to it.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,14 @@ from torch import Tensor
 
 LANES, ROWS, COLUMNS = 16, 4, 2
 TALL, WIDE = 6, 4  # of `adds`: with what they are multiplied by, they fill the registers
-F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-VECTOR, SUMS = ir.VectorType(F32, LANES), ir.VectorType(F32, ROWS * COLUMNS)
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VECTOR = ir.VectorType(F32, LANES)
+STORED = {types.float32: F32, types.uint16: I16, types.int8: I8}  # bits of bfloat16 as uint16
 intrinsic: Any = numba_intrinsic  # what it makes is called without the first argument, which its type does not say
 
 
 TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8", torch.int32: "<i4", torch.bool: "|b1"}
+TYPES |= {torch.int8: "|i1"}
 
 
 class _Memory:
@@ -60,15 +64,15 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 @intrinsic
 def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
-    """out[column * ROWS + row] = w . x for the rows at addresses xs (a tuple of ROWS) and ws (COLUMNS), all of length k.
+    """out[column * len(xs) + row] = w . x for the rows at addresses xs (a tuple of ROWS or 1) and ws (of 2 or 4), of length k.
 
-    ws point into the array `weights`: float32, or uint16 that are the bits of bfloat16.
+    ws point into the array `weights`: float32, uint16 that are the bits of bfloat16, or int8.
     """
-    is_half = weights.dtype == types.uint16
+    stored = STORED[weights.dtype]
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         xs, ws, k, out, _ = arguments
-        rows, columns = _pointers(b, xs), _pointers(b, ws, is_half)
+        rows, columns = _pointers(b, xs), _pointers(b, ws, stored)
         out = b.inttoptr(out, F32.as_pointer())
         pairs = [(column, row) for column in columns for row in rows]
         whole = b.and_(k, I64(-LANES))
@@ -77,7 +81,8 @@ def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
             loaded = {id(p): _loaded(b, b.gep(p, [i]), LANES) for p in (*rows, *columns)}
             for (column, row), total in zip(pairs, sums, strict=True):
                 b.store(_fma(b, loaded[id(column)], loaded[id(row)], b.load(total)), total)
-        b.store(_trees(b, [b.load(total) for total in sums]), b.bitcast(out, SUMS.as_pointer()), align=4)
+        tree = _trees(b, [b.load(total) for total in sums])
+        b.store(tree, b.bitcast(out, tree.type.as_pointer()), align=4)
         with cgutils.for_range_slice(b, whole, k, I64(1), intp=I64) as (i, _):
             for at, (column, row) in enumerate(pairs):
                 total = b.gep(out, [I64(at)])
@@ -87,27 +92,48 @@ def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
 
 
 @intrinsic
-def mixes(typing: Any, ps: Any, slots: Any, v: Any, stride: Any, num: Any, outs: Any, values: Any) -> Any:
-    """outs[row][lane] = sum over j < num of ps[row][j] * v[slots[j] * stride + lane]; ps, outs: tuples of ROWS addresses.
-
-    v points into the array `values`: float32, or uint16 that are the bits of bfloat16.
-    """
-    is_half = values.dtype == types.uint16
+def mixes(typing: Any, p: Any, slots: Any, vs: Any, stride: Any, num: Any, outs: Any, values: Any) -> Any:
+    """outs[row][lane] += sum over j < num of p[j * ROWS + row] * v[slots[j] * stride + lane], for the LANES of each v of `vs`, a
+    tuple of addresses side by side; outs: of up to ROWS. vs point into the array `values`: of what `dots` takes."""
+    stored = STORED[values.dtype]
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        ps, slots, v, stride, num, outs, _ = arguments
-        rows, out = _pointers(b, ps), _pointers(b, outs)
-        slots, v = b.inttoptr(slots, I64.as_pointer()), b.inttoptr(v, (I16 if is_half else F32).as_pointer())
-        sums = [_variable(b, VECTOR) for _ in rows]
+        p, slots, vs, stride, num, outs, _ = arguments
+        columns, out = _pointers(b, vs, stored), _pointers(b, outs)
+        p, slots = b.inttoptr(p, F32.as_pointer()), b.inttoptr(slots, I64.as_pointer())
+        sums = [[_variable(b, VECTOR) for _ in columns] for _ in out]
         with cgutils.for_range(b, num, intp=I64) as loop:
-            loaded = _loaded(b, b.gep(v, [b.mul(b.load(b.gep(slots, [loop.index])), stride)]), LANES)
-            for row, total in zip(rows, sums, strict=True):
-                spread = _spread(b, b.load(b.gep(row, [loop.index])))
-                b.store(_fma(b, spread, loaded, b.load(total)), total)
-        for pointer, total in zip(out, sums, strict=True):
-            b.store(b.load(total), b.bitcast(pointer, VECTOR.as_pointer()), align=4)
+            line = b.mul(b.load(b.gep(slots, [loop.index])), stride)
+            loaded = [_loaded(b, b.gep(column, [line]), LANES) for column in columns]
+            first = b.mul(loop.index, I64(ROWS))
+            for row, totals in enumerate(sums):
+                spread = _spread(b, b.load(b.gep(p, [b.add(first, I64(row))])))
+                for vector, total in zip(loaded, totals, strict=True):
+                    b.store(_fma(b, spread, vector, b.load(total)), total)
+        for pointer, totals in zip(out, sums, strict=True):
+            for at, total in enumerate(totals):
+                place = b.gep(pointer, [I64(LANES * at)])
+                found = b.fadd(_loaded(b, place, LANES), b.load(total))
+                b.store(found, b.bitcast(place, VECTOR.as_pointer()), align=4)
 
-    return types.void(ps, slots, v, stride, num, outs, values), generate
+    return types.void(p, slots, vs, stride, num, outs, values), generate
+
+
+@intrinsic
+def highest(typing: Any, scores: Any, num: Any, out: Any) -> Any:
+    """out[row] = the highest of scores[j * ROWS + row], j < num, a multiple of LANES / ROWS; NaN is passed over."""
+
+    def greater(b: Any, x: Any, y: Any) -> Any:
+        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+    return types.void(scores, num, out), partial(_reduced, greater, -np.inf)
+
+
+@intrinsic
+def summed(typing: Any, scores: Any, num: Any, out: Any) -> Any:
+    """out[row] = the sum of scores[j * ROWS + row], j < num, a multiple of LANES / ROWS: lane l has the elements l, l + 16, ... in
+    turn, and lanes are added as a tree (l with l + 8, + 4)."""
+    return types.void(scores, num, out), partial(_reduced, lambda b, x, y: b.fadd(x, y), 0.0)
 
 
 @intrinsic
@@ -153,31 +179,32 @@ def as_float(typing: Any, bits: Any) -> Any:
 
 @intrinsic
 def widened(typing: Any, stored: Any) -> Any:
-    """The float32 that a float32, or the bits of a bfloat16 as uint16, stands for."""
-
-    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        number = arguments[0]
-        return number if number.type == F32 else b.bitcast(b.shl(b.zext(number, I32), I32(16)), F32)
-
-    return types.float32(stored), generate
+    """The float32 that a float32, the bits of a bfloat16 as uint16, or an int8 stands for."""
+    return types.float32(stored), lambda context, b, signature, arguments: _widened(b, arguments[0])
 
 
-def _pointers(b: Any, addresses: Any, is_half: bool = False) -> list[Any]:
-    kind = (I16 if is_half else F32).as_pointer()
-    return [b.inttoptr(address, kind) for address in cgutils.unpack_tuple(b, addresses)]
+def _pointers(b: Any, addresses: Any, kind: Any = F32) -> list[Any]:
+    return [b.inttoptr(address, kind.as_pointer()) for address in cgutils.unpack_tuple(b, addresses)]
 
 
 def _loaded(b: Any, pointer: Any, num: int = 1) -> Any:
-    """A float32, or a vector of `num`. A bfloat16 is the upper half of one."""
+    """A float32, or a vector of `num`, of what is stored there."""
     stored = pointer.type.pointee
     if num > 1:
         pointer = b.bitcast(pointer, ir.VectorType(stored, num).as_pointer())
-    value = b.load(pointer, align=2 if stored == I16 else 4)
+    return _widened(b, b.load(pointer, align=stored.width // 8 if isinstance(stored, ir.IntType) else 4))
+
+
+def _widened(b: Any, value: Any) -> Any:
+    """float32 of a number, or a vector of them. A bfloat16 is the upper half of one."""
+    num = value.type.count if isinstance(value.type, ir.VectorType) else 0
+    stored = value.type.element if num else value.type
     if stored == F32:
         return value
-    wide = I32 if num == 1 else ir.VectorType(I32, num)
-    high = ir.Constant(wide, 16 if num == 1 else [16] * num)
-    return b.bitcast(b.shl(b.zext(value, wide), high), F32 if num == 1 else VECTOR)
+    wide, real = (ir.VectorType(kind, num) if num else kind for kind in (I32, F32))
+    if stored == I8:
+        return b.sitofp(b.sext(value, wide), real)
+    return b.bitcast(b.shl(b.zext(value, wide), ir.Constant(wide, [16] * num if num else 16)), real)
 
 
 def _variable(b: Any, kind: Any, value: Any = None) -> Any:
@@ -192,6 +219,19 @@ def _fma(b: Any, v: Any, w: Any, total: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(v.type, [v.type] * 3), name), [v, w, total])
 
 
+def _reduced(merged: Any, empty: float, context: Any, b: Any, signature: Any, arguments: Any) -> None:
+    scores, num, out = arguments
+    scores, out = b.inttoptr(scores, F32.as_pointer()), b.inttoptr(out, F32.as_pointer())
+    found = _variable(b, VECTOR, ir.Constant(VECTOR, [empty] * LANES))
+    with cgutils.for_range_slice(b, I64(0), b.mul(num, I64(ROWS)), I64(LANES), intp=I64) as (i, _):
+        b.store(merged(b, _loaded(b, b.gep(scores, [i]), LANES), b.load(found)), found)
+    vector = b.load(found)
+    for width in (8, 4):
+        low, high = (ir.Constant(ir.VectorType(I32, width), list(range(at, at + width))) for at in (0, width))
+        vector = merged(b, b.shuffle_vector(vector, vector, low), b.shuffle_vector(vector, vector, high))
+    b.store(vector, b.bitcast(out, vector.type.as_pointer()), align=4)
+
+
 def _spread(b: Any, number: Any) -> Any:
     undefined = ir.Constant(VECTOR, ir.Undefined)
     first = b.insert_element(undefined, number, I32(0))
@@ -199,7 +239,7 @@ def _spread(b: Any, number: Any) -> Any:
 
 
 def _trees(b: Any, vectors: list[Any]) -> Any:
-    """The sum of all lanes of each of ROWS * COLUMNS vectors, halves added to halves; -> a vector of that many sums.
+    """The sum of all lanes of each of up to LANES vectors, halves added to halves; -> a vector of that many sums.
 
     Two vectors are folded into one that has the halves of both, so that no lane is idle.
     """

@@ -3,14 +3,14 @@
 import torch
 
 from trinity.ops.batch_invariant import elementwise, gemm
-from trinity.ops.batch_invariant.attention import attention
+from trinity.ops.batch_invariant.attention import Seen, attention
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
 
 
 def warm_up(dtype: torch.dtype) -> None:
     """Run each kernel once on next to nothing. A few seconds on a machine's first time, half a second later."""
     z, one = torch.zeros(1, 1, 2, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    attention(z, z, z, one, one, one + 1)
+    attention(z, z, z, Seen(one, one, one + 1, one))
     gemm.linear(z, z[0])
     elementwise.gated(z, z)
     if dtype == torch.float32:
