@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
     from trinity.engine.handoff import Prefilled
-    from trinity.engine.kv_tier import TierPlace
 
 BEAT_S, SILENT_S = 5.0, 20.0
 Built = tuple["AsyncEngine", Tokenizer, str]
@@ -51,16 +50,19 @@ RESET_S = 10.0
 def build_engine(source: str, config_json: str) -> Built:
     """The real engine: a backbone here, its experts in the pool of shards that the config names."""
     with uncollected():
+        from actors.sync.kv_tiers import handoff_of
         from trinity.checkpoint import title_of
         from trinity.engine.async_engine import AsyncEngine
 
     config = Config.model_validate_json(config_json)
     engine = _engine_of_run(source, config) if config.serve.is_of_run else _engine_of_checkpoint(source, config)
-    return AsyncEngine(engine), engine.tokenizer, config.serve.served_model_name or title_of(source)
+    served = AsyncEngine(engine, handoff_of(config, engine))
+    return served, engine.tokenizer, config.serve.served_model_name or title_of(source)
 
 
 def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from actors.pool import connect
+    from actors.sync.kv_tiers import tier_of
     from trinity.checkpoint import open_checkpoint
     from trinity.engine.defaults import read_defaults
     from trinity.engine.engine import Engine
@@ -76,7 +78,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
     line = f"{pool.service.identity()}/{fingerprint(weights.model(found.version))}"
-    tier = _tier(config, lambda version: line)
+    tier = tier_of(config, lambda version: line)
     own = _adapters(config, found.config)
     return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, own, tier)
 
@@ -84,25 +86,14 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     """Over weights that the run commits while it is served."""
     from actors.pool import connect
+    from actors.sync.kv_tiers import tier_of
     from actors.sync.live_weights import live_source
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
     settings, adapters = _settled(config, model), _adapters(config, model)
-    tier = _tier(config, weights.line)
+    tier = tier_of(config, weights.line)
     return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters, tier=tier)
-
-
-def _tier(config: Config, line: "Callable[[int], str | None]") -> "TierPlace | None":
-    """Place where this node's engines keep what they have cached; what gone servers have left is removed in any case."""
-    from actors.sync import shm_folders
-    from trinity.engine.kv_tier import TierPlace
-
-    num_bytes = config.engine.kv_tier_bytes
-    if not num_bytes or not config.engine.prefix_cache:
-        shm_folders.sweep(shm_folders.base(config.placement.memory_dir))
-        return None
-    return TierPlace(shm_folders.cache_folder(config.placement, config.cluster.namespace), num_bytes, line)
 
 
 def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":

@@ -125,7 +125,7 @@ def test_what_is_withdrawn_is_not_read_even_where_it_cannot_be_purged(tmp_path):
     source.commit()
     ask(engine, tuple(reversed(PROMPT)))
     other = fake_engine(source=source, kv_max_age="unbounded", tier=place(tmp_path))
-    with other._prefixes.tier.segment.locked() as stopped:
+    with other.prefixes.tier.segment.locked() as stopped:
         assert stopped
         source.known.remove(2)
         assert ask(engine, tuple(reversed(PROMPT)))[1] == 0
@@ -172,7 +172,7 @@ def test_damaged_blocks_are_computed_and_nobody_notices(tmp_path):
     answer, _ = ask(restarted(tmp_path, config))
     [path] = tmp_path.glob("kv-*")
     engine = restarted(tmp_path, config)
-    slots = engine._prefixes.tier.segment.kinds[0]
+    slots = engine.prefixes.tier.segment.kinds[0]
     with path.open("r+b") as file:
         for _, _, slot in slots.all_of(next(iter(set(slots._line_N.tolist()) - {0})))[2:3]:
             file.seek(slots._at(slot))
@@ -209,10 +209,10 @@ def test_traced_tokens_stay_out(tmp_path):
 def test_who_writes_does_so_little_by_little_and_gives_way(tmp_path, monkeypatch):
     monkeypatch.setattr(kv_tier, "LEAST_S", 0.0)
     engine, other = restarted(tmp_path), restarted(tmp_path)
-    tier = engine._prefixes.tier
+    tier = engine.prefixes.tier
     for copies in tier._copies.values():
         copies.num_together = 2
-    with other._prefixes.tier.segment.locked() as is_mine:
+    with other.prefixes.tier.segment.locked() as is_mine:
         assert is_mine
         assert ask(engine)[1] == 0
         assert not tier.num_written
@@ -250,7 +250,7 @@ def test_an_adapter_has_blocks_of_its_own(tmp_path):
             self.ref = AdapterRef(f"a{number}", number, "")
 
     engine = restarted(tmp_path)
-    one, other = (engine._prefixes.keys_of(PROMPT, GREEDY, ALICE, Adapter(n).ref) for n in (1, 2))
+    one, other = (engine.prefixes.keys_of(PROMPT, GREEDY, ALICE, Adapter(n).ref) for n in (1, 2))
     assert len(one) == len(other) == 5
     assert not set(one) & set(other)
 
@@ -319,12 +319,12 @@ def test_the_last_who_leaves_takes_the_tier_along_and_who_is_killed_leaves_it(tm
     folder = tmp_path / "tier"
     one, other = restarted(folder), restarted(folder)
     ask(one)
-    one.close()
+    one.prefixes.close()
     assert ask(other)[1] == 20
-    os.close(other._prefixes.tier._user._fd)  # what the kernel does for the dead
+    os.close(other.prefixes.tier._user._fd)  # what the kernel does for the dead
     again = restarted(folder)
     assert ask(again)[1] == 20
-    again.close()
+    again.prefixes.close()
     assert not folder.exists()
     assert ask(restarted(folder))[1] == 0
 

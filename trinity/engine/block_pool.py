@@ -29,18 +29,18 @@ class Content:
 
 
 class BlockPool:
-    """Owns the numbers 0 to num_blocks - 1. `watch` hears of what is worth keeping, and whether its sequence lets it go;
-    `log`, which keys come and go."""
+    """Owns the numbers 0 to num_blocks - 1. `kept` hears of what is worth keeping, and whether its sequence lets it go;
+    `watch` which keys come and go."""
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
-        self.watch: Callable[[int, Content, bool], None] | None = None
+        self.kept: Callable[[int, Content, bool], None] | None = None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the next to go first
         self._holders = [0] * num_blocks
         self._contents: dict[int, Content] = {}
         self._blocks: dict[bytes, list[int]] = {}  # by the key of their contents
-        self.log: Callable[[bytes, bool], None] = lambda key, is_there: None
+        self.watch: Callable[[bytes, bool], None] = lambda key, is_there: None
 
     @property
     def num_available(self) -> int:
@@ -79,8 +79,8 @@ class BlockPool:
         self._idle[block] = None
         if not keep:
             self._idle.move_to_end(block, last=False)
-        elif self.watch is not None:
-            self.watch(block, content, True)
+        elif self.kept is not None:
+            self.kept(block, content, True)
 
     def know(self, block: int, content: Content, keep: bool = True) -> None:
         """It is held, and full: this is in it from now on. `keep`: as in `let_go`."""
@@ -92,9 +92,9 @@ class BlockPool:
         self.forget(block)
         self._contents[block] = content
         self._blocks.setdefault(content.key, []).append(block)
-        self.log(content.key, True)
-        if keep and self.watch is not None:
-            self.watch(block, content, False)
+        if keep and self.kept is not None:
+            self.kept(block, content, False)
+        self.watch(content.key, True)
 
     def forget(self, block: int) -> None:
         """Let what is in it be found no more. Harmless where nothing is known of it."""
@@ -104,7 +104,7 @@ class BlockPool:
         alike.remove(block)
         if not alike:
             del self._blocks[content.key]
-            self.log(content.key, False)
+            self.watch(content.key, False)
         if block in self._idle:
             del self._idle[block]
             self._free.append(block)

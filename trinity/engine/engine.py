@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.adapters import AdapterStore
-from trinity.engine.begun import Begun, resume
+from trinity.engine.begun import NOT_HANDED, Begun, Handed, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.deltas import by_request
 from trinity.engine.grammars import Grammars, advance
@@ -49,6 +50,7 @@ from trinity.engine.weights import WeightSource
 from trinity.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    Overloaded,
     StepConflict,
     TrinityError,
     Unavailable,
@@ -58,6 +60,7 @@ from trinity.errors import (
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
 from trinity.text.grammar.progress import reasoning_end
 from trinity.text.reasoning import MARKERS
+from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
     from trinity.models.common.adapted import BackboneAdapter
@@ -98,13 +101,13 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
-        self._prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
+        self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
         max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
         self._drafts = Speculation(settings.max_draft_tokens)
-        self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace, self._drafts)
+        self._scheduler = Scheduler(self._cache, versions, self.prefixes, max_running, self._pace, self._drafts)
         self._runner = ModelRunner(versions, config, settings, self._cache)
         if tier is not None:
-            self._prefixes.tier = KVTier(tier, self._cache, self._runner.parts, versions.is_withdrawn)
+            self.prefixes.tier = KVTier(tier, self._cache, self._runner.parts, versions.is_withdrawn)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
@@ -113,7 +116,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._refused or self._prefixes.has_unsaved)
+        return bool(self._sequences or self._refused or self.prefixes.has_unsaved)
 
     @property
     def version(self) -> int:
@@ -130,10 +133,11 @@ class Engine:
         until_s: float = math.inf,
         adapter: "BackboneAdapter | None" = None,
         begun: Begun | None = None,
+        handed: Handed = NOT_HANDED,
     ) -> None:
         """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. After `until_s`
         on time.monotonic() nobody waits for it. `adapter`: what is computed beside the weights for it, whatever their version.
-        An answer that has `begun` elsewhere goes on here after its last token.
+        An answer that has `begun` elsewhere goes on here after its last token. `handed`: its prompt is handed over.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing. Where the queue is full an urgent
         request takes the place of the last of a less urgent priority."""
@@ -156,6 +160,11 @@ class Engine:
         sequence.adapter = adapter
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
+        elif handed.version is not None and params.version_policy == "pinned":
+            tried(
+                partial(self._versions.pin_to, sequence, handed.version), Overloaded
+            )  # no token yet: another one will do
+        sequence.held_s = handed.held_s
         if crowded_out is not None:
             full = overloaded(self.settings.max_num_waiting)
             self._refused.append(self._end(crowded_out, "error", error=full.message, cause=full))
@@ -258,7 +267,7 @@ class Engine:
 
     def _computed(self, chunk: Chunk, version: int) -> None:
         chunk.sequence.computed(chunk.start, chunk.end, version)
-        self._prefixes.computed(chunk)
+        self.prefixes.computed(chunk)
 
     def _accept_drafts(self, chunks: list[Chunk], version: int, result: Result) -> list[Delta]:
         """Take the tokens of drafts as far as they are what was sampled, and one more of each."""
@@ -317,7 +326,7 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
-        self._prefixes.forget(sequence)
+        self.prefixes.forget(sequence)
         own = sequence.adapter
         whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
         error = TrinityError(f"{whose} are not finite; its weights are damaged")
@@ -338,7 +347,7 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason, **fields: Any) -> Delta:
         self._scheduler.remove(sequence)
         self._drafts.end(sequence)
-        self._versions.release(sequence)
+        self._versions.release(sequence, sequence.held_s)
         del self._sequences[sequence.request_id]
         return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
 
@@ -356,20 +365,11 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget everything that is cached, but for what running requests have."""
-        self._prefixes.drop(lambda oldest, newest: True)
-
-    def close(self) -> None:
-        """Leave the node's tier, for good."""
-        self._prefixes.close()
+        self.prefixes.drop(lambda oldest, newest: True)
 
     def give_way(self, gives_way: bool) -> None:
         """Have shards compute its rows with what others leave of their cores, or as usual again. Safe from any thread."""
         self._runner.gives_way = gives_way
-
-    @property
-    def prefixes(self) -> PrefixCache:
-        """The cache of beginnings, for accounts of it."""
-        return self._prefixes
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
@@ -382,7 +382,7 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
-            **self._prefixes.counts(),
+            **self.prefixes.counts(),
             num_idle_blocks=self._cache.num_idle_blocks,
             num_computed_tokens=self._num_computed_tokens,
             num_versions_held=self._versions.num_held,

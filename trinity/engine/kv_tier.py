@@ -25,6 +25,7 @@ from torch import Tensor
 from trinity.config import LayerCache
 from trinity.engine.block_pool import Content
 from trinity.engine.kv_cache import Hit, KVCache
+from trinity.engine.kv_exchange import Asked, Wanted
 from trinity.engine.kv_segment import Known, KVSegment, Slots
 from trinity.engine.kv_users import FolderUser
 
@@ -82,7 +83,8 @@ class KVTier:
         self._copies = {kind: BlockCopies(parts(kind), cache.layout.block_size) for kind in cache.tables}
         sizes = [copies.block_bytes for copies in self._copies.values()]
         self._user = FolderUser(place.folder)
-        self.segment = KVSegment(place.folder, sizes, place.num_bytes)
+        self.shape, self.block_size = (place.folder, sizes, place.num_bytes), cache.layout.block_size
+        self.segment = KVSegment(*self.shape)
         self._slots: Mapping[LayerCache, Slots] = dict(zip(cache.tables, self.segment.kinds, strict=True))
         self._queue: dict[tuple[LayerCache, int], tuple[Content, int]] = {}  # with its stamp
         self._drops: list[Callable[[], None]] = []
@@ -90,7 +92,7 @@ class KVTier:
         self.num_written = 0
         self._pools = {kind: table.pool for kind, table in cache.tables.items()}
         for kind, pool in self._pools.items():
-            pool.watch = partial(self._note, kind)
+            pool.kept = partial(self._note, kind)
 
     @property
     def has_work(self) -> bool:
@@ -227,6 +229,33 @@ class KVTier:
             ]
             if found:
                 slots.touch(*zip(*found, strict=True))
+
+    # -- prompts that are handed over
+
+    def asked(self, keys: Sequence[bytes], oldest: int, newest: int) -> Asked | None:
+        """Blocks that go on from all of these takes: windows first, for nothing is of use without. Safe from any thread."""
+        if (line := self._line_of(newest)) is None:
+            return None
+        kinds = sorted(enumerate(self._cache.tables), key=lambda each: each[1].window is None)
+        wanted = (Wanted(at, key) for at, kind in kinds for key in keys[self._cache.first_seen(kind, len(keys)) :])
+        return Asked(self.segment.name, line, oldest, newest, tuple(wanted))
+
+    def save(self, keys: Sequence[bytes], oldest: int, newest: int) -> int | None:
+        """Write what the engine has of these; -> the blocks of the longest beginning that is here then, None while another one
+        writes."""
+        line = self._line_of(newest)
+        if line is None:
+            return 0
+        with self.segment.locked() as is_mine:
+            if not is_mine:
+                return None
+            self._drop_all()
+            for kind, pool in self._pools.items():
+                own = self._own(kind, keys, oldest, newest)
+                for at in range(0, len(own), num := self._copies[kind].num_together):
+                    contents = ((block, pool.content(block)) for block in own[at : at + num])
+                    self._write({(kind, block): (each, time.monotonic_ns() - each.place) for block, each in contents})
+        return self._cache.longest(keys, lambda kind, key: self._found(kind, key, line, oldest, newest) is not None)[0]
 
     def _own(self, kind: LayerCache, keys: Sequence[bytes], oldest: int, newest: int) -> list[int]:
         pool = self._pools[kind]

@@ -37,7 +37,7 @@ class PrefixCache:
         self._cache, self._versions, self._is_on = cache, versions, is_on
         self._size = cache.layout.block_size
         self._base, self._log = KeyBase(model, self._size), KeyLog()
-        cache.tables[cache.layout.kinds[0]].pool.log = self._log.note
+        cache.tables[cache.layout.kinds[0]].pool.watch = self._log.note
         self._sees_all = cache.layout.kinds[0].window is None
         windows = [table.reach for table in cache.tables.values() if table.reach is not None]
         self._every = CHECKPOINT_WINDOWS * (max(windows, default=0) + 1)

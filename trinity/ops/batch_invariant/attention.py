@@ -10,7 +10,6 @@ block before the next one comes. What many lines share is widened and laid side 
 
 from typing import Any, Protocol
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -74,9 +73,7 @@ class Gradients(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def differentiable(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, seen: Seen, gradients: Gradients
-) -> Tensor:
+def differentiable(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, seen: Seen, gradients: Gradients) -> Tensor:
     """`attention` among the queries' own keys, with these gradients."""
     out_THd: Tensor = _Attention.apply(q_THd, k_TGd, v_TGd, seen, gradients)
     return out_THd
@@ -121,7 +118,11 @@ def _tiles(q, k, v, out, lse, slot, first_of, end_of, origin_of, cuts, first, la
     tops, sums = np.empty((panels, LANES), np.float32), np.empty((panels, ROWS), np.float32)
     scores, spare = np.empty((panels, BLOCK * ROWS), np.float32), np.empty(ROWS, np.float32)
     ranges = np.empty((panels, 4), np.int64)
-    keys, values, in_turn = np.empty((BLOCK, 1, dim), np.float32), np.empty((BLOCK, 1, dim), np.float32), np.arange(BLOCK)
+    keys, values, in_turn = (
+        np.empty((BLOCK, 1, dim), np.float32),
+        np.empty((BLOCK, 1, dim), np.float32),
+        np.arange(BLOCK),
+    )
     for u in range(first, last):
         group, lo, hi = u // tiles, cuts[u % tiles], cuts[u % tiles + 1]
         num = (hi - lo) * share
