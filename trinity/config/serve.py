@@ -21,13 +21,14 @@ ROLES_TIER_BYTES = 1 << 30
 Role = Literal["both", "prefill", "decode"]
 
 
-def check_roles(roles: Sequence[Role], kv_tier_bytes: int) -> None:
+def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
     """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
     if all(role == "prefill" for role in roles):
         raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
-    if "prefill" in roles and not kv_tier_bytes:
+    if "prefill" in roles and not tier_bytes:
         raise ValueError(
-            "role prefill hands prompts over in the node's shared memory; give it some: engine.kv_tier_bytes"
+            "role prefill hands prompts over in the node's shared memory; give it some with engine.kv_tier_bytes, and leave "
+            "engine.prefix_cache on"
         )
 
 
@@ -125,7 +126,7 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_roles(self) -> "EngineConfig":
-        check_roles(self.role, self.kv_tier_bytes)
+        check_roles(self.role, self.tier_bytes)
         if len(self.role) > (most := self.max_replicas or self.replicas):
             raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
         return self
