@@ -20,6 +20,7 @@ from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.adapters import AdapterStore
 from trinity.engine.begun import NOT_HANDED, Begun, Handed, resume
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.deltas import by_request
 from trinity.engine.grammars import Grammars, advance
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
@@ -43,7 +44,7 @@ from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler, overloaded
 from trinity.engine.speculation import Speculation
 from trinity.engine.stats import EngineStats
-from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
+from trinity.engine.token_rules import BadWords, read_words, rules_of, thinking_budget
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
@@ -57,8 +58,6 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
-from trinity.text.grammar.progress import reasoning_end
-from trinity.text.reasoning import MARKERS
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class Engine:
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
-        thinking = self._thinking(params, prompt_ids)
+        thinking = thinking_budget(params, prompt_ids, self.tokenizer, self.config.eos_token_ids)
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
@@ -201,15 +200,6 @@ class Engine:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
         return read_words(params.bad_words, self.tokenizer)
 
-    def _thinking(self, params: SamplingParams, prompt_ids: Ids[int]) -> ThinkingBudget | None:
-        if params.thinking_token_budget is None:
-            return None
-        begins, ends = map(self.tokenizer.id_of, MARKERS)
-        if ends is None:
-            return None
-        is_open = reasoning_end(prompt_ids, begins, ends, self.config.eos_token_ids) is not None
-        return ThinkingBudget(params.thinking_token_budget, begins, ends, is_open)
-
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         vocab = self.config.vocab_size
         for token_id in ids:
@@ -232,11 +222,11 @@ class Engine:
         self._drafts.begin(self._scheduler.running, self._pace.last_s)
         plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
-        if not any(result.error for result in results):  # what failed says nothing about what a pass takes
-            chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
-            self._pace.took(sum(chunk.count for chunk in chunks), seconds)
-            self._drafts.took(chunks, seconds)
+        run_s, chunks = time.perf_counter() - started_s, [chunk for each in plan for chunk in each.chunks]
         deltas = ended + self.accept(plan, results)
+        if not any(result.error for result in results):  # what failed says nothing about what a pass takes
+            self._pace.took(sum(chunk.count for chunk in chunks), run_s)
+            self._drafts.took(chunks, time.perf_counter() - started_s)
         self.prefixes.save(self._pace.last_s if self._sequences else None)
         return deltas
 
@@ -261,7 +251,8 @@ class Engine:
             self._num_computed_tokens += chunk.count
         sampled = [chunk for chunk in counts if chunk.sequence in result.sampled]
         deltas = [self._accept(chunk.sequence, result.sampled[chunk.sequence]) for chunk in sampled]
-        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], each.version, result)
+        drafted = [chunk for chunk in sampled if chunk.draft]
+        return by_request(deltas + self._accept_drafts(drafted, each.version, result)) if drafted else deltas
 
     def _computed(self, chunk: Chunk, version: int) -> None:
         chunk.sequence.computed(chunk.start, chunk.end, version)
