@@ -33,8 +33,8 @@ from actors.dataplane.handshake import meant
 from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import consider
 from trinity.errors import TrinityError
-from trinity.rpc.messages import PATIENT, Fetch, Forward, Rows
-from trinity.utils.niceness import LowPriorityExecutor
+from trinity.rpc.messages import Fetch, Forward, Rows
+from trinity.utils.niceness import PATIENT, LowPriorityExecutor
 
 log = logging.getLogger(__name__)
 PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer

@@ -228,7 +228,7 @@ def fake_engine(
 ) -> Engine:
     config = config or fake_config()
     source = source or FixedWeights(model or FakeAfmoe(config), 0)
-    base = {"max_model_len": 64, "block_size": 4, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8}
+    base = {"max_model_len": 64, "block_size": 4, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8, "max_draft_tokens": 0}
     return Engine(source, config, EngineConfig(**base | settings), FakeTokenizer(), tier=tier)
 
 

@@ -52,7 +52,7 @@ class Run:
 
 def engine_of(source, tier=None, **fields):
     base = {"max_model_len": MOST, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8, "block_size": 4}
-    return Engine(source, CONFIG, EngineConfig(**base | fields), FakeTokenizer(), tier=tier)
+    return Engine(source, CONFIG, EngineConfig(**{"max_draft_tokens": 0} | base | fields), FakeTokenizer(), tier=tier)
 
 
 @lru_cache(maxsize=4096)

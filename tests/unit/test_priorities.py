@@ -13,8 +13,8 @@ from tests.unit.engine_fakes import fake_engine, run_all, solo
 from trinity.engine.pace import FIRST_TOKENS, Pace
 from trinity.engine.request import SamplingParams
 from trinity.errors import DeadlineExceeded, Overloaded
-from trinity.rpc.messages import PATIENT, Fetch, Forward, Rows
-from trinity.utils.niceness import IDLE, LowPriorityExecutor, of_this_thread
+from trinity.rpc.messages import Fetch, Forward, Rows
+from trinity.utils.niceness import IDLE, PATIENT, LowPriorityExecutor, of_this_thread
 
 LATER, URGENT = (SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, priority=p) for p in (3, -2))
 

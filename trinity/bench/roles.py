@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 USUAL: dict[str, Any] = {"rounds": 3, "num_prompts": 40, "request_rate": [4.0], "input_len": 10, "output_len": 32}
 QUICK: dict[str, Any] = {"rounds": 1, "num_prompts": 4, "request_rate": [20.0], "input_len": 10, "output_len": 4}
 LONG_LEN, LONG_AT_ONCE = 8000, 1
+SETTLE_S = 2.0  # until all gateways and engines have heard of new roles
 SOLO, BOTH, APART = "short ones alone", "both, beside long ones", "apart, beside long ones"
 ROLES = {SOLO: ["prefill", "decode"], BOTH: ["both"], APART: ["prefill", "decode"]}
 MAX_ITL_RATIO, MAX_TTFT_RATIO = 1.3, 3.0
@@ -66,7 +67,7 @@ async def _take_roles(client: "HttpClient", roles: list[str]) -> None:
     answer = await client.http.post("/engine_roles", json={"roles": roles}, headers=headers)
     if answer.status_code != 200:
         raise Unavailable(f"/engine_roles: the server answered {answer.status_code}: {answer.text[:200]}")
-    await asyncio.sleep(2.0)  # for all gateways and engines to have heard of it
+    await asyncio.sleep(SETTLE_S)
 
 
 async def _arm(

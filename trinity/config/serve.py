@@ -21,10 +21,15 @@ ROLES_TIER_BYTES = 1 << 30
 Role = Literal["both", "prefill", "decode"]
 
 
-def check_roles(roles: Sequence[Role]) -> None:
-    """Raises ValueError where no engine would be there to answer."""
+def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
+    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
     if all(role == "prefill" for role in roles):
         raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
+    if "prefill" in roles and not tier_bytes:
+        raise ValueError(
+            "role prefill hands prompts over in the node's shared memory; give it some with engine.kv_tier_bytes, and leave "
+            "engine.prefix_cache on"
+        )
 
 
 class EngineConfig(Frozen):
@@ -61,11 +66,11 @@ class EngineConfig(Frozen):
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
     max_draft_tokens: int = Field(
-        default=0,
+        default=8,
         ge=0,
         le=64,
         description="most tokens that a pass computes after a sequence's last one, where its text or earlier answers of the "
-        "client went on so before; as many as pay, by what passes take and what came true. The text is the same with any",
+        "client went on so before; as many as pay, by what passes take and what came true. The text is the same. 0: none",
     )
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int | None = Field(
@@ -121,7 +126,7 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_roles(self) -> "EngineConfig":
-        check_roles(self.role)
+        check_roles(self.role, self.tier_bytes)
         if len(self.role) > (most := self.max_replicas or self.replicas):
             raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
         return self

@@ -322,7 +322,7 @@ class AsyncEngine:
     def _deliver(self, deltas: list[Delta]) -> None:
         items: dict[Stream, list[Delta | TrinityError]] = {}
         for delta in deltas:
-            items[self._routes[delta.request_id]] = [delta]
+            items.setdefault(self._routes[delta.request_id], []).append(delta)
             if delta.finish_reason:
                 del self._routes[delta.request_id]
         _send(items)

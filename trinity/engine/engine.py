@@ -20,6 +20,7 @@ from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.adapters import AdapterStore
 from trinity.engine.begun import NOT_HANDED, Begun, Handed, resume
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.deltas import by_request
 from trinity.engine.grammars import Grammars, advance
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
@@ -225,11 +226,11 @@ class Engine:
         self._drafts.begin(self._scheduler.running, self._pace.last_s)
         plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
-        if not any(result.error for result in results):  # what failed says nothing about what a pass takes
-            chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
-            self._pace.took(sum(chunk.count for chunk in chunks), seconds)
-            self._drafts.took(chunks, seconds)
+        run_s, chunks = time.perf_counter() - started_s, [chunk for each in plan for chunk in each.chunks]
         deltas = ended + self.accept(plan, results)
+        if not any(result.error for result in results):  # what failed says nothing about what a pass takes
+            self._pace.took(sum(chunk.count for chunk in chunks), run_s)
+            self._drafts.took(chunks, time.perf_counter() - started_s)
         self.prefixes.save(self._pace.last_s if self._sequences else None)
         return deltas
 
@@ -254,7 +255,8 @@ class Engine:
             self._num_computed_tokens += chunk.count
         sampled = [chunk for chunk in counts if chunk.sequence in result.sampled]
         deltas = [self._accept(chunk.sequence, result.sampled[chunk.sequence]) for chunk in sampled]
-        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], each.version, result)
+        drafted = [chunk for chunk in sampled if chunk.draft]
+        return by_request(deltas + self._accept_drafts(drafted, each.version, result)) if drafted else deltas
 
     def _computed(self, chunk: Chunk, version: int) -> None:
         chunk.sequence.computed(chunk.start, chunk.end, version)

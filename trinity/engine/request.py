@@ -232,7 +232,7 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """Addition of one step to one request: a token; a step that had drafts gives several. The last one, and only that, has a
+    """Addition of one step to one request: a token, or several where drafts came true. The last one, and only that, has a
     finish_reason.
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come

@@ -24,7 +24,7 @@ from trinity.models.common.adapted import PassAdapters
 from trinity.models.common.attention import Attend, is_plain
 from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
-from trinity.rpc.messages import PATIENT
+from trinity.utils.niceness import PATIENT
 
 
 class Logits(NamedTuple):

@@ -137,11 +137,12 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
         """Tokens that may follow its last one, which is all that it computes. Nobody gives way for a draft."""
-        if sequence.num_uncomputed != 1 or spare <= 0 or self.cache.num_spare <= len(self.running):
+        if sequence.num_uncomputed != 1 or spare <= 0:
+            return ()
+        draft = self.drafts.draft(sequence, min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1))
+        if not draft or self.cache.num_spare <= len(self.running):
             return ()
         assert sequence.row is not None
-        room = min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1)
-        draft = self.drafts.draft(sequence, room)
         return draft if self.cache.grow(sequence.row, len(sequence.token_ids) + len(draft)) else ()
 
     def _make_way(self) -> None:

@@ -19,7 +19,6 @@ PROTOCOL = 8
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
-PATIENT = (1 << 63) - 1
 REMOTE = -1  # an expert id: this slot is another shard's
 
 

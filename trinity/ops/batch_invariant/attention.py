@@ -10,7 +10,6 @@ block before the next one comes. What many lines share is widened and laid side 
 
 from typing import Any, Protocol
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
