@@ -59,9 +59,9 @@ def engine_of(source, **fields):
 
 
 @lru_cache(maxsize=4096)
-def alone(version, prompt, dumped):
+def alone(version, prompt, dumped, dtype):
     """(token ids, log-probabilities) of the request by itself."""
-    engine = engine_of(FixedWeights(model_of(version), version), prefix_cache=False)
+    engine = engine_of(FixedWeights(model_of(version), version), prefix_cache=False, kv_cache_dtype=dtype)
     engine.add("one", prompt, SamplingParams.model_validate_json(dumped))
     return answer(run_all(engine)["one"])
 
@@ -100,13 +100,14 @@ actions = st.one_of(
     budget=st.sampled_from([3, 11, 40]),
     blocks=st.integers(0, 20),
     seqs=st.integers(2, 6),
+    dtype=st.sampled_from(["auto", "int8"]),
 )
-def test_any_trace(trace, is_on, budget, blocks, seqs):
+def test_any_trace(trace, is_on, budget, blocks, seqs, dtype):
     """Requests that begin alike, n of each, aborts, short memory, versions: live ones at `kv_max_age` 0, and pinned ones."""
     source = Run()
-    per_block = 2 * 2 * 8 * 4 * 4  # keys and values, heads, dim, bytes, tokens
+    per_block = 2 * 2 * (8 * 4 if dtype == "auto" else 8 + 4) * 4  # keys and values, heads, dim and bytes, tokens
     memory = per_block * (3 * 4 + 15 + blocks * 4)
-    room = {"max_num_seqs": seqs, "kv_cache_bytes": memory, "max_num_kept": seqs}
+    room = {"max_num_seqs": seqs, "kv_cache_bytes": memory, "max_num_kept": seqs, "kv_cache_dtype": dtype}
     engine = engine_of(source, prefix_cache=is_on, max_num_batched_tokens=budget, **room)
     assert engine._runner._is_exact
     asked, got = {}, {}
@@ -135,24 +136,24 @@ def test_any_trace(trace, is_on, budget, blocks, seqs):
     stats = engine.stats()
     assert (stats.num_free_blocks, stats.num_versions_held) == (stats.num_total_blocks, 0)
     for request, (prompt, own) in asked.items():
-        check(prompt, own, got[request])
+        check(prompt, own, got[request], dtype)
 
 
-def check(prompt, own, deltas):
+def check(prompt, own, deltas, dtype):
     """A pinned answer is one of its version; a live one is, token by token, what that version gives for the text so far."""
     if not deltas:
         return
     versions = [delta.version for delta in deltas]
     assert deltas[-1].first_version == versions[0]
     if len(set(versions)) == 1:
-        tokens, logprobs = alone(versions[0], prompt, own.model_dump_json())
+        tokens, logprobs = alone(versions[0], prompt, own.model_dump_json(), dtype)
         assert answer(deltas) == (tokens[: len(deltas)], logprobs[: len(deltas)])
         return
     assert own.version_policy == "live"
     ids = prompt
     for delta in deltas:
         greedy = own.model_copy(update={"temperature": 0.0, "max_tokens": 1})
-        [expected] = alone(delta.version, ids, greedy.model_dump_json())[1]
+        [expected] = alone(delta.version, ids, greedy.model_dump_json(), dtype)[1]
         [found] = delta.logprobs
         assert found.top == expected.top
         assert own.temperature or found == expected
