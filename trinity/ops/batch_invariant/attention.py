@@ -25,8 +25,8 @@ from trinity.ops.batch_invariant.threads import CHUNKS_PER_THREAD, in_threads
 BLOCK = 64  # keys; their scores with a panel are 4 KiB
 LEAST_LINES, MOST_LINES = 32, 256  # of a tile, where there are as many
 FEW_LINES = 12  # of a tile that reads keys where they lie
-KEYS = 4  # that meet a panel at once
-WIDE = 4  # vectors of a value that do
+KEYS, WIDE = 4, 4  # keys that meet a panel at once, and vectors of a value that do
+HAS_REGISTERS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for so many sums; the order of each is the same without
 NONE = np.float32(-np.inf)
 ZERO = np.float32(0)
 NO_SCALES = (torch.empty(0, 1),) * 2
@@ -229,8 +229,11 @@ def _score(lines, panel, k, group, slot, base, begin, end, score, is_one, one): 
             dots((x,), ws, dim, one.ctypes.data, k)
             for i in range(KEYS):
                 score[ROWS * (j + i)] = one[i]
-        else:
+        elif HAS_REGISTERS:
             dots(xs, ws, dim, score.ctypes.data + 4 * ROWS * j, k)
+        else:
+            dots(xs, ws[:2], dim, score.ctypes.data + 4 * ROWS * j, k)
+            dots(xs, ws[2:], dim, score.ctypes.data + 4 * ROWS * (j + 2), k)
 
 
 @kernel
@@ -289,14 +292,15 @@ def _mix(v, group, slot, base, begin, end, score, mixed, panel, is_one):  # type
     size, stride, p = v.itemsize, groups * dim, score.ctypes.data + 4 * ROWS * begin
     data, slots, num = v.ctypes.data + size * dim * group, slot.ctypes.data + 8 * (base + begin), end - begin
     out, whole, wide = mixed.ctypes.data + 4 * dim * ROWS * panel, dim // LANES * LANES, LANES * size
-    for at in range(0, whole - whole % (WIDE * LANES), WIDE * LANES):
+    narrow = whole - whole % (WIDE * LANES) if HAS_REGISTERS else 0
+    for at in range(0, narrow, WIDE * LANES):
         one, to = data + size * at, out + 4 * at
         vs = one, one + wide, one + 2 * wide, one + 3 * wide
         if is_one:
             mixes(p, slots, vs, stride, num, (to,), v)
         else:
             mixes(p, slots, vs, stride, num, (to, to + 4 * dim, to + 8 * dim, to + 12 * dim), v)
-    for at in range(whole - whole % (WIDE * LANES), whole, LANES):
+    for at in range(narrow, whole, LANES):
         to = out + 4 * at
         mixes(p, slots, (data + size * at,), stride, num, (to, to + 4 * dim, to + 8 * dim, to + 12 * dim), v)
     for i in range(ROWS):
