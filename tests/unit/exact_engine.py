@@ -56,9 +56,9 @@ def engine_of(source, tier=None, **fields):
 
 
 @lru_cache(maxsize=4096)
-def alone(version, prompt, dumped):
+def alone(version, prompt, dumped, dtype):
     """(token ids, log-probabilities) of the request by itself."""
-    engine = engine_of(FixedWeights(model_of(version), version), prefix_cache=False)
+    engine = engine_of(FixedWeights(model_of(version), version), prefix_cache=False, kv_cache_dtype=dtype)
     engine.add("one", prompt, SamplingParams.model_validate_json(dumped))
     return answer(run_all(engine)["one"])
 
@@ -83,21 +83,21 @@ params = st.builds(
 )
 
 
-def check(prompt, own, deltas):
+def check(prompt, own, deltas, dtype="auto"):
     """A pinned answer is one of its version; a live one is, token by token, what that version gives for the text so far."""
     if not deltas:
         return
     versions = [delta.version for delta in deltas]
     assert deltas[-1].first_version == versions[0]
     if len(set(versions)) == 1:
-        tokens, logprobs = alone(versions[0], prompt, own.model_dump_json())
+        tokens, logprobs = alone(versions[0], prompt, own.model_dump_json(), dtype)
         assert answer(deltas) == (tokens[: len(deltas)], logprobs[: len(deltas)])
         return
     assert own.version_policy == "live"
     ids = prompt
     for delta in deltas:
         greedy = own.model_copy(update={"temperature": 0.0, "max_tokens": 1})
-        [expected] = alone(delta.version, ids, greedy.model_dump_json())[1]
+        [expected] = alone(delta.version, ids, greedy.model_dump_json(), dtype)[1]
         [found] = delta.logprobs
         assert found.top == expected.top
         assert own.temperature or found == expected
