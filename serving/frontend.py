@@ -110,8 +110,8 @@ class Frontend:
         self.started_s = now_s()
         self.config = config
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
-        self.admission = Admission(config)
         self.metrics = Exporter(info.model)
+        self.admission = Admission(config, self.metrics["trinity_displaced_total"].inc)
         self.pins = pins or Pins()
         self.streams = Continuing(engine, self.metrics.continued, self.pins)
         self.tracing = Tracing(config.otlp_endpoint, info.model)

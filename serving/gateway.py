@@ -68,7 +68,7 @@ class Gateway:
         return self.door(self.front.config.host)[:2]
 
     def door(self, node: str) -> Door:
-        """Where others find it, whose node has that address: one that listens everywhere is found there."""
+        """The door by which others find it; one that listens everywhere is at that address of its node."""
         config = self.front.config
         scheme, everywhere = "https" if config.tls_cert else "http", not config.host.strip("0.:")
         host = bracketed(node if everywhere else config.host)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -80,8 +80,10 @@ class Admission:
     less urgent ones that have not begun to answer, the least urgent and latest first: those of its own client where its share
     is used up, anybody's where all slots are."""
 
-    def __init__(self, config: ServeConfig):
+    def __init__(self, config: ServeConfig, displaced: Callable[[], object] = lambda: None):
+        """`displaced` hears of each request that loses its place."""
         self.held: Counter[str] = Counter()
+        self._displaced = displaced
         self.leaving = self.draining = False  # balancers are told so; newcomers are refused
         self.num_gateways = 1  # that share serve.max_concurrent_requests
         self._most_of_all = config.max_concurrent_requests
@@ -156,6 +158,7 @@ class Admission:
         for victim in self._in_the_way(claim, client):
             victim.displace(Overloaded("a more urgent request has its place; send it again later"))
             self._give_back(victim, victim.num)
+            self._displaced()
         self.held[client.name] += claim.num
         self._claims[claim] = None
         self._idle.clear()
@@ -203,7 +206,7 @@ def _sum(claims: list[Claim]) -> int:
 
 
 def _first(claims: list[Claim], num: int) -> list[Claim] | None:
-    """As many of them as hold so many slots together; None where all do not."""
+    """Claims from the first on that hold so many slots together; None where all of them do not."""
     found = list[Claim]()
     for claim in claims:
         if num <= 0:

@@ -114,8 +114,9 @@ class Exporter:
         """One sequence goes on after its engine was lost, so long ago."""
         self["trinity_continuation_seconds"].observe(paused_s)
 
-    def clients(self, held: Mapping[str, int]) -> None:
-        """Show how many slots each client holds."""
+    def admitted(self, held: Mapping[str, int], num_gateways: int) -> None:
+        """Show how many slots each client holds here, and among how many gateways they are divided."""
+        self["trinity_gateways"].set(num_gateways)
         for name, num in held.items():
             self["trinity_client_requests"].labels(name).set(num)
 

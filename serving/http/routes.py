@@ -268,7 +268,7 @@ async def version(front: Frontend, request: Request) -> Response:
 
 
 async def metrics(front: Frontend, request: Request) -> Response:
-    front.metrics.clients(front.admission.held)
+    front.metrics.admitted(front.admission.held, front.admission.num_gateways)
     text, kind = front.metrics.render()
     return Response(text, headers={"content-type": kind})
 

@@ -31,7 +31,7 @@ NUM_GATEWAYS = 2
 def config():
     ports = dict(zip(("http_port", "grpc_port"), free_ports(NUM_GATEWAYS), strict=True))
     serve = {**ports, "gateways": NUM_GATEWAYS, "max_concurrent_requests": 200, "drain_timeout_s": 90}
-    return Config.load(model="tiny", serve=serve, engine={"replicas": 2})
+    return Config.load(model="tiny", serve=serve, engine={"replicas": 2, "kv_tier_bytes": 1})
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +242,9 @@ async def test_f23_a_killed_gateway_takes_its_own_streams_and_no_others(server):
             await balancer.notices(url, True)
         assert door_pids()[port_of(url)] != victim
         assert await said(direct, prompts[0]) == undisturbed[0]
+        async with asyncio.timeout(WAIT_S):
+            while await counted(direct, "trinity_gateways") != NUM_GATEWAYS:
+                await asyncio.sleep(0.05)
 
 
 def test_a_factory_that_is_not_there_is_named(server, config):

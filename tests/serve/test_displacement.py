@@ -49,6 +49,7 @@ async def test_the_least_urgent_request_gives_way_with_all_its_sequences(full):
     server.engine.go.set()
     assert {each.status_code for each in await asyncio.gather(*calls[:4], urgent)} == {200}
     assert sum(each.HasField("final") for each in await urgent_too) == 2
+    assert "trinity_displaced_total 2.0" in (await http.get("/metrics")).text
 
 
 async def test_of_equal_ones_the_latest_gives_way_over_grpc_too(start):

@@ -104,7 +104,9 @@ def real():
 
 async def met(fleet, **settings):
     """A gateway's client that has met all engines."""
-    client = RoutedClient(fleet, EngineConfig(**{"replicas": 8, "min_prefill_tokens": 12, **settings}))
+    client = RoutedClient(
+        fleet, EngineConfig(**{"replicas": 8, "min_prefill_tokens": 12, "kv_tier_bytes": 1, **settings})
+    )
     for _ in fleet.replicas:
         infos = await client.infos()
     assert {info.engine_id for info in infos} == fleet.replicas.keys()
@@ -259,6 +261,8 @@ async def test_roles_change_while_it_runs_and_other_gateways_hear_of_it():
     assert [info.role for info in await late.infos()] == ["both"] * 3, "settings are older"
     with pytest.raises(InvalidRequest, match="another engine that answers"):
         await one.set_roles(["prefill"])
+    with pytest.raises(InvalidRequest, match=r"engine\.kv_tier_bytes"):
+        await (await met(fleet, kv_tier_bytes=0)).set_roles(["prefill", "decode"])
 
 
 async def test_only_prefill_engines_are_left_and_answer():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.engine_fakes import FakeSource, fake_config, fake_engine, run_all, solo
-from trinity.config import AdapterRef, Client
+from trinity.config import AdapterRef, Client, EngineConfig
 from trinity.engine import kv_tier
 from trinity.engine.kv_tier import BlockCopies, TierPlace
 from trinity.engine.kv_users import FolderUser
@@ -291,3 +291,9 @@ def test_who_comes_while_the_last_one_leaves_gets_a_tier_of_its_own(tmp_path, mo
     new.leave()
     new.leave()
     assert not folder.exists()
+
+
+def test_roles_apart_have_a_tier_unasked():
+    given = [{}, {"role": "prefill,decode", "replicas": 2}, {"role": "prefill,both", "replicas": 2, "kv_tier_bytes": 5}]
+    off = {"role": "prefill,both", "replicas": 2, "prefix_cache": False}
+    assert [EngineConfig(**each).tier_bytes for each in [*given, off]] == [0, 1 << 30, 5, 0]

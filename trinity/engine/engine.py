@@ -44,7 +44,7 @@ from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler, overloaded
 from trinity.engine.speculation import Speculation
 from trinity.engine.stats import EngineStats
-from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
+from trinity.engine.token_rules import BadWords, read_words, rules_of, thinking_budget
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
@@ -58,8 +58,6 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
-from trinity.text.grammar.progress import reasoning_end
-from trinity.text.reasoning import MARKERS
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
@@ -150,7 +148,7 @@ class Engine:
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
-        thinking = self._thinking(params, prompt_ids)
+        thinking = thinking_budget(params, prompt_ids, self.tokenizer, self.config.eos_token_ids)
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
@@ -201,15 +199,6 @@ class Engine:
     def bad_words(self, params: SamplingParams) -> BadWords:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
         return read_words(params.bad_words, self.tokenizer)
-
-    def _thinking(self, params: SamplingParams, prompt_ids: Ids[int]) -> ThinkingBudget | None:
-        if params.thinking_token_budget is None:
-            return None
-        begins, ends = map(self.tokenizer.id_of, MARKERS)
-        if ends is None:
-            return None
-        is_open = reasoning_end(prompt_ids, begins, ends, self.config.eos_token_ids) is not None
-        return ThinkingBudget(params.thinking_token_budget, begins, ends, is_open)
 
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         vocab = self.config.vocab_size

@@ -22,6 +22,8 @@ SERVING_METRICS = (
     Metric("trinity_ignored_fields_total", "counter", "Fields of requests that had no effect, by name.", ("field",)),
     Metric("trinity_requests_running", "gauge", "Sequences in the running batch."),
     Metric("trinity_requests_waiting", "gauge", "Sequences waiting to be scheduled."),
+    Metric("trinity_gateways", "gauge", "Gateways that divide serve.max_concurrent_requests, as this one has heard."),
+    Metric("trinity_displaced_total", "counter", "Requests that lost their place to a more urgent one."),
     Metric("trinity_engine_requests_running", "gauge", "Sequences in an engine's batch.", ("engine", "role")),
     Metric("trinity_engine_requests_waiting", "gauge", "Sequences waiting in an engine.", ("engine", "role")),
     Metric("trinity_engine_prefix_queries", "gauge", "Tokens that an engine looked up so far.", ("engine", "role")),
