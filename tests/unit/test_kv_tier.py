@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.engine_fakes import FakeSource, fake_config, fake_engine, run_all, solo
+from tests.unit.engine_fakes import FakeAfmoe, FakeSource, fake_config, fake_engine, run_all, solo
 from trinity.config import AdapterRef, Client, EngineConfig
 from trinity.engine import kv_tier
 from trinity.engine.kv_tier import BlockCopies, TierPlace
 from trinity.engine.kv_users import FolderUser
 from trinity.engine.request import SamplingParams
+from trinity.engine.weights import fingerprint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPT = tuple(range(5, 27))  # 22 tokens: five full blocks of 4 and two tokens
@@ -295,5 +296,12 @@ def test_who_comes_while_the_last_one_leaves_gets_a_tier_of_its_own(tmp_path, mo
 
 def test_roles_apart_have_a_tier_unasked():
     given = [{}, {"role": "prefill,decode", "replicas": 2}, {"role": "prefill,both", "replicas": 2, "kv_tier_bytes": 5}]
-    off = {"role": "prefill,both", "replicas": 2, "prefix_cache": False}
+    off = {"prefix_cache": False, "kv_tier_bytes": 5}
     assert [EngineConfig(**each).tier_bytes for each in [*given, off]] == [0, 1 << 30, 5, 0]
+
+
+def test_models_that_were_trained_apart_have_other_fingerprints():
+    one, same, other = FakeAfmoe(fake_config(), 0), FakeAfmoe(fake_config(), 0), FakeAfmoe(fake_config(), 1)
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    same.head.data.mul_(1.001)
+    assert fingerprint(one) != fingerprint(same)
