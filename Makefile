@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo recipe test chaos soak lint format types protos gpu-kernels clean
+.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean
 .PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
 
 setup: $(STAMP)
@@ -34,6 +34,10 @@ chaos: setup
 soak: export PYTHONDONTWRITEBYTECODE =
 soak: setup
 	$(BIN)/python -m tests.chaos.soak $(if $(MINUTES),--minutes $(MINUTES))
+
+# Ten thousand streams that are open and get nothing: what does a server hold for each? STREAMS=1000 for fewer.
+idle: setup
+	$(BIN)/python -m tests.chaos.idle $(if $(STREAMS),--streams $(STREAMS))
 
 # lm-eval in an environment of its own, over this one's torch and transformers, against our server.
 interop-lm-eval: setup

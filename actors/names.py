@@ -102,6 +102,10 @@ class PlacementClient:
             self._handle = None  # another pool may have the name now
             raise
 
+    def identity(self) -> str:
+        """Name that no other pool has, nor one that is made anew under the same name."""
+        return self.handle._actor_id.hex()
+
     def secret(self) -> bytes:
         """The secret that callers prove to shards that they know."""
         return self.ask("secret")

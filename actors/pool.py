@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import ray
 
@@ -71,6 +72,7 @@ class RayLedger:
     def __init__(self, service: PlacementClient, long_timeout_s: float):
         self.service, self.long_timeout_s = service, long_timeout_s
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
+        self._line: str | None = None  # equal lines and versions are equal weights
 
     def set_source(self, message: Load) -> None:
         self.service.ask("set_source", message)
@@ -79,12 +81,18 @@ class RayLedger:
         return self.service.ask("begin_attempt", version, num_updates, timeout_s=self.long_timeout_s)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        self.service.ask("begin", version, {**notes, "backbone": self.backbone_at})
+        self._line = uuid4().hex
+        self.service.ask("begin", version, self._noted(notes))
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
-        decide = partial(self.service.ask, "decide", step, attempt, {**notes, "backbone": self.backbone_at})
+        if self._line is None and (before := self.decided()) is not None:  # a job goes on that another process began
+            self._line = before.notes.get("line")
+        decide = partial(self.service.ask, "decide", step, attempt, self._noted(notes))
         retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
+
+    def _noted(self, notes: Mapping[str, Any]) -> dict[str, Any]:
+        return {**notes, "backbone": self.backbone_at, "line": self._line}
 
     def approve(self, version: int) -> None:
         self.service.ask("approve", version)

@@ -30,7 +30,7 @@ from trinity.pool.ledger import Decision
 from trinity.rpc.messages import Copy, Load, Prepare, Recover, StepReport, arrived
 from trinity.state.versioned_store import Store
 from trinity.utils.hugepages import keep_freed_memory
-from trinity.utils.niceness import LowPriorityExecutor
+from trinity.utils.niceness import IDLE, LowPriorityExecutor
 from trinity.utils.trying import tried
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class ShardServer:
         if again:
             spec = replace(spec, experts=self.service.ask("experts_of", spec.name))
         self.shard = ExpertShard(spec, _store(spec, settings, namespace, again))
-        self.combiner = Combiner(self.shard, rows)
+        self.combiner = Combiner(self.shard, rows, LowPriorityExecutor(IDLE, begin))
         if again:
             self._recover()
         self.server = self._listen(spec, plane)

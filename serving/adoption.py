@@ -16,7 +16,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from actors import pool as pools
 from actors.names import PlacementClient
-from serving.app import APP, DRAINING, READY, About, Server, be_quiet, settings_of
+from serving.app import APP, DRAINING, READY, About, Server, all_about, be_quiet, settings_of
 from trinity.config import Config
 from trinity.errors import ConfigError, Unavailable
 from trinity.utils.trying import retrying, tried
@@ -63,11 +63,11 @@ def ended(namespace: str) -> Iterator[str]:
     """End the application and the pools that were made for it; yields what it is at, and what is ended then."""
     found, pool = overview(), None
     if found is not None:
-        gateway, about = _asked()
-        yield f"draining: {_told(found, about)}"
-        _end(gateway, about)
+        gateway, said = _asked()
+        yield f"draining: {_told(found, said)}"
+        _end(gateway, said)
         yield "the application is ended"
-        namespace = about.namespace if about else namespace
+        namespace = said[0].namespace if said else namespace
     for pool in pools.of_server(namespace):
         pools.destroy(pool, namespace)
         yield f"pool {pool} is ended"
@@ -78,23 +78,24 @@ def ended(namespace: str) -> Iterator[str]:
 def _adopted(config: Config, source: str) -> Server | None:
     if (found := overview()) is None:
         return None
-    gateway, about = _asked()
-    if found.status == ApplicationStatus.DEPLOY_FAILED or (about and about.state == DRAINING):
-        _end(gateway, about)
+    gateway, said = _asked()
+    states = {about.state for about in said}
+    if found.status == ApplicationStatus.DEPLOY_FAILED or states == {DRAINING}:
+        _end(gateway, said)
         return None
-    if about is None or found.status == ApplicationStatus.DELETING:
+    if not said or found.status == ApplicationStatus.DELETING:
         raise Unavailable(
-            f"{_told(found, about)}; wait longer (placement.ready_timeout_s), or end it: trinity serve stop"
+            f"{_told(found, said)}; wait longer (placement.ready_timeout_s), or end it: trinity serve stop"
         )
     if differs := gateway.differences.remote(settings_of(config, source)).result(timeout_s=ANSWER_S):
         more = f" and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
         raise ConfigError(
-            f"{_told(found, about)}, with other settings: {', '.join(differs[:SHOWN])}{more}; adopt it with those that it has, "
+            f"{_told(found, said)}, with other settings: {', '.join(differs[:SHOWN])}{more}; adopt it with those that it has, "
             "or end it with `trinity serve stop`"
         )
-    if about.state != READY:
-        raise Unavailable(f"{_told(found, about)} and is {about.state}; `trinity serve stop` ends it")
-    return Server.of(gateway, about)
+    if READY not in states:
+        raise Unavailable(f"{_told(found, said)} and is {said[0].state}; `trinity serve stop` ends it")
+    return Server.of(gateway, said)
 
 
 def _end_unfinished(config: Config, until_s: float) -> None:
@@ -107,24 +108,22 @@ def _end_unfinished(config: Config, until_s: float) -> None:
         time.sleep(LOOK_S)
 
 
-def _asked() -> tuple[Any, About | None]:
-    """-> the gateway and what it says; None where it does not answer."""
+def _asked() -> tuple[Any, list[About]]:
+    """-> the handle of all gateways and what those say that answer."""
     gateway = tried(partial(serve.get_app_handle, APP), RayServeException)
-    if isinstance(gateway, RayServeException):
-        return None, None
-    about = tried(lambda: gateway.about.remote().result(timeout_s=ANSWER_S), RayServeException, RayError, TimeoutError)
-    return gateway, about if isinstance(about, About) else None
+    return (None, []) if isinstance(gateway, RayServeException) else (gateway, all_about(gateway, ANSWER_S))
 
 
-def _end(gateway: Any, about: About | None) -> None:
-    if about is not None:
-        Server.of(gateway, about).stop()
+def _end(gateway: Any, said: list[About]) -> None:
+    if said:
+        Server.of(gateway, said).stop()
     else:
         serve.delete(APP)
 
 
-def _told(found: ApplicationStatusOverview, about: About | None) -> str:
+def _told(found: ApplicationStatusOverview, said: list[About]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.last_deployed_time_s))
-    if about is None:
+    if not said:
         return f"an application {APP!r} is here since {since}, {found.status.value}, and its gateway does not answer"
-    return f"{about.source} is served here since {since} as {about.model!r}, HTTP {about.http_url}, gRPC {about.grpc_address}"
+    doors = ", ".join(f"HTTP {about.door.http_url}, gRPC {about.door.grpc_address}" for about in said)
+    return f"{said[0].source} is served here since {since} as {said[0].model!r}, {doors}"

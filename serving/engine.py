@@ -8,8 +8,8 @@ stopped, closes no connection, and is lost after SILENT_S.
 import asyncio
 import importlib
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,19 @@ from uuid import uuid4
 
 import ray
 from grpc.aio import AioRpcError
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serving.addresses import bracketed
 from serving.fitting import num_sharing
-from serving.frontend import EngineInfo
+from serving.frontend import EngineInfo, now_s
+from serving.roles import Roles, newest
+from serving.routed import RoutedClient, Status
 from serving.streams import batched
-from trinity.config import Config, EngineConfig, ModelConfig
+from trinity.config import Config, EngineConfig, ModelConfig, Role
 from trinity.engine.request import Delta
-from trinity.errors import ConfigError, EngineLost, Overloaded, TrinityError, Unavailable
+from trinity.errors import ConfigError, EngineLost, InvalidRequest, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
 from trinity.utils.garbage import uncollected
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from trinity.engine.adapters import AdapterStore
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
+    from trinity.engine.handoff import Prefilled
 
 BEAT_S, SILENT_S = 5.0, 20.0
 Built = tuple["AsyncEngine", Tokenizer, str]
@@ -46,20 +50,23 @@ RESET_S = 10.0
 def build_engine(source: str, config_json: str) -> Built:
     """The real engine: a backbone here, its experts in the pool of shards that the config names."""
     with uncollected():
+        from actors.sync.kv_tiers import handoff_of
         from trinity.checkpoint import title_of
         from trinity.engine.async_engine import AsyncEngine
 
     config = Config.model_validate_json(config_json)
     engine = _engine_of_run(source, config) if config.serve.is_of_run else _engine_of_checkpoint(source, config)
-    return AsyncEngine(engine), engine.tokenizer, config.serve.served_model_name or title_of(source)
+    served = AsyncEngine(engine, handoff_of(config, engine))
+    return served, engine.tokenizer, config.serve.served_model_name or title_of(source)
 
 
 def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from actors.pool import connect
+    from actors.sync.kv_tiers import tier_of
     from trinity.checkpoint import open_checkpoint
     from trinity.engine.defaults import read_defaults
     from trinity.engine.engine import Engine
-    from trinity.engine.weights import FixedWeights
+    from trinity.engine.weights import FixedWeights, fingerprint
     from trinity.models.registry import weight_bytes
 
     found = open_checkpoint(checkpoint)
@@ -70,18 +77,23 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
-    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, _adapters(config, found.config))
+    line = f"{pool.service.identity()}/{fingerprint(weights.model(found.version))}"
+    tier = tier_of(config, lambda version: line)
+    own = _adapters(config, found.config)
+    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, own, tier)
 
 
 def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     """Over weights that the run commits while it is served."""
     from actors.pool import connect
+    from actors.sync.kv_tiers import tier_of
     from actors.sync.live_weights import live_source
     from trinity.engine.engine import Engine
 
     weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
     settings, adapters = _settled(config, model), _adapters(config, model)
-    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters)
+    tier = tier_of(config, weights.line)
+    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters, tier=tier)
 
 
 def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
@@ -114,9 +126,11 @@ def load_factory(path: str) -> Factory:
 class LocalClient:
     """An AsyncEngine in this process, as an EngineClient. Owns it."""
 
-    def __init__(self, engine: "AsyncEngine", tokenizer: Tokenizer, model: str):
+    def __init__(self, engine: "AsyncEngine", tokenizer: Tokenizer, model: str, name: str | None = None):
         self.engine, self.tokenizer, self.model = engine, tokenizer, model
-        self._id = uuid4().hex
+        self._id, self._started = name or uuid4().hex, now_s()
+        self._role: Role = "both"
+        self._roles: Roles | None = None
 
     async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
         """Arguments are those that Engines says (serving/continuation.py), here and below."""
@@ -125,13 +139,37 @@ class LocalClient:
             async for delta in deltas:
                 yield delta
 
+    async def prefill(self, *asked: Any) -> "Prefilled":
+        return await self.engine.prefill(*asked)
+
     async def info(self) -> EngineInfo:
         """Raises Unavailable when the engine has failed."""
         if not self.engine.healthy:
             raise Unavailable("the engine has stopped")
-        stats = asdict(self.engine.stats())
-        about = (self.model, self.engine.max_model_len, self.engine.version, self._id, stats)
-        return EngineInfo(*about, self.engine.defaults, self.engine.routed_bytes, self.engine.moe_layers)
+        engine, stats = self.engine, asdict(self.engine.stats())
+        about = (self.model, engine.max_model_len, engine.version, self._id, stats)
+        more = (engine.defaults, engine.routed_bytes, engine.moe_layers)
+        return EngineInfo(*about, *more, self._started, engine.key_base, self._role)
+
+    async def infos(self) -> list[EngineInfo]:
+        return [await self.info()]
+
+    async def status(self, role: Role | None = None, roles: Roles | None = None, since: int | None = None) -> Status:
+        """Take up what it is told, unless it knows better; -> what it is like, with an account of its cache where `since`
+        names the one before."""
+        self._roles = newest(self._roles, roles)
+        if role is not None and roles == self._roles:
+            self._take(role)
+        return Status(await self.info(), None if since is None else self.engine.key_changes(since), self._roles)
+
+    def _take(self, role: Role) -> None:
+        """An engine that computes prompts leaves the cores to those that answer."""
+        if role != self._role:
+            self._role = role
+            self.engine.give_way(role == "prefill")
+
+    async def set_roles(self, names: Sequence[Role]) -> None:
+        raise InvalidRequest("there is one engine, in the server's own process; it does everything", param="roles")
 
     async def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
@@ -147,20 +185,32 @@ def keep_to_node_address() -> None:
 
 
 class EngineReplica:
-    """Replica of the engine deployment: one engine, its streams in batches."""
+    """Replica of the engine deployment: one engine, its streams in batches. What is called `engine` and `besides` in a call is
+    Ray Serve's router's (serving/chosen_replica.py)."""
 
     def __init__(self, factory: str, checkpoint: str, config_json: str):
         keep_to_node_address()
-        self.client = LocalClient(*load_factory(factory)(checkpoint, config_json))
+        name = serve.get_replica_context().replica_id.unique_id
+        self.client = LocalClient(*load_factory(factory)(checkpoint, config_json), name)
 
-    async def generate(self, *asked: Any, **begun: Any) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(*asked, **begun), BEAT_S)
+    async def generate(self, *asked: Any, engine: str | None = None, **more: Any) -> AsyncIterator[list[Delta]]:
+        stream = batched(self.client.generate(*asked, **more), BEAT_S)
         async with aclosing(stream) as batches:
             async for batch in batches:
                 yield batch
 
-    async def info(self) -> EngineInfo:
-        return await self.client.info()
+    async def prefill(self, *asked: Any, engine: str | None = None) -> AsyncIterator[list["Prefilled"]]:
+        """One batch has it; those before are empty."""
+
+        async def once() -> AsyncGenerator["Prefilled", None]:
+            yield await self.client.prefill(*asked)
+
+        async with aclosing(batched(once(), BEAT_S)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def status(self, engine: str | None = None, besides: Collection[str] = (), **told: Any) -> Status:
+        return await self.client.status(**told)
 
     async def reset_prefix_cache(self) -> None:
         await self.client.reset_prefix_cache()
@@ -179,35 +229,29 @@ class EngineReplica:
 
 
 class RayClient:
-    """Replicas behind a DeploymentHandle, as an EngineClient."""
+    """Replicas behind a DeploymentHandle, as a Fleet."""
 
     def __init__(self, handle: "DeploymentHandle[Any]"):
         # By value: over the gRPC between replicas instead of actor calls, twice as many messages (docs/serving.md).
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
 
-    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
-        response = self._streams.generate.remote(*asked, **begun)
-        try:
-            silent_s = None  # an engine may have to be waited for
-            while True:
-                async with asyncio.timeout(silent_s):
-                    batch = await anext(response, None)
-                if batch is None:
-                    return
-                for delta in batch:
-                    yield delta
-                silent_s = SILENT_S
-        except (RayActorError, AioRpcError) as error:
-            raise EngineLost(f"its process is gone: {type(error).__name__}") from None
-        except TimeoutError:
-            raise EngineLost(f"it has said nothing for {SILENT_S:.0f} s") from None
-        except (RayTaskError, RayServeException, TaskCancelledError) as error:
-            raise typed(error) from None
-        finally:
-            response.cancel()
+    async def generate(self, engine: str | None, *asked: Any, **more: Any) -> AsyncGenerator[Delta, None]:
+        """Deltas from that engine, or from another one where it is gone."""
+        stream = _items(self._streams.generate.remote(*asked, engine=engine, **more))
+        async with aclosing(stream) as deltas:
+            async for delta in deltas:
+                yield delta
 
-    async def info(self) -> EngineInfo:
-        return await self._calls.info.remote()
+    async def prefill(self, engine: str, *asked: Any) -> "Prefilled":
+        stream = _items(self._streams.prefill.remote(*asked, engine=engine))
+        async with aclosing(stream) as found:
+            async for prefilled in found:
+                return prefilled
+        raise EngineLost("the engine ended the stream early")
+
+    async def status(self, engine: str | None, besides: Collection[str], **told: Any) -> Status:
+        with errors_of_replicas():
+            return await self._calls.status.remote(engine=engine, besides=besides, **told)
 
     async def reset_prefix_cache(self) -> None:
         """Have every replica do it. Raises Unavailable where one does not say that it has."""
@@ -218,6 +262,37 @@ class RayClient:
 
     async def tokenizer(self) -> Tokenizer:
         return await self._calls.tokenizer.remote()
+
+
+async def _items(response: Any) -> AsyncGenerator[Any, None]:
+    """Items of a replica's batches. Raises EngineLost where it falls silent."""
+    try:
+        silent_s = None  # an engine may have to be waited for
+        while True:
+            with errors_of_replicas():
+                try:
+                    async with asyncio.timeout(silent_s):
+                        batch = await anext(response, None)
+                except TimeoutError:
+                    raise EngineLost(f"it has said nothing for {SILENT_S:.0f} s") from None
+            if batch is None:
+                return
+            for item in batch:
+                yield item
+            silent_s = SILENT_S
+    finally:
+        response.cancel()
+
+
+@contextmanager
+def errors_of_replicas() -> Iterator[None]:
+    """Make Ray's errors ours."""
+    try:
+        yield
+    except (RayActorError, AioRpcError) as error:
+        raise EngineLost(f"its process is gone: {type(error).__name__}") from None
+    except (RayTaskError, RayServeException, TaskCancelledError) as error:
+        raise typed(error) from None
 
 
 def typed(error: Exception) -> Exception:
@@ -234,8 +309,12 @@ def typed(error: Exception) -> Exception:
     return error
 
 
-async def connect_client(handle: "DeploymentHandle[Any]", timeout_s: float) -> tuple[RayClient, Tokenizer, EngineInfo]:
+async def connect_client(
+    handle: "DeploymentHandle[Any]", timeout_s: float, settings: EngineConfig
+) -> tuple[RoutedClient, Tokenizer, EngineInfo]:
     """Wait until a replica answers."""
-    client = RayClient(handle)
+    fleet = RayClient(handle)
+    client = RoutedClient(fleet, settings)
     async with asyncio.timeout(timeout_s):
-        return client, await client.tokenizer(), await client.info()
+        tokenizer = await fleet.tokenizer()
+        return client, tokenizer, await client.info()

@@ -17,14 +17,15 @@ from uuid import uuid4
 
 from serving.access import ASKS
 from serving.continuation import Continuing, Engines
-from serving.limits import Admission
+from serving.limits import Admission, Slot
 from serving.metrics import Exporter
 from serving.pins import Pins
 from serving.pool_operator import Operator, Placement
 from serving.tracing import Tracing
 from serving.training_run import TrainingRun
-from trinity.config import AdapterRef, Client, ServeConfig
+from trinity.config import AdapterRef, Client, Role, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
 from trinity.text.answers import AnswerFormat
@@ -52,6 +53,9 @@ class EngineInfo:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     routed_bytes: int = 0  # of the experts that one token goes to
     moe_layers: tuple[int, ...] = ()  # layers with routed experts
+    started: int = 0  # when, in seconds
+    keys: KeyBase | None = None  # how its blocks are named, where they are cached
+    role: Role = "both"  # which it has heard of
 
 
 class Served(NamedTuple):
@@ -65,6 +69,14 @@ class EngineClient(Engines, Protocol):
     """An engine near or far. Closing the generator frees what the request holds. EngineLost: another one can go on."""
 
     async def info(self) -> EngineInfo: ...
+
+    async def infos(self) -> list[EngineInfo]:
+        """Facts of all engines that answer. Raises Unavailable where none does."""
+        ...
+
+    async def set_roles(self, names: Sequence[Role]) -> None:
+        """Have engines compute prompts, answers or both (serving/roles.py). Raises InvalidRequest."""
+        ...
 
     async def reset_prefix_cache(self) -> None: ...
 
@@ -98,22 +110,25 @@ class Frontend:
         self.started_s = now_s()
         self.config = config
         self.answers = AnswerFormat.of(tokenizer, config.tool_format, config.reasoning_format)
-        self.admission = Admission(config)
         self.metrics = Exporter(info.model)
+        self.admission = Admission(config, self.metrics["trinity_displaced_total"].inc)
         self.pins = pins or Pins()
         self.streams = Continuing(engine, self.metrics.continued, self.pins)
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.training = TrainingRun(source)
         self.engine_healthy = True
-        self._waits: set[asyncio.Timeout] = set()
         self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process
         self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
-        self._cut = False
+
+    @property
+    def leaving(self) -> bool:
+        """Say whether balancers are to send nothing more."""
+        return self.admission.leaving or self.admission.draining
 
     @property
     def ready(self) -> bool:
-        return self.engine_healthy and not self.admission.draining
+        return self.engine_healthy and not self.leaving
 
     def check_number(self, num: int) -> None:
         """Raise InvalidRequest for a request of so many sequences that others would find no slot."""
@@ -245,14 +260,15 @@ class Frontend:
         deadline = asyncio.get_running_loop().time() + budget_s
         request_id = new_request_id()
         with (
-            self.admission.slot(client),
+            self.admission.slot(client, params.priority) as slot,
             self.metrics.sequence(adapter and adapter.name) as clock,
             self.tracing.sequence(request_id, len(prompt_ids), params, served and served.model) as span,
         ):
             stream = self.streams.generate(request_id, prompt_ids, params, budget_s, client, adapter)
             async with aclosing(stream):
-                while (delta := await self._next(stream, deadline, budget_s)) is not None:
+                while (delta := await self._next(stream, slot, deadline, budget_s)) is not None:
                     _raise_failure(delta)
+                    slot.claim.has_begun = True
                     clock.tick(delta)
                     span.tick(delta)
                     yield delta
@@ -272,9 +288,9 @@ class Frontend:
     async def probe(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                self.info = await self.engine.info()
-            self.engine_healthy = True
-            self.metrics.engine(self.info.engine_id, self.info.version, self.info.stats)
+                infos = await self.engine.infos()
+            self.info, self.engine_healthy = infos[0], True
+            self.metrics.engines(infos)
         except Exception as error:
             if self.engine_healthy:
                 log.warning("no engine answers: %s", type(error).__name__)
@@ -286,25 +302,24 @@ class Frontend:
 
     def cut(self) -> None:
         """End the requests that still run, with Unavailable."""
-        self._cut = True
-        for wait in self._waits:
-            if not wait.expired():
-                wait.reschedule(0.0)
+        self.admission.cut(Unavailable("the server is stopping; send the request to another", retry_after_s=1.0))
 
-    async def _next(self, stream: AsyncGenerator[Delta, None], deadline: float, budget_s: float) -> Delta | None:
-        """The next delta, None at the end; DeadlineExceeded once the loop's clock passes `deadline`."""
+    async def _next(
+        self, stream: AsyncGenerator[Delta, None], slot: Slot, deadline: float, budget_s: float
+    ) -> Delta | None:
+        """The next delta, None at the end; DeadlineExceeded once the loop's clock passes `deadline`, or what took its slot."""
         try:
-            async with asyncio.timeout_at(0.0 if self._cut else deadline) as wait:
-                self._waits.add(wait)
-                return await anext(stream, None)
+            async with asyncio.timeout_at(0.0 if slot.error else deadline) as slot.wait:
+                delta = await anext(stream, None)
+            if slot.claim.error:  # it came too late by a moment
+                raise slot.claim.error
+            return delta
         except TimeoutError:
-            if self._cut:
-                raise Unavailable("the server is stopping; send the request to another", retry_after_s=1.0) from None
-            raise DeadlineExceeded(
+            raise slot.error or DeadlineExceeded(
                 f"not finished within {budget_s:.3g} s; ask for fewer tokens or wait longer"
             ) from None
         finally:
-            self._waits.discard(wait)
+            slot.wait = None
 
 
 def _check_priority(priority: int, client: Client) -> None:

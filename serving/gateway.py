@@ -1,20 +1,23 @@
 """The gateway: one Frontend with its HTTP and gRPC listeners, and the order in which they begin and end.
 
 A plain class, started by tests as it is and by Ray Serve inside an ingress replica (serving/app.py).
-Ending: health says NOT_SERVING, new requests get 503/UNAVAILABLE while the running ones finish (at most
-serve.drain_timeout_s), then the listeners close.
+Ending: health says NOT_SERVING; after serve.drain_delay_s, in which balancers hear of it, new requests get 503/UNAVAILABLE
+while the running ones finish (at most serve.drain_timeout_s); then the listeners close.
 """
 
 import asyncio
+import itertools
 import logging
+from functools import partial
 
-from serving.addresses import bracketed
+from serving.addresses import Door, bracketed
 from serving.frontend import Frontend
 from serving.grpc.server import GrpcServer
 from serving.http.routes import build_app
 from serving.http.server import HttpServer
 from serving.limits import within_descriptors
-from trinity.errors import Unavailable
+from trinity.errors import ConfigError, Unavailable
+from trinity.utils.trying import tried
 
 log = logging.getLogger("trinity.serving")
 CUT_GRACE_S = 1.0
@@ -25,27 +28,51 @@ class Gateway:
 
     def __init__(self, front: Frontend):
         self.front = front
-        config = within_descriptors(front.config)
+        self._config = config = within_descriptors(front.config)
         self.http = HttpServer(build_app(front), config)
         self.grpc = GrpcServer(front, config)
         self._monitor: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Raises ConfigError where a port is taken or a certificate cannot be read."""
+    async def start(self, num_places: int = 1) -> None:
+        """`num_places`: gateways that this machine may have; each takes the ports of the first place that is free.
+
+        Raises ConfigError where all are taken or a certificate cannot be read.
+        """
+        self._bind(num_places)
         await self.http.start()
         await self.grpc.start()
         self.front.placement.start()
         self.front.pins.start(self.front.info.version if self.front.config.weights.startswith("pinned") else None)
         self._monitor = asyncio.create_task(self.front.monitor(on_change=self.grpc.set_ready))
 
+    def _bind(self, num_places: int) -> None:
+        for place in itertools.count():
+            error = tried(partial(self._bind_at, place), ConfigError)
+            if error is None:
+                return
+            if place + 1 == num_places:
+                raise error
+
+    def _bind_at(self, place: int) -> None:
+        """HTTP first, so that of two which try the same place one has all of it."""
+        http_port, grpc_port = (port and port + place for port in (self._config.http_port, self._config.grpc_port))
+        self.http.bind(http_port)
+        if (error := tried(partial(self.grpc.bind, grpc_port), ConfigError)) is not None:
+            self.http.unbind()
+            raise error
+
     @property
     def addresses(self) -> tuple[str, str]:
         """URL of HTTP and host:port of gRPC, with the ports that were bound."""
+        return self.door(self.front.config.host)[:2]
+
+    def door(self, node: str) -> Door:
+        """The door by which others find it; one that listens everywhere is at that address of its node."""
         config = self.front.config
-        scheme = "https" if config.tls_cert else "http"
-        host = bracketed(config.host)
-        return f"{scheme}://{host}:{self.http.port}", f"{host}:{self.grpc.port}"
+        scheme, everywhere = "https" if config.tls_cert else "http", not config.host.strip("0.:")
+        host = bracketed(node if everywhere else config.host)
+        return Door(f"{scheme}://{host}:{self.http.port}", f"{host}:{self.grpc.port}", node)
 
     def check_health(self) -> None:
         if self._monitor is None or self._monitor.done():
@@ -57,8 +84,9 @@ class Gateway:
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
-        self.front.admission.draining = True
+        self.front.admission.leaving = True
         await self.grpc.set_ready(False)
+        await asyncio.sleep(self.front.config.drain_delay_s)
         if not await self.front.drain():
             log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)
             self.front.cut()

@@ -1,7 +1,7 @@
 """Counts of the edges, exported at /metrics. The declarations are trinity/observability/; only observing happens here.
 
 A registry of its own for each Frontend: nothing global, so that tests and several servers in a process do not mix.
-Probes reach one engine at a time, so the sums over engines are over those that answered within STALE_S. A server without a
+The sums over engines are over those that answered within STALE_S. A server without a
 pool has no placement metrics: zeros would say that all is even and nothing there.
 """
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import prometheus_client as prometheus
 from prometheus_client.core import HistogramMetricFamily
@@ -45,15 +45,40 @@ COUNTERS = {
     "num_computed_tokens": "trinity_computed_tokens_total",
     "num_prefix_queries": "trinity_prefix_queries_total",
     "num_prefix_hits": "trinity_prefix_hits_total",
+    "num_tier_hits": "trinity_kv_tier_hits_total",
+    "num_tier_written": "trinity_kv_tier_written_total",
+    "num_tier_evicted": "trinity_kv_tier_evicted_total",
     "num_dispatch_retries": "trinity_dispatch_retries_total",
     "num_quarantined": "trinity_weights_quarantined_total",
     "num_repeats": "trinity_passes_repeated_total",
     "num_drafted": "trinity_draft_tokens_total",
     "num_accepted": "trinity_accepted_draft_tokens_total",
 }
+EACH = {
+    "num_running": "trinity_engine_requests_running",
+    "num_waiting": "trinity_engine_requests_waiting",
+    "num_prefix_queries": "trinity_engine_prefix_queries",
+    "num_prefix_hits": "trinity_engine_prefix_hits",
+}
 STATES = ("starting", "ready", "draining", "away")
 SURVIVES = ("shards", "nodes")
 RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
+
+
+class Info(Protocol):
+    """Facts that an engine says of itself (serving/frontend.py, EngineInfo)."""
+
+    @property
+    def engine_id(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def stats(self) -> Mapping[str, Any]: ...
 
 
 class Exporter:
@@ -89,8 +114,9 @@ class Exporter:
         """One sequence goes on after its engine was lost, so long ago."""
         self["trinity_continuation_seconds"].observe(paused_s)
 
-    def clients(self, held: Mapping[str, int]) -> None:
-        """Show how many slots each client holds."""
+    def admitted(self, held: Mapping[str, int], num_gateways: int) -> None:
+        """Show how many slots each client holds here, and among how many gateways they are divided."""
+        self["trinity_gateways"].set(num_gateways)
         for name, num in held.items():
             self["trinity_client_requests"].labels(name).set(num)
 
@@ -107,10 +133,20 @@ class Exporter:
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
         longest_s = max(found.get("longest_pass_seconds", 0.0) for _, found in self._engines.values())
         self["trinity_longest_pass_seconds"].set(longest_s)
+        self["trinity_kv_tier_bytes"].set(max(found.get("tier_bytes", 0) for _, found in self._engines.values()))
         for field, name in SUMS.items():
             self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
         free, total = (sum(found.get(f"num_{what}_blocks", 0) for _, found in self._engines.values()) for what in KV)
         self["trinity_kv_usage"].set(1 - free / total if total else 0.0)
+
+    def engines(self, infos: Iterable["Info"]) -> None:
+        """Count what all engines said of themselves, and show each beside the others."""
+        for name in EACH.values():
+            self[name].clear()  # of engines that have gone
+        for info in infos:
+            self.engine(info.engine_id, info.version, info.stats)
+            for field, name in EACH.items():
+                self[name].labels(info.engine_id, info.role).set(info.stats.get(field, 0))
 
     @contextmanager
     def sequence(self, adapter: str | None = None) -> Iterator["TokenClock"]:

@@ -2,7 +2,9 @@
 
 import ipaddress
 import os
-from contextlib import suppress
+import random
+import socket
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 
@@ -32,3 +34,16 @@ def decode_address(text):
     words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
     address = ipaddress.ip_address(b"".join(words))
     return str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)
+
+
+def free_ports(num, groups=2):
+    """-> the first of so many neighbouring free ports of loopback, of each group. Below those that the system hands out."""
+    while True:
+        firsts = random.sample(range(20_000, 32_000, num), groups)
+        try:
+            with ExitStack() as taken:
+                for port in (first + at for first in firsts for at in range(num)):
+                    taken.enter_context(socket.create_server(("127.0.0.1", port)))
+                return firsts
+        except OSError:
+            continue

@@ -250,6 +250,8 @@ def serving(config: Config, pool: "RayPool", served: Callable[[str, str], None])
         except TrinityError as error:  # the edge of this thread; training goes on
             say(f"not served: {error.message}")
             return
+        for door in servers[0].doors[1:]:
+            say(f"another gateway\n{door.text}")
         addresses = servers[0].http_url, servers[0].grpc_address
         threading.Thread(target=served, args=addresses, name="trinity-served", daemon=True).start()
 

@@ -25,7 +25,7 @@ from trinity.errors import TrinityError
 from trinity.rpc.messages import PROTOCOL, REMOTE, Backward, Fetch, Forward, Rows
 
 MAGIC = b"TRN%d" % PROTOCOL
-INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH = 1, 2, 3, 4, 5, 6
+INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH, BYTES = 1, 2, 3, 4, 5, 6, 7
 Calls = Forward | Backward | Fetch
 KEEP, HAS_ROWS, IN_SHARED_BUFFER, HAS_ADAPTERS = 1, 2, 4, 8  # flags
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -77,7 +77,7 @@ class Header(NamedTuple):
         header = cls._make(HEADER.unpack(data))
         if header.magic != MAGIC:
             raise BadFrame(f"frame starts with {header.magic!r}, this side speaks {MAGIC!r}")
-        if not INFER <= header.kind <= FETCH or header.dtype >= len(DTYPES):
+        if not INFER <= header.kind <= BYTES or header.dtype >= len(DTYPES):
             raise BadFrame(f"frame of kind {header.kind} and type {header.dtype} is unknown")
         if not math.isfinite(header.left_s):
             raise BadFrame(f"{header.left_s} s to the deadline are not a time")
@@ -94,7 +94,7 @@ class Header(NamedTuple):
     def payload_bytes(self) -> int:
         """Bytes of all tensors, wherever they lie."""
         if self.kind >= FAILURE:
-            return self.num_rows if self.kind == FAILURE else 0
+            return self.num_rows if self.kind in (FAILURE, BYTES) else 0
         rows = self.num_rows * self.dim * DTYPES[self.dtype].itemsize
         if self.kind == ANSWER:
             return rows + 4 * self.num_rows * self.num_slots
@@ -195,6 +195,11 @@ def answer(number: int, value: Any) -> tuple[bytes, list[Tensor]]:
     num_slots = sent[1].shape[1] if len(sent) == 2 else 0
     num_rows, dim = sent[0].shape
     return _head(ANSWER, CODE_OF[sent[0].dtype], number, num_rows, dim, num_slots), sent
+
+
+def piece(number: int, num_bytes: int) -> bytes:
+    """The header of so many bytes that are no rows, between engines."""
+    return _head(BYTES, 0, number, num_bytes)
 
 
 def refusal(error: TrinityError) -> bytes:

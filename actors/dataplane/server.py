@@ -34,7 +34,7 @@ from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import consider
 from trinity.errors import TrinityError
 from trinity.rpc.messages import Fetch, Forward, Rows
-from trinity.utils.niceness import LowPriorityExecutor
+from trinity.utils.niceness import PATIENT, LowPriorityExecutor
 
 log = logging.getLogger(__name__)
 PAYLOAD_S = 60.0  # for the rest of a frame whose own deadline is nearer
@@ -55,16 +55,22 @@ class _Job:
 
 
 class Combiner:
-    """Runs calls on a shard in two queues, beside each other: inference in one, all else in the other, patiently."""
+    """Runs calls on a shard in three queues, beside each other: inference in one, that of engines which give way in another,
+    all else in the third; the latter two patiently."""
 
-    def __init__(self, shard: Any, patient: LowPriorityExecutor | None = None):
-        self.inference, self.others = RequestQueue(shard), RequestQueue(shard)
-        self._patient = patient or LowPriorityExecutor()
+    def __init__(
+        self, shard: Any, patient: LowPriorityExecutor | None = None, prompts: LowPriorityExecutor | None = None
+    ):
+        self.inference, self.prompts, self.others = RequestQueue(shard), RequestQueue(shard), RequestQueue(shard)
+        self._patient, self._for_prompts = patient or LowPriorityExecutor(), prompts or LowPriorityExecutor()
 
     def run(self, call: Calls) -> Any:
         """-> what the verb returned, or the TrinityError it raised."""
-        pure = isinstance(call, Forward) and not call.keep
-        return self.inference.run(call) if pure else self._patient.run(self.others.run, call)
+        if not isinstance(call, Forward) or call.keep:
+            return self._patient.run(self.others.run, call)
+        if call.priority == PATIENT:
+            return self._for_prompts.run(self.prompts.run, call)
+        return self.inference.run(call)
 
 
 class RequestQueue:

@@ -35,6 +35,7 @@ from trinity.utils.trying import retrying, tried
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
 POLL_S, AGAIN_S = 0.1, 0.5
+LINES_KEPT = 1000  # versions whose line is remembered
 
 
 class LivePool(Protocol):
@@ -94,6 +95,7 @@ class LiveWeights:
         self._guard = threading.Lock()  # of the two below
         self._bad: set[int] = set()
         self._good = decision.version
+        self._lines = {decision.version: self._named(decision.notes.get("line"))}
         view = pool.view
         assert isinstance(view, placement_watcher.PlacementWatcher)
         view.watch_version(decision.version)
@@ -109,6 +111,7 @@ class LiveWeights:
             self._pinned = self.pool.service.pin(step, self._holder("pinned"), LEASE_S)
         except TrinityError as error:
             raise ConfigError(f"--weights pinned:{step}: {error.message}; or serve that step's checkpoint") from None
+        self._lines[self._pinned] = self._line_now(self._pinned)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -140,6 +143,11 @@ class LiveWeights:
                 self._bad.add(version)
                 self._good = max((n for n in range(version) if n not in self._bad), default=version)
             self._ask("quarantine", version)
+
+    def line(self, version: int) -> str | None:
+        """Name of the weights that this version is one of: equal names and versions are equal weights, whichever engine asks.
+        None where it is not known for sure."""
+        return self._lines.get(version)
 
     def counts(self) -> tuple[int, dict[str, tuple[list[int], float]]]:
         """Retries, and seconds by phase, of all its dispatchers."""
@@ -190,14 +198,31 @@ class LiveWeights:
 
     def _is_ready(self, version: int) -> bool:
         if version >= 0 and version not in self._bad and self._pinned is None:
+            before = self._line_now(version)
             error = tried(partial(self._models.prepare, version), Exception)  # the edge of this thread
             if error is not None:  # passes go on with the version before
                 log.warning("version %d cannot be taken up now: %s", version, error)
                 return False
+            self._note_line(version, before)
         with self._guard:
             if version >= 0 and version not in self._bad:
                 self._good = version
         return True
+
+    def _line_now(self, version: int) -> str | None:
+        """The line that the job is at, if it has come to that version."""
+        decision = tried(self.pool.decided, TrinityError)
+        if not isinstance(decision, Decision) or decision.version < version:
+            return None
+        return self._named(decision.notes.get("line"))
+
+    def _note_line(self, version: int, before: str | None) -> None:
+        """Note the line of a version that was read between two looks: the one that both saw."""
+        line = before if before == self._line_now(version) else None
+        self._lines = {n: each for n, each in self._lines.items() if n > version - LINES_KEPT} | {version: line}
+
+    def _named(self, line: str | None) -> str | None:
+        return None if line is None else f"{self.pool.service.identity()}/{line}"
 
     def _holder(self, what: object) -> str:
         return f"{self._me}/{what}"

@@ -1,4 +1,4 @@
-"""Folders of the committed state of a pool's processes on a host: in shared memory that outlive their process.
+"""Folders of a pool's processes on a host, in shared memory that outlives them: committed state, and what engines have cached.
 
 Decisions: a folder belongs to the Ray node (its raylet process) whose actors wrote it, for only that node starts them again;
 folders of nodes that have gone are swept away by whoever makes the next one. Containers may share this memory and not see one
@@ -23,7 +23,7 @@ from trinity.errors import ConfigError
 
 log = logging.getLogger(__name__)
 SHM = Path("/dev", "shm")
-PREFIX = "trinity-memory"
+PREFIX, CACHE_PREFIX = "trinity-memory", "trinity-kv"
 REMOVE_S = 10.0
 
 
@@ -34,23 +34,30 @@ def base(memory_dir: str | None) -> Path:
 def folder(settings: PlacementConfig, namespace: str, what: str) -> Path | None:
     """Folder of one process of the pool on this node, called `what`; None where nothing is to be kept. Raises ConfigError
     where somebody else has put something in its place."""
-    if not settings.durable:
-        return None
+    return _made(settings, namespace, PREFIX) / what if settings.durable else None
+
+
+def cache_folder(settings: PlacementConfig, namespace: str) -> Path:
+    """Folder of what the pool's engines on this node have cached. Raises as `folder`."""
+    return _made(settings, namespace, CACHE_PREFIX)
+
+
+def _made(settings: PlacementConfig, namespace: str, prefix: str) -> Path:
     root = base(settings.memory_dir)
     root.mkdir(parents=True, exist_ok=True)
     sweep(root)
-    found = root / _name(ray_node_pid(), settings.pool, namespace)
+    found = root / _name(ray_node_pid(), settings.pool, namespace, prefix)
     found.mkdir(mode=0o700, exist_ok=True)
     status = found.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ConfigError(f"{found} is somebody else's; set placement.memory_dir to a folder of your own")
-    return found / what
+    return found
 
 
 def sweep(root: Path) -> None:
     """Remove what belongs to nodes that have gone. Harmless beside others who do the same."""
-    ours = re.compile(rf"{PREFIX}-{os.getuid()}-{_namespace()}-(\d+)-(\d+)-.+")
-    for path in root.iterdir():
+    ours = re.compile(rf"(?:{PREFIX}|{CACHE_PREFIX})-{os.getuid()}-{_namespace()}-(\d+)-(\d+)-.+")
+    for path in root.iterdir() if root.is_dir() else ():
         if (found := ours.fullmatch(path.name)) and _started(int(found[1])) != int(found[2]):
             log.warning("removing %s: its node has gone", path)
             shutil.rmtree(path, ignore_errors=True)
@@ -59,7 +66,7 @@ def sweep(root: Path) -> None:
 def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
     """Remove it on all nodes that are alive: the pool's processes have ended for good."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and not any(base(memory_dir).glob(f"{PREFIX}-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
+    if len(nodes) == 1 and not any(base(memory_dir).glob(f"trinity-*-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
         return
     refs = [on_node(_remove, node).remote(pool, namespace, memory_dir) for node in nodes]
     ray.wait(refs, num_returns=len(refs), timeout=REMOVE_S) if refs else None
@@ -67,11 +74,12 @@ def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _remove(pool: str, namespace: str, memory_dir: str | None) -> None:
-    shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool, namespace), ignore_errors=True)
+    for prefix in (PREFIX, CACHE_PREFIX):
+        shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool, namespace, prefix), ignore_errors=True)
 
 
-def _name(raylet: int, pool: str, namespace: str) -> str:
-    return f"{PREFIX}-{os.getuid()}-{_namespace()}-{raylet}-{_started(raylet)}-{_tag(namespace)}-{pool}"
+def _name(raylet: int, pool: str, namespace: str, prefix: str) -> str:
+    return f"{prefix}-{os.getuid()}-{_namespace()}-{raylet}-{_started(raylet)}-{_tag(namespace)}-{pool}"
 
 
 def _tag(namespace: str) -> str:

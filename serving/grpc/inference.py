@@ -24,6 +24,7 @@ from serving.http.logprobs import in_parts
 from serving.http.schema import ChatRequest, sampling_params
 from serving.streams import merge
 from trinity.engine import samples
+from trinity.engine.deltas import joined
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import InvalidRequest
 from trinity.text.answers import Parser, Verbatim, read
@@ -89,7 +90,8 @@ class InferenceServicer(rpc.InferenceServicer):
         if samples.chooses(params):
             logprobs = [[lp for delta in deltas for lp in delta.logprobs or ()] for deltas in drawn]
             for place, index in enumerate(samples.best(params, logprobs)):
-                yield place, joined(drawn[index], params.logprobs is not None)
+                whole = joined(drawn[index])
+                yield place, whole if params.logprobs is not None else replace(whole, logprobs=None)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         info, size = self.front.info, self.front.tokenizer.vocab_size
@@ -178,14 +180,6 @@ class Answer:
         if delta.experts_TLK is not None:
             final.routed_experts = npy(delta.experts_TLK)
         return final
-
-
-def joined(deltas: list[Delta], shows_logprobs: bool) -> Delta:
-    """One Delta with all of a continuation."""
-    logprobs = tuple(lp for delta in deltas for lp in delta.logprobs or ()) if shows_logprobs else None
-    text, token_ids = "".join(d.text for d in deltas), tuple(i for d in deltas for i in d.token_ids)
-    scores = deltas[0].prompt_logprobs
-    return replace(deltas[-1], text=text, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=scores)
 
 
 def to_params(request: pb.GenerateRequest, default_max_tokens: int) -> SamplingParams:

@@ -22,7 +22,8 @@ AGE_MS, SPARE_MS = 600_000, 5_000  # then the client is told to make another; it
 
 
 class GrpcServer:
-    """The listening server. `start` binds, `set_ready` tells health, `stop` lets running calls end within `grace_s`."""
+    """The listening server. `bind` takes a port, `start` serves, `set_ready` tells health, `stop` lets running calls end within
+    `grace_s`."""
 
     def __init__(self, front: Frontend, config: ServeConfig):
         options = [
@@ -45,9 +46,9 @@ class GrpcServer:
         names = (SERVICE, PLACEMENT, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
 
-    async def start(self) -> None:
-        """Raises ConfigError where the port is taken or the certificate cannot be read."""
-        address = f"{bracketed(self._config.host)}:{self._config.grpc_port}"
+    def bind(self, port: int) -> None:
+        """Take the port; 0: any. Raises ConfigError where it is taken or the certificate cannot be read."""
+        address = f"{bracketed(self._config.host)}:{port}"
         try:
             if self._config.tls_cert:
                 self.port = self.server.add_secure_port(address, credentials(self._config))
@@ -55,6 +56,8 @@ class GrpcServer:
                 self.port = self.server.add_insecure_port(address)
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"gRPC cannot listen on {address}: {error}; choose another serve.grpc_port") from None
+
+    async def start(self) -> None:
         await self.server.start()
 
     async def set_ready(self, ready: bool) -> None:

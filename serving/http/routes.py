@@ -237,6 +237,13 @@ async def reset_prefix_cache(front: Frontend, request: Request) -> Response:
     return Response()
 
 
+async def engine_roles(front: Frontend, request: Request) -> Response:
+    """Have engines compute prompts, answers or both from now on."""
+    body = await parse(front, schema.RolesRequest, request)
+    await front.engine.set_roles(body.roles)
+    return Response()
+
+
 async def health(front: Frontend, request: Request) -> Response:
     """Liveness: this process answers."""
     return JSONResponse({"status": "alive"})
@@ -245,13 +252,13 @@ async def health(front: Frontend, request: Request) -> Response:
 async def ready(front: Frontend, request: Request) -> Response:
     """Readiness: an engine answers and nobody is draining us."""
     if not front.ready:
-        raise Unavailable("not ready: draining" if front.admission.draining else "not ready: no engine answers")
+        raise Unavailable("not ready: draining" if front.leaving else "not ready: no engine answers")
     return JSONResponse({"status": "ready"})
 
 
 async def healthz(front: Frontend, request: Request) -> Response:
     """Answer KubeRay's question to a node that serves: the word `success`, until it drains."""
-    if front.admission.draining:
+    if front.leaving:
         raise Unavailable("draining")
     return PlainTextResponse("success")
 
@@ -261,7 +268,7 @@ async def version(front: Frontend, request: Request) -> Response:
 
 
 async def metrics(front: Frontend, request: Request) -> Response:
-    front.metrics.clients(front.admission.held)
+    front.metrics.admitted(front.admission.held, front.admission.num_gateways)
     text, kind = front.metrics.render()
     return Response(text, headers={"content-type": kind})
 
@@ -293,6 +300,7 @@ ROUTES = (
     Endpoint("POST", "/detokenize", detokenize, "key"),
     Endpoint("GET", "/tokenizer_info", tokenizer_info, "key"),
     Endpoint("POST", "/reset_prefix_cache", reset_prefix_cache, "admin"),
+    Endpoint("POST", "/engine_roles", engine_roles, "admin"),
     Endpoint("GET", "/version", version, "key"),
     Endpoint("GET", "/metrics", metrics, "key"),
     Endpoint("GET", "/health", health, "open"),

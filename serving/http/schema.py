@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from serving.http.chat import MAX_MESSAGES, Conversation, Messages
 from serving.http.strict import Refusals, Strict
 from serving.http.structured import with_response_format
-from trinity.config import check_adapter_name
+from trinity.config import Role, check_adapter_name
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
@@ -178,6 +178,12 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: TokenIds
+
+
+class RolesRequest(Strict):
+    """POST /engine_roles"""
+
+    roles: list[Role] = Field(min_length=1, max_length=1024)
 
 
 class UnloadAdapterRequest(Strict):

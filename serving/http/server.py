@@ -226,7 +226,7 @@ class Listener(uvicorn.Server):
 
 
 class HttpServer:
-    """`start` binds and serves in the background; `stop` closes the listener and lets running requests end."""
+    """`bind` takes a port, `start` serves in the background; `stop` closes the listener and lets running requests end."""
 
     def __init__(self, app: object, config: ServeConfig):
         self._config = config
@@ -247,30 +247,35 @@ class HttpServer:
             )
         )
         self.port = 0
+        self._listening: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Raises ConfigError where the port is taken."""
-        listening = self._bind()
-        self.port = listening.getsockname()[1]
-        self._task = asyncio.create_task(self.server._serve([listening]))  # `serve` would take over the signals
+        assert self._listening is not None, "bind comes first"
+        self._task = asyncio.create_task(self.server._serve([self._listening]))  # `serve` would take over the signals
         while not self.server.started:
             if self._task.done():
                 self._task.result()
             await asyncio.sleep(0)
 
-    def _bind(self) -> socket.socket:
-        host, port = self._config.host, self._config.http_port
+    def bind(self, port: int) -> None:
+        """Take the port; 0: any. Raises ConfigError where it is taken."""
+        host = self._config.host
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             made = socket.create_server(address[:2], family=family, backlog=2048)
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # plain asyncio leaves it to us: 40 ms an answer
-            return made
+            self._listening, self.port = made, made.getsockname()[1]
         except OSError as error:
             where = f"{bracketed(host)}:{port}"
             raise ConfigError(
                 f"HTTP cannot listen on {where}: {error.strerror}; choose another serve.http_port"
             ) from None
+
+    def unbind(self) -> None:
+        """Give a port back that was taken and not served on."""
+        if self._listening is not None:
+            self._listening.close()
 
     async def stop(self, grace_s: float) -> None:
         """Idle connections close at once; requests still running after `grace_s` are cut."""

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,11 +36,11 @@ EVERY_S = 5.0
 
 
 @contextmanager
-def served(checkpoint: Path, folder: Path) -> Iterator[tuple[subprocess.Popen, Target]]:
+def served(checkpoint: Path, folder: Path, more: Sequence[str] = ()) -> Iterator[tuple[subprocess.Popen, Target]]:
     """The command, once it is ready; ends it with SIGTERM."""
     ports = ["--serve.http_port", "0", "--serve.grpc_port", "0", "--placement.num_shards", "2"]
     with (folder / "serve.out").open("w+") as out, (folder / "serve.err").open("w") as err:
-        command = [sys.executable, "-m", "trinity.cli", "serve", str(checkpoint), *ports]
+        command = [sys.executable, "-m", "trinity.cli", "serve", str(checkpoint), *ports, *more]
         process = subprocess.Popen(command, stdout=out, stderr=err)
         try:
             yield process, Target(*_addresses(process, folder / "serve.out"))

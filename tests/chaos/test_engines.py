@@ -216,3 +216,47 @@ def test_pinned_answers_keep_their_version_while_engines_die_and_weights_change(
     print(
         f"\n{num} continuations of pinned answers, of versions {[sorted({v['first'] for v, _ in each}) for each in answers]}"
     )
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+async def test_engines_that_come_with_the_queue_are_sent_requests(ray_session, tmp_path):
+    """Ray Serve still sees who waits where: it starts a second engine, and what comes later goes there."""
+    from serving import app
+
+    gate = tmp_path / "fake-model"
+    gate.mkdir()
+    (gate / "shut").touch()
+    scaled = {"replicas": 1, "max_replicas": 2, "requests_per_replica": 2}
+    config = Config.load(model="tiny", serve={"http_port": 0, "grpc_port": 0}, engine=scaled)
+    server = await asyncio.to_thread(app.start, config, str(gate), "tests.serve.fake:build")
+    try:
+        async with httpx.AsyncClient(base_url=server.http_url, timeout=300) as http:
+            first = await staying(http, gate, 6)
+            while len(await running(http)) < 2:
+                await asyncio.sleep(0.2)
+            more = await staying(http, gate, 12)
+            while sum(await running(http)) < 12:
+                await asyncio.sleep(0.2)
+            assert min(await running(http)) >= 5
+            (gate / "shut").unlink()
+            assert {answer.status_code for answer in await asyncio.gather(*first, *more)} == {200}
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def staying(http, gate, num):
+    """Requests that stay, until there are so many."""
+    body = {"prompt": "stay", "max_tokens": 1}
+    asked = [
+        asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(num - len(list(gate.iterdir())) + 1)
+    ]
+    while len(list(gate.iterdir())) - 1 < num:
+        await asyncio.sleep(0.05)
+    return asked
+
+
+async def running(http):
+    """-> requests in each engine."""
+    lines = (await http.get("/metrics")).text.splitlines()
+    return [float(line.split()[-1]) for line in lines if line.startswith("trinity_engine_requests_running{")]

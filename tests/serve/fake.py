@@ -15,6 +15,8 @@ import numpy as np
 
 from trinity.config import AdapterRef, Client
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.key_log import KeyChanges
+from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, SamplingParams, TokenLogprobs
 from trinity.errors import Overloaded, Unavailable
@@ -49,6 +51,7 @@ class FakeEngine:
         self.adapters: list[AdapterRef | None] = []
         self.healthy, self.version = True, 7
         self.num_cached = self.num_resets = 0
+        self.key_base, self.gives_way, self.prompts = None, False, []
         self.defaults, self.routed_bytes, self.moe_layers = defaults, 6, (2, 3, 4)
         self.tokenizer = fake_tokenizer()
 
@@ -57,6 +60,7 @@ class FakeEngine:
     ):
         done = len(begun.token_ids) if begun else 0
         self.seen.append(params)
+        self.prompts.append(prompt_ids)
         self.clients.append(client)
         self.adapters.append(adapter)
         self.held.add(request_id)
@@ -121,6 +125,12 @@ class FakeEngine:
         if "fail" in text:
             raise RuntimeError("/secret/path")
 
+    def key_changes(self, since):
+        return KeyChanges(0, True, b"", b"")
+
+    def give_way(self, gives_way):
+        self.gives_way = gives_way
+
     def reset_prefix_cache(self):
         self.num_resets += 1
 
@@ -149,4 +159,6 @@ class HeldEngine(FakeEngine):
 def build(checkpoint: str, config_json: str):
     """The engine factory of the Ray tests: the checkpoint is a folder, the model's name and the gate."""
     gate = Path(checkpoint)
-    return FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True, gate=gate), fake_tokenizer(), gate.name
+    engine = FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True, gate=gate)
+    engine.key_base = KeyBase("fake", 16)
+    return engine, fake_tokenizer(), gate.name

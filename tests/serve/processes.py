@@ -28,3 +28,7 @@ def ancestors(pid):
 
 def engine_pids():
     return [int(pid) for pid, title in processes() if "Engine" in title]
+
+
+def gateway_pids():
+    return [int(pid) for pid, title in processes() if "Gateway" in title]

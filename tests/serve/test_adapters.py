@@ -55,6 +55,16 @@ async def test_an_adapter_is_a_model_from_its_loading_to_its_unloading(http, ope
     assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["fake"]
 
 
+async def test_what_one_gateway_loads_another_serves(http, operated, start, pool):
+    """They ask the placement service, not each other."""
+    async with start(operator=pool) as other, httpx.AsyncClient(base_url=other.url, timeout=WAIT_S) as there:
+        await load(http)
+        await eventually(lambda: other.front.placement.adapters)
+        assert (await there.post("/v1/completions", json={"model": "poet", "prompt": "the fox"})).status_code == 200
+        await unload(there)
+        await eventually(lambda: not operated.front.placement.adapters)
+
+
 @pytest.mark.parametrize("path", DOORS)
 async def test_every_door_takes_its_name(http, operated, path):
     await load(http)

@@ -6,6 +6,8 @@ import json
 import pytest
 from fake import FakeEngine, fake_tokenizer
 
+from serving.engine import LocalClient
+from trinity.bench import roles
 from trinity.bench.clients import CLIENTS, Ask
 from trinity.cli import main
 from trinity.errors import Unavailable
@@ -145,3 +147,23 @@ async def test_urgent_requests_beside_a_flood(start, tmp_path, capsys):
     assert found["others"][0] > 0
     assert {params.priority for params in engine.seen} == {0, 5}
     assert "p99 beside the flood / what it may be" in capsys.readouterr().out
+
+
+async def test_short_requests_beside_long_ones_while_roles_change(start, tmp_path, capsys, monkeypatch):
+    told = []
+
+    async def note(client, names):
+        told.append(names)
+
+    monkeypatch.setattr(LocalClient, "set_roles", note)
+    monkeypatch.setattr(roles, "SETTLE_S", 0.0)
+    engine = FakeEngine(max_model_len=512, delay_s=0.01)
+    words = ["bench", "serve", "--roles", "--quick", "--long-len", "300", "--out", str(tmp_path)]
+    async with start(engine) as server:
+        assert await asyncio.to_thread(main, [*words, "--vocab-size", "260", server.url]) == 0
+    assert told == [["prefill", "decode"], ["both"], ["prefill", "decode"]]
+    (found,) = json.loads((tmp_path / "serve-roles.json").read_text())["results"]
+    assert [len(each["itl"]) for each in found.values()] == [4 * 3] * 3
+    assert [min(each["long"]) > 0 for each in found.values()] == [False, True, True]
+    assert sorted({len(prompt) for prompt in engine.prompts}) == [10, 300]
+    assert "p99 ITL of short requests, apart / alone" in capsys.readouterr().out

@@ -240,7 +240,7 @@ class Replica:
     def options(self, **more):
         return self
 
-    def remote(self, *asked):
+    def remote(self, *asked, engine=None):
         self.batches = self._batches()
         return self
 
@@ -265,7 +265,7 @@ class Replica:
 async def test_an_engine_that_falls_silent_is_lost_and_one_that_is_waited_for_is_not(monkeypatch):
     monkeypatch.setattr(engine, "SILENT_S", 0.2)
     replica = Replica(0.4, ["a"], [], ["b", "c"])
-    deltas = engine.RayClient(replica).generate("x")
+    deltas = engine.RayClient(replica).generate(None, "x")
     assert [await anext(deltas) for _ in range(3)] == ["a", "b", "c"]
     with pytest.raises(EngineLost, match="it has said nothing for"):
         await anext(deltas)

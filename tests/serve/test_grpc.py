@@ -4,6 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import grpc
+import httpx
 import pytest
 from fake import FakeEngine, HeldEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -246,6 +247,27 @@ async def test_f16_draining_says_not_serving_first(start):
         engine.go.set()
         ends = await asyncio.gather(*(rest(call) for call in running))
         assert all(responses[-1].WhichOneof("event") == "final" for responses in ends)
+        watch.cancel()
+        await stopping
+
+
+async def test_balancers_hear_of_the_end_before_a_request_is_refused(start):
+    async with (
+        start(drain_delay_s=2) as server,
+        stubs(server) as stub,
+        httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+        grpc.aio.insecure_channel(server.grpc_address) as other,
+    ):
+        watch = health_pb2_grpc.HealthStub(other).Watch(health_pb2.HealthCheckRequest())
+        while (await watch.read()).status != SERVING.SERVING:
+            pass
+        stopping = asyncio.create_task(server.gateway.stop())
+        assert (await watch.read()).status == SERVING.NOT_SERVING
+        body = {"prompt": "the lazy dog", "max_tokens": 2}
+        asked = http.get("/ready"), http.get("/-/healthz"), http.post("/v1/completions", json=body)
+        *answers, events = await asyncio.gather(*asked, collect(stub.Generate(request())))
+        assert [answer.status_code for answer in answers] == [503, 503, 200]
+        assert events[-1].HasField("final")
         watch.cancel()
         await stopping
 

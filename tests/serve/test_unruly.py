@@ -1,5 +1,6 @@
 """The soak in small (tests/chaos/soak.py): after each unruly client the server answers as before, and holds nothing of it."""
 
+import asyncio
 import random
 
 import httpx
@@ -8,6 +9,7 @@ from fake import FakeEngine
 
 from serving.bodies import NUM_WORKERS, read
 from tests.chaos import unruly
+from tests.chaos.idle import streams
 from tests.chaos.soak import Traffic
 from tests.chaos.unruly import BROKEN, UNRULY, Target
 from tests.unit.fuzzed_port import num_descriptors
@@ -48,3 +50,13 @@ async def test_mixed_traffic_is_counted_and_right(target):
     assert traffic.num_answers > 10
     assert traffic.unruly.total() > 2
     assert not +traffic.failures
+
+
+async def test_streams_that_get_nothing_are_open_until_their_clients_leave(start):
+    """The idle streams in small (tests/chaos/idle.py)."""
+    async with start(FakeEngine(delay_s=3600)) as server:
+        opened = streams(Target(server.url, server.grpc_address), num=20, of_grpc=0.5)
+        await asyncio.to_thread(opened.__enter__)
+        await eventually(lambda: server.front.admission.active == len(server.engine.held) == 20)
+        await asyncio.to_thread(opened.__exit__, None, None, None)
+        await eventually(lambda: not server.front.admission.active and not server.engine.held)

@@ -16,7 +16,7 @@ KUBERAY = ("kuberay-cluster.yaml", "kuberay-service.yaml")
 ALL = CLOUD + KUBERAY
 
 # The resource names that actors/pool.py, Serve's config and actors/train.py ask for. One of each, and a GPU.
-EXPERT_SHARD, ENGINE, TRAIN_SLOT = "expert_shard", "engine", "train_slot"
+EXPERT_SHARD, ENGINE, TRAIN_SLOT, GATEWAY = "expert_shard", "engine", "train_slot", "gateway"
 SHARD = {"GPU": 1, EXPERT_SHARD: 1}
 DEMANDS = {"shard": SHARD, "engine": {"GPU": 1, ENGINE: 1}, "trainer": {"GPU": 1, TRAIN_SLOT: 1}}
 BOUGHT = {"shard": "shard", "engine": "engine", "trainer": "engine"}  # who asks -> the node type that comes

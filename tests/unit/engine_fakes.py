@@ -15,6 +15,7 @@ from torch import nn
 
 from trinity.config import EngineConfig, ModelConfig
 from trinity.engine.engine import Engine
+from trinity.engine.kv_tier import TierPlace
 from trinity.engine.request import SamplingParams, Sequence
 from trinity.engine.sampler import sample
 from trinity.engine.weights import FixedWeights, WeightSource
@@ -222,12 +223,13 @@ def fake_engine(
     *,
     model: nn.Module | None = None,
     source: WeightSource | None = None,
+    tier: TierPlace | None = None,
     **settings,
 ) -> Engine:
     config = config or fake_config()
     source = source or FixedWeights(model or FakeAfmoe(config), 0)
-    base = {"max_model_len": 64, "block_size": 4, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8}
-    return Engine(source, config, EngineConfig(**base | settings), FakeTokenizer())
+    base = {"max_model_len": 64, "block_size": 4, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8, "max_draft_tokens": 0}
+    return Engine(source, config, EngineConfig(**base | settings), FakeTokenizer(), tier=tier)
 
 
 def run_all(engine: Engine, max_steps: int = 10_000) -> dict[str, list]:

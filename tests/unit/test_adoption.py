@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving import adoption
+from serving.addresses import Door
 from serving.app import About, settings_of
 from trinity.cli import main
 from trinity.commands.serve import wait_for_signal
@@ -55,6 +56,10 @@ class Gateway:
     def __init__(self, differs=()):
         self.differs, self.calls = list(differs), []
 
+    def broadcast(self, method):
+        self.calls.append(method)
+        return SimpleNamespace(results=lambda timeout_s, return_exceptions: [None])
+
     def __getattr__(self, method):
         def remote(*arguments):
             self.calls.append(method)
@@ -66,25 +71,35 @@ class Gateway:
 def found(monkeypatch, status, state=None, differs=()):
     """One application in that status, whose gateway says that state."""
     gateway, deleted = Gateway(differs), []
-    about = state and About("/models/one", "one", "http://here:1", "here:2", "trinity", 30.0, state)
+    doors = [Door(f"http://here:{at}", f"here:{at + 1}", "here") for at in (1, 3)]
+    states = [state] if isinstance(state, str) else state or []
+    said = [About("/models/one", "one", door, "trinity", 30.0, each) for door, each in zip(doors, states, strict=False)]
     there = SimpleNamespace(status=adoption.ApplicationStatus(status), last_deployed_time_s=0.0)
     monkeypatch.setattr(adoption, "overview", lambda: None if deleted else there)
-    monkeypatch.setattr(adoption, "_asked", lambda: (gateway, about))
+    monkeypatch.setattr(adoption, "_asked", lambda: (gateway, said))
     monkeypatch.setattr(adoption.pools, "exists", lambda *_: False)
     monkeypatch.setattr("ray.serve.delete", deleted.append)
     return gateway, deleted
 
 
-def test_the_same_is_taken_over(monkeypatch):
-    gateway, deleted = found(monkeypatch, "RUNNING", "ready")
+@pytest.mark.parametrize("states", [("ready",), ("ready", "draining"), ("without an engine", "ready")])
+def test_the_same_is_taken_over(monkeypatch, states):
+    """One of its gateways may be about to end, with its node."""
+    gateway, deleted = found(monkeypatch, "RUNNING", states)
     server = adoption.adopted(CONFIG, "/models/one")
     assert (server.http_url, server.grpc_address, server.gateway) == ("http://here:1", "here:2", gateway)
+    assert len(server.doors) == len(states)
     assert not deleted
 
 
 @pytest.mark.parametrize(
     ("status", "state", "calls"),
-    [("DEPLOY_FAILED", None, []), ("DEPLOY_FAILED", "ready", ["stop"]), ("RUNNING", "draining", ["stop"])],
+    [
+        ("DEPLOY_FAILED", None, []),
+        ("DEPLOY_FAILED", "ready", ["stop"]),
+        ("RUNNING", "draining", ["stop"]),
+        ("RUNNING", ("draining", "draining"), ["stop"]),
+    ],
 )
 def test_what_failed_or_was_half_ended_is_ended(monkeypatch, status, state, calls):
     gateway, deleted = found(monkeypatch, status, state, ["all"])

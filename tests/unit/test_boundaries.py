@@ -31,9 +31,11 @@ ACTORS = {
 }  # fmt: skip
 SERVING = {
     "serving.access", "serving.addresses", "serving.adoption",
-    "serving.app", "serving.bodies", "serving.body_worker", "serving.continuation", "serving.deploy", "serving.fitting",
+    "serving.app", "serving.bodies", "serving.body_worker", "serving.chosen_replica",
+    "serving.continuation", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
-    "serving.launch", "serving.limits", "serving.metrics", "serving.page", "serving.pins", "serving.pool_operator",
+    "serving.launch", "serving.limits", "serving.metrics", "serving.nodes", "serving.page", "serving.pins",
+    "serving.pool_operator", "serving.roles", "serving.routed", "serving.routing",
     "serving.streams", "serving.tracing", "serving.training_run", "serving.vllm_names",
 }  # fmt: skip
 
@@ -143,6 +145,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.streams": set(),
     "serving.errors": set(),
     "serving.limits": set(),
+    "serving.nodes": set(),
     "serving.page": {"trinity.placement"},
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
@@ -155,6 +158,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "serving.access", "serving.continuation", "serving.limits", "serving.metrics", "serving.pins",
         "serving.pool_operator", "serving.tracing", "serving.training_run", "trinity.engine", "trinity.text",
     },
+    "serving.roles": set(),
+    "serving.routing": {"serving.frontend", "trinity.engine"},
+    "serving.routed": {"serving.frontend", "serving.roles", "serving.routing", "trinity.engine"},
+    "serving.chosen_replica": set(),  # Ray Serve pickles it by value
     "serving.bodies": set(),
     "serving.http": {
         "serving.access", "serving.addresses", "serving.bodies", "serving.errors", "serving.frontend", "serving.page",
@@ -169,13 +176,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
     "serving.engine": {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
-        "serving.addresses", "serving.fitting", "serving.frontend", "serving.streams",
+        "serving.addresses", "serving.fitting", "serving.frontend", "serving.roles", "serving.routed", "serving.streams",
     },
     "serving.fitting": {"trinity.engine", "trinity.models.registry"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {
-        "actors.control", "actors.names", "serving.engine", "serving.frontend", "serving.gateway", "serving.pins",
-        "serving.pool_operator",
+        "actors.control", "actors.names", "serving.addresses", "serving.engine", "serving.frontend", "serving.gateway",
+        "serving.nodes", "serving.pins", "serving.pool_operator",
     },
     "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
     "serving.deploy": {"serving.app", "serving.launch"},
@@ -183,7 +190,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 
 ONLY_IN = {  # library -> the packages that may say it; others than these are free
-    "ray": ("actors", "serving.adoption", "serving.app", "serving.deploy", "serving.engine", "trinity.bench"),
+    "ray": ("actors", "serving.adoption", "serving.app", "serving.chosen_replica", "serving.deploy", "serving.engine",
+        "serving.nodes", "trinity.bench"),
     "grpc": ("serving.grpc", "serving.engine", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),

@@ -30,7 +30,9 @@ from tests.unit.cluster_files import (
     ENGINE,
     EXPERT_SHARD,
     FOLDER,
+    GATEWAY,
     HEAD_ENV,
+    KUBERAY,
     SHARD,
     TRAIN_SLOT,
     bought,
@@ -123,10 +125,12 @@ def test_node_types_and_resources_are_the_same_everywhere(name):
         key: set(kind["resources"]) - {"memory"} for key, kind in types.items() if key != config["head_node_type"]
     }
     shards = {"CPU", "GPU", EXPERT_SHARD}
-    assert workers == {"shard": shards, "shard-spot": shards, "engine": {"CPU", "GPU", ENGINE, TRAIN_SLOT}}
+    own_pods = {"gateway": {"CPU", GATEWAY}} if name in KUBERAY else {}
+    assert workers == {"shard": shards, "shard-spot": shards, "engine": {"CPU", "GPU", ENGINE, TRAIN_SLOT}, **own_pods}
     head = types[config["head_node_type"]]["resources"]
     assert head["CPU"] == 0
-    assert set(head) <= {"CPU", "memory"}
+    assert set(head) - {"memory"} == {"CPU"} | (set() if own_pods else {GATEWAY})
+    assert all(kind["resources"].get(GATEWAY, 1) == 1 for kind in types.values()), "one on each node"
     for kind in types.values():
         own = set(kind["resources"]) & {EXPERT_SHARD, ENGINE, TRAIN_SLOT}
         assert all(kind["resources"][key] == kind["resources"]["GPU"] for key in own)
@@ -296,7 +300,7 @@ def test_the_local_node_offers_what_clouds_offer(start):
     env, options = start(read("local.yaml")[0], "head")
     assert env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", "else Ray listens on all interfaces"
     (resources,) = [word.removeprefix("--resources=") for word in options if word.startswith("--resources=")]
-    assert json.loads(resources) == {EXPERT_SHARD: 8, ENGINE: 8, TRAIN_SLOT: 8}
+    assert json.loads(resources) == {GATEWAY: 1, EXPERT_SHARD: 8, ENGINE: 8, TRAIN_SLOT: 8}
     assert f"--resources '{resources}'" in (FOLDER / "local.yaml").read_text(), "the command in the comment is the same"
     assert "--node-ip-address=127.0.0.1" in options
     assert "ray stop" not in " ".join(read("local.yaml")[0]["head_start_ray_commands"]), "it would end every Ray here"
@@ -357,5 +361,6 @@ def test_files_hold_no_secret_and_the_guide_names_each_of_them():
         "fake.py",
         "grafana.json",
         "prometheus.yml",
+        "haproxy.cfg",
     }
     assert {path.name for path in files} == others | set(ALL)

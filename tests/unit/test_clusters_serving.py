@@ -1,10 +1,13 @@
-"""The Kubernetes manifests and the Serve config in clusters/, by Ray's own readers and a list of KubeRay's fields.
+"""The Kubernetes manifests, the Serve config and the balancer in clusters/: Ray's own readers, and a list of KubeRay's fields.
 
 No operator is asked. What Ray's autoscaler makes of the manifests is in test_clusters.py, with the other files.
 """
 
+import itertools
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +19,11 @@ from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
 from serving import deploy
+from serving.http.routes import ROUTES
 from tests.unit.cluster_files import (
     DEMANDS,
     FOLDER,
+    GATEWAY,
     HEAD_ENV,
     KUBERAY,
     of_kind,
@@ -26,7 +31,7 @@ from tests.unit.cluster_files import (
     read,
 )
 from tests.units import node_env
-from trinity.config import Config, preset
+from trinity.config import EVERY_NODE, Config, ServeConfig, preset
 from trinity.errors import ConfigError
 
 # ---- Kubernetes ----
@@ -103,7 +108,8 @@ def test_pods_have_the_environment_of_other_nodes_and_ask_for_the_gpus_they_offe
     assert env["RAY_gcs_storage_path"].startswith(state + "/")
     for group in spec["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert (limits["cpu"], limits["nvidia.com/gpu"]) == (group["resources"]["CPU"], group["resources"]["GPU"])
+        assert limits["cpu"] == group["resources"]["CPU"]
+        assert limits.get("nvidia.com/gpu") == group["resources"].get("GPU")
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         assert int(group["rayStartParams"]["object-store-memory"]) >= 1 << 30
 
@@ -119,7 +125,12 @@ def test_the_network_policy_covers_every_pod_and_opens_the_gateway_only(name):
     open_to_others = {port["port"] for rule in others for port in rule["ports"]}
     service = of_kind(name, "Service")["spec"]
     assert open_to_others == {8265} | {port["targetPort"] for port in service["ports"]}
-    assert service["selector"].items() <= (labels[0] | {"ray.io/node-type": "head"}).items()
+    (gateways,) = [group for group in ray_cluster(name)["workerGroupSpecs"] if GATEWAY in group["resources"]]
+    own = {**gateways["template"]["metadata"]["labels"], "ray.io/group": gateways["groupName"]}  # KubeRay sets the last
+    assert service["selector"].items() <= own.items()
+    assert service["selector"].items() - labels[0].items(), "no other pods"
+    opened = {port["containerPort"] for port in gateways["template"]["spec"]["containers"][0]["ports"]}
+    assert opened == {port["targetPort"] for port in service["ports"]}
     claims = {
         volume["persistentVolumeClaim"]["claimName"]
         for pod in pods(ray_cluster(name))
@@ -132,7 +143,9 @@ def test_both_manifests_describe_one_cluster():
     cluster, service = (ray_cluster(name) for name in KUBERAY)
     for group in service["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
-        assert "wget" in " ".join(container.pop("readinessProbe")["exec"]["command"])
+        command = " ".join(container.pop("readinessProbe")["exec"]["command"])
+        asked = ":8000/ready" if GATEWAY in group["resources"] else "local_raylet_healthz"
+        assert re.search(f"wget .*{asked}", command)
     assert service == cluster
     shared = [[doc for doc in read(name) if doc["apiVersion"] != "ray.io/v1"] for name in KUBERAY]
     assert shared[0] == shared[1]
@@ -164,7 +177,9 @@ def test_serve_accepts_the_config_and_ray_can_place_it():
     options = {one.name: one.ray_actor_options for one in application.deployments}
     engine = options["Engine"]
     assert ({"GPU": engine.num_gpus} | engine.resources) == DEMANDS["engine"]
-    assert options["Gateway"].resources == {"node:__internal_head__": 0.001}
+    serve = application.args["settings"]["serve"]
+    assert options["Gateway"].resources == serve["gateway_resources"] == {GATEWAY: 1}
+    assert serve["gateways"] == EVERY_NODE
     assert options["Gateway"].num_gpus is None or "num_gpus" not in options["Gateway"].model_fields_set
 
 
@@ -175,6 +190,7 @@ def offline(monkeypatch):
     fake_checkpoint = SimpleNamespace(config=preset("tiny"), verify=lambda: None, path=Path("nowhere"), generation=None)
     monkeypatch.setattr("serving.launch.located", str)
     monkeypatch.setattr("serving.launch.open_checkpoint", lambda path: fake_checkpoint)
+    monkeypatch.setattr("serving.nodes.num_nodes", lambda resources: 2)
     monkeypatch.setattr("serving.launch.provide_pool", lambda config, path: calls.append((config, path)))
     monkeypatch.setenv("TRINITY_API_KEY", "k" * 20)
     return calls
@@ -208,3 +224,56 @@ def test_settings_of_the_command_line_and_of_serve_agree():
     assert (deployed.engine, deployed.cluster) == (by_hand.engine, by_hand.cluster)
     assert by_hand.serve.is_loopback, "by hand, ports are forwarded through SSH"
     assert (deployed.serve.http_port, deployed.serve.grpc_port) == (8000, 9000)
+
+
+# ---- a load balancer in front ----
+
+
+def sections():
+    """(name, its lines as words) of each section of HAProxy's file."""
+    lines = [line.split("#")[0].split() for line in (FOLDER / "haproxy.cfg").read_text().splitlines()]
+    found = []
+    for words in filter(None, lines):
+        if words[0] in ("global", "defaults", "frontend", "backend"):
+            found.append((" ".join(words), []))
+        else:
+            found[-1][1].append(words)
+    return dict(found)
+
+
+def test_the_balancer_asks_what_gateways_answer_and_waits_as_long_as_they_do():
+    found, serve = sections(), ServeConfig()
+    assert set(found) == {"global", "defaults", "frontend http", "backend http", "frontend grpc", "backend grpc"}
+    defaults = found["defaults"]
+    assert ["option", "httpchk", "GET", "/ready"] in defaults
+    assert [route.access for route in ROUTES if route.path == "/ready"] == ["open"], "it has no key"
+    waits_s = {words[1]: words[2] for words in defaults if words[0] == "timeout"}
+    assert all(60 * int(waits_s[name].removesuffix("m")) > serve.request_timeout_s for name in ("client", "server"))
+    (checks,) = [words for words in defaults if words[0] == "default-server"]
+    options = dict(itertools.pairwise(checks))
+    hears_s = int(options["inter"].removesuffix("s")) * int(options["fall"])
+    assert int(options["maxconn"]) <= serve.max_connections_per_peer, "the gateway counts by address"
+    deployed = serve_config()["applications"][0]["args"]["settings"]["serve"]
+    assert hears_s < deployed["drain_delay_s"]
+    assert ["retry-on", "conn-failure"] in defaults, "a request that a gateway has seen is not sent again"
+
+
+def test_the_balancer_knows_both_ports_of_each_gateway():
+    found, serve = sections(), ServeConfig()
+    for protocol, port in (("http", serve.http_port), ("grpc", serve.grpc_port)):
+        (bind,) = [words for words in found[f"frontend {protocol}"] if words[0] == "bind"]
+        assert bind[1] == f":{port}"
+    servers = {name: [w for w in found[f"backend {name}"] if w[0] == "server"] for name in ("http", "grpc")}
+    nodes = [[words[2].rpartition(":")[0] for words in lines] for lines in servers.values()]
+    assert nodes[0] == nodes[1]
+    assert all(words[2].endswith(f":{serve.http_port}") for words in servers["http"])
+    for words in servers["grpc"]:
+        assert words[2].endswith(f":{serve.grpc_port}")
+        assert words[3:] == ["proto", "h2", "check-proto", "h1", "port", str(serve.http_port)]
+
+
+def test_haproxy_takes_the_file():
+    if not (haproxy := shutil.which("haproxy")):
+        pytest.skip("no haproxy here")
+    done = subprocess.run([haproxy, "-c", "-f", FOLDER / "haproxy.cfg"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """The engine behind async streams: cancellation, deadlines, failures, draining; nothing hangs, nothing leaks."""
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -20,6 +21,7 @@ from trinity.errors import (
     TrinityError,
     Unavailable,
 )
+from trinity.utils.niceness import of_this_thread
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
@@ -35,6 +37,7 @@ class Gate(FakeAfmoe):
         self.error: Exception | None = None
 
     def forward(self, ids_T, positions_T, attend):
+        self.priority = of_this_thread()
         assert self.gate.wait(20)
         if self.error is not None:
             raise self.error
@@ -298,6 +301,17 @@ async def test_the_newest_version_is_known_without_requests_and_a_stream_may_spa
         first = delta.first_version
     engine.close()
     assert versions == list(range(first, first + 8))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness belongs to processes")
+async def test_whoever_gives_way_computes_on_threads_that_do_and_takes_it_back(engine, model):
+    seen = {}
+    for gives_way in (False, True, False):
+        engine.give_way(gives_way)
+        assert await read(engine.generate("a", (1, 5, 9), GREEDY)) == solo(model.config, (1, 5, 9), GREEDY)
+        seen.setdefault(gives_way, set()).add(model.priority)
+    assert seen[False] == {of_this_thread()}
+    assert seen[True].isdisjoint(seen[False])
 
 
 def test_inference_mode_does_not_leak(engine):

@@ -41,7 +41,7 @@ class Watch:
         self.looks: dict[str, list[tuple[int, ...]]] = {}  # versions of the window, for each token
         self.asked, self.ended, self.prompts, self.none_was_good = {}, {}, {}, {}
         self._accept, self.engine._accept_pass = self.engine._accept_pass, self.watched
-        prefixes = self.engine._prefixes
+        prefixes = self.engine.prefixes
         self._begin, prefixes.begin = prefixes.begin, self.begun
         self._computed, prefixes.computed = prefixes.computed, self.computed
 

@@ -24,7 +24,12 @@ class Texts:
     def __init__(self, window, block_size, slack):
         whole = -(-MOST // block_size)
         blocks = whole + min(whole, window_blocks(window, block_size)) + slack
-        room = {"max_model_len": MOST, "max_num_seqs": ROWS, "kv_cache_bytes": blocks * 64 * block_size}
+        room = {
+            "max_model_len": MOST,
+            "max_num_seqs": ROWS,
+            "kv_cache_bytes": blocks * 64 * block_size,
+            "max_draft_tokens": 0,
+        }
         layout = plan_layout(fake_config(window), EngineConfig(block_size=block_size, **room), 4)
         self.cache, self.size = KVCache(layout, ROWS), block_size
         self.slots = {kind: {} for kind in self.cache.tables}

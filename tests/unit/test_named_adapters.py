@@ -16,6 +16,7 @@ from tests.unit.test_engine_llm import SETTINGS, folder  # noqa: F401  a fixture
 from trinity.checkpoint import backbone_adapter, examined, open_checkpoint
 from trinity.config import AdapterRef, AdapterSet, OptimConfig
 from trinity.engine.adapters import AdapterStore
+from trinity.engine.deltas import joined
 from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
 from trinity.engine.weights import FixedWeights
@@ -67,7 +68,7 @@ class World:
         self.engine = Engine(weights, self.model, settings, source.tokenizer, adapters=self.store)
 
     def run(self, requests, params):
-        """Deltas of each request, all in the same passes; a request is (prompt, AdapterRef or None)."""
+        """What each request is told, all in the same passes; a request is (prompt, AdapterRef or None)."""
         for number, (prompt, ref) in enumerate(requests):
             own = None if ref is None else self.store.get(ref)
             self.engine.add(str(number), prompt, params, adapter=own)
@@ -76,7 +77,7 @@ class World:
             for delta in self.engine.step():
                 found[delta.request_id].append(delta)
         self.engine.check()
-        return [[told(delta) for delta in deltas] for deltas in found.values()]
+        return [told(joined(deltas)) for deltas in found.values()]
 
 
 def told(delta):
@@ -211,7 +212,7 @@ def test_files_that_changed_are_no_ones_adapter(folder, refs, tmp_path):  # noqa
         World(folder).store.get(ref)
     for shard in world.shards.values():
         shard.forget(Forget(ref.content))
-    [[(*_, error)]] = world.run([(PROMPT, ref)], SCORED)
+    [(*_, error)] = world.run([(PROMPT, ref)], SCORED)
     assert "files of this adapter cannot be read any more" in error
     assert str(path) not in error
 
@@ -221,8 +222,8 @@ def test_numbers_that_overflow_end_the_adapters_requests_alone(folder, tmp_path)
     world, path = World(folder), write_adapter(tmp_path / "huge", folder, 1, size=1e20)
     content = examined(str(path), world.model, str(folder)).adapter.content
     [base, huge] = world.run([(PROMPT, None), (PROMPT, AdapterRef("huge", content, str(path)))], DRAWN)
-    assert base[-1][-1] is None
-    assert "the logits of adapter 'huge' are not finite" in huge[-1][-1]
+    assert base[-1] is None
+    assert "the logits of adapter 'huge' are not finite" in huge[-1]
     assert world.engine.stats().num_quarantined == 0
 
 

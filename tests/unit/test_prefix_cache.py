@@ -145,7 +145,7 @@ def test_keys_and_salts_see_nothing_of_each_other():
 
 
 def test_adapters_see_nothing_of_each_other_and_nothing_of_the_base():
-    prefixes = fake_engine()._prefixes
+    prefixes = fake_engine().prefixes
     adapters = [None, *(SimpleNamespace(ref=SimpleNamespace(name="same", content=content)) for content in (1, 2))]
     sequences = [Sequence("r", PROMPT, GREEDY, TextStream(None), ALICE, adapter=adapter) for adapter in adapters]
     keys = [prefixes._keys(sequence) for sequence in sequences]

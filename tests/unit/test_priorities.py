@@ -1,5 +1,6 @@
 """Priorities: what is urgent waits for the pass under way and for nothing else, and changes nobody's answer."""
 
+import sys
 import threading
 import time
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 
 from actors.dataplane import frames
-from actors.dataplane.server import RequestQueue
+from actors.dataplane.server import Combiner, RequestQueue
 from tests.unit.engine_fakes import fake_engine, run_all, solo
 from trinity.engine.pace import FIRST_TOKENS, Pace
 from trinity.engine.request import SamplingParams
 from trinity.errors import DeadlineExceeded, Overloaded
 from trinity.rpc.messages import Fetch, Forward, Rows
+from trinity.utils.niceness import IDLE, PATIENT, LowPriorityExecutor, of_this_thread
 
 LATER, URGENT = (SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, priority=p) for p in (3, -2))
 
@@ -224,3 +226,36 @@ def test_a_shard_computes_urgent_rows_first_and_merges_equals_only():
     for thread in threads:
         thread.join(60)
     assert shard.order == [(0, 1), (-4, 1), (2, 5), (9, 5), "fetch"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness belongs to processes")
+def test_a_shard_computes_prompts_beside_answers_with_what_these_leave_of_the_cores():
+    """While the one is held up, the other gets its answer; what comes back is the same."""
+    seen, combiner = [], Combiner(Slow(), None, LowPriorityExecutor(IDLE))
+    infer = combiner.prompts.shard.infer
+
+    def watched(call):
+        seen.append((call.priority, of_this_thread()))
+        return infer(call) if call.priority == PATIENT else call.rows.x_RD
+
+    combiner.prompts.shard.infer = watched
+    prompt = threading.Thread(target=combiner.run, args=(forward(PATIENT),))
+    prompt.start()
+    assert combiner.prompts.shard.entered.wait(60)
+    assert torch.equal(combiner.run(forward(0)), forward(0).rows.x_RD)
+    combiner.prompts.shard.go_on.set()
+    prompt.join(60)
+    assert [priority for priority, _ in seen] == [PATIENT, 0]
+    assert seen[1][1] == of_this_thread() != seen[0][1]
+
+
+def test_passes_of_an_engine_that_gives_way_are_patient():
+    engine, priorities = fake_engine(), []
+    run = engine._runner.forward
+    engine._runner.forward = lambda model, chunks: priorities.append(model.experts.priority) or run(model, chunks)
+    for gives_way in (False, True):
+        engine.give_way(gives_way)
+        engine.add("a", (1, 2, 3), URGENT)
+        run_all(engine)
+    assert set(priorities[:8]) == {URGENT.priority}
+    assert set(priorities[8:]) == {PATIENT}

@@ -47,3 +47,15 @@ def test_the_folder_is_for_its_owner_and_no_link_to_elsewhere(settings, tmp_path
     mine.symlink_to(tmp_path / "theirs")
     with pytest.raises(ConfigError, match="memory_dir"):
         shm_folders.folder(settings(), "trinity", "a")
+
+
+def test_what_engines_have_cached_goes_with_their_pool_and_with_their_node(settings):
+    mine = shm_folders.cache_folder(settings(), "trinity")
+    gone = mine.with_name(mine.name.replace(f"-{os.getpid()}-", "-4194305-"))
+    gone.mkdir()
+    (gone / "kv-1").touch()
+    assert mine != shm_folders.folder(settings(), "trinity", "a").parent
+    assert not gone.exists()
+    (mine / "kv-1").touch()
+    shm_folders._remove._function("prod", "trinity", settings().memory_dir)
+    assert not mine.exists()

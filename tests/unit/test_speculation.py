@@ -1,5 +1,7 @@
 """Speculation: the text is that of single steps, with fewer passes where it repeats itself and nothing spent where not."""
 
+import asyncio
+import itertools
 import random
 
 import pytest
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 
 from tests.unit.engine_fakes import FakeSource, fake_config, fake_engine, run_all
 from tests.unit.test_begun import ASKED, Words, asked, close, logprobs
-from trinity.engine.drafts import BOUNDARY, Clients, Drafter, Memory, Trust
-from trinity.engine.request import SamplingParams
+from trinity.engine.async_engine import AsyncEngine
+from trinity.engine.deltas import by_request, joined
+from trinity.engine.drafts import BOUNDARY, LENGTHS, Clients, Drafter, Memory, Text, Trust
+from trinity.engine.request import Delta, SamplingParams
 from trinity.engine.speculation import UNKNOWN_SHARE, PassCost
-from trinity.engine.suffixes import SuffixAutomaton
 
 AGAIN = (5, 9, 7, 5, 9, 7, 5, 9, 7, 5, 9)
 
@@ -31,8 +34,11 @@ def engine(drafts, eager=True, **more):
 
 
 def told(deltas):
-    """All that a caller is told, token by token."""
-    return [(d.text, d.token_ids, d.finish_reason, d.stop_reason, d.num_generated_tokens) for d in deltas]
+    """All that a caller is told."""
+    counts = itertools.accumulate(len(d.token_ids) for d in deltas)
+    assert all(d.num_generated_tokens == count for d, count in zip(deltas, counts, strict=True))
+    whole = joined(deltas)
+    return whole.text, whole.token_ids, whole.finish_reason, whole.stop_reason
 
 
 def guided(drafts, params, wanted):
@@ -59,7 +65,8 @@ def test_the_answer_is_that_of_single_steps(name):
     steps = 0
     found = []
     while made.has_work:
-        found += made.step()
+        found += (deltas := made.step())
+        assert len(deltas) == 1, "a step gives a request one Delta"
         made.check()
         steps += 1
     assert told(found) == told(wanted)
@@ -98,6 +105,31 @@ def test_any_batch_with_any_window_and_little_memory(seed, window, size, drafts,
         made.check()
         answers.append({name: told(found) for name, found in deltas.items()})
     assert answers[0] == answers[1]
+
+
+def test_a_stream_has_every_token_of_its_passes():
+    """One Delta a pass, which an event loop reads; an error comes behind the tokens that were there before it."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    plain = engine(0)
+    plain.add("a", AGAIN, params)
+    wanted = told(run_all(plain)["a"])
+    made = AsyncEngine(engine(8))
+
+    async def read():
+        return [delta async for delta in made.generate("a", AGAIN, params)]
+
+    try:
+        found = asyncio.run(read())
+    finally:
+        made.close()
+    assert told(found) == wanted
+    assert len(found) < 20
+    broken = [Delta("a", token_ids=(1,)), Delta("b"), Delta("a", token_ids=(2,)), Delta("a", finish_reason="error")]
+    assert [(d.request_id, d.token_ids, d.finish_reason) for d in by_request(broken)] == [
+        ("a", (1, 2), None),
+        ("b", (), None),
+        ("a", (), "error"),
+    ]
 
 
 def test_versions_of_the_weights_are_those_of_the_passes():
@@ -149,13 +181,17 @@ def test_old_answers_are_forgotten():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=40))
-def test_the_longest_end_that_occurred_before(tokens):
-    automaton = SuffixAutomaton()
+def test_the_place_where_the_last_two_tokens_were_or_else_the_last_one(tokens):
+    text, other = Text(), Text()
     for num, token in enumerate(tokens, start=1):
-        match = automaton.push(token)
-        ends = [n for n in range(1, num) if any(tokens[e - n : e] == tokens[num - n : num] for e in range(n, num))]
-        assert match.length == max(ends, default=0)
-        assert tokens[match.at - match.length : match.at] == tokens[num - match.length : num]
+        found = text.push(token)
+        earlier = [[e for e in range(n, num) if tokens[e - n : e] == tokens[num - n : num]] for n in (2, 1)]
+        assert found == next((ends[-1] for ends in earlier if ends), 0)
+        assert (other.find(text.tokens) > 0) == (token in other.tokens)
+        if found:
+            same = [n for n in range(found + 1) if tokens[found - n : found] == tokens[num - n : num]]
+            assert text.agrees(found, tokens[:num]) == min(max(same), LENGTHS[-1])
+        other.push(token)
 
 
 def test_what_came_true_is_trusted_and_what_did_not_is_not():
@@ -174,9 +210,16 @@ def test_what_pays_follows_from_what_passes_take():
     assert cost.share(4) == UNKNOWN_SHARE
     for num in [1, 2, 4, 8] * 20:
         cost.took(num, 0.010 + 0.002 * num)
-    assert cost.share(1) == pytest.approx(2 / 12, abs=0.01)
-    assert cost.share(32) == pytest.approx(64 / 74, abs=0.01)
+    assert cost.share(1) == pytest.approx(2 / 12, abs=0.05)
+    assert cost.share(32) == pytest.approx(64 / 74, abs=0.05)
     flat = PassCost()
     for num in [1, 2, 4, 8] * 20:
         flat.took(num, 0.002 * num)
-    assert flat.share(1) == pytest.approx(1.0, abs=0.01)
+    assert flat.share(1) > 0.8
+
+
+def test_a_pass_that_was_held_up_does_not_switch_drafts_off():
+    cost = PassCost()
+    for num in [32] * 40 + [34] + [32] * 9:
+        cost.took(num, 0.5 if num == 34 else 0.010)
+    assert 0.4 < cost.share(32) < 0.75

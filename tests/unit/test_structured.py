@@ -250,7 +250,9 @@ def test_repeated_and_preempted_passes_change_nothing(requests, faults, slack):
     """The same weights throughout; passes fail and are repeated, and memory is for one longest sequence and little more."""
     config = fake_config(4)
     source = FakeSource(config)
-    small = EngineConfig(max_model_len=24, block_size=2, kv_cache_bytes=64 * 2 * (17 + slack), max_num_seqs=6)
+    small = EngineConfig(
+        max_model_len=24, block_size=2, kv_cache_bytes=64 * 2 * (17 + slack), max_num_seqs=6, max_draft_tokens=0
+    )
     engine = Engine(source, config, small, FakeTokenizer())
     got, ends = answers(engine, requests, lambda step: setattr(source, "conflicts", int(step in faults)))
     for i, request in enumerate(requests):

@@ -32,9 +32,10 @@ def test_a_host_vanishes_while_its_frame_is_passed_on(monkeypatch):
     def vanish(port, size):
         frame = read(port, size)
         if frame == BROADCAST and not vanishing:
-            vanishing.append(threading.Thread(target=switch.unplug, args=("a",)))
-            vanishing[0].start()
-            vanishing[0].join(0.3)  # it is quick where nothing keeps it
+            thread = threading.Thread(target=switch.unplug, args=("a",))
+            thread.start()  # one that has yet to begin is not alive, and would pass for one that has ended
+            vanishing.append(thread)
+            thread.join(0.3)  # it is quick where nothing keeps it
         return frame
 
     monkeypatch.setattr(switches.os, "read", vanish)

@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def _alternated(load: str, given: dict[str, Any]) -> dict[str, list[Turn]]:
     """Each turn of an arm is an engine of its own, cold at first; `number` gives both arms the same prompts."""
-    model = _model(given)
+    model = small_model(given["preset"], num_cpus())
     numbers = {arm: iter(range(given["rounds"] + 1)) for arm in (ON, OFF)}
     arms: dict[str, Callable[[], Turn]] = {
         arm: partial(_turn, load, model, given, arm == ON, numbers[arm]) for arm in numbers
@@ -108,16 +108,17 @@ def _alternated(load: str, given: dict[str, Any]) -> dict[str, list[Turn]]:
     return found
 
 
-def _model(given: dict[str, Any]) -> Any:
+def small_model(preset: str, num_threads: int = 1) -> Any:
+    """A preset's model with random weights in float32, and its experts beside it."""
     import torch
 
     from trinity.models.registry import build
     from trinity.pool.local import local_pool
     from trinity.rpc.messages import Load
 
-    torch.set_num_threads(num_cpus())
+    torch.set_num_threads(num_threads)
     torch.manual_seed(0)
-    whole = config_of(given["preset"]).model
+    whole = config_of(preset).model
     config = whole.model_validate({**whole.model_dump(), "dtype": "float32"})
     return build(config, local_pool(config, Load(training=False)).dispatcher()).eval()
 
@@ -126,33 +127,33 @@ def _turn(load: str, model: Any, given: dict[str, Any], is_on: bool, numbers: An
     import numpy as np
 
     talks = _talks(load, given, model.config.vocab_size, np.random.default_rng(next(numbers)))
-    engine = _engine(model, given, is_on)
+    longest, at_once = 2 * given["input_len"] + TURNS * given["output_len"], given["concurrency"]
+    engine = small_engine(model, longest, at_once, 8 * at_once, num_threads=num_cpus(), prefix_cache=is_on)
     cpu_s, started_s = time.process_time(), time.perf_counter()
     asked = Asked(engine, given)
     asked.run(talks)
     cpu_s, seconds = time.process_time() - cpu_s, time.perf_counter() - started_s
     stats = engine.stats()
     rate = stats.num_prefix_hits / max(1, stats.num_prefix_queries)
-    ideal, num_tokens = _ideal(asked.prompts, asked.answers), sum(map(len, asked.answers.values()))
-    return Turn(cpu_s, seconds, asked.ttft_s, num_tokens, stats.num_computed_tokens, rate, ideal, asked.answers)
+    best, num_tokens = ideal(asked.prompts, asked.answers), sum(map(len, asked.answers.values()))
+    return Turn(cpu_s, seconds, asked.ttft_s, num_tokens, stats.num_computed_tokens, rate, best, asked.answers)
 
 
-def _engine(model: Any, given: dict[str, Any], is_on: bool) -> "Engine":
+def small_engine(model: Any, longest: int, max_num_seqs: int, max_num_kept: int, **settings: Any) -> "Engine":
+    """An engine over that model, with a tokenizer that nobody needs."""
     from trinity.engine.engine import Engine
     from trinity.engine.weights import FixedWeights
     from trinity.text.tokenizer import Tokenizer
 
-    longest = 2 * given["input_len"] + TURNS * given["output_len"]
-    settings = EngineConfig(
-        num_threads=num_cpus(),
-        max_num_seqs=given["concurrency"],
-        max_num_kept=8 * given["concurrency"],
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_kept=max_num_kept,
         max_model_len=min(longest, model.config.max_position_embeddings),
         kv_cache_bytes=1 << 30,
-        prefix_cache=is_on,
+        **settings,
     )
     tokenizer = Tokenizer.train(iter(["def f(x): return x + 1\n" * 50]), 320)
-    return Engine(FixedWeights(model, 0), model.config, settings, tokenizer)
+    return Engine(FixedWeights(model, 0), model.config, config, tokenizer)
 
 
 def _talks(load: str, given: dict[str, Any], vocab: int, rng: "np.random.Generator") -> list[Talk]:
@@ -216,7 +217,7 @@ class Asked:
             self._ask(talk)
 
 
-def _ideal(prompts: dict[str, list[int]], answers: dict[str, list[int]]) -> float:
+def ideal(prompts: dict[str, list[int]], answers: dict[str, list[int]]) -> float:
     """Share of all prompts' tokens that an earlier prompt and answer began with."""
     seen, found, num = set[int](), 0, 0
     for name, prompt in prompts.items():

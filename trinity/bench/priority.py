@@ -61,7 +61,7 @@ async def _rounds(arguments: argparse.Namespace) -> dict[str, list[Any]]:
         card = await urgent.card()
         for number in range(arguments.rounds):
             found[IDLE] += await _urgent(urgent, card, arguments)
-            async with _flood(other, card, arguments) as others:
+            async with flood(other, card, *others_of(arguments)) as others:
                 found[BUSY] += await _urgent(urgent, card, arguments)
                 found["passes"].append(await _longest_pass_s(urgent))
             found["others"].append(len(others))
@@ -74,8 +74,8 @@ async def _urgent(client: "HttpClient", card: "Card", arguments: argparse.Namesp
     from trinity.bench import open_load
 
     plan = [0.25 * i for i in range(arguments.num_urgent)]
-    prompts = _prompts(card, arguments.num_urgent, arguments.urgent_len)
-    lines, _ = await open_load.offer(plan, lambda i, mark: client.generate(card.model, prompts[i], 4, mark))
+    asked = prompts(card, arguments.num_urgent, arguments.urgent_len)
+    lines, _ = await open_load.offer(plan, lambda i, mark: client.generate(card.model, asked[i], 4, mark))
     return [_ttft_s(line) for line in lines]
 
 
@@ -86,8 +86,10 @@ def _ttft_s(line: "Timeline") -> float:
 
 
 @contextlib.asynccontextmanager
-async def _flood(client: "HttpClient", card: "Card", arguments: argparse.Namespace) -> AsyncIterator[list[Any]]:
-    """Inside, so many others ask all the time. It begins when all of them have asked and one has a token; -> their answers."""
+async def flood(
+    client: "HttpClient", card: "Card", num: int, input_len: int, output_len: int
+) -> AsyncIterator[list[Any]]:
+    """Inside, `num` others ask all the time. It begins when all of them have asked and one has a token; -> their answers."""
     answers: list[Any] = []
     began = asyncio.Event()
 
@@ -95,13 +97,13 @@ async def _flood(client: "HttpClient", card: "Card", arguments: argparse.Namespa
         from trinity.bench.open_load import RequestFailed
 
         while True:
-            (prompt,) = _prompts(card, 1, arguments.input_len)
+            (prompt,) = prompts(card, 1, input_len)
             try:
-                answers.append(await client.generate(card.model, prompt, arguments.output_len, lambda _: began.set()))
+                answers.append(await client.generate(card.model, prompt, output_len, lambda _: began.set()))
             except RequestFailed:
                 await asyncio.sleep(1.0)  # it was refused, as it may be
 
-    tasks = [asyncio.create_task(one()) for _ in range(arguments.concurrency)]
+    tasks = [asyncio.create_task(one()) for _ in range(num)]
     try:
         await began.wait()
         yield answers
@@ -111,7 +113,11 @@ async def _flood(client: "HttpClient", card: "Card", arguments: argparse.Namespa
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _prompts(card: "Card", num: int, length: int) -> list[list[int]]:
+def others_of(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    return arguments.concurrency, arguments.input_len, arguments.output_len
+
+
+def prompts(card: "Card", num: int, length: int) -> list[list[int]]:
     import numpy as np
 
     rng = np.random.default_rng()

@@ -1,6 +1,7 @@
 """`trinity bench serve URL`: an open-loop Poisson load on a running server, once for each --request-rate.
 
-With --with-training, in place of the URL: with_training.py; with --prefixes: prefixes.py.
+In place of the URL, --with-training: with_training.py; --prefixes: prefixes.py; --speculation: speculation.py; --routed:
+routing.py. With --roles: roles.py.
 
 Decisions: --seed fixes arrival times and lengths. The token ids of the prompts are new in every run, or the prefix cache
 of a server that has met them would answer in the model's place. The machine in the report is the one that sends.
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trinity.bench import prefixes, with_training
+from trinity.bench import prefixes, roles, routing, speculation, with_training
 from trinity.bench.report import Curve, Report, Table
 from trinity.config import api_key
 from trinity.errors import ConfigError, Unavailable
@@ -50,6 +51,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("url", nargs="?", help="for example http://127.0.0.1:8000; with --endpoint grpc the address of the gRPC port")
     with_training.flags(parser)
     prefixes.flags(parser)
+    speculation.flags(parser)
+    routing.flags(parser)
+    roles.flags(parser)
     add("--endpoint", choices=["completions", "grpc"], default="completions", help="OpenAI over HTTP, or trinity.v1")
     add("--num-prompts", type=_whole, help=f"requests for each rate (default: {USUAL['num_prompts']})")
     rate = "mean requests a second, or inf for all at once; repeat it for a sweep (default: 4)"
@@ -75,8 +79,14 @@ def measure(arguments: argparse.Namespace) -> Report:
         return with_training.measure(arguments)
     if arguments.prefixes:
         return prefixes.measure(arguments)
+    if arguments.speculation:
+        return speculation.measure(arguments)
+    if arguments.routed:
+        return routing.measure(arguments)
     if arguments.url is None:
-        raise ConfigError("give the URL of a server, --with-training or --prefixes")
+        raise ConfigError("give the URL of a server, --with-training, --prefixes, --speculation or --routed")
+    if arguments.roles:
+        return roles.measure(arguments)
     for name, value in (QUICK if arguments.quick else USUAL).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

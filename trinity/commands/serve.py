@@ -75,7 +75,7 @@ def serve(config: Config, source: str, adopt: bool) -> None:
             undo.callback(pools.destroy, config.placement.pool, config.cluster.namespace, config.placement.memory_dir)
         server = server or app.start(config, source)
         undo.callback(server.stop)
-        print(f"{doors(server.http_url, server.grpc_address)}\nready; Ctrl-C stops it", flush=True)
+        print(f"{doors(server.doors)}\nready; Ctrl-C stops it", flush=True)
         if wait_for_signal(adoption.is_gone):
             print("draining", flush=True)
         else:

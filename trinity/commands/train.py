@@ -7,7 +7,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from serving.addresses import doors
+from serving.addresses import Door, doors
 from serving.fitting import fitted
 from trinity import __version__
 from trinity.checkpoint import latest_checkpoint
@@ -174,4 +174,5 @@ def _last(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def announced(http_url: str, grpc_address: str) -> None:
-    say(f"{doors(http_url, grpc_address)}\nanswers come from the weights as they are trained")
+    found = [Door(http_url, grpc_address, node="")]
+    say(f"{doors(found)}\nanswers come from the weights as they are trained")

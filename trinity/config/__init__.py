@@ -24,14 +24,18 @@ from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import (
     ADMIN_CLIENT,
     ANYBODY,
+    EVERY_NODE,
     MOST_ADAPTERS,
+    NODE,
     AdapterRef,
     AdapterSet,
     Client,
     ClusterConfig,
     EngineConfig,
+    Role,
     ServeConfig,
     check_adapter_name,
+    check_roles,
 )
 from trinity.config.sources import LengthBias, SourceConfig
 from trinity.config.synthesis import (
@@ -52,8 +56,10 @@ from trinity.config.yaml import PRESETS, Frozen, merge, parse_flags, preset_name
 __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
+    "EVERY_NODE",
     "MOST_ADAPTERS",
     "NEW_IN_STAGE",
+    "NODE",
     "PACKAGES",
     "PASSAGE",
     "PRESETS",
@@ -85,6 +91,7 @@ __all__ = [
     "RLConfig",
     "RampPart",
     "RewardConfig",
+    "Role",
     "Sequences",
     "ServeConfig",
     "SourceConfig",
@@ -97,6 +104,7 @@ __all__ = [
     "admin_key",
     "api_key",
     "check_adapter_name",
+    "check_roles",
     "differences",
     "merge",
     "merged",

@@ -1,6 +1,7 @@
 """The settings of an engine, its edges and the cluster."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,23 @@ DEFAULT_CLIENT, ADMIN_CLIENT = "default", "admin"  # the names of those with ser
 ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@]+")
 DEFAULT_PORT = re.compile(r"^(http(?=://.*:80$)|https(?=://.*:443$))(://.*):\d+$")  # which browsers leave out
 HIDDEN = "(set)"  # in place of a key, where settings are printed
+NODE = "node"  # the address by which Ray knows the node
+EVERY_NODE = "every_node"
+
+
+ROLES_TIER_BYTES = 1 << 30
+Role = Literal["both", "prefill", "decode"]
+
+
+def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
+    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
+    if all(role == "prefill" for role in roles):
+        raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
+    if "prefill" in roles and not tier_bytes:
+        raise ValueError(
+            "role prefill hands prompts over in the node's shared memory; give it some with engine.kv_tier_bytes, and leave "
+            "engine.prefix_cache on"
+        )
 
 
 class EngineConfig(Frozen):
@@ -20,6 +38,15 @@ class EngineConfig(Frozen):
     replicas: int = Field(default=1, ge=1, description="engines of one server, over one pool of experts")
     max_replicas: int | None = Field(default=None, ge=1, description="scale engines up to so many under load")
     requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
+    role: tuple[Role, ...] = Field(
+        default=("both",),
+        min_length=1,
+        description="what an engine is sent: both, long prompts (prefill), or answers (decode); one for all, or a list in the "
+        "order of their start, whose last is that of the rest",
+    )
+    min_prefill_tokens: int = Field(
+        default=512, ge=1, description="a prompt with so many tokens that are not cached goes to a prefill engine first"
+    )
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt + generated tokens; default: the model's, or what fits into memory"
     )
@@ -39,11 +66,11 @@ class EngineConfig(Frozen):
         default=32, ge=1, description="no part of a batch is smaller, with num_overlapped_microbatches > 1"
     )
     max_draft_tokens: int = Field(
-        default=0,
+        default=8,
         ge=0,
         le=64,
         description="most tokens that a pass computes after a sequence's last one, where its text or earlier answers of the "
-        "client went on so before; as many as pay, by what passes take and what came true. The text is the same with any",
+        "client went on so before; as many as pay, by what passes take and what came true. The text is the same. 0: none",
     )
     block_size: int = Field(default=16, ge=1)
     kv_cache_bytes: int | None = Field(
@@ -67,6 +94,12 @@ class EngineConfig(Frozen):
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
     prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
+    kv_tier_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="of each node's shared memory, for what its engines have cached: all of them find it there, and one that "
+        "starts again does; 0: none. Default: none, or 1 GiB where roles are apart, which hand prompts over by it",
+    )
     max_num_kept: int | None = Field(
         default=None,
         ge=0,
@@ -91,12 +124,32 @@ class EngineConfig(Frozen):
             )
         return self
 
+    @field_validator("role", mode="before")
+    @classmethod
+    def _one_role_is_enough(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "EngineConfig":
+        check_roles(self.role, self.tier_bytes)
+        if len(self.role) > (most := self.max_replicas or self.replicas):
+            raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
+        return self
+
     @field_validator("kv_max_age", mode="before")
     @classmethod
     def _check_age(cls, value: Any) -> Any:
         if value != "unbounded" and not (type(value) is int and value >= 0):
             raise ValueError("give a number of steps, 0 and more, or `unbounded`")
         return value
+
+    @property
+    def tier_bytes(self) -> int:
+        """`kv_tier_bytes` as a number; 0: none."""
+        if not self.prefix_cache:
+            return 0
+        is_apart = any(role != "both" for role in self.role)
+        return ROLES_TIER_BYTES * is_apart if self.kv_tier_bytes is None else self.kv_tier_bytes
 
     @property
     def num_kept_seqs(self) -> int:
@@ -173,7 +226,16 @@ class ClientConfig(Frozen):
 class ServeConfig(Frozen):
     """The HTTP and gRPC edges. Loopback unless `allow_remote` is set and an API key is configured."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(
+        default="127.0.0.1",
+        description="where each gateway listens on its own node; `node`: the address by which Ray knows the node",
+    )
+    gateways: int | Literal["every_node"] = Field(
+        default=1, description="gateways over the same engines; every_node: one on each node, and on those that come"
+    )
+    gateway_resources: dict[str, float] = Field(
+        default={}, description="custom resources of each gateway, such as gateway: 1; with them it need not run here"
+    )
     http_port: int = Field(default=8000, ge=0, le=65535)
     grpc_port: int = Field(default=9000, ge=0, le=65535)
     allow_remote: bool = False
@@ -225,6 +287,11 @@ class ServeConfig(Frozen):
         default=(), description="of pages that may call over HTTP, such as http://localhost:3000; * for all"
     )
     drain_timeout_s: float = Field(default=20.0, ge=0)
+    drain_delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="from the moment when health says NOT_SERVING until new requests are refused: as long as a balancer takes",
+    )
     otlp_endpoint: str | None = Field(
         default=None,
         pattern="^https?://",
@@ -233,6 +300,13 @@ class ServeConfig(Frozen):
     )
 
     _at_home = field_validator("tls_cert", "tls_key")(at_home)
+
+    @field_validator("gateways", mode="before")
+    @classmethod
+    def _check_gateways(cls, value: Any) -> Any:
+        if value != EVERY_NODE and not (type(value) is int and value >= 1):
+            raise ValueError("give a number, 1 and more, or `every_node`")
+        return value
 
     @field_validator("allowed_origins", mode="before")
     @classmethod
@@ -304,11 +378,20 @@ class ServeConfig(Frozen):
                 f"host {self.host} is reachable by others: set serve.allow_remote true and serve.api_key (or TRINITY_API_KEY)"
             )
         self._check_keys()
-        if self.http_port == self.grpc_port != 0:
-            raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
+        self._check_ports()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together; one of them is missing")
         return self
+
+    def _check_ports(self) -> None:
+        http, grpc, most = self.http_port, self.grpc_port, self.gateways if isinstance(self.gateways, int) else 1
+        if http == grpc != 0:
+            raise ValueError(f"http_port and grpc_port are both {http}; choose two")
+        if http and grpc and (abs(http - grpc) < most or max(http, grpc) + most > 1 << 16):
+            raise ValueError(
+                f"{most} gateways on one machine would take ports from {http} and from {grpc} on, which meet each other or "
+                "65535; choose http_port and grpc_port further apart, or fewer gateways"
+            )
 
     def _check_keys(self) -> None:
         owners: dict[str, str] = {} if self.api_key is None else {self.api_key: "api_key"}

@@ -11,20 +11,25 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Ids
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trinity.config import ANYBODY, AdapterRef, Client
-from trinity.engine.begun import Begun
+from trinity.engine.begun import Begun, Handed
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine
-from trinity.engine.request import Delta, SamplingParams
+from trinity.engine.handoff import AGAIN_S, HELD_S, SAVE_S, Handoff, Prefilled
+from trinity.engine.key_log import KeyChanges
+from trinity.engine.prefix_keys import KeyBase
+from trinity.engine.request import Delta, SamplingParams, truncated
 from trinity.engine.stats import EngineStats
 from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
+from trinity.utils.niceness import IDLE, LowPriorityExecutor
 
 if TYPE_CHECKING:
     from trinity.models.common.adapted import BackboneAdapter
@@ -44,15 +49,18 @@ class Stream:
 
 
 class AsyncEngine:
-    """Serves requests of any number of event loops from one Engine. Owns the engine from now on."""
+    """Serves requests of any number of event loops from one Engine. Owns the engine from now on, and its `handoff`, by which
+    prompts come from other engines and go there."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, handoff: Handoff | None = None):
+        self._engine, self._handoff = engine, handoff
         self._changed = threading.Condition()  # guards the four below
         self._commands: deque[Callable[[], None]] = deque()
         self._open: set[Stream] = set()
         self._draining = self._closed = False
         self._routes: dict[str, Stream] = {}  # the engine thread's own
+        self._gives_way = False
+        self._patient = LowPriorityExecutor(IDLE, partial(torch.set_num_threads, engine.settings.num_threads))
         self._thread = threading.Thread(target=self._run, name="trinity-engine", daemon=True)
         self._thread.start()
 
@@ -65,9 +73,13 @@ class AsyncEngine:
         client: Client = ANYBODY,
         adapter: AdapterRef | None = None,
         begun: Begun | None = None,
-    ) -> AsyncIterator[Delta]:
+        prefilled: Prefilled | None = None,
+        held_s: float = 0.0,
+    ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request, or of the rest of one that has `begun` elsewhere; the last has a finish_reason. `deadline_s`
-        counts from now. `adapter`: computed beside the weights for this request.
+        counts from now. `adapter`: computed beside the weights for this request. `prefilled`: another engine's word on its
+        prompt; what cannot be had from there is computed here. `held_s`: so long a pinned request's version is held after its
+        end.
 
         Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, EngineLost where the engine
         stops before its end, or Unavailable while draining or closed. Leaving early aborts the request and frees its cache.
@@ -82,13 +94,77 @@ class AsyncEngine:
                 await asyncio.shield(asyncio.wrap_future(compiled))
             own = None if adapter is None else await self._adapter(adapter)
             until_s = math.inf if deadline_s is None else started_s + deadline_s
-            self._post(partial(self._start, stream, list(prompt_ids), params, client, words, until_s, own, begun=begun))
+            if prefilled is not None:
+                await self._bring(prefilled, prompt_ids, params, client, adapter, until_s - time.monotonic())
+            handed = Handed(None if prefilled is None else prefilled.version, held_s)
+            asked = (list(prompt_ids), params, client, words, until_s, own)
+            self._post(partial(self._start, stream, *asked, begun=begun, handed=handed))
             while not stream.ended:
                 yield await _next(stream)
         finally:
             if timer:
                 timer.cancel()
             self._leave(stream)
+
+    async def prefill(
+        self,
+        request_id: str,
+        prompt_ids: Ids[int],
+        params: SamplingParams | None = None,
+        deadline_s: float | None = None,
+        client: Client = ANYBODY,
+        adapter: AdapterRef | None = None,
+    ) -> Prefilled:
+        """Compute the prompt of a request that goes on at another engine, in its turn here. Its full blocks are in the node's
+        tier then, and a pinned request's version is held for HELD_S.
+
+        Raises what `generate` does, and Unavailable where this engine has no tier."""
+        if self._handoff is None:
+            raise Unavailable("this engine hands no prompts over: it has no KV tier (engine.kv_tier_bytes)")
+        params = self._engine.defaults.fill(params or SamplingParams())
+        limit = self._engine.max_model_len
+        prompt_ids = truncated(prompt_ids, params.truncate_prompt_tokens, params.max_tokens, limit)
+        names = ("priority", "version_policy", "cache_salt")
+        alone = SamplingParams(max_tokens=0, temperature=0.0, **{name: getattr(params, name) for name in names})
+        asked = (request_id, prompt_ids, alone, deadline_s, client, adapter)
+        async with aclosing(self.generate(*asked, held_s=HELD_S)) as deltas:
+            [done] = [delta async for delta in deltas]
+        keys = self._engine.prefixes.keys_of(prompt_ids[:-1], alone, client, adapter)
+        num = await self._saved(keys, self._oldest(alone, done.version), done.version)
+        return Prefilled(num * self._engine.settings.block_size, done.version, self._handoff.place)
+
+    async def _saved(self, *blocks: Any) -> int:
+        """Have them in the tier; -> how many, from the first on. Tries again while another process writes."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + SAVE_S
+        while loop.time() < until_s:
+            saved = loop.create_future()
+            self._post(partial(self._save, saved, *blocks))
+            if (num := await saved) is not None:
+                return num
+            await asyncio.sleep(AGAIN_S)
+        return 0
+
+    async def _bring(
+        self,
+        prefilled: Prefilled,
+        prompt_ids: Ids[int],
+        params: SamplingParams | None,
+        client: Client,
+        adapter: AdapterRef | None,
+        left_s: float,
+    ) -> None:
+        if self._handoff is None:
+            return
+        params = self._engine.defaults.fill(params or SamplingParams())
+        ids = truncated(prompt_ids, params.truncate_prompt_tokens, params.max_tokens, self._engine.max_model_len)
+        keys = self._engine.prefixes.keys_of(ids[:-1], params, client, adapter)
+        await self._handoff.bring(prefilled, keys, self._oldest(params, prefilled.version), left_s)
+
+    def _oldest(self, params: SamplingParams, version: int) -> int:
+        """The oldest version whose keys and values a request at that version may use."""
+        max_age = self._engine.settings.max_age if params.version_policy == "live" else 0
+        return 0 if max_age is None else version - max_age
 
     @property
     def healthy(self) -> bool:
@@ -133,6 +209,20 @@ class AsyncEngine:
         """Forget, before the next pass, what is cached and no running request has."""
         self._post(self._engine.reset_prefix_cache)
 
+    @property
+    def key_base(self) -> KeyBase | None:
+        """Facts by which others name the blocks of its prefix cache; None without one."""
+        return self._engine.prefixes.base
+
+    def key_changes(self, since: int) -> KeyChanges:
+        """Account of what the prefix cache knows, or of what has changed since an earlier one."""
+        return self._engine.prefixes.changes(since)
+
+    def give_way(self, gives_way: bool) -> None:
+        """Compute, from the next pass on, with what others leave of the cores, here and on the shards; or as usual again."""
+        self._gives_way = gives_way
+        self._engine.give_way(gives_way)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -152,6 +242,9 @@ class AsyncEngine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        if self._handoff is not None:
+            self._handoff.close()
+        self._engine.prefixes.close()
 
     # On the caller's side
 
@@ -189,7 +282,7 @@ class AsyncEngine:
             torch.set_num_threads(self._engine.settings.num_threads)
             while self._wait():
                 self._obey()
-                self._deliver(self._engine.step())
+                self._deliver(self._patient.run(self._engine.step) if self._gives_way else self._engine.step())
         except Exception:  # the thread's edge: nobody else would tell the waiting streams
             log.critical("the engine has failed and takes no more requests", exc_info=True)
         self._shut()
@@ -204,6 +297,12 @@ class AsyncEngine:
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
+
+    def _save(self, saved: "asyncio.Future[int | None]", *blocks: Any) -> None:
+        tier = self._engine.prefixes.tier
+        num = 0 if tier is None else tier.save(*blocks)
+        with suppress(RuntimeError):  # its loop is closed
+            saved.get_loop().call_soon_threadsafe(_settle, saved, num)
 
     def _start(self, stream: Stream, *request: Any, **begun: Any) -> None:
         try:
@@ -221,7 +320,7 @@ class AsyncEngine:
     def _deliver(self, deltas: list[Delta]) -> None:
         items: dict[Stream, list[Delta | TrinityError]] = {}
         for delta in deltas:
-            items[self._routes[delta.request_id]] = [delta]
+            items.setdefault(self._routes[delta.request_id], []).append(delta)
             if delta.finish_reason:
                 del self._routes[delta.request_id]
         _send(items)
@@ -232,6 +331,11 @@ class AsyncEngine:
             streams = list(self._open)
         self._routes.clear()
         _send({stream: [EngineLost("the engine has stopped; send the request again")] for stream in streams})
+
+
+def _settle(future: "asyncio.Future[int | None]", value: int | None) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 def _deadline(stream: Stream, deadline_s: float) -> asyncio.TimerHandle:

@@ -19,6 +19,17 @@ class Begun(NamedTuple):
     num_cached: int = 0
 
 
+class Handed(NamedTuple):
+    """About a prompt that is handed over: the version that its pinned request goes on at, where another engine has computed it;
+    and how long its version is held after its end, where another engine goes on."""
+
+    version: int | None = None
+    held_s: float = 0.0
+
+
+NOT_HANDED = Handed()
+
+
 def resume(sequence: Sequence, begun: Begun) -> None:
     """Bring a new sequence to where the answer is. Its caller has the text of these tokens already."""
     for token_id in begun.token_ids:

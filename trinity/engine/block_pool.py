@@ -17,24 +17,30 @@ import numpy as np
 @dataclass(frozen=True, eq=False, slots=True)
 class Content:
     """Content of a full block. `key` names its tokens and all before them (prefix_keys.py); `oldest` and `newest` are versions
-    of the weights that computed all of these. `routes`: the experts of its tokens, where they were traced."""
+    of the weights that computed all of these. `routes`: the experts of its tokens, where they were traced. `place`: the
+    block's number in its sequence, which began at `begun_ns`."""
 
     key: bytes
     oldest: int
     newest: int
     routes: np.ndarray | None = None
+    place: int = 0
+    begun_ns: int = 0
 
 
 class BlockPool:
-    """Owns the numbers 0 to num_blocks - 1."""
+    """Owns the numbers 0 to num_blocks - 1. `kept` hears of what is worth keeping, and whether its sequence lets it go;
+    `watch` which keys come and go."""
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
+        self.kept: Callable[[int, Content, bool], None] | None = None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the next to go first
         self._holders = [0] * num_blocks
         self._contents: dict[int, Content] = {}
         self._blocks: dict[bytes, list[int]] = {}  # by the key of their contents
+        self.watch: Callable[[bytes, bool], None] = lambda key, is_there: None
 
     @property
     def num_available(self) -> int:
@@ -67,15 +73,17 @@ class BlockPool:
         self._holders[block] -= 1
         if self._holders[block]:
             return
-        if block not in self._contents:
+        if (content := self._contents.get(block)) is None:
             self._free.append(block)
             return
         self._idle[block] = None
         if not keep:
             self._idle.move_to_end(block, last=False)
+        elif self.kept is not None:
+            self.kept(block, content, True)
 
-    def know(self, block: int, content: Content) -> None:
-        """It is held, and full: this is in it from now on."""
+    def know(self, block: int, content: Content, keep: bool = True) -> None:
+        """It is held, and full: this is in it from now on. `keep`: as in `let_go`."""
         for other in self._blocks.get(content.key, ()):
             known = self._contents[other]
             if (known.oldest, known.newest) == (content.oldest, content.newest):
@@ -84,6 +92,9 @@ class BlockPool:
         self.forget(block)
         self._contents[block] = content
         self._blocks.setdefault(content.key, []).append(block)
+        if keep and self.kept is not None:
+            self.kept(block, content, False)
+        self.watch(content.key, True)
 
     def forget(self, block: int) -> None:
         """Let what is in it be found no more. Harmless where nothing is known of it."""
@@ -93,6 +104,7 @@ class BlockPool:
         alike.remove(block)
         if not alike:
             del self._blocks[content.key]
+            self.watch(content.key, False)
         if block in self._idle:
             del self._idle[block]
             self._free.append(block)
@@ -113,6 +125,10 @@ class BlockPool:
 
     def content(self, block: int) -> Content:
         return self._contents[block]
+
+    def has(self, block: int, content: Content) -> bool:
+        """Is that still in it?"""
+        return self._contents.get(block) is content
 
     def drop(self, is_wrong: Callable[[int, int], bool]) -> None:
         """Forget what versions (oldest, newest) computed that are wrong."""

@@ -8,7 +8,7 @@ over its own ones that will be behind the window: attention reads what is past b
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import numpy as np
@@ -89,12 +89,12 @@ class BlockTable:
         self.pool.forget(block)
         return block
 
-    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content]) -> None:
+    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content], tips: Sequence[int]) -> None:
         """A pass has computed positions [start, end): these are in the blocks that it has filled, if it has stored them."""
         first, end = chunk[0] // self.block_size, chunk[1] // self.block_size
         for place in range(max(first, int(self.first_N[row]), self.first_stored(chunk[1])), end):
             if (block := int(self.block_NC[row, place])) >= 0:
-                self.pool.know(block, contents[place - first])
+                self.pool.know(block, contents[place - first], self.window is None or self._is_kept(place, tips))
 
     def trim(self, row: int, num_tokens: int, tips: Sequence[int]) -> None:
         """Let go what no token after num_tokens looks back at. `tips`: places, in order, before which windows are kept."""
@@ -127,14 +127,14 @@ class BlockTable:
             found.append(block)
         return found
 
-    def longest(self, keys: Sequence[bytes], oldest: int, newest: int) -> int:
+    def longest(self, keys: Sequence[bytes], is_there: Callable[[bytes], bool]) -> int:
         """The longest beginning, in blocks, whose window is there."""
         assert self.reach is not None
         end = len(keys)
         for place in range(len(keys) - 1, -1, -1):
             if end - place > self.reach:
                 break
-            if self.pool.find(keys[place], oldest, newest) is None:
+            if not is_there(keys[place]):
                 end = place
         return end
 

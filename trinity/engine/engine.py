@@ -13,15 +13,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig
 from trinity.engine.adapters import AdapterStore
-from trinity.engine.begun import Begun, resume
+from trinity.engine.begun import NOT_HANDED, Begun, Handed, resume
 from trinity.engine.defaults import SamplingDefaults
-from trinity.engine.grammars import Grammars
+from trinity.engine.deltas import by_request
+from trinity.engine.grammars import Grammars, advance
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
+from trinity.engine.kv_tier import KVTier, TierPlace
 from trinity.engine.memory import settled
 from trinity.engine.pace import Pace
 from trinity.engine.prefix_cache import PrefixCache
@@ -41,12 +44,13 @@ from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler, overloaded
 from trinity.engine.speculation import Speculation
 from trinity.engine.stats import EngineStats
-from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
+from trinity.engine.token_rules import BadWords, read_words, rules_of, thinking_budget
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    Overloaded,
     StepConflict,
     TrinityError,
     Unavailable,
@@ -54,9 +58,7 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
-from trinity.text.grammar.admission import refusal
-from trinity.text.grammar.progress import reasoning_end
-from trinity.text.reasoning import MARKERS
+from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
     from trinity.models.common.adapted import BackboneAdapter
@@ -71,7 +73,8 @@ class Engine:
 
     Each forward pass sees one version of all weights. `dispatch` says what the experts' dispatcher has counted: retries, and
     seconds by phase. `defaults` are those of fields that a request does not set; `adapters` is where AsyncEngine finds those of
-    requests. Raises ConfigError if the KV cache cannot hold one longest sequence, and what `source.model` raises.
+    requests; `tier`, where the node keeps what engines have cached. Raises ConfigError if the KV cache cannot hold one longest
+    sequence or there can be no such tier, and what `source.model` raises.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         dispatch: Callable[[], tuple[int, Mapping[str, tuple[list[int], float]]]] = lambda: (0, {}),
         defaults: SamplingDefaults | None = None,
         adapters: AdapterStore | None = None,
+        tier: TierPlace | None = None,
     ):
         self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
@@ -96,11 +100,13 @@ class Engine:
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
         kept = f"{config!r} {weight.dtype} {settings.kv_cache_dtype}"
-        self._prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, kept)
+        self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, kept)
         max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
         self._drafts = Speculation(settings.max_draft_tokens)
-        self._scheduler = Scheduler(self._cache, versions, self._prefixes, max_running, self._pace, self._drafts)
+        self._scheduler = Scheduler(self._cache, versions, self.prefixes, max_running, self._pace, self._drafts)
         self._runner = ModelRunner(versions, config, settings, self._cache)
+        if tier is not None:
+            self.prefixes.tier = KVTier(tier, self._cache, self._runner.parts, versions.is_withdrawn)
         self._repeats = Repeats(versions)
         self.grammars = Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
@@ -109,7 +115,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._refused)
+        return bool(self._sequences or self._refused or self.prefixes.has_unsaved)
 
     @property
     def version(self) -> int:
@@ -126,10 +132,11 @@ class Engine:
         until_s: float = math.inf,
         adapter: "BackboneAdapter | None" = None,
         begun: Begun | None = None,
+        handed: Handed = NOT_HANDED,
     ) -> None:
         """Queue a request of that client; `words` is what `bad_words` gave for it, if that was asked before. After `until_s`
         on time.monotonic() nobody waits for it. `adapter`: what is computed beside the weights for it, whatever their version.
-        An answer that has `begun` elsewhere goes on here after its last token.
+        An answer that has `begun` elsewhere goes on here after its last token. `handed`: its prompt is handed over.
 
         Raises InvalidRequest, PromptTooLong or Overloaded, and then has changed nothing. Where the queue is full an urgent
         request takes the place of the last of a less urgent priority."""
@@ -142,7 +149,7 @@ class Engine:
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
-        thinking = self._thinking(params, prompt_ids)
+        thinking = thinking_budget(params, prompt_ids, self.tokenizer, self.config.eos_token_ids)
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
@@ -152,6 +159,11 @@ class Engine:
         sequence.adapter = adapter
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
+        elif handed.version is not None and params.version_policy == "pinned":
+            tried(
+                partial(self._versions.pin_to, sequence, handed.version), Overloaded
+            )  # no token yet: another one will do
+        sequence.held_s = handed.held_s
         if crowded_out is not None:
             full = overloaded(self.settings.max_num_waiting)
             self._refused.append(self._end(crowded_out, "error", error=full.message, cause=full))
@@ -189,15 +201,6 @@ class Engine:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
         return read_words(params.bad_words, self.tokenizer)
 
-    def _thinking(self, params: SamplingParams, prompt_ids: Ids[int]) -> ThinkingBudget | None:
-        if params.thinking_token_budget is None:
-            return None
-        begins, ends = map(self.tokenizer.id_of, MARKERS)
-        if ends is None:
-            return None
-        is_open = reasoning_end(prompt_ids, begins, ends, self.config.eos_token_ids) is not None
-        return ThinkingBudget(params.thinking_token_budget, begins, ends, is_open)
-
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         vocab = self.config.vocab_size
         for token_id in ids:
@@ -220,11 +223,13 @@ class Engine:
         self._drafts.begin(self._scheduler.running, self._pace.last_s)
         plan, started_s = self._scheduler.schedule(), time.perf_counter()
         results = self._runner.run(plan)
+        run_s, chunks = time.perf_counter() - started_s, [chunk for each in plan for chunk in each.chunks]
+        deltas = ended + self.accept(plan, results)
         if not any(result.error for result in results):  # what failed says nothing about what a pass takes
-            chunks, seconds = [chunk for each in plan for chunk in each.chunks], time.perf_counter() - started_s
-            self._pace.took(sum(chunk.count for chunk in chunks), seconds)
-            self._drafts.took(chunks, seconds)
-        return ended + self.accept(plan, results)
+            self._pace.took(sum(chunk.count for chunk in chunks), run_s)
+            self._drafts.took(chunks, time.perf_counter() - started_s)
+        self.prefixes.save(self._pace.last_s if self._sequences else None)
+        return deltas
 
     def _end_late(self) -> list[Delta]:
         """End the waiting requests that can no longer make it, before they cost a pass."""
@@ -247,11 +252,12 @@ class Engine:
             self._num_computed_tokens += chunk.count
         sampled = [chunk for chunk in counts if chunk.sequence in result.sampled]
         deltas = [self._accept(chunk.sequence, result.sampled[chunk.sequence]) for chunk in sampled]
-        return deltas + self._accept_drafts([chunk for chunk in sampled if chunk.draft], each.version, result)
+        drafted = [chunk for chunk in sampled if chunk.draft]
+        return by_request(deltas + self._accept_drafts(drafted, each.version, result)) if drafted else deltas
 
     def _computed(self, chunk: Chunk, version: int) -> None:
         chunk.sequence.computed(chunk.start, chunk.end, version)
-        self._prefixes.computed(chunk)
+        self.prefixes.computed(chunk)
 
     def _accept_drafts(self, chunks: list[Chunk], version: int, result: Result) -> list[Delta]:
         """Take the tokens of drafts as far as they are what was sampled, and one more of each."""
@@ -286,7 +292,7 @@ class Engine:
         token = sampled.token_id
         sequence.token_ids.append(token)
         sequence.num_repeats = 0
-        if (stuck := _grammar_error(sequence, token)) is not None:
+        if (stuck := advance(sequence, token)) is not None:
             return self._end(sequence, "error", error=stuck.message, cause=stuck)
         self._num_generated_tokens += 1
         ends = token in sequence.params.stop_token_ids or self._is_eos(sequence, token)
@@ -310,7 +316,7 @@ class Engine:
         return self._end(sequence, "length", **got) if full else self._delta(sequence, **got)
 
     def _end_damaged(self, sequence: Sequence) -> Delta:
-        self._prefixes.forget(sequence)
+        self.prefixes.forget(sequence)
         own = sequence.adapter
         whose = "the model's logits" if own is None else f"the logits of adapter {own.ref.name!r}"
         error = TrinityError(f"{whose} are not finite; its weights are damaged")
@@ -331,7 +337,7 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason, **fields: Any) -> Delta:
         self._scheduler.remove(sequence)
         self._drafts.end(sequence)
-        self._versions.release(sequence)
+        self._versions.release(sequence, sequence.held_s)
         del self._sequences[sequence.request_id]
         return self._delta(sequence, finish_reason=reason, experts_TLK=sequence.experts_TLK, **fields)
 
@@ -349,7 +355,11 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget everything that is cached, but for what running requests have."""
-        self._cache.drop(lambda oldest, newest: True)
+        self.prefixes.drop(lambda oldest, newest: True)
+
+    def give_way(self, gives_way: bool) -> None:
+        """Have shards compute its rows with what others leave of their cores, or as usual again. Safe from any thread."""
+        self._runner.gives_way = gives_way
 
     def stats(self) -> EngineStats:
         """Safe from any thread: plain reads."""
@@ -362,8 +372,7 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
-            num_prefix_queries=self._prefixes.num_queries,
-            num_prefix_hits=self._prefixes.num_hits,
+            **self.prefixes.counts(),
             num_idle_blocks=self._cache.num_idle_blocks,
             num_computed_tokens=self._num_computed_tokens,
             num_versions_held=self._versions.num_held,
@@ -386,12 +395,3 @@ class Engine:
         assert all(s.row is None and s.num_computed == 0 for s in waiting), "a waiting sequence holds a row"
         assert {id(s) for s in [*running, *waiting]} == {id(s) for s in self._sequences.values()}, "a sequence is lost"
         self._versions.check(self._sequences.values())
-
-
-def _grammar_error(sequence: Sequence, token: int) -> InvalidRequest | None:
-    """Error that keeps its grammar from going on with this token: it was too costly in the end."""
-    if sequence.progress is None:
-        return None
-    sequence.progress.take(token)
-    why = sequence.progress.error
-    return refusal(f"after {sequence.num_generated} tokens: {why}") if why else None

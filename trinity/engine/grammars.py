@@ -20,6 +20,7 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from trinity.engine.request import Sequence
+from trinity.errors import InvalidRequest
 from trinity.text.grammar.admission import NUM_WORKERS, admit, refusal
 from trinity.text.grammar.compiler import matcher
 from trinity.text.grammar.constraint import Constraint
@@ -119,3 +120,12 @@ def within_grammars(steered_BV: Tensor, raw_BV: Tensor, mask_BV: Tensor) -> Tens
         lost_R = (out_BV.amax(-1) == -torch.inf).nonzero()[:, 0]
         out_BV[lost_R] = raw_BV[lost_R] + mask_BV[lost_R]
     return out_BV
+
+
+def advance(sequence: Sequence, token: int) -> InvalidRequest | None:
+    """Take the token in its grammar, if it has one; -> the error that keeps it from going on: it was too costly in the end."""
+    if sequence.progress is None:
+        return None
+    sequence.progress.take(token)
+    why = sequence.progress.error
+    return refusal(f"after {sequence.num_generated} tokens: {why}") if why else None

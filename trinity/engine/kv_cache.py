@@ -8,6 +8,8 @@ other numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -63,25 +65,38 @@ class KVCache:
 
     def match(self, keys: Sequence[bytes], oldest: int, newest: int) -> Hit:
         """The longest beginning that is there of a sequence with these keys, by these versions of the weights alone."""
-        growing = {kind: table for kind, table in self.tables.items() if table.window is None}
-        blocks: dict[LayerCache, list[int]] = {}
-        num_known = len(keys)
-        for kind, table in growing.items():
-            blocks[kind] = table.prefix(keys[:num_known], oldest, newest)
-            num_known = len(blocks[kind])
-        num = self._with_windows(keys[:num_known], oldest, newest)
-        for kind, table in self.tables.items():
-            first = 0 if table.reach is None else max(0, num - table.reach)
-            blocks[kind] = blocks[kind][:num] if kind in blocks else table.prefix(keys[first:num], oldest, newest)
-        return Hit(num, num_known if growing else num, blocks, *self._versions(blocks, oldest, newest))
+        num, num_known = self.longest(keys, lambda kind, key: self.has(kind, key, oldest, newest))
+        blocks = {
+            kind: table.prefix(keys[self.first_seen(kind, num) : num], oldest, newest)
+            for kind, table in self.tables.items()
+        }
+        return Hit(num, num_known, blocks, *self._versions(blocks, oldest, newest))
 
-    def _with_windows(self, keys: Sequence[bytes], oldest: int, newest: int) -> int:
-        windowed = [table for table in self.tables.values() if table.window is not None]
+    def has(self, kind: LayerCache, key: bytes, oldest: int, newest: int) -> bool:
+        return self.tables[kind].pool.find(key, oldest, newest) is not None
+
+    def first_seen(self, kind: LayerCache, num: int) -> int:
+        """The first block that what comes after `num` blocks looks back at."""
+        reach = self.tables[kind].reach
+        return 0 if reach is None else max(0, num - reach)
+
+    def longest(self, keys: Sequence[bytes], has: Callable[[LayerCache, bytes], bool]) -> tuple[int, int]:
+        """Blocks of the longest beginning of which all that is needed is there, and of the longest that no layer lacks but
+        windowed ones."""
+        growing = [kind for kind in self.tables if kind.window is None]
+        num_known = len(keys)
+        for kind in growing:
+            num_known = sum(1 for _ in takewhile(partial(has, kind), keys[:num_known]))
+        num = self._with_windows(keys[:num_known], has)
+        return num, num_known if growing else num
+
+    def _with_windows(self, keys: Sequence[bytes], has: Callable[[LayerCache, bytes], bool]) -> int:
+        windowed = {kind: table for kind, table in self.tables.items() if table.window is not None}
         num, before = len(keys), -1
         while num != before:
             before = num
-            for table in windowed:
-                num = table.longest(keys[:num], oldest, newest)
+            for kind, table in windowed.items():
+                num = table.longest(keys[:num], partial(has, kind))
         return num
 
     def _versions(self, blocks: Mapping[LayerCache, list[int]], oldest: int, newest: int) -> tuple[int, int]:
@@ -125,10 +140,11 @@ class KVCache:
         windows = ((table, table.reach) for table in self.tables.values() if table.reach is not None)
         return all(table.first_stored(end) <= max(0, tip - reach) for table, reach in windows)
 
-    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content]) -> None:
-        """A pass has computed the row's positions [start, end): these are in the blocks that it has filled."""
+    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content], tips: Sequence[int] = ()) -> None:
+        """A pass has computed the row's positions [start, end): these are in the blocks that it has filled. `tips`: as in
+        `trim`."""
         for table in self.tables.values():
-            table.know(row, chunk, contents)
+            table.know(row, chunk, contents, tips)
 
     def trim(self, row: int, num_tokens: int, tips: Sequence[int] = ()) -> None:
         """Let go what no token after num_tokens looks back at."""

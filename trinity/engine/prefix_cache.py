@@ -9,14 +9,18 @@ want the log-probabilities of their prompt have to compute it; traced ones share
 alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Ids
 
 import numpy as np
 
+from trinity.config import AdapterRef, Client
 from trinity.engine.block_pool import Content
+from trinity.engine.key_log import KeyChanges, KeyLog
 from trinity.engine.kv_cache import NO_HIT, Hit, KVCache
-from trinity.engine.prefix_keys import extend, root
-from trinity.engine.request import Chunk, Sequence
+from trinity.engine.kv_tier import KVTier
+from trinity.engine.prefix_keys import KeyBase, extend
+from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.versions import Versions
 
 CHECKPOINT_WINDOWS = 4  # a window is kept at every so many windows of a prompt
@@ -25,22 +29,42 @@ CHECKPOINT_WINDOWS = 4  # a window is kept at every so many windows of a prompt
 class PrefixCache:
     """The scheduler's dealings with what is cached. `model` names the model whose keys and values these are, and their type.
 
-    `num_queries` and `num_hits` count tokens of requests that were looked up, and that were there, when they first began.
+    `num_queries` and `num_hits` count tokens of requests that were looked up, and that were there, when they first began;
+    `num_recalled` those that came from the node's `tier`, if there is one.
     """
 
     def __init__(self, cache: KVCache, versions: Versions, is_on: bool, model: str):
-        self._cache, self._versions, self._is_on, self._model = cache, versions, is_on, model
+        self._cache, self._versions, self._is_on = cache, versions, is_on
         self._size = cache.layout.block_size
+        self._base, self._log = KeyBase(model, self._size), KeyLog()
+        cache.tables[cache.layout.kinds[0]].pool.watch = self._log.note
         self._sees_all = cache.layout.kinds[0].window is None
         windows = [table.reach for table in cache.tables.values() if table.reach is not None]
         self._every = CHECKPOINT_WINDOWS * (max(windows, default=0) + 1)
-        self.num_queries = self.num_hits = 0
+        self.num_queries = self.num_hits = self.num_recalled = 0
+        self.tier: KVTier | None = None
 
     def match(self, sequence: Sequence) -> Hit:
         """Find what is there of a sequence that is to begin."""
         if not self._reads(sequence):
             return NO_HIT
-        return self._cache.match(self._keys(sequence)[: self._most(sequence)], *self._versions.bounds(sequence))
+        return self._cache.match(*self._wanted(sequence))
+
+    def num_at_hand(self, sequence: Sequence) -> int:
+        """Tokens that it need not compute, by what is there and in the tier."""
+        num = self.match(sequence).num_blocks
+        if self.tier is not None and self._recalls(sequence):
+            num = max(num, self.tier.num_blocks(*self._wanted(sequence)))
+        return num * self._size
+
+    def recall(self, sequence: Sequence, hit: Hit) -> Hit:
+        """Bring what the tier has beyond a hit of a sequence for which there is room; -> what is there then."""
+        if self.tier is None or not self._recalls(sequence):
+            return hit
+        more = self.tier.recall(*self._wanted(sequence), hit)
+        self.tier.touch(sequence.keys, more)
+        self.num_recalled += (more.num_blocks - hit.num_blocks) * self._size
+        return more
 
     def leader(self, sequence: Sequence, hit: Hit, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
         """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike."""
@@ -87,21 +111,74 @@ class PrefixCache:
         if self._is_on and not self._versions.is_withdrawn(sequence.oldest, sequence.version):
             first, keys = chunk.start // self._size, self._keys(sequence)
             contents = [self._content(sequence, keys[place], place) for place in range(first, chunk.end // self._size)]
-            self._cache.know(chunk.row, (chunk.start, chunk.end), contents)
+            self._cache.know(chunk.row, (chunk.start, chunk.end), contents, sequence.tips)
         self._cache.trim(chunk.row, chunk.end, sequence.tips)
+
+    @property
+    def base(self) -> KeyBase | None:
+        """Facts by which others name its blocks; None where it is off."""
+        return self._base if self._is_on else None
+
+    def changes(self, since: int) -> KeyChanges:
+        """Keys that came and went after an earlier account, of the kind of layers that looks back furthest. Safe from any
+        thread."""
+        return self._log.since(since)
 
     def forget(self, sequence: Sequence) -> None:
         """Let what is cached of it be found no more: it is damaged."""
         self._cache.forget(sequence.keys)
+        if self.tier is not None:
+            self.tier.forget(sequence.keys, sequence.version)
+
+    def drop(self, is_wrong: Callable[[int, int], bool]) -> None:
+        """Forget what versions (oldest, newest) computed that are wrong."""
+        self._cache.drop(is_wrong)
+        if self.tier is not None:
+            self.tier.drop(is_wrong, self._versions.live)
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Is there something for `save` to do?"""
+        return self.tier is not None and self.tier.has_work
+
+    def save(self, last_pass_s: float | None) -> None:
+        """Write to the tier what waits for it, for a time that a pass like the last one allows; None: there are none."""
+        if self.tier is not None:
+            self.tier.work(last_pass_s)
+
+    def close(self) -> None:
+        """Leave the tier. Harmless when repeated."""
+        if self.tier is not None:
+            self.tier.close()
+            self.tier = None
+
+    def counts(self) -> dict[str, int]:
+        """Fields of EngineStats."""
+        found = {"num_prefix_queries": self.num_queries, "num_prefix_hits": self.num_hits}
+        if self.tier is None:
+            return found
+        return found | {
+            "num_tier_hits": self.num_recalled,
+            "num_tier_written": self.tier.num_written,
+            "num_tier_evicted": self.tier.num_evicted,
+            "tier_bytes": self.tier.used_bytes,
+        }
 
     def _content(self, sequence: Sequence, key: bytes, place: int) -> Content:
         tokens = slice(place * self._size, (place + 1) * self._size)
         experts = sequence.experts[tokens]  # none where nobody asked, or the model has none
         routes = np.stack(experts) if experts else None
-        return Content(key, sequence.oldest, sequence.version, routes)
+        return Content(key, sequence.oldest, sequence.version, routes, place, int(1e9 * sequence.added_s))
 
     def _reads(self, sequence: Sequence) -> bool:
         return self._is_on and not sequence.is_scored and (self._sees_all or not sequence.params.trace)
+
+    def _recalls(self, sequence: Sequence) -> bool:
+        return self._reads(sequence) and not sequence.params.trace
+
+    def _wanted(self, sequence: Sequence) -> tuple[list[bytes], int, int]:
+        """Keys of the blocks that it may read, and whose: the oldest and the newest version."""
+        return self._keys(sequence)[: self._most(sequence)], *self._versions.bounds(sequence)
 
     def _most(self, sequence: Sequence) -> int:
         """Blocks that it may read."""
@@ -110,12 +187,22 @@ class PrefixCache:
     def _keys(self, sequence: Sequence) -> list[bytes]:
         """Keys of all its full blocks."""
         if not sequence.root:
-            params = sequence.params
-            adapter = None if sequence.adapter is None else sequence.adapter.ref.content
-            whose = (sequence.client.name, params.cache_salt, adapter)
-            sequence.root = root(self._model, self._size, params.trace, *whose)
+            adapter = None if sequence.adapter is None else sequence.adapter.ref
+            sequence.root = self._root(sequence.params, sequence.client, adapter)
         extend(sequence.keys, sequence.root, sequence.token_ids, self._size, len(sequence.token_ids) // self._size)
         return sequence.keys
+
+    def _root(self, params: SamplingParams, client: Client, adapter: AdapterRef | None) -> bytes:
+        content = None if adapter is None else adapter.content
+        return self._base.root(params.trace, client.name, params.cache_salt, content)
+
+    def keys_of(
+        self, token_ids: Ids[int], params: SamplingParams, client: Client, adapter: AdapterRef | None
+    ) -> list[bytes]:
+        """Keys of all full blocks of a request's tokens. Safe from any thread."""
+        keys = list[bytes]()
+        extend(keys, self._root(params, client, adapter), token_ids, self._size, len(token_ids) // self._size)
+        return keys
 
     def _tips(self, sequence: Sequence, hit: Hit) -> tuple[int, ...]:
         end = sequence.num_prompt // self._size

@@ -9,6 +9,7 @@ one key reads another's cache.
 import json
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,18 @@ import numpy as np
 def root(*parts: object) -> bytes:
     """A chain's root. The parts are what JSON has: which model, how its keys and values are stored, whose they are."""
     return sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+class KeyBase(NamedTuple):
+    """Facts about an engine's roots, so that others can name its blocks: the model, how its keys and values are stored, and how
+    many tokens are in a block."""
+
+    model: str
+    block_size: int
+
+    def root(self, traced: bool, client: str, salt: str | None, adapter: int | None) -> bytes:
+        """The root of a request's chain: `client` is the name of who asks, `adapter` the number of its content."""
+        return root(self.model, self.block_size, traced, client, salt, adapter)
 
 
 def extend(keys: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int, num_blocks: int) -> None:

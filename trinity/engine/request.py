@@ -232,7 +232,7 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """Addition of one step to one request: a token; a step that had drafts gives several. The last one, and only that, has a
+    """Addition of one step to one request: a token, or several where drafts came true. The last one, and only that, has a
     finish_reason.
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
@@ -291,6 +291,7 @@ class Sequence:
     progress: "Progress | None" = None  # in its grammar, where it has one
     num_repeats: int = 0  # passes since its last token that came to nothing for want of a version
     adapter: "BackboneAdapter | None" = None
+    held_s: float = 0.0  # so long the version that it was pinned to is held after its end
     until_s: float = math.inf  # time.monotonic() after which nobody waits for it
     root: bytes = b""  # of the keys of its blocks (prefix_keys.py)
     keys: list[bytes] = field(default_factory=list)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.config import EngineConfig, ModelConfig
+from trinity.config import EngineConfig, LayerCache, ModelConfig
 from trinity.engine.attention import Flat, PagedAttention
 from trinity.engine.grammars import MaskThread
 from trinity.engine.kv_cache import KVCache
@@ -25,6 +25,7 @@ from trinity.models.common.adapted import PassAdapters
 from trinity.models.common.attention import Attend, is_plain
 from trinity.models.common.decoder import CausalLM, Inputs, Output
 from trinity.ops import batch_invariant
+from trinity.utils.niceness import PATIENT
 
 
 class Logits(NamedTuple):
@@ -63,6 +64,7 @@ class ModelRunner:
         self._versions, self._config, self._settings, self._cache = versions, config, settings, cache
         self._device = parameter.device
         self._masks = MaskThread()
+        self.gives_way = False  # to whoever else wants the shards' cores
         self._pools = KVPools(cache.layout, parameter.device, parameter.dtype)
         self._is_exact = config.batch_invariant and batch_invariant.is_for(parameter)
         self._is_exact &= all(is_plain(kept) for kept in cache.layout.kinds)
@@ -70,6 +72,10 @@ class ModelRunner:
             from trinity.ops.batch_invariant.warm import warm_up
 
             warm_up(parameter.dtype, settings.kv_cache_dtype == "int8")
+
+    def parts(self, kind: LayerCache) -> tuple[Tensor, ...]:
+        """All that is stored of the layers of a kind, each [layers, slots, ...]; it stays the runner's."""
+        return self._pools.parts(kind)
 
     def run(self, plan: list[Pass]) -> list[Result]:
         """Compute and sample each pass; what prevented one is its result, and nobody else's."""
@@ -80,7 +86,8 @@ class ModelRunner:
             sampling = [chunk.sequence for chunk in in_order(chunks) if chunk.samples]
             masks = self._masks.start(sampling, self._config.vocab_size)
             model = self._versions.model(version)
-            model.experts.priority = min(chunk.sequence.priority for chunk in chunks)
+            urgency = min(chunk.sequence.priority for chunk in chunks)
+            model.experts.priority = PATIENT if self.gives_way else urgency
             logits = self.forward(model, chunks)
             assert list(logits.first) == sampling, "a mask is another sequence's"
             sampled = sample(logits.after(sampling, 0), sampling, None if masks is None else masks.result())

@@ -95,7 +95,7 @@ class Scheduler:
         """The passes of the next step: one for each version that requests use. Takes up the newest version first, with or
         without work; empty only when nothing is left to do."""
         if self.versions.follow(self.running, self.following):
-            self.cache.drop(self.versions.is_withdrawn)
+            self.prefixes.drop(self.versions.is_withdrawn)
         for sequence in [each for each in reversed(self.following) if not each.is_waiting_for_another]:
             self._let_go_on(sequence)
         for sequence in [each for each in reversed(self.running) if not each.num_computed]:
@@ -110,8 +110,7 @@ class Scheduler:
     def _is_late(self, sequence: Sequence, left_s: float) -> bool:
         if left_s >= self.pace.least_s(sequence.num_uncomputed):
             return False
-        cached = self.prefixes.match(sequence).num_blocks * self.cache.layout.block_size
-        most = 1 if sequence.awaits is not None else sequence.num_uncomputed - cached
+        most = 1 if sequence.awaits is not None else sequence.num_uncomputed - self.prefixes.num_at_hand(sequence)
         return left_s < self.pace.least_s(most)
 
     def _chunks(self) -> list[Chunk]:
@@ -138,11 +137,12 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
         """Tokens that may follow its last one, which is all that it computes. Nobody gives way for a draft."""
-        if sequence.num_uncomputed != 1 or spare <= 0 or self.cache.num_spare <= len(self.running):
+        if sequence.num_uncomputed != 1 or spare <= 0:
+            return ()
+        draft = self.drafts.draft(sequence, min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1))
+        if not draft or self.cache.num_spare <= len(self.running):
             return ()
         assert sequence.row is not None
-        room = min(spare, self.cache.layout.max_model_len - len(sequence.token_ids) - 1)
-        draft = self.drafts.draft(sequence, room)
         return draft if self.cache.grow(sequence.row, len(sequence.token_ids) + len(draft)) else ()
 
     def _make_way(self) -> None:
@@ -172,7 +172,7 @@ class Scheduler:
         if sequence.awaits is not None:
             self.following.append(self.waiting.take())
         elif self.cache.fits(len(sequence.token_ids), hit, reserve=len(self.running)):
-            self.prefixes.begin(self.waiting.take(), hit)
+            self.prefixes.begin(self.waiting.take(), self.prefixes.recall(sequence, hit))
             sequence.admitted()
             bisect.insort(self.running, sequence, key=lambda each: each.priority)
         else:

@@ -8,6 +8,7 @@ B / (a + b B) tokens a second, and a token more in the pass costs b; it is worth
 b B / (a + b B). That is little where one sequence runs alone, and almost 1 where many do.
 """
 
+import math
 import time
 from collections.abc import Sequence as Ids
 
@@ -15,29 +16,36 @@ from trinity.engine.drafts import Clients, Drafter, Trust
 from trinity.engine.request import Chunk, Sequence
 
 FORGET = 0.98
-UNKNOWN_SHARE = 0.5
-WORK_SHARE, LEAST_WORK_S = 0.02, 1e-4  # of a pass's time that may go into the upkeep of drafts
+UNKNOWN_SHARE, LITTLE = 0.5, 0.25
+HELD_UP = 3.0
+WORK_SHARE = 0.01  # of a pass's time that may go into what drafters are behind, such as prompts
+AT_ONCE = 16  # tokens, between two looks at the clock
+MAX_PROMPT = 1 << 16  # the last tokens of a prompt, that drafts are made from
 
 
 class PassCost:
-    """Seconds of passes of single tokens, as a line over their number: by least squares, forgetting."""
+    """Seconds of passes of single tokens, as a line over their number: by least squares, forgetting. As long as their number
+    has varied little, the line is near the one that UNKNOWN_SHARE says."""
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, n, n n, t, n t
 
     def took(self, num_tokens: int, seconds: float) -> None:
-        new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
-        self._sums = tuple(FORGET * old + each for old, each in zip(self._sums, new, strict=True))  # type: ignore[assignment]
+        """Note a pass; what takes many times as long as others was held up by something else."""
+        one, n, nn, t, nt = (FORGET * old for old in self._sums)
+        seconds = min(seconds, HELD_UP * t / one) if one else seconds
+        self._sums = one + 1.0, n + num_tokens, nn + num_tokens**2, t + seconds, nt + num_tokens * seconds
 
     def share(self, num_tokens: int) -> float:
-        """The share of a pass of so many tokens that grows with their number; UNKNOWN_SHARE until they have varied."""
+        """The share of a pass of so many tokens that grows with their number."""
         one, n, nn, t, nt = self._sums
-        spread = one * nn - n * n
-        if spread <= 1e-3 * one * one or not num_tokens:
+        if not n or not t or not num_tokens:
             return UNKNOWN_SHARE
-        slope = min(max((one * nt - n * t) / spread, 0.0), t / n)
-        fixed = (t - slope * n) / one
-        return slope * num_tokens / (fixed + slope * num_tokens)
+        mean_n, mean_t = n / one, t / one
+        known, unknown = nn / one - mean_n**2, (LITTLE * mean_n) ** 2
+        slope = (nt / one - mean_n * mean_t + unknown * UNKNOWN_SHARE * mean_t / mean_n) / (known + unknown)
+        slope = min(max(slope, 0.0), mean_t / mean_n)
+        return slope * num_tokens / (mean_t - slope * mean_n + slope * num_tokens)
 
 
 class Speculation:
@@ -50,30 +58,41 @@ class Speculation:
         self._least = UNKNOWN_SHARE
 
     def begin(self, running: Ids[Sequence], last_pass_s: float) -> None:
-        """Take up tokens that drafters have not seen, before a step, for as long as that is a small part of a pass."""
+        """Take up what the last step gave to each; and what else drafters have not seen, for as long as that is a small part of
+        a pass."""
         if not self.most:
             return
-        until_s = time.perf_counter() + max(LEAST_WORK_S, WORK_SHARE * last_pass_s)
+        until_s = time.perf_counter() + WORK_SHARE * last_pass_s
         for sequence in running:
-            self._catch_up(self._drafter(sequence), sequence, until_s)
+            drafter = self._drafter(sequence)
+            behind = len(sequence.token_ids) - len(drafter)
+            if behind == 1:
+                drafter.push(sequence.token_ids[-1])
+            elif behind:
+                self._catch_up(drafter, sequence, math.inf if behind <= 1 + self.most else until_s)
         self._clients.work(until_s)
         self._least = self._cost.share(len(running))
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         if (found := self._drafters.get(sequence.request_id)) is None:
-            found = Drafter(self._clients.memory(sequence.client.name), Trust(self._trust))
-            self._drafters[sequence.request_id] = found
+            memory, first = self._clients.memory(sequence.client.name), max(0, sequence.num_prompt - MAX_PROMPT)
+            found = self._drafters[sequence.request_id] = Drafter(memory, Trust(self._trust), first)
         return found
 
     def _catch_up(self, drafter: Drafter, sequence: Sequence, until_s: float) -> None:
-        while len(drafter) < len(sequence.token_ids) and time.perf_counter() < until_s:
-            at = len(drafter)
-            drafter.push(sequence.token_ids[at], is_answer=at >= sequence.num_prompt)
+        while (at := len(drafter)) < len(sequence.token_ids) and time.perf_counter() < until_s:
+            for place, token in enumerate(sequence.token_ids[at : at + AT_ONCE], start=at):
+                drafter.push(token, is_answer=place >= sequence.num_prompt)
 
     def draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """Tokens to compute after the last one, up to `room`."""
         drafter = self._drafters.get(sequence.request_id)
-        if drafter is None or len(drafter) < len(sequence.token_ids) or not sequence.num_generated:
+        if (
+            drafter is None
+            or not drafter.follows
+            or len(drafter) < len(sequence.token_ids)
+            or not sequence.num_generated
+        ):
             return ()
         left = sequence.params.max_tokens - sequence.num_generated - 1  # the pass gives one token more than its draft
         return drafter.draft(min(self.most, room, left), self._least)
@@ -84,7 +103,7 @@ class Speculation:
             self._clients.remember(sequence.client.name, sequence.generated_ids)
 
     def took(self, chunks: Ids[Chunk], seconds: float) -> None:
-        """Note the time of a step."""
+        """Note the time of a step, up to what its requests were told."""
         if self.most and chunks and all(chunk.is_single for chunk in chunks):
             self._cost.took(sum(chunk.count for chunk in chunks), seconds)
 

@@ -9,7 +9,7 @@ threw back has got a token: a trainer that commits faster than contexts are comp
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,9 @@ class Versions:
         self._source, self._max_pinned, self._max_age = source, max_pinned, max_age
         self._pinned: Counter[int] = Counter()  # version -> requests that hold it
         self._behind: list[tuple[Sequence, int]] = []  # thrown back by the last switch, and the tokens they had then
+        self._handed_over = deque[
+            tuple[float, int]
+        ]()  # until when a version is held for whoever goes on at another engine
         self._damaged: set[int] = set()
         self._withdrawn: set[int] = (
             set()
@@ -59,6 +62,8 @@ class Versions:
 
         `waiting`: those that begin when others have computed what they need. -> whether cached keys and values may be wrong.
         """
+        while self._handed_over and self._handed_over[0][0] <= time.monotonic():
+            self._source.release(self._handed_over.popleft()[1])
         newest, is_wrong = self._source.newest(), self._found_damage
         if newest < self.live or (newest > self.live and not self._catching_up):
             is_wrong |= newest < self.live or bool(self._damaged)
@@ -137,10 +142,14 @@ class Versions:
         self._pinned[version] += 1
         self._source.hold(version)
 
-    def release(self, sequence: Sequence) -> None:
-        """The request has ended, or starts again: what it held is free."""
+    def release(self, sequence: Sequence, held_s: float = 0.0) -> None:
+        """The request has ended, or starts again: what it held is free, after `held_s` where there are not too many such."""
         version, sequence.pinned = sequence.pinned, None
         if version is not None:
+            kept = {other for _, other in self._handed_over}
+            if held_s and (version in kept or len(kept) < self._max_pinned):
+                self._source.hold(version)
+                self._handed_over.append((time.monotonic() + held_s, version))
             self._source.release(version)
             self._pinned[version] -= 1
             self._pinned += Counter()  # drops zeros

@@ -4,12 +4,16 @@ Decision: an engine asks before each pass and keeps no model between two, so tha
 tensors of the model that it gave last.
 """
 
+from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
 from trinity.errors import VersionGone
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
+
+
+SAMPLED = 1000  # values of a tensor in a fingerprint, about
 
 
 class WeightSource(Protocol):
@@ -42,6 +46,17 @@ class WeightSource(Protocol):
     def quarantine(self, version: int) -> None:
         """It gave logits that are not finite. `newest` names it no more, unless there is no other. Harmless when repeated."""
         ...
+
+
+def fingerprint(model: "CausalLM") -> str:
+    """Digest of values from all over the backbone: models that were trained apart have different ones."""
+    found = sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // SAMPLED)]
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        found.update(some.float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 class FixedWeights:

@@ -42,7 +42,8 @@ class Rows:
 @dataclass(frozen=True)
 class Forward:
     """Verb `infer` -> y_RD. `keep` asks the shard to remember the activations under op_id, for the backward to come. Of those
-    that wait, the lowest `priority` (int64) is first."""
+    that wait, the lowest `priority` (int64) is first; PATIENT ones, of an engine that only computes prompts, get what others
+    leave of the cores."""
 
     op_id: str
     layer: int

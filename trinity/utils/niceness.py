@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 NICEST = 19
 MOST_THREADS = 32  # most of them wait for a lock
 IDLE = 20  # one more: only what nobody else wants
+PATIENT = (1 << 63) - 1  # the last priority of rows: what computes them on a shard gives way
 USUAL = 10  # of a run that nobody serves
 
 

@@ -1,0 +1,119 @@
+"""The oracle: whatever an engine does to be quick, urgent or still there, an answer is the monolith's, bit for bit.
+
+A trace is drawn: requests of all kinds, n of each, that begin alike; aborts; new weights; experts that move or are copied;
+engines that are lost in the middle of answers. So are the engines: prefix cache, drafts, chunks, blocks, memory too short for
+all. Every answer (tokens, text, log-probabilities, experts) is what one engine alone says to that request at its version,
+without cache and drafts, with all experts in one place; in the end nothing holds a block, a row or a version.
+
+`TRINITY_ORACLE=20000 pytest tests/unit/test_oracle.py` draws so many traces, other ones each time.
+"""
+
+import os
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.oracle_world import CONFIG, LONGEST, NUM_SHARDS, World, settle
+from tests.unit.test_begun import ASKED
+from trinity.config import Client, EngineConfig
+from trinity.engine.kv_layout import BlockSizes
+from trinity.engine.request import SamplingParams
+
+LONG = int(os.environ.get("TRINITY_ORACLE", "0"))
+base = tuple(range(3, 36))
+prompts = st.one_of(
+    st.builds(
+        lambda n, tail: (*base[:n], *tail), st.integers(0, 33), st.lists(st.integers(0, 2), min_size=1, max_size=3)
+    ),
+    st.sampled_from([(5, 9, 7) * 3, (5, 9, 7) * 9 + (5,), (1,), (4, 4, 4, 4)]),
+)
+clients = st.sampled_from([Client("ann"), Client("bob", 2.0)])
+EXTRA = {
+    "a thought": {"seed": 13, "bad_words": ["F"], "min_p": 0.1},
+    "nothing": {"max_tokens": 0, "prompt_logprobs": 1},
+}
+
+
+@st.composite
+def params(draw):
+    asked = (ASKED | EXTRA)[draw(st.sampled_from(sorted(ASKED | EXTRA)))]
+    own = {
+        "seed": draw(st.integers(0, 1)),
+        "max_tokens": draw(st.sampled_from([1, 4, 12, 22])),
+        "logprobs": draw(st.sampled_from([None, 2])),
+        "version_policy": draw(st.sampled_from(["live", "pinned"])),
+        "priority": draw(st.sampled_from([0, 0, 3, -1])),
+        "trace": draw(st.sampled_from([False, False, True])),
+        "ignore_eos": draw(st.booleans()),
+    }
+    own["min_tokens"] = min(asked.get("min_tokens", 0), asked.get("max_tokens", own["max_tokens"]))
+    return SamplingParams(**own | {name: value for name, value in asked.items() if name != "min_tokens"})
+
+
+experts = st.tuples(st.sampled_from(CONFIG.moe_layers), st.integers(0, CONFIG.num_experts - 1))
+adds = st.tuples(st.just("ask"), st.integers(0, 1), prompts, params(), st.integers(1, 3), clients)
+steps = st.tuples(st.just("step"), st.integers(1, 4))
+actions = st.one_of(
+    adds,
+    adds,
+    steps,
+    steps,
+    st.tuples(st.just("abort"), st.integers(0, 9)),
+    st.tuples(st.just("commit")),
+    st.tuples(st.just("move"), experts, st.integers(0, NUM_SHARDS - 1), st.booleans()),
+    st.tuples(st.just("drop"), st.integers(0, 1)),
+)
+
+
+@st.composite
+def engines(draw):
+    """Settings of an engine, and whether its drafts are told what comes."""
+    size, drafts = draw(st.sampled_from([1, 3, 4, 16])), draw(st.sampled_from([0, 1, 3, 8]))
+    sizes, room = BlockSizes.of(CONFIG, size, 4, drafts), draw(st.sampled_from([0, 0, 1, 4]))
+    seqs = draw(st.integers(1, 5))
+    return {
+        "block_size": size,
+        "max_draft_tokens": drafts,
+        "prefix_cache": draw(st.sampled_from([True, True, False])),
+        "max_num_batched_tokens": draw(st.sampled_from([2, 11, 64])),
+        "max_num_seqs": seqs,
+        "max_num_kept": draw(st.sampled_from([0, seqs])),
+        "max_num_waiting": draw(st.sampled_from([2, 50, 50])),
+        "num_overlapped_microbatches": draw(st.sampled_from([1, 2])),
+        "min_part_tokens": 2,
+        "kv_cache_bytes": int(sizes.bytes_per_seq(LONGEST) * (1 + room / 2)),
+    }, draw(st.booleans())
+
+
+def numbers():
+    """Settings that change what is computed, the monolith's, too; of those that there are."""
+    known = {"kv_dtype": ["auto", "int8"]}
+    return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in known.items() if n in EngineConfig.model_fields})
+
+
+@settings(
+    max_examples=LONG or 20,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    derandomize=not LONG,
+    suppress_health_check=list(HealthCheck) if LONG else (),
+)
+@given(st.lists(actions, min_size=4, max_size=14), st.lists(engines(), min_size=1, max_size=2), numbers())
+def test_every_answer_is_the_monoliths(trace, fleet, same):
+    settle()
+    world = World(fleet, same)
+    for name, *rest in trace:
+        if name == "ask":
+            at, prompt, own, num, client = rest
+            for sample in range(num):
+                world.ask(at, prompt, own.model_copy(update={"seed": own.seed + sample}), client)
+        elif name == "step":
+            for _ in range(rest[0]):
+                world.step()
+        elif name == "abort":
+            world.abort(str(rest[0]))
+        else:
+            getattr(world, name)(*rest)
+    world.finish()
+    for name in world.asked:
+        world.compare(name)
