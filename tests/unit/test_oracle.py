@@ -69,7 +69,10 @@ actions = st.one_of(
 def engines(draw):
     """Settings of an engine, and whether its drafts are told what comes."""
     size, drafts = draw(st.sampled_from([1, 3, 4, 16])), draw(st.sampled_from([0, 1, 3, 8]))
-    sizes, room = BlockSizes.of(CONFIG, size, 4, drafts), draw(st.sampled_from([0, 0, 1, 4]))
+    sizes, room = (
+        BlockSizes.of(CONFIG, EngineConfig(block_size=size, max_draft_tokens=drafts), 4),
+        draw(st.sampled_from([0, 0, 1, 4])),
+    )
     seqs = draw(st.integers(1, 5))
     return {
         "block_size": size,
@@ -87,7 +90,7 @@ def engines(draw):
 
 def numbers():
     """Settings that change what is computed, the monolith's, too; of those that there are."""
-    known = {"kv_dtype": ["auto", "int8"]}
+    known = {"kv_cache_dtype": ["auto", "int8"]}
     return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in known.items() if n in EngineConfig.model_fields})
 
 

@@ -26,7 +26,9 @@ BLOCK = 64  # keys; their scores with a panel are 4 KiB
 LEAST_LINES, MOST_LINES = 32, 256  # of a tile, where there are as many
 FEW_LINES = 12  # of a tile that reads keys where they lie
 KEYS, WIDE = 4, 4  # keys that meet a panel at once, and vectors of a value that do
-HAS_REGISTERS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for so many sums; the order of each is the same without
+HAS_REGISTERS = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512"
+)  # for so many sums; the order of each is the same without
 NONE = np.float32(-np.inf)
 ZERO = np.float32(0)
 NO_SCALES = (torch.empty(0, 1),) * 2
