@@ -159,17 +159,21 @@ class Engine:
         sequence.adapter = adapter
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
-        elif handed.version is not None and params.version_policy == "pinned":
-            tried(
-                partial(self._versions.pin_to, sequence, handed.version), Overloaded
-            )  # no token yet: another one will do
-        sequence.held_s = handed.held_s
+        else:
+            self._take_over(sequence, handed)
         if crowded_out is not None:
             full = overloaded(self.settings.max_num_waiting)
             self._refused.append(self._end(crowded_out, "error", error=full.message, cause=full))
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
+
+    def _take_over(self, sequence: Sequence, handed: Handed) -> None:
+        sequence.held_s, sequence.num_cached = handed.held_s, handed.num_cached
+        if (
+            handed.version is not None and sequence.params.version_policy == "pinned"
+        ):  # without a token another one will do
+            tried(partial(self._versions.pin_to, sequence, handed.version), Overloaded)
 
     def _resume(self, sequence: Sequence, begun: Begun) -> None:
         length = sequence.num_prompt + len(begun.token_ids)
