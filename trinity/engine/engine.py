@@ -99,7 +99,8 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
-        self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
+        kept = f"{config!r} {weight.dtype} {settings.kv_cache_dtype}"
+        self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, kept)
         max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
         self._drafts = Speculation(settings.max_draft_tokens)
         self._scheduler = Scheduler(self._cache, versions, self.prefixes, max_running, self._pace, self._drafts)
