@@ -72,7 +72,7 @@ class RayLedger:
     def __init__(self, service: PlacementClient, long_timeout_s: float):
         self.service, self.long_timeout_s = service, long_timeout_s
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
-        self._line: str | None = None  # equal lines and versions are equal weights
+        self._line: str | None = None  # equal lines and versions are equal weights; "": nobody knows
 
     def set_source(self, message: Load) -> None:
         self.service.ask("set_source", message)
@@ -87,7 +87,7 @@ class RayLedger:
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
         if self._line is None and (before := self.decided()) is not None:  # a job goes on that another process began
-            self._line = before.notes.get("line")
+            self._line = before.notes.get("line", "")
         decide = partial(self.service.ask, "decide", step, attempt, self._noted(notes))
         retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 

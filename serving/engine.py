@@ -140,8 +140,7 @@ class LocalClient:
                 yield delta
 
     async def prefill(self, *asked: Any) -> "Prefilled":
-        engine: Any = self.engine
-        return await engine.prefill(*asked)
+        return await self.engine.prefill(*asked)
 
     async def info(self) -> EngineInfo:
         """Raises Unavailable when the engine has failed."""

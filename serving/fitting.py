@@ -40,7 +40,7 @@ def _memory_here(config: Config) -> Memory:
     copies = 0 if placed.num_gpus_per_shard else min(placed.num_shards, 1 + placed.redundancy)
     workers = config.train.num_workers if config.serve.is_of_run else 0
     weights = copies * routed + (num_engines + workers) * backbone
-    others = (num_engines + placed.num_shards + workers + NUM_OTHERS) * PROCESS_BYTES + config.engine.kv_tier_bytes
+    others = (num_engines + placed.num_shards + workers + NUM_OTHERS) * PROCESS_BYTES + config.engine.tier_bytes
     if config.serve.is_of_run:
         others += (TRAINED_EXPERT * copies * routed + TRAINED_BACKBONE * workers * backbone) // config.model.itemsize
     return memory_of("cpu", weights=weights, others=others, num_engines=num_engines)

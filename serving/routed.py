@@ -58,7 +58,7 @@ class RoutedClient:
     """The engines of a fleet as one."""
 
     def __init__(self, fleet: Fleet, settings: EngineConfig):
-        self._fleet, self._min_prefill_tokens = fleet, settings.min_prefill_tokens
+        self._fleet, self._settings = fleet, settings
         self._routing, self._roles = Routing(), Roles(0, settings.role)
 
     async def generate(
@@ -97,9 +97,9 @@ class RoutedClient:
         return found
 
     async def set_roles(self, names: Sequence[Role]) -> None:
-        """Have engines do this from now on. Raises InvalidRequest where nobody would answer."""
+        """Have engines do this from now on. Raises InvalidRequest for what the settings would refuse."""
         try:
-            check_roles(names)
+            check_roles(names, self._settings.tier_bytes)
         except ValueError as error:
             raise InvalidRequest(str(error), param="roles") from None
         self._roles = self._roles.after(names)
@@ -138,7 +138,7 @@ class RoutedClient:
         """Have a long prompt computed by an engine that answers nobody meanwhile; None where it is none, or none is there."""
         params = request.params
         reads_cache = params.prompt_logprobs is None and not params.trace
-        while reads_cache and chain.num_tokens - seat.num_cached(chain) >= self._min_prefill_tokens:
+        while reads_cache and chain.num_tokens - seat.num_cached(chain) >= self._settings.min_prefill_tokens:
             seats = self._with_role("prefill")
             if not seats or seat.role == "prefill":
                 return None

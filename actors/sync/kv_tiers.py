@@ -20,8 +20,7 @@ from trinity.engine.kv_tier import TierPlace
 def tier_of(config: Config, line: Callable[[int], str | None]) -> TierPlace | None:
     """The tier of this node's engines, if they have one; what gone servers have left is removed in any case. `line`: as in
     TierPlace. Raises ConfigError where something else is in its place."""
-    num_bytes = config.engine.kv_tier_bytes
-    if not num_bytes or not config.engine.prefix_cache:
+    if not (num_bytes := config.engine.tier_bytes):
         shm_folders.sweep(shm_folders.base(config.placement.memory_dir))
         return None
     return TierPlace(shm_folders.cache_folder(config.placement, config.cluster.namespace), num_bytes, line)

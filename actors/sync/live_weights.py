@@ -222,7 +222,7 @@ class LiveWeights:
         self._lines = {n: each for n, each in self._lines.items() if n > version - LINES_KEPT} | {version: line}
 
     def _named(self, line: str | None) -> str | None:
-        return None if line is None else f"{self.pool.service.identity()}/{line}"
+        return f"{self.pool.service.identity()}/{line}" if line else None
 
     def _holder(self, what: object) -> str:
         return f"{self._me}/{what}"

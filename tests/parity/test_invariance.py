@@ -99,16 +99,20 @@ class Listening:
             handle.remove()
 
 
-@pytest.mark.parametrize(("size", "dtype"), CASES)
-def test_the_same_text_and_logprobs_at_batch_1_and_64_and_in_pieces(size, dtype):
-    model, requests = model_of(size, dtype)[0], prompts(64)
-    together = answers(model, requests, max_num_seqs=64)
-    for i in (0, 7, 33, 63):
-        assert answers(model, [requests[i]], max_num_seqs=1) == [together[i]]
+@pytest.mark.parametrize(
+    ("size", "dtype", "kept"), [(*case, "auto") for case in CASES] + [("small", "bfloat16", "int8")]
+)
+def test_the_same_text_and_logprobs_at_batch_1_and_64_and_in_pieces(size, dtype, kept):
+    num = 64 if kept == "auto" else 16
+    model, requests = model_of(size, dtype)[0], prompts(num)
+    together = answers(model, requests, max_num_seqs=64, kv_cache_dtype=kept)
+    for i in (0, 7, num // 2 + 1, num - 1):
+        assert answers(model, [requests[i]], max_num_seqs=1, kv_cache_dtype=kept) == [together[i]]
     assert (
         answers(
             model,
             requests[:12],
+            kv_cache_dtype=kept,
             max_num_batched_tokens=17,
             max_num_seqs=5,
             num_overlapped_microbatches=2,

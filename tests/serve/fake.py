@@ -51,13 +51,22 @@ class FakeEngine:
         self.adapters: list[AdapterRef | None] = []
         self.healthy, self.version = True, 7
         self.num_cached = self.num_resets = 0
-        self.key_base, self.gives_way, self.prompts = None, False, []
+        self.key_base, self.gives_way, self.prompts, self.prefilled = None, False, [], []
         self.defaults, self.routed_bytes, self.moe_layers = defaults, 6, (2, 3, 4)
         self.tokenizer = fake_tokenizer()
 
     async def generate(
-        self, request_id, prompt_ids, params=None, deadline_s=None, client=None, adapter=None, begun=None
+        self,
+        request_id,
+        prompt_ids,
+        params=None,
+        deadline_s=None,
+        client=None,
+        adapter=None,
+        begun=None,
+        prefilled=None,
     ):
+        self.prefilled.append(prefilled)
         done = len(begun.token_ids) if begun else 0
         self.seen.append(params)
         self.prompts.append(prompt_ids)
@@ -124,6 +133,12 @@ class FakeEngine:
             raise Overloaded("the queue is full", retry_after_s=2.5)
         if "fail" in text:
             raise RuntimeError("/secret/path")
+
+    async def prefill(self, request_id, prompt_ids, *rest):
+        self.prompts.append(prompt_ids)
+        if self.gate:
+            (self.gate.parent / "prefilled").touch()
+        return f"blocks of {request_id}"
 
     def key_changes(self, since):
         return KeyChanges(0, True, b"", b"")

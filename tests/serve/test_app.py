@@ -31,7 +31,7 @@ NUM_GATEWAYS = 2
 def config():
     ports = dict(zip(("http_port", "grpc_port"), free_ports(NUM_GATEWAYS), strict=True))
     serve = {**ports, "gateways": NUM_GATEWAYS, "max_concurrent_requests": 200, "drain_timeout_s": 90}
-    return Config.load(model="tiny", serve=serve, engine={"replicas": 2})
+    return Config.load(model="tiny", serve=serve, engine={"replicas": 2, "kv_tier_bytes": 1, "min_prefill_tokens": 64})
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,10 @@ async def test_prompts_that_begin_alike_go_to_one_engine_and_roles_change(server
     prompt = "stay " + "the quick brown fox jumps over the lazy dog " * 8
     async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
 
+        async with asyncio.timeout(WAIT_S):
+            while len(await engines_shown(http)) < 2:  # those that were killed may be starting
+                await asyncio.sleep(0.1)
+
         async def stay(name, shown):
             calls = [
                 http.post("/v1/completions", json={"prompt": f"{prompt}{name}{i}", "max_tokens": 1}) for i in range(3)
@@ -210,7 +214,9 @@ async def test_prompts_that_begin_alike_go_to_one_engine_and_roles_change(server
 
         await stay("a", [("both", 0.0), ("both", 3.0)])
         assert (await http.post("/engine_roles", json={"roles": ["prefill", "decode"]})).status_code == 200
+        assert not (gate.parent / "prefilled").exists()
         await stay("b", [("decode", 3.0), ("prefill", 0.0)])
+        assert (gate.parent / "prefilled").exists()
         answer = await http.post("/engine_roles", json={"roles": ["prefill"]})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "roles")
         assert (await http.post("/engine_roles", json={"roles": ["both"]})).status_code == 200

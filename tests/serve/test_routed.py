@@ -12,10 +12,12 @@ from serving.continuation import Continuing
 from serving.engine import LocalClient
 from serving.pins import Pins
 from serving.routed import RoutedClient
-from tests.unit.engine_fakes import fake_engine
+from tests.unit.engine_fakes import fake_config, fake_engine, solo
 from tests.waiting import WAIT_S, eventually
 from trinity.config import ANYBODY, EngineConfig
 from trinity.engine.async_engine import AsyncEngine
+from trinity.engine.handoff import Handoff
+from trinity.engine.kv_tier import TierPlace
 from trinity.engine.request import SamplingParams
 from trinity.errors import EngineLost, InvalidRequest, Unavailable
 
@@ -57,17 +59,17 @@ class FakeFleet:
             raise Unavailable("no engine is there right now")
         return self.replicas[name if name in self.replicas else others[0]]
 
-    async def generate(self, name, *asked, prefilled=None, **more):
+    async def generate(self, name, *asked, **more):
         replica = self.pick(name)
         self.sent.append(replica.name)
-        self.prefilled.append(prefilled)
+        self.prefilled.append(more.get("prefilled"))
         async with aclosing(replica.generate(*asked, **more)) as deltas:
             async for delta in deltas:
                 if replica.name not in self.replicas:
                     raise EngineLost("killed")
                 yield delta
 
-    async def prefill(self, name, request_id, prompt_ids, params, *rest):
+    async def prefill(self, name, request_id, *asked):
         replica = self.pick(name)
         replica.prefills.append(request_id)
         if self.prefill_fails:
@@ -75,11 +77,7 @@ class FakeFleet:
             if isinstance(failure, EngineLost):
                 del self.replicas[name]
             raise failure
-        one = params.model_copy(update={"max_tokens": 1})
-        async with aclosing(replica.generate(f"{request_id}-prompt", prompt_ids, one, *rest)) as deltas:
-            async for _ in deltas:
-                pass
-        return f"blocks of {name}"
+        return await replica.prefill(request_id, *asked)
 
     async def status(self, name, besides, **told):
         return await self.pick(name, besides).status(**told)
@@ -104,7 +102,9 @@ def real():
 
 async def met(fleet, **settings):
     """A gateway's client that has met all engines."""
-    client = RoutedClient(fleet, EngineConfig(**{"replicas": 8, "min_prefill_tokens": 12, **settings}))
+    client = RoutedClient(
+        fleet, EngineConfig(**{"replicas": 8, "min_prefill_tokens": 12, "kv_tier_bytes": 1, **settings})
+    )
     for _ in fleet.replicas:
         infos = await client.infos()
     assert {info.engine_id for info in infos} == fleet.replicas.keys()
@@ -205,24 +205,37 @@ async def test_a_killed_engines_streams_go_on_in_the_others(real):
     assert "engine-1" not in fleet.sent[9 + 9 :]
 
 
-async def test_a_long_prompt_is_computed_by_a_prefill_engine_first(real):
+@pytest.fixture
+def tiered(tmp_path):
+    """Engines of one node, with a tier that they share."""
+    engines = [fake_engine(max_model_len=512, tier=TierPlace(tmp_path, 1 << 20, lambda version: "line")) for _ in "abc"]
+    made = [AsyncEngine(each, Handoff("here", each.prefixes.tier, None)) for each in engines]
+    yield FakeFleet(*made)
+    for engine in made:
+        engine.close()
+
+
+def computed(fleet):
+    """Tokens that each engine has computed."""
+    return [replica.engine.stats().num_computed_tokens for replica in fleet.replicas.values()]
+
+
+async def test_a_long_prompt_is_computed_by_a_prefill_engine_and_answered_by_another(tiered):
     """Short ones, and those that are cached, are not; log-probabilities of a prompt cannot be."""
-    fleet, third = real
-    fleet.add(third)
-    alone = await ask(await met(fleet), "alone")
-    fleet.sent.clear()
-    client = await met(fleet, role=("prefill", "decode"))
-    [first, *others] = fleet.replicas.values()
-    assert await ask(client, "long", [*PROMPT, 11, 12]) is not None
-    assert (first.prefills, fleet.prefilled[-1]) == (["long"], "blocks of engine-0")
-    assert await ask(client, "short", PROMPT[:8]) is not None
+    params = SamplingParams(max_tokens=3, ignore_eos=True, seed=1)
+    undisturbed = list(solo(fake_config(), tuple(PROMPT), params))
+    client = await met(tiered, role=("prefill", "decode"))
+    [first, *others] = tiered.replicas.values()
+    assert await ask(client, "long") == undisturbed
+    assert (tiered.prefilled[-1].num_tokens, first.prefills) == (16, ["long"])
+    assert sorted(computed(tiered)) == [0, 20 - 16 + 2, 20]
+    assert await ask(client, "again") == undisturbed
+    await ask(client, "short", PROMPT[:8])
     await ask(client, "scored", [12, *PROMPT], prompt_logprobs=1)
     await ask(client, "traced", [13, *PROMPT], trace=True)
-    assert first.prefills == ["long"]
-    assert "engine-0" not in fleet.sent
-    assert {replica.engine._gives_way for replica in others} == {False}
-    assert first.engine._gives_way
-    assert await ask(client, "same", PROMPT) == alone
+    assert (first.prefills, tiered.prefilled[1:]) == (["long"], [None] * 4)
+    assert computed(tiered)[0] == 20
+    assert [replica.engine._gives_way for replica in (first, *others)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +272,8 @@ async def test_roles_change_while_it_runs_and_other_gateways_hear_of_it():
     assert [info.role for info in await late.infos()] == ["both"] * 3, "settings are older"
     with pytest.raises(InvalidRequest, match="another engine that answers"):
         await one.set_roles(["prefill"])
+    with pytest.raises(InvalidRequest, match=r"engine\.kv_tier_bytes"):
+        await (await met(fleet, kv_tier_bytes=0)).set_roles(["prefill", "decode"])
 
 
 async def test_only_prefill_engines_are_left_and_answer():

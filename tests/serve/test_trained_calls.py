@@ -1,4 +1,5 @@
-"""A tiny model that learned to call a tool, unconstrained, and an agent over it that knows nothing of us: OpenAI's client.
+"""A tiny model that learned to call a tool, unconstrained, and an agent over it that knows nothing of us: OpenAI's client. What
+it learned is there with keys and values in 8 bits, too.
 
 The model reads a city in the question and in the tool's answer, so a right call is one that it made of what it was told.
 """
@@ -8,8 +9,11 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 from trained import serving, trained
 
+from trinity.config import EngineConfig
+from trinity.engine.engine import Engine
 from trinity.engine.request import SamplingParams
 from trinity.text.chat_template import CHATML
 from trinity.text.conversation import Chat, render
@@ -79,3 +83,28 @@ async def test_an_agent_over_a_model_that_calls(llm):
             for city in CITIES:
                 assert await loop(agent, [question(city)], stream) == ([city], f"There is rain in {city}.")
             assert await loop(agent, HELLO[:1], stream) == ([], "Hello!")
+
+
+def logprobs_TV(llm, ids, is_exact, dtype):
+    """What an engine with such a cache thinks of each next token of a text, which it computes in two chunks."""
+    config, found = llm.engine.config.model_copy(update={"batch_invariant": is_exact}), []
+    room = {"max_model_len": 1024, "kv_cache_bytes": 16 << 20, "max_num_batched_tokens": 1 + len(ids) // 2}
+    engine = Engine(llm.weights, config, EngineConfig(kv_cache_dtype=dtype, **room), llm.tokenizer)
+    head = llm.weights.model(llm.engine.version).lm_head
+    handle = head.register_forward_hook(lambda _, __, logits: found.append(logits.float()))
+    engine.add("one", ids, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    while engine.has_work:
+        engine.step()
+    handle.remove()
+    return torch.cat(found).log_softmax(-1)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_keys_and_values_in_8_bits_hardly_move_what_it_thinks(llm, is_exact):
+    kl, same = [], []
+    for text in texts():
+        p, q = (logprobs_TV(llm, llm.tokenizer.encode(text), is_exact, dtype) for dtype in ("auto", "int8"))
+        kl.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    assert 0 < torch.cat(kl).mean() < 2e-5
+    assert torch.cat(same).float().mean() > 0.99

@@ -5,9 +5,12 @@ Every version has a backbone and a pool of its own. The monolith has all experts
 computes each request alone and whole; where an answer's version changed it goes on from there.
 """
 
+import os
+import tempfile
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,9 +18,10 @@ import torch
 from serving.continuation import Answer
 from tests.unit.engine_fakes import FakeTokenizer, run_all
 from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig, preset
-from trinity.engine.begun import Begun
+from trinity.engine.begun import NOT_HANDED, Begun, Handed
 from trinity.engine.deltas import joined
 from trinity.engine.engine import Engine
+from trinity.engine.kv_tier import TierPlace
 from trinity.engine.request import SamplingParams
 from trinity.engine.speculation import PassCost, Speculation
 from trinity.engine.weights import FixedWeights
@@ -29,6 +33,7 @@ from trinity.placement.table import Expert, PlacementTable
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Copy, Load, PruneTo
+from trinity.utils.trying import tried
 
 VOCAB, LONGEST, NUM_WEIGHTS, NUM_SHARDS = 40, 60, 3, 3
 TINY = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
@@ -186,9 +191,9 @@ def rest(number: int, prompt: tuple, params: SamplingParams, begun: Begun, setti
     return RESTS[key]
 
 
-def engine_of(source, **fields) -> Engine:
+def engine_of(source, tier: TierPlace | None = None, **fields) -> Engine:
     base = {"max_model_len": LONGEST, "kv_cache_bytes": 1 << 20, "max_num_seqs": 8, "block_size": 4}
-    engine = Engine(source, CONFIG, EngineConfig(**base | {"max_draft_tokens": 0} | fields), Characters())
+    engine = Engine(source, CONFIG, EngineConfig(**base | {"max_draft_tokens": 0} | fields), Characters(), tier=tier)
     assert engine._runner._is_exact
     return engine
 
@@ -206,9 +211,17 @@ class Asked(NamedTuple):
 class World:
     """A run's weights, engines over them, and callers who go on with another engine where one is lost."""
 
-    def __init__(self, engines: "list[tuple[dict[str, object], bool]]", numbers: "dict[str, object]"):
-        """`engines`: settings of each, and whether its drafts are guided; `numbers`: settings that change what is computed."""
+    def __init__(
+        self, engines: "list[tuple[dict[str, object], bool]]", numbers: "dict[str, object]", tier_bytes: int = 0
+    ):
+        """`engines`: settings of each, and whether its drafts are guided; `numbers`: settings that change what is computed;
+        `tier_bytes`: of the tier that all engines share."""
         self.run, self._settings, self._numbers = Run(), engines, numbers
+        self._folder = Path(tempfile.mkdtemp()) / "tier"
+        self._tier = TierPlace(self._folder, tier_bytes, lambda version: "the run") if tier_bytes else None
+        self._handing: dict[
+            str, int
+        ] = {}  # prompts that an engine computes for another one: their requests go to that one
         self.asked: dict[str, Asked] = {}
         self._later: list[tuple[str, int]] = []  # those that no engine takes now, and the next one to ask
         self._num = self._num_asked = 0
@@ -217,7 +230,7 @@ class World:
     def _engine(self, at: int) -> Engine:
         self._num += 1
         settings, is_guided = self._settings[at]
-        engine = engine_of(Source(self.run, f"engine {self._num}"), **settings | self._numbers)
+        engine = engine_of(Source(self.run, f"engine {self._num}"), self._tier, **settings | self._numbers)
         drafts = engine._drafts
         if is_guided and drafts.most:
             engine._drafts = engine._scheduler.drafts = Guided(drafts.most, self.run, self._numbers)
@@ -225,21 +238,44 @@ class World:
         drafts.begin = lambda running, _: begin(running, 1e6)  # all there is to learn, whatever it takes
         return engine
 
-    def ask(self, at: int, prompt: tuple, params: SamplingParams, client: Client = ANYBODY) -> None:
+    def ask(
+        self, at: int, prompt: tuple, params: SamplingParams, client: Client = ANYBODY, is_handed: bool = False
+    ) -> None:
+        """Ask one engine; `is_handed`: one engine for the prompt, and then another one for the answer."""
         name = str(self._num_asked)
         self._num_asked += 1
         keep = (lambda version: self._keep(name, version)) if params.version_policy == "pinned" else None
         self.asked[name] = Asked(prompt, params, client, Answer(keep), [])
-        self._send(name, at)
+        if not is_handed:
+            self._send(name, at)
+            return
+        alone = SamplingParams(max_tokens=0, priority=params.priority, version_policy=params.version_policy)
+        self._handing[name] = at + 1
+        if isinstance(
+            tried(partial(self.engines[at % len(self.engines)].add, name, prompt, alone, client), Overloaded),
+            Overloaded,
+        ):
+            self._go_on(name)
+
+    def _go_on(self, name: str, handed: Handed = NOT_HANDED) -> None:
+        self._send(name, self._handing.pop(name), handed)
+
+    def _hand_over(self, engine: Engine, delta) -> None:
+        """A prompt is computed: have it where the other engine finds it."""
+        one, prefixes = self.asked[delta.request_id], engine.prefixes
+        if prefixes.tier is not None:
+            keys = prefixes.keys_of(one.prompt[:-1], SamplingParams(), one.client, None)
+            prefixes.tier.save(keys, delta.version, delta.version)
+        self._go_on(delta.request_id, Handed(delta.version))
 
     def _keep(self, name: str, version: int) -> None:
         self.run.holders[f"caller of {name}", version] += 1
 
-    def _send(self, name: str, at: int) -> None:
+    def _send(self, name: str, at: int, handed: Handed = NOT_HANDED) -> None:
         one, at = self.asked[name], at % len(self.engines)
         begun = one.answer.begun if one.deltas else None
         try:
-            self.engines[at].add(name, one.prompt, one.params, one.client, begun=begun)
+            self.engines[at].add(name, one.prompt, one.params, one.client, begun=begun, handed=handed)
         except Overloaded as full:
             if begun is None:
                 self._end(name, full)
@@ -252,9 +288,11 @@ class World:
         assert not self.asked.pop(name).deltas
 
     def abort(self, name: str) -> None:
+        if name in self._handing:
+            return
         for engine in self.engines:
             if (delta := engine.abort(name)) is not None:
-                self._take(delta)
+                self._take(delta, engine)
             engine.check()
 
     def move(self, expert: Expert, shard: int, is_copy: bool) -> None:
@@ -270,11 +308,16 @@ class World:
         lost_names, name = list(lost._sequences), lost._versions._source.name
         for key in [key for key in self.run.holders if key[0] == name]:
             del self.run.holders[key]
+        if lost.prefixes.tier is not None:
+            os.close(lost.prefixes.tier._user._fd)  # what the kernel does for the dead
         self.engines[at] = self._engine(at)
         for each in lost_names:
-            self._send(each, at + 1)
+            if each in self._handing:
+                self._go_on(each)
+            else:
+                self._send(each, at + 1)
         for delta in lost._refused:
-            self._end(delta.request_id, delta.cause)
+            self._take(delta, lost)
 
     def step(self) -> None:
         later, self._later = self._later, []
@@ -282,11 +325,17 @@ class World:
             self._send(name, at)
         for engine in self.engines:
             for delta in engine.step():
-                self._take(delta)
+                self._take(delta, engine)
             engine.check()
 
-    def _take(self, delta) -> None:
+    def _take(self, delta, engine: Engine) -> None:
         name = delta.request_id
+        if name in self._handing and delta.finish_reason == "error":
+            self._go_on(name)
+            return
+        if name in self._handing:
+            self._hand_over(engine, delta)
+            return
         if delta.finish_reason == "error":
             self._end(name, delta.cause)
             return
@@ -312,6 +361,10 @@ class World:
             engine.check()
         lives = {engine._versions._source.name for engine in self.engines}
         held = +self.run.holders
+        for engine in self.engines:
+            engine.prefixes.close()
+        assert not self._folder.exists(), "the last engine takes along what is in shared memory"
+        self._folder.parent.rmdir()
         assert all(name in lives and version == self.run.version and num == 1 for (name, version), num in held.items())
 
     def compare(self, name: str) -> None:

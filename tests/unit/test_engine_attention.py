@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from tests.unit.engine_fakes import VOCAB, DenseAttend, fake_config, fake_engine, run_all
 from trinity.config import EngineConfig, LayerCache
 from trinity.engine import attention
-from trinity.engine.attention import KVPools, PagedAttention
+from trinity.engine.attention import PagedAttention
+from trinity.engine.exact_attention import ExactAttention
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
+from trinity.engine.kv_pools import KVPools, rounded
 from trinity.engine.request import Chunk, SamplingParams, Sequence
 from trinity.engine.runner import flatten, in_order
+from trinity.errors import ConfigError
 from trinity.models.common.attention import PackedAttention
 from trinity.models.common.decoder import Output
 from trinity.models.common.family import Nobody
@@ -33,14 +36,15 @@ MAX_LEN = 400
 class Paged:
     """Sequences of random q, k, v that are fed in chunks; collects what attention returned for each."""
 
-    def __init__(self, window: int, block_size: int, lengths: list[int], seed: int = 0):
+    def __init__(self, window: int, block_size: int, lengths: list[int], dtype: str = "auto", attend=PagedAttention):
         self.config = fake_config(window, LAYERS)
-        settings = EngineConfig(max_model_len=MAX_LEN, block_size=block_size, max_num_seqs=8, kv_cache_bytes=8 << 20)
+        room = {"max_model_len": MAX_LEN, "max_num_seqs": 8, "kv_cache_bytes": 8 << 20, "kv_cache_dtype": dtype}
+        settings, self.attend = EngineConfig(block_size=block_size, **room), attend
         self.cache = KVCache(plan_layout(self.config, settings, 4), 8)
         self.pools = KVPools(self.cache.layout, torch.device("cpu"), torch.float32)
-        for pool in (*self.pools.k.values(), *self.pools.v.values()):
-            pool.fill_(torch.nan)  # nothing unwritten may ever be read
-        made = torch.Generator().manual_seed(seed)
+        for pool in itertools.chain(*map(self.pools.parts, self.cache.layout.kinds)):
+            pool.fill_(torch.nan if pool.is_floating_point() else 99)  # nothing unwritten may ever be read
+        made = torch.Generator().manual_seed(0)
         self.qkv = [[torch.randn(n, heads, 4, generator=made) for heads in (4, 2, 2)] for n in lengths]
         self.sequences = [Sequence(str(i), (1,) * n, SamplingParams(), TextStream(None)) for i, n in enumerate(lengths)]
         for sequence in self.sequences:
@@ -57,7 +61,7 @@ class Paged:
         if not chunks:
             return
         chunks = in_order(chunks)
-        attend = PagedAttention(self.pools, self.cache, flatten(chunks))
+        attend = self.attend(self.pools, self.cache, flatten(chunks))
         parts = [(int(c.sequence.request_id), slice(c.start, c.end)) for c in chunks]
         q, k, v = (torch.cat([self.qkv[i][n][rows] for i, rows in parts]) for n in range(3))
         for layer in range(len(LAYERS)):
@@ -70,22 +74,31 @@ class Paged:
     def check(self) -> None:
         dense = DenseAttend(self.config)
         for i, layer in itertools.product(range(len(self.out)), range(len(LAYERS))):
-            torch.testing.assert_close(self.out[i][layer], dense(layer, *self.qkv[i]), atol=2e-6, rtol=1e-5)
+            q, *kv = self.qkv[i]
+            kv = self.pools.widened(self.pools.of(layer)[0], self.pools.stored(*kv))
+            torch.testing.assert_close(self.out[i][layer], dense(layer, q, *kv), atol=2e-6, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     window=st.integers(1, 40),
     block_size=st.integers(1, 20),
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    dtype=st.sampled_from(["auto", "int8"]),
+    attend=st.sampled_from([PagedAttention, ExactAttention]),
     data=st.data(),
 )
-def test_any_chunking_equals_dense(window, block_size, lengths, data):
-    paged = Paged(window, block_size, lengths)
+def test_any_chunking_equals_dense(window, block_size, lengths, dtype, attend, data):
+    """What is kept in 8 bits counts as what it stands for, for the chunk that computes it as for any later one."""
+    paged = Paged(window, block_size, lengths, dtype, attend)
     while any(s.num_uncomputed for s in paged.sequences):
         counts = [data.draw(st.sampled_from([0, 1, 1, 2, 7, 30, 60])) for _ in lengths]
         paged.feed(counts if any(counts) else [1] * len(lengths))
     paged.check()
+    if attend is ExactAttention:
+        whole = Paged(window, block_size, lengths, dtype, attend)
+        whole.feed(lengths)
+        assert all(map(torch.equal, itertools.chain(*paged.out), itertools.chain(*whole.out)))
 
 
 @pytest.mark.parametrize("window", [30, 64, 100, 300])
@@ -191,12 +204,26 @@ def test_a_latent_cache_is_one_more_kind(chunk):
         assert [t for delta in deltas[str(i)] for t in delta.token_ids] == ids[len(prompt) :]
 
 
+def test_latent_layers_are_not_kept_in_8_bits():
+    asked = EngineConfig(max_model_len=64, block_size=4, kv_cache_bytes=1 << 20, kv_cache_dtype="int8")
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype int8 .* layers 1, 3, 4 keep latent keys"):
+        plan_layout(latent_config(), asked, 4)
+
+
+def test_zeros_and_what_is_not_finite_survive_8_bits():
+    x_NGd = torch.tensor([[[0.0, 0.0]], [[1.0, torch.nan]], [[torch.inf, 1.0]], [[127.0, -63.5]]])
+    number, scale = rounded(x_NGd)
+    got = number * scale[..., None]
+    assert got[0].abs().max() == 0
+    assert not torch.isfinite(got[1]).any()
+    assert not torch.isfinite(got[2]).any()
+    assert got[3].tolist() == [[127.0, -64.0]]
+
+
 def test_a_latent_layer_stores_its_keys_alone():
     settings = EngineConfig(max_model_len=64, block_size=4, max_num_seqs=2, kv_cache_bytes=1 << 20)
     layout = plan_layout(latent_config(), settings, 4)
     assert [layout.block_bytes[kind] for kind in layout.kinds] == [4 * 16 * 4, 2 * 4 * 6 * 4, 4 * 16 * 4, 4 * 6 * 4]
     pools = KVPools(layout, torch.device("cpu"), torch.float32)
-    assert pools.v[LATENT].data_ptr() == pools.k[LATENT].data_ptr()
-    assert sum(pools.k[kind].nbytes + kind.own_value_dim * pools.k[kind][..., 0].nbytes for kind in layout.kinds) == (
-        layout.total_bytes
-    )
+    assert [part.shape[2:] for part in pools.parts(LATENT)] == [(1, 6)]
+    assert sum(part.nbytes for kind in layout.kinds for part in pools.parts(kind)) == layout.total_bytes

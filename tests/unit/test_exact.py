@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.config import preset
+from trinity.engine.kv_pools import rounded
 from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.rows import weighted_swiglu
 from trinity.experts.torch_backend import TorchBackend
@@ -181,6 +182,13 @@ def seen_by(chunk: range, window: int, slot_N: torch.Tensor | None = None) -> Se
     return Seen(slot_N, (end_T - window).clamp(min=0) - first, end_T - first, torch.full_like(end_T, -first))
 
 
+def scattered(part: torch.Tensor, slots: torch.Tensor, num: int) -> torch.Tensor:
+    """At these slots of `num`, among what must not be read: NaN, or int8 whose scales are."""
+    pool = torch.full((num, *part.shape[1:]), torch.nan if part.is_floating_point() else 99, dtype=part.dtype)
+    pool[slots] = part
+    return pool
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     length=st.integers(1, 300),
@@ -188,29 +196,27 @@ def seen_by(chunk: range, window: int, slot_N: torch.Tensor | None = None) -> Se
     heads=st.sampled_from([(4, 2), (6, 1), (3, 3), (16, 2)]),
     dim=st.sampled_from([4, 16, 40, 128]),
     dtype=st.sampled_from(DTYPES),
+    is_int8=st.booleans(),
     threads=st.integers(1, 3),
     data=st.data(),
 )
-def test_a_query_sees_its_keys_and_nothing_else(length, window, heads, dim, dtype, threads, data):
+def test_a_query_sees_its_keys_and_nothing_else(length, window, heads, dim, dtype, is_int8, threads, data):
     """A query alone and a chunk of several, their keys scattered among NaN, have the bits of the whole sequence, whose are
-    what SDPA computes."""
+    what SDPA computes; of int8 as of what it stands for."""
     torch.set_num_threads(threads)
-    (num_q, num_kv), shape = heads, (length, heads[1], dim)
-    q, k, v = (
-        random(length, num_q, dim, dtype=dtype),
-        random(*shape, seed=1, dtype=dtype),
-        random(*shape, seed=2, dtype=dtype),
-    )
-    whole = attention(q, k, v, seen_by(range(length), window))
+    q, *kv = (random(length, num, dim, seed=i, dtype=dtype) for i, num in enumerate((heads[0], heads[1], heads[1])))
+    parts = [part for pair in zip(*map(rounded, kv), strict=True) for part in pair] if is_int8 else kv
+    whole = attention(q, *parts[:2], seen_by(range(length), window), parts[2:])
     t = data.draw(st.integers(0, length - 1))
     for end in (t + 1, data.draw(st.integers(t + 1, length))):
         first = max(0, t + 1 - window)
         slots = torch.randperm(2 * length, generator=torch.Generator().manual_seed(t))[: end - first]
-        pools = torch.full((2, 2 * length, num_kv, dim), torch.nan, dtype=dtype)
-        pools[0, slots], pools[1, slots] = k[first:end], v[first:end]
-        part = attention(q[t:end], *pools, seen_by(range(t, end), window, slots))
+        pools = [scattered(part[first:end], slots, 2 * length) for part in parts]
+        part = attention(q[t:end], *pools[:2], seen_by(range(t, end), window, slots), pools[2:])
         assert torch.equal(part, whole[t:end])
-    plain = [x.double().transpose(0, 1)[None] for x in (q, k, v)]
+    if is_int8:
+        kv = [part * scale[..., None] for part, scale in zip(parts[:2], parts[2:], strict=True)]
+    plain = [x.double().transpose(0, 1)[None] for x in (q, *kv)]
     mask = causal_mask(length, window, None, torch.device("cpu"))
     want = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     torch.testing.assert_close(whole.double(), want, atol=1e-2 if dtype is torch.bfloat16 else 2e-6, rtol=1e-2)

@@ -42,8 +42,20 @@ def gpu(free_gib, total_gib, **known):
 @pytest.mark.parametrize("name", ONE)
 def test_one_sequence_of_each_published_shape_is_as_long_in_bytes_as_counted_by_hand(name):
     config = preset(name)
-    one = BlockSizes.of(config, 16, 2).bytes_per_seq(config.max_position_embeddings)
+    one = BlockSizes.of(config, EngineConfig(), 2).bytes_per_seq(config.max_position_embeddings)
     assert one / GIB == pytest.approx(ONE[name], rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "itemsize", "gain"), [("nano", 2, 1.939), ("large", 2, 1.939), ("nano", 4, 3.879)])
+def test_8_bits_hold_as_many_tokens_more_as_they_are_smaller(name, itemsize, gain):
+    """Heads of 128 numbers: 128 bytes and a scale of 4, of 256 in bfloat16 and of 512 in float32."""
+    config, memory = preset(name), 1 << 32
+    sizes = [BlockSizes.of(config, EngineConfig(kv_cache_dtype=dtype), itemsize) for dtype in ("auto", "int8")]
+    tokens = [each.longest(memory, 1 << 40) for each in sizes]
+    assert sizes[0].bytes_per_seq(4096) / sizes[1].bytes_per_seq(4096) == pytest.approx(gain, rel=1e-3)
+    windows = [each.bytes_per_seq(1 << 20) - each.bytes_per_seq(1 << 19) for each in sizes]
+    assert windows[0] / windows[1] == pytest.approx(gain, rel=1e-3)
+    assert tokens[1] / tokens[0] > gain  # windows are smaller, too, and leave more for what grows
 
 
 @pytest.mark.parametrize(

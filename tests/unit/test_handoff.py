@@ -54,6 +54,7 @@ class Node:
 
         deltas = asyncio.run(asked())
         tokens = tuple(token for delta in deltas for token in delta.token_ids)
+        self.num_cached = deltas[-1].num_cached_tokens
         return tokens, self.own.stats().num_computed_tokens - before, deltas[-1].version
 
 
@@ -75,6 +76,11 @@ def test_on_one_node_the_other_engine_only_computes_the_rest(tmp_path):
         assert other.ask(prefilled) == (ANSWER, COMPUTED_REST, 0)
         assert (one.own.stats().num_computed_tokens, one.own.stats().num_generated_tokens) == (22, 0)
         assert other.handoff.num_fetched == 0
+        assert other.num_cached == 0, "somebody computed it for this request"
+        longer = (*PROMPT, *PROMPT)
+        again = one.prefill(longer)
+        assert other.ask(again, longer)[1] == 44 - 40 + 5
+        assert (other.num_cached, again.num_cached) == (20, 20)
 
 
 @pytest.mark.parametrize("is_sealed", [False, True])

@@ -7,16 +7,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tests.unit.engine_fakes import FakeSource, fake_config, fake_engine, run_all, solo
-from tests.unit.exact_engine import Run, check, engine_of, params, prompts
-from trinity.config import AdapterRef, Client
+from tests.unit.engine_fakes import FakeAfmoe, FakeSource, fake_config, fake_engine, run_all, solo
+from trinity.config import AdapterRef, Client, EngineConfig
 from trinity.engine import kv_tier
 from trinity.engine.kv_tier import BlockCopies, TierPlace
 from trinity.engine.kv_users import FolderUser
 from trinity.engine.request import SamplingParams
+from trinity.engine.weights import fingerprint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPT = tuple(range(5, 27))  # 22 tokens: five full blocks of 4 and two tokens
@@ -255,66 +253,6 @@ def test_an_adapter_has_blocks_of_its_own(tmp_path):
     assert not set(one) & set(other)
 
 
-actions = st.one_of(
-    st.tuples(st.just("add"), st.integers(0, 1), prompts, params, st.integers(1, 2)),
-    st.tuples(st.just("add"), st.integers(0, 1), prompts, params, st.integers(1, 2)),
-    st.tuples(st.just("abort"), st.integers(0, 9)),
-    st.tuples(st.just("step"), st.integers(0, 1), st.integers(1, 4)),
-    st.tuples(st.just("kill"), st.integers(0, 1)),
-    st.tuples(st.just("commit")),
-)
-
-
-@settings(max_examples=8, deadline=None)
-@given(
-    trace=st.lists(actions, min_size=4, max_size=14),
-    budget=st.sampled_from([3, 11, 40]),
-    blocks=st.integers(0, 20),
-    tier_blocks=st.integers(1, 40),
-)
-def test_any_trace_of_two_engines_that_die(tmp_path_factory, trace, budget, blocks, tier_blocks):
-    """Requests that begin alike at two engines with one tier, short memory of both, versions; each may be killed at any time,
-    and another one starts: every answer is that of an engine alone, bit for bit."""
-    folder, source = tmp_path_factory.mktemp("tier"), Run()
-    per_block = 2 * 2 * 8 * 4 * 4
-    memory = per_block * (3 * 4 + 15 + blocks * 4)
-    tier = place(folder, 3 * 4096 + tier_blocks * (4 * per_block + 160))
-
-    def made():
-        return engine_of(source, tier, max_num_batched_tokens=budget, max_num_seqs=4, kv_cache_bytes=memory)
-
-    engines, asked, got, where = [made(), made()], {}, {}, {}
-
-    def step(engine):
-        for delta in engine.step():
-            got[delta.request_id].append(delta)
-        engine.check()
-
-    for name, *rest in trace:
-        if name == "add":
-            who, prompt, own, n = rest
-            for sample in range(n):
-                request = str(len(asked))
-                asked[request], got[request] = (prompt, own.model_copy(update={"seed": own.seed + sample})), []
-                where[request] = engines[who]
-                engines[who].add(request, *asked[request])
-        elif name == "abort":
-            if str(rest[0]) in where:
-                where[str(rest[0])].abort(str(rest[0]))
-        elif name == "commit":
-            source.version += 1
-        elif name == "kill":
-            engines[rest[0]] = made()
-        else:
-            for _ in range(rest[1]):
-                step(engines[rest[0]])
-    for engine in engines:
-        while engine.has_work:
-            step(engine)
-    for request, (prompt, own) in asked.items():
-        check(prompt, own, got[request])
-
-
 def test_the_last_who_leaves_takes_the_tier_along_and_who_is_killed_leaves_it(tmp_path):
     folder = tmp_path / "tier"
     one, other = restarted(folder), restarted(folder)
@@ -354,3 +292,16 @@ def test_who_comes_while_the_last_one_leaves_gets_a_tier_of_its_own(tmp_path, mo
     new.leave()
     new.leave()
     assert not folder.exists()
+
+
+def test_roles_apart_have_a_tier_unasked():
+    given = [{}, {"role": "prefill,decode", "replicas": 2}, {"role": "prefill,both", "replicas": 2, "kv_tier_bytes": 5}]
+    off = {"role": "prefill,both", "replicas": 2, "prefix_cache": False}
+    assert [EngineConfig(**each).tier_bytes for each in [*given, off]] == [0, 1 << 30, 5, 0]
+
+
+def test_models_that_were_trained_apart_have_other_fingerprints():
+    one, same, other = FakeAfmoe(fake_config(), 0), FakeAfmoe(fake_config(), 0), FakeAfmoe(fake_config(), 1)
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    same.head.data.mul_(1.001)
+    assert fingerprint(one) != fingerprint(same)

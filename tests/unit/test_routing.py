@@ -243,14 +243,17 @@ def test_of_roles_the_latest_count():
         ({"role": ["prefill", "prefill"], "replicas": 2}, "needs another engine that answers"),
         ({"role": "prefill,decode"}, "role names 2 engines and there are at most 1"),
         ({"role": []}, "at least 1 item"),
+        ({"role": "prefill,decode", "replicas": 2, "kv_tier_bytes": 0}, r"give it some with engine\.kv_tier_bytes"),
+        ({"role": "prefill,decode", "replicas": 2, "prefix_cache": False}, r"leave engine\.prefix_cache on"),
     ],
 )
 def test_roles_that_cannot_be_are_refused(settings, error):
     with pytest.raises(ValueError, match=error):
-        EngineConfig(**settings)
+        EngineConfig(**{"kv_tier_bytes": 1, **settings})
 
 
 def test_roles_are_one_or_a_list():
     assert EngineConfig(role="decode").role == ("decode",)
-    assert EngineConfig(role="prefill,decode", replicas=2) == EngineConfig(role=["prefill", "decode"], replicas=2)
-    assert EngineConfig(role=["prefill", "decode"], max_replicas=4).role == ("prefill", "decode")
+    two = {"replicas": 2, "kv_tier_bytes": 1}
+    assert EngineConfig(role="prefill,decode", **two) == EngineConfig(role=["prefill", "decode"], **two)
+    assert EngineConfig(role=["prefill", "decode"], max_replicas=4, kv_tier_bytes=1).role == ("prefill", "decode")

@@ -1,7 +1,7 @@
 """`trinity bench serve URL`: an open-loop Poisson load on a running server, once for each --request-rate.
 
-In place of the URL, --with-training: with_training.py; --prefixes: prefixes.py; --routed: routing.py; --speculation:
-speculation.py. With --roles: roles.py.
+In place of the URL, --with-training: with_training.py; --prefixes: prefixes.py; --speculation: speculation.py; --routed:
+routing.py. With --roles: roles.py.
 
 Decisions: --seed fixes arrival times and lengths. The token ids of the prompts are new in every run, or the prefix cache
 of a server that has met them would answer in the model's place. The machine in the report is the one that sends.
@@ -51,9 +51,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("url", nargs="?", help="for example http://127.0.0.1:8000; with --endpoint grpc the address of the gRPC port")
     with_training.flags(parser)
     prefixes.flags(parser)
+    speculation.flags(parser)
     routing.flags(parser)
     roles.flags(parser)
-    speculation.flags(parser)
     add("--endpoint", choices=["completions", "grpc"], default="completions", help="OpenAI over HTTP, or trinity.v1")
     add("--num-prompts", type=_whole, help=f"requests for each rate (default: {USUAL['num_prompts']})")
     rate = "mean requests a second, or inf for all at once; repeat it for a sweep (default: 4)"
@@ -79,12 +79,12 @@ def measure(arguments: argparse.Namespace) -> Report:
         return with_training.measure(arguments)
     if arguments.prefixes:
         return prefixes.measure(arguments)
-    if arguments.routed:
-        return routing.measure(arguments)
     if arguments.speculation:
         return speculation.measure(arguments)
+    if arguments.routed:
+        return routing.measure(arguments)
     if arguments.url is None:
-        raise ConfigError("give the URL of a server, --with-training, --prefixes, --routed or --speculation")
+        raise ConfigError("give the URL of a server, --with-training, --prefixes, --speculation or --routed")
     if arguments.roles:
         return roles.measure(arguments)
     for name, value in (QUICK if arguments.quick else USUAL).items():

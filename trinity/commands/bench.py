@@ -8,6 +8,7 @@ import argparse
 import importlib
 
 BENCHES = {
+    "attention": "attention in exact mode over long contexts, against torch's with a mask",
     "dispatch": "a row's way to an expert and back: direct transport, raw socket, Ray call",
     "experts": "the expert layer, forward and backward, backends side by side",
     "train": "training tokens per second: one process, shard actors, transformers",

@@ -21,6 +21,7 @@ NEW_IN_STAGE = (
     "rope_theta",
     "rope_scaling",
 )  # other than of the weights it begins with
+SCALE_BYTES = 4  # of a key's or a value's int8 numbers, in the cache
 # Far above any model that is known, and below what would hurt before it is found out to be nonsense.
 MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 1 << 12, 1 << 16, 1 << 24
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]  # of a tensor along one dimension
@@ -53,9 +54,10 @@ class LayerCache:
         """Numbers of a value that are stored beside the key."""
         return 0 if self.is_latent else self.value_dim
 
-    @property
-    def numbers_per_token(self) -> int:
-        return self.num_heads * (self.key_dim + self.own_value_dim)
+    def token_bytes(self, itemsize: int, is_int8: bool = False) -> int:
+        """Bytes of a token in one layer: `itemsize` each number, or 1 and for each head's key and value a scale of 4."""
+        numbers = self.key_dim + self.own_value_dim
+        return self.num_heads * (numbers + 2 * SCALE_BYTES if is_int8 else numbers * itemsize)
 
 
 class ModelConfig(Frozen):
@@ -125,7 +127,7 @@ class ModelConfig(Frozen):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number of the weights, and of the cache."""
+        """Bytes of one number of the weights, and of the cache unless engine.kv_cache_dtype says otherwise."""
         return 4 if self.dtype == "float32" else 2
 
     @property

@@ -17,13 +17,19 @@ NODE = "node"  # the address by which Ray knows the node
 EVERY_NODE = "every_node"
 
 
+ROLES_TIER_BYTES = 1 << 30
 Role = Literal["both", "prefill", "decode"]
 
 
-def check_roles(roles: Sequence[Role]) -> None:
-    """Raises ValueError where no engine would be there to answer."""
+def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
+    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
     if all(role == "prefill" for role in roles):
         raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
+    if "prefill" in roles and not tier_bytes:
+        raise ValueError(
+            "role prefill hands prompts over in the node's shared memory; give it some with engine.kv_tier_bytes, and leave "
+            "engine.prefix_cache on"
+        )
 
 
 class EngineConfig(Frozen):
@@ -72,6 +78,11 @@ class EngineConfig(Frozen):
         ge=1,
         description="of one engine; default: by memory_fraction, at most what max_num_seqs could use",
     )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="auto: keys and values are kept in the model's type; int8: in 8 bits, with a scale of each token and "
+        "head: nearly twice as many tokens fit as in bfloat16, nearly four times as many as in float32",
+    )
     memory_fraction: float | None = Field(
         default=None,
         gt=0,
@@ -83,11 +94,11 @@ class EngineConfig(Frozen):
     resources: dict[str, float] = Field(default={}, description="custom resources of each engine, such as engine: 1")
     num_threads: int = Field(default=1, ge=1)
     prefix_cache: bool = Field(default=True, description="compute no beginning of a request again that is still cached")
-    kv_tier_bytes: int = Field(
-        default=0,
+    kv_tier_bytes: int | None = Field(
+        default=None,
         ge=0,
         description="of each node's shared memory, for what its engines have cached: all of them find it there, and one that "
-        "starts again does; 0: none",
+        "starts again does; 0: none. Default: none, or 1 GiB where roles are apart, which hand prompts over by it",
     )
     max_num_kept: int | None = Field(
         default=None,
@@ -120,7 +131,7 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_roles(self) -> "EngineConfig":
-        check_roles(self.role)
+        check_roles(self.role, self.tier_bytes)
         if len(self.role) > (most := self.max_replicas or self.replicas):
             raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
         return self
@@ -131,6 +142,14 @@ class EngineConfig(Frozen):
         if value != "unbounded" and not (type(value) is int and value >= 0):
             raise ValueError("give a number of steps, 0 and more, or `unbounded`")
         return value
+
+    @property
+    def tier_bytes(self) -> int:
+        """`kv_tier_bytes` as a number; 0: none."""
+        if not self.prefix_cache:
+            return 0
+        is_apart = any(role != "both" for role in self.role)
+        return ROLES_TIER_BYTES * is_apart if self.kv_tier_bytes is None else self.kv_tier_bytes
 
     @property
     def num_kept_seqs(self) -> int:

@@ -94,9 +94,10 @@ class AsyncEngine:
                 await asyncio.shield(asyncio.wrap_future(compiled))
             own = None if adapter is None else await self._adapter(adapter)
             until_s = math.inf if deadline_s is None else started_s + deadline_s
+            handed = Handed(held_s=held_s)
             if prefilled is not None:
                 await self._bring(prefilled, prompt_ids, params, client, adapter, until_s - time.monotonic())
-            handed = Handed(None if prefilled is None else prefilled.version, held_s)
+                handed = handed._replace(version=prefilled.version, num_cached=prefilled.num_cached)
             asked = (list(prompt_ids), params, client, words, until_s, own)
             self._post(partial(self._start, stream, *asked, begun=begun, handed=handed))
             while not stream.ended:
@@ -131,7 +132,8 @@ class AsyncEngine:
             [done] = [delta async for delta in deltas]
         keys = self._engine.prefixes.keys_of(prompt_ids[:-1], alone, client, adapter)
         num = await self._saved(keys, self._oldest(alone, done.version), done.version)
-        return Prefilled(num * self._engine.settings.block_size, done.version, self._handoff.place)
+        num_tokens = num * self._engine.settings.block_size
+        return Prefilled(num_tokens, done.version, self._handoff.place, done.num_cached_tokens)
 
     async def _saved(self, *blocks: Any) -> int:
         """Have them in the tier; -> how many, from the first on. Tries again while another process writes."""

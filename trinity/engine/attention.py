@@ -20,49 +20,11 @@ from torch import Tensor
 from trinity.config import LayerCache
 from trinity.engine.block_table import BlockTable
 from trinity.engine.kv_cache import KVCache
-from trinity.engine.kv_layout import CacheLayout
-from trinity.utils.hugepages import lazy_zeros
+from trinity.engine.kv_pools import KVPools, Parts
 
 PAD_FREELY = 256  # keys; contexts up to this length share one padded call
 MAX_GATHERED = 1 << 18  # padded keys of one decode call: bounds its memory
 MAX_MASK = 1 << 22  # entries of one prefill mask
-
-
-class KVPools:
-    """Keys and values of all layers, a pair of tensors [layers of the kind, P, G, d or e] per kind; zero at first.
-
-    A latent kind stores keys alone: its values are a view of them.
-    """
-
-    def __init__(self, layout: CacheLayout, device: torch.device, dtype: torch.dtype):
-        self.k: dict[LayerCache, Tensor] = {}
-        self.v: dict[LayerCache, Tensor] = {}
-        self._parts: dict[LayerCache, tuple[Tensor, ...]] = {}
-        for kind in layout.kinds:
-            shape = (layout.num_layers(kind), layout.num_blocks[kind] * layout.block_size, kind.num_heads)
-            k, v = (_zeros((*shape, dim), device, dtype) for dim in (kind.key_dim, kind.own_value_dim))
-            self.k[kind], self.v[kind] = k, k[..., : kind.value_dim] if kind.is_latent else v
-            self._parts[kind] = tuple(part for part in (k, v) if part.numel())
-        self._layers = [(kind, self.k[kind][index], self.v[kind][index]) for kind, index in layout.places]
-
-    def of(self, layer: int) -> tuple[LayerCache, Tensor, Tensor]:
-        """The layer's kind, keys [P, G, d] and values [P, G, e]."""
-        return self._layers[layer]
-
-    def parts(self, kind: LayerCache) -> tuple[Tensor, ...]:
-        """All that is stored of the layers of that kind, each [layers of the kind, P, ...]."""
-        return self._parts[kind]
-
-    def write(self, layer: int, slots: Tensor, k_NGd: Tensor, v_NGe: Tensor | None) -> None:
-        """Store new tokens at these slots; `v_NGe` is None in a latent layer."""
-        _, k_PGd, v_PGe = self.of(layer)
-        k_PGd.index_copy_(0, slots, k_NGd)
-        if v_NGe is not None:
-            v_PGe.index_copy_(0, slots, v_NGe)
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(*shape, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -109,53 +71,42 @@ class PagedAttention:
     """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
 
     def __init__(self, pools: KVPools, cache: KVCache, flat: Flat):
-        device = next(iter(pools.k.values())).device
         self._pools = pools
-        self._plans = {kind: make_plan(table, flat, kind.window, device) for kind, table in cache.tables.items()}
+        self._plans = {kind: make_plan(table, flat, kind.window, pools.device) for kind, table in cache.tables.items()}
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
-        kind, k_PGd, v_PGe = self._pools.of(layer)
-        plan = self._plans[kind]
-        seen_TGe = k_TGd[..., : kind.value_dim] if v_TGe is None else v_TGe
+        kind, stored = self._pools.of(layer)
+        plan, new = self._plans[kind], self._pools.stored(k_TGd, v_TGe)
         out_THe = q_THd.new_empty(*q_THd.shape[:2], kind.value_dim)
         for part in plan.prefills:
-            rows = part.rows
-            _prefill(out_THe[rows], q_THd[rows], k_TGd[rows], seen_TGe[rows], k_PGd, v_PGe, part, kind.scale)
+            own = tuple(each[part.rows] for each in new)
+            if part.past_P is not None:
+                past = (each.index_select(0, part.past_P) for each in stored)
+                own = tuple(map(torch.cat, zip(past, own, strict=True)))
+            _prefill(out_THe[part.rows], q_THd[part.rows], *self._pools.widened(kind, own), part.tiles, kind.scale)
         keep = slice(None) if plan.write_rows is None else plan.write_rows
-        self._pools.write(layer, plan.write_slots, k_TGd[keep], None if v_TGe is None else v_TGe[keep])
+        self._pools.write(layer, plan.write_slots, tuple(each[keep] for each in new))
         for group in plan.decodes:
-            out_THe[group.rows] = _decode(q_THd[group.rows], k_PGd, v_PGe, group, kind.scale)
+            out_THe[group.rows] = self._decode(kind, q_THd[group.rows], stored, group)
         return out_THe
 
-
-def _decode(q_BHd: Tensor, k_PGd: Tensor, v_PGe: Tensor, group: Decodes, scale: float) -> Tensor:
-    shape_BS = group.slots_BS.shape
-    k_BGSd, v_BGSe = (
-        pool.index_select(0, group.slots_BS.flatten()).unflatten(0, shape_BS).transpose(1, 2) for pool in (k_PGd, v_PGe)
-    )
-    q_BGRd = q_BHd.unflatten(1, (k_PGd.shape[1], -1))
-    o_BGRe = F.scaled_dot_product_attention(q_BGRd, k_BGSd, v_BGSe, attn_mask=group.mask_B11S, scale=scale)
-    return o_BGRe.flatten(1, 2)
+    def _decode(self, kind: LayerCache, q_BHd: Tensor, stored: Parts, group: Decodes) -> Tensor:
+        shape_BS = group.slots_BS.shape
+        parts = tuple(each.index_select(0, group.slots_BS.flatten()).unflatten(0, shape_BS) for each in stored)
+        k_BGSd, v_BGSe = (each.transpose(1, 2) for each in self._pools.widened(kind, parts))
+        q_BGRd, mask = q_BHd.unflatten(1, (kind.num_heads, -1)), group.mask_B11S
+        o_BGRe = F.scaled_dot_product_attention(q_BGRd, k_BGSd, v_BGSe, attn_mask=mask, scale=kind.scale)
+        return o_BGRe.flatten(1, 2)
 
 
 def _prefill(
-    out_nHe: Tensor,
-    q_nHd: Tensor,
-    k_nGd: Tensor,
-    v_nGe: Tensor,
-    k_PGd: Tensor,
-    v_PGe: Tensor,
-    part: Prefill,
-    scale: float,
+    out_nHe: Tensor, q_nHd: Tensor, k_SGd: Tensor, v_SGe: Tensor, tiles: tuple[Tile, ...], scale: float
 ) -> None:
-    if part.past_P is not None:
-        k_nGd = torch.cat((k_PGd.index_select(0, part.past_P), k_nGd))
-        v_nGe = torch.cat((v_PGe.index_select(0, part.past_P), v_nGe))
-    num_groups = k_nGd.shape[1]
-    for tile in part.tiles:
+    num_groups = k_SGd.shape[1]
+    for tile in tiles:
         q_GRnd = q_nHd[tile.queries].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
         k_GRSd, v_GRSe = (
-            x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_GRnd.shape[1], -1, -1) for x in (k_nGd, v_nGe)
+            x[tile.keys].transpose(0, 1).unsqueeze(1).expand(-1, q_GRnd.shape[1], -1, -1) for x in (k_SGd, v_SGe)
         )
         o_GRne = F.scaled_dot_product_attention(
             q_GRnd, k_GRSd, v_GRSe, attn_mask=tile.mask_qS, is_causal=tile.mask_qS is None, scale=scale

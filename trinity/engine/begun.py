@@ -20,10 +20,11 @@ class Begun(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """About a prompt that is handed over: the version that its pinned request goes on at, where another engine has computed it;
-    and how long its version is held after its end, where another engine goes on."""
+    """About a prompt that is handed over. Where another engine has computed it: the version that a pinned request goes on at,
+    and how many tokens nobody had to compute. Where another engine goes on: how long the version is held after the end."""
 
     version: int | None = None
+    num_cached: int | None = None
     held_s: float = 0.0
 
 

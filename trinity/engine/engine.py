@@ -44,7 +44,7 @@ from trinity.engine.sampler import Sampled
 from trinity.engine.scheduler import Pass, Scheduler, overloaded
 from trinity.engine.speculation import Speculation
 from trinity.engine.stats import EngineStats
-from trinity.engine.token_rules import BadWords, ThinkingBudget, read_words, rules_of
+from trinity.engine.token_rules import BadWords, read_words, rules_of, thinking_budget
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
@@ -58,8 +58,6 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
-from trinity.text.grammar.progress import reasoning_end
-from trinity.text.reasoning import MARKERS
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
@@ -101,7 +99,8 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
-        self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, f"{config!r} {weight.dtype}")
+        kept = f"{config!r} {weight.dtype} {settings.kv_cache_dtype}"
+        self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, kept)
         max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
         self._drafts = Speculation(settings.max_draft_tokens)
         self._scheduler = Scheduler(self._cache, versions, self.prefixes, max_running, self._pace, self._drafts)
@@ -150,7 +149,7 @@ class Engine:
         decoder = IncrementalDecoder(self.tokenizer, params.skip_special_tokens)
         text = TextStream(decoder, params.stop, params.include_stop_str_in_output)
         words = self.bad_words(params) if words is None else words
-        thinking = self._thinking(params, prompt_ids)
+        thinking = thinking_budget(params, prompt_ids, self.tokenizer, self.config.eos_token_ids)
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
@@ -160,17 +159,21 @@ class Engine:
         sequence.adapter = adapter
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
-        elif handed.version is not None and params.version_policy == "pinned":
-            tried(
-                partial(self._versions.pin_to, sequence, handed.version), Overloaded
-            )  # no token yet: another one will do
-        sequence.held_s = handed.held_s
+        else:
+            self._take_over(sequence, handed)
         if crowded_out is not None:
             full = overloaded(self.settings.max_num_waiting)
             self._refused.append(self._end(crowded_out, "error", error=full.message, cause=full))
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
         self._num_prompt_tokens += sequence.num_prompt
+
+    def _take_over(self, sequence: Sequence, handed: Handed) -> None:
+        sequence.held_s, sequence.num_cached = handed.held_s, handed.num_cached
+        if (
+            handed.version is not None and sequence.params.version_policy == "pinned"
+        ):  # without a token another one will do
+            tried(partial(self._versions.pin_to, sequence, handed.version), Overloaded)
 
     def _resume(self, sequence: Sequence, begun: Begun) -> None:
         length = sequence.num_prompt + len(begun.token_ids)
@@ -201,15 +204,6 @@ class Engine:
     def bad_words(self, params: SamplingParams) -> BadWords:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
         return read_words(params.bad_words, self.tokenizer)
-
-    def _thinking(self, params: SamplingParams, prompt_ids: Ids[int]) -> ThinkingBudget | None:
-        if params.thinking_token_budget is None:
-            return None
-        begins, ends = map(self.tokenizer.id_of, MARKERS)
-        if ends is None:
-            return None
-        is_open = reasoning_end(prompt_ids, begins, ends, self.config.eos_token_ids) is not None
-        return ThinkingBudget(params.thinking_token_budget, begins, ends, is_open)
 
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         vocab = self.config.vocab_size

@@ -2,8 +2,8 @@
 
 Legend: T tokens of the pass, B decoding sequences, N slot numbers, P slots, n tokens of a chunk, S keys that a chunk sees,
 H query heads, G key-value heads, d head dim.
-Order within a layer as in trinity/engine/attention.py: prefill chunks gather their past, then all new keys and values are
-written, then decodes read. They read keys where they lie, only those that they see.
+Order within a layer: chunks of windowed layers gather their past, because what is written may take its place; then all new keys
+and values are written, then all others read. They read keys where they lie, only those that they see.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.engine.attention import Flat, KVPools
+from trinity.engine.attention import Flat
 from trinity.engine.block_table import BlockTable
 from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_pools import KVPools
 from trinity.ops.batch_invariant.attention import Seen, attention
 
 
@@ -25,8 +26,8 @@ class Reads(NamedTuple):
     seen: Seen
 
 
-class Prefill(NamedTuple):
-    """A chunk, and the slots of the keys before it that it sees."""
+class Gathered(NamedTuple):
+    """A chunk, and the slots of the keys before it that it sees: with its own behind them they are what `reads` counts."""
 
     past_N: Tensor
     reads: Reads
@@ -37,8 +38,8 @@ class ExactPlan(NamedTuple):
 
     write_rows: Tensor  # of T
     write_slots: Tensor
-    decodes: Reads
-    prefills: tuple[Prefill, ...]
+    gathered: tuple[Gathered, ...]
+    reads: tuple[Reads, ...]  # after the write
 
 
 class ExactAttention:
@@ -50,16 +51,14 @@ class ExactAttention:
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
         assert v_TGe is not None, "latent layers have no kernel here (is_plain)"
-        v_TGd = v_TGe  # values are as long as keys
-        kind, k_PGd, v_PGd = self._pools.of(layer)
-        plan, out_THd = self._plans[kind], torch.empty_like(q_THd)
-        for past_N, (rows, seen) in plan.prefills:
-            k_SGd, v_SGd = (torch.cat((pool[past_N], new[rows])) for pool, new in ((k_PGd, k_TGd), (v_PGd, v_TGd)))
-            out_THd[rows] = attention(q_THd[rows], k_SGd, v_SGd, seen)
-        self._pools.write(layer, plan.write_slots, k_TGd[plan.write_rows], v_TGd[plan.write_rows])
-        rows, seen = plan.decodes
-        if rows.stop:
-            out_THd[rows] = attention(q_THd[rows], k_PGd, v_PGd, seen)
+        kind, stored = self._pools.of(layer)
+        plan, new, out_THd = self._plans[kind], self._pools.stored(k_TGd, v_TGe), torch.empty_like(q_THd)
+        for past_N, (rows, seen) in plan.gathered:
+            k, v, *scales = (torch.cat((pool[past_N], part[rows])) for pool, part in zip(stored, new, strict=True))
+            out_THd[rows] = attention(q_THd[rows], k, v, seen, scales)
+        self._pools.write(layer, plan.write_slots, tuple(part[plan.write_rows] for part in new))
+        for rows, seen in plan.reads:
+            out_THd[rows] = attention(q_THd[rows], stored[0], stored[1], seen, stored[2:])
         return out_THd
 
 
@@ -68,11 +67,17 @@ def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:
     reach = int(flat.end_T.max(initial=0)) if window is None else window
     write_T = np.nonzero(table.is_stored(flat.position_T, flat.end_T))[0]
     slots = table.slots(flat.row_T[write_T], flat.position_T[write_T])
-    prefills, at = [], flat.num_decodes
+    gathered, reads, at = [], [_decodes(table, flat, reach)] if flat.num_decodes else [], flat.num_decodes
     for row, start, end in flat.prefills:
-        prefills.append(_prefill(table, row, start, end, at, reach))
-        at += end - start
-    return ExactPlan(torch.from_numpy(write_T), torch.from_numpy(slots), _decodes(table, flat, reach), tuple(prefills))
+        rows, first = slice(at, at + end - start), max(0, start - reach + 1)
+        if window is None:
+            slot_N = torch.from_numpy(table.slots(row, np.arange(end)))
+            reads.append(Reads(rows, _chunk(slot_N, start, end, first, reach)))
+        else:
+            past_N, every = torch.from_numpy(table.slots(row, np.arange(first, start))), torch.arange(end - first)
+            gathered.append(Gathered(past_N, Reads(rows, _chunk(every, start, end, first, reach))))
+        at = rows.stop
+    return ExactPlan(torch.from_numpy(write_T), torch.from_numpy(slots), tuple(gathered), tuple(reads))
 
 
 def _decodes(table: BlockTable, flat: Flat, reach: int) -> Reads:
@@ -85,9 +90,7 @@ def _decodes(table: BlockTable, flat: Flat, reach: int) -> Reads:
     return Reads(slice(0, flat.num_decodes), Seen(*map(torch.from_numpy, (slot_N, end_B - seen_B, end_B, origin_B))))
 
 
-def _prefill(table: BlockTable, row: int, start: int, end: int, at: int, reach: int) -> Prefill:
-    first = max(0, start - reach + 1)
-    past_N = torch.from_numpy(table.slots(row, np.arange(first, start)))
+def _chunk(slot_N: Tensor, start: int, end: int, first: int, reach: int) -> Seen:
+    """Keys that positions from start to end see, of those from the position `first` on, at these slots."""
     end_n = torch.arange(start, end) - first + 1
-    seen = Seen(torch.arange(end - first), (end_n - reach).clamp_(min=0), end_n, torch.full_like(end_n, -first))
-    return Prefill(past_N, Reads(slice(at, at + end - start), seen))
+    return Seen(slot_N, (end_n - reach).clamp_(min=0), end_n, torch.full_like(end_n, -first))

@@ -41,11 +41,13 @@ class KVPlace:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt whose first tokens were computed by weights of that version; their blocks are at that place."""
+    """A prompt whose first tokens were computed by weights of that version; their blocks are at that place. `num_cached`
+    of them were there before."""
 
     num_tokens: int
     version: int
     place: KVPlace
+    num_cached: int = 0
 
 
 class Peer(Protocol):

@@ -35,6 +35,7 @@ class CacheLayout:
     num_blocks: Mapping[LayerCache, int]
     blocks_per_seq: Mapping[LayerCache, int]
     block_bytes: Mapping[LayerCache, int]
+    kv_cache_dtype: str = "auto"
 
     @property
     def total_bytes(self) -> int:
@@ -54,12 +55,18 @@ class BlockSizes:
     lookahead: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, block_size: int, itemsize: int, lookahead: int = 0) -> "BlockSizes":
-        """`itemsize` is the bytes of one cached number. Kinds that see everything come first."""
-        caches = config.layer_caches
+    def of(cls, config: ModelConfig, settings: EngineConfig, itemsize: int) -> "BlockSizes":
+        """`itemsize` is the bytes of one number of the model. Kinds that see everything come first. Raises ConfigError for a
+        kind that is not kept in what `kv_cache_dtype` asks for."""
+        caches, is_int8 = config.layer_caches, settings.kv_cache_dtype == "int8"
+        if is_int8 and (latent := [str(layer) for layer, cache in enumerate(caches) if cache.is_latent]):
+            raise ConfigError(
+                f"engine.kv_cache_dtype int8 is for keys and values of heads; layers {', '.join(latent)} keep latent keys: "
+                "leave it out (auto)"
+            )
         kinds = sorted(dict.fromkeys(caches), key=lambda kind: kind.window is not None)
-        sizes = {kind: block_size * kind.numbers_per_token * itemsize * caches.count(kind) for kind in kinds}
-        return cls(block_size, sizes, lookahead)
+        sizes = {kind: settings.block_size * kind.token_bytes(itemsize, is_int8) * caches.count(kind) for kind in kinds}
+        return cls(settings.block_size, sizes, settings.max_draft_tokens)
 
     def blocks_per_seq(self, num_tokens: int) -> dict[LayerCache, int]:
         """Blocks of each kind that a sequence of so many tokens takes."""
@@ -88,12 +95,13 @@ def plan_layout(config: ModelConfig, settings: EngineConfig, itemsize: int) -> C
     """
     assert settings.kv_cache_bytes is not None, "kv_cache_bytes is chosen in memory.py"
     size, caches = settings.block_size, config.layer_caches
-    sizes, max_len = BlockSizes.of(config, size, itemsize, settings.max_draft_tokens), checked_max_len(config, settings)
+    sizes, max_len = BlockSizes.of(config, settings, itemsize), checked_max_len(config, settings)
     check_fits(sizes, settings.kv_cache_bytes, max_len)
     kinds, per_seq = tuple(sizes.block_bytes), sizes.blocks_per_seq(max_len)
     num_blocks = _split(settings.kv_cache_bytes, settings.num_kept_seqs, sizes.block_bytes, per_seq)
     places = tuple((kind, caches[:layer].count(kind)) for layer, kind in enumerate(caches))
-    return CacheLayout(size, max_len, kinds, places, num_blocks, per_seq, sizes.block_bytes)
+    block_bytes, dtype = sizes.block_bytes, settings.kv_cache_dtype
+    return CacheLayout(size, max_len, kinds, places, num_blocks, per_seq, block_bytes, dtype)
 
 
 def checked_max_len(config: ModelConfig, settings: EngineConfig) -> int:

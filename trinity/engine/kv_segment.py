@@ -31,7 +31,7 @@ FORMAT = b"TRINITY-KV-1"
 KEY_BYTES = 32
 COLUMNS = ("number", "stamp", "check", "line", "oldest", "newest")  # 8 bytes each, and the key
 SLOT_BYTES = 8 * len(COLUMNS) + KEY_BYTES
-SHORTLIST = 64  # slots that are sought at once to be written next
+SHORTLIST = 512  # slots that are sought at once to be written next
 
 
 class Known(NamedTuple):

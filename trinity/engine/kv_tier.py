@@ -35,7 +35,7 @@ BYTES_TOGETHER = 1 << 20  # of blocks that are copied in one go
 
 
 class TierPlace(NamedTuple):
-    """Where a node's tier is, and its size. `line` names the weights that a version belongs to: equal lines and versions are
+    """Place and size of a node's tier. `line` names the weights that a version belongs to: equal lines and versions are
     equal weights, for all processes of a server; None: nobody knows, so nothing of that version is kept or read."""
 
     folder: Path

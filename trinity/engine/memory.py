@@ -92,13 +92,13 @@ def settled(
 
 
 def plan_memory(config: ModelConfig, settings: EngineConfig, itemsize: int, memory: Memory) -> CachePlan:
-    """Choose `kv_cache_bytes` and `max_model_len` where the settings do not say them. `itemsize`: of one cached number.
+    """Choose `kv_cache_bytes` and `max_model_len` where the settings do not say them. `itemsize`: of one number of the model.
 
     Raises ConfigError, with both numbers and a setting that helps, for weights that do not fit into what is free, for a
     `kv_cache_bytes` that does not fit beside them, and for a `max_model_len` of which not one sequence fits.
     """
     limit = checked_max_len(config, settings)
-    sizes = BlockSizes.of(config, settings.block_size, itemsize, settings.max_draft_tokens)
+    sizes = BlockSizes.of(config, settings, itemsize)
     _check_weights(memory)
     least = settings.max_model_len or min(LEAST_TOKENS, limit)
     if settings.kv_cache_bytes is not None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from trinity.config import EngineConfig, LayerCache, ModelConfig
-from trinity.engine.attention import Flat, KVPools, PagedAttention
+from trinity.engine.attention import Flat, PagedAttention
 from trinity.engine.grammars import MaskThread
 from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_pools import KVPools
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.sampler import Sampled, sample
 from trinity.engine.scheduler import Pass
@@ -70,7 +71,7 @@ class ModelRunner:
         if self._is_exact:
             from trinity.ops.batch_invariant.warm import warm_up
 
-            warm_up(parameter.dtype)
+            warm_up(parameter.dtype, settings.kv_cache_dtype == "int8")
 
     def parts(self, kind: LayerCache) -> tuple[Tensor, ...]:
         """All that is stored of the layers of a kind, each [layers, slots, ...]; it stays the runner's."""

@@ -11,9 +11,14 @@ damaged weights look like. The token that a spent budget asks for goes before al
 from array import array
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trinity.engine.request import SamplingParams
+from trinity.text.grammar.progress import reasoning_end
+from trinity.text.reasoning import MARKERS
+
+if TYPE_CHECKING:
+    from trinity.text.tokenizer import Tokenizer
 
 NONE = frozenset[int]()
 
@@ -117,3 +122,16 @@ def rules_of(
         return None
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
     return TokenRules(params, [i for i in ends if i < vocab_size], words, vocab_size, thinking)
+
+
+def thinking_budget(
+    params: SamplingParams, prompt_ids: Sequence[int], tokenizer: "Tokenizer", eos_ids: Sequence[int]
+) -> "ThinkingBudget | None":
+    """The budget of a request, where it has one and its tokenizer the marker that ends reasoning."""
+    if params.thinking_token_budget is None:
+        return None
+    begins, ends = map(tokenizer.id_of, MARKERS)
+    if ends is None:
+        return None
+    is_open = reasoning_end(prompt_ids, begins, ends, eos_ids) is not None
+    return ThinkingBudget(params.thinking_token_budget, begins, ends, is_open)

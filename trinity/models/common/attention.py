@@ -94,7 +94,7 @@ class PackedAttention:
         return attention.differentiable(q_THd, k_TGd, v_TGe, seen, partial(self._gradients, cache))
 
     def _visible(self, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The keys that each token sees, of the T of this pass: all of them, (first_T, end_T), and its document's first token."""
+        """Seen keys of each token, of the T of this pass: all T, first_T, end_T, and its document's first token."""
         at_T = torch.arange(self.batch * self.seq)
         origin_T = at_T - document_positions(self.docs_BS, self.batch, self.seq).cpu()
         first_T = origin_T if cache.window is None else origin_T.maximum(at_T - cache.window + 1)

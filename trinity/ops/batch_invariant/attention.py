@@ -8,6 +8,7 @@ is a query and one of its heads; four lines of a key-value head, a panel, are co
 block before the next one comes. What many lines share is widened and laid side by side first; few read it where it lies.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,14 +25,18 @@ from trinity.ops.batch_invariant.threads import CHUNKS_PER_THREAD, in_threads
 BLOCK = 64  # keys; their scores with a panel are 4 KiB
 LEAST_LINES, MOST_LINES = 32, 256  # of a tile, where there are as many
 FEW_LINES = 12  # of a tile that reads keys where they lie
-KEYS = 4  # that meet a panel at once
-WIDE = 4  # vectors of a value that do
+KEYS, WIDE = 4, 4  # keys that meet a panel at once, and vectors of a value that do
+HAS_REGISTERS = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512"
+)  # for so many sums; the order of each is the same without
 NONE = np.float32(-np.inf)
 ZERO = np.float32(0)
+NO_SCALES = (torch.empty(0, 1),) * 2
 
 
 class Seen:
-    """Keys that each query sees: query t those at slot_N[first_T[t]:end_T[t]], at least one; all int64. Made once for all layers.
+    """Keys that each query sees: query t those at slot_N[first_T[t]:end_T[t]], at least one; all int64. Made once, for
+    all layers.
 
     The key at slot_N[j] has the position j - origin_T[t], which is not negative for those that it sees. Neighbouring queries
     had better see neighbouring keys.
@@ -48,15 +53,20 @@ class Seen:
         return found
 
 
-def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, seen: Seen) -> Tensor:
-    """-> o_THd, scale d**-0.5. float32 or bfloat16; query head h uses key head h // (H / G). No gradients."""
-    return _attended(q_THd, k_PGd, v_PGd, seen)[0]
+def attention(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, seen: Seen, scales: Sequence[Tensor] = NO_SCALES) -> Tensor:
+    """-> o_THd, scale d**-0.5. float32 or bfloat16; query head h uses key head h // (H / G). No gradients.
+
+    Keys and values may be int8, with the `scales` [P, G], float32, that make them what they stand for.
+    """
+    return _attended(q_THd, k_PGd, v_PGd, seen, scales or NO_SCALES)[0]
 
 
-def _attended(q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+def _attended(
+    q_THd: Tensor, k_PGd: Tensor, v_PGd: Tensor, seen: Seen, scales: Sequence[Tensor] = NO_SCALES
+) -> tuple[Tensor, Tensor]:
     """-> o_THd, and lse_TH: the logarithm of the sum of a query's exponentiated scores, float32."""
     out_THd, lse_TH = torch.empty(q_THd.shape), torch.empty(q_THd.shape[:2])
-    arrays = [as_array(t.contiguous()) for t in (q_THd, k_PGd, v_PGd, out_THd, lse_TH)]
+    arrays = [as_array(t.contiguous()) for t in (q_THd, k_PGd, v_PGd, *scales, out_THd, lse_TH)]
     (num, heads, dim), groups = q_THd.shape, k_PGd.shape[1]
     even = num * heads // (CHUNKS_PER_THREAD * torch.get_num_threads())  # lines, so that every thread has some tiles
     cuts = seen.cuts(max(1, min(MOST_LINES, max(even, LEAST_LINES)) * groups // heads))
@@ -95,7 +105,7 @@ class _Attention(Function):
 
 @kernel
 def _cuts(first_of, end_of, origin_of, most):  # type: ignore[no-untyped-def]
-    """Where tiles begin, and the end: up to `most` neighbouring queries of one sequence each."""
+    """Beginnings of tiles, and the end: each has up to `most` neighbouring queries of one sequence."""
     cuts, num = np.zeros(len(first_of) + 1, np.int64), 1
     for t in range(1, len(first_of)):
         is_near = origin_of[t] == origin_of[t - 1] and first_of[t] < end_of[t - 1] and end_of[t] > first_of[t - 1]
@@ -107,7 +117,7 @@ def _cuts(first_of, end_of, origin_of, most):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _tiles(q, k, v, out, lse, slot, first_of, end_of, origin_of, cuts, first, last):  # type: ignore[no-untyped-def]
+def _tiles(q, k, v, k_scale, v_scale, out, lse, slot, first_of, end_of, origin_of, cuts, first, last):  # type: ignore[no-untyped-def]
     """Tiles [first, last): tile u has the queries from cuts[u % tiles] on, and key-value head u // tiles."""
     (groups, dim), tiles = k.shape[1:], len(cuts) - 1
     share, most = q.shape[1] // groups, 0
@@ -117,7 +127,7 @@ def _tiles(q, k, v, out, lse, slot, first_of, end_of, origin_of, cuts, first, la
     lines, mixed = np.empty((panels * ROWS, dim), np.float32), np.empty((panels * ROWS, dim), np.float32)
     tops, sums = np.empty((panels, LANES), np.float32), np.empty((panels, ROWS), np.float32)
     scores, spare = np.empty((panels, BLOCK * ROWS), np.float32), np.empty(ROWS, np.float32)
-    ranges = np.empty((panels, 4), np.int64)
+    ranges, scales = np.empty((panels, 4), np.int64), np.zeros((2, BLOCK * ROWS if len(k_scale) else 0), np.float32)
     keys, values, in_turn = (
         np.empty((BLOCK, 1, dim), np.float32),
         np.empty((BLOCK, 1, dim), np.float32),
@@ -131,7 +141,10 @@ def _tiles(q, k, v, out, lse, slot, first_of, end_of, origin_of, cuts, first, la
         begin, end = _ranges(first_of, end_of, lo, share, num, ranges)
         for at in range(begin - (begin - origin_of[lo]) % BLOCK, end, BLOCK):
             seen = max(at, begin), min(at + BLOCK, end)
-            tile = at, lo, share, num, first_of, end_of, ranges, spare
+            tile = at, lo, share, num, first_of, end_of, ranges, spare, scales
+            if len(k_scale):
+                _lay_scales(k_scale, slot, group, at, seen, scales[0])
+                _lay_scales(v_scale, slot, group, at, seen, scales[1])
             if num <= FEW_LINES:
                 _meet(lines, k, v, group, slot, at, tile, scores, tops, sums, mixed)
             else:
@@ -143,7 +156,7 @@ def _tiles(q, k, v, out, lse, slot, first_of, end_of, origin_of, cuts, first, la
 
 @kernel
 def _ranges(first_of, end_of, lo, share, num, ranges):  # type: ignore[no-untyped-def]
-    """Of each panel: keys that any of its lines sees, [begin, end), and those that all of them see. -> The tile's range."""
+    """Keys of each panel that any of its lines sees, [begin, end), and those that all of them see. -> The tile's range."""
     begin, end = first_of[lo], end_of[lo]
     for panel in range((num + ROWS - 1) // ROWS):
         first, last = lo + panel * ROWS // share, lo + min(num - 1, panel * ROWS + ROWS - 1) // share
@@ -176,9 +189,18 @@ def _lay(stored, slot, group, at, seen, laid):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _lay_scales(scale, slot, group, at, seen, laid):  # type: ignore[no-untyped-def]
+    """Those of keys, once for each line of a panel."""
+    for j in range(seen[0], seen[1]):
+        one = scale[slot[j], group]
+        for i in range(ROWS):
+            laid[ROWS * (j - at) + i] = one
+
+
+@kernel
 def _meet(lines, k, v, group, slot, base, tile, scores, tops, sums, mixed):  # type: ignore[no-untyped-def]
     """A tile's panels meet the block `at`, whose i-th key is at slot[base + i]."""
-    at, _, _, num, _, _, ranges, spare = tile
+    at, _, _, num, _, _, ranges, spare, _ = tile
     panels = (num + ROWS - 1) // ROWS
     for panel in range(panels):
         begin, end = max(0, ranges[panel, 0] - at), min(BLOCK, ranges[panel, 1] - at)
@@ -193,7 +215,7 @@ def _meet(lines, k, v, group, slot, base, tile, scores, tops, sums, mixed):  # t
 
 @kernel
 def _score(lines, panel, k, group, slot, base, begin, end, score, is_one, one):  # type: ignore[no-untyped-def]
-    """score[ROWS * j + i] = line i . key j, for keys from begin to end, in fours from the block's first on; `is_one`: line 0's."""
+    """score[ROWS * j + i] = line i . key j, for keys from begin to end, in fours from the block's first; `is_one`: line 0's."""
     groups, dim = k.shape[1:]
     at, size, last = k.ctypes.data + k.itemsize * dim * group, k.itemsize * dim * groups, end - 1
     x = lines.ctypes.data + 4 * dim * ROWS * panel
@@ -209,15 +231,19 @@ def _score(lines, panel, k, group, slot, base, begin, end, score, is_one, one): 
             dots((x,), ws, dim, one.ctypes.data, k)
             for i in range(KEYS):
                 score[ROWS * (j + i)] = one[i]
-        else:
+        elif HAS_REGISTERS:
             dots(xs, ws, dim, score.ctypes.data + 4 * ROWS * j, k)
+        else:
+            dots(xs, ws[:2], dim, score.ctypes.data + 4 * ROWS * j, k)
+            dots(xs, ws[2:], dim, score.ctypes.data + 4 * ROWS * (j + 2), k)
 
 
 @kernel
 def _soften(score, tile, panel, end, top, total, mixed):  # type: ignore[no-untyped-def]
     """Scores become their exponentials, relative to the highest so far, and what was summed before is made relative to it."""
-    at, ranges, found, address = tile[0], tile[6], tile[7], score.ctypes.data
+    at, ranges, found, scales, address = tile[0], tile[6], tile[7], tile[8], score.ctypes.data
     end = (end + KEYS - 1) // KEYS * KEYS
+    _times(score, scales[0], end)
     is_whole = ranges[panel, 2] <= at and ranges[panel, 3] >= at + end
     if not is_whole:
         _hide(score, tile, panel, end, NONE)
@@ -240,12 +266,19 @@ def _soften(score, tile, panel, end, top, total, mixed):  # type: ignore[no-unty
     summed(address, end, found.ctypes.data)
     for i in range(ROWS):
         total[i] += found[i]
+    _times(score, scales[1], end)
+
+
+@kernel
+def _times(score, scale, end):  # type: ignore[no-untyped-def]
+    for i in range(min(ROWS * end, len(scale))):
+        score[i] *= scale[i]
 
 
 @kernel
 def _hide(score, tile, panel, end, value):  # type: ignore[no-untyped-def]
     """Put the value in the place of every key before `end` that a line does not see."""
-    at, lo, share, num, first_of, end_of, _, _ = tile
+    at, lo, share, num, first_of, end_of, _, _, _ = tile
     for i in range(ROWS):
         query = lo + min(panel * ROWS + i, num - 1) // share
         for j in range(min(end, first_of[query] - at)):
@@ -261,14 +294,15 @@ def _mix(v, group, slot, base, begin, end, score, mixed, panel, is_one):  # type
     size, stride, p = v.itemsize, groups * dim, score.ctypes.data + 4 * ROWS * begin
     data, slots, num = v.ctypes.data + size * dim * group, slot.ctypes.data + 8 * (base + begin), end - begin
     out, whole, wide = mixed.ctypes.data + 4 * dim * ROWS * panel, dim // LANES * LANES, LANES * size
-    for at in range(0, whole - whole % (WIDE * LANES), WIDE * LANES):
+    narrow = whole - whole % (WIDE * LANES) if HAS_REGISTERS else 0
+    for at in range(0, narrow, WIDE * LANES):
         one, to = data + size * at, out + 4 * at
         vs = one, one + wide, one + 2 * wide, one + 3 * wide
         if is_one:
             mixes(p, slots, vs, stride, num, (to,), v)
         else:
             mixes(p, slots, vs, stride, num, (to, to + 4 * dim, to + 8 * dim, to + 12 * dim), v)
-    for at in range(whole - whole % (WIDE * LANES), whole, LANES):
+    for at in range(narrow, whole, LANES):
         to = out + 4 * at
         mixes(p, slots, (data + size * at,), stride, num, (to, to + 4 * dim, to + 8 * dim, to + 12 * dim), v)
     for i in range(ROWS):

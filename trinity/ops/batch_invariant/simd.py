@@ -93,7 +93,7 @@ def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
 
 @intrinsic
 def mixes(typing: Any, p: Any, slots: Any, vs: Any, stride: Any, num: Any, outs: Any, values: Any) -> Any:
-    """outs[row][lane] += sum over j < num of p[j * ROWS + row] * v[slots[j] * stride + lane], for the LANES of each v of `vs`, a
+    """outs[row][lane] += sum over j < num of p[j * ROWS + row] * v[slots[j] * stride + lane], for LANES of each v of `vs`, a
     tuple of addresses side by side; outs: of up to ROWS. vs point into the array `values`: of what `dots` takes."""
     stored = STORED[values.dtype]
 
@@ -131,8 +131,8 @@ def highest(typing: Any, scores: Any, num: Any, out: Any) -> Any:
 
 @intrinsic
 def summed(typing: Any, scores: Any, num: Any, out: Any) -> Any:
-    """out[row] = the sum of scores[j * ROWS + row], j < num, a multiple of LANES / ROWS: lane l has the elements l, l + 16, ... in
-    turn, and lanes are added as a tree (l with l + 8, + 4)."""
+    """out[row] = the sum of scores[j * ROWS + row], j < num, a multiple of LANES / ROWS: lane l has elements l, l + 16, ...
+    in turn, and lanes are added as a tree (l with l + 8, + 4)."""
     return types.void(scores, num, out), partial(_reduced, lambda b, x, y: b.fadd(x, y), 0.0)
 
 
