@@ -37,6 +37,7 @@ log = logging.getLogger("trinity.serving")
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 T = TypeVar("T")
 INLINE_CHARS, DECODED_IDS = 4096, 1024  # about a millisecond of tokenising, and less of its contrary
+SILENT_S = 4.0  # of all engines, until balancers are told that none answers: on a busy machine a probe may be late
 LARGE_CHAT_CHARS = 1 << 16  # some ten milliseconds of a template
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit the context, whatever the tokenizer makes of it
 
@@ -117,7 +118,7 @@ class Frontend:
         self.tracing = Tracing(config.otlp_endpoint, info.model)
         self.placement = Placement(operator, self.metrics.placement)
         self.training = TrainingRun(source)
-        self.engine_healthy = True
+        self.engine_healthy, self._heard_s = True, time.monotonic()
         self._renderers = ThreadPoolExecutor(NUM_WORKERS, "trinity-chat")  # each waits for a process
         self._large_chats = asyncio.Semaphore(NUM_WORKERS - 1)
 
@@ -268,7 +269,7 @@ class Frontend:
             async with aclosing(stream):
                 while (delta := await self._next(stream, slot, deadline, budget_s)) is not None:
                     _raise_failure(delta)
-                    slot.claim.has_begun = True
+                    slot.claim.has_begun, self._heard_s = True, time.monotonic()
                     clock.tick(delta)
                     span.tick(delta)
                     yield delta
@@ -289,12 +290,12 @@ class Frontend:
         try:
             async with asyncio.timeout(timeout_s):
                 infos = await self.engine.infos()
-            self.info, self.engine_healthy = infos[0], True
+            self.info, self.engine_healthy, self._heard_s = infos[0], True, time.monotonic()
             self.metrics.engines(infos)
         except Exception as error:
-            if self.engine_healthy:
+            if self.engine_healthy and time.monotonic() - self._heard_s >= SILENT_S:
                 log.warning("no engine answers: %s", type(error).__name__)
-            self.engine_healthy = False
+                self.engine_healthy = False
 
     async def drain(self) -> bool:
         """Refuse new requests, wait for the running ones up to serve.drain_timeout_s. True if all ended by themselves."""

@@ -87,6 +87,11 @@ class Gateway:
         self.front.admission.leaving = True
         await self.grpc.set_ready(False)
         await asyncio.sleep(self.front.config.drain_delay_s)
+        self.front.admission.draining = True
+        drain_timeout_s = self.front.config.drain_timeout_s
+        leaving = asyncio.create_task(
+            self.grpc.stop(drain_timeout_s + CUT_GRACE_S)
+        )  # its clients are told to connect anew
         if not await self.front.drain():
             log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)
             self.front.cut()
@@ -95,5 +100,5 @@ class Gateway:
         self.front.pins.stop()
         if self._monitor:
             self._monitor.cancel()
-        await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S))
+        await asyncio.gather(self.http.stop(CUT_GRACE_S), self.grpc.stop(CUT_GRACE_S), leaving)
         await asyncio.to_thread(self.front.tracing.close)

@@ -43,7 +43,13 @@ def served(ray_session, tmp_path_factory):
         "model": open_checkpoint(path).config.model_dump(),
         "placement": {"pool": f"f23-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
         "serve": {**ports, "gateways": 2},
-        "engine": {"replicas": 1, "max_model_len": 512, "kv_cache_bytes": 16 << 20, "max_num_seqs": 128},
+        "engine": {
+            "replicas": 1,
+            "max_model_len": 512,
+            "kv_cache_bytes": 16 << 20,
+            "max_num_seqs": 128,
+            "max_draft_tokens": 0,
+        },
     }
     config = Config.from_tree(tree)
     provide_pool(config, str(path))
@@ -59,12 +65,26 @@ def pid_of(url):
     return next(pid for pid in gateway_pids() if ("127.0.0.1", port) in listening(pid))
 
 
+def joined(events):
+    """What one choice says, however it is cut into events."""
+    choices = [choice for [choice] in events]
+    calls = [call for each in choices for call in each.get("delta", {}).get("tool_calls", ())]
+    return {
+        "text": "".join(each.get("text") or each.get("delta", {}).get("content") or "" for each in choices),
+        "token_ids": [i for each in choices for i in each.get("token_ids") or ()],
+        "logprobs": [p for each in choices if each.get("logprobs") for p in each["logprobs"]["token_logprobs"]],
+        "calls": "".join(str(call["function"].get("name") or "") + call["function"]["arguments"] for call in calls),
+        "end": choices[-1]["finish_reason"],
+    }
+
+
 async def asked(http, number, nobody):
     """-> what a stream said and how often it broke and was asked anew."""
-    for again in range(10):
+    for again in range(20):
         try:
             said, _ = await stream(http, number, nobody)
-            return said, again
+            [usage] = said.pop("usage")  # what of a prompt was cached differs
+            return {key: joined(events) for key, events in said.items()} | {"num": usage["completion_tokens"]}, again
         except httpx.TransportError:
             pass
     raise AssertionError("no gateway serves it")

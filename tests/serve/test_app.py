@@ -195,7 +195,6 @@ async def test_prompts_that_begin_alike_go_to_one_engine_and_roles_change(server
     """Each engine is shown by itself. The one that computes prompts is sent no answer while there is another."""
     prompt = "stay " + "the quick brown fox jumps over the lazy dog " * 8
     async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
-
         async with asyncio.timeout(WAIT_S):
             while len(await engines_shown(http)) < 2:  # those that were killed may be starting
                 await asyncio.sleep(0.1)

@@ -279,7 +279,20 @@ async def test_requests_that_outlast_the_draining_end_in_an_error_not_in_silence
         assert not server.engine.held
 
 
-async def test_not_ready_without_an_engine(start):
+async def test_probes_that_are_late_take_no_gateway_out(start, monkeypatch):
+    """Of late probes alone a balancer hears nothing for SILENT_S; else busy gateways would all be taken out at once."""
+    monkeypatch.setattr("serving.frontend.SILENT_S", 1e6)
+    async with start() as server:
+        server.engine.healthy = False
+        await server.front.probe(1)
+        assert server.front.ready
+        monkeypatch.setattr("serving.frontend.SILENT_S", 0)
+        await server.front.probe(1)
+        assert not server.front.ready
+
+
+async def test_not_ready_without_an_engine(start, monkeypatch):
+    monkeypatch.setattr("serving.frontend.SILENT_S", 0)
     async with start() as server, httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http:
         server.engine.healthy = False
         await eventually(lambda: not server.front.ready)

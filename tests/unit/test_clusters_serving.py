@@ -269,7 +269,7 @@ def test_the_balancer_knows_both_ports_of_each_gateway():
     assert all(words[2].endswith(f":{serve.http_port}") for words in servers["http"])
     for words in servers["grpc"]:
         assert words[2].endswith(f":{serve.grpc_port}")
-        assert words[3:] == ["proto", "h2", "check-proto", "h1", "port", str(serve.http_port)]
+        assert words[3:] == ["port", str(serve.http_port)], "where its health is"
 
 
 def test_haproxy_takes_the_file():

@@ -16,11 +16,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.oracle_world import CONFIG, LONGEST, NUM_SHARDS, World, settle
+from tests.unit.oracle_world import CONFIG, LONGEST, NUM_SHARDS, World, engine_of, run_all, settle, weights
 from tests.unit.test_begun import ASKED
 from trinity.config import Client, EngineConfig
 from trinity.engine.kv_layout import BlockSizes
 from trinity.engine.request import SamplingParams
+from trinity.engine.weights import FixedWeights
 
 LONG = int(os.environ.get("TRINITY_ORACLE", "0"))
 pytestmark = [pytest.mark.timeout(0)] if LONG else []
@@ -144,3 +145,11 @@ def test_every_answer_is_the_monoliths(trace, fleet):
     world.finish()
     for name in world.asked:
         world.compare(name)
+
+
+def test_a_traced_prompt_of_one_token_has_nothing_to_tell_of_experts():
+    """It ended the engine."""
+    engine = engine_of(FixedWeights(weights(0, 1).model, 0))
+    engine.add("one", (1,), SamplingParams(max_tokens=0, trace=True))
+    [delta] = run_all(engine)["one"]
+    assert delta.experts_TLK.shape == (0, len(CONFIG.moe_layers), CONFIG.num_experts_per_tok)
