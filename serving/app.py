@@ -80,6 +80,7 @@ class GatewayReplica:
         self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"], pins))
         num_places = config.gateways if isinstance(config.gateways, int) else num_nodes({}, self.node)
         await self.gateway.start(num_places)
+        self.gateway.front.admission.num_gateways = num_places  # until it has asked
         self.counting = asyncio.create_task(self._count()) if config.gateways != 1 else None
 
     async def _count(self) -> None:
