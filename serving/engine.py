@@ -317,4 +317,4 @@ async def connect_client(
     client = RoutedClient(fleet, settings)
     async with asyncio.timeout(timeout_s):
         tokenizer = await fleet.tokenizer()
-        return client, tokenizer, await client.info()
+        return client, tokenizer, await client.first()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trinity.engine.handoff import Prefilled
 
 log = logging.getLogger("trinity.serving")
-POLL_S = 2.0
+POLL_S, AGAIN_S = 4.0, 0.2
 LARGE_TOKENS = 1 << 13  # whose names take more than a millisecond
 
 
@@ -84,17 +84,25 @@ class RoutedClient:
     async def info(self) -> EngineInfo:
         return (await self.infos())[0]
 
+    async def first(self) -> EngineInfo:
+        """Facts of some engine, once there is one."""
+        while not (found := await self._poll()):
+            await asyncio.sleep(AGAIN_S)
+        return found[0]
+
     async def infos(self) -> list[EngineInfo]:
-        """Ask all engines how they are, and one more."""
+        if not (found := await self._poll()):
+            raise Unavailable("no engine answers right now; send the request again")
+        return found
+
+    async def _poll(self) -> list[EngineInfo]:
+        """Ask all engines how they are, and one more; -> what those say that answer."""
         before = list(self._routing.seats.values())
         roles, own = self._roles, self._roles.of(seat.info for seat in before)
         asks = (self._ask(seat, role=own[seat.info.engine_id], roles=roles) for seat in before)
         await asyncio.gather(*asks, self._discover())
         self._assign()
-        found = [seat.info for seat in self._routing.seats.values() if seat.is_there]
-        if not found:
-            raise Unavailable("no engine answers right now; send the request again")
-        return found
+        return [seat.info for seat in self._routing.seats.values() if seat.is_there]
 
     async def set_roles(self, names: Sequence[Role]) -> None:
         """Have engines do this from now on. Raises InvalidRequest for what the settings would refuse."""
@@ -103,7 +111,7 @@ class RoutedClient:
         except ValueError as error:
             raise InvalidRequest(str(error), param="roles") from None
         self._roles = self._roles.after(names)
-        await self.infos()
+        await self._poll()
 
     async def reset_prefix_cache(self) -> None:
         await self._fleet.reset_prefix_cache()

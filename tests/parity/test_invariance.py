@@ -72,7 +72,9 @@ def answers(model: Afmoe, requests: list[list[int]], between=lambda: None, **set
     got: dict[str, list[tuple[int, float]]] = {str(i): [] for i in range(len(requests))}
     while engine.has_work:
         for delta in engine.step():
-            got[delta.request_id].append((delta.token_ids[0], delta.logprobs[0].logprob))
+            got[delta.request_id] += [
+                (token, one.logprob) for token, one in zip(delta.token_ids, delta.logprobs, strict=True)
+            ]
         between()
     return [got[str(i)] for i in range(len(requests))]
 

@@ -77,6 +77,7 @@ def resident() -> int:
 
 
 @pytest.mark.perf
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", ["auto", "int8"])
 def test_128k_tokens(dtype):
     """Time, and the cache's bytes beside what the shape says: a key and a value of each head, with their scales in 8 bits."""

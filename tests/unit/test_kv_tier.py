@@ -296,7 +296,7 @@ def test_who_comes_while_the_last_one_leaves_gets_a_tier_of_its_own(tmp_path, mo
 
 def test_roles_apart_have_a_tier_unasked():
     given = [{}, {"role": "prefill,decode", "replicas": 2}, {"role": "prefill,both", "replicas": 2, "kv_tier_bytes": 5}]
-    off = {"role": "prefill,both", "replicas": 2, "prefix_cache": False}
+    off = {"prefix_cache": False, "kv_tier_bytes": 5}
     assert [EngineConfig(**each).tier_bytes for each in [*given, off]] == [0, 1 << 30, 5, 0]
 
 

@@ -16,11 +16,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.oracle_world import CONFIG, LONGEST, NUM_SHARDS, World, settle
+from tests.unit.oracle_world import CONFIG, LONGEST, NUM_SHARDS, World, engine_of, run_all, settle, weights
 from tests.unit.test_begun import ASKED
 from trinity.config import Client, EngineConfig
 from trinity.engine.kv_layout import BlockSizes
 from trinity.engine.request import SamplingParams
+from trinity.engine.weights import FixedWeights
 
 LONG = int(os.environ.get("TRINITY_ORACLE", "0"))
 pytestmark = [pytest.mark.timeout(0)] if LONG else []
@@ -71,10 +72,11 @@ actions = st.one_of(
 
 
 @st.composite
-def engines(draw, size):
+def engines(draw, size, same):
     """Settings of an engine, and whether its drafts are told what comes."""
     drafts = draw(st.sampled_from([0, 1, 3, 8]))
-    sizes, room = BlockSizes.of(CONFIG, size, 4, drafts), draw(st.sampled_from([0, 0, 1, 4]))
+    sizes = sizes_of(block_size=size, max_draft_tokens=drafts, **same)
+    room = draw(st.sampled_from([0, 0, 1, 4]))
     seqs = draw(st.integers(1, 5))
     return {
         "block_size": size,
@@ -92,18 +94,19 @@ def engines(draw, size):
 
 @st.composite
 def fleets(draw):
-    """Engines, and the bytes of the tier that they share: none, few, many."""
-    size = draw(st.sampled_from([1, 3, 4, 16]))
-    block = sum(BlockSizes.of(CONFIG, size, 4).block_bytes.values())
-    return draw(st.lists(engines(size), min_size=1, max_size=2)), draw(
-        st.sampled_from([0, 16384 + 12 * block, 1 << 20])
+    """Engines, the bytes of the tier that they share (none, few, many), and settings that change what is computed, the
+    monolith's, too."""
+    size, same = (
+        draw(st.sampled_from([1, 3, 4, 16])),
+        {"kv_cache_dtype": draw(st.sampled_from(["auto", "auto", "int8"]))},
     )
+    block = sum(sizes_of(block_size=size, **same).block_bytes.values())
+    own = draw(st.lists(engines(size, same), min_size=1, max_size=2))
+    return own, draw(st.sampled_from([0, 16384 + 12 * block, 1 << 20])), same
 
 
-def numbers():
-    """Settings that change what is computed, the monolith's, too; of those that there are."""
-    known = {"kv_dtype": ["auto", "int8"]}
-    return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in known.items() if n in EngineConfig.model_fields})
+def sizes_of(**settings):
+    return BlockSizes.of(CONFIG, EngineConfig(**settings), 4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,10 +125,11 @@ def one_thread():
     derandomize=not LONG,
     suppress_health_check=list(HealthCheck) if LONG else (),
 )
-@given(st.lists(actions, min_size=4, max_size=14), fleets(), numbers())
-def test_every_answer_is_the_monoliths(trace, fleet, same):
+@given(st.lists(actions, min_size=4, max_size=14), fleets())
+def test_every_answer_is_the_monoliths(trace, fleet):
     settle()
-    world = World(fleet[0], same, fleet[1])
+    own, tier_bytes, same = fleet
+    world = World(own, same, tier_bytes)
     for name, *rest in trace:
         if name == "ask":
             at, prompt, own, num, client, is_handed = rest
@@ -141,3 +145,11 @@ def test_every_answer_is_the_monoliths(trace, fleet, same):
     world.finish()
     for name in world.asked:
         world.compare(name)
+
+
+def test_a_traced_prompt_of_one_token_has_nothing_to_tell_of_experts():
+    """It ended the engine."""
+    engine = engine_of(FixedWeights(weights(0, 1).model, 0))
+    engine.add("one", (1,), SamplingParams(max_tokens=0, trace=True))
+    [delta] = run_all(engine)["one"]
+    assert delta.experts_TLK.shape == (0, len(CONFIG.moe_layers), CONFIG.num_experts_per_tok)

@@ -242,7 +242,7 @@ def test_of_roles_the_latest_count():
         ({"role": "prefill", "replicas": 2}, "needs another engine that answers"),
         ({"role": ["prefill", "prefill"], "replicas": 2}, "needs another engine that answers"),
         ({"role": "prefill,decode"}, "role names 2 engines and there are at most 1"),
-        ({"role": []}, "at least 1 item"),
+        ({"role": []}, "role names no engine"),
         ({"role": "prefill,decode", "replicas": 2, "kv_tier_bytes": 0}, r"give it some with engine\.kv_tier_bytes"),
         ({"role": "prefill,decode", "replicas": 2, "prefix_cache": False}, r"leave engine\.prefix_cache on"),
     ],

@@ -160,6 +160,15 @@ def test_earlier_answers_of_the_same_client_alone_are_drafts():
         assert drafter.draft(8, 0.0)[:4] == wanted if wanted else 5 not in drafter.draft(8, 0.0)
 
 
+def test_answers_with_another_salt_are_none():
+    made = engine(8)
+    made.add("a", AGAIN, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, cache_salt="mine"))
+    run_all(made)
+    clients = made._drafts._clients
+    clients.work(float("inf"))
+    assert [len(clients.memory(("anybody", salt))) for salt in ("mine", "yours", None)] == [1 + 9, 0, 0]
+
+
 def test_a_match_never_crosses_from_one_answer_into_another():
     memory = Memory()
     for token in (BOUNDARY, 1, 2, 3, BOUNDARY, 7, 8):

@@ -23,6 +23,8 @@ Role = Literal["both", "prefill", "decode"]
 
 def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
     """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
+    if not roles:
+        raise ValueError("role names no engine; give both, or a list")
     if all(role == "prefill" for role in roles):
         raise ValueError("role prefill needs another engine that answers; add decode or both to the list")
     if "prefill" in roles and not tier_bytes:
@@ -40,7 +42,6 @@ class EngineConfig(Frozen):
     requests_per_replica: int = Field(default=48, ge=1, description="running requests at which another engine starts")
     role: tuple[Role, ...] = Field(
         default=("both",),
-        min_length=1,
         description="what an engine is sent: both, long prompts (prefill), or answers (decode); one for all, or a list in the "
         "order of their start, whose last is that of the rest",
     )

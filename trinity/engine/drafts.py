@@ -6,14 +6,14 @@ automaton, which knows the longest match at every token, spared as many passes, 
 times the memory.)
 A guess costs nothing to check where the token is computed anyway: how often the present match would have been right is counted
 at every token, drafted or not, by the length of the match; so nothing is spent to find out that drafts do not pay.
-Earlier answers are those of the same client alone, or the time that an answer takes would tell what others were answered.
+Earlier answers are those of the same client and salt alone, or the time that an answer takes would tell what others were told.
 Host code, without torch.
 """
 
 import time
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 BITS = 32  # of a token
 BOUNDARY = (1 << BITS) - 1  # no token: ends a draft, such as between two texts
@@ -151,15 +151,15 @@ class Clients:
     """Answers of late, by client. Whose were asked for last are kept."""
 
     def __init__(self) -> None:
-        self._memories: OrderedDict[str, Memory] = OrderedDict()
+        self._memories: OrderedDict[Hashable, Memory] = OrderedDict()
         self._untold: deque[tuple[Memory, int]] = deque()
 
-    def memory(self, name: str) -> Memory:
+    def memory(self, name: Hashable) -> Memory:
         found = self._memories.setdefault(name, Memory())
         self._memories.move_to_end(name)
         return found
 
-    def remember(self, name: str, answer_ids: Iterable[int]) -> None:
+    def remember(self, name: Hashable, answer_ids: Iterable[int]) -> None:
         """Note an answer, a little at a time (`work`)."""
         memory = self.memory(name)
         self._untold.extend((memory, token) for token in (BOUNDARY, *answer_ids))

@@ -76,4 +76,4 @@ def rounded(x_NGd: Tensor) -> tuple[Tensor, Tensor]:
     is not."""
     x = x_NGd.float()
     scale_NG = (x.abs().amax(-1) / HIGHEST).clamp(min=SMALLEST)
-    return (x / scale_NG[..., None]).round_().nan_to_num_(0.0).to(torch.int8), scale_NG
+    return (x / scale_NG[..., None]).round_().to(torch.int8), scale_NG

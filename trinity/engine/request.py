@@ -317,7 +317,7 @@ class Sequence:
 
     @property
     def experts_TLK(self) -> np.ndarray | None:
-        return np.stack(self.experts[: len(self.token_ids) - 1]) if self.experts else None
+        return np.stack(self.experts)[: len(self.token_ids) - 1] if self.experts else None
 
     @property
     def is_waiting_for_another(self) -> bool:

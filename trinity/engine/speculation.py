@@ -75,7 +75,7 @@ class Speculation:
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         if (found := self._drafters.get(sequence.request_id)) is None:
-            memory, first = self._clients.memory(sequence.client.name), max(0, sequence.num_prompt - MAX_PROMPT)
+            memory, first = self._clients.memory(_whose(sequence)), max(0, sequence.num_prompt - MAX_PROMPT)
             found = self._drafters[sequence.request_id] = Drafter(memory, Trust(self._trust), first)
         return found
 
@@ -100,7 +100,7 @@ class Speculation:
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended: others may go on as it did."""
         if self._drafters.pop(sequence.request_id, None) is not None:
-            self._clients.remember(sequence.client.name, sequence.generated_ids)
+            self._clients.remember(_whose(sequence), sequence.generated_ids)
 
     def took(self, chunks: Ids[Chunk], seconds: float) -> None:
         """Note the time of a step, up to what its requests were told."""
@@ -112,3 +112,8 @@ class Speculation:
         self.num_drafted += len(chunk.draft)
         self.num_accepted += num_accepted
         del chunk.sequence.experts[chunk.start + chunk.num_own + num_accepted :]
+
+
+def _whose(sequence: Sequence) -> tuple[str, str | None]:
+    """Name of those who see each other's answers by the time that theirs take: as in the prefix cache."""
+    return sequence.client.name, sequence.params.cache_salt
