@@ -6,8 +6,11 @@ weights; what contradicts itself is refused here in any case. Training's memory 
 """
 
 from trinity.config import Config
+from trinity.engine.kv_layout import BlockSizes
+from trinity.engine.kv_segment import check_room, num_slots
 from trinity.engine.memory import UNBOUNDED, Memory, memory_of, plan_memory
 from trinity.models.registry import weight_bytes
+from trinity.utils.disk import shared_memory
 from trinity.utils.terminal import say
 
 PROCESS_BYTES = 320 << 20  # of a process with torch and Ray in it, beside its weights
@@ -24,6 +27,7 @@ def num_sharing(config: Config) -> int:
 
 def fitted(config: Config) -> Config:
     """The settings, with the memory of engines chosen where it is this machine's. Raises ConfigError for what cannot fit."""
+    _check_tier(config)
     is_here = config.cluster.address == "local" and not config.engine.num_gpus
     memory = _memory_here(config) if is_here else UNBOUNDED
     plan = plan_memory(config.model, config.engine, config.model.itemsize, memory)
@@ -31,6 +35,17 @@ def fitted(config: Config) -> Config:
         return config
     say(plan.line)
     return config.model_copy(update={"engine": plan.fixed(config.engine)})
+
+
+def _check_tier(config: Config) -> None:
+    """Refuse a tier without a block of each kind, or one that this machine, if it is to be here, has no room for."""
+    if not (num_bytes := config.engine.tier_bytes):
+        return
+    sizes = BlockSizes.of(config.model, config.engine, config.model.itemsize)
+    num_slots(tuple(sizes.block_bytes.values()), num_bytes)
+    folder = shared_memory(config.placement.memory_dir)
+    if config.cluster.address == "local" and folder.is_dir():
+        check_room(folder, num_bytes)
 
 
 def _memory_here(config: Config) -> Memory:

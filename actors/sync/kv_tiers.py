@@ -15,13 +15,14 @@ from trinity.engine.engine import Engine
 from trinity.engine.handoff import Handoff
 from trinity.engine.kv_exchange import MOST_ASKED_BYTES
 from trinity.engine.kv_tier import TierPlace
+from trinity.utils.disk import shared_memory
 
 
 def tier_of(config: Config, line: Callable[[int], str | None]) -> TierPlace | None:
     """The tier of this node's engines, if they have one; what gone servers have left is removed in any case. `line`: as in
     TierPlace. Raises ConfigError where something else is in its place."""
     if not (num_bytes := config.engine.tier_bytes):
-        shm_folders.sweep(shm_folders.base(config.placement.memory_dir))
+        shm_folders.sweep(shared_memory(config.placement.memory_dir))
         return None
     return TierPlace(shm_folders.cache_folder(config.placement, config.cluster.namespace), num_bytes, line)
 

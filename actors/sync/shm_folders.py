@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 import ray
@@ -20,15 +19,11 @@ import ray
 from actors.names import on_node
 from trinity.config import PlacementConfig, ray_node_pid
 from trinity.errors import ConfigError
+from trinity.utils.disk import shared_memory
 
 log = logging.getLogger(__name__)
-SHM = Path("/dev", "shm")
 PREFIX, CACHE_PREFIX = "trinity-memory", "trinity-kv"
 REMOVE_S = 10.0
-
-
-def base(memory_dir: str | None) -> Path:
-    return Path(memory_dir) if memory_dir else SHM if SHM.is_dir() else Path(tempfile.gettempdir())
 
 
 def folder(settings: PlacementConfig, namespace: str, what: str) -> Path | None:
@@ -43,7 +38,7 @@ def cache_folder(settings: PlacementConfig, namespace: str) -> Path:
 
 
 def _made(settings: PlacementConfig, namespace: str, prefix: str) -> Path:
-    root = base(settings.memory_dir)
+    root = shared_memory(settings.memory_dir)
     root.mkdir(parents=True, exist_ok=True)
     sweep(root)
     found = root / _name(ray_node_pid(), settings.pool, namespace, prefix)
@@ -66,7 +61,9 @@ def sweep(root: Path) -> None:
 def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
     """Remove it on all nodes that are alive: the pool's processes have ended for good."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and not any(base(memory_dir).glob(f"trinity-*-{os.getuid()}-*-{_tag(namespace)}-{pool}")):
+    if len(nodes) == 1 and not any(
+        shared_memory(memory_dir).glob(f"trinity-*-{os.getuid()}-*-{_tag(namespace)}-{pool}")
+    ):
         return
     refs = [on_node(_remove, node).remote(pool, namespace, memory_dir) for node in nodes]
     ray.wait(refs, num_returns=len(refs), timeout=REMOVE_S) if refs else None
@@ -75,7 +72,7 @@ def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
 @ray.remote(num_cpus=0, max_retries=0)
 def _remove(pool: str, namespace: str, memory_dir: str | None) -> None:
     for prefix in (PREFIX, CACHE_PREFIX):
-        shutil.rmtree(base(memory_dir) / _name(ray_node_pid(), pool, namespace, prefix), ignore_errors=True)
+        shutil.rmtree(shared_memory(memory_dir) / _name(ray_node_pid(), pool, namespace, prefix), ignore_errors=True)
 
 
 def _name(raylet: int, pool: str, namespace: str, prefix: str) -> str:

@@ -22,6 +22,7 @@ from trinity.bench import models
 from trinity.bench.report import Curve, Report, Table, alternated
 from trinity.bench.train import Ours, config_of, random_text
 from trinity.errors import TrinityError
+from trinity.utils.disk import shared_memory
 from trinity.utils.hugepages import keep_freed_memory
 from trinity.utils.terminal import say
 
@@ -58,14 +59,12 @@ def measure(arguments: argparse.Namespace) -> Report:
     report = Report("durable")
     data = random_text(config, WARM_UP + given.rounds + 3 * given.kills)
     with models.ray_joined(wanted=True), ExitStack() as stack:
-        from actors.sync import shm_folders
-
         pools = {
             arm: stack.enter_context(models.shard_actors(config.model, 1, optim=config.optim, durable=arm == DURABLE))
             for arm in (DURABLE, OWN)
         }
         folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="trinity-bench-", dir=shm_folders.base(None)))
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="trinity-bench-", dir=shared_memory(None)))
         )
         runs = {arm: Timed(config, pool, data, folder if arm == DURABLE else None) for arm, pool in pools.items()}
         say(f"steps of {given.micro_batch * given.seq_len:,} tokens in turns")

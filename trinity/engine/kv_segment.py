@@ -187,13 +187,7 @@ class KVSegment:
     def __init__(self, folder: Path, block_bytes: Sequence[int], num_bytes: int):
         """Open it, or make it where there is none: as many blocks of each kind as go into `num_bytes`. Raises ConfigError where
         these are too few, where memory is short, or where something else is in its place."""
-        each = sum(size + SLOT_BYTES for size in block_bytes)
-        num = (num_bytes - (1 + len(block_bytes)) * PAGESIZE) // each
-        if num < 1:
-            raise ConfigError(
-                f"engine.kv_tier_bytes {num_bytes} holds no block of each kind of layer; raise it to at least "
-                f"{each + (1 + len(block_bytes)) * PAGESIZE}"
-            )
+        num = num_slots(block_bytes, num_bytes)
         shape = f"{FORMAT.decode()} {num} {tuple(block_bytes)} {PAGESIZE}"
         self.name = sha256(shape.encode()).hexdigest()[:16]  # another shape is another file
         self._path, columns = folder / f"kv-{self.name}", _whole_pages(SLOT_BYTES * num)
@@ -270,7 +264,7 @@ class KVSegment:
         with self._making():
             if self._is_whole():
                 return
-            self._check_room()
+            check_room(self._path.parent, self._num_bytes)
             os.ftruncate(self._fd, self._num_bytes)
             os.posix_fallocate(self._fd, 0, self._head_bytes)
             np.frombuffer(mmap(self._fd, self._head_bytes), np.uint8)[:] = 0
@@ -287,14 +281,26 @@ class KVSegment:
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _check_room(self) -> None:
-        about = os.fstatvfs(self._fd)
-        free = about.f_bavail * about.f_frsize
-        if free < self._num_bytes:
-            raise ConfigError(
-                f"engine.kv_tier_bytes takes {self._num_bytes} bytes of {self._path.parent}, where {free} are free; lower it, "
-                "or give the machine more shared memory (a container: --shm-size)"
-            )
+
+def num_slots(block_bytes: Sequence[int], num_bytes: int) -> int:
+    """Blocks of each kind that go into a segment of `num_bytes`. Raises ConfigError where it is none."""
+    each, heads = sum(size + SLOT_BYTES for size in block_bytes), (1 + len(block_bytes)) * PAGESIZE
+    if num_bytes < each + heads:
+        raise ConfigError(
+            f"engine.kv_tier_bytes {num_bytes} holds no block of each kind of layer; raise it to at least {each + heads}"
+        )
+    return (num_bytes - heads) // each
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise ConfigError where a segment would take more than is free."""
+    about = os.statvfs(folder)
+    free = about.f_bavail * about.f_frsize
+    if free < num_bytes:
+        raise ConfigError(
+            f"engine.kv_tier_bytes takes {num_bytes} bytes of {folder}, where {free} are free; lower it, or give the machine "
+            "more shared memory (a container: --shm-size)"
+        )
 
 
 def _whole_pages(num_bytes: int) -> int:
