@@ -78,19 +78,21 @@ class GatewayReplica:
         operator = functools.partial(find_operator, placement_json, self.namespace) if placement_json else None
         pins = Pins(placement(placement_json, self.namespace).tell) if placement_json and config.is_of_run else None
         self.gateway = Gateway(Frontend(client, tokenizer, info, config, operator, self.settings["SOURCE"], pins))
-        num_places = config.gateways if isinstance(config.gateways, int) else num_nodes({}, self.node)
+        fixed = config.gateways if isinstance(config.gateways, int) else None
+        num_places = fixed or num_nodes({}, self.node)
         await self.gateway.start(num_places)
+        self.gateway.front.admission.num_gateways = fixed or num_nodes(config.gateway_resources)  # until it has asked
         self.counting = asyncio.create_task(self._count()) if config.gateways != 1 else None
 
     async def _count(self) -> None:
         """Have the gateways that are there share the limits, for ever."""
         while True:
+            await asyncio.sleep(COUNT_S)
             num = await asyncio.to_thread(
                 tried, functools.partial(num_replicas, APP, GATEWAY), RayError, RayServeException
             )
             if isinstance(num, int):  # a controller that is away for a moment has taken none away
                 self.gateway.front.admission.num_gateways = max(1, num)
-            await asyncio.sleep(COUNT_S)
 
     async def about(self) -> About:
         front = self.gateway.front

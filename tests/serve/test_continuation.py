@@ -60,13 +60,24 @@ def _no_pauses(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    return random_llm(checkpoint(tmp_path_factory.mktemp("run"), fake_tokenizer()))
+def folder(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("run"), fake_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    """Without drafts an event is a token, whoever goes on with it."""
+    return random_llm(folder, max_draft_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def drafting(folder):
+    return random_llm(folder, max_draft_tokens=4)
 
 
 @pytest.fixture
-async def server(start, llm):
-    made = AsyncEngine(llm.engine)
+async def server(start, llm, request):
+    made = AsyncEngine(request.getfixturevalue(getattr(request, "param", "llm")).engine)
     async with start(MortalEngine(made), request_timeout_s=WAIT_S, routed_experts=True) as found:
         yield found
     made.close()
@@ -115,6 +126,18 @@ async def test_over_http(server, http, name):
     assert any(begun and begun.token_ids for begun in server.engine.begun), "nothing was lost on the way"
     stats = server.engine.stats()
     assert (stats.num_free_blocks, stats.num_running) == (stats.num_total_blocks, 0)
+
+
+@pytest.mark.parametrize("server", ["drafting"], indirect=True)
+@pytest.mark.parametrize("name", ["greedy", "several, sampled", "rules", "a schema", "calls"])
+async def test_with_drafts(server, http, name):
+    """Events have as many tokens as came true; the whole answer is the same."""
+    for _ in range(2):
+        undisturbed = await asked(http, name, False)
+    server.engine.script, server.engine.begun = losses(len(name)), []
+    assert await asked(http, name, False) == undisturbed
+    assert any(begun and begun.token_ids for begun in server.engine.begun), "nothing was lost on the way"
+    assert server.engine.stats().num_drafted
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])

@@ -153,10 +153,8 @@ class Engine:
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
         progress = self.grammars.progress(bound, prompt_ids) if bound else None
-        sequence = Sequence(
-            request_id, tuple(prompt_ids), params, text, client, rules, progress=progress, until_s=until_s
-        )
-        sequence.adapter = adapter
+        about: dict[str, Any] = {"progress": progress, "until_s": until_s, "adapter": adapter}
+        sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, **about)
         if begun is not None and begun.token_ids:
             self._resume(sequence, begun)
         else:
@@ -170,9 +168,8 @@ class Engine:
 
     def _take_over(self, sequence: Sequence, handed: Handed) -> None:
         sequence.held_s, sequence.num_cached = handed.held_s, handed.num_cached
-        if (
-            handed.version is not None and sequence.params.version_policy == "pinned"
-        ):  # without a token another one will do
+        if handed.version is not None and sequence.params.version_policy == "pinned":
+            # It has no token yet: any other version will do.
             tried(partial(self._versions.pin_to, sequence, handed.version), Overloaded)
 
     def _resume(self, sequence: Sequence, begun: Begun) -> None:
