@@ -46,14 +46,12 @@ def model_of(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> Af
 
 
 def served(model: Afmoe, prompt: list[int], **settings):
-    """-> the answer of an LLM of this model, greedy, and the bytes of a sequence of that length."""
+    """-> an LLM of this model, with room for the prompt and its greedy answer, and the answer."""
     weights, length = FixedWeights(model, 0), len(prompt) + NUM_NEW
     wanted = EngineConfig(max_model_len=length, max_num_seqs=1, max_num_kept=0, num_threads=2, **settings)
     llm = LLM.over(Engine(weights, model.config, wanted, tokenizer()), weights)
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, logprobs=0)
-    return llm.generate([prompt], params)[0], BlockSizes.of(model.config, wanted, model.config.itemsize).bytes_per_seq(
-        length
-    )
+    return llm, llm.generate([prompt], params)[0]
 
 
 def ids_of(num: int) -> list[int]:
@@ -64,7 +62,7 @@ def ids_of(num: int) -> list[int]:
 def test_16k_tokens_served_are_16k_tokens_trained():
     """Chunk by chunk over a paged cache, and as one sequence: the same log-probabilities, bit for bit."""
     model, prompt = model_of(2, 1, 16, "float32"), ids_of(16 << 10)
-    answer, _ = served(model, prompt)
+    _, answer = served(model, prompt)
     with torch.no_grad():
         whole = token_logprobs(model, torch.tensor([[*prompt, *answer.token_ids]]))[0, len(prompt) - 1 :]
     assert [each.logprob for each in answer.logprobs] == whole.tolist()
@@ -85,8 +83,9 @@ def test_128k_tokens(dtype):
     model, prompt = model_of(4, heads, dim, "bfloat16"), ids_of(tokens)
     served(model, prompt[:4096])  # what is compiled and allocated once
     before, wall_s, cpu_s = resident(), time.perf_counter(), time.process_time()
-    answer, num_bytes = served(model, prompt, kv_cache_dtype=dtype)
+    llm, answer = served(model, prompt, kv_cache_dtype=dtype)
     wall_s, cpu_s, grown = time.perf_counter() - wall_s, time.process_time() - cpu_s, resident() - before
+    num_bytes = BlockSizes.of(model.config, llm.engine.settings, 2).bytes_per_seq(tokens)
     derived = (tokens + 3 * WINDOW) * 2 * heads * (2 * dim if dtype == "auto" else dim + 4)
     print(
         f"\n{dtype}: {tokens} tokens in {cpu_s:.0f} s of a core ({wall_s:.0f} s), {tokens / cpu_s:,.0f} tokens/s of a core"
