@@ -318,6 +318,7 @@ class Held:
 async def test_a_listener_that_stops_closes_who_asks_nothing_and_lets_an_answer_end():
     held = Held()
     listener = HttpServer(held, ServeConfig(http_port=0))
+    listener.bind(0)
     await listener.start()
     url = f"http://127.0.0.1:{listener.port}"
     with connected(url) as idle, connected(url) as asking:
@@ -336,6 +337,7 @@ async def test_a_listener_that_stops_closes_who_asks_nothing_and_lets_an_answer_
 async def test_a_listener_that_stops_does_not_wait_for_ever():
     held = Held()
     listener = HttpServer(held, ServeConfig(http_port=0))
+    listener.bind(0)
     await listener.start()
     with connected(f"http://127.0.0.1:{listener.port}") as asking:
         asked = asyncio.create_task(answered(asking))

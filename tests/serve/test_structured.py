@@ -136,8 +136,9 @@ async def test_what_is_refused(http, body, param, why, stream):
 
 
 async def test_the_neutral_format_is_no_constraint(http):
+    body = {"prompt": "a", "max_tokens": 3, "ignore_eos": True}
     for form in (None, {"type": "text"}):
-        answer = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3, "response_format": form})
+        answer = await http.post("/v1/completions", json={**body, "response_format": form})
         assert answer.json()["usage"]["completion_tokens"] == 3
 
 

@@ -157,7 +157,7 @@ def test_descriptors_with_other_frames_are_not_kept(served):
     connection.wire.send(b"", tensors, time.monotonic() + 60)
     connection._expected.add(1)
     assert connection.take(1, time.monotonic() + 60).shape == (5, DIM)
-    assert num_descriptors() == before
+    assert num_descriptors() <= before  # of others some may be closed meanwhile
 
 
 # -- killed peers

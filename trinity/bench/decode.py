@@ -194,6 +194,7 @@ class Bench:
             max_num_batched_tokens=max(given.concurrency * given.prompt_len, most * CURVE_PROMPT),
             max_model_len=max(given.prompt_len + given.new_tokens, CURVE_PROMPT + CURVE_TOKENS),
             kv_cache_bytes=1 << 30,
+            max_draft_tokens=0,  # random weights repeat themselves: speculation.py
         )
 
     @contextmanager

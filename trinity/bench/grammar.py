@@ -92,6 +92,7 @@ def _engine(whole: ModelConfig, given: dict[str, Any], threads: int) -> tuple["E
         max_model_len=length,
         kv_cache_bytes=1 << 30,
         max_num_batched_tokens=8 * most,
+        max_draft_tokens=0,  # a token in each step
     )
     return Engine(FixedWeights(model, 0), config, settings, _wide(config.vocab_size)), model
 

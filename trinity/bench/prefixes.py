@@ -150,6 +150,7 @@ def small_engine(model: Any, longest: int, max_num_seqs: int, max_num_kept: int,
         max_num_kept=max_num_kept,
         max_model_len=min(longest, model.config.max_position_embeddings),
         kv_cache_bytes=1 << 30,
+        max_draft_tokens=0,  # random weights repeat themselves
         **settings,
     )
     tokenizer = Tokenizer.train(iter(["def f(x): return x + 1\n" * 50]), 320)
