@@ -17,6 +17,7 @@ from trinity.config import ServeConfig
 from trinity.errors import ConfigError
 
 HANDSHAKE_MS = 5_000  # until a connection's first settings
+PENDING = 1000  # gRPC's own bound: of more calls than that, not yet begun, it ends some, CANCELLED
 IDLE_MS = 300_000  # without a call
 AGE_MS, SPARE_MS = 600_000, 5_000  # then the client is told to make another; its calls have their time to end
 
@@ -30,6 +31,9 @@ class GrpcServer:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", config.max_body_bytes),
             ("grpc.max_concurrent_streams", config.max_concurrent_requests),
+            ("grpc.server.max_pending_requests", pending := max(PENDING, 2 * config.max_concurrent_requests)),
+            ("grpc.server.max_pending_requests_hard_limit", 3 * pending),
+            ("grpc.server_max_unrequested_time_in_server", int(config.request_timeout_s) + 1),  # its own: 30 s
             ("grpc.max_allowed_incoming_connections", config.max_connections),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),

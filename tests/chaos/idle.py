@@ -32,7 +32,7 @@ from trinity.errors import TrinityError
 
 MOST_KB, PER_CONNECTION = 50.0, 100  # gRPC streams of a connection
 BODY = {"prompt": "a text that waits", "max_tokens": 100, "stream": True, "ignore_eos": True, "priority": 5}
-GONE_S = 60.0
+GONE_S = 75.0
 SHARE = 0.97  # of the streams: some are through before the last are there
 
 
@@ -99,8 +99,14 @@ async def _http_streams(target: Target, num: int, ready, over) -> None:
     opened = await asyncio.gather(*(one() for _ in range(num)))
     ready.put(len(opened))
     await asyncio.to_thread(over.wait)
+    ready.put(Counter(head for reader, _ in opened if (head := _begins(reader)) not in ("", "HTTP/1.1 200")))
     for _, writer in opened:
         writer.transport.abort()
+
+
+def _begins(reader: asyncio.StreamReader) -> str:
+    """What has been answered, without reading on: its status."""
+    return bytes(reader._buffer[:12]).decode(errors="replace")
 
 
 def grpc_streams(target: Target, num: int, ready, over) -> None:
@@ -121,6 +127,7 @@ def grpc_streams(target: Target, num: int, ready, over) -> None:
             calls.append(stub.Generate(request, timeout=3600))
     ready.put(len(calls))
     over.wait()
+    ready.put(Counter(f"{call.code()} {call.details()}" for call in calls if call.done()))
     for call in calls:
         call.cancel()
     for channel in channels:
@@ -146,21 +153,26 @@ def measured(process, target: Target, num: int, of_grpc: float) -> tuple[Held, H
 
 @contextmanager
 def streams(target: Target, num: int, of_grpc: float) -> Iterator[None]:
-    """So many are open inside the block, in processes of their own."""
+    """So many are open inside the block, in processes of their own. Raises TrinityError after it where some did not stay so."""
     spawn = multiprocessing.get_context("spawn")
     ready, over, num_grpc = spawn.Queue(), spawn.Event(), int(num * of_grpc)
     kinds = [(http_streams, num - num_grpc), (grpc_streams, num_grpc)]
     clients = [spawn.Process(target=kind, args=(target, part, ready, over)) for kind, part in kinds if part]
     for client in clients:
         client.start()
+    ended = Counter[str]()
     try:
         for _ in clients:
             ready.get(timeout=600)
         yield
     finally:
         over.set()
+        for _ in clients:
+            ended.update(ready.get(timeout=600))
         for client in clients:
             client.join()
+        if ended:
+            raise TrinityError(f"of {num} streams some ended by themselves: {dict(ended)}")
 
 
 def _ask(http: httpx.Client) -> None:

@@ -52,8 +52,11 @@ def served(ray_session, tmp_path_factory):
         "model": open_checkpoint(path).config.model_dump(),
         "placement": {"pool": f"f22-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
         "serve": {"http_port": 0, "grpc_port": 0},
-        "engine": {"replicas": 3, "max_model_len": 512, "kv_cache_bytes": 16 << 20, "max_num_seqs": 128},
-    }
+        "engine": {
+            "replicas": 3, "max_model_len": 512, "kv_cache_bytes": 16 << 20, "max_num_seqs": 128,
+            "max_draft_tokens": 0,  # an event is a token, whoever goes on with it
+        },
+    }  # fmt: skip
     config = Config.from_tree(tree)
     provide_pool(config, str(path))
     server = app.start(config, str(path))
@@ -72,13 +75,14 @@ def body_of(number):
 
 
 def told(event):
-    """What a stream says, but for names and rounding: log-probabilities are of batches of other sizes."""
+    """What a stream says, but for names, rounding (log-probabilities are of batches of other sizes) and what was cached."""
     tree = json.loads(event, parse_float=lambda text: round(float(text), 3))
     assert "error" not in tree, tree
     for choice in tree["choices"]:
         for call in choice.get("delta", {}).get("tool_calls", ()):
             call.pop("id", None)
-    return tree["choices"], tree.get("usage")
+    usage = tree.get("usage")
+    return tree["choices"], usage and {**usage, "prompt_tokens_details": None}
 
 
 async def events_of(answer):
