@@ -88,10 +88,8 @@ class Gateway:
         await self.grpc.set_ready(False)
         await asyncio.sleep(self.front.config.drain_delay_s)
         self.front.admission.draining = True
-        drain_timeout_s = self.front.config.drain_timeout_s
-        leaving = asyncio.create_task(
-            self.grpc.stop(drain_timeout_s + CUT_GRACE_S)
-        )  # its clients are told to connect anew
+        grace_s = self.front.config.drain_timeout_s + CUT_GRACE_S
+        leaving = asyncio.create_task(self.grpc.stop(grace_s))  # its clients are told to connect anew
         if not await self.front.drain():
             log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)
             self.front.cut()

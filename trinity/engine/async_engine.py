@@ -142,7 +142,11 @@ class AsyncEngine:
         while loop.time() < until_s:
             saved = loop.create_future()
             self._post(partial(self._save, saved, *blocks))
-            if (num := await saved) is not None:
+            while not saved.done():  # a pass may be long; a thread that has ended does nothing more
+                await asyncio.wait((saved,), timeout=IDLE_S)
+                if not self._thread.is_alive():
+                    raise EngineLost("the engine has stopped; send the request again")
+            if (num := saved.result()) is not None:
                 return num
             await asyncio.sleep(AGAIN_S)
         return 0

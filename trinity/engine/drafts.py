@@ -104,11 +104,8 @@ class Drafter:
 
     def __init__(self, memory: Memory, trust: Trust, first: int = 0):
         self._memory, self._trust, self._first, self._own = memory, trust, first, Text()
-        self._text, self._at, self._length = (
-            self._own,
-            0,
-            0,
-        )  # what is followed, and how long it has been right; 0: nothing
+        self._text, self._at = self._own, 0  # what is followed
+        self._length = 0  # how long it has been right; 0: nothing is followed
 
     @property
     def follows(self) -> bool:

@@ -33,9 +33,7 @@ class Versions:
         self._source, self._max_pinned, self._max_age = source, max_pinned, max_age
         self._pinned: Counter[int] = Counter()  # version -> requests that hold it
         self._behind: list[tuple[Sequence, int]] = []  # thrown back by the last switch, and the tokens they had then
-        self._handed_over = deque[
-            tuple[float, int]
-        ]()  # until when a version is held for whoever goes on at another engine
+        self._handed_over = deque[tuple[float, int]]()  # until when a version is held for who goes on at another engine
         self._damaged: set[int] = set()
         self._withdrawn: set[int] = (
             set()
