@@ -61,20 +61,8 @@ class RoutedClient:
         self._fleet, self._settings = fleet, settings
         self._routing, self._roles = Routing(), Roles(0, settings.role)
 
-    async def generate(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        deadline_s: float,
-        client: Client,
-        adapter: AdapterRef | None = None,
-        *,
-        begun: Begun | None = None,
-    ) -> AsyncGenerator[Delta, None]:
-        """Deltas of the engine where it costs least."""
-        asked = request_id, prompt_ids, params, deadline_s, client, adapter
-        more: dict[str, Any] = {} if begun is None else {"begun": begun}
+    async def generate(self, *asked: Any, **more: Any) -> AsyncGenerator[Delta, None]:
+        """Deltas of the engine where it costs least. Arguments are those that Engines says (serving/continuation.py)."""
         is_alone = len(self._routing.seats) < 2
         stream = self._fleet.generate(None, *asked, **more) if is_alone else self._routed(Request(*asked), more)
         async with aclosing(stream) as deltas:
@@ -203,7 +191,7 @@ class Request(NamedTuple):
     params: SamplingParams
     deadline_s: float
     client: Client
-    adapter: AdapterRef | None
+    adapter: AdapterRef | None = None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from trinity.engine.handoff import Handoff, KVPlace, Prefilled
 from trinity.engine.kv_exchange import MOST_ASKED_BYTES, Asked, Wanted
 from trinity.engine.kv_tier import TierPlace
 from trinity.engine.request import SamplingParams
-from trinity.errors import InvalidRequest, Unavailable
+from trinity.errors import EngineLost, InvalidRequest, Unavailable
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PINNED = GREEDY.model_copy(update={"version_policy": "pinned"})
@@ -184,6 +184,14 @@ def test_a_pinned_request_goes_on_at_the_prompts_version(tmp_path):
         source.commit()
         assert one.ask(prefilled, own=PINNED)[1:] == (COMPUTED_REST, 1)
         assert one.ask(own=PINNED, prompt=(1, *PROMPT))[2] == 2
+
+
+def test_who_waits_for_an_engine_that_ends_hears_of_it(tmp_path, monkeypatch):
+    """It waited for ever: what the engine's thread was to do next was never done."""
+    with nodes(Node(tmp_path)) as (one,):
+        monkeypatch.setattr(one.engine.prefixes.tier, "save", lambda *blocks: 1 // 0)
+        with pytest.raises(EngineLost, match="has stopped"):
+            one.prefill()
 
 
 def test_without_a_tier_no_prompt_is_handed_over():
