@@ -73,6 +73,13 @@ class Turn(NamedTuple):
     hit_rate: float
     ideal: float
     answers: dict[str, list[int]]
+    share: float = 1.0  # of requests, that the busier of several engines had
+
+
+def noted(report: Report, load: str, found: dict[str, list[Turn]]) -> None:
+    """Keep all turns at a load, but for their answers."""
+    plain = {arm: [turn._replace(answers={})._asdict() for turn in turns] for arm, turns in found.items()}
+    report.results.append({"load": load, **plain})
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -85,8 +92,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         found = _alternated(load, given)
         rows += [_row(load, arm, turns) for arm, turns in found.items()]
         _compare(report, load, found)
-        plain = {arm: [turn._replace(answers={})._asdict() for turn in turns] for arm, turns in found.items()}
-        report.results.append({"load": load, **plain})
+        noted(report, load, found)
     columns = ("load", "arm", "TTFT p50 ms", "p99 ms", "tokens/s", "CPU s", "tokens computed", "hits %", "ideal %")
     size = f"Prompts of about {given['input_len']} tokens, {given['concurrency']} at once"
     title = f"{size}, preset {given['preset']}, on {num_cpus()} cores"

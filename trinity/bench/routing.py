@@ -19,9 +19,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from trinity.bench.prefixes import Talk, ideal, small_engine, small_model
+from trinity.bench.prefixes import Talk, Turn, ideal, noted, small_engine, small_model
 from trinity.bench.report import Report, Table, alternated, percentile, ratio
 from trinity.config import EngineConfig, num_cpus
 from trinity.errors import TrinityError
@@ -58,20 +58,6 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Turn(NamedTuple):
-    """Measurements of one arm at one load."""
-
-    cpu_s: float
-    seconds: float
-    ttft_s: list[float]
-    num_tokens: int
-    num_computed: int
-    hit_rate: float
-    ideal: float
-    share: float  # of requests, that the busier engine had
-    answers: dict[str, list[int]]
-
-
 def measure(arguments: argparse.Namespace) -> Report:
     given = dict(QUICK if arguments.quick else USUAL)
     given |= {name: value for name, value in vars(arguments).items() if name in given and value is not None}
@@ -82,8 +68,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         found = alternated_arms(load, models, given)
         rows += [_row(load, arm, turns) for arm, turns in found.items()]
         _compare(report, load, found)
-        plain = {arm: [turn._replace(answers={})._asdict() for turn in turns] for arm, turns in found.items()}
-        report.results.append({"load": load, **plain})
+        noted(report, load, found)
     columns = ("load", "arm", "TTFT p50 ms", "p99 ms", "tokens/s", "CPU s", "computed", "hits %", "ideal %", "busier %")
     size = f"{given['sessions']} sessions, {given['rate']:g} a second, prompts of about {given['input_len']} tokens"
     title = f"{NUM_ENGINES} engines, {size}, preset {given['preset']}, on {num_cpus()} cores"
@@ -211,7 +196,7 @@ async def _measured(
     share = max(engines.num_sent.values()) / engines.num_sent.total()
     best = ideal(asked.prompts, asked.answers)
     times = (cpu_s, seconds, asked.ttft_s)
-    return Turn(*times, num_tokens, num_computed, hits / max(1, queries), best, share, asked.answers)
+    return Turn(*times, num_tokens, num_computed, hits / max(1, queries), best, asked.answers, share)
 
 
 async def _watch(client: Any) -> None:
