@@ -89,6 +89,7 @@ class Gateway:
         await asyncio.sleep(self.front.config.drain_delay_s)
         self.front.admission.draining = True
         grace_s = self.front.config.drain_timeout_s + CUT_GRACE_S
+        await self.grpc.quiet()
         leaving = asyncio.create_task(self.grpc.stop(grace_s))  # its clients are told to connect anew
         if not await self.front.drain():
             log.warning("%d requests are cut: drain_timeout_s is over", self.front.admission.active)

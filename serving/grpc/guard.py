@@ -36,6 +36,7 @@ class Calls:
 
     def __init__(self, most: Callable[[Client], int]):
         self._most, self._num = most, Counter[str]()
+        self.last_s = 0.0  # when the newest one began, by time.monotonic
 
     def enter(self, access: Access, client: Client) -> None:
         """Count the present task, which is a call, until its end. Raises Overloaded where there are too many. A client may
@@ -46,6 +47,7 @@ class Calls:
         task = asyncio.current_task()
         assert task is not None, "grpc.aio makes a task for each call"
         self._num[whose] += 1
+        self.last_s = time.monotonic()
         task.add_done_callback(lambda _: self._num.subtract((whose,)))
 
 

@@ -1,5 +1,7 @@
 """The gRPC server: services, limits, keys, TLS and draining."""
 
+import asyncio
+import time
 from pathlib import Path
 
 import grpc
@@ -20,6 +22,7 @@ HANDSHAKE_MS = 5_000  # until a connection's first settings
 PENDING = 1000  # gRPC's own bound: of more calls than that, not yet begun, it ends some, CANCELLED
 IDLE_MS = 300_000  # without a call
 AGE_MS, SPARE_MS = 600_000, 5_000  # then the client is told to make another; its calls have their time to end
+QUIET_S, MOST_QUIET_S = 0.02, 1.0  # without a new call, before its end; and how long that is waited for
 
 
 class GrpcServer:
@@ -40,7 +43,8 @@ class GrpcServer:
             ("grpc.max_connection_age_ms", AGE_MS),
             ("grpc.max_connection_age_grace_ms", int(1000 * config.request_timeout_s) + SPARE_MS),
         ]
-        self.server = grpc.aio.server(interceptors=[Guard(front)], options=options)
+        self.calls = (guard := Guard(front)).calls
+        self.server = grpc.aio.server(interceptors=[guard], options=options)
         self.health = health.aio.HealthServicer()
         self.port = 0
         self._config = config
@@ -68,6 +72,13 @@ class GrpcServer:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE):
             await self.health.set(service, status)
+
+    async def quiet(self) -> None:
+        """Wait, a second at most, until no call has come for a moment: who stops before, ends calls on their way to us as
+        CANCELLED (gRPC's issue 41785), where they would have heard UNAVAILABLE."""
+        end_s = time.monotonic() + MOST_QUIET_S
+        while (left_s := min(self.calls.last_s + QUIET_S, end_s) - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
 
     async def stop(self, grace_s: float) -> None:
         await self.server.stop(grace_s)
