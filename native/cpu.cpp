@@ -12,7 +12,7 @@ Isa asked() {
       !__builtin_cpu_supports("avx512vl"))
     return Isa::avx2;
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
-  return Isa::avx512bf16;
+  return Isa::avx512_bf16;
 #else
   return Isa::generic;
 #endif
@@ -26,7 +26,7 @@ Isa isa() {
 }
 
 const char* isa_name() {
-  static const char* const names[] = {"generic", "avx2", "avx512", "avx512bf16"};
+  static const char* const names[] = {"generic", "avx2", "avx512", "avx512_bf16"};
   return names[static_cast<int>(isa())];
 }
 

@@ -3,7 +3,7 @@
 
 namespace trinity {
 
-enum class Isa { generic, avx2, avx512, avx512bf16 };  // avx2 with fma; avx512 f, bw, dq, vl; the last with bf16 and vnni
+enum class Isa { generic, avx2, avx512, avx512_bf16 };  // avx2 with fma; avx512 f, bw, dq, vl; the last with bf16 and vnni
 
 Isa isa();
 const char* isa_name();

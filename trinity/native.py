@@ -21,7 +21,9 @@ REMEDY = "scripts/build_native.sh builds it anew, TRINITY_NATIVE=0 goes on witho
 
 def digest_of(folder: Path) -> str:
     """Digest of all sources below `folder`, as native/CMakeLists.txt counts it."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".cpp", ".h") or path.name == "CMakeLists.txt"]
+    files = [
+        path for path in folder.rglob("*") if path.suffix in (".cpp", ".h", ".inl") or path.name == "CMakeLists.txt"
+    ]
     lines = [
         f"{path.relative_to(folder).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files
     ]

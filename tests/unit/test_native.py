@@ -30,7 +30,7 @@ def made_of(sources, contract=native.CONTRACT):
 @built
 def test_cmake_and_python_count_the_same_sources():
     assert native.lib.sources == native.digest_of(native.SOURCES)
-    assert native.lib.isa in ("generic", "avx2", "avx512", "avx512bf16")
+    assert native.lib.isa in ("generic", "avx2", "avx512", "avx512_bf16")
     assert native.described()["instructions"] == native.lib.isa
 
 
