@@ -3,6 +3,7 @@
 
 #ifdef __linux__
 #include "caller.h"
+#include "experts.h"
 #include "service.h"
 
 using namespace trinity;
@@ -103,6 +104,10 @@ PyObject* ring_layer(PyObject*, PyObject* args) {
   return capsule(new LayerPtr(std::move(made)));
 }
 
+PyObject* ring_kernel(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(reinterpret_cast<uintptr_t>(experts_f32())); }
+
+PyObject* ring_bytes(PyObject*, PyObject*) { return PyLong_FromLong(static_cast<long>(kRingBytes)); }
+
 // (service, list of layers): these and no others; returns when nobody computes with the others any more
 PyObject* ring_publish(PyObject*, PyObject* args) {
   PyObject *of, *list;
@@ -201,6 +206,8 @@ PyObject* ring_finish(PyObject*, PyObject* args) {
 
 extern PyMethodDef ring_methods[];
 PyMethodDef ring_methods[] = {
+    {"ring_kernel", ring_kernel, METH_NOARGS, "-> address of what computes experts in fp32, 0 where that is not compiled in"},
+    {"ring_bytes", ring_bytes, METH_NOARGS, "-> the size of a ring's memory"},
     {"ring_open", ring_open, METH_VARARGS, "(fd, socket) -> a caller's ring, or None"},
     {"ring_close", ring_close, METH_O, "a ring -> None: its connection is gone"},
     {"ring_service", ring_service, METH_NOARGS, "-> what computes for all rings of a shard"},

@@ -71,12 +71,12 @@ struct Link {  // a connection: a socket, a ring, and the thread that serves it
   }
 };
 
-struct Rows {
+struct Tokens {
   std::vector<float> x, weights, y;
   std::vector<int64_t> ids;
   int64_t num;
 
-  Rows(int64_t num_tokens, uint32_t seed) : x(num_tokens * kDim), weights(num_tokens * kTopK), y(num_tokens * kDim), ids(num_tokens * kTopK), num(num_tokens) {
+  Tokens(int64_t num_tokens, uint32_t seed) : x(num_tokens * kDim), weights(num_tokens * kTopK), y(num_tokens * kDim), ids(num_tokens * kTopK), num(num_tokens) {
     std::mt19937 random(seed);
     for (float& each : x) each = static_cast<float>(random() % 1000) / 8;
     for (float& each : weights) each = static_cast<float>(random() % 16) / 16;
@@ -104,7 +104,7 @@ inline std::shared_ptr<Plan> plan_of(std::vector<RingPtr> rings, std::vector<int
   return std::make_shared<Plan>(Plan{std::move(rings), std::move(shard), std::move(num_replicas), is_replicated});
 }
 
-inline Failure called(const std::shared_ptr<Plan>& plan, Rows& rows, const Batch& batch) {
+inline Failure called(const std::shared_ptr<Plan>& plan, Tokens& rows, const Batch& batch) {
   Pending pending(plan);
   const Failure failure = pending.begin(batch);
   return failure.code == kDone ? pending.finish(rows.y.data(), batch.until_s) : failure;

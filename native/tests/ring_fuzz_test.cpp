@@ -49,14 +49,14 @@ int main(int argc, char** argv) {
     ++codes[link.ring->wait(slot, now_s() + 60)];
     link.ring->take_back(slot);
     if (random() % 256 == 0) {  // an answer that is none
-      Rows rows(2, 1);
+      Tokens rows(2, 1);
       Pending pending(plan);
       CHECK(pending.begin(rows.batch(0, 0)).code == kDone);
       scribble(random, reinterpret_cast<char*>(&memory.control().slots[0].answer), sizeof(Answer));
       pending.finish(rows.y.data(), now_s() + 60);
     }
     if (i % 1000 == 999) {
-      Rows rows(5, 2);
+      Tokens rows(5, 2);
       CHECK(called(plan, rows, rows.batch(0, 0)).code == kDone && rows.are_right(0));
     }
   }
@@ -65,11 +65,11 @@ int main(int argc, char** argv) {
     scribble(random, reinterpret_cast<char*>(memory.control().slots), kNumSlots * sizeof(Slot));
     memory.control().asked.value.store(static_cast<uint32_t>(random()));
     ring_bell(memory.control().asked);
-    Rows rows(2, 3);
+    Tokens rows(2, 3);
     called(plan, rows, rows.batch(0, 0, 0.0005));
   }
   Link fresh(shard);
-  Rows rows(5, 4);
+  Tokens rows(5, 4);
   CHECK(called(plan_of({fresh.ring}, std::vector<int32_t>(kExperts, 0), std::vector<int32_t>(kExperts, 1)), rows, rows.batch(0, 0)).code == kDone);
   std::printf("fuzz: %ld frames, codes", num_frames);
   for (long each : codes) std::printf(" %ld", each);

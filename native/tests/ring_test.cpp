@@ -13,11 +13,11 @@ void one_shard_computes_and_says_what_it_lacks() {
   Link link(shard);
   auto plan = plan_of({link.ring}, std::vector<int32_t>(kExperts, 0), std::vector<int32_t>(kExperts, 1));
   for (int i = 0; i < 300; ++i) {
-    Rows rows(1 + i % 40, i);
+    Tokens rows(1 + i % 40, i);
     if (i % 3 == 0) rows.ids[0] = -1;
     CHECK(called(plan, rows, rows.batch(5, 0)).code == kDone && rows.are_right(0));
   }
-  Rows rows(4, 1);
+  Tokens rows(4, 1);
   CHECK(called(plan, rows, rows.batch(7, 0)).code == kNotHere);
   CHECK(called(plan, rows, rows.batch(5, 1)).code == kNotHere);
   CHECK(called(plan, rows, rows.batch(6, 2)).code == kNotHere);  // experts that are elsewhere
@@ -26,7 +26,7 @@ void one_shard_computes_and_says_what_it_lacks() {
   CHECK(called(plan, rows, rows.batch(5, 0)).code == kBadFrame);
   rows.ids[3] = -1;
   CHECK(called(plan, rows, rows.batch(5, 0)).code == kDone && rows.are_right(0));
-  Rows many(kBoxBytes / kDim / 8 + 1, 0);
+  Tokens many(kBoxBytes / kDim / 8 + 1, 0);
   CHECK(called(plan, many, many.batch(5, 0)).code == kTooLarge);
 }
 
@@ -39,10 +39,10 @@ void shards_share_the_rows_and_replicas_take_turns() {
   for (auto& plan : {plan_of({links[0].ring, links[1].ring}, halves, std::vector<int32_t>(kExperts, 1)),
                      plan_of({links[0].ring, links[1].ring}, both, std::vector<int32_t>(kExperts, 2))})
     for (int i = 0; i < 100; ++i) {
-      Rows rows(1 + i % 20, i);
+      Tokens rows(1 + i % 20, i);
       CHECK(called(plan, rows, rows.batch(0, 0)).code == kDone && rows.are_right(0));
     }
-  Rows rows(20, 1);
+  Tokens rows(20, 1);
   CHECK(called(plan_of({links[0].ring, nullptr}, halves, std::vector<int32_t>(kExperts, 1)), rows, rows.batch(0, 0)).code == kNoRing);
   int64_t counted = 0;
   for (Shard& shard : shards)
@@ -58,7 +58,7 @@ void a_shard_that_does_not_answer_takes_boxes_until_it_does() {
   Link link(shard);
   link.attachment->stop();  // as a process that is stopped: it is there, and does nothing
   auto plan = plan_of({link.ring}, std::vector<int32_t>(kExperts, 0), std::vector<int32_t>(kExperts, 1));
-  Rows rows(3, 0);
+  Tokens rows(3, 0);
   for (int i = 0; i < kNumSlots; ++i) CHECK(called(plan, rows, rows.batch(0, 0, 0.02)).code == kLate);
   CHECK(called(plan, rows, rows.batch(0, 0, 0.02)).code == kNoBox);
   link.attachment = Attachment::make(shard.service, link.fd);  // takes all four, late
@@ -82,7 +82,7 @@ void versions_come_and_go_under_callers() {
       Link link(shard);
       auto plan = plan_of({link.ring}, std::vector<int32_t>(kExperts, 0), std::vector<int32_t>(kExperts, 1));
       for (int i = 0; newest.load() < 39 || i < 50; ++i) {
-        Rows rows(1 + i % 9, i + 1000 * c);
+        Tokens rows(1 + i % 9, i + 1000 * c);
         const int64_t version = newest.load();
         const Code code = called(plan, rows, rows.batch(0, version)).code;
         CHECK(code == kDone ? rows.are_right(version) : code == kNotHere);
