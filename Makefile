@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 NATIVE := build/native.stamp
 
 .PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize
-.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft interop-compressed-tensors
 
 setup: $(STAMP) $(NATIVE)
 
@@ -67,6 +67,11 @@ interop-trl: setup
 interop-peft: setup
 	scripts/setup_beside.sh $(BIN)/python .venv-peft peft==0.21.2 accelerate
 	.venv-peft/bin/python -m pytest -m interop tests/interop/test_peft.py
+
+# compressed-tensors in an environment of its own, over this one's torch: quantised checkpoints of its making, read by us.
+interop-compressed-tensors: setup
+	scripts/setup_beside.sh $(BIN)/python .venv-compressed-tensors compressed-tensors==0.20.1
+	.venv-compressed-tensors/bin/python -m pytest -m interop tests/interop/test_compressed_tensors.py
 
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
 CLIENTS := anthropic langchain-openai litellm instructor openai-agents
