@@ -35,7 +35,7 @@ SERVING = {
     "serving.continuation", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
     "serving.launch", "serving.limits", "serving.metrics", "serving.nodes", "serving.page", "serving.pins",
-    "serving.pool_operator", "serving.roles", "serving.routed", "serving.routing",
+    "serving.pool_operator", "serving.removal", "serving.roles", "serving.routed", "serving.routing",
     "serving.streams", "serving.tracing", "serving.training_run", "serving.vllm_names",
 }  # fmt: skip
 
@@ -148,6 +148,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.errors": set(),
     "serving.limits": set(),
     "serving.nodes": set(),
+    "serving.removal": set(),
     "serving.page": {"trinity.placement"},
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
@@ -184,16 +185,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {
         "actors.control", "actors.names", "serving.addresses", "serving.engine", "serving.frontend", "serving.gateway",
-        "serving.nodes", "serving.pins", "serving.pool_operator",
+        "serving.nodes", "serving.pins", "serving.pool_operator", "serving.removal",
     },
-    "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
+    "serving.adoption": {"actors.names", "actors.pool", "serving.app", "serving.removal"},
     "serving.deploy": {"serving.app", "serving.launch"},
     "protos": set(),
 }  # fmt: skip
 
 ONLY_IN = {  # library -> the packages that may say it; others than these are free
     "ray": ("actors", "serving.adoption", "serving.app", "serving.chosen_replica", "serving.deploy", "serving.engine",
-        "serving.nodes", "trinity.bench"),
+        "serving.nodes", "serving.removal", "trinity.bench"),
     "grpc": ("serving.grpc", "serving.engine", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),
