@@ -34,9 +34,10 @@ SERVING = {
     "serving.app", "serving.bodies", "serving.body_worker", "serving.chosen_replica",
     "serving.continuation", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
-    "serving.launch", "serving.limits", "serving.metrics", "serving.nodes", "serving.page", "serving.pins",
-    "serving.pool_operator", "serving.removal", "serving.roles", "serving.routed", "serving.routing",
-    "serving.streams", "serving.tracing", "serving.training_run", "serving.vllm_names",
+    "serving.launch", "serving.limits", "serving.line_end", "serving.lines", "serving.metrics", "serving.nodes",
+    "serving.page", "serving.pins", "serving.pool_operator", "serving.removal", "serving.roles", "serving.routed",
+    "serving.routing", "serving.slices", "serving.streams", "serving.tracing", "serving.training_run",
+    "serving.vllm_names",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -179,8 +180,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
     "serving.engine": {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
-        "serving.addresses", "serving.fitting", "serving.frontend", "serving.roles", "serving.routed", "serving.streams",
+        "serving.addresses", "serving.fitting", "serving.frontend", "serving.line_end", "serving.lines", "serving.nodes",
+        "serving.roles", "serving.routed",
     },
+    "serving.line_end": {"serving.slices", "trinity.engine"},
+    "serving.lines": {"serving.line_end", "serving.slices", "trinity.engine"},
+    "serving.slices": {"trinity.engine"},
     "serving.fitting": {"trinity.engine", "trinity.models.registry"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {
