@@ -74,7 +74,7 @@ class Connection:
 
     @property
     def is_quiet(self) -> bool:
-        """No answer is on its way."""
+        """Say that no answer is on its way."""
         return not self._num_away
 
     def ring(self, deadline_s: float) -> Any:
