@@ -76,7 +76,7 @@ class NearLayers:
         return native.lib.ring_plan(rings, shard_EN.ctypes.data, num_E.ctypes.data, *shard_EN.shape)
 
     def _attempt_until_s(self, num_rows: int, until_s: float) -> float:
-        """Return when another replica is asked, where there is one: there is only so much patience with a shard."""
+        """Deadline of this attempt: with replicas there is only so much patience with a shard."""
         if not self.dispatcher.is_replicated:
             return until_s
         patience = self.dispatcher.patience
