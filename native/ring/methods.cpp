@@ -10,6 +10,8 @@ using namespace trinity;
 
 namespace {
 
+constexpr long long kFewTokens = 64;
+
 using ServicePtr = std::shared_ptr<Service>;
 using PlanPtr = std::shared_ptr<Plan>;
 
@@ -184,7 +186,13 @@ PyObject* ring_begin(PyObject*, PyObject* args) {
   auto pending = std::make_unique<Pending>(*plan);
   const Batch batch = {layer, version, priority, until_s, reinterpret_cast<const float*>(x), reinterpret_cast<const int64_t*>(ids),
                        reinterpret_cast<const float*>(weights), num_tokens, dim, top_k};
-  const Failure failure = pending->begin(batch);  // with the lock: some microseconds
+  Failure failure;
+  if (num_tokens < kFewTokens) {  // some microseconds
+    failure = pending->begin(batch);
+  } else {
+    Py_BEGIN_ALLOW_THREADS failure = pending->begin(batch);
+    Py_END_ALLOW_THREADS
+  }
   return failure.code == kDone ? capsule(pending.release()) : failed(failure);
 }
 

@@ -148,10 +148,11 @@ def test_a_gradient_or_another_type_goes_the_usual_way():
 def test_replicas_take_the_turns_that_they_take_in_python():
     with served(2, replicated_table()) as world, torch.inference_mode():
         held_by_all(world)
-        dispatcher = world.dispatcher()
+        dispatcher = world.dispatcher(attempt_s=1e6)
         for seed in range(3):
             call = LAYER, *batch(40, seed)
             assert torch.equal(near(dispatcher, *call), world.alone(*call))
+        assert dispatcher.patience.of("shard-1", 40) < 1e6, "what is usual is learnt"
         for shard in world.shards.values():
             assert sum(shard.status(Status(True)).rows[LAYER].values()) > 40
 

@@ -88,6 +88,7 @@ class NearExchange:
 
     def __init__(self, dispatcher: "Dispatcher", sent: Any, asked: tuple[Any, ...], until_s: float):
         self.dispatcher, self._sent, self._asked, self._until_s = dispatcher, sent, asked, until_s
+        self._sent_s = time.monotonic()
 
     def result(self) -> Tensor:
         """Wait; -> y_TD. Raises what the usual way raises."""
@@ -95,7 +96,16 @@ class NearExchange:
         y_TD = torch.empty_like(self._asked[2])
         failure = native.lib.ring_finish(self._sent, y_TD.data_ptr(), self._until_s)
         self.dispatcher.times.add("wait", started_s)
-        return y_TD if failure == 0 else self._usual(failure & 0xFF, failure >> 8)
+        if failure:
+            return self._usual(failure & 0xFF, failure >> 8)
+        self._note_time(len(y_TD))
+        return y_TD
+
+    def _note_time(self, num_rows: int) -> None:
+        if self.dispatcher.is_replicated:
+            seconds = time.monotonic() - self._sent_s
+            for shard in self.dispatcher.table.shards:
+                self.dispatcher.patience.took(shard, num_rows, seconds)
 
     def _usual(self, code: int, at: int) -> Tensor:
         """The answer of the usual way. A shard that took too long is not asked again where another one could answer."""
