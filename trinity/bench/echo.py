@@ -47,7 +47,7 @@ class EchoLayers:
     def __init__(self, dim: int):
         self.service = native.lib.ring_service()
         ids_E = torch.arange(NUM_EXPERTS)
-        layer = native.lib.ring_layer(LAYER, 0, dim, 1, 0, ids_E.data_ptr(), NUM_EXPERTS, NUM_EXPERTS)
+        layer = native.lib.ring_layer(LAYER, 0, 0, dim, 1, 0, ids_E.data_ptr(), NUM_EXPERTS, NUM_EXPERTS)
         native.lib.ring_publish(self.service, [layer])
 
     def start(self) -> None:

@@ -15,19 +15,21 @@ from trinity import native
 from trinity.config import ModelConfig
 from trinity.experts.layer import ReadyLayer
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # native/ring/layout.h:RowFormat
+Kernels = Mapping[torch.dtype, int]  # addresses of what computes experts of a type
 Layers = Mapping[int, Mapping[int, ReadyLayer]]  # by version and layer
 
 
 class NativeLayers:
-    """Owner of one service of native/ring. For any threads. `kernel` gives the address of what computes the experts."""
+    """Owner of one service of native/ring. For any threads. `kernels` gives what computes the experts."""
 
-    def __init__(self, model: ModelConfig, kernel: Callable[[], int]):
+    def __init__(self, model: ModelConfig, kernels: Callable[[], Kernels]):
         self.service: Any = native.lib.ring_service()
-        self._model, self._kernel = model, 0
+        self._model, self._kernels = model, dict[torch.dtype, int]()
         self._guard = threading.Lock()
         self._wanted: Layers = {}
         self._known = dict[tuple[int, int], tuple[ReadyLayer, Any]]()  # what is published, and as what
-        self._make: Callable[[], int] | None = kernel
+        self._make: Callable[[], Kernels] | None = kernels
         self.is_ready = threading.Event()
 
     def start(self) -> None:
@@ -48,15 +50,15 @@ class NativeLayers:
         found: list[tuple[int, int, int]] = native.lib.ring_take_counts(self.service)
         return found
 
-    def _make_ready(self, kernel: Callable[[], int]) -> None:
-        address = kernel()
+    def _make_ready(self, kernels: Callable[[], Kernels]) -> None:
+        made = kernels()
         with self._guard:
-            self._kernel = address
+            self._kernels = dict(made)
             self._publish()
         self.is_ready.set()
 
     def _publish(self) -> None:
-        if self._kernel:
+        if self._kernels:
             known = {key: self._as_native(key, layer) for key, layer in self._possible()}
             native.lib.ring_publish(self.service, [made for _, made in known.values()])
             self._known = known  # what was known before stays alive until here
@@ -64,7 +66,7 @@ class NativeLayers:
     def _possible(self) -> Iterator[tuple[tuple[int, int], ReadyLayer]]:
         for version, layers in self._wanted.items():
             for number, layer in layers.items():
-                if is_possible(layer):
+                if is_possible(layer) and layer.weights.gate_EFD.dtype in self._kernels:
                     yield (version, number), layer
 
     def _as_native(self, key: tuple[int, int], layer: ReadyLayer) -> tuple[ReadyLayer, Any]:
@@ -73,17 +75,25 @@ class NativeLayers:
             return known
         stacks = layer.weights.gate_EFD, layer.weights.up_EFD, layer.weights.down_EFD
         (version, number), (num, hidden, dim) = key, stacks[0].shape
-        ids, sizes = layer.ids_E.data_ptr(), (num, self._model.num_experts)
+        ids, sizes, dtype = layer.ids_E.data_ptr(), (num, self._model.num_experts), stacks[0].dtype
         made = native.lib.ring_layer(
-            number, version, dim, hidden, self._kernel, ids, *sizes, *(stack.data_ptr() for stack in stacks)
+            number,
+            version,
+            FORMATS[dtype],
+            dim,
+            hidden,
+            self._kernels[dtype],
+            ids,
+            *sizes,
+            *(stack.data_ptr() for stack in stacks),
         )
         return layer, made
 
 
 def is_possible(layer: ReadyLayer) -> bool:
-    """Say whether C++ computes this layer with the bits that Python gives it: plain experts in fp32, in a CPU's memory."""
+    """Say whether C++ computes this layer with the bits that Python gives it: plain experts of one type, in a CPU's memory."""
     gate_EFD, up_EFD, down_EFD = layer.weights
     stored = gate_EFD, up_EFD, down_EFD.mT
     return layer.adapters is None and all(
-        each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() and each.numel() > 0 for each in stored
+        each.is_cpu and each.dtype == gate_EFD.dtype and each.is_contiguous() and each.numel() > 0 for each in stored
     )

@@ -20,9 +20,9 @@ from trinity.experts.activation_cache import ActivationCache, Activations
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.named_adapters import NamedAdapters, both
-from trinity.experts.native_layers import NativeLayers
+from trinity.experts.native_layers import FORMATS, NativeLayers
 from trinity.experts.peers import Peers
-from trinity.experts.registry import native_kernel, resolve
+from trinity.experts.registry import native_kernels, resolve
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import places_of
 from trinity.experts.weight_versions import WeightVersions
@@ -88,14 +88,15 @@ class ExpertShard:
         none for this shard. Harmless when repeated."""
         with self.lock:
             if self.native is None and self._is_native_possible():
-                self.native = NativeLayers(self.spec.model, native_kernel)
+                self.native = NativeLayers(self.spec.model, native_kernels)
                 self.versions.compute_natively(self.native)
                 self.weights.row_counts.others = self.native.take_counts
             return self.native
 
     def _is_native_possible(self) -> bool:
-        is_plain = self.spec.device == "cpu" and self.spec.dtype == torch.float32 and self.backend.name == "torch"
-        return is_plain and hasattr(native.lib, "ring_service")
+        if self.spec.device != "cpu" or self.backend.name != "torch" or not hasattr(native.lib, "ring_service"):
+            return False
+        return self.spec.dtype == torch.float32 or native.lib.ring_kernel(FORMATS[self.spec.dtype]) != 0
 
     @property
     def version(self) -> int:
