@@ -14,6 +14,7 @@ from trinity.rpc.messages import Experts
 
 INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
 STATE = "training/state.json"
+MODELOPT = "hf_quant_config.json"  # where ModelOpt says how weights are quantised
 PARTIAL, DELETED, REPLACED = ".partial", ".deleted", ".replaced"
 FORMAT = 2
 STORED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
