@@ -253,7 +253,9 @@ def _scaling(settings: EngineConfig) -> dict[str, Any]:
     if settings.max_replicas is None:
         return {"num_replicas": settings.replicas}
     limits = {"min_replicas": settings.replicas, "max_replicas": settings.max_replicas}
-    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.requests_per_replica}}
+    policy = {"policy_function": "serving.nodes:as_loaded"}
+    each = {"target_ongoing_requests": settings.requests_per_replica}
+    return {"autoscaling_config": {**limits, **each, "policy": policy}}
 
 
 def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:

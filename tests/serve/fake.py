@@ -40,6 +40,24 @@ class Stats:
 NONE = SamplingDefaults()
 
 
+class Begun:
+    """A request that its engine's `generate` answers, as AsyncEngine.submit has it."""
+
+    def __init__(self, stream, put):
+        self._task = asyncio.create_task(self._run(stream, put))
+
+    def close(self):
+        self._task.cancel()
+
+    async def _run(self, stream, put):
+        try:
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    put(delta)
+        except Exception as error:
+            put(error)
+
+
 class FakeEngine:
     def __init__(
         self, max_model_len=128, delay_s=0.0, fail_after=None, error=None, obeys=False, gate=None, defaults=NONE
@@ -87,6 +105,9 @@ class FakeEngine:
                 yield self._delta(request_id, prompt_ids, params, at, at + 1 == room)
         finally:
             self.held.discard(request_id)
+
+    def submit(self, put, *asked, **more):
+        return Begun(self.generate(*asked, **more), put)
 
     async def _stay(self, sign):
         sign.touch()
