@@ -2,7 +2,7 @@
 
     python -m trinity.bench.process     a JSON object of orders a line on stdin, a JSON object a line on stdout
 
-The role `raw` is here, without torch: what a plain Unix socket does. The others are in echo.py and train.py.
+The role `raw` is here, without torch: what a plain Unix socket does. The others are where HOMES says, or in echo.py.
 Decisions: a secret comes through stdin, where no process table shows it; orders end, and so does the process, with its parent.
 """
 
@@ -21,6 +21,8 @@ from typing import Any
 
 from trinity.errors import Unavailable
 from trinity.utils.garbage import uncollected
+
+HOMES = {"transformers": "train", "engine": "apart", "generate": "apart"}
 
 # -- the comparison: a raw echo, and its caller
 
@@ -125,7 +127,7 @@ def raw() -> None:
 def main() -> None:
     orders = json.loads(sys.stdin.readline())
     role = orders.pop("role")
-    home = "train" if role == "transformers" else "echo"
+    home = HOMES.get(role, "echo")
     with uncollected():
         run = raw if role == "raw" else importlib.import_module(f"trinity.bench.{home}").ROLES[role]
     run(**orders)
