@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 NATIVE := build/native.stamp
 
 .PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize
-.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft interop-compressed-tensors
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft interop-compressed-tensors interop-rivals
 
 setup: $(STAMP) $(NATIVE)
 
@@ -79,6 +79,10 @@ interop-clients: setup
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --disable-pip-version-check $(CLIENTS)
 	CLIENTS_PYTHON=$(CURDIR)/.venv-clients/bin/python $(BIN)/pytest -m interop tests/interop/test_clients.py
+
+# vLLM for CPUs and llama.cpp in an environment of their own: what `trinity bench rivals decode` and `prefixes` measure against.
+interop-rivals: setup
+	scripts/setup_rivals.sh $(BIN)/python .venv-rivals
 
 # S3's client wants an older dateutil than matplotlib has: it lies beside our environment, not in it.
 S3 := s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117 aioitertools jmespath 'python-dateutil<3' six

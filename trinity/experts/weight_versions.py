@@ -17,6 +17,7 @@ from trinity.errors import DeadlineExceeded, StepConflict, TrinityError
 from trinity.experts.base import LayerWeights
 from trinity.experts.derived import form_of
 from trinity.experts.layer import ReadyLayer
+from trinity.experts.native_layers import NativeLayers
 from trinity.experts.published import PublishedVersions
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import (
@@ -99,6 +100,11 @@ class WeightVersions:
     def withdraw(self, numbers: list[int]) -> None:
         """Wait until nobody computes with these versions; nobody begins to."""
         self._published.withdraw(numbers)
+
+    def compute_natively(self, native: NativeLayers) -> None:
+        """Let callers in C++ compute with these versions, too, from now on."""
+        self._published.native = native
+        self._published.publish_natively()
 
     # -- the next one
 
