@@ -15,6 +15,7 @@ from trinity.experts.derived import FORMS, shapes_of
 from trinity.experts.derived_compute import infer
 from trinity.experts.layer import ready_layers
 from trinity.experts.migration import migrate_in
+from trinity.experts.native_layers import is_possible
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.experts.stacked import derived_rows
 from trinity.ops import formats
@@ -207,6 +208,12 @@ def test_a_pool_that_serves_has_that_form_alone_and_the_bits_of_one_that_trains(
     migrate_in(served, Copy(LAYER, (7,), ("",), 0, FOREVER), LocalTransport({}), Load(seed=5, training=False))
     held = served.experts[LAYER]
     assert held == (0, 1, 2, 4, 6, 7)
+    ready = [ready_layers(shard.store.current, MODEL, None)[LAYER] for shard in (served, trained, plain)]
+    assert [is_possible(layer) for layer in ready] == [
+        False,
+        False,
+        True,
+    ]  # C++ knows fp32 alone, and must not answer for it
     assert torch.equal(answers(served, LAYER, 0, held), answers(trained, LAYER, 0, held))
     assert not torch.equal(answers(served, LAYER, 0, held), answers(plain, LAYER, 0, held))
     size = served.status(Status()).weight_bytes / served.weights.num_experts
