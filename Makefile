@@ -4,14 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean
+NATIVE := build/native.stamp
+
+.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize
 .PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
 
-setup: $(STAMP)
+setup: $(STAMP) $(NATIVE)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megablocks.sh
 	PYTHON="$(PYTHON)" scripts/setup.sh $(VENV)
 	@touch $@
+
+# The part in C++, anew when one of its files has changed; without a compiler, a line that says so.
+$(NATIVE): $(STAMP) scripts/build_native.sh $(shell find native -type f)
+	PYTHON=$(BIN)/python scripts/build_native.sh
+	@touch $@
+
+# Its own tests under sanitizers: of addresses and undefined behaviour, then of threads. Needs a compiler, and no set-up.
+native-sanitize:
+	SANITIZE=address,undefined scripts/build_native.sh build/sanitized-address
+	for test in build/sanitized-address/*_test; do $$test || exit 1; done
+	SANITIZE=thread scripts/build_native.sh build/sanitized-thread
+	for test in build/sanitized-thread/*_test; do $$test || exit 1; done
 
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)
