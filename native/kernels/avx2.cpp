@@ -1,7 +1,6 @@
 // For x86 with AVX2 and FMA: sixteen lanes are two registers.
 #include "bits.inl"
 
-#if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
 namespace trinity {
@@ -117,19 +116,11 @@ struct ByteFormat {
   static void totals(const Sum (*sums)[kColumns], int32_t *out) { all_added<R>(sums, out); }
 };
 
-bool is_there() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
 }  // namespace
 }  // namespace trinity
 
 #include "tiles.inl"
 
 namespace trinity {
-const Table kAvx2 = {"avx2", is_there, round_rows_here, multiply_here, feed_forward_here};
+const Table kAvx2 = {round_rows_here, multiply_here, feed_forward_here};
 }  // namespace trinity
-#else
-#include "table.h"
-namespace trinity {
-const Table kAvx2 = kNowhere;
-}  // namespace trinity
-#endif

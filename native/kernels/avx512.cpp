@@ -1,5 +1,4 @@
 // For x86 with AVX512 (F, BW, DQ, VL) that has neither products of bfloat16 nor of bytes.
-#if defined(__AVX512F__) && defined(__AVX512BW__)
 #include "avx512.inl"
 
 namespace trinity {
@@ -52,22 +51,11 @@ struct ByteFormat {
   static void totals(const Sum (*sums)[kColumns], int32_t *out) { _mm512_store_ps(out, added_up<Ints, R>(sums)); }
 };
 
-bool is_there() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
-
 }  // namespace
 }  // namespace trinity
 
 #include "tiles.inl"
 
 namespace trinity {
-const Table kAvx512 = {"avx512", is_there, round_rows_here, multiply_here, feed_forward_here};
+const Table kAvx512 = {round_rows_here, multiply_here, feed_forward_here};
 }  // namespace trinity
-#else
-#include "table.h"
-namespace trinity {
-const Table kAvx512 = kNowhere;
-}  // namespace trinity
-#endif

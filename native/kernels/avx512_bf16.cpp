@@ -1,5 +1,5 @@
-// For x86 with AVX512 and its products of bfloat16 (vdpbf16ps) and of bytes (vpdpbusd).
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+// For x86 with AVX512 and its products of bfloat16 (vdpbf16ps) and of bytes (vpdpbusd). These are written as instructions: with the
+// intrinsics GCC 12 copies each sum before and after, which takes as long again.
 #include "avx512.inl"
 
 namespace trinity {
@@ -12,7 +12,7 @@ struct BrainFormat {
   using Sum = __m512;
   using Row = __m512i;
   using Weight = __m512i;
-  using Mode = AsUsual;  // the instruction flushes by itself
+  using Mode = Flushing;  // the instruction does so anyway, adding up lanes does not
   static constexpr int kRows = 4, kStep = 32;
   static constexpr bool kPads = true, kRounds = true;
   static Sum zero() { return _mm512_setzero_ps(); }
@@ -20,7 +20,10 @@ struct BrainFormat {
   static Weight load_w(const uint16_t *p) { return _mm512_loadu_si512(p); }
   static Row load_x(const uint16_t *p, int num) { return _mm512_maskz_loadu_epi16((1u << num) - 1, p); }
   static Weight load_w(const uint16_t *p, int num) { return load_x(p, num); }
-  static Sum add(Sum s, Weight w, Row x) { return _mm512_dpbf16_ps(s, (__m512bh)w, (__m512bh)x); }
+  static Sum add(Sum s, Weight w, Row x) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(w), "v"(x));
+    return s;
+  }
   template <int R>
   static void totals(const Sum (*sums)[kColumns], float *out) { _mm512_store_ps(out, added_up<Floats, R>(sums)); }
 };
@@ -40,15 +43,13 @@ struct ByteFormat {
   static Weight load_w(const int8_t *p) { return _mm512_loadu_si512(p); }
   static Row load_x(const uint8_t *p, int num) { return _mm512_maskz_loadu_epi8((1ull << num) - 1, p); }
   static Weight load_w(const int8_t *p, int num) { return _mm512_maskz_loadu_epi8((1ull << num) - 1, p); }
-  static Sum add(Sum s, Weight w, Row x) { return _mm512_dpbusd_epi32(s, x, w); }
+  static Sum add(Sum s, Weight w, Row x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(x), "v"(w));
+    return s;
+  }
   template <int R>
   static void totals(const Sum (*sums)[kColumns], int32_t *out) { _mm512_store_ps(out, added_up<Ints, R>(sums)); }
 };
-
-bool is_there() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
 
 }  // namespace
 }  // namespace trinity
@@ -56,11 +57,5 @@ bool is_there() {
 #include "tiles.inl"
 
 namespace trinity {
-const Table kAvx512Bf16 = {"avx512_bf16", is_there, round_rows_here, multiply_here, feed_forward_here};
+const Table kAvx512Bf16 = {round_rows_here, multiply_here, feed_forward_here};
 }  // namespace trinity
-#else
-#include "table.h"
-namespace trinity {
-const Table kAvx512Bf16 = kNowhere;
-}  // namespace trinity
-#endif

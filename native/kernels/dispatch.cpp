@@ -1,4 +1,4 @@
-// Which instructions are used: the best that this processor has, found out once.
+// Which instructions are used: all that this processor has.
 #include <stdlib.h>
 
 #include <atomic>
@@ -9,16 +9,14 @@
 namespace trinity {
 namespace {
 
-const Table *const kTables[] = {&kAvx512Bf16, &kAvx512, &kAvx2, &kGeneric};
-
-const Table *best() {
-  for (const Table *table : kTables)
-    if (table->is_there()) return table;
-  return &kGeneric;
-}
+#if defined(__x86_64__)
+const Table *const kTables[] = {&kGeneric, &kAvx2, &kAvx512, &kAvx512Bf16};  // by Isa
+#else
+const Table *const kTables[] = {&kGeneric};
+#endif
 
 std::atomic<const Table *> &used() {
-  static std::atomic<const Table *> table{best()};
+  static std::atomic<const Table *> table{kTables[static_cast<int>(isa())]};
   return table;
 }
 
@@ -57,24 +55,6 @@ void multiply(const Product &product, int64_t first, int64_t last) { table().mul
 
 void feed_forward(const FeedForward &layer, int64_t first, int64_t last) { table().feed_forward(layer, first, last); }
 
-const char *instruction_set() { return table().name; }
-
-bool use_instruction_set(const char *name) {
-  for (const Table *table : kTables)
-    if (table->is_there() && !__builtin_strcmp(table->name, name)) {
-      used().store(table, std::memory_order_relaxed);
-      return true;
-    }
-  return false;
-}
-
-const char *const *instruction_sets() {
-  static const char *names[sizeof kTables / sizeof *kTables + 1];
-  int num = 0;
-  for (const Table *table : kTables)
-    if (table->is_there()) names[num++] = table->name;
-  names[num] = nullptr;
-  return names;
-}
+void use(Isa chosen) { used().store(kTables[static_cast<int>(chosen < isa() ? chosen : isa())], std::memory_order_relaxed); }
 
 }  // namespace trinity

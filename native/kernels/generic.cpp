@@ -102,13 +102,11 @@ struct ByteFormat {
   static void totals(const Sum (*sums)[kColumns], int32_t *out) { halves_added<R>(sums, out); }
 };
 
-bool is_there() { return true; }
-
 }  // namespace
 }  // namespace trinity
 
 #include "tiles.inl"
 
 namespace trinity {
-const Table kGeneric = {"generic", is_there, round_rows_here, multiply_here, feed_forward_here};
+const Table kGeneric = {round_rows_here, multiply_here, feed_forward_here};
 }  // namespace trinity

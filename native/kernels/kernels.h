@@ -8,6 +8,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "../cpu.h"
+
 namespace trinity {
 
 enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
@@ -53,10 +55,7 @@ void multiply(const Product &product, int64_t first, int64_t last);
 // down(weight * silu(gate x) * up x); bfloat16 rounds gate x, up x and the hidden rows to bfloat16. y is float32, not rounded.
 void feed_forward(const FeedForward &layer, int64_t first, int64_t last);
 
-// The instruction sets that there is code for and this processor has, the best first; null at the end.
-const char *const *instruction_sets();
-// Use one of them from now on, for tests and measurements; false if it is not among them.
-bool use_instruction_set(const char *name);
-const char *instruction_set();
+// Leave out instructions beyond these from now on, for tests and measurements.
+void use(Isa);
 
 }  // namespace trinity

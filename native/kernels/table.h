@@ -6,17 +6,12 @@
 namespace trinity {
 
 struct Table {
-  const char *name;
-  bool (*is_there)();
   void (*round_rows)(Format, const float *, int64_t, int64_t, void *, float *);
   void (*multiply)(const Product &, int64_t, int64_t);
   void (*feed_forward)(const FeedForward &, int64_t, int64_t);
 };
 
-// In the place of one that is not compiled: another kind of processor, or a compiler without its instructions.
-constexpr Table kNowhere = {"", [] { return false; }, nullptr, nullptr, nullptr};
-
-extern const Table kGeneric, kAvx2, kAvx512, kAvx512Bf16;
+extern const Table kGeneric, kAvx2, kAvx512, kAvx512Bf16;  // of x86-64 all but the first
 
 constexpr int kColumns = 4;              // weight rows that a tile meets
 constexpr int64_t kPanelBytes = 256 << 10;  // of weights that stay in a core's cache while all rows pass by

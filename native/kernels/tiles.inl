@@ -8,18 +8,27 @@
 namespace trinity {
 namespace {
 
-struct Column {  // a weight row and where its products go
-  const void *w;
-  float scale;
-  int32_t total;
-  float *y;        // of the first row; none: nowhere
+constexpr int kBlock = 64;  // rows that pass by a tile's weights, which stay in the nearest cache
+
+template <class F>
+struct Four {  // weight rows, and where their products go; numbers of a weight row four times over, as totals lie
+  const typename F::W *w[kColumns];
+  float *y[kColumns];  // of row 0; none: nowhere
+  alignas(64) float scale[16];
+  alignas(64) int32_t excess[16];
+};
+
+template <class F>
+struct Lines {  // up to F::kRows rows
+  const typename F::X *x[4];
+  int64_t first;
+  int num;
+  alignas(64) float scale[16];
 };
 
 template <class F, int R>
-inline void tile(const typename F::X *const *x, const Column *columns, int64_t k, typename F::Total *out) {
+inline void tile(const typename F::X *const *x, const typename F::W *const *w, int64_t k, typename F::Total *out) {
   typename F::Sum sums[R][kColumns];
-  const typename F::W *w[kColumns];
-  for (int c = 0; c < kColumns; c++) w[c] = static_cast<const typename F::W *>(columns[c].w);
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -51,59 +60,74 @@ inline void tile(const typename F::X *const *x, const Column *columns, int64_t k
         for (int r = 0; r < R; r++) out[4 * c + r] = __builtin_fmaf(w[c][i], x[r][i], out[4 * c + r]);
 }
 
-inline float finished(float total, const Column &, float) { return total; }
-inline float finished(int32_t total, const Column &column, float scale) {
-  return static_cast<float>(total - 128 * column.total) * column.scale * scale;
+template <class F>
+inline void finish(const float *total, const Four<F> &, const Lines<F> &, float *out) {
+  __builtin_memcpy(out, total, 16 * sizeof *out);
 }
 
-struct Lines {  // of up to R rows
-  const void *x[4];
-  float scale[4];
-};
-
 template <class F>
-inline void lines_of(const Rows &rows, int64_t k, int64_t first, int num, Lines *lines) {
-  const typename F::X *values = static_cast<const typename F::X *>(rows.values);
-  for (int r = 0; r < num; r++) {
-    const int64_t at = rows.at ? rows.at[first + r] : first + r;
-    lines->x[r] = values + at * k;
-    lines->scale[r] = rows.scale ? rows.scale[at] : 1.0f;
-  }
+inline void finish(const int32_t *total, const Four<F> &four, const Lines<F> &lines, float *out) {
+  for (int i = 0; i < 16; i++) out[i] = static_cast<float>(total[i] - four.excess[i]) * four.scale[i] * lines.scale[i];
 }
 
 template <class F, int R>
-inline void put(const Lines &lines, const Column *columns, int64_t k, int64_t y_step) {
-  alignas(64) typename F::Total out[16];
-  const typename F::X *x[R];
-  for (int r = 0; r < R; r++) x[r] = static_cast<const typename F::X *>(lines.x[r]);
-  tile<F, R>(x, columns, k, out);
+inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, int64_t y_step) {
+  alignas(64) typename F::Total total[16];
+  alignas(64) float out[16];
+  tile<F, R>(lines.x, four.w, k, total);
+  finish(total, four, lines, out);
   for (int c = 0; c < kColumns; c++)
-    if (columns[c].y)
-      for (int r = 0; r < R; r++) columns[c].y[r * y_step] = finished(out[4 * c + r], columns[c], lines.scale[r]);
+    if (float *y = four.y[c])
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) y[(lines.first + r) * y_step] = out[4 * c + r];
 }
 
-inline Column column_of(Format format, const Matrices &m, int64_t expert, int64_t n, float *y) {
-  const int64_t at = expert * m.n + (n < m.n ? n : m.n - 1);
-  const char *w = static_cast<const char *>(m.values) + at * m.k * size_of(format);
-  return {w, m.scale ? m.scale[at] : 1.0f, m.total ? m.total[at] : 0, n < m.n ? y + n : nullptr};
-}
-
-// Tiles [c0, c1) of rows [lo, hi): `columns(c, r)` has the four of tile c, whose products go to row r and those after it.
-template <class F, class Columns>
-inline void panel(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_t c0, int64_t c1, int64_t y_step, Columns columns) {
-  typename F::Mode mode;
-  for (int64_t r = lo; r < hi;) {
-    const int most = hi - r < F::kRows ? static_cast<int>(hi - r) : F::kRows, num = most == 3 ? 2 : most;
-    Lines lines;
-    lines_of<F>(rows, k, r, num, &lines);
-    for (int64_t c = c0; c < c1; c++) {
-      Column four[kColumns];
-      columns(c, r, four);
-      if (num == F::kRows) put<F, F::kRows>(lines, four, k, y_step);
-      else if (num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines, four, k, y_step);
-      else put<F, 1>(lines, four, k, y_step);
+// Rows [first, last), at most kBlock, in groups of what a tile takes -> their number.
+template <class F>
+inline int lines_of(const Rows &rows, int64_t k, int64_t first, int64_t last, Lines<F> *lines) {
+  int num = 0;
+  for (int64_t a = first; a < last; a += lines[num++].num) {
+    const int64_t left = last - a;
+    Lines<F> &some = lines[num];
+    some.first = a;
+    some.num = left >= F::kRows ? F::kRows : left == 3 ? 2 : static_cast<int>(left);
+    for (int r = 0; r < some.num; r++) {
+      const int64_t at = rows.at ? rows.at[a + r] : a + r;
+      some.x[r] = static_cast<const typename F::X *>(rows.values) + at * k;
+      for (int c = 0; c < kColumns && rows.scale; c++) some.scale[4 * c + r] = rows.scale[at];
     }
-    r += num;
+  }
+  return num;
+}
+
+// Weight row `n` of an expert as number `c` of four; one that there is not is another's, whose product goes nowhere.
+template <class F>
+inline void take(Four<F> *four, int c, const Matrices &m, int64_t expert, int64_t n, float *y) {
+  const int64_t at = expert * m.n + (n < m.n ? n : m.n - 1);
+  four->w[c] = static_cast<const typename F::W *>(m.values) + at * m.k;
+  four->y[c] = n < m.n ? y + n : nullptr;
+  for (int r = 0; r < 4 && m.scale; r++) {
+    four->scale[4 * c + r] = m.scale[at];
+    four->excess[4 * c + r] = 128 * m.total[at];
+  }
+}
+
+// Rows [lo, hi) by tiles [c0, c1): `fours(c, &four)` has the weight rows of tile c.
+template <class F, class Fours>
+inline void products(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_t c0, int64_t c1, int64_t y_step, Fours fours) {
+  typename F::Mode mode;
+  Lines<F> lines[kBlock];
+  for (int64_t first = lo; first < hi; first += kBlock) {
+    const int num = lines_of<F>(rows, k, first, first + kBlock < hi ? first + kBlock : hi, lines);
+    for (int64_t c = c0; c < c1; c++) {
+      Four<F> four;
+      fours(c, &four);
+      for (int i = 0; i < num; i++) {
+        if (lines[i].num == F::kRows) put<F, F::kRows>(lines[i], four, k, y_step);
+        else if (lines[i].num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines[i], four, k, y_step);
+        else put<F, 1>(lines[i], four, k, y_step);
+      }
+    }
   }
 }
 
@@ -112,8 +136,8 @@ void multiply_as(const Product &p, int64_t first, int64_t last) {
   const int64_t quarter = quarter_of(p.w.n), tiles = panel_of(p.format, p.w.k), panels = (quarter + tiles - 1) / tiles;
   for (int64_t u = first; u < last; u++) {
     const int64_t e = u / panels, c0 = u % panels * tiles, c1 = c0 + tiles < quarter ? c0 + tiles : quarter;
-    panel<F>(p.x, p.w.k, e ? p.end[e - 1] : 0, p.end[e], c0, c1, p.y_step, [&](int64_t c, int64_t r, Column *four) {
-      for (int j = 0; j < kColumns; j++) four[j] = column_of(p.format, p.w, e, c + j * quarter, p.y + r * p.y_step);
+    products<F>(p.x, p.w.k, e ? p.end[e - 1] : 0, p.end[e], c0, c1, p.y_step, [&](int64_t c, Four<F> *four) {
+      for (int j = 0; j < kColumns; j++) take(four, j, p.w, e, c + j * quarter, p.y);
     });
   }
 }
@@ -178,28 +202,25 @@ inline int64_t whole_lines(int64_t num_bytes) { return (num_bytes + 63) / 64 * 6
 template <class F>
 void unit_of(const FeedForward &l, int64_t e, int64_t lo, int64_t hi) {
   const int64_t num = hi - lo, f = l.gate.n, half = (f + 1) / 2, quarter = quarter_of(l.down.n);
-  const int64_t hidden_bytes = whole_lines(num * f * 4), line_bytes = whole_lines(num * 4);
-  char *memory = static_cast<char *>(scratch(3 * hidden_bytes + line_bytes));
-  float *hidden = reinterpret_cast<float *>(memory), *other = reinterpret_cast<float *>(memory + hidden_bytes);
-  float *scale = reinterpret_cast<float *>(memory + 3 * hidden_bytes);
-  const int64_t gate_tiles = panel_of(l.format, l.gate.k), down_tiles = panel_of(l.format, f);
-  for (int64_t c0 = 0; c0 < half; c0 += gate_tiles)
-    panel<F>(l.x, l.gate.k, lo, hi, c0, c0 + gate_tiles < half ? c0 + gate_tiles : half, f, [&](int64_t c, int64_t r, Column *four) {
-      for (int j = 0; j < 2; j++) {
-        four[j] = column_of(l.format, l.gate, e, c + j * half, hidden + (r - lo) * f);
-        four[2 + j] = column_of(l.format, l.up, e, c + j * half, other + (r - lo) * f);
-      }
-    });
+  const int64_t size = whole_lines(num * f * 4);
+  char *memory = static_cast<char *>(scratch(3 * size + whole_lines(num * 4)));
+  float *hidden = reinterpret_cast<float *>(memory), *other = reinterpret_cast<float *>(memory + size);
+  float *scale = reinterpret_cast<float *>(memory + 3 * size);
+  products<F>(l.x, l.gate.k, lo, hi, 0, half, f, [&](int64_t c, Four<F> *four) {
+    for (int j = 0; j < 2; j++) {
+      take(four, j, l.gate, e, c + j * half, hidden - lo * f);
+      take(four, 2 + j, l.up, e, c + j * half, other - lo * f);
+    }
+  });
   for (int64_t r = 0; r < num; r++) gate_by<F>(hidden + r * f, other + r * f, l.weight ? l.weight[lo + r] : 1.0f, f);
   Rows rows = {hidden, nullptr, nullptr};
   if (l.format != kFloat32) {
-    rows = {memory + 2 * hidden_bytes, l.format == kInt8 ? scale : nullptr, nullptr};
-    round_rows_here(l.format, hidden, num, f, memory + 2 * hidden_bytes, scale);
+    rows = {memory + 2 * size, l.format == kInt8 ? scale : nullptr, nullptr};
+    round_rows_here(l.format, hidden, num, f, memory + 2 * size, scale);
   }
-  for (int64_t c0 = 0; c0 < quarter; c0 += down_tiles)
-    panel<F>(rows, f, 0, num, c0, c0 + down_tiles < quarter ? c0 + down_tiles : quarter, l.down.n, [&](int64_t c, int64_t r, Column *four) {
-      for (int j = 0; j < kColumns; j++) four[j] = column_of(l.format, l.down, e, c + j * quarter, l.y + (lo + r) * l.down.n);
-    });
+  products<F>(rows, f, 0, num, 0, quarter, l.down.n, [&](int64_t c, Four<F> *four) {
+    for (int j = 0; j < kColumns; j++) take(four, j, l.down, e, c + j * quarter, l.y + lo * l.down.n);
+  });
 }
 
 void multiply_here(const Product &p, int64_t first, int64_t last) {

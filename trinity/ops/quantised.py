@@ -1,11 +1,11 @@
-"""Rows times matrices of int8, and whole feed-forwards of them, on a CPU: sums are whole numbers, so nothing changes their bits.
+"""Rows times matrices of int8, and whole feed-forwards of them, on a CPU. Sums are whole numbers: no company changes them.
 
 Legend: A rows sorted by expert, E experts (1 for a dense layer), D model, F hidden, K inner dimension, N outputs.
 The format: a matrix [N, K] is int8, -127 to 127, with one float32 scale a row; a row of x is rounded the same way when it is
 multiplied, hidden rows as well. With s the scale, amax / 127: q = round(w * (127 / amax)), halves to even;
 y = float32(sum of q_w q_x) * s_w * s_x, each step rounded to float32. A row of numbers below TINY is zeros; one with a number
 that is not finite is zeros with a scale of NaN, so that whoever looks for NaN finds it.
-Here is the format's definition, which numba compiles; the extension has the same bits, faster.
+Here is the format's definition, which numba compiles; the extension (extension.py) has the same bits, faster.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from trinity.errors import InvalidRequest
+from trinity.ops import extension
 from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.elementwise import gated
+from trinity.ops.batch_invariant.fused_mlp import units_of
 from trinity.ops.batch_invariant.simd import as_array
-from trinity.ops.batch_invariant.threads import in_threads
+from trinity.ops.batch_invariant.threads import in_threads, in_turn
 
 MOST, TINY = np.float32(127), np.float32(1e-30)
 MOST_INNER = 1 << 16  # of 127 * 127 that an int32 holds, and of 255 * 127, as the extension adds them up
@@ -65,7 +67,12 @@ def multiply(x_AK: Tensor, w: Int8, end_E: Tensor) -> Tensor:
 
     x: float32 or bfloat16. No gradients."""
     (num, k), n = x_AK.shape, w.q.shape[1]
-    y_AN, q_AK, scale_A = torch.empty(num, n), torch.empty(num, k, dtype=torch.int8), torch.empty(num)
+    y_AN = torch.empty(num, n)
+    if extension.lib is not None:
+        rows = extension.rounded(extension.INT8, x_AK)
+        in_turn(len(w.q), [extension.multiplying(extension.INT8, rows, extension.Matrices(*w), end_E, y_AN)])
+        return y_AN
+    q_AK, scale_A = torch.empty(num, k, dtype=torch.int8), torch.empty(num)
     _rounded_into(x_AK, q_AK, scale_A)
     arrays = [as_array(t.contiguous()) for t in (q_AK, scale_A, w.q, w.scale, end_E, y_AN)]
     in_threads(len(w.q) * n, 2 * num * n * k, lambda first, last: _products(*arrays, first, last))
@@ -77,6 +84,11 @@ def feed_forward(
 ) -> Tensor:
     """-> y_AN in float32: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]` through expert 1 and so on, their
     hidden rows times their weight. gate and up: [E, F, D]; down: [E, N, F]. No gradients."""
+    if extension.lib is not None:
+        y_AN, rows = torch.empty(len(x_AD), down.q.shape[1]), extension.rounded(extension.INT8, x_AD)
+        matrices, units = [extension.Matrices(*w) for w in (gate, up, down)], units_of(end_E, len(x_AD))
+        extension.feed_forward(extension.INT8, rows, matrices, weight_A, units, y_AN)
+        return y_AN
     weight = None if weight_A is None else weight_A.float().unsqueeze(1)
     hidden_AF = gated(multiply(x_AD, gate, end_E), multiply(x_AD, up, end_E), weight)
     return multiply(hidden_AF, down, end_E)
