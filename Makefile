@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 NATIVE := build/native.stamp
 
 .PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize
-.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft interop-compressed-tensors interop-rivals
 
 setup: $(STAMP) $(NATIVE)
 
@@ -68,12 +68,21 @@ interop-peft: setup
 	scripts/setup_beside.sh $(BIN)/python .venv-peft peft==0.21.2 accelerate
 	.venv-peft/bin/python -m pytest -m interop tests/interop/test_peft.py
 
+# compressed-tensors in an environment of its own, over this one's torch: quantised checkpoints of its making, read by us.
+interop-compressed-tensors: setup
+	scripts/setup_beside.sh $(BIN)/python .venv-compressed-tensors compressed-tensors==0.20.1
+	.venv-compressed-tensors/bin/python -m pytest -m interop tests/interop/test_compressed_tensors.py
+
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
 CLIENTS := anthropic langchain-openai litellm instructor openai-agents
 interop-clients: setup
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --disable-pip-version-check $(CLIENTS)
 	CLIENTS_PYTHON=$(CURDIR)/.venv-clients/bin/python $(BIN)/pytest -m interop tests/interop/test_clients.py
+
+# vLLM for CPUs and llama.cpp in an environment of their own: what `trinity bench rivals decode` and `prefixes` measure against.
+interop-rivals: setup
+	scripts/setup_rivals.sh $(BIN)/python .venv-rivals
 
 # S3's client wants an older dateutil than matplotlib has: it lies beside our environment, not in it.
 S3 := s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117 aioitertools jmespath 'python-dateutil<3' six
