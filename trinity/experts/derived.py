@@ -102,8 +102,10 @@ def _float(dtype: torch.dtype) -> Form:
 
 
 def _int8_made(w_NK: Tensor) -> tuple[Tensor, ...]:
-    q_NK, scale_N1 = formats.to_int8(w_NK)
-    return scale_N1.squeeze(1), q_NK.sum(1, dtype=torch.int32), q_NK
+    from trinity.ops.quantised import quantised  # a compiler comes with it
+
+    made = quantised(w_NK)
+    return made.scale, made.total, made.q
 
 
 def _fp8_made(w_NK: Tensor) -> tuple[Tensor, ...]:

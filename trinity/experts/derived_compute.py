@@ -12,7 +12,6 @@ from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.derived import INT8, DerivedLayer
 from trinity.experts.rows import combine, sorted_rows
 from trinity.experts.torch_backend import in_order
-from trinity.ops import formats
 
 
 def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
@@ -21,12 +20,20 @@ def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
         return torch.zeros_like(x_RD)
     order, x_AD, weight_A1, end_E = sorted_rows(x_RD.float(), assigned, len(layer.gate[0]))
     if layer.form is INT8:
-        y_AD = formats.int8_feed_forward(x_AD, layer.gate, layer.up, layer.down, end_E, weight_A1)
+        y_AD = _int8(x_AD, weight_A1, end_E, layer)
     elif len(layer.gate) == 1:  # floats, which products take as they are
         y_AD = in_order(x_AD, weight_A1, end_E, _weights(layer.gate[0], layer.up[0], layer.down[0]))
     else:
         y_AD = _unpacked(x_AD, weight_A1, end_E, layer)
     return combine(y_AD, order, x_RD.dtype)
+
+
+def _int8(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:
+    from trinity.ops.quantised import Int8, feed_forward  # a compiler comes with it
+
+    stacks = ((q, scale, total) for scale, total, q in (layer.gate, layer.up, layer.down))
+    gate, up, down = (Int8(*(part.contiguous() for part in parts)) for parts in stacks)  # they are, but for odd sizes
+    return feed_forward(x_AD, gate, up, down, end_E, weight_A1.squeeze(1))
 
 
 def _unpacked(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:

@@ -28,7 +28,6 @@ FP4 = _nibbles(torch.cat([_E2M1, -_E2M1]))
 
 
 MOST_FP8, LEAST_FP8 = 448.0, 2.0**-9  # the greatest e4m3 number, and the least above 0
-TINY = 1e-30  # rows of less are zeros
 _MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # between E2M1 numbers
 _FP4_BOUNDS = torch.where(
     torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES
@@ -36,13 +35,11 @@ _FP4_BOUNDS = torch.where(
 
 
 def to_int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """q_NK int8 and scale_N1 fp32, a scale for each row: amax / 127, halves to even. A row with a number that is not finite is
-    zeros with a scale of NaN: whoever looks for NaN finds it."""
-    amax_N1 = w_NK.float().abs().amax(1, keepdim=True)
-    factor_N1 = torch.where((amax_N1 >= TINY) & torch.isfinite(amax_N1), 127 / amax_N1, 0)
-    q_NK = torch.where(factor_N1 > 0, (w_NK.float() * factor_N1).round_(), 0).to(torch.int8)
-    scale_N1 = torch.where(amax_N1 >= TINY, amax_N1 / 127, torch.where(amax_N1 < TINY, 1.0, torch.nan))
-    return q_NK, torch.where(torch.isfinite(amax_N1), scale_N1, torch.nan)
+    """q_NK int8 and scale_N1 fp32, as quantised.py rounds."""
+    from trinity.ops.quantised import quantised  # a compiler comes with it
+
+    made = quantised(w_NK.float())
+    return made.q, torch.where(made.scale == 0, 1, made.scale).unsqueeze(1)
 
 
 def to_fp8(w_NK: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -86,23 +83,3 @@ def scaled(values_RK: Tensor, scale_RS: Tensor, columns: int) -> Tensor:
 def spread(scale_RS: Tensor, columns: int, num: int) -> Tensor:
     """A scale, or a zero, for each of `num` columns."""
     return scale_RS.repeat_interleave(columns, dim=1)[:, :num]
-
-
-def int8_feed_forward(
-    x_AD: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], end_E: Tensor, weight_A1: Tensor
-) -> Tensor:
-    """-> y_AN in fp32: rows up to `end_E[0]` through expert 0, and so on, their hidden rows times their weight. Matrices are
-    (scale_EN, total_EN, q_ENK); rows are rounded as `to_int8` rounds, and sums are exact."""
-    from trinity.ops.batch_invariant.elementwise import gated  # a compiler comes with it
-
-    hidden_AF = gated(_int8_product(x_AD, gate, end_E), _int8_product(x_AD, up, end_E), weight_A1.float())
-    return _int8_product(hidden_AF, down, end_E)
-
-
-def _int8_product(x_AK: Tensor, parts: list[Tensor], end_E: Tensor) -> Tensor:
-    q_AK, scale_A1 = to_int8(x_AK)
-    scale_EN, _, q_ENK = parts
-    counts = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
-    rows = zip(q_AK.split(counts), scale_A1.split(counts), q_ENK, scale_EN, strict=True)
-    sums = [(q.double() @ w.double().T).float() * scale_N * scale for q, scale, w, scale_N in rows if len(q)]
-    return torch.cat(sums)  # whole numbers of under 53 bits: in any order the same
