@@ -176,7 +176,7 @@ def test_moved_replicated_and_updated_at_once_they_have_a_monoliths_bits(name):
             }
             shard.prune_to(PruneTo(left))
         seen.add(what)
-        for expert in range(NUM):  # the monolith's form is made of its weights
+        for expert in range(NUM) if what == "step" else ():  # the monolith's form is made of its weights
             weights, words = (
                 whole.fetch(Fetch(LAYER, expert, whole.version, FOREVER, k)) for k in (WEIGHT, FORMS[name].kind)
             )

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from trinity.checkpoint import Checkpoint
     from trinity.models.common.decoder import CausalLM
 
-USUAL: dict[str, Any] = {"windows": 64, "tokens": 512}
-QUICK: dict[str, Any] = {"windows": 2, "tokens": 64}
 SOURCES = Path(__file__).parents[1]
+USUAL: dict[str, Any] = {"text": SOURCES, "windows": 64, "tokens": 512}
+QUICK: dict[str, Any] = {"text": SOURCES, "windows": 2, "tokens": 64}
 EXPERTS, WEIGHTS = ("bfloat16", "int8", "fp8", "nvfp4"), ("int8", "fp8")
 MOST_KL = {"bfloat16": 1e-3, "int8": 1e-2, "fp8": 1e-2}  # of experts, mean nats a token: the gate
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a folder, or a model's name on the Hub")
-    parser.add_argument("--text", type=Path, default=SOURCES, help="a file, or a folder of .py, .md and .txt files")
+    parser.add_argument("--text", type=Path, help="a file, or a folder of .py, .md and .txt files (default: ours)")
     parser.add_argument("--windows", type=int, help=f"pieces of text (default: {USUAL['windows']})")
     parser.add_argument("--tokens", type=int, help=f"tokens of a piece (default: {USUAL['tokens']})")
 
@@ -51,7 +51,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     for arm, model in _arms(source, as_is):
         say(arm)
         found = _scores(model(), ids_BS, as_is)
-        rows.append((arm, found.kl, found.kl_p99, found.perplexity, found.same_token))
+        rows.append((arm, found.kl, found.kl_p99, f"{found.perplexity:.3f}", f"{found.same_token:.2%}"))
         report.results.append({"arm": arm, **found._asdict()})
         what, _, dtype = arm.partition(" ")
         if what == "experts" and dtype in MOST_KL:

@@ -55,6 +55,11 @@ class WeightVersions:
         return self.store.committed
 
     @property
+    def ready(self) -> Mapping[int, ReadyLayer]:
+        """Layers of the present version, as rows are computed with them."""
+        return self._published.layers()
+
+    @property
     def present(self) -> dict[int, LayerWeights]:
         """Weights of the present version, by layer, where they are here as they are."""
         ready = self._published.layers().items()

@@ -11,6 +11,7 @@ from trinity.checkpoint import write_tensors
 from trinity.errors import InvalidRequest, StepConflict, VersionGone
 from trinity.experts.base import Assignments, ExpertBackend, LayerWeights
 from trinity.experts.derived import form_for, form_of
+from trinity.experts.derived_compute import infer
 from trinity.experts.loading import Reading, loaded, with_state
 from trinity.experts.row_counts import RowCounts
 from trinity.experts.spec import ShardSpec
@@ -216,9 +217,14 @@ class ExpertWeights:
 
     def _warm_up(self) -> None:
         """Compute one row. Kernels are compiled at their first use: here, while nobody waits for it."""
-        weights = next((each for each in self.versions.present.values() if len(each.gate_EFD)), None)
-        if weights is not None and self.form is None:
-            row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
-            x_RD = weights.gate_EFD.new_zeros(1, self.spec.model.hidden_size)
-            with torch.inference_mode():
-                self._backend(x_RD, Assignments(row_A, row_A, torch.ones_like(row_A, dtype=torch.float32)), weights)
+        ready = next((each for each in self.versions.ready.values() if each.experts), None)
+        if ready is None:
+            return
+        row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
+        x_RD = torch.zeros(1, self.spec.model.hidden_size, dtype=self.spec.dtype, device=self.spec.device)
+        assigned = Assignments(row_A, row_A, torch.ones_like(row_A, dtype=torch.float32))
+        with torch.inference_mode():
+            if ready.weights is not None:
+                self._backend(x_RD, assigned, ready.weights)
+            if ready.derived is not None:
+                infer(x_RD, assigned, ready.derived)
