@@ -1,7 +1,7 @@
 // One layer's experts for some rows: what a service thread asks of a kernel, and the one type that a kernel is known by.
 //
 // Legend: R rows, A assignments (row, expert) in the order of their experts, E experts of the layer on this shard, D model,
-// F expert hidden. The rows of y are rounded once, by who adds them up. All fields have eight bytes, so that a kernel compiled by numba can read them as integers.
+// F expert hidden. The rows of y are rounded once, by who adds them up.
 #pragma once
 #include <cstdint>
 

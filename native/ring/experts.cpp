@@ -1,6 +1,5 @@
 #include "experts.h"
 
-#if __has_include("kernels/kernels.h")
 #include <algorithm>
 #include <vector>
 
@@ -38,8 +37,3 @@ void compute(const ExpertCall* call) {
 ExpertKernel experts_in(uint32_t format) { return format == kFloat32 ? compute<kFloat32> : format == kBfloat16 ? compute<kBfloat16> : nullptr; }
 
 }  // namespace trinity
-#else
-namespace trinity {
-ExpertKernel experts_in(uint32_t) { return nullptr; }
-}  // namespace trinity
-#endif

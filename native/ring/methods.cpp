@@ -219,7 +219,7 @@ PyObject* ring_finish(PyObject*, PyObject* args) {
 
 extern PyMethodDef ring_methods[];
 PyMethodDef ring_methods[] = {
-    {"ring_kernel", ring_kernel, METH_O, "format -> address of what computes experts in it, 0 where that is not compiled in"},
+    {"ring_kernel", ring_kernel, METH_O, "format -> address of what computes experts in it, 0 where there is none"},
     {"ring_bytes", ring_bytes, METH_NOARGS, "-> the size of a ring's memory"},
     {"ring_open", ring_open, METH_VARARGS, "(fd, socket) -> a caller's ring, or None"},
     {"ring_close", ring_close, METH_O, "a ring -> None: its connection is gone"},

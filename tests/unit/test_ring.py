@@ -23,7 +23,6 @@ from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.near import NearExchange
 from trinity.dispatch.transport import LocalTransport
 from trinity.errors import DeadlineExceeded, StepConflict, TrinityError, Unavailable, VersionGone
-from trinity.experts.native_layers import FORMATS
 from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
 from trinity.rpc.messages import Commit, Fetch, Install, Load, Prepare, PruneTo, Stage, Status
@@ -52,10 +51,8 @@ class Served:
         self.alone = Dispatcher(self.table, LocalTransport(self.shards), timeout_s=20)
 
     def _server(self, shard):
-        layers = shard.compute_natively()
-        layers.start()
-        assert layers.is_ready.wait(60)
-        return DirectServer(Combiner(shard), self.limits, SECRET, "127.0.0.1", layers=layers)
+        service = shard.compute_natively().service
+        return DirectServer(Combiner(shard), self.limits, SECRET, "127.0.0.1", service=service)
 
     def dispatcher(self, table=None, **options):
         return Dispatcher(table or self.table, self.transport, timeout_s=20, **options)
@@ -105,15 +102,9 @@ def held_by_all(world, model=MODEL):
             shard.install(Install(layer, ALL, 0, rows, epoch=1))
 
 
-def there_is_a_kernel(dtype):
-    return dtype == torch.float32 or native.lib.ring_kernel(FORMATS[dtype]) != 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_the_bits_are_those_of_python(num_shards, dtype):
-    if not there_is_a_kernel(dtype):
-        pytest.skip(f"no experts in {dtype} are compiled in")
     with served(num_shards, None, dtype) as world, torch.inference_mode():
         dispatcher = world.dispatcher()
         for seed, num_tokens in enumerate((13, 1, 2, 70, 200)):
@@ -158,8 +149,6 @@ def test_a_gradient_or_another_type_goes_the_usual_way():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replicas_take_the_turns_that_they_take_in_python(dtype):
-    if not there_is_a_kernel(dtype):
-        pytest.skip(f"no experts in {dtype} are compiled in")
     with served(2, replicated_table(), dtype) as world, torch.inference_mode():
         held_by_all(world, world.local_model)
         dispatcher = world.dispatcher(attempt_s=1e6)
@@ -281,7 +270,7 @@ def test_memory_that_is_no_ring_is_refused(options, message):
 
 def test_a_shard_that_has_no_extension_is_asked_over_the_socket():
     with served(1) as world, torch.inference_mode():
-        world.servers["shard-0"].layers = None
+        world.servers["shard-0"].service = None
         dispatcher = world.dispatcher()
         for _ in range(3):
             sent = dispatcher.begin(LAYER, *batch())

@@ -10,10 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from trinity import native
 from trinity.errors import ConfigError
 from trinity.experts.base import ExpertBackend
-from trinity.experts.native_layers import FORMATS
 from trinity.experts.reference import ReferenceBackend
 from trinity.experts.torch_backend import TorchBackend
 
@@ -32,16 +30,6 @@ def resolve(name: str, device: torch.device | str) -> ExpertBackend:
     chosen, reason = _choose(name, torch.device(device))
     log.info("expert backend %s on %s (%s): %s", chosen, device, _versions(), reason)
     return _build(chosen)
-
-
-def native_kernels() -> dict[torch.dtype, int]:
-    """Addresses of the functions that threads in C++ compute experts with; the bits are those of the backend `torch`."""
-    found = {dtype: native.lib.ring_kernel(number) for dtype, number in FORMATS.items()}
-    if not found[torch.float32]:
-        from trinity.ops.batch_invariant import expert_kernel  # a compiler comes with it
-
-        found[torch.float32] = expert_kernel.address()
-    return {dtype: address for dtype, address in found.items() if address}
 
 
 def _choose(name: str, device: torch.device) -> tuple[str, str]:
