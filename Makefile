@@ -4,14 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean
-.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft
+NATIVE := build/native.stamp
 
-setup: $(STAMP)
+.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize
+.PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft interop-compressed-tensors interop-rivals
+
+setup: $(STAMP) $(NATIVE)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/install_megablocks.sh
 	PYTHON="$(PYTHON)" scripts/setup.sh $(VENV)
 	@touch $@
+
+# The part in C++, anew when one of its files has changed; without a compiler, a line that says so.
+$(NATIVE): $(STAMP) scripts/build_native.sh $(shell find native -type f)
+	PYTHON=$(BIN)/python scripts/build_native.sh
+	@touch $@
+
+# Its own tests under sanitizers: of addresses and undefined behaviour, then of threads. Needs a compiler, and no set-up.
+native-sanitize:
+	SANITIZE=address,undefined scripts/build_native.sh build/sanitized-address
+	for test in build/sanitized-address/*_test; do $$test || exit 1; done
+	SANITIZE=thread scripts/build_native.sh build/sanitized-thread
+	for test in build/sanitized-thread/*_test; do $$test || exit 1; done
 
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)
@@ -54,12 +68,21 @@ interop-peft: setup
 	scripts/setup_beside.sh $(BIN)/python .venv-peft peft==0.21.2 accelerate
 	.venv-peft/bin/python -m pytest -m interop tests/interop/test_peft.py
 
+# compressed-tensors in an environment of its own, over this one's torch: quantised checkpoints of its making, read by us.
+interop-compressed-tensors: setup
+	scripts/setup_beside.sh $(BIN)/python .venv-compressed-tensors compressed-tensors==0.20.1
+	.venv-compressed-tensors/bin/python -m pytest -m interop tests/interop/test_compressed_tensors.py
+
 # Clients of OpenAI's and Anthropic's APIs in an environment of their own, against our server.
 CLIENTS := anthropic langchain-openai litellm instructor openai-agents
 interop-clients: setup
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --disable-pip-version-check $(CLIENTS)
 	CLIENTS_PYTHON=$(CURDIR)/.venv-clients/bin/python $(BIN)/pytest -m interop tests/interop/test_clients.py
+
+# vLLM for CPUs and llama.cpp in an environment of their own: what `trinity bench rivals decode` and `prefixes` measure against.
+interop-rivals: setup
+	scripts/setup_rivals.sh $(BIN)/python .venv-rivals
 
 # S3's client wants an older dateutil than matplotlib has: it lies beside our environment, not in it.
 S3 := s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117 aioitertools jmespath 'python-dateutil<3' six

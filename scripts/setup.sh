@@ -17,6 +17,10 @@ echo "setting up $venv (a few minutes the first time)"
 torch=$(grep '^torch==' constraints.txt)
 "${pip[@]}" "$torch"
 "${pip[@]}" -c constraints.txt setuptools wheel packaging
+# The part in C++ comes with the package, where it can be built (setup.py).
+if command -v "${CXX:-c++}" >/dev/null && ! command -v cmake >/dev/null; then
+  "${pip[@]}" -c constraints.txt cmake
+fi
 "${pip[@]}" -c constraints.txt --no-build-isolation -e '.[dev]'
 scripts/install_megablocks.sh "$venv/bin/python"
 

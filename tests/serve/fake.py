@@ -7,6 +7,7 @@ folder as `gate`, a prompt with the word "stay" has a file in it, and gets no to
 
 import asyncio
 import functools
+import time
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,8 +194,12 @@ class HeldEngine(FakeEngine):
 
 
 def build(checkpoint: str, config_json: str):
-    """The engine factory of the Ray tests: the checkpoint is a folder, the model's name and the gate."""
+    """The engine factory of the Ray tests: the checkpoint is a folder, the model's name and the gate. While there is a file
+    "never" beside it, engines are not done, and "building" is there, too."""
     gate = Path(checkpoint)
+    while (gate.parent / "never").exists():
+        (gate.parent / "building").touch()
+        time.sleep(0.05)
     engine = FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True, gate=gate)
     engine.key_base = KeyBase("fake", 16)
     return engine, fake_tokenizer(), gate.name

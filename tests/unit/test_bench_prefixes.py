@@ -22,7 +22,7 @@ def test_the_ideal_is_all_that_was_there_before_but_the_last_token():
 
 @pytest.mark.parametrize(("load", "ideal"), [(CHAT, 0.0), (SHARED, 0.7), (DRAWN, 0.8), (ALONE, 0.0)])
 def test_loads_share_what_they_say(load, ideal):
-    talks = prefixes._talks(load, QUICK, 1 << 30, np.random.default_rng(0))
+    talks = prefixes.talks_of(load, QUICK, 1 << 30, np.random.default_rng(0))
     asked = {f"{talk.number}.{i}": part for talk in talks for i, part in enumerate(talk.parts)}
     assert prefixes.ideal(asked, {name: [] for name in asked}) == pytest.approx(ideal, abs=0.13)
     assert all(talk.grows == (load == CHAT) for talk in talks)

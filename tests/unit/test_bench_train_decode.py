@@ -1,14 +1,15 @@
 """`trinity bench train` and `decode`, in one process and beside transformers: they run, and they notice wrong answers."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 
-from trinity.bench import decode, models, train
+from trinity.bench import apart, decode, models, train
 from trinity.cli import main
 from trinity.config import preset
-from trinity.errors import TrinityError
+from trinity.errors import ConfigError, TrinityError
 from trinity.placement.table import PlacementTable
 
 QUICK = ["--quick", "--threads", "1", "--without", "actors"]
@@ -110,6 +111,54 @@ def test_decode_refuses_to_time_an_engine_that_says_something_else(out, monkeypa
     monkeypatch.setattr(decode.Ours, "run", lie)
     assert main(["bench", "decode", *QUICK, "--out", str(out)]) == 2
     assert "differ in 4 of 4 requests beyond ties" in capsys.readouterr().err
+
+
+def test_apart_runs_a_process_for_each_turn(tmp_path):
+    options = ["--apart", "--layers", "2", *QUICK, "--without", "transformers"]
+    assert main(["bench", "decode", *options, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "decode.json").read_text())
+    arm, (turn,) = report["results"][0]["arm"], report["results"][0]["turns"]
+    assert arm == models.HERE
+    assert [[len(tokens) for tokens in run["tokens"]] for run in turn["runs"]] == [[4], [3] * 4]
+    step_s = turn["runs"][0]["decode_s"] / 3
+    told = rows(report, "One request and the memory")
+    read = 1e9 * (told["bytes of matrices a token, GB"]["median"] + told["of keys and values, GB"]["median"])
+    assert told["share of it"]["median"] == pytest.approx(read / step_s / turn["bytes_per_s"])
+
+
+def turn_of(tokens_per_s, tokens):
+    runs = [
+        {"tokens": [tokens] * s.requests, "first_s": s.requests * s.prompt_len / tokens_per_s, "decode_s": 1.0,
+         "num_decoded": tokens_per_s} for s in apart.USUAL
+    ]  # fmt: skip
+    return {"load_s": 2.0, "bytes_per_s": 1e12, "runs": runs}
+
+
+@pytest.mark.parametrize(("theirs", "failure"), [([7, 1], ""), ([1, 7], "0 of 42 first tokens")])
+def test_apart_compares_medians_of_turns_and_first_tokens(theirs, failure):
+    turns = {
+        models.HERE: [turn_of(rate, [7, 2]) for rate in (10.0, 40.0, 30.0)],
+        models.TRANSFORMERS: [turn_of(rate, theirs) for rate in (10.0, 10.0, 10.0)],
+    }
+    given = Namespace(preset="nano", layers=None, threads=2, rounds=3)
+    report = apart.report(given, preset("nano"), apart.USUAL, turns)
+    assert {what: value for what, value, _, _ in report.targets if "x" in what or "at once" in what} == {
+        f"{what}: {models.HERE} / {models.TRANSFORMERS}": 3.0 for what in apart.TARGETS if what != apart.LOADING
+    }
+    assert report.failure.startswith(failure)
+    assert bool(report.failure) == bool(failure)
+
+
+def test_what_a_token_reads_of_nano():
+    weights, kept = apart.token_bytes(preset("nano"), 100)
+    assert weights == pytest.approx(1.64e9, rel=0.01)
+    assert kept == 100 * 56 * 1024
+    assert apart.token_bytes(preset("nano"), 4096)[1] == (14 * 4096 + 42 * 2048) * 1024
+
+
+def test_apart_refuses_what_memory_does_not_hold():
+    with pytest.raises(ConfigError, match="--layers"):
+        apart.check_room(1 << 50)
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 8])

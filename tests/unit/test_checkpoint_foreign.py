@@ -52,8 +52,8 @@ def load(path):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
         ({"num_experts_per_tok": 50}, "num_experts_per_tok 50 > num_experts 4"),
         ({"hidden_size": "32x"}, "hidden_size"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not implemented"),
-        ({"quantization_config": ["fp8"]}, "quantization_config .* is not implemented"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method .awq.; read are compressed-tensors"),
+        ({"quantization_config": ["fp8"]}, "quantization_config has quant_method"),
         ({"hidden_size": 64}, "has shape"),
     ],
 )

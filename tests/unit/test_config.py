@@ -65,7 +65,7 @@ def preset_optim(name):
         (["steps=5"], "'steps=5' is not a flag"),
         (
             ["--model", "huge"],
-            "unknown preset 'huge'; there are bench, glm-4.5, glm-4.5-air, large, mini, nano,",
+            "unknown preset 'huge'; there are bench, glm-4.5, glm-4.5-air, large, mini, mini-slice, nano,",
         ),
         (["--model.num_experts_per_tok", "9"], "num_experts_per_tok 9 > num_experts 8"),
         (["--model.layer_types", "[full_attention]"], "layer_types has 1 entries for 4 layers"),

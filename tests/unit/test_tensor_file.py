@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trinity.checkpoint import open_checkpoint, tensor_file
-from trinity.checkpoint.tensor_file import Part, TensorFile, read_all
+from trinity.checkpoint.tensor_file import Part, StoredPart, TensorFile, read_all
 from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.models.common.family import Nobody
 from trinity.rpc.messages import WEIGHT, Fetch, Load
@@ -34,7 +34,7 @@ def test_whole_tensors_of_any_type_into_dense_and_transposed_memory(tmp_path, st
     y, none = torch.empty(3, dtype=wanted), torch.empty(0, 4, dtype=wanted)
     told = []
     parts = [Part("x", dense), Part("x", turned), Part("y", y), Part("none", none)]
-    read_all([(file, part) for part in parts], told.append)
+    read_all([StoredPart(file, part) for part in parts], told.append)
     assert torch.equal(dense, truth["x"].to(wanted))
     assert torch.equal(turned, truth["x"].to(wanted))
     assert torch.equal(y, truth["y"].to(wanted))
@@ -57,7 +57,7 @@ def test_parts_of_any_tensors_in_any_order_and_by_short_reads(tmp_path_factory, 
         parts.append(Part(str(which % len(counts)), torch.full((min(num, len(found) - start),), -1.0), start))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_file, "MOST_BYTES", most)
-        read_all([(file, part) for file in [TensorFile(path)] for part in parts], int)
+        read_all([StoredPart(file, part) for file in [TensorFile(path)] for part in parts], int)
     for part in parts:
         assert torch.equal(part.target, truth[part.key][part.start : part.start + len(part.target)])
 

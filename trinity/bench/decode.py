@@ -4,7 +4,8 @@ transformers' `generate`.
 Legend: B requests, N new tokens, V vocabulary.
 Decisions: every arm has the same checkpoint and prompts, decodes greedily and ignores the end-of-text token; no time counts
 before all arms have said the same tokens. Decoding is timed from the moment when every request has its first token to the
-last token of all; the figures from start to end, with the prompts, stand beside it. Arms take turns.
+last token of all; the figures from start to end, with the prompts, stand beside it. Arms take turns. Models in bf16, which
+two programs cannot both hold, are compared by processes that take turns: apart.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trinity.bench import models
 from trinity.bench.models import ACTORS, HERE, NUM_SHARDS, TRANSFORMERS, Split, actor_arm
 from trinity.bench.report import Curve, Report, Table, alternated, ratio
-from trinity.config import EngineConfig, ModelConfig
+from trinity.config import EngineConfig, ModelConfig, preset
 from trinity.errors import TrinityError
 from trinity.utils.terminal import say
 
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 
     from trinity.engine.engine import Engine
 
-USUAL: dict[str, Any] = {"preset": "bench", "splits": (Split(2, 1), Split(1, 1), Split(2, 2)), "rounds": 3}
+USUAL: dict[str, Any] = {
+    "preset": "bench",
+    "layers": None,
+    "splits": (Split(2, 1), Split(1, 1), Split(2, 2)),
+    "rounds": 3,
+}
 USUAL |= {
     "prompt_len": 64,
     "new_tokens": 128,
@@ -37,7 +43,7 @@ USUAL |= {
     "requests": (1, 4, 16, 64, 256),
     "shards": (1, 2, 4, 8),
 }
-QUICK: dict[str, Any] = {"preset": "tiny", "splits": (Split(1, 1),), "rounds": 1}
+QUICK: dict[str, Any] = {"preset": "tiny", "layers": None, "splits": (Split(1, 1),), "rounds": 1}
 QUICK |= {"prompt_len": 8, "new_tokens": 6, "concurrency": 4, "requests": (1, 4), "shards": (1, 2)}
 CURVE_PROMPT, CURVE_TOKENS = 8, 9
 FREE = f"{HERE}, batch_invariant false"
@@ -51,6 +57,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help=f"{text} (default: {USUAL[name.replace('-', '_')]})")
     parser.add_argument("--requests", type=models.numbers, metavar="N,…", help="for the curve over requests "
                         f"(default: {USUAL['requests']})")  # fmt: skip
+    parser.add_argument("--apart", action="store_true", help="in bf16, by a process for each turn of an arm: as presets "
+                        "in bf16 are in any case")  # fmt: skip
+    parser.add_argument("--layers", type=int, help="with --apart: take so many of the preset's layers")
     parser.add_argument("--shards", type=models.numbers, metavar="N,…", help="for the curve over shards "
                         f"(default: {USUAL['shards']})")  # fmt: skip
 
@@ -104,8 +113,8 @@ class Theirs:
     """transformers' `generate` over all prompts as one batch. Of a run with `look`, `gaps_NB` tells how far apart the two
     best logits of each step were."""
 
-    def __init__(self, path: Path):
-        self.model = models.twin(path).eval()
+    def __init__(self, path: Path, dtype: str = "float32"):
+        self.model = models.twin(path, dtype).eval()
         self.gaps_NB: list[list[float]] = []
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int, look: bool = False) -> Run:
@@ -338,6 +347,10 @@ class Bench:
 
 def measure(arguments: argparse.Namespace) -> Report:
     given = models.filled(arguments, USUAL, QUICK)
+    if given.apart or preset(given.preset).dtype == "bfloat16":
+        from trinity.bench import apart
+
+        return apart.measure(given)
     with models.ray_joined("actors" not in given.without):
         bench = Bench(given)
         here = bench.ours()

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from trinity.bench.loaders import KV_BYTES, Loaded, watched
-from trinity.bench.models import SEED
+from trinity.bench.models import SEED, shape
 from trinity.bench.report import Report, Table, alternated, ratio
-from trinity.config import ModelConfig, num_cpus, preset
+from trinity.config import ModelConfig, num_cpus
 from trinity.errors import ConfigError
 from trinity.utils.terminal import say
 from trinity.utils.units import size
@@ -39,7 +39,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    model = _model(arguments)
+    model = shape(_preset(arguments), arguments.layers)
     folder = Path(arguments.out) / f"{_preset(arguments)}-{model.num_hidden_layers}-random"
     num_bytes = written(model, folder)
     arms = {HERE: "llm", ACTORS: "actors", TRANSFORMERS: "transformers"}
@@ -49,13 +49,6 @@ def measure(arguments: argparse.Namespace) -> Report:
     _reading(folder, cold=False)
     found = alternated(runs, arguments.rounds or (1 if arguments.quick else 3), warmup=0)
     return _report(found, num_bytes, model)
-
-
-def _model(arguments: argparse.Namespace) -> ModelConfig:
-    fields = preset(_preset(arguments)).model_dump() | {"dtype": "bfloat16"}
-    if arguments.layers:
-        fields |= {"num_hidden_layers": arguments.layers, "layer_types": ()}
-    return ModelConfig.of(fields)
 
 
 def _preset(arguments: argparse.Namespace) -> str:

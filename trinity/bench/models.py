@@ -14,7 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trinity.config import ClusterConfig, Config, ModelConfig, OptimConfig, PlacementConfig, num_cpus, setup_environment
+from trinity.config import (
+    ClusterConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    PlacementConfig,
+    num_cpus,
+    preset,
+    setup_environment,
+)
 from trinity.errors import ConfigError
 from trinity.utils.terminal import say
 
@@ -78,6 +87,14 @@ def config_of(preset: str, **sections: Mapping[str, Any]) -> Config:
     return Config.from_tree({"model": {"preset": preset, "dtype": "float32"}, **sections})
 
 
+def shape(name: str, num_layers: int | None) -> ModelConfig:
+    """The preset's model in bf16, of so many of its layers."""
+    fields = preset(name).model_dump() | {"dtype": "bfloat16"}
+    cut = {"num_hidden_layers": num_layers, "layer_types": ()} if num_layers else {}
+    fields |= {name: value for name, value in cut.items() if name in fields}
+    return ModelConfig.of(fields)
+
+
 def checkpoint(model: ModelConfig, folder: Path) -> Path:
     """The seeded random weights of `model` in `folder`, written unless they are there; with a tokenizer of its size."""
     from trinity.checkpoint import CheckpointWriter, open_checkpoint, write_tensors
@@ -106,17 +123,17 @@ def random_ids(model: ModelConfig, *shape: int) -> list[Any]:
     return ids
 
 
-def twin(path: Path) -> Any:
+def twin(path: Path, dtype: str = "float32") -> Any:
     """transformers' own model of the checkpoint. Raises ConfigError where transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("transformers is not installed: pip install transformers, or run --without transformers")
     import torch
-    from transformers import AfmoeForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AfmoeForCausalLM.from_pretrained(
-        path, dtype=torch.float32, experts_implementation=EXPERTS_IMPLEMENTATION, local_files_only=True
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), experts_implementation=EXPERTS_IMPLEMENTATION, local_files_only=True
     )
     model.generation_config.eos_token_id = None
     return model

@@ -132,7 +132,7 @@ def small_model(preset: str, num_threads: int = 1) -> Any:
 def _turn(load: str, model: Any, given: dict[str, Any], is_on: bool, numbers: Any) -> Turn:
     import numpy as np
 
-    talks = _talks(load, given, model.config.vocab_size, np.random.default_rng(next(numbers)))
+    talks = talks_of(load, given, model.config.vocab_size, np.random.default_rng(next(numbers)))
     longest, at_once = 2 * given["input_len"] + TURNS * given["output_len"], given["concurrency"]
     engine = small_engine(model, longest, at_once, 8 * at_once, num_threads=num_cpus(), prefix_cache=is_on)
     cpu_s, started_s = time.process_time(), time.perf_counter()
@@ -163,7 +163,7 @@ def small_engine(model: Any, longest: int, max_num_seqs: int, max_num_kept: int,
     return Engine(FixedWeights(model, 0), model.config, config, tokenizer)
 
 
-def _talks(load: str, given: dict[str, Any], vocab: int, rng: "np.random.Generator") -> list[Talk]:
+def talks_of(load: str, given: dict[str, Any], vocab: int, rng: "np.random.Generator") -> list[Talk]:
     """Requests of each client. What differs is a fifth of a prompt."""
     whole, clients = given["input_len"], given["concurrency"]
     few = max(1, whole // TURNS)
@@ -208,7 +208,10 @@ class Asked:
         seed = 1000 * talk.number + len(talk.parts)
         from trinity.engine.request import SamplingParams
 
-        params = SamplingParams(max_tokens=self._given["output_len"], seed=seed, ignore_eos=True)
+        temperature = self._given.get("temperature", 1.0)
+        params = SamplingParams(
+            max_tokens=self._given["output_len"], seed=seed, ignore_eos=True, temperature=temperature
+        )
         self._engine.add(name, prompt, params)
         self._open[name], self.prompts[name], self.answers[name] = talk, prompt, []
         self._began_s[name] = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python -m trinity.bench.process     a JSON object of orders a line on stdin, a JSON object a line on stdout
 
-The role `raw` is here, without torch: what a plain Unix socket does. The others are in echo.py and train.py.
+The role `raw` is here, without torch: what a plain Unix socket does. The others are where HOMES says, or in echo.py.
 Decisions: a secret comes through stdin, where no process table shows it; orders end, and so does the process, with its parent.
 """
 
@@ -16,11 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from trinity.errors import Unavailable
 from trinity.utils.garbage import uncollected
+
+HOMES = {"transformers": "train", "engine": "apart", "generate": "apart"}
 
 # -- the comparison: a raw echo, and its caller
 
@@ -109,6 +111,24 @@ def children(orders: Sequence[dict[str, Any]]) -> Iterator[list[Child]]:
             child.close()
 
 
+@contextmanager
+def pinned(pids: Sequence[int], cores: set[int]) -> Iterator[None]:
+    """Have all threads of these processes, and those that they start, run on these cores; on those of this process before."""
+    before = os.sched_getaffinity(0)
+    _pin(pids, cores)
+    try:
+        yield
+    finally:
+        _pin(pids, before)
+
+
+def _pin(pids: Sequence[int], cores: set[int]) -> None:
+    for pid in pids:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), cores)
+
+
 def say(**answer: Any) -> None:
     print(json.dumps(answer), flush=True)
 
@@ -125,7 +145,7 @@ def raw() -> None:
 def main() -> None:
     orders = json.loads(sys.stdin.readline())
     role = orders.pop("role")
-    home = "train" if role == "transformers" else "echo"
+    home = HOMES.get(role, "echo")
     with uncollected():
         run = raw if role == "raw" else importlib.import_module(f"trinity.bench.{home}").ROLES[role]
     run(**orders)

@@ -18,7 +18,8 @@ from torch import Tensor
 from trinity.adapters import peft
 from trinity.adapters.lora import merged
 from trinity.checkpoint.layout import all_experts
-from trinity.checkpoint.read import Checkpoint, open_checkpoint, read_json, reading
+from trinity.checkpoint.read import Checkpoint, open_checkpoint
+from trinity.checkpoint.strict import read_json, reading
 from trinity.checkpoint.tensor_file import TYPES, Part, TensorFile
 from trinity.config import AdapterRef, ModelConfig, OptimConfig, Target
 from trinity.errors import CheckpointError, ConfigError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trinity.adapters import peft
-from trinity.checkpoint.layout import INDEX, MANIFEST
+from trinity.checkpoint.layout import INDEX, MANIFEST, MODELOPT
 from trinity.errors import CheckpointError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -25,6 +25,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SMALL = (  # what a model is opened with; weights are asked for by name
     "config.json",
     "generation_config.json",
+    MODELOPT,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -5,16 +5,13 @@ could otherwise see two models; code that a config names (`auto_map`) is never l
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from trinity.adapters import peft
@@ -31,7 +28,10 @@ from trinity.checkpoint.layout import (
     expert_key,
     own_hash,
 )
-from trinity.checkpoint.tensor_file import TYPES, Entry, Part, TensorFile, read_all, unique
+from trinity.checkpoint.quantisation import quantisation_of
+from trinity.checkpoint.quantised import QUANTISED, QuantisedMatrices, QuantisedMatrix, QuantisedPart
+from trinity.checkpoint.strict import check_inside, read_json, reading, sha256
+from trinity.checkpoint.tensor_file import TYPES, Entry, Part, Reading, StoredPart, TensorFile, read_all
 from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
@@ -46,11 +46,10 @@ if TYPE_CHECKING:
     from trinity.models.common.experts import ExpertLayer
     from trinity.text.tokenizer import Tokenizer
 
-MAX_JSON_BYTES = 256 << 20
 HASH_AHEAD_BYTES = 4 << 30
-MAX_NAME_BYTES = 255
 SMALL_BYTES = 256 << 20
 SAMPLE_BYTES = 1 << 20
+LEAST_BYTES = min(dtype.itemsize for dtype in STORED)  # of a number that is not quantised
 
 
 class Checkpoint:
@@ -70,11 +69,13 @@ class Checkpoint:
 
     def _open_weights(self) -> None:
         """Find out which model this is, and where its tensors are."""
-        self.config: ModelConfig = read_config({**read_json(self._verified("config.json")), **self._ends()}, self.path)
+        tree = read_json(self._verified("config.json"))
+        self.config: ModelConfig = read_config({**tree, **self._ends()}, self.path)
+        self.quantisation = quantisation_of(self.path, tree)
         self._index = self._read_index()
         self._check_size()
-        if (self.path / SINGLE).is_file():
-            _ = self.weight_map  # what is wrong with it is said now
+        if self._index is not None or (self.path / SINGLE).is_file():
+            _ = self._matrices  # what is wrong with names is said now
 
     @property
     def base(self) -> "Checkpoint":
@@ -156,18 +157,24 @@ class Checkpoint:
         if experts is None or self._index is None:
             return self.folder.fetch(self._weight_files)
         pairs = ((layer, expert) for layer, held in experts.items() for expert in held)
-        keys = [key for pair in pairs for key in self._expert_keys(*pair)]
+        keys = [each for pair in pairs for key in self._expert_keys(*pair) for each in self._matrices.keys(key)]
         self.folder.fetch({self._index[key] for key in keys if key in self._index})
 
     def tensor(self, key: str, shape: Iterable[int] | None = None) -> Tensor:
-        """A tensor of the model, checked to be of a type that holds weights as they are, and of `shape`."""
-        return self._tensor(self._place(key), key, shape)
+        """A tensor of the model, checked to be of `shape`: in the type that it is stored in, fp32 where it is quantised."""
+        matrix = self._matrix(key, shape)
+        if matrix is None:
+            return self._tensor(self._place(key), key, shape)
+        made = torch.empty(matrix.shape)
+        with reading(self.path):
+            matrix.read_into(made)
+        return made
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return gate_FD, up_FD, down_DF of one expert, from a tensor for each or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        dtype = self.base._entry(self._expert_keys(layer, expert)[0]).dtype
-        gate, up, down = (torch.empty(shape, dtype=TYPES[dtype]) for shape in ((f, d), (f, d), (d, f)))
+        dtype = self.base._type(self._expert_keys(layer, expert)[0])
+        gate, up, down = (torch.empty(shape, dtype=dtype) for shape in ((f, d), (f, d), (d, f)))
         self.fill(self.expert_parts(layer, expert, gate, up, down))
         return gate, up, down
 
@@ -177,7 +184,7 @@ class Checkpoint:
         keys = self._expert_keys(layer, expert)
         if len(keys) == len(PROJECTIONS):
             for key, shape in zip(keys, ((f, d), (f, d), (d, f)), strict=True):
-                self._entry(key, shape)
+                self.check(key, shape)
             return [Part(key, target) for key, target in zip(keys, (gate_FD, up_FD, down_DF), strict=True)]
         gate_up, down, num = *keys, self.config.num_experts
         named = [
@@ -200,9 +207,13 @@ class Checkpoint:
     def fill(self, parts: Iterable[Part], what: str = "", told: Callable[[int], object] = int) -> None:
         """Read each part into its memory, in the order of the files. `what`: words beside a bar on a terminal; `told`: hears of
         each part's bytes, on any thread."""
-        placed = [(self._file(self._place(part.key)), part) for part in parts]
-        with progress(what, sum(part.target.nbytes for _, part in placed)) as bar, reading(self.path):
+        placed = [self._reading(part) for part in parts]
+        with progress(what, sum(each.part.target.nbytes for each in placed)) as bar, reading(self.path):
             read_all(placed, lambda num: (bar(num), told(num)))
+
+    def _reading(self, part: Part) -> Reading:
+        matrix = self._matrix(part.key, part.target.shape)
+        return StoredPart(self._file(self._place(part.key)), part) if matrix is None else QuantisedPart(matrix, part)
 
     def load_model(self, experts: "ExpertLayer", device: str) -> "CausalLM":
         """The backbone over these experts, with its weights, ready to compute."""
@@ -238,7 +249,21 @@ class Checkpoint:
 
     def check(self, key: str, shape: Iterable[int]) -> None:
         """See that a tensor of the model is there, of a type that holds weights and of that shape."""
-        self._entry(key, shape)
+        if self._matrix(key, shape) is None:
+            self._entry(key, shape)
+
+    @cached_property
+    def _matrices(self) -> QuantisedMatrices:
+        return QuantisedMatrices(self.path, self.quantisation, self.weight_map, self._file)
+
+    def _matrix(self, key: str, shape: Iterable[int] | None = None) -> QuantisedMatrix | None:
+        """The matrix of that key where it is quantised, once all that belongs to it is there and fits."""
+        with reading(self.path):
+            return self.base._matrices.find(key, None if shape is None else tuple(shape))
+
+    def _type(self, key: str) -> torch.dtype:
+        """The type of a tensor of the model, as it is read."""
+        return torch.float32 if self._matrix(key) is not None else TYPES[self._entry(key).dtype]
 
     def _place(self, key: str) -> str:
         """The file that a tensor of the model is in."""
@@ -259,8 +284,9 @@ class Checkpoint:
         if shape is not None and found.shape != tuple(shape):
             raise CheckpointError(f"{path}: {key} has shape {[*found.shape]}, config.json wants {[*shape]}")
         if found.dtype not in TYPES:
+            alone = " and no scale beside it" if found.dtype in QUANTISED else ""
             raise CheckpointError(
-                f"{path}: {key} has type {found.dtype}; weights are floating point, one of {[*TYPES]}"
+                f"{path}: {key} has type {found.dtype}{alone}; weights are floating point, one of {[*TYPES]}"
             )
         return found
 
@@ -281,7 +307,7 @@ class Checkpoint:
     def _verified(self, file: str) -> Path:
         """The path of a file of ours, once its size and hash agree with the manifest (if there is one)."""
         path, entry = self._sized(file), self._files.get(file)
-        if entry is not None and file not in self._good and _sha256(path) != entry["sha256"]:
+        if entry is not None and file not in self._good and sha256(path) != entry["sha256"]:
             raise CheckpointError(
                 f"{path} does not match its SHA-256 in the manifest: it is corrupt; use an earlier checkpoint "
                 "(to resume: train.resume_from)"
@@ -318,7 +344,7 @@ class Checkpoint:
         if manifest.get("format") != FORMAT or type(step) is not int or step < 0 or not isinstance(files, dict):
             raise CheckpointError(f"{path} is not of format {FORMAT}: a step, and files with their bytes and sha256")
         for file, entry in files.items():
-            _check_inside(file, path)
+            check_inside(file, path)
             if not _is_entry(entry):
                 raise CheckpointError(f"{path} does not list {file!r} with its bytes, sha256 and tensors")
         return manifest
@@ -336,12 +362,12 @@ class Checkpoint:
         """Refuse numbers that the files cannot hold, before anything large is made by them."""
         config = self.config
         experts = len(config.moe_layers) * config.num_experts * config.expert_params
-        least = (config.vocab_size * config.hidden_size + experts) * min(dtype.itemsize for dtype in STORED)
+        least = (config.vocab_size * config.hidden_size + experts) * (0.5 if self.quantisation.is_said else LEAST_BYTES)
         with reading(self.path):
             found = sum(map(self.folder.size, self._weight_files))  # one that is not there is named when it is read
         if least > found + SMALL_BYTES:  # what lacks a tensor is told which
             raise CheckpointError(
-                f"{self.path}/config.json tells of {least:,} bytes of embeddings and experts at least; the files that "
+                f"{self.path}/config.json tells of {least:,.0f} bytes of embeddings and experts at least; the files that "
                 f"the tensors are in have {found:,}: is this a complete checkpoint?"
             )
 
@@ -372,7 +398,7 @@ class Checkpoint:
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
             raise CheckpointError(f"{index}: weight_map is not a mapping of tensor names to files")
         for file in set(where.values()):
-            _check_inside(file, index)
+            check_inside(file, index)
             if not file.endswith(".safetensors"):
                 raise CheckpointError(f"{index} names {file!r}; Trinity reads weights from .safetensors files only")
         return where
@@ -387,36 +413,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     return Checkpoint(source)
 
 
-@contextmanager
-def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Turn whatever a file does to its reader into an error that names it."""
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {what}{path}: {error}") from None
-
-
 def _is_entry(entry: Any) -> bool:
     wanted = {"bytes": int, "sha256": str, "tensors": list}
     return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in wanted.items())
-
-
-def _check_inside(file: str, source: Path) -> None:
-    pure = PurePosixPath(file)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in file or not file or len(file.encode()) > MAX_NAME_BYTES:
-        raise CheckpointError(f"{source} names a file outside the checkpoint: {file[:MAX_NAME_BYTES]!r}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    with reading(path):
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; a JSON file may have {MAX_JSON_BYTES:,}")
-        tree = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return tree
-
-
-def _sha256(path: Path) -> str:
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -93,6 +93,11 @@ class TensorFile:
         entry = self.entry(part.key)
         return entry.offset + part.start * TYPES[entry.dtype].itemsize
 
+    def read_bytes(self, key: str, target: Tensor, start: int = 0) -> None:
+        """Fill dense memory with what is stored of a tensor from that byte on, whatever its type. How much is there is the
+        caller's to check."""
+        self._fill(target.view(-1).view(torch.uint8), self.entry(key).offset + start)
+
     @torch.no_grad()
     def read(self, part: Part) -> None:
         """Fill the target. Its shape is the caller's to check."""
@@ -112,15 +117,40 @@ class TensorFile:
             done += num
 
 
-def read_all(parts: Iterable[tuple[TensorFile, Part]], told: Callable[[int], object]) -> None:
+class Reading(Protocol):
+    """Memory that is to be filled from a file. `order`: where it lies, by file and byte."""
+
+    @property
+    def part(self) -> Part: ...
+
+    @property
+    def order(self) -> tuple[str, int]: ...
+
+    def read(self) -> None: ...
+
+
+class StoredPart(NamedTuple):
+    """A part and the file that has it as it is wanted."""
+
+    file: TensorFile
+    part: Part
+
+    @property
+    def order(self) -> tuple[str, int]:
+        return self.file.name, self.file.order(self.part)
+
+    def read(self) -> None:
+        self.file.read(self.part)
+
+
+def read_all(readings: Iterable[Reading], told: Callable[[int], object]) -> None:
     """Fill all targets, which may not overlap; `told` hears of each part's bytes when they are there, on any thread."""
 
-    def read(each: tuple[TensorFile, Part]) -> None:
-        file, part = each
-        file.read(part)
-        told(part.target.nbytes)
+    def read(each: Reading) -> None:
+        each.read()
+        told(each.part.target.nbytes)
 
-    ordered = sorted(parts, key=lambda each: (each[0].name, each[0].order(each[1])))
+    ordered = sorted(readings, key=lambda each: each.order)
     with ThreadPoolExecutor(min(MAX_READERS, num_cpus()), thread_name_prefix="trinity-read") as readers:
         for _ in readers.map(read, ordered):
             pass

@@ -21,6 +21,7 @@ BENCHES = {
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",
     "priority": "urgent requests beside a flood of others: their first token against that of an idle server",
     "reading": "packed batches on one core: tokens per second, how full they are, what an order of sequences costs",
+    "rivals": "the same model and loads in other people's engines for CPUs: vLLM and llama.cpp",
     "serve": "an open-loop load on a running server: TTFT, inter-token latency, goodput; or beside training",
 }
 

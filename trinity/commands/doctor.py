@@ -26,7 +26,8 @@ SLOWEST = 4  # others of a node that are shown
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> int:
-    sections = {"system": _system(), "packages": versions(PACKAGES), "devices": _devices(), "ports": _ports()}
+    sections = {"system": _system(), "packages": versions(PACKAGES), "devices": _devices(), "native": _native()}
+    sections["ports"] = _ports()
     if arguments.address:
         sections["round trips, slowest first"] = _round_trips(arguments)
     for title, lines in sections.items():
@@ -71,6 +72,14 @@ def _devices() -> dict[str, str]:
         except ConfigError as error:
             gpus[f"backend {name}"] = error.message
     return gpus
+
+
+def _native() -> dict[str, str]:
+    try:
+        from trinity.native import described
+    except TrinityError as error:
+        return {"extension": error.message}
+    return described()
 
 
 def _ports() -> dict[str, str]:

@@ -18,6 +18,11 @@ def admin_key() -> str | None:
     return os.environ.get("TRINITY_ADMIN_KEY")
 
 
+def native_is_wanted() -> bool:
+    """Say whether the extension in C++ may be used, where it is built (trinity/native.py)."""
+    return os.environ.get("TRINITY_NATIVE", "1") != "0"
+
+
 # OpenMP's threads spin at the end of each parallel region. With fewer cores than threads (a trainer, shards and an engine on
 # one small machine) each then burns the time slice of the one it waits for: an expert layer took 1,400 ms instead of 23.
 THREADS = {"GOMP_SPINCOUNT": "1000"}

@@ -53,11 +53,6 @@ def read_config(tree: Mapping[str, Any], source: str | Path) -> ModelConfig:
         raise CheckpointError(
             f"{source} holds a {name!r} model; Trinity runs {', '.join(map(repr, FAMILIES))} checkpoints"
         )
-    if how := tree.get("quantization_config"):
-        method = how.get("quant_method") if isinstance(how, Mapping) else how
-        raise CheckpointError(
-            f"{source}/config.json: quantization_config ({method}) is not implemented; take the weights in bf16 or fp32"
-        )
     return family_of(ModelConfig.families[name].model_construct()).read_config(tree, source)
 
 
