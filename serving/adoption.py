@@ -17,6 +17,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from actors import pool as pools
 from actors.names import PlacementClient
 from serving.app import APP, DRAINING, READY, About, Server, all_about, be_quiet, settings_of
+from serving.removal import remove
 from trinity.config import Config
 from trinity.errors import ConfigError, Unavailable
 from trinity.utils.trying import retrying, tried
@@ -118,7 +119,7 @@ def _end(gateway: Any, said: list[About]) -> None:
     if said:
         Server.of(gateway, said).stop()
     else:
-        serve.delete(APP)
+        remove(APP)
 
 
 def _told(found: ApplicationStatusOverview, said: list[About]) -> str:

@@ -32,6 +32,7 @@ from serving.gateway import Gateway
 from serving.nodes import num_nodes, num_replicas, scaled
 from serving.pins import STARTING, Pins
 from serving.pool_operator import Operator
+from serving.removal import remove
 from trinity.config import NODE, Config, EngineConfig, PlacementConfig, ServeConfig, differences, setup_grpc
 from trinity.errors import ConfigError, Unavailable
 from trinity.utils.origins import LOOPBACK
@@ -172,7 +173,7 @@ class Server:
         ended = tried(functools.partial(asked_all, self.gateway, "stop", self.stop_timeout_s), *AWAY)
         for error in [ended] if isinstance(ended, Exception) else filter(None, ended):
             log.warning("a gateway did not end by itself: %s", type(error).__name__)
-        serve.delete(APP)
+        remove(APP)
 
 
 def asked_all(gateway: Any, method: str, timeout_s: float) -> list[Any]:
@@ -252,7 +253,9 @@ def _scaling(settings: EngineConfig) -> dict[str, Any]:
     if settings.max_replicas is None:
         return {"num_replicas": settings.replicas}
     limits = {"min_replicas": settings.replicas, "max_replicas": settings.max_replicas}
-    return {"autoscaling_config": {**limits, "target_ongoing_requests": settings.requests_per_replica}}
+    policy = {"policy_function": "serving.nodes:as_loaded"}
+    each = {"target_ongoing_requests": settings.requests_per_replica}
+    return {"autoscaling_config": {**limits, **each, "policy": policy}}
 
 
 def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
@@ -265,7 +268,7 @@ def start(config: Config, checkpoint: str, factory: str = FACTORY) -> Server:
     be_quiet()
     serve.start(proxy_location="Disabled")
     with ExitStack() as undo:
-        undo.callback(serve.delete, APP)
+        undo.callback(remove, APP)
         try:
             gateway = serve.run(build(config, checkpoint, factory), name=APP, route_prefix=None)
         except RuntimeError:

@@ -1,8 +1,8 @@
 """Engines behind the edges: in this process, or replicas of a Ray Serve deployment.
 
-Decisions: a replica sends the Deltas that already wait as one message, because a message between processes costs more
-than a token's text. While it has none it says every BEAT_S that it is there: a machine that vanishes, or a process that is
-stopped, closes no connection, and is lost after SILENT_S.
+Decisions: a gateway has one line to an engine for all its requests (serving/lines.py). Opening it is Ray Serve's affair, which
+chooses a replica that is there; what is asked of it then goes to the replica's actor, whether Serve still sends it anything or
+not: requests of one that drains are given up like any others.
 """
 
 import asyncio
@@ -24,14 +24,17 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from serving.addresses import bracketed
 from serving.fitting import num_sharing
 from serving.frontend import EngineInfo, now_s
+from serving.line_end import LineEnd, Message, Order
+from serving.lines import Line
+from serving.nodes import REQUESTS
 from serving.roles import Roles, newest
 from serving.routed import RoutedClient, Status
-from serving.streams import batched
 from trinity.config import Config, EngineConfig, ModelConfig, Role
 from trinity.engine.request import Delta
 from trinity.errors import ConfigError, EngineLost, InvalidRequest, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
 from trinity.utils.garbage import uncollected
+from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
     from trinity.engine.engine import Engine
     from trinity.engine.handoff import Prefilled
 
-BEAT_S, SILENT_S = 5.0, 20.0
+SERVE = "serve"  # the namespace of Ray Serve's actors
+ENDS = dict[str, LineEnd]()  # of the replica that is this process, by the names of their lines
 Built = tuple["AsyncEngine", Tokenizer, str]
 Factory = Callable[[str, str], Built]
 RESET_S = 10.0
@@ -193,21 +197,22 @@ class EngineReplica:
         name = serve.get_replica_context().replica_id.unique_id
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json), name)
 
-    async def generate(self, *asked: Any, engine: str | None = None, **more: Any) -> AsyncIterator[list[Delta]]:
-        stream = batched(self.client.generate(*asked, **more), BEAT_S)
-        async with aclosing(stream) as batches:
-            async for batch in batches:
-                yield batch
+    async def line(self, name: str, orders: Sequence[Order], engine: str | None = None) -> AsyncIterator[str | Message]:
+        """The actor that hears more orders, then messages until the gateway leaves."""
+        ENDS[name] = end = LineEnd(self.client.engine)
+        end.follow(orders)
+        try:
+            yield serve.get_replica_context().replica_id.to_full_id_str()
+            async with aclosing(end.messages()) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            del ENDS[name]
 
-    async def prefill(self, *asked: Any, engine: str | None = None) -> AsyncIterator[list["Prefilled"]]:
-        """One batch has it; those before are empty."""
-
-        async def once() -> AsyncGenerator["Prefilled", None]:
-            yield await self.client.prefill(*asked)
-
-        async with aclosing(batched(once(), BEAT_S)) as batches:
-            async for batch in batches:
-                yield batch
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Numbers by which Ray Serve scales (serving/nodes.py): it sees lines, not requests."""
+        stats = self.client.engine.stats()
+        return {REQUESTS: stats.num_running + stats.num_waiting}
 
     async def status(self, engine: str | None = None, besides: Collection[str] = (), **told: Any) -> Status:
         return await self.client.status(**told)
@@ -228,26 +233,68 @@ class EngineReplica:
             self.client.engine.close()
 
 
+def heard(replica: object, name: str, orders: Sequence[Order]) -> bool:
+    """Have orders followed by the end of that line, in the replica's process; False where there is none."""
+    end = ENDS.get(name)
+    if end is not None:
+        end.tell(orders)
+    return end is not None
+
+
+class RayWire:
+    """Way from a gateway to the replica of that name, or to another one where it is gone."""
+
+    def __init__(self, streams: "DeploymentHandle[Any]", engine: str | None):
+        self._streams, self._engine, self._name = streams, engine, uuid4().hex
+        self._actor: Any = None
+
+    async def opened(self, orders: list[Order]) -> AsyncGenerator[Message, None]:
+        response = self._streams.line.remote(self._name, orders, engine=self._engine)
+        try:
+            while True:
+                with errors_of_replicas():
+                    message = await anext(response, None)
+                if message is None:
+                    return
+                if isinstance(message, str):
+                    message = await self._met(message)
+                yield message
+        finally:
+            response.cancel()
+
+    async def _met(self, actor: str) -> Message:
+        self._actor = await asyncio.to_thread(tried, partial(ray.get_actor, actor, SERVE), ValueError)
+        if isinstance(self._actor, ValueError):
+            raise EngineLost("its process is gone")
+        return []
+
+    async def tell(self, orders: list[Order]) -> None:
+        with errors_of_replicas():
+            if not await self._actor.__ray_call__.remote(heard, self._name, orders):
+                raise EngineLost("it has no such line any more")
+
+
 class RayClient:
     """Replicas behind a DeploymentHandle, as a Fleet."""
 
     def __init__(self, handle: "DeploymentHandle[Any]"):
         # By value: over the gRPC between replicas instead of actor calls, twice as many messages (docs/serving.md).
         self._calls, self._streams = handle, handle.options(stream=True, _by_reference=False)
+        self._lines = dict[str | None, Line]()
 
-    async def generate(self, engine: str | None, *asked: Any, **more: Any) -> AsyncGenerator[Delta, None]:
+    def generate(self, engine: str | None, *asked: Any, **more: Any) -> AsyncGenerator[Delta, None]:
         """Deltas from that engine, or from another one where it is gone."""
-        stream = _items(self._streams.generate.remote(*asked, engine=engine, **more))
-        async with aclosing(stream) as deltas:
-            async for delta in deltas:
-                yield delta
+        return self._line(engine).call("generate", *asked, **more)
 
     async def prefill(self, engine: str, *asked: Any) -> "Prefilled":
-        stream = _items(self._streams.prefill.remote(*asked, engine=engine))
-        async with aclosing(stream) as found:
-            async for prefilled in found:
-                return prefilled
-        raise EngineLost("the engine ended the stream early")
+        async with aclosing(self._line(engine).call("prefill", *asked)) as found:
+            return await anext(found)
+
+    def _line(self, engine: str | None) -> Line:
+        if (line := self._lines.get(engine)) is None or line.is_over:
+            self._lines = {name: each for name, each in self._lines.items() if not each.is_over}
+            self._lines[engine] = line = Line(RayWire(self._streams, engine))
+        return line
 
     async def status(self, engine: str | None, besides: Collection[str], **told: Any) -> Status:
         with errors_of_replicas():
@@ -262,26 +309,6 @@ class RayClient:
 
     async def tokenizer(self) -> Tokenizer:
         return await self._calls.tokenizer.remote()
-
-
-async def _items(response: Any) -> AsyncGenerator[Any, None]:
-    """Items of a replica's batches. Raises EngineLost where it falls silent."""
-    try:
-        silent_s = None  # an engine may have to be waited for
-        while True:
-            with errors_of_replicas():
-                try:
-                    async with asyncio.timeout(silent_s):
-                        batch = await anext(response, None)
-                except TimeoutError:
-                    raise EngineLost(f"it has said nothing for {SILENT_S:.0f} s") from None
-            if batch is None:
-                return
-            for item in batch:
-                yield item
-            silent_s = SILENT_S
-    finally:
-        response.cancel()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""Nodes that have a gateway, and how many gateways there are: what Ray and Ray Serve know of them.
+"""Numbers of gateways and engines, those that there are to be and those that are: what Ray and Ray Serve know of them.
 
-Decisions: with `serve.gateways: every_node` the number follows the nodes by itself, as an autoscaling policy that Ray Serve
+Decisions: engines are scaled by the requests that they say they have: Ray Serve sees one line of each gateway and not what it
+carries. With `serve.gateways: every_node` the number follows the nodes by itself, as an autoscaling policy that Ray Serve
 asks in its controller, so that nothing of ours has to live for it. Nobody tells gateways of each other: each asks Ray Serve how
 many there are.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
+REQUESTS = "requests"  # of an engine, running and waiting
 LOOK_S = 1.0  # the controller asks ten times a second
 MOST = 10_000
 
@@ -39,6 +41,14 @@ class OnePerNode:
         if time.monotonic() - self._asked_s >= LOOK_S:
             self._asked_s, self._num = time.monotonic(), num_nodes(self._resources)
         return self._num, {}
+
+
+def as_loaded(context: Any) -> tuple[float, dict[str, Any]]:
+    """Ray Serve's autoscaling policy for engines: as many as their requests need, at so many of each. It travels by value."""
+    said = context.aggregated_metrics.get(REQUESTS, {})
+    if not said:  # by none, yet: as it is
+        return context.target_num_replicas, {}
+    return sum(said.values()) / context.config.get_target_ongoing_requests(), {}
 
 
 def scaled(gateways: int | str, resources: dict[str, float]) -> dict[str, Any]:

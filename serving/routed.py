@@ -61,13 +61,11 @@ class RoutedClient:
         self._fleet, self._settings = fleet, settings
         self._routing, self._roles = Routing(), Roles(0, settings.role)
 
-    async def generate(self, *asked: Any, **more: Any) -> AsyncGenerator[Delta, None]:
+    def generate(self, *asked: Any, **more: Any) -> AsyncGenerator[Delta, None]:
         """Deltas of the engine where it costs least. Arguments are those that Engines says (serving/continuation.py)."""
-        is_alone = len(self._routing.seats) < 2
-        stream = self._fleet.generate(None, *asked, **more) if is_alone else self._routed(Request(*asked), more)
-        async with aclosing(stream) as deltas:
-            async for delta in deltas:
-                yield delta
+        if len(self._routing.seats) < 2:
+            return self._fleet.generate(next(iter(self._routing.seats), None), *asked, **more)
+        return self._routed(Request(*asked), more)
 
     async def info(self) -> EngineInfo:
         return (await self.infos())[0]

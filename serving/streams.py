@@ -1,7 +1,5 @@
-"""Two ways to handle asynchronous streams: several into one, and what already waits into one message.
-
-Both own the streams they are given: however the result is left (end, error, cancellation, `aclose`), every source has
-been closed when it is left.
+"""Several asynchronous streams as one, which owns them: however it is left (end, error, cancellation, `aclose`), every source
+has been closed when it is left.
 """
 
 import asyncio
@@ -25,32 +23,6 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
                 live -= 1
             else:
                 raise error
-
-
-async def batched(stream: AsyncGenerator[T, None], beat_s: float | None = None) -> AsyncGenerator[list[T], None]:
-    """Lists of one or more items: the next one, and those that were waiting behind it. An empty one after `beat_s` without."""
-    async with _pumping([stream]) as queue:
-        error = None
-        while error is None:
-            entries = await _waiting(queue, beat_s)
-            items = [item for _, item, failed in entries if failed is None]
-            error = entries[-1][2] if entries else None
-            if items or not entries:
-                yield items  # type: ignore[misc]
-        if not isinstance(error, StopAsyncIteration):
-            raise error
-
-
-async def _waiting(queue: asyncio.Queue[Item[T]], most_s: float | None) -> list[Item[T]]:
-    """Entries that wait, once one does; none, if that takes longer."""
-    try:
-        async with asyncio.timeout(most_s):
-            entries = [await queue.get()]
-    except TimeoutError:
-        return []
-    while not queue.empty():
-        entries.append(queue.get_nowait())
-    return entries
 
 
 @asynccontextmanager

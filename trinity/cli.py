@@ -27,7 +27,7 @@ COMMANDS = {
     "eval": "score a checkpoint or a running server: needles in a haystack (niah), tasks of lm-eval",
     "synthesize": "make documents or chats from documents, by prompts to a model, checked and with their provenance",
     "placement": "see experts, move them, scale their shards",
-    "convert": "rewrite a checkpoint: type, file sizes, without training state",
+    "convert": "rewrite a checkpoint: type, 8 bits, file sizes, without training state",
     "chaos": "train or serve while shards, workers and messages are lost on purpose, and report how it came through",
     "bench": "measure dispatch, experts, training, decoding and serving, against what else there is",
     "doctor": "versions, devices, ports, memory, round trips between nodes: what to paste in a bug report",
@@ -203,6 +203,7 @@ def _convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help=CHECKPOINT)
     sub.add_argument("target", help="a folder that does not exist yet")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as in the source")
+    sub.add_argument("--to", choices=["int8", "fp8"], help="quantise the matrices, in compressed-tensors' layouts")
     sub.add_argument("--max-file-gb", type=float, default=4.0)
 
 

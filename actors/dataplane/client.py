@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.dataplane import unix_socket
+from actors.dataplane import ring, unix_socket
 from actors.dataplane.connection import CPU, Address, Wire, family_of, machine_id
 from actors.dataplane.frames import BadFrame, Calls, request, value_of
 from actors.dataplane.handshake import introduce, meant
 from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import agree, possible
+from trinity import native
 from trinity.dispatch.transport import Done, Reply, Transport
 from trinity.errors import DeadlineExceeded, TrinityError, Unavailable
 from trinity.rpc.messages import Backward, Fetch, Forward
@@ -46,6 +47,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
+        self._num_away = 0  # answers that will come, whether or not somebody wants them
         with ExitStack() as undo:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else family_of(address.host)))
             now_s = time.monotonic()
@@ -59,6 +61,7 @@ class Connection:
                 self.wire = SealedWire(self.wire, secret, transcript, is_shard=False)
             buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
             undo.pop_all()
+        self._may_ask = near and device.type == address.device == "cpu" and ring.is_possible()
         self._min_bytes = math.inf if buffer is None else buffer.min_bytes
         log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
 
@@ -69,10 +72,29 @@ class Connection:
         small += ", sealed" * isinstance(self.wire, SealedWire)
         return small, small if self.wire.buffer is None else self.wire.buffer.name
 
+    @property
+    def is_quiet(self) -> bool:
+        """Say that no answer is on its way."""
+        return not self._num_away
+
+    def ring(self, deadline_s: float) -> Any:
+        """The ring to the shard, or None where one side has none; asked for once, on a quiet connection."""
+        if self._may_ask:
+            self._may_ask, self.wire.ring = False, ring.agree(self.wire, deadline_s)
+            log.info("inference to %s: %s", self.wire.sock.getpeername(), "a ring" if self.wire.ring else "no ring")
+        return self.wire.ring
+
+    def close(self) -> None:
+        if self.wire.ring is not None:
+            native.lib.ring_close(self.wire.ring)
+            self.wire.ring = None
+        self.wire.close()
+
     def send(self, call: Calls) -> int:
         number = next(self._numbers)
         header, tensors = request(number, call)
         self._expected.add(number)
+        self._num_away += 1
         if tensors and tensors[0].nbytes >= self._min_bytes:
             header, tensors = self._posted(number, header, tensors)
         self.wire.send(header, tensors, call.deadline_s, on_readable=lambda: self._read(call.deadline_s))
@@ -108,6 +130,7 @@ class Connection:
 
     def _read(self, deadline_s: float) -> None:
         header = self.wire.header(deadline_s)
+        self._num_away -= 1
         value = value_of(header, self.wire.payload(header, deadline_s))
         if (buffer := self.wire.buffer) is not None and buffer.lent:
             buffer.release_slot(header.request)
@@ -153,6 +176,7 @@ class DirectTransport:
         self._epoch = 0
         # Whose connection may lead to an old process; seconds to wait for who knows.
         self._doubted = dict[str, float]()
+        self.num_changes = 0
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         if verb not in ("infer", "backward", "fetch"):
@@ -162,6 +186,21 @@ class DirectTransport:
             return DirectReply(self, shard, connection, connection.send(message), message.deadline_s)
         except BROKEN as error:
             return Done(error=self.given_up(shard, self._connections.get(shard), error, message.deadline_s))
+
+    def ring(self, shard: str, epoch: int) -> Any:
+        """The ring to a shard, for a call of that epoch; None without one, or where the shard may be elsewhere by now: a call
+        by `send` finds out. The same, until `num_changes` is another."""
+        connection = None if epoch > self._epoch or shard in self._doubted else self._connections.get(shard)
+        if connection is None:
+            return None
+        if not connection.is_quiet:
+            self.num_changes += 1  # ask again
+            return connection.wire.ring
+        made = tried(partial(connection.ring, time.monotonic() + HANDSHAKE_S), *BROKEN)
+        if isinstance(made, Exception):
+            self.drop(shard, connection)
+            return None
+        return made
 
     def given_up(self, shard: str, connection: Connection | None, error: Exception, deadline_s: float) -> TrinityError:
         """Drop a connection that failed, maybe in the middle of a frame; -> what to tell the caller: to try again, where it is
@@ -176,7 +215,8 @@ class DirectTransport:
     def drop(self, shard: str, connection: Connection | None) -> None:
         """Forget a connection that is of no more use; the next call makes another."""
         if connection is not None:
-            connection.wire.close()
+            connection.close()
+            self.num_changes += 1
             if self._connections.get(shard) is connection:
                 del self._connections[shard]
 
@@ -188,6 +228,7 @@ class DirectTransport:
         epoch = 0 if isinstance(call, Fetch) else call.epoch
         if epoch > self._epoch:
             self._epoch, self._doubted = epoch, dict.fromkeys(self._connections, LOCATE_S)
+            self.num_changes += 1
         if shard in self._doubted:
             self._confirm(shard, call.deadline_s)
         if shard not in self._connections:
@@ -197,6 +238,7 @@ class DirectTransport:
             address = self._address(shard, call.deadline_s)
             self._connections[shard] = Connection(address, self.secret, call.deadline_s, _device(call))
             self._known[shard] = address
+            self.num_changes += 1
         return self._connections[shard]
 
     def _confirm(self, shard: str, deadline_s: float) -> None:
@@ -220,6 +262,7 @@ class DirectTransport:
             self._doubted[shard] = 0.0
             return None
         self._doubted.pop(shard, None)
+        self.num_changes += 1
         return found
 
 

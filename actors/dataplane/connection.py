@@ -60,6 +60,7 @@ class Wire:
     """
 
     buffer: SharedBuffer | None = None
+    ring: Any = None  # of native/ring, a caller's or a shard's; who has made it ends it before the socket
 
     def __init__(self, sock: socket.socket, tick_s: float = 0.05, device: torch.device = CPU):
         sock.setblocking(True)

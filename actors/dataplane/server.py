@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from actors.dataplane import unix_socket
+from actors.dataplane import ring, unix_socket
 from actors.dataplane.connection import Address, Wire, family_of, machine_id
 from actors.dataplane.door import HANDSHAKE_S, Door
 from actors.dataplane.frames import (
@@ -26,12 +26,14 @@ from actors.dataplane.frames import (
     BadFrame,
     Calls,
     FrameLimits,
+    Header,
     answer,
     call_of,
 )
 from actors.dataplane.handshake import meant
 from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import consider
+from trinity import native
 from trinity.errors import TrinityError
 from trinity.rpc.messages import Fetch, Forward, Rows
 from trinity.utils.niceness import PATIENT, LowPriorityExecutor
@@ -176,8 +178,11 @@ class DirectServer:
         num_threads: int = 1,
         device: str = "cpu",
         is_sealed: bool = False,
+        layers: ring.Layers | None = None,
     ):
+        """`layers`: what rings are served by, if by anything."""
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
+        self.layers = layers
         self.device = torch.device(device)
         if is_sealed:
             check_package()
@@ -207,13 +212,15 @@ class DirectServer:
             level = logging.DEBUG if isinstance(error, EOFError) else logging.WARNING  # the first: the caller left
             log.log(level, "a connection ended: %s", str(error))  # who keeps the record must not keep its rows
         finally:
+            if wire.ring is not None:
+                native.lib.ring_detach(wire.ring)
             wire.close()
 
     def _answer_one(self, wire: Wire) -> None:
         try:
             header, came_s = wire.header(math.inf), time.monotonic()
             if header.kind == OFFER:
-                return consider(wire, header, time.monotonic() + HANDSHAKE_S)
+                return self._consider(wire, header, time.monotonic() + HANDSHAKE_S)
             header.check(self.limits)
             until_s = came_s + max(header.left_s, PAYLOAD_S)
             call = call_of(header, wire.payload(header, until_s), self.limits, came_s)
@@ -224,6 +231,11 @@ class DirectServer:
         if header.flags & IN_SHARED_BUFFER and header.kind < FAILURE and not isinstance(value, TrinityError):
             reply, tensors = wire.post(header.box, reply, tensors)
         wire.send(reply, tensors, max(call.deadline_s, time.monotonic() + PAYLOAD_S))
+
+    def _consider(self, wire: Wire, header: Header, deadline_s: float) -> None:
+        if header.request == ring.KIND:
+            return ring.consider(wire, self.layers, deadline_s)
+        consider(wire, header, deadline_s)
 
     def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:
         """Say why, then end: after a broken frame nobody knows where the next one starts."""

@@ -117,8 +117,8 @@ class HostSharedBuffer(SharedBuffer):
     @classmethod
     def attach(cls, fd: int, device: torch.device) -> SharedBuffer:
         """Map it. Memory that a peer can shrink, or huge pages that it has used up, would end this process with a SIGBUS."""
-        size, page_bytes = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize
-        if size != SIZE or page_bytes != mmap.PAGESIZE or not _cannot_shrink(fd):
+        size = os.fstat(fd).st_size
+        if size != SIZE or can_shrink(fd):
             raise BadFrame(f"a shared buffer is {SIZE} bytes of sealed memory, not {size} bytes of another kind")
         try:
             with torch.inference_mode(False):  # whoever connects, everybody may write
@@ -145,11 +145,21 @@ class HostSharedBuffer(SharedBuffer):
         return self._boxes[dtype][box].as_strided(shape, (shape[1], 1))
 
 
-def _cannot_shrink(fd: int) -> bool:
+def can_shrink(fd: int) -> bool:
+    """Say whether a peer could take memory of this file away from under us: it is not sealed, or of huge pages."""
     try:
-        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+        is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     except OSError:  # not a kind of file that can be sealed
-        return False
+        return True
+    return not is_sealed or os.fstatvfs(fd).f_bsize != mmap.PAGESIZE
+
+
+def received_descriptor(sock: socket.socket) -> int:
+    """The descriptor that follows an offer, the receiver's own. Raises BadFrame where none does."""
+    _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise BadFrame("memory was offered without its descriptor")
+    return fds[0]
 
 
 # -- GPUs
@@ -294,13 +304,11 @@ def consider(wire: "Wire", header: Header, deadline_s: float) -> None:
     known = {kind.kind: kind for kind in possible(True, wire.device, wire.device.type)}
     if header.request not in known or wire.buffer is not None:
         raise BadFrame(f"no shared buffer of kind {header.request} is wanted here")
-    _, fds, _, _ = socket.recv_fds(wire.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
-    if not fds:
-        raise BadFrame("a shared buffer was offered without its descriptor")
+    fd = received_descriptor(wire.sock)
     try:
-        wire.buffer, taken = known[header.request].attach(fds[0], wire.device), header.request
+        wire.buffer, taken = known[header.request].attach(fd, wire.device), header.request
     except OSError:
         taken = 0
     finally:
-        os.close(fds[0])
+        os.close(fd)
     wire.send(offer(taken), [], deadline_s)

@@ -91,9 +91,10 @@ def _namespace() -> int:
 
 
 def _started(pid: int) -> int:
-    """Start of the process with that id, in clock ticks since boot; 0 where there is none."""
+    """Start of the process with that id, in clock ticks since boot; 0 where there is none that runs."""
     path = Path("/proc") / str(pid) / "stat"
     try:
-        return int(path.read_text().rpartition(")")[2].split()[19])
+        fields = path.read_text().rpartition(")")[2].split()
     except OSError:
         return 0
+    return 0 if fields[0] == "Z" else int(fields[19])

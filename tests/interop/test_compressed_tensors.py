@@ -1,8 +1,11 @@
-"""Quantised checkpoints of compressed-tensors read by us: the bits of its own decompression, in bfloat16 as it stores scales.
+"""Quantised checkpoints of compressed-tensors read by us, with the bits of its own decompression in bfloat16, as it stores
+scales; and ours read by it.
 
 The package is unmodified, in an environment of its own that sees ours below it: `make interop-compressed-tensors` makes it, and
 runs this file there.
 """
+
+import json
 
 import pytest
 import torch
@@ -10,13 +13,15 @@ import torch
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: make interop-compressed-tensors")
 
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
 from tests.unit.checkpoint_files import plain, write
 from tests.unit.quantised_files import KEPT, LINEAR, change
 from trinity.checkpoint import open_checkpoint
+from trinity.cli import main
 
 pytestmark = pytest.mark.interop
 INT, FLOAT = {"type": "int", "symmetric": True}, {"type": "float", "symmetric": True}
@@ -85,3 +90,20 @@ def test_their_files_have_their_numbers(tmp_path, kind):
     for key, wanted in truth.items():
         assert wanted.dtype == torch.bfloat16
         assert torch.equal(checkpoint.tensor(key).bfloat16(), wanted), key
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_our_files_have_our_numbers_there(tmp_path, form):
+    source = write(tmp_path)[1]
+    assert main(["convert", str(source), str(tmp_path / "q"), "--to", form]) == 0
+    checkpoint, said = open_checkpoint(tmp_path / "q"), json.loads((tmp_path / "q" / "config.json").read_text())
+    config = QuantizationConfig.model_validate(said["quantization_config"])
+    [scheme], compressor = config.config_groups.values(), BaseCompressor.get_value_from_registry(config.format)
+    assert infer_module_format(torch.nn.Linear, scheme).value == config.format  # what a server chooses by
+    tensors = {key: each for file in (tmp_path / "q").glob("*.safetensors") for key, each in load_file(file).items()}
+    found = [key.removesuffix("_scale") for key in tensors if key.endswith("_scale")]
+    for key in found:
+        state = {"weight": tensors[key], "weight_scale": tensors[f"{key}_scale"]}
+        assert torch.equal(checkpoint.tensor(key), compressor.decompress(state, scheme)["weight"]), key
+    assert sorted(found) == sorted(filter(LINEAR.fullmatch, tensors))
+    assert set(checkpoint.weight_map) == tensors.keys()

@@ -1,6 +1,7 @@
 """The server where much is against it: a model that has only a name, a company's proxy, a long TMPDIR, no home, a working
 directory with files of our packages' names that is not to be written."""
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -35,6 +36,19 @@ def hub(tmp_path, monkeypatch):
         yield found, model
 
 
+def said_while(url, act):
+    """A stream, in whose middle that is done."""
+    body = {"prompt": [1, 2, 3], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with (
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        pieces = answer.iter_text()
+        said = next(pieces)
+        act()
+        return said + "".join(pieces)
+
+
 @pytest.mark.timeout(600)
 def test_a_model_is_served_by_its_name_whatever_is_around(hub, tmp_path, capsys):
     hub, model = hub
@@ -53,8 +67,10 @@ def test_a_model_is_served_by_its_name_whatever_is_around(hub, tmp_path, capsys)
         "TMPDIR": str(temporary), "HOME": "/nonexistent",
         "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "LANG": "C",
     }  # fmt: skip
-    arguments = ("serve", "acme/tiny", "--http-port", 0, "--grpc-port", 0)
-    server = Running(tmp_path, *arguments, python=(script,), cwd=work, env=env)
+    memory = tmp_path / "memory"
+    arguments = ("serve", "acme/tiny", "--http-port", 0, "--grpc-port", 0, "--placement.memory_dir", memory)
+    arguments += ("--engine.kv_tier_bytes", 1 << 20)
+    server = Running(tmp_path, *arguments, python=(script,), cwd=work, env=env, process_group=0)
     try:
         server.until(lambda: "\nready" in server.stdout)
         assert "\nready" in server.stdout, server.stderr
@@ -70,8 +86,11 @@ def test_a_model_is_served_by_its_name_whatever_is_around(hub, tmp_path, capsys)
         assert main(["serve", str(model), "--http-port", url.rsplit(":", 1)[1]]) == 2
         assert "choose another" in capsys.readouterr().err
         assert len(hub.fetched()) == len(set(hub.fetched())), "one cache, each file once"
-        server.process.send_signal(signal.SIGTERM)
+        assert list(memory.glob("trinity-kv-*"))
+        answer = said_while(url, lambda: os.killpg(server.process.pid, signal.SIGTERM))  # as `timeout` does
+        assert answer.endswith("data: [DONE]\n\n"), answer
         assert server.ended() == 0
+        assert list(memory.iterdir()) == []
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health", timeout=5, trust_env=False)
     finally:

@@ -7,6 +7,7 @@ folder as `gate`, a prompt with the word "stay" has a file in it, and gets no to
 
 import asyncio
 import functools
+import time
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,24 @@ class Stats:
 
 
 NONE = SamplingDefaults()
+
+
+class Begun:
+    """A request that its engine's `generate` answers, as AsyncEngine.submit has it."""
+
+    def __init__(self, stream, put):
+        self._task = asyncio.create_task(self._run(stream, put))
+
+    def close(self):
+        self._task.cancel()
+
+    async def _run(self, stream, put):
+        try:
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    put(delta)
+        except Exception as error:
+            put(error)
 
 
 class FakeEngine:
@@ -86,6 +105,9 @@ class FakeEngine:
                 yield self._delta(request_id, prompt_ids, params, at, at + 1 == room)
         finally:
             self.held.discard(request_id)
+
+    def submit(self, put, *asked, **more):
+        return Begun(self.generate(*asked, **more), put)
 
     async def _stay(self, sign):
         sign.touch()
@@ -172,8 +194,12 @@ class HeldEngine(FakeEngine):
 
 
 def build(checkpoint: str, config_json: str):
-    """The engine factory of the Ray tests: the checkpoint is a folder, the model's name and the gate."""
+    """The engine factory of the Ray tests: the checkpoint is a folder, the model's name and the gate. While there is a file
+    "never" beside it, engines are not done, and "building" is there, too."""
     gate = Path(checkpoint)
+    while (gate.parent / "never").exists():
+        (gate.parent / "building").touch()
+        time.sleep(0.05)
     engine = FakeEngine(max_model_len=4096, delay_s=0.01, obeys=True, gate=gate)
     engine.key_base = KeyBase("fake", 16)
     return engine, fake_tokenizer(), gate.name

@@ -257,9 +257,14 @@ def test_a_factory_that_is_not_there_is_named(server, config):
         start(config.replace(serve={"http_port": 0, "grpc_port": 0}), "fake-model", "tests.serve.fake:nothing")
 
 
-async def test_f16_stopping_lets_running_streams_end(server, gate):
-    """The last test of this file: the server is gone after it."""
+async def test_f16_stopping_lets_running_streams_end_and_waits_for_no_engine(server, gate, monkeypatch):
+    """The last test of this file: the server is gone after it. One of its engines has died, and another is being built."""
     from ray import serve
+
+    monkeypatch.setattr("serving.removal.OWN_S", 0.5)
+    (gate.parent / "never").touch()
+    os.kill(engine_pids()[0], signal.SIGKILL)
+    await eventually((gate.parent / "building").exists)
 
     async with httpx.AsyncClient(base_url=server.http_url, timeout=WAIT_S) as http:
         body = {"prompt": "stay", "max_tokens": 150}
@@ -279,4 +284,5 @@ async def test_f16_stopping_lets_running_streams_end(server, gate):
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.http_url}/health")
     assert not serve.status().applications
+    assert not engine_pids()
     await asyncio.to_thread(server.stop)

@@ -16,7 +16,7 @@ from test_forced_calls import BODY as CALLS
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
-from serving import app, continuation, engine, pins
+from serving import app, continuation, pins
 from serving.continuation import MAX_LOSSES, MAX_LOSSES_IN_ALL, NUM_ALONE, Continuing
 from serving.pins import Pins
 from tests.unit.grammar_cases import checkpoint, random_llm
@@ -252,47 +252,6 @@ async def test_the_last_tries_of_each_are_made_alone():
     assert isinstance(found[0], Unavailable)
     assert found[1:] == [[1, 2]] * 3
     assert engines.together == {"": 4, "1": 4} | {str(nth): 1 for nth in range(MAX_LOSSES - NUM_ALONE, MAX_LOSSES)}
-
-
-class Replica:
-    """A replica behind Ray Serve's handle, and its answer: batches, and pauses in seconds; then it hangs."""
-
-    def __init__(self, *script):
-        self.script, self.generate, self.cancelled = script, self, False
-
-    def options(self, **more):
-        return self
-
-    def remote(self, *asked, engine=None):
-        self.batches = self._batches()
-        return self
-
-    async def _batches(self):
-        for each in self.script:
-            if isinstance(each, float):
-                await asyncio.sleep(each)
-            else:
-                yield each
-        await asyncio.Event().wait()
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self):
-        return await anext(self.batches)
-
-    def cancel(self):
-        self.cancelled = True
-
-
-async def test_an_engine_that_falls_silent_is_lost_and_one_that_is_waited_for_is_not(monkeypatch):
-    monkeypatch.setattr(engine, "SILENT_S", 0.2)
-    replica = Replica(0.4, ["a"], [], ["b", "c"])
-    deltas = engine.RayClient(replica).generate(None, "x")
-    assert [await anext(deltas) for _ in range(3)] == ["a", "b", "c"]
-    with pytest.raises(EngineLost, match="it has said nothing for"):
-        await anext(deltas)
-    assert replica.cancelled
 
 
 class Last(FakeEngine):

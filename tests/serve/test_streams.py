@@ -1,4 +1,4 @@
-"""merge and batched: nothing lost, order kept, sources closed however the result is left."""
+"""merge: nothing lost, order kept, sources closed however the result is left."""
 
 import asyncio
 import random
@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from serving.streams import batched, merge
+from serving.streams import merge
 from tests.waiting import eventually
 
 
@@ -35,30 +35,12 @@ async def test_merge_keeps_the_order_of_each_stream():
     assert found == [list(range(20))] * 10
 
 
-async def test_batched_sends_what_waits_as_one_message():
-    got = []
-    async with aclosing(batched(Source(range(50), [0, 0, 0, 1e-3]).stream())) as batches:
-        async for batch in batches:
-            got.append(batch)
-            await asyncio.sleep(5e-3)
-    assert [item for batch in got for item in batch] == list(range(50))
-    assert all(got)
-    assert len(got) < 40
-
-
-async def test_batched_says_that_it_is_there_while_nothing_comes():
-    got = [batch async for batch in batched(Source(range(3), [0, 0, 0.2]).stream(), beat_s=0.02)]
-    assert [item for batch in got for item in batch] == [0, 1, 2]
-    assert got.count([]) > 1
-
-
-@pytest.mark.parametrize("use", [batched, lambda stream: merge([stream])])
-async def test_an_error_comes_after_the_items_before_it(use):
+async def test_an_error_comes_after_the_items_before_it():
     source, seen = Source([1, 2, 3], error=KeyError("gone")), []
 
     async def read():
-        async for found in use(source.stream()):
-            seen.extend(found if isinstance(found, list) else [found[1]])
+        async for _, item in merge([source.stream()]):
+            seen.append(item)
 
     with pytest.raises(KeyError):
         await read()

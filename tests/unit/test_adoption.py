@@ -78,7 +78,8 @@ def found(monkeypatch, status, state=None, differs=()):
     monkeypatch.setattr(adoption, "overview", lambda: None if deleted else there)
     monkeypatch.setattr(adoption, "_asked", lambda: (gateway, said))
     monkeypatch.setattr(adoption.pools, "exists", lambda *_: False)
-    monkeypatch.setattr("ray.serve.delete", deleted.append)
+    for module in ("adoption", "app"):
+        monkeypatch.setattr(f"serving.{module}.remove", deleted.append)
     return gateway, deleted
 
 

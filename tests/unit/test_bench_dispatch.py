@@ -35,18 +35,22 @@ def test_the_smoke_run_writes_tables_json_and_a_picture(tmp_path, capsys):
     assert main(["bench", "dispatch", "--quick", "--no-ray", "--out", str(tmp_path)]) == 0
     tree = json.loads((tmp_path / "dispatch.json").read_text())
     assert (tmp_path / "dispatch.png").read_bytes().startswith(b"\x89PNG")
-    trips, sizes, shards, callers, targets = tree["tables"]
+    cores, trips, sizes, shards, callers, targets = tree["tables"]
     figures = {row[0]: row[1:] for row in trips["rows"]}
     assert set(figures) == {
-        dispatch.RAW, dispatch.DIRECT, dispatch.TWO, dispatch.EXPERTS, dispatch.LOCAL, dispatch.WIRE,
+        dispatch.RAW, dispatch.DIRECT, dispatch.TWO, dispatch.SOCKETS, dispatch.TWO_SOCKETS, dispatch.EXPERTS,
+        dispatch.LOCAL, dispatch.WIRE,
     }  # fmt: skip
     assert all(0 < p50 <= p99 for p50, p99, *_ in figures.values())
     assert figures[dispatch.RAW][3] == 1
-    assert figures[dispatch.RAW][0] < figures[dispatch.DIRECT][0] < figures[dispatch.EXPERTS][0]
+    assert figures[dispatch.RAW][0] < figures[dispatch.SOCKETS][0] < figures[dispatch.EXPERTS][0]
     assert [row[0] for row in sizes["rows"]] == list(dispatch.QUICK.kib)
     assert [row[:2] for row in shards["rows"]] == [[1, 16], [2, dispatch._rows_sent(2)]]
     assert [row[0] for row in callers["rows"]] == list(dispatch.QUICK.counts)
-    assert [row[0].split(",")[0] for row in targets["rows"]] == ["direct / raw socket", "direct"]
+    assert [row[0] for row in cores["rows"]] == list(dispatch._cores())
+    assert tree["results"][0]["direct_over_raw_socket"] == max(row[-2] for row in cores["rows"][1:] or cores["rows"])
+    wanted = ["direct / raw socket", "direct to 2 shards / raw socket", "direct"]
+    assert [row[0].split(",")[0] for row in targets["rows"]] == wanted
     assert len(tree["curves"]) == 3
     assert all(len(y) == len(curve["x"]) for curve in tree["curves"] for y in curve["lines"].values())
     assert "| raw socket" in capsys.readouterr().out

@@ -34,9 +34,10 @@ SERVING = {
     "serving.app", "serving.bodies", "serving.body_worker", "serving.chosen_replica",
     "serving.continuation", "serving.deploy", "serving.fitting",
     "serving.engine", "serving.errors", "serving.frontend", "serving.gateway", "serving.grpc", "serving.http",
-    "serving.launch", "serving.limits", "serving.metrics", "serving.nodes", "serving.page", "serving.pins",
-    "serving.pool_operator", "serving.roles", "serving.routed", "serving.routing",
-    "serving.streams", "serving.tracing", "serving.training_run", "serving.vllm_names",
+    "serving.launch", "serving.limits", "serving.line_end", "serving.lines", "serving.metrics", "serving.nodes",
+    "serving.page", "serving.pins", "serving.pool_operator", "serving.removal", "serving.roles", "serving.routed",
+    "serving.routing", "serving.slices", "serving.streams", "serving.tracing", "serving.training_run",
+    "serving.vllm_names",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -148,6 +149,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.errors": set(),
     "serving.limits": set(),
     "serving.nodes": set(),
+    "serving.removal": set(),
     "serving.page": {"trinity.placement"},
     "serving.vllm_names": set(),
     "serving.tracing": {"trinity.engine"},
@@ -178,22 +180,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.gateway": {"serving.addresses", "serving.frontend", "serving.grpc", "serving.http", "serving.limits"},
     "serving.engine": {
         "trinity.checkpoint", "trinity.engine", "trinity.models.registry", "trinity.text", "actors.pool", "actors.sync",
-        "serving.addresses", "serving.fitting", "serving.frontend", "serving.roles", "serving.routed", "serving.streams",
+        "serving.addresses", "serving.fitting", "serving.frontend", "serving.line_end", "serving.lines", "serving.nodes",
+        "serving.roles", "serving.routed",
     },
+    "serving.line_end": {"serving.slices", "trinity.engine"},
+    "serving.lines": {"serving.line_end", "serving.slices", "trinity.engine"},
+    "serving.slices": {"trinity.engine"},
     "serving.fitting": {"trinity.engine", "trinity.models.registry"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {
         "actors.control", "actors.names", "serving.addresses", "serving.engine", "serving.frontend", "serving.gateway",
-        "serving.nodes", "serving.pins", "serving.pool_operator",
+        "serving.nodes", "serving.pins", "serving.pool_operator", "serving.removal",
     },
-    "serving.adoption": {"actors.names", "actors.pool", "serving.app"},
+    "serving.adoption": {"actors.names", "actors.pool", "serving.app", "serving.removal"},
     "serving.deploy": {"serving.app", "serving.launch"},
     "protos": set(),
 }  # fmt: skip
 
 ONLY_IN = {  # library -> the packages that may say it; others than these are free
     "ray": ("actors", "serving.adoption", "serving.app", "serving.chosen_replica", "serving.deploy", "serving.engine",
-        "serving.nodes", "trinity.bench"),
+        "serving.nodes", "serving.removal", "trinity.bench"),
     "grpc": ("serving.grpc", "serving.engine", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),

@@ -210,3 +210,43 @@ def test_a_stack_of_quantised_experts_is_refused(source, tmp_path):
     edited(tmp_path / "q", stack)
     with pytest.raises(CheckpointError, match=re.escape("gate_up_proj has type F8_E4M3 and no scale beside it")):
         load(tmp_path / "q")
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_what_is_quantised_here_is_near_and_loads(source, tmp_path, form, capsys):
+    assert main(["convert", str(source), str(tmp_path / "q"), "--to", form, "--dtype", "bfloat16"]) == 0
+    assert f"{form}, the rest bfloat16" in capsys.readouterr().out
+    load(tmp_path / "q")
+    plain, made = open_checkpoint(source), open_checkpoint(tmp_path / "q")
+    for key in plain.weight_map:
+        before, after = plain.tensor(key), made.tensor(key).float()
+        if not LINEAR.fullmatch(key):
+            assert torch.equal(before if "bias" in key else before.bfloat16().float(), after)
+            continue
+        amax = before.abs().amax(1, keepdim=True) if form == "int8" else before.abs().amax()  # one block
+        worst = amax / 254 if form == "int8" else torch.maximum(before.abs() / 16, amax / 448 / 1024)
+        assert ((after - before).abs() <= worst * 1.001).all()
+    ignored = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == [*(f"model.layers.{i}.mlp.router.gate" for i in MODEL.moe_layers), "lm_head"]
+    again = tmp_path / "again"
+    assert main(["convert", str(tmp_path / "q"), str(again)]) == 0  # and back
+    assert all(
+        torch.equal(open_checkpoint(again).tensor(key), made.tensor(key).bfloat16()) for key in (f"{EXPERT}.weight",)
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (128, 256), (130, 300), (1, 1)])
+def test_rows_and_blocks_have_their_own_scales(shape):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, shape[0]).unsqueeze(1)
+    w[-1] = 0
+    q, scale = formats.to_int8(w)
+    assert q.abs().amax(1).tolist() == [127] * (shape[0] - 1) + [0]
+    assert (scale > 0).all()
+    q, scale = formats.to_fp8(w, (128, 128))
+    assert scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+    for i, j in ((i, j) for i in range(scale.shape[0]) for j in range(scale.shape[1])):
+        rows, columns = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+        own, theirs = formats.to_fp8(w[rows, columns], (128, 128)), (q[rows, columns], scale[i, j])
+        assert torch.equal(own[0].float(), theirs[0].float())
+        assert own[1] == theirs[1]
+        assert own[0].float().abs().max() == (448 if w[rows, columns].any() else 0)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.dataplane import ring
 from actors.dataplane.client import DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.frames import FrameLimits
 from actors.dataplane.server import Combiner, DirectServer
+from trinity import native
 from trinity.bench.process import say, timed
 from trinity.bench.report import percentile
 from trinity.config import preset
@@ -39,6 +41,19 @@ class Echo:
         return call.rows.x_RD
 
 
+class EchoLayers:
+    """The same for rings: a layer without a kernel, whose rows come back as they are."""
+
+    def __init__(self, dim: int):
+        self.service = native.lib.ring_service()
+        ids_E = torch.arange(NUM_EXPERTS)
+        layer = native.lib.ring_layer(LAYER, 0, dim, 1, 0, ids_E.data_ptr(), NUM_EXPERTS, NUM_EXPERTS)
+        native.lib.ring_publish(self.service, [layer])
+
+    def start(self) -> None:
+        pass
+
+
 class EchoActor:
     """The echo as a Ray actor, called as ShardServer is."""
 
@@ -50,6 +65,13 @@ class EchoActor:
         from actors.dataplane.ray_transport import pack, unpack  # imports ray, which the other roles do without
 
         return pack(self.combiner.run(unpack(message)))
+
+
+class OverSockets:
+    """A transport without its rings."""
+
+    def __init__(self, transport: Transport):
+        self.send = transport.send
 
 
 class Recorder:
@@ -88,13 +110,16 @@ def direct_to(addresses: Sequence[Address], secret: bytes) -> DirectTransport:
 
 
 def echo(dim: int, secret: str) -> None:
-    _serve(Echo(), dim, secret)
+    _serve(Echo(), dim, secret, EchoLayers(dim) if ring.is_possible() else None)
 
 
 def shard(dim: int, secret: str) -> None:
     made = ExpertShard(shard_spec(dim))
     made.load(Load(seed=0))
-    _serve(made, dim, secret)
+    layers = made.compute_natively()
+    if layers is not None:
+        layers.start()
+    _serve(made, dim, secret, layers)
 
 
 def shard_spec(dim: int) -> ShardSpec:
@@ -103,9 +128,10 @@ def shard_spec(dim: int) -> ShardSpec:
     return ShardSpec("shard-0", model, {LAYER: tuple(range(NUM_EXPERTS))})
 
 
-def _serve(shard: Any, dim: int, secret: str) -> None:
+def _serve(shard: Any, dim: int, secret: str, layers: ring.Layers | None) -> None:
     torch.set_num_threads(1)
-    server = DirectServer(Combiner(shard), FrameLimits(dim, NUM_EXPERTS, torch.float32), bytes.fromhex(secret), HOST)
+    limits = FrameLimits(dim, NUM_EXPERTS, torch.float32)
+    server = DirectServer(Combiner(shard), limits, bytes.fromhex(secret), HOST, layers=layers)
     say(**asdict(server.address))
     sys.stdin.read()
     server.close()

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from trinity.errors import Unavailable
@@ -109,6 +109,24 @@ def children(orders: Sequence[dict[str, Any]]) -> Iterator[list[Child]]:
     finally:
         for child in started:
             child.close()
+
+
+@contextmanager
+def pinned(pids: Sequence[int], cores: set[int]) -> Iterator[None]:
+    """Have all threads of these processes, and those that they start, run on these cores; on those of this process before."""
+    before = os.sched_getaffinity(0)
+    _pin(pids, cores)
+    try:
+        yield
+    finally:
+        _pin(pids, before)
+
+
+def _pin(pids: Sequence[int], cores: set[int]) -> None:
+    for pid in pids:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), cores)
 
 
 def say(**answer: Any) -> None:

@@ -18,6 +18,7 @@ MODELOPT = "hf_quant_config.json"  # where ModelOpt says how weights are quantis
 PARTIAL, DELETED, REPLACED = ".partial", ".deleted", ".replaced"
 FORMAT = 2
 STORED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WRITTEN = {**STORED, torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def expert_key(config: ModelConfig, layer: int, expert: int, projection: str) -> str:

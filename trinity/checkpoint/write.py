@@ -32,7 +32,7 @@ from trinity.checkpoint.layout import (
     PARTIAL,
     REPLACED,
     STATE,
-    STORED,
+    WRITTEN,
     all_experts,
     expert_key,
     own_hash,
@@ -86,15 +86,17 @@ class CheckpointWriter:
         tokenizer: "Tokenizer | None",
         state: dict[str, Any] | None,
         generation: dict[str, Any] | None = None,
+        quantisation: Mapping[str, Any] | None = None,
     ) -> Path:
         """-> the finished checkpoint. `state` None: weights only, nothing to resume from. `generation`: the sampling
-        defaults to keep in generation_config.json. Raises CheckpointError, with nothing left behind, when the disk says no
-        or the parts are not the whole model."""
+        defaults to keep in generation_config.json. `quantisation`: what config.json says of how matrices
+        are stored. Raises CheckpointError, with nothing left behind, when the disk says no or the parts are not the whole
+        model."""
         with self, writing(self.folder):
             parts = list(parts)
             _check_whole(parts, _keys_of_experts(config), self.folder)
             trees = {
-                "config.json": write_config(config),
+                "config.json": write_config(config) | ({"quantization_config": quantisation} if quantisation else {}),
                 "generation_config.json": _generation_config(config, generation or {}),
             }
             if state is None:
@@ -251,7 +253,7 @@ def _safetensors(group: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": STORED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": WRITTEN[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trinity import native
 from trinity.dispatch.exchange import Exchange, Route, RowAdapters, SendRows, replica_hash
+from trinity.dispatch.near import NearExchange, NearLayers
 from trinity.dispatch.patience import Patience
-from trinity.dispatch.transport import Transport
+from trinity.dispatch.transport import Rings, Transport
 from trinity.dispatch.view import PlacementView, StaticView
 from trinity.errors import AdapterMissing, DeadlineExceeded, TrinityError, WrongEpoch
 from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
@@ -71,6 +73,9 @@ class Dispatcher:
         self.num_sent_ops: Counter[str] = Counter()
         self.num_retries, self.times, self.near_rows = 0, PhaseTimer(), near_rows
         self.version, self.priority = version, 0
+        self._near_layers: NearLayers | None = None
+        if isinstance(transport, Rings) and hasattr(native.lib, "ring_begin"):
+            self._near_layers = NearLayers(self, transport)
         self.follow()
 
     def follow(self) -> None:
@@ -81,6 +86,8 @@ class Dispatcher:
         self._spread = self.table.present(self._unreachable)
         self._near = self.table.present(self._unreachable, self._distances) if self.near_rows else self._spread
         self.is_replicated = bool((self._spread[1] > 1).any())
+        if self._near_layers is not None:
+            self._near_layers.forget()
 
     def _has_news(self) -> bool:
         view = self.view
@@ -108,19 +115,42 @@ class Dispatcher:
 
     def begin(
         self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, adapters: RowAdapters | None = None
-    ) -> "Exchange":
+    ) -> "Exchange | NearExchange":
         """Send the rows; the answer's `result()` waits for what comes back. The backward, too, is sent and awaited apart.
 
         Slots that are REMOTE are nobody's. `adapters`: of each row, in inference, and where a shard finds them.
         """
         if self._has_news():
             self.follow()
+        op, until_s = next(self._ops), self.deadline()
+        keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad or self.attempt > 0)
+        if self._near_layers is not None and adapters is None and not keep and not self.failure:
+            started_s = time.perf_counter()
+            sent = self._near_layers.begin(layer, op, x_TD, ids_TK, weights_TK, until_s)
+            if sent is not None:
+                self.times.add("send", started_s)
+                return sent
+        return self.begin_usual(layer, op, x_TD, ids_TK, weights_TK, until_s, adapters, keep)
+
+    def begin_usual(
+        self,
+        layer: int,
+        op: int,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        until_s: float,
+        adapters: RowAdapters | None = None,
+        keep: bool = False,
+    ) -> "Exchange":
+        """Send the rows by the transport's messages; `op`: the number of the exchange."""
+        if self._has_news():
+            self.follow()
         started_s = time.perf_counter()
         routes = [] if self.failure else self._route(layer, x_TD, ids_TK)
         started_s = self.times.add("route", started_s)
-        name = op_name(self.attempt, self.caller, next(self._ops))
-        exchange = Exchange(self, layer, name, routes, self.deadline(), adapters)
-        keep = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad or self.attempt > 0)
+        name = op_name(self.attempt, self.caller, op)
+        exchange = Exchange(self, layer, name, routes, until_s, adapters)
         if (
             keep
         ):  # in an attempt experts may be all that is trained: then rows that nobody wants a gradient of go back, too
@@ -146,7 +176,7 @@ class Dispatcher:
         if len(shards) == 1:
             return [Route(shards[0], None, ids_TK)] if len(ids_TK) else []
         host_TK = ids_TK.numpy()  # many small steps: numpy takes half of torch's time
-        shard_TK = self._shards(self._row_of[layer], x_TD, host_TK)
+        shard_TK = self._shards(layer, x_TD, host_TK)
         routes = []
         for position, name in enumerate(shards):
             here_TK = shard_TK == position
@@ -158,15 +188,20 @@ class Dispatcher:
                 routes.append(Route(name, torch.from_numpy(token_R), torch.from_numpy(own_TK[token_R])))
         return routes
 
-    def _shards(self, at: int, x_TD: Tensor, ids_TK: np.ndarray) -> np.ndarray:
+    def places(self, layer: int, is_near: bool) -> tuple[np.ndarray, np.ndarray]:
+        """shard_EN and num_replicas_E that rows of a layer are routed by."""
+        shard_LEN, num_LE = self._near if is_near else self._spread
+        at = self._row_of[layer]
+        return shard_LEN[at], num_LE[at]
+
+    def _shards(self, layer: int, x_TD: Tensor, ids_TK: np.ndarray) -> np.ndarray:
         """The shard of each slot: the token's turn among the expert's replicas, or the nearest of them."""
-        shard_LEN, num_LE = self._near if len(ids_TK) <= self.near_rows else self._spread
-        shard_EN = shard_LEN[at]
+        shard_EN, num_E = self.places(layer, len(ids_TK) <= self.near_rows)
         if not self.is_replicated:
             shard_TK = shard_EN[:, 0].take(ids_TK)  # REMOTE finds the last expert's
         else:
             turn_T1 = replica_hash(x_TD)[:, None]
-            shard_TK = shard_EN[ids_TK, turn_T1 % num_LE[at][ids_TK]]
+            shard_TK = shard_EN[ids_TK, turn_T1 % num_E[ids_TK]]
         return np.where(ids_TK == REMOTE, REMOTE, shard_TK)
 
     def note_failure(self, shard: str, error: TrinityError) -> None:

@@ -4,7 +4,7 @@ Decision: whatever a caller sends again carries the same op_id, and a shard appl
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from trinity.errors import TrinityError
 from trinity.utils.trying import retrying, tried
@@ -26,6 +26,17 @@ class Transport(Protocol):
     """
 
     def send(self, shard: str, verb: str, message: Any) -> Reply: ...
+
+
+@runtime_checkable
+class Rings(Protocol):
+    """A transport with a faster way for inference to some shards (near.py)."""
+
+    num_changes: int  # of what `ring` answers
+
+    def ring(self, shard: str, epoch: int) -> Any:
+        """The ring of native/ring to that shard, for calls of that epoch; None without one."""
+        ...
 
 
 def result_with_retry(

@@ -2,7 +2,8 @@
 
 One daemon thread runs `engine.step()` while there is work and mostly sleeps on a condition otherwise. Event loops never touch
 the engine: they post commands, which the thread runs between two passes, and get Deltas through one wake-up per loop
-and pass. Whoever leaves a stream early (cancellation, deadline, a closed iterator) aborts its request.
+and pass. Whoever leaves a stream early (cancellation, deadline, a closed iterator) aborts its request. While it waits a request
+is an entry in a table: no task, no queue, unless its caller has one.
 """
 
 import asyncio
@@ -39,13 +40,43 @@ DRAIN_POLL_S = 0.02
 IDLE_S = 0.5  # between two looks at the newest version without work
 
 
-class Stream:
-    """One request's way from the engine thread to the event loop that asked. `queue` belongs to the loop."""
+Item = Delta | Exception
+Put = Callable[[Item], None]
 
-    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop):
-        self.request_id, self.loop = request_id, loop
-        self.queue: asyncio.Queue[Delta | TrinityError] = asyncio.Queue()
+
+class Stream:
+    """One request's way from the engine thread to the event loop that asked, where `put` is called and the rest belongs."""
+
+    __slots__ = ("_leave", "_put", "ended", "loop", "preparing", "request_id", "timer")
+
+    def __init__(self, request_id: str, put: Put, leave: "Callable[[Stream, bool], None]"):
+        """`leave` hears of its end, and whether that comes before the request's."""
+        self.request_id, self.loop, self._put, self._leave = request_id, asyncio.get_running_loop(), put, leave
+        self.preparing: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
         self.ended = False
+
+    def take(self, item: Item) -> None:
+        """Hand over a Delta, or the error that ends the request. After the end nothing more is."""
+        if self.ended:
+            return
+        if isinstance(item, Delta) and item.finish_reason == "error":
+            item = item.cause or TrinityError(item.error or "the request failed")
+        if isinstance(item, Exception) or item.finish_reason is not None:
+            self._end(is_early=isinstance(item, Exception))
+        self._put(item)
+
+    def close(self) -> None:
+        """Abort the request, where it has not ended. Repeatable."""
+        if not self.ended:
+            self._end(is_early=True)
+
+    def _end(self, is_early: bool) -> None:
+        self.ended = True
+        for pending in (self.timer, self.preparing):
+            if pending is not None:
+                pending.cancel()
+        self._leave(self, is_early)
 
 
 class AsyncEngine:
@@ -64,8 +95,23 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="trinity-engine", daemon=True)
         self._thread.start()
 
-    async def generate(
+    async def generate(self, *asked: Any, **begun: Any) -> AsyncGenerator[Delta, None]:
+        """Deltas of one request; the last has a finish_reason. Arguments and errors are those of `submit`, and errors are
+        raised. Leaving early aborts the request and frees its cache."""
+        queue = asyncio.Queue[Item]()
+        stream = self.submit(queue.put_nowait, *asked, **begun)
+        try:
+            while not (stream.ended and queue.empty()):
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            stream.close()
+
+    def submit(
         self,
+        put: Put,
         request_id: str,
         prompt_ids: Ids[int],
         params: SamplingParams | None = None,
@@ -75,37 +121,27 @@ class AsyncEngine:
         begun: Begun | None = None,
         prefilled: Prefilled | None = None,
         held_s: float = 0.0,
-    ) -> AsyncGenerator[Delta, None]:
-        """Deltas of one request, or of the rest of one that has `begun` elsewhere; the last has a finish_reason. `deadline_s`
-        counts from now. `adapter`: computed beside the weights for this request. `prefilled`: another engine's word on its
-        prompt; what cannot be had from there is computed here. `held_s`: so long a pinned request's version is held after its
-        end.
+    ) -> Stream:
+        """Begin one request, or the rest of one that has `begun` elsewhere: `put` hears, in this event loop, of each Delta up
+        to the one with a finish_reason, or of the error that ends it. `deadline_s` counts from now. `adapter`: computed beside
+        the weights for this request. `prefilled`: another engine's word on its prompt; what cannot be had from there is
+        computed here. `held_s`: so long a pinned request's version is held after its end.
 
-        Raises what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, EngineLost where the engine
-        stops before its end, or Unavailable while draining or closed. Leaving early aborts the request and frees its cache.
+        Errors are what Engine.add raises, DeadlineExceeded, the TrinityError that ended the request, and EngineLost where the
+        engine stops before its end. Raises Unavailable while draining or closed.
         """
-        stream, started_s = Stream(request_id, asyncio.get_running_loop()), time.monotonic()
+        stream = Stream(request_id, put, self._leave)
         self._enter(stream)
-        timer = _deadline(stream, deadline_s) if deadline_s is not None else None
-        try:
-            words = await asyncio.to_thread(self._engine.bad_words, params) if params and params.bad_words else None
-            if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
-                compiled = self._engine.grammars.compiled(params.structured_outputs)
-                await asyncio.shield(asyncio.wrap_future(compiled))
-            own = None if adapter is None else await self._adapter(adapter)
-            until_s = math.inf if deadline_s is None else started_s + deadline_s
-            handed = Handed(held_s=held_s)
-            if prefilled is not None:
-                await self._bring(prefilled, prompt_ids, params, client, adapter, until_s - time.monotonic())
-                handed = handed._replace(version=prefilled.version, num_cached=prefilled.num_cached)
-            asked = (list(prompt_ids), params, client, words, until_s, own)
-            self._post(partial(self._start, stream, *asked, begun=begun, handed=handed))
-            while not stream.ended:
-                yield await _next(stream)
-        finally:
-            if timer:
-                timer.cancel()
-            self._leave(stream)
+        until_s = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        if deadline_s is not None:
+            stream.timer = stream.loop.call_later(max(0.0, deadline_s), _expire, stream, deadline_s)
+        handed = Handed(held_s=held_s)
+        if adapter or prefilled or (params and (params.bad_words or params.structured_outputs)):
+            asked = (prompt_ids, params, client, adapter, until_s, begun, prefilled, handed)
+            stream.preparing = stream.loop.create_task(self._prepare(stream, *asked))
+        else:
+            self._begin(stream, prompt_ids, params, client, None, until_s, None, begun=begun, handed=handed)
+        return stream
 
     async def prefill(
         self,
@@ -254,6 +290,35 @@ class AsyncEngine:
 
     # On the caller's side
 
+    async def _prepare(
+        self,
+        stream: Stream,
+        prompt_ids: Ids[int],
+        params: SamplingParams | None,
+        client: Client,
+        ref: AdapterRef | None,
+        until_s: float,
+        begun: Begun | None,
+        prefilled: Prefilled | None,
+        handed: Handed,
+    ) -> None:
+        """Begin a request for which something is to be had first."""
+        try:
+            words = await asyncio.to_thread(self._engine.bad_words, params) if params and params.bad_words else None
+            if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
+                await asyncio.shield(asyncio.wrap_future(self._engine.grammars.compiled(params.structured_outputs)))
+            adapter = None if ref is None else await self._adapter(ref)
+            if prefilled is not None:
+                await self._bring(prefilled, prompt_ids, params, client, ref, until_s - time.monotonic())
+                handed = handed._replace(version=prefilled.version, num_cached=prefilled.num_cached)
+        except Exception as error:  # its caller waits for items alone
+            stream.take(error)
+            return
+        self._begin(stream, prompt_ids, params, client, words, until_s, adapter, begun=begun, handed=handed)
+
+    def _begin(self, stream: Stream, prompt_ids: Ids[int], *asked: Any, **begun: Any) -> None:
+        self._post(partial(self._start, stream, list(prompt_ids), *asked, **begun))
+
     def _enter(self, stream: Stream) -> None:
         with self._changed:
             if self._closed or self._draining:
@@ -263,10 +328,10 @@ class AsyncEngine:
                 )
             self._open.add(stream)
 
-    def _leave(self, stream: Stream) -> None:
+    def _leave(self, stream: Stream, is_early: bool) -> None:
         with self._changed:
             self._open.discard(stream)
-        if not stream.ended:
+        if is_early:
             self._post(partial(self._stop, stream))
 
     async def _adapter(self, ref: AdapterRef) -> "BackboneAdapter":
@@ -324,7 +389,7 @@ class AsyncEngine:
             self._engine.abort(stream.request_id)
 
     def _deliver(self, deltas: list[Delta]) -> None:
-        items: dict[Stream, list[Delta | TrinityError]] = {}
+        items: dict[Stream, list[Item]] = {}
         for delta in deltas:
             items.setdefault(self._routes[delta.request_id], []).append(delta)
             if delta.finish_reason:
@@ -344,22 +409,12 @@ def _settle(future: "asyncio.Future[int | None]", value: int | None) -> None:
         future.set_result(value)
 
 
-def _deadline(stream: Stream, deadline_s: float) -> asyncio.TimerHandle:
+def _expire(stream: Stream, deadline_s: float) -> None:
     message = f"request {stream.request_id!r} was not done in its {deadline_s:g} s; allow more or ask for less"
-    return stream.loop.call_later(max(0.0, deadline_s), stream.queue.put_nowait, DeadlineExceeded(message))
+    stream.take(DeadlineExceeded(message))
 
 
-async def _next(stream: Stream) -> Delta:
-    item = await stream.queue.get()
-    if isinstance(item, TrinityError):
-        raise item
-    stream.ended = item.finish_reason is not None
-    if item.finish_reason == "error":
-        raise item.cause or TrinityError(item.error or "the request failed")
-    return item
-
-
-def _send(items: dict[Stream, list[Delta | TrinityError]]) -> None:
+def _send(items: dict[Stream, list[Item]]) -> None:
     """Put the items into their streams' queues: one wake-up per event loop. A loop that is gone needs nothing."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
     for stream in items:
@@ -371,7 +426,7 @@ def _send(items: dict[Stream, list[Delta | TrinityError]]) -> None:
             log.debug("an event loop with %d streams is closed", len(streams))
 
 
-def _put(batch: list[tuple[Stream, list[Delta | TrinityError]]]) -> None:
+def _put(batch: list[tuple[Stream, list[Item]]]) -> None:
     for stream, items in batch:
         for item in items:
-            stream.queue.put_nowait(item)
+            stream.take(item)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import StepConflict, TrinityError, Unavailable, VersionGone, WrongEpoch
 from trinity.experts.layer import ReadyLayer, ready_layers
+from trinity.experts.native_layers import NativeLayers
 from trinity.state.versioned_store import Version
 
 
@@ -24,6 +25,7 @@ class PublishedVersions:
         self._versions: dict[int, tuple[Version, dict[int, ReadyLayer]]] = {}
         self._readers = threading.Condition()  # guards all that is above and below, for readers
         self._num_readers = Counter[int]()  # by version
+        self.native: NativeLayers | None = None  # the same, for readers that are no Python
 
     def publish(self, versions: Mapping[int, Version], committed: int) -> None:
         """Make these versions the ones to compute with. What was published of a version that is the same stays as it is."""
@@ -35,12 +37,19 @@ class PublishedVersions:
         }
         with self._readers:
             self._versions, self.committed = ready, committed
+        self.publish_natively()
+
+    def publish_natively(self) -> None:
+        """Let readers in C++ compute with what readers in Python may, and wait for those that do with anything else."""
+        if self.native is not None:
+            self.native.publish({n: layers for n, (_, layers) in self._versions.items() if n <= self.committed})
 
     def withdraw(self, numbers: Collection[int]) -> None:
         """Let nobody begin to compute with these versions, and wait for those who do."""
         with self._readers:
             self._versions = {number: each for number, each in self._versions.items() if number not in numbers}
             self._readers.wait_for(lambda: not any(self._num_readers[number] for number in numbers))
+        self.publish_natively()
 
     @contextmanager
     def lent(self, version: int, layer: int) -> Iterator[ReadyLayer]:

@@ -4,7 +4,7 @@ Legend: E experts of a layer on this shard, X experts of the model.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from trinity.rpc.messages import Experts
 
 
 class RowCounts:
-    """Rows by layer and expert, since they were reset. For any threads."""
+    """Rows by layer and expert, since they were reset. For any threads. `others` gives those that were counted elsewhere."""
+
+    others: Callable[[], Iterable[tuple[int, int, int]]] = tuple
 
     def __init__(self, layers: Iterable[int], num_experts: int):
         self._guard = threading.Lock()
@@ -26,12 +28,18 @@ class RowCounts:
     def forget(self, layer: int, experts: Sequence[int]) -> None:
         """Start anew for experts that leave: they may come back."""
         with self._guard:
+            self._take_others()
             self._rows[layer][list(experts)] = 0
 
     def read(self, experts: Experts, reset: bool) -> dict[int, dict[int, int]]:
         """layer -> expert -> rows. With `reset` all start at 0 again, and no row is lost between."""
         with self._guard:
+            self._take_others()
             found = {layer: {e: int(self._rows[layer][e]) for e in held} for layer, held in experts.items()}
             for rows_X in self._rows.values() if reset else ():
                 rows_X.zero_()
         return found
+
+    def _take_others(self) -> None:
+        for layer, expert, rows in self.others():
+            self._rows[layer][expert] += rows

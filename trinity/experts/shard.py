@@ -14,13 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from trinity import native
 from trinity.errors import InputGone, InvalidRequest, StepConflict
 from trinity.experts.activation_cache import ActivationCache, Activations
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.named_adapters import NamedAdapters, both
+from trinity.experts.native_layers import NativeLayers
 from trinity.experts.peers import Peers
-from trinity.experts.registry import resolve
+from trinity.experts.registry import native_kernel, resolve
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import places_of
 from trinity.experts.weight_versions import WeightVersions
@@ -79,6 +81,21 @@ class ExpertShard:
         self.activations = ActivationCache(spec.activation_cache_bytes)
         self.cache_misses = 0
         self.peers: Peers | None = None
+        self.native: NativeLayers | None = None
+
+    def compute_natively(self) -> NativeLayers | None:
+        """Let threads in C++ compute inference, beside all that is computed here and with the same bits; None where there are
+        none for this shard. Harmless when repeated."""
+        with self.lock:
+            if self.native is None and self._is_native_possible():
+                self.native = NativeLayers(self.spec.model, native_kernel)
+                self.versions.compute_natively(self.native)
+                self.weights.row_counts.others = self.native.take_counts
+            return self.native
+
+    def _is_native_possible(self) -> bool:
+        is_plain = self.spec.device == "cpu" and self.spec.dtype == torch.float32 and self.backend.name == "torch"
+        return is_plain and hasattr(native.lib, "ring_service")
 
     @property
     def version(self) -> int:

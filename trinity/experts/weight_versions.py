@@ -16,6 +16,7 @@ from torch import Tensor
 from trinity.errors import DeadlineExceeded, StepConflict, TrinityError
 from trinity.experts.base import LayerWeights
 from trinity.experts.layer import ReadyLayer
+from trinity.experts.native_layers import NativeLayers
 from trinity.experts.published import PublishedVersions
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import empty_optimizer, is_weight, optimizer_of, version_after, with_notes
@@ -78,6 +79,11 @@ class WeightVersions:
     def withdraw(self, numbers: list[int]) -> None:
         """Wait until nobody computes with these versions; nobody begins to."""
         self._published.withdraw(numbers)
+
+    def compute_natively(self, native: NativeLayers) -> None:
+        """Let callers in C++ compute with these versions, too, from now on."""
+        self._published.native = native
+        self._published.publish_natively()
 
     # -- the next one
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades).
-PROTOCOL = 8
+PROTOCOL = 9
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 

@@ -30,10 +30,15 @@ def command_of(pid: int) -> str:
     return ""
 
 
+def those_left(processes: Mapping[int, str]) -> list[int]:
+    """Those that still run; one that has another's number now is not counted."""
+    return [pid for pid, start in processes.items() if (_parent_and_start(pid) or (0, ""))[1] == start]
+
+
 def end_those_left(processes: Mapping[int, str], after_s: float) -> list[int]:
     """Give them so long to go by themselves and kill the others; -> their pids. One that has another's number now is let be."""
     until_s = time.monotonic() + after_s
-    while left := [pid for pid, start in processes.items() if (_parent_and_start(pid) or (0, ""))[1] == start]:
+    while left := those_left(processes):
         if time.monotonic() >= until_s:
             break
         time.sleep(POLL_S)

@@ -1,0 +1,176 @@
+#ifdef __linux__
+#include "caller.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace trinity {
+
+namespace {
+
+constexpr double kTickS = 0.05;  // until a look at the clock, and whether the peer is there
+constexpr int32_t kNobody = -1;
+
+// trinity/dispatch/exchange.py:replica_hash
+int64_t hash_of(const float* row) {
+  uint32_t bits;
+  std::memcpy(&bits, row, 4);
+  return static_cast<int64_t>((uint64_t{bits} * 0x9E3779B97F4A7C15u) >> 33);
+}
+
+}  // namespace
+
+Ring::Ring(int fd, int sock) : ring_(fd), sock_(sock) {
+  if (!ring_.ok()) return;
+  Control& control = ring_.control();
+  control.magic = kMagic, control.num_slots = kNumSlots, control.box_bytes = kBoxBytes;
+  control.caller_cpu.store(-1), control.shard_cpu.store(-1);
+}
+
+int Ring::lend() {
+  for (int slot = 0; slot < kNumSlots; ++slot)
+    if (!is_lent_[slot] && ring_.control().slots[slot].answered.value.load() == asked_[slot]) {
+      is_lent_[slot] = true;
+      return slot;
+    }
+  return -1;
+}
+
+void Ring::post(int slot, Head head) {
+  Control& control = ring_.control();
+  head.number = ++asked_[slot];
+  control.slots[slot].head = head;
+  control.slots[slot].asked.store(asked_[slot], std::memory_order_release);
+  control.caller_cpu.store(this_cpu(), std::memory_order_relaxed);
+  control.asked.value.fetch_add(1);
+  ring_bell(control.asked);
+}
+
+Code Ring::wait(int slot, double until_s) {
+  Control& control = ring_.control();
+  Bell& answered = control.slots[slot].answered;
+  for (uint32_t seen; (seen = answered.value.load()) != asked_[slot];) {
+    const double left_s = until_s - now_s();
+    if (left_s <= 0) return kLate;
+    wait_a_tick(answered, seen, control.shard_cpu, std::min(left_s, kTickS));
+    if (answered.value.load() != asked_[slot] && is_gone()) return kGone;
+  }
+  const Answer answer = read_once(control.slots[slot].answer);
+  return answer.number == asked_[slot] && answer.code <= kGone ? static_cast<Code>(answer.code) : kBadFrame;
+}
+
+Failure Pending::begin(const Batch& batch) {
+  num_tokens_ = batch.num_tokens, dim_ = batch.dim, top_k_ = batch.top_k;
+  if (num_tokens_ <= 0 || dim_ <= 0 || top_k_ <= 0 || top_k_ > kMostSlotsOfRow) return {kBadFrame, 0};
+  if (num_tokens_ > int64_t{kBoxBytes} || dim_ > int64_t{kBoxBytes}) return {kTooLarge, 0};
+  Failure failure = route(batch);
+  if (failure.code == kDone) failure = reserve();
+  if (failure.code != kDone) return abandon(), failure;
+  for (const Part& part : parts_) post(batch, part);
+  return {kDone, 0};
+}
+
+Failure Pending::route(const Batch& batch) {
+  const size_t num_shards = plan_->rings.size();
+  for (int64_t i = 0; i < num_tokens_ * top_k_; ++i)
+    if (batch.ids[i] < -1 || batch.ids[i] >= plan_->num_experts()) return {kBadFrame, 0};
+  if (num_shards == 1) {
+    parts_.push_back({0, -1, {}, num_tokens_});
+    return {kDone, 0};
+  }
+  shard_of_slot_.resize(num_tokens_ * top_k_);
+  std::vector<Part> all(num_shards);
+  std::vector<int64_t> last(num_shards, -1);  // token that has a row there already
+  for (int64_t t = 0; t < num_tokens_; ++t)
+    for (int64_t i = t * top_k_; i < (t + 1) * top_k_; ++i) {
+      const int32_t shard = shard_of_slot_[i] = shard_of(batch, t, batch.ids[i]);
+      if (shard == kNobody || last[shard] == t) continue;
+      last[shard] = t;
+      all[shard].tokens.push_back(static_cast<int32_t>(t));
+    }
+  for (size_t shard = 0; shard < num_shards; ++shard) {
+    Part& part = all[shard];
+    if (part.tokens.empty()) continue;
+    const int64_t num = static_cast<int64_t>(part.tokens.size());
+    if (num == num_tokens_) part.tokens.clear();
+    parts_.push_back({static_cast<int>(shard), -1, std::move(part.tokens), num});
+  }
+  return {kDone, 0};
+}
+
+int32_t Pending::shard_of(const Batch& batch, int64_t token, int64_t id) const {
+  if (id < 0) return kNobody;
+  const int64_t turn = plan_->is_replicated ? hash_of(batch.x + token * dim_) % plan_->num_replicas[id] : 0;
+  return plan_->shard[id * plan_->most_replicas() + turn];
+}
+
+// A ring, room and a slot for every part, or nothing.
+Failure Pending::reserve() {
+  for (const Part& part : parts_) {
+    const RingPtr& ring = plan_->rings[part.shard];
+    if (!ring || !ring->ok()) return {kNoRing, part.shard};
+    if (Places(part.num_rows, dim_, top_k_).end > kBoxBytes) return {kTooLarge, part.shard};
+  }
+  for (Part& part : parts_)
+    if ((part.slot = plan_->rings[part.shard]->lend()) < 0) return {kNoBox, part.shard};
+  return {kDone, 0};
+}
+
+void Pending::post(const Batch& batch, const Part& part) {
+  Ring& ring = *plan_->rings[part.shard];
+  const Places places(part.num_rows, dim_, top_k_);
+  char* box = ring.box(part.slot);
+  int64_t* ids = reinterpret_cast<int64_t*>(box);
+  float* weights = reinterpret_cast<float*>(box + places.weights);
+  float* rows = reinterpret_cast<float*>(box + places.rows);
+  for (int64_t r = 0; r < part.num_rows; ++r) {
+    const int64_t t = part.tokens.empty() ? r : part.tokens[r];
+    for (int64_t k = 0; k < top_k_; ++k) {
+      const int64_t i = t * top_k_ + k;
+      const bool is_theirs = shard_of_slot_.empty() || shard_of_slot_[i] == part.shard;
+      ids[r * top_k_ + k] = is_theirs ? batch.ids[i] : kNobody;
+      weights[r * top_k_ + k] = batch.weights[i];
+    }
+    if (!part.tokens.empty()) std::memcpy(rows + r * dim_, batch.x + t * dim_, 4 * dim_);
+  }
+  if (part.tokens.empty()) std::memcpy(rows, batch.x, 4 * num_tokens_ * dim_);
+  Head head = {0, batch.version, batch.priority, batch.until_s - now_s(), batch.layer, static_cast<uint32_t>(part.num_rows),
+               static_cast<uint32_t>(dim_), static_cast<uint32_t>(top_k_)};
+  ring.post(part.slot, head);
+}
+
+Failure Pending::finish(float* y, double until_s) {
+  for (const Part& part : parts_) {
+    const Code code = plan_->rings[part.shard]->wait(part.slot, until_s);
+    if (code != kDone) return abandon(), Failure{code, part.shard};
+  }
+  const size_t num = static_cast<size_t>(num_tokens_ * dim_);
+  if (parts_.size() == 1 && parts_[0].tokens.empty()) {
+    std::memcpy(y, rows_of(parts_[0]), 4 * num);
+  } else {
+    std::memset(y, 0, 4 * num);
+    for (const Part& part : parts_) {
+      const float* rows = rows_of(part);
+      for (int64_t r = 0; r < part.num_rows; ++r) {
+        float* to = y + (part.tokens.empty() ? r : part.tokens[r]) * dim_;
+        for (int64_t d = 0; d < dim_; ++d) to[d] += rows[r * dim_ + d];
+      }
+    }
+  }
+  abandon();
+  return {kDone, 0};
+}
+
+const float* Pending::rows_of(const Part& part) const {
+  const Places places(part.num_rows, dim_, top_k_);
+  return reinterpret_cast<const float*>(plan_->rings[part.shard]->box(part.slot) + places.answer);
+}
+
+void Pending::abandon() {
+  for (const Part& part : parts_)
+    if (part.slot >= 0) plan_->rings[part.shard]->take_back(part.slot);
+  parts_.clear();
+}
+
+}  // namespace trinity
+#endif

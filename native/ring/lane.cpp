@@ -1,0 +1,136 @@
+#ifdef __linux__
+#include "lane.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "bell.h"
+
+namespace trinity {
+
+namespace {
+
+bool is_shared(const Head& a, const Head& b) {
+  return a.layer == b.layer && a.version == b.version && a.priority == b.priority && a.dim == b.dim;
+}
+
+
+void finish(Job& job, Code code) {
+  job.answer(job, code);
+  job.is_done = true;
+}
+
+}  // namespace
+
+void Lane::run(Job& job) {
+  {
+    std::lock_guard<std::mutex> lock(guard_);
+    waiting_.push_back(&job);
+  }
+  std::lock_guard<std::mutex> lock(computing_);
+  while (!job.is_done) compute(next());
+}
+
+std::vector<Job*> Lane::next() {
+  std::lock_guard<std::mutex> lock(guard_);
+  const Head first = (*std::min_element(waiting_.begin(), waiting_.end(), [](const Job* a, const Job* b) {
+                       return a->head.priority < b->head.priority;
+                     }))->head;
+  auto others = std::stable_partition(waiting_.begin(), waiting_.end(), [&](Job* job) { return is_shared(job->head, first); });
+  std::vector<Job*> group(waiting_.begin(), others);
+  waiting_.erase(waiting_.begin(), others);
+  return group;
+}
+
+void Lane::compute(std::vector<Job*> group) {
+  const LayerPtr layer = registry_.pin(group[0]->head.layer, group[0]->head.version);
+  row_.clear(), expert_.clear(), weight_.clear();
+  std::vector<Job*> good;
+  int64_t num_rows = 0;
+  for (Job* job : group) {
+    const Code code = layer ? assign(*job, *layer, num_rows) : kNotHere;
+    if (code != kDone) {
+      finish(*job, code);
+      continue;
+    }
+    good.push_back(job);
+    num_rows += job->head.num_rows;
+  }
+  if (!layer) return;
+  sort(*layer);
+  if (!good.empty()) multiply(good, *layer, num_rows);
+  registry_.unpin(layer, counts_.data());
+  for (Job* job : good) finish(*job, kDone);
+}
+
+// Takes in a job's slots as assignments of rows from `first_row` on; none of them unless the job is right.
+Code Lane::assign(const Job& job, const Layer& layer, int64_t first_row) {
+  if (static_cast<int64_t>(job.head.dim) != layer.dim || job.head.num_slots > layer.position.size()) return kBadFrame;
+  if (now_s() > job.until_s) return kLate;
+  const size_t before = row_.size(), num = size_t{job.head.num_rows} * job.head.num_slots;
+  Code code = kDone;
+  for (size_t i = 0; i < num && code == kDone; ++i) {
+    const int64_t id = job.ids[i];
+    if (id == -1) continue;
+    if (id < 0 || id >= static_cast<int64_t>(layer.position.size())) {
+      code = kBadFrame;
+    } else if (layer.position[id] == kNotHeld) {
+      code = kNotHere;
+    } else {
+      row_.push_back(first_row + static_cast<int64_t>(i / job.head.num_slots));
+      expert_.push_back(layer.position[id]);
+      weight_.push_back(job.weights[i]);
+    }
+  }
+  if (code != kDone) row_.resize(before), expert_.resize(before), weight_.resize(before);
+  return code;
+}
+
+// Assignments by expert, those of one in the order of their rows.
+void Lane::sort(const Layer& layer) {
+  const size_t num_experts = layer.experts.size();
+  counts_.assign(num_experts, 0);
+  end_.assign(num_experts, 0);
+  for (int32_t expert : expert_) ++counts_[expert];
+  std::vector<int64_t> next(num_experts, 0);
+  for (size_t e = 0, sum = 0; e < num_experts; ++e) next[e] = sum, end_[e] = sum += counts_[e];
+  sorted_row_.resize(row_.size()), sorted_weight_.resize(row_.size());
+  for (size_t a = 0; a < row_.size(); ++a) {
+    const int64_t to = next[expert_[a]]++;
+    sorted_row_[to] = row_[a], sorted_weight_[to] = weight_[a];
+  }
+}
+
+// A row's answer: zero, to which its experts' rows are added in their order.
+void Lane::multiply(const std::vector<Job*>& group, const Layer& layer, int64_t num_rows) {
+  const size_t dim = layer.dim;
+  if (!layer.kernel) {
+    for (const Job* job : group) std::memcpy(job->y, job->x, 4 * job->head.num_rows * dim);
+    return;
+  }
+  const float* x = group[0]->x;
+  if (group.size() > 1) {
+    x_.resize(num_rows * dim);
+    float* to = x_.data();
+    for (const Job* job : group) to = std::copy(job->x, job->x + job->head.num_rows * dim, to);
+    x = x_.data();
+  }
+  y_.resize(row_.size() * dim);
+  ExpertCall call = {num_rows, static_cast<int64_t>(row_.size()), static_cast<int64_t>(layer.experts.size()), layer.dim, layer.hidden,
+                     x, sorted_row_.data(), end_.data(), sorted_weight_.data(), {}, y_.data()};
+  std::copy(layer.stacks, layer.stacks + 6, call.stacks);
+  if (call.num_assigned) layer.kernel(&call);
+  std::vector<float*> y_of_row(num_rows);
+  size_t row = 0;
+  for (const Job* job : group)
+    for (size_t r = 0; r < job->head.num_rows; ++r) y_of_row[row++] = job->y + r * dim;
+  for (float* y : y_of_row) std::memset(y, 0, 4 * dim);
+  for (size_t a = 0; a < row_.size(); ++a) {
+    float* y = y_of_row[sorted_row_[a]];
+    const float* part = y_.data() + a * dim;
+    for (size_t d = 0; d < dim; ++d) y[d] += part[d];
+  }
+}
+
+}  // namespace trinity
+#endif

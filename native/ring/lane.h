@@ -1,0 +1,49 @@
+// The shard's inference, one multiplication at a time: whoever gets the lane computes for all that wait.
+//
+// Decisions: the lowest priority first; calls of one layer and version are computed as one, their rows one after the other, which
+// reads the weights once and gives each row the bits that it has alone. What is not right with one caller's call is that
+// caller's. Nothing here enters Python.
+#pragma once
+#include <mutex>
+#include <vector>
+
+#include "layout.h"
+#include "registry.h"
+
+namespace trinity {
+
+// A request whose head has been read and checked; box and answer belong to a peer that may write to them at any time.
+struct Job {
+  Head head;
+  double until_s;
+  const volatile int64_t* ids;  // [R, K]
+  const float* weights;         // [R, K]
+  const float* x;               // [R, D]
+  float* y;                     // [R, D]
+  void (*answer)(Job&, Code);   // tells the peer; may be called on another thread than that which waits here
+  void* owner;
+  bool is_done = false;
+};
+
+class Lane {
+ public:
+  explicit Lane(Registry& registry) : registry_(registry) {}
+  void run(Job& job);
+
+ private:
+  std::vector<Job*> next();
+  void compute(std::vector<Job*> group);
+  Code assign(const Job& job, const Layer& layer, int64_t first_row);
+  void sort(const Layer& layer);
+  void multiply(const std::vector<Job*>& group, const Layer& layer, int64_t num_rows);
+
+  Registry& registry_;
+  std::mutex guard_, computing_;
+  std::vector<Job*> waiting_;
+  // Used by whoever has `computing_`.
+  std::vector<int64_t> row_, end_, sorted_row_, counts_;
+  std::vector<int32_t> expert_;
+  std::vector<float> weight_, sorted_weight_, x_, y_;
+};
+
+}  // namespace trinity

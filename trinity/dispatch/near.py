@@ -1,0 +1,109 @@
+"""Inference with shards of this host by native/ring: all of a layer's rows in one call, their sum in another.
+
+Legend: T tokens, D model, K top-k, E experts, N replicas, S shards.
+Decisions: only what C++ does with the same bits goes this way: plain fp32 rows, of which no gradient is wanted. Whatever it
+does not do, and whatever goes wrong, goes the usual way, under the same name: an inference may be computed twice. A plan holds
+for a table and for the connections that there are, and is made anew when either changes.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity import native
+from trinity.dispatch.transport import Rings
+from trinity.errors import DeadlineExceeded
+from trinity.utils.niceness import PATIENT
+
+if TYPE_CHECKING:
+    from trinity.dispatch.dispatcher import Dispatcher
+
+LATE = 6  # native/ring/layout.h:kLate
+
+
+class NearLayers:
+    """Plans of one dispatcher: where rows of each layer go in C++."""
+
+    def __init__(self, dispatcher: "Dispatcher", rings: Rings):
+        self.dispatcher, self._rings = dispatcher, rings
+        self._plans = dict[tuple[int, bool], Any]()
+        self._num_changes = -1
+
+    def forget(self) -> None:
+        """Make all plans anew: the table is another one."""
+        self._plans.clear()
+
+    def begin(
+        self, layer: int, op: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, until_s: float
+    ) -> "NearExchange | None":
+        """Send the rows; None where they have to go the usual way."""
+        if not (_is_plain(x_TD, torch.float32) and _is_plain(weights_TK, torch.float32)):
+            return None
+        if not _is_plain(ids_TK, torch.int64) or self.dispatcher.priority == PATIENT:
+            return None
+        plan = self._plan(layer, len(x_TD))
+        if plan is None:
+            return None
+        attempt_until_s = self._attempt_until_s(len(x_TD), until_s)
+        where = x_TD.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()
+        of = layer, self.dispatcher.version, self.dispatcher.priority, attempt_until_s
+        sent = native.lib.ring_begin(plan, *of, *where, *x_TD.shape, ids_TK.shape[1])
+        if isinstance(sent, int):
+            return None
+        return NearExchange(self.dispatcher, sent, (layer, op, x_TD, ids_TK, weights_TK, until_s), attempt_until_s)
+
+    def _plan(self, layer: int, num_rows: int) -> Any:
+        if self._rings.num_changes != self._num_changes:
+            self._plans.clear()
+            self._num_changes = self._rings.num_changes
+        key = layer, num_rows <= self.dispatcher.near_rows
+        if key not in self._plans:
+            self._plans[key] = self._made(*key)
+        return self._plans[key]
+
+    def _made(self, layer: int, is_near: bool) -> Any:
+        """None without any ring."""
+        table = self.dispatcher.table
+        rings = [self._rings.ring(shard, table.epoch) for shard in table.shards]
+        if not any(rings):
+            return None
+        shard_EN, num_E = (
+            np.ascontiguousarray(each.clip(0), np.int32) for each in self.dispatcher.places(layer, is_near)
+        )
+        return native.lib.ring_plan(rings, shard_EN.ctypes.data, num_E.ctypes.data, *shard_EN.shape)
+
+    def _attempt_until_s(self, num_rows: int, until_s: float) -> float:
+        """Deadline of this attempt: with replicas there is only so much patience with a shard."""
+        if not self.dispatcher.is_replicated:
+            return until_s
+        patience = self.dispatcher.patience
+        return min(until_s, time.monotonic() + max(patience.of(s, num_rows) for s in self.dispatcher.table.shards))
+
+
+class NearExchange:
+    """One layer's rows on their way in C++; given up when it is let go of."""
+
+    def __init__(self, dispatcher: "Dispatcher", sent: Any, asked: tuple[Any, ...], until_s: float):
+        self.dispatcher, self._sent, self._asked, self._until_s = dispatcher, sent, asked, until_s
+
+    def result(self) -> Tensor:
+        """Wait; -> y_TD. Raises what the usual way raises."""
+        started_s = time.perf_counter()
+        y_TD = torch.empty_like(self._asked[2])
+        failure = native.lib.ring_finish(self._sent, y_TD.data_ptr(), self._until_s)
+        self.dispatcher.times.add("wait", started_s)
+        return y_TD if failure == 0 else self._usual(failure & 0xFF, failure >> 8)
+
+    def _usual(self, code: int, at: int) -> Tensor:
+        """The answer of the usual way. A shard that took too long is not asked again where another one could answer."""
+        if code == LATE and self.dispatcher.is_replicated:
+            shard = self.dispatcher.table.shards[at]
+            self.dispatcher.note_failure(shard, DeadlineExceeded(f"shard {shard} did not answer in time"))
+        return self.dispatcher.begin_usual(*self._asked).result()
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
