@@ -1,15 +1,17 @@
-"""Rows through feed-forwards, gate, up, SwiGLU and down in one pass over the weights: for inference in fp32 on a CPU.
+"""Rows through feed-forwards, gate, up, SwiGLU and down in one pass over the weights: for inference on a CPU.
 
 Legend: A rows sorted by expert, E experts (1 for a dense layer), D model, F hidden, N outputs; U units: some rows of an expert.
 Decisions: the bits are those of gemm.py and elementwise.py one after the other. Training takes these, because
 it keeps what lies between. Here threads are handed work once for a layer instead of four times, and what lies between stays
 in a core's cache: with few rows that is as long as the arithmetic. A weight row of gate and one of up are read side by side.
+fp32 is numba's, which is as fast as the extension; bf16 and int8 (`trinity.ops.quantised`) are the extension's alone.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.ops import extension
 from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.elementwise import ONE, exp
 from trinity.ops.batch_invariant.gemm import PANEL, addresses
@@ -22,10 +24,15 @@ MOST_ROWS = 64  # of a unit: with more, rows and hidden rows would leave the cac
 def feed_forward(
     x_AD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_ENF: Tensor, end_E: Tensor, weight_A: Tensor | None = None
 ) -> Tensor:
-    """-> y_AN: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]` through expert 1 and so on, their hidden
-    rows times their weight. For what `exact.at_once` says yes to."""
+    """-> y_AN in x's type: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]` through expert 1 and so on,
+    their hidden rows times their weight. For what `exact.at_once` says yes to."""
     (num, dim), (_, n, f) = x_AD.shape, down_ENF.shape
     y_AN = torch.empty(num, n)
+    if x_AD.dtype == torch.bfloat16:
+        matrices = [extension.Matrices(w) for w in (gate_EFD, up_EFD, down_ENF)]
+        rows = extension.Rows(x_AD.contiguous())
+        extension.feed_forward(extension.BFLOAT16, rows, matrices, weight_A, units_of(end_E, num), y_AN)
+        return y_AN.bfloat16()
     weight_A = torch.ones(num) if weight_A is None else weight_A
     arrays = [as_array(t.contiguous()) for t in (x_AD, gate_EFD, up_EFD, down_ENF, weight_A.float(), y_AN)]
     expert_U, first_U, last_U = _split(as_array(end_E), num)
@@ -36,6 +43,12 @@ def feed_forward(
         lambda first, last: _units(*arrays, expert_U, first_U, last_U, first, last),
     )
     return y_AN
+
+
+def units_of(end_E: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Expert, first row and end of each unit, for `num` rows."""
+    expert_U, first_U, last_U = (torch.from_numpy(part).long() for part in _split(as_array(end_E), num))
+    return expert_U, first_U, last_U
 
 
 def _split(end_E: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from trinity.ops import extension
 from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.outer import products, sums
-from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots
+from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots_of, flushing, restore
 from trinity.ops.batch_invariant.threads import Job, in_threads, in_turn
 
 PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
@@ -61,38 +62,38 @@ class _Grouped(Function):
 def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     """`grouped` without gradients, for contiguous tensors; y in float32."""
     y_AN = torch.empty(len(x_AK), w_ENK.shape[1])
-    in_turn(len(w_ENK), [multiplying(x_AK.float(), w_ENK, end_E, y_AN)])
+    x_AK = x_AK if x_AK.dtype == w_ENK.dtype else x_AK.float()
+    in_turn(len(w_ENK), [multiplying(x_AK, w_ENK, end_E, y_AN)])
     return y_AN
 
 
 def multiplying(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor, y_AN: Tensor) -> Job:
-    """`multiply` into y, as a job. x is float32."""
+    """`multiply` into y, as a job. x is float32, or bfloat16 as w is."""
+    if extension.lib is not None and x_AK.dtype == torch.bfloat16:
+        rows, matrices = extension.Rows(x_AK), extension.Matrices(w_ENK)
+        return extension.multiplying(extension.BFLOAT16, rows, matrices, end_E, y_AN)
     arrays, (_, n, k) = [as_array(t) for t in (x_AK, w_ENK, end_E, y_AN)], w_ENK.shape
     return Job(_num_panels(n), 2 * len(x_AK) * n * k, lambda first, last: _units(*arrays, first, last))
 
 
 def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`linear` with each weight [N, K], one result beside the other -> y [T, sum of N] in float32; no gradients.
+    """`linear` with each weight [N, K], one result beside the other -> y [T, sum of N] in x's type; no gradients.
 
     Threads are handed work once for all.
     """
-    num, k = x_TK.shape
-    arrays = [as_array(w.contiguous()) for w in weights]
-    sizes = [len(w) for w in arrays]
-    y = torch.empty(num, sum(sizes))
-    x, out = as_array(x_TK.float().contiguous()), y.numpy()
-    parts = np.split(out, np.cumsum(sizes)[:-1], axis=1)
-    panels = np.cumsum([0, *map(_num_panels, sizes)])
-    end = np.array([num])
+    sizes, x_TK = [len(w) for w in weights], x_TK.contiguous()
+    y, end_1 = torch.empty(len(x_TK), sum(sizes)), torch.tensor([len(x_TK)])
+    parts = zip(weights, y.split(sizes, 1), strict=True)
+    jobs = [multiplying(x_TK, w.detach().contiguous().unsqueeze(0), end_1, part) for w, part in parts]
+    units = list(itertools.accumulate((job.num_units for job in jobs), initial=0))
 
     def run(first: int, last: int) -> None:
-        for w, part, (begin, stop) in zip(arrays, parts, itertools.pairwise(panels), strict=True):
+        for job, begin, stop in zip(jobs, units, units[1:], strict=False):
             if first < stop and last > begin:
-                lo, hi = max(first, begin) - begin, min(last, stop) - begin
-                _units(x, w[None], end, part, lo, hi)
+                job.run(max(first, begin) - begin, min(last, stop) - begin)
 
-    in_threads(int(panels[-1]), 2 * num * sum(sizes) * k, run)
-    return y
+    in_threads(units[-1], sum(job.operations for job in jobs), run)
+    return y.to(x_TK.dtype)
 
 
 def _num_panels(n: int) -> int:
@@ -107,7 +108,7 @@ def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
     The two weight rows of a pair are N / 2 apart: memory is then read as two streams, 2.5 times as fast as one. If N is odd
     the last one is computed twice.
     """
-    out = np.empty(ROWS * COLUMNS, np.float32)
+    out, before = np.empty(ROWS * COLUMNS, np.float32), flushing(x)
     n, k = w.shape[1:]
     pairs = (n + COLUMNS - 1) // COLUMNS
     panels = (pairs + PANEL - 1) // PANEL
@@ -116,13 +117,14 @@ def _units(x, w, end, y, first, last):  # type: ignore[no-untyped-def]
         lo, hi = end[e - 1] if e else 0, end[e]
         for r in range(lo, hi, ROWS):
             rows = min(ROWS, hi - r)
-            xs = addresses(x.ctypes.data + 4 * k * r, 4 * k, rows - 1)
+            xs = addresses(x.ctypes.data + x.itemsize * k * r, x.itemsize * k, rows - 1)
             for c in range(c0, min(c0 + PANEL, pairs)):
                 d = min(c + pairs, n - 1)
                 at, length = w.ctypes.data + w.itemsize * k * n * e, w.itemsize * k
-                dots(xs, (at + length * c, at + length * d), k, out.ctypes.data, w)
+                dots_of(xs, (at + length * c, at + length * d), k, out.ctypes.data, w, x)
                 for i in range(rows):
                     y[r + i, c], y[r + i, d] = out[i], out[ROWS + i]
+    restore(x, before)
 
 
 @numba.njit(inline="always")

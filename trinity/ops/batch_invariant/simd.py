@@ -7,6 +7,8 @@ reassociate chooses anew at each place where a loop is written. Here the order i
 - `dots`: lane l sums w[i] x[i] over i = l, l + 16, ... in turn; lanes are added as a tree (l with l + 8, + 4, + 2, + 1); what
   is left of K comes last, one by one. Every product is fused with its sum. Four rows meet two or four weight rows at a time, so
   that one loaded number serves several products; with fewer rows some of the code's results are not used.
+  Of bfloat16 by bfloat16, lane l sums pairs instead: 2 l + 1 and then 2 l of each 32, what is missing of the last 32 being
+  zeros, and numbers below the smallest normal one count as zeros (`flushing`): what processors' own instruction for it does.
 - `adds`: each lane is one output and sums p[k] v[k] over k in turn; what was there is added last. Six rows meet four vectors.
 - `mixes`: each lane is one output and sums p[j] v[j] over the keys j in turn, to which what was there is added last; terms of
   p = 0 change nothing.
@@ -15,6 +17,8 @@ The same bits, therefore, on any machine and from any number of threads. Address
 in bounds because the callers, all in this folder, see to it.
 """
 
+import itertools
+import platform
 from functools import partial
 from typing import Any
 
@@ -29,7 +33,11 @@ from torch import Tensor
 LANES, ROWS, COLUMNS = 16, 4, 2
 TALL, WIDE = 6, 4  # of `adds`: with what they are multiplied by, they fill the registers
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-VECTOR = ir.VectorType(F32, LANES)
+VECTOR, PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I16, 2 * LANES)
+HAS_MXCSR, FLUSH = (
+    platform.machine().lower() in ("x86_64", "amd64"),
+    0x8040,
+)  # x86's register of rounding, two bits of it
 STORED = {types.float32: F32, types.uint16: I16, types.int8: I8}  # bits of bfloat16 as uint16
 intrinsic: Any = numba_intrinsic  # what it makes is called without the first argument, which its type does not say
 
@@ -66,29 +74,105 @@ def as_array(tensor: Tensor) -> np.ndarray:
 def dots(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any) -> Any:
     """out[column * len(xs) + row] = w . x for the rows at addresses xs (a tuple of ROWS or 1) and ws (of 2 or 4), of length k.
 
-    ws point into the array `weights`: float32, uint16 that are the bits of bfloat16, or int8.
+    xs are float32; ws point into the array `weights`: float32, uint16 that are the bits of bfloat16, or int8.
     """
-    stored = STORED[weights.dtype]
+    return types.void(xs, ws, k, out, weights), partial(_dots, STORED[weights.dtype])
+
+
+@intrinsic
+def dots_of(typing: Any, xs: Any, ws: Any, k: Any, out: Any, weights: Any, rows: Any) -> Any:
+    """`dots` of xs that point into the array `rows`: float32, or bfloat16 as the weights are (see `flushing`)."""
+    made = _pair_dots if rows.dtype == types.uint16 else partial(_dots, STORED[weights.dtype])
+    return types.void(xs, ws, k, out, weights, rows), made
+
+
+def _dots(stored: Any, context: Any, b: Any, signature: Any, arguments: Any) -> None:
+    xs, ws, k, out = arguments[:4]
+    rows, columns = _pointers(b, xs), _pointers(b, ws, stored)
+    out = b.inttoptr(out, F32.as_pointer())
+    pairs = [(column, row) for column in columns for row in rows]
+    whole = b.and_(k, I64(-LANES))
+    sums = [_variable(b, VECTOR) for _ in pairs]
+    with cgutils.for_range_slice(b, I64(0), whole, I64(LANES), intp=I64) as (i, _):
+        loaded = {id(p): _loaded(b, b.gep(p, [i]), LANES) for p in (*rows, *columns)}
+        for (column, row), total in zip(pairs, sums, strict=True):
+            b.store(_fma(b, loaded[id(column)], loaded[id(row)], b.load(total)), total)
+    tree = _trees(b, [b.load(total) for total in sums])
+    b.store(tree, b.bitcast(out, tree.type.as_pointer()), align=4)
+    with cgutils.for_range_slice(b, whole, k, I64(1), intp=I64) as (i, _):
+        for at, (column, row) in enumerate(pairs):
+            total = b.gep(out, [I64(at)])
+            b.store(_fma(b, _loaded(b, b.gep(column, [i])), b.load(b.gep(row, [i])), b.load(total)), total)
+
+
+def _pair_dots(context: Any, b: Any, signature: Any, arguments: Any) -> None:
+    """`dots` of bfloat16 by bfloat16."""
+    xs, ws, k, out = arguments[:4]
+    rows, columns = _pointers(b, xs, I16), _pointers(b, ws, I16)
+    sums = {(c, r): _variable(b, VECTOR) for c in range(len(columns)) for r in range(len(rows))}
+
+    def add(row_pointers: Any, column_pointers: Any) -> None:
+        xs, ws = ([_pair(b, p) for p in pointers] for pointers in (row_pointers, column_pointers))
+        for (c, r), total in sums.items():
+            for w, x in zip(ws[c], xs[r], strict=True):
+                b.store(_fma(b, w, x, b.load(total)), total)
+
+    whole = b.and_(k, I64(-2 * LANES))
+    with cgutils.for_range_slice(b, I64(0), whole, I64(2 * LANES), intp=I64) as (i, _):
+        add([b.gep(p, [i]) for p in rows], [b.gep(p, [i]) for p in columns])
+    padded = [[_zeros(b) for _ in pointers] for pointers in (rows, columns)]
+    with b.if_then(b.icmp_signed("<", whole, k)):
+        for pointer, zeros in zip((*rows, *columns), itertools.chain(*padded), strict=True):
+            b.store(ir.Constant(PAIRS, None), b.bitcast(zeros, PAIRS.as_pointer()), align=2)
+            with cgutils.for_range(b, b.sub(k, whole), intp=I64) as loop:
+                b.store(b.load(b.gep(pointer, [b.add(whole, loop.index)])), b.gep(zeros, [loop.index]))
+        add(*padded)
+    tree = _trees(b, [b.load(total) for total in sums.values()])
+    b.store(tree, b.bitcast(b.inttoptr(out, F32.as_pointer()), tree.type.as_pointer()), align=4)
+
+
+def _pair(b: Any, pointer: Any) -> tuple[Any, Any]:
+    """Two vectors of float32 of 32 bfloat16: those in the odd places, those in the even ones."""
+    wide = ir.VectorType(I32, LANES)
+    pairs = b.load(b.bitcast(pointer, wide.as_pointer()), align=2)
+    odd, even = b.and_(pairs, ir.Constant(wide, [-(1 << 16)] * LANES)), b.shl(pairs, ir.Constant(wide, [16] * LANES))
+    return b.bitcast(odd, VECTOR), b.bitcast(even, VECTOR)
+
+
+def _zeros(b: Any) -> Any:
+    """Room for 32 bfloat16."""
+    return b.bitcast(cgutils.alloca_once(b, PAIRS), I16.as_pointer())
+
+
+@intrinsic
+def flushing(typing: Any, rows: Any) -> Any:
+    """Count numbers below the smallest normal one as zeros from here on, where `rows` are bfloat16 -> what `restore` takes."""
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        xs, ws, k, out, _ = arguments
-        rows, columns = _pointers(b, xs), _pointers(b, ws, stored)
-        out = b.inttoptr(out, F32.as_pointer())
-        pairs = [(column, row) for column in columns for row in rows]
-        whole = b.and_(k, I64(-LANES))
-        sums = [_variable(b, VECTOR) for _ in pairs]
-        with cgutils.for_range_slice(b, I64(0), whole, I64(LANES), intp=I64) as (i, _):
-            loaded = {id(p): _loaded(b, b.gep(p, [i]), LANES) for p in (*rows, *columns)}
-            for (column, row), total in zip(pairs, sums, strict=True):
-                b.store(_fma(b, loaded[id(column)], loaded[id(row)], b.load(total)), total)
-        tree = _trees(b, [b.load(total) for total in sums])
-        b.store(tree, b.bitcast(out, tree.type.as_pointer()), align=4)
-        with cgutils.for_range_slice(b, whole, k, I64(1), intp=I64) as (i, _):
-            for at, (column, row) in enumerate(pairs):
-                total = b.gep(out, [I64(at)])
-                b.store(_fma(b, _loaded(b, b.gep(column, [i])), b.load(b.gep(row, [i])), b.load(total)), total)
+        before = cgutils.alloca_once_value(b, I32(0))
+        if HAS_MXCSR and rows.dtype == types.uint16:
+            _call_on(b, "llvm.x86.sse.stmxcsr", before)
+            _call_on(b, "llvm.x86.sse.ldmxcsr", cgutils.alloca_once_value(b, b.or_(b.load(before), I32(FLUSH))))
+        return b.load(before)
 
-    return types.void(xs, ws, k, out, weights), generate
+    return types.int32(rows), generate
+
+
+@intrinsic
+def restore(typing: Any, rows: Any, before: Any) -> Any:
+    """Undo `flushing`."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        if HAS_MXCSR and rows.dtype == types.uint16:
+            _call_on(b, "llvm.x86.sse.ldmxcsr", cgutils.alloca_once_value(b, arguments[1]))
+
+    return types.void(rows, before), generate
+
+
+def _call_on(b: Any, name: str, number: Any) -> None:
+    """Call an instruction that takes the address of an int32."""
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [I8.as_pointer()]), name)
+    b.call(function, [b.bitcast(number, I8.as_pointer())])
 
 
 @intrinsic

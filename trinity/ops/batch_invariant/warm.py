@@ -2,6 +2,7 @@
 
 import torch
 
+from trinity.ops import extension
 from trinity.ops.batch_invariant import elementwise, gemm
 from trinity.ops.batch_invariant.attention import Seen, attention
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
@@ -14,8 +15,8 @@ def warm_up(dtype: torch.dtype, is_kept_in_int8: bool = False) -> None:
     attention(z, kept, kept, Seen(one, one, one + 1, one), scales)
     gemm.linear(z, z[0])
     elementwise.gated(z, z)
-    if dtype == torch.float32:
-        gemm.side_by_side(torch.zeros(2, 2), [torch.zeros(2, 2)] * 2)
+    if dtype == torch.float32 or extension.lib is not None:
+        gemm.side_by_side(z[0], [z[0]] * 2)
         feed_forward(z[0], z[0, :1, None], z[0, :1, None], z.mT.contiguous(), one + 1)
     elementwise.sigmoid(z)
     elementwise.cos_sin(torch.zeros(1))

@@ -1,0 +1,77 @@
+// AVX512: what its two files share. A sum is one register; up to sixteen of them are added up at once.
+#include "bits.inl"
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics (GCC bug 105593)
+#include <immintrin.h>
+
+namespace trinity {
+namespace {
+
+// Lanes are added as a tree (l with l + 8, + 4, + 2, + 1), as float32 or as int32.
+struct Floats {
+  static __m512 of(__m512 v) { return v; }
+  static __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
+
+struct Ints {  // in registers that are named as those of floats
+  static __m512 of(__m512i v) { return _mm512_castsi512_ps(v); }
+  static __m512 plus(__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+};
+
+template <class Kind>
+inline __m512 halves(__m512 a, __m512 b) {
+  return Kind::plus(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+
+template <class Kind>
+inline __m512 quarters(__m512 a, __m512 b) {
+  return Kind::plus(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+template <class Kind>
+inline __m512 eighths(__m512 a, __m512 b) {
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return Kind::plus(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+
+template <class Kind>
+inline __m512 sixteenths(__m512 a, __m512 b) {
+  return Kind::plus(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+
+// The sums of a row's four columns, in the lanes of one register's quarters: column c in quarter c, four partial sums.
+template <class Kind, class V>
+inline __m512 of_row(const V *sums) {
+  return quarters<Kind>(halves<Kind>(Kind::of(sums[0]), Kind::of(sums[1])), halves<Kind>(Kind::of(sums[2]), Kind::of(sums[3])));
+}
+
+template <class Kind, int R, class V>
+inline __m512 added_up(const V (*sums)[kColumns]) {
+  const __m512 first = of_row<Kind>(sums[0]), second = R > 1 ? of_row<Kind>(sums[R > 1 ? 1 : 0]) : first;
+  const __m512 pair = eighths<Kind>(first, second);
+  if (R < 4) return sixteenths<Kind>(pair, pair);
+  return sixteenths<Kind>(pair, eighths<Kind>(of_row<Kind>(sums[R > 2 ? 2 : 0]), of_row<Kind>(sums[R > 3 ? 3 : 0])));
+}
+
+struct FloatFormat {
+  using X = float;
+  using W = float;
+  using Total = float;
+  using Sum = __m512;
+  using Row = __m512;
+  using Weight = __m512;
+  using Mode = AsUsual;
+  static constexpr int kRows = 4, kStep = 16;
+  static constexpr bool kPads = false, kRounds = false;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Row load_x(const float *p) { return _mm512_loadu_ps(p); }
+  static Weight load_w(const float *p) { return _mm512_loadu_ps(p); }
+  static Sum add(Sum s, Weight w, Row x) { return _mm512_fmadd_ps(w, x, s); }
+  template <int R>
+  static void totals(const Sum (*sums)[kColumns], float *out) { _mm512_store_ps(out, added_up<Floats, R>(sums)); }
+};
+
+}  // namespace
+}  // namespace trinity

@@ -1,0 +1,241 @@
+// The loops around tiles of up to four rows and four weight rows, for the formats that the including file has defined:
+// FloatFormat, BrainFormat and ByteFormat, each with
+//   X, W: elements of rows and weights; Total: what sums are; kStep: elements of a step; kRows: most rows of a tile, 1, 2 or 4;
+//   Sum zero(), Row/Weight load_x(p), load_w(p), load_x(p, left), load_w(p, left) with zeros for what is missing,
+//   add(sum, weight, row), and totals(sums[R][4], out): out[4 * column + row].
+// Everything is in an unnamed namespace: another file has the same names for other instructions.
+
+namespace trinity {
+namespace {
+
+constexpr int kBlock = 64;  // rows that pass by a tile's weights, which stay in the nearest cache
+
+template <class F>
+struct Four {  // weight rows, and where their products go; numbers of a weight row four times over, as totals lie
+  const typename F::W *w[kColumns];
+  float *y[kColumns];  // of row 0; none: nowhere
+  alignas(64) float scale[16];
+  alignas(64) int32_t excess[16];
+};
+
+template <class F>
+struct Lines {  // up to F::kRows rows
+  const typename F::X *x[4];
+  int64_t first;
+  int num;
+  alignas(64) float scale[16];
+};
+
+template <class F, int R>
+inline void tile(const typename F::X *const *x, const typename F::W *const *w, int64_t k, typename F::Total *out) {
+  typename F::Sum sums[R][kColumns];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; c++) sums[r][c] = F::zero();
+  const int64_t whole = k / F::kStep * F::kStep;
+  for (int64_t i = 0; i < whole; i += F::kStep) {
+    typename F::Row rows[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) rows[r] = F::load_x(x[r] + i);
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; c++) {
+      const typename F::Weight weight = F::load_w(w[c] + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[r][c] = F::add(sums[r][c], weight, rows[r]);
+    }
+  }
+  if constexpr (F::kPads) {
+    const int left = static_cast<int>(k - whole);
+    for (int c = 0; c < kColumns && left; c++) {
+      const typename F::Weight weight = F::load_w(w[c] + whole, left);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[r][c] = F::add(sums[r][c], weight, F::load_x(x[r] + whole, left));
+    }
+  }
+  F::template totals<R>(sums, out);
+  if constexpr (!F::kPads)  // one by one, after the others
+    for (int64_t i = whole; i < k; i++)
+      for (int c = 0; c < kColumns; c++)
+        for (int r = 0; r < R; r++) out[4 * c + r] = __builtin_fmaf(w[c][i], x[r][i], out[4 * c + r]);
+}
+
+template <class F>
+inline void finish(const float *total, const Four<F> &, const Lines<F> &, float *out) {
+  __builtin_memcpy(out, total, 16 * sizeof *out);
+}
+
+template <class F>
+inline void finish(const int32_t *total, const Four<F> &four, const Lines<F> &lines, float *out) {
+  for (int i = 0; i < 16; i++) out[i] = static_cast<float>(total[i] - four.excess[i]) * four.scale[i] * lines.scale[i];
+}
+
+template <class F, int R>
+inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, int64_t y_step) {
+  alignas(64) typename F::Total total[16];
+  alignas(64) float out[16];
+  tile<F, R>(lines.x, four.w, k, total);
+  finish(total, four, lines, out);
+  for (int c = 0; c < kColumns; c++)
+    if (float *y = four.y[c])
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) y[(lines.first + r) * y_step] = out[4 * c + r];
+}
+
+// Rows [first, last), at most kBlock, in groups of what a tile takes -> their number.
+template <class F>
+inline int lines_of(const Rows &rows, int64_t k, int64_t first, int64_t last, Lines<F> *lines) {
+  int num = 0;
+  for (int64_t a = first; a < last; a += lines[num++].num) {
+    const int64_t left = last - a;
+    Lines<F> &some = lines[num];
+    some.first = a;
+    some.num = left >= F::kRows ? F::kRows : left == 3 ? 2 : static_cast<int>(left);
+    for (int r = 0; r < some.num; r++) {
+      const int64_t at = rows.at ? rows.at[a + r] : a + r;
+      some.x[r] = static_cast<const typename F::X *>(rows.values) + at * k;
+      for (int c = 0; c < kColumns && rows.scale; c++) some.scale[4 * c + r] = rows.scale[at];
+    }
+  }
+  return num;
+}
+
+// Weight row `n` of an expert as number `c` of four; one that there is not is another's, whose product goes nowhere.
+template <class F>
+inline void take(Four<F> *four, int c, const Matrices &m, int64_t expert, int64_t n, float *y) {
+  const int64_t at = expert * m.n + (n < m.n ? n : m.n - 1);
+  four->w[c] = static_cast<const typename F::W *>(m.values) + at * m.k;
+  four->y[c] = n < m.n ? y + n : nullptr;
+  for (int r = 0; r < 4 && m.scale; r++) {
+    four->scale[4 * c + r] = m.scale[at];
+    four->excess[4 * c + r] = 128 * m.total[at];
+  }
+}
+
+// Rows [lo, hi) by tiles [c0, c1): `fours(c, &four)` has the weight rows of tile c.
+template <class F, class Fours>
+inline void products(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_t c0, int64_t c1, int64_t y_step, Fours fours) {
+  typename F::Mode mode;
+  Lines<F> lines[kBlock];
+  for (int64_t first = lo; first < hi; first += kBlock) {
+    const int num = lines_of<F>(rows, k, first, first + kBlock < hi ? first + kBlock : hi, lines);
+    for (int64_t c = c0; c < c1; c++) {
+      Four<F> four;
+      fours(c, &four);
+      for (int i = 0; i < num; i++) {
+        if (lines[i].num == F::kRows) put<F, F::kRows>(lines[i], four, k, y_step);
+        else if (lines[i].num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines[i], four, k, y_step);
+        else put<F, 1>(lines[i], four, k, y_step);
+      }
+    }
+  }
+}
+
+template <class F>
+void multiply_as(const Product &p, int64_t first, int64_t last) {
+  const int64_t quarter = quarter_of(p.w.n), tiles = panel_of(p.format, p.w.k), panels = (quarter + tiles - 1) / tiles;
+  for (int64_t u = first; u < last; u++) {
+    const int64_t e = u / panels, c0 = u % panels * tiles, c1 = c0 + tiles < quarter ? c0 + tiles : quarter;
+    products<F>(p.x, p.w.k, e ? p.end[e - 1] : 0, p.end[e], c0, c1, p.y_step, [&](int64_t c, Four<F> *four) {
+      for (int j = 0; j < kColumns; j++) take(four, j, p.w, e, c + j * quarter, p.y);
+    });
+  }
+}
+
+// elementwise.exp of trinity/ops/batch_invariant, which has the reasons.
+inline float exp_of(float x) {
+  const float kRound = 12582912.0f;
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = __builtin_fmaf(x, 1.44269504f, kRound) - kRound;
+  const float r = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, x));
+  float p = __builtin_fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
+  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+  const int32_t power = static_cast<int32_t>(n == n ? n : 0.0f) + 127;
+  return (__builtin_fmaf(p, r * r, r) + 1.0f) * as_float(static_cast<uint32_t>(power) << 23);
+}
+
+template <class F>
+inline void gate_by(float *__restrict hidden, const float *__restrict up, float weight, int64_t f) {
+  for (int64_t i = 0; i < f; i++) {
+    const float g = F::kRounds ? rounded_to_brain(hidden[i]) : hidden[i];
+    const float u = F::kRounds ? rounded_to_brain(up[i]) : up[i];
+    hidden[i] = g / (1.0f + exp_of(-g)) * u * weight;
+  }
+}
+
+inline float largest(const float *__restrict x, int64_t k) {  // NaN, whose bits are largest, if there is one
+  int32_t most = 0;
+  for (int64_t i = 0; i < k; i++) {
+    const int32_t bits = static_cast<int32_t>(as_bits(x[i]) & 0x7fffffff);
+    most = bits > most ? bits : most;
+  }
+  return as_float(static_cast<uint32_t>(most));
+}
+
+inline void to_bytes(const float *__restrict x, int64_t k, uint8_t *__restrict q, float *scale) {
+  const float kRound = 12582912.0f, amax = largest(x, k);  // kRound: added, it leaves a rounded number in the lowest bits
+  const bool is_finite = amax < __builtin_inff();
+  *scale = is_finite ? amax / 127.0f : __builtin_nanf("");
+  const float factor = is_finite && amax >= 1e-30f ? 127.0f / amax : 0.0f;
+  if (factor == 0.0f) {
+    for (int64_t i = 0; i < k; i++) q[i] = 128;
+    return;
+  }
+  for (int64_t i = 0; i < k; i++) q[i] = static_cast<uint8_t>(as_bits(x[i] * factor + kRound) + 128);
+}
+
+void round_rows_here(Format format, const float *x, int64_t num, int64_t k, void *values, float *scale) {
+  if (format == kInt8)
+    for (int64_t r = 0; r < num; r++) to_bytes(x + r * k, k, static_cast<uint8_t *>(values) + r * k, scale + r);
+  else if (format == kBfloat16)
+    for (int64_t i = 0; i < num * k; i++) static_cast<uint16_t *>(values)[i] = brain_of(x[i]);
+  else
+    __builtin_memcpy(values, x, static_cast<uint64_t>(num * k) * 4);
+}
+
+inline int64_t whole_lines(int64_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
+
+template <class F>
+void unit_of(const FeedForward &l, int64_t e, int64_t lo, int64_t hi) {
+  const int64_t num = hi - lo, f = l.gate.n, half = (f + 1) / 2, quarter = quarter_of(l.down.n);
+  const int64_t size = whole_lines(num * f * 4);
+  char *memory = static_cast<char *>(scratch(3 * size + whole_lines(num * 4)));
+  float *hidden = reinterpret_cast<float *>(memory), *other = reinterpret_cast<float *>(memory + size);
+  float *scale = reinterpret_cast<float *>(memory + 3 * size);
+  products<F>(l.x, l.gate.k, lo, hi, 0, half, f, [&](int64_t c, Four<F> *four) {
+    for (int j = 0; j < 2; j++) {
+      take(four, j, l.gate, e, c + j * half, hidden - lo * f);
+      take(four, 2 + j, l.up, e, c + j * half, other - lo * f);
+    }
+  });
+  for (int64_t r = 0; r < num; r++) gate_by<F>(hidden + r * f, other + r * f, l.weight ? l.weight[lo + r] : 1.0f, f);
+  Rows rows = {hidden, nullptr, nullptr};
+  if (l.format != kFloat32) {
+    rows = {memory + 2 * size, l.format == kInt8 ? scale : nullptr, nullptr};
+    round_rows_here(l.format, hidden, num, f, memory + 2 * size, scale);
+  }
+  products<F>(rows, f, 0, num, 0, quarter, l.down.n, [&](int64_t c, Four<F> *four) {
+    for (int j = 0; j < kColumns; j++) take(four, j, l.down, e, c + j * quarter, l.y + lo * l.down.n);
+  });
+}
+
+void multiply_here(const Product &p, int64_t first, int64_t last) {
+  if (p.format == kFloat32) multiply_as<FloatFormat>(p, first, last);
+  else if (p.format == kBfloat16) multiply_as<BrainFormat>(p, first, last);
+  else multiply_as<ByteFormat>(p, first, last);
+}
+
+void feed_forward_here(const FeedForward &l, int64_t first, int64_t last) {
+  for (int64_t u = first; u < last; u++) {
+    if (l.format == kFloat32) unit_of<FloatFormat>(l, l.expert[u], l.begin[u], l.end[u]);
+    else if (l.format == kBfloat16) unit_of<BrainFormat>(l, l.expert[u], l.begin[u], l.end[u]);
+    else unit_of<ByteFormat>(l, l.expert[u], l.begin[u], l.end[u]);
+  }
+}
+
+}  // namespace
+}  // namespace trinity

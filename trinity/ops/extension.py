@@ -1,0 +1,107 @@
+"""The extension's kernels (native/kernels/) as functions of tensors; `lib` is None where there is none, or it is switched off.
+
+Legend: A rows sorted by expert, E experts (1 for a dense layer), D model, F hidden, K inner dimension, N outputs; U units: some
+rows of an expert.
+Decisions: here sizes are checked and memory is kept, there nothing is. Bits are those of the functions that call this, which go
+on without it. Float32 is not among them: numba's kernels are as fast (docs/benchmarks.md).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trinity import native
+from trinity.ops.batch_invariant.threads import Job, in_threads
+
+lib: Any = native.lib
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # native/kernels/kernels.h
+ROUNDED = {BFLOAT16: torch.bfloat16, INT8: torch.uint8}
+
+
+class Matrices(NamedTuple):
+    """[E, N, K] in a format: the values, and of int8 scales and totals [E, N]."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    total: Tensor | None = None
+
+    def described(self) -> tuple[int, ...]:
+        """Addresses and sizes. The caller keeps the tensors."""
+        parts = [part if part is None else _whole(part) for part in self]
+        return (*(0 if part is None else part.data_ptr() for part in parts), *self.values.shape[-2:])
+
+
+class Rows(NamedTuple):
+    """[A, K] as a format multiplies them: the values, and of int8 a scale for each."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def described(self) -> tuple[int, ...]:
+        return self.values.data_ptr(), 0 if self.scale is None else self.scale.data_ptr(), 0
+
+
+def rounded(kind: int, x_AK: Tensor) -> Rows:
+    """Rows as the format has them."""
+    if x_AK.dtype == ROUNDED[kind]:
+        return Rows(x_AK.contiguous())
+    x_AK = x_AK.float().contiguous()
+    (num, k), values = x_AK.shape, torch.empty(x_AK.shape, dtype=ROUNDED[kind])
+    scale = torch.empty(num) if kind == INT8 else None
+
+    def run(first: int, last: int) -> None:
+        at = 0 if scale is None else scale[first:].data_ptr()
+        lib.round_rows(kind, x_AK[first:].data_ptr(), last - first, k, values[first:].data_ptr(), at)
+
+    in_threads(num, 8 * num * k, run)
+    return Rows(values, scale)
+
+
+def multiplying(kind: int, x: Rows, w: Matrices, end_E: Tensor, y_AN: Tensor) -> Job:
+    """The job of rows up to `end_E[0]` times the transpose of w[0], from there up to `end_E[1]` of w[1] and so on, into y."""
+    (num, k), n, end_E = x.values.shape, w.values.shape[-2], end_E.contiguous()
+    _check(y_AN.dtype == torch.float32 and y_AN.stride(-1) == 1 and y_AN.shape == (num, n), "y", y_AN)
+    _check(w.values.shape == (len(end_E), n, k), "w", w.values)
+    described = kind, *x.described(), *w.described(), end_E.data_ptr(), y_AN.data_ptr(), y_AN.stride(0)
+    run = partial(_multiply, (x, w, end_E, y_AN), described)
+    return Job(lib.num_units(kind, n, k), 2 * num * n * k, run)
+
+
+def _multiply(kept: tuple[object, ...], described: tuple[int, ...], first: int, last: int) -> None:
+    """`kept`: whose memory is described."""
+    lib.multiply(*described, first, last)
+
+
+def feed_forward(
+    kind: int,
+    x: Rows,
+    parts: Sequence[Matrices],
+    weight_A: Tensor | None,
+    units: tuple[Tensor, Tensor, Tensor],
+    y_AN: Tensor,
+) -> None:
+    """Rows through gate, up and down [E, F, D], [E, F, D] and [E, N, F] into y; `units`: expert, first row and end of each."""
+    (num, dim), f, n = x.values.shape, parts[0].values.shape[1], parts[2].values.shape[1]
+    shapes = [part.values.shape[1:] for part in parts]
+    _check(shapes == [(f, dim), (f, dim), (n, f)], "gate", parts[0].values)
+    _check(y_AN.is_contiguous() and y_AN.shape == (num, n), "y", y_AN)
+    weight_A = None if weight_A is None else weight_A.float().contiguous()
+    matrices = [number for part in parts for number in part.described()]
+    pointers = [0 if t is None else t.data_ptr() for t in (weight_A, y_AN, *units)]
+    described = (kind, *x.described(), *matrices, *pointers)
+    in_threads(len(units[0]), 2 * num * f * (2 * dim + n), lambda lo, hi: lib.feed_forward(*described, lo, hi))
+
+
+def _whole(part: Tensor) -> Tensor:
+    _check(part.is_contiguous() and part.is_cpu, "a matrix", part)
+    return part
+
+
+def _check(is_right: bool, name: str, tensor: Tensor) -> None:
+    if not is_right:
+        raise ValueError(
+            f"{name} of {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype} does not fit its rows"
+        )
