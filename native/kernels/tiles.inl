@@ -155,6 +155,12 @@ void multiply_as(const Product &p, int64_t first, int64_t last) {
   }
 }
 
+// Rows [lo, hi) by all of an expert's matrix, the first one's products to y.
+template <class F>
+inline void project(const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, float *y) {
+  products<F>(rows, w.k, lo, hi, quarter_of(w.n), w.n, [&](int64_t i) { return four_of<F>(w, e, i, hi - lo, y - lo * w.n); });
+}
+
 // elementwise.exp of trinity/ops/batch_invariant, which has the reasons.
 inline float exp_of(float x) {
   const float kRound = 12582912.0f;
@@ -218,17 +224,15 @@ void unit_of(const FeedForward &l, int64_t e, int64_t lo, int64_t hi) {
   char *memory = static_cast<char *>(scratch(3 * size + whole_lines(num * 4)));
   float *hidden = reinterpret_cast<float *>(memory), *other = reinterpret_cast<float *>(memory + size);
   float *scale = reinterpret_cast<float *>(memory + 3 * size);
-  products<F>(l.x, l.gate.k, lo, hi, 2 * quarter_of(f), f, [&](int64_t i) {  // of gate and of up in turn
-    return four_of<F>(i % 2 ? l.up : l.gate, e, i / 2, num, (i % 2 ? other : hidden) - lo * f);
-  });
+  project<F>(l.x, l.gate, e, lo, hi, hidden);
+  project<F>(l.x, l.up, e, lo, hi, other);
   for (int64_t r = 0; r < num; r++) gate_by<F>(hidden + r * f, other + r * f, l.weight ? l.weight[lo + r] : 1.0f, f);
   Rows rows = {hidden, nullptr, nullptr};
   if (l.format != kFloat32) {
     rows = {memory + 2 * size, l.format == kInt8 ? scale : nullptr, nullptr};
     round_rows_here(l.format, hidden, num, f, memory + 2 * size, scale);
   }
-  products<F>(rows, f, 0, num, quarter_of(l.down.n), l.down.n,
-              [&](int64_t i) { return four_of<F>(l.down, e, i, num, l.y + lo * l.down.n); });
+  project<F>(rows, l.down, e, 0, num, l.y + lo * l.down.n);
 }
 
 void multiply_here(const Product &p, int64_t first, int64_t last) {
