@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 
 NATIVE := build/native.stamp
 
-.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize
+.PHONY: setup demo recipe test chaos soak idle lint format types protos gpu-kernels clean native-sanitize native-fuzz
 .PHONY: interop interop-lm-eval interop-clients interop-object-store interop-trl interop-peft interop-compressed-tensors interop-rivals
 
 setup: $(STAMP) $(NATIVE)
@@ -26,6 +26,11 @@ native-sanitize:
 	for test in build/sanitized-address/*_test; do $$test || exit 1; done
 	SANITIZE=thread scripts/build_native.sh build/sanitized-thread
 	for test in build/sanitized-thread/*_test; do $$test || exit 1; done
+
+# Ten million frames of nonsense in a ring, some minutes. FRAMES=1000000 for fewer.
+native-fuzz:
+	SANITIZE=address,undefined scripts/build_native.sh build/sanitized-address
+	build/sanitized-address/ring_fuzz_test $(or $(FRAMES),10000000)
 
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)

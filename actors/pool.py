@@ -116,12 +116,11 @@ def provide(
     """The pool of that name, made if there is none. Raises ConfigError where it is another than what is wanted."""
     if not exists(settings.pool, namespace):
         return create(settings, namespace, model, optim, state_dir)
-    pool = connect(settings, namespace)
-    wanted = PoolSpec(model, optim, settings.num_shards, device_of(settings))
+    pool = connect(settings.model_copy(update={"expert_dtype": None}), namespace)  # all that differs is named together
+    wanted = _spec(settings, model, optim)
     if (found := pool.service.spec()) != wanted:
-        differs = [
-            name for name in ("model", "optim", "num_shards", "device") if getattr(found, name) != getattr(wanted, name)
-        ]
+        names = ("model", "optim", "num_shards", "device", "expert_dtype")
+        differs = [name for name in names if getattr(found, name) != getattr(wanted, name)]
         raise ConfigError(
             f"pool {settings.pool!r} exists with another {' and '.join(differs)}; use another --placement.pool, "
             f"or end it with `trinity placement rm {settings.pool}`"
@@ -143,7 +142,7 @@ def create(
     """
     with ExitStack() as undo:
         undo.callback(destroy, settings.pool, namespace, settings.memory_dir)
-        spec = PoolSpec(model, optim, settings.num_shards, device_of(settings), ends_with_server)
+        spec = _spec(settings, model, optim, ends_with_server)
         made = _create(settings, namespace, spec, state_dir)
         undo.pop_all()
     return made
@@ -171,11 +170,18 @@ def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir
 
 
 def connect(settings: PlacementConfig, namespace: str) -> RayPool:
-    """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none."""
+    """The pool of that name in the cluster this process has joined. Raises Unavailable when there is none, and ConfigError
+    where its experts are of another form than is asked for."""
     table = PlacementClient(settings.pool, namespace, settings.call_timeout_s).ask("current")
     if table is None:
         raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
-    return RayPool(settings, namespace, table)
+    pool = RayPool(settings, namespace, table)
+    if settings.expert_dtype is not None and (found := pool.service.spec().expert_dtype) != settings.expert_dtype:
+        raise ConfigError(
+            f"pool {settings.pool!r} computes experts as {found}, placement.expert_dtype is {settings.expert_dtype}; leave "
+            "it out, or make the pool with it"
+        )
+    return pool
 
 
 def names(namespace: str) -> list[str]:
@@ -215,6 +221,13 @@ def _require_none(pool: str, namespace: str) -> None:
 
 def _names_of(pool: str, namespace: str) -> list[str]:
     return [entry["name"] for entry in _actors(namespace) if entry["name"].startswith(name_of(pool, ""))]
+
+
+def _spec(
+    settings: PlacementConfig, model: ModelConfig, optim: OptimConfig | None, ends_with_server: bool = False
+) -> PoolSpec:
+    expert_dtype = settings.expert_dtype or model.dtype
+    return PoolSpec(model, optim, settings.num_shards, device_of(settings), expert_dtype, ends_with_server)
 
 
 def device_of(settings: PlacementConfig) -> str:

@@ -9,14 +9,15 @@ are made alone: what ends engines goes on doing so, and the others get a token.
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any, Protocol
 
 from serving.pins import Pins
 from trinity.config import AdapterRef, Client
+from trinity.engine import samples
 from trinity.engine.begun import Begun
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import EngineLost, Overloaded, Unavailable
@@ -120,11 +121,10 @@ class Continuing:
         adapter: AdapterRef | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish reason. Its caller ends it at the deadline; engines are told it."""
-        clock, seeded = asyncio.get_running_loop().time, with_seed(params)
+        clock, seeded = asyncio.get_running_loop().time, samples.with_seed(params)
         end_s = clock() + deadline_s
-        with ExitStack() as kept:
-            keep = lambda version: kept.enter_context(self._pins.held(version))  # noqa: E731
-            answer = Answer(keep if params.version_policy == "pinned" else None)
+        with self._pins.kept() as kept:
+            answer = Answer(kept.hold if params.version_policy == "pinned" else None)
             while not answer.is_complete:
                 asked = (request_id, prompt_ids, seeded, max(0.0, end_s - clock()), client, adapter)
                 try:
@@ -140,21 +140,22 @@ class Continuing:
         """Deltas of one engine. Raises EngineLost where that is not all."""
         begun: dict[str, Any] = {"begun": answer.begun} if answer.num_losses else {}
         name = f"{request_id}-{answer.num_losses}" if begun else request_id  # the old one may yet be in use
-        async with AsyncExitStack() as alone:
-            if answer.is_suspect:
-                await alone.enter_async_context(self._alone)
-            stream = self._engines.generate(name, *asked, **begun)
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    if (paused_s := answer.add(delta)) is not None:
-                        await alone.aclose()
-                        self._observe(paused_s)
-                    yield delta
-                    if answer.is_complete:
-                        return
+        asks = partial(self._engines.generate, name, *asked, **begun)
+        stream = self._first_alone(asks) if answer.is_suspect else asks()
+        async with aclosing(stream) as deltas:
+            async for delta in deltas:
+                if (paused_s := answer.add(delta)) is not None:
+                    self._observe(paused_s)
+                yield delta
+                if answer.is_complete:
+                    return
         raise EngineLost("the engine ended the stream early")
 
-
-def with_seed(params: SamplingParams) -> SamplingParams:
-    """Parameters that give the same text on any engine."""
-    return params if params.seed is not None else params.model_copy(update={"seed": secrets.randbits(63)})
+    async def _first_alone(self, asks: Callable[[], AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+        """Deltas of what is asked when no other suspect has an engine; until the first one none gets one."""
+        async with AsyncExitStack() as alone:
+            await alone.enter_async_context(self._alone)
+            async with aclosing(asks()) as deltas:
+                async for delta in deltas:
+                    await alone.aclose()
+                    yield delta

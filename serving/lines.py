@@ -21,6 +21,7 @@ from trinity.errors import EngineLost
 
 SILENT_S, LINGER_S = 20.0, 1.0
 SHORT = 1 << 16  # tokens of a prompt
+MANY = 64  # items that nobody has taken
 
 
 class Wire(Protocol):
@@ -49,6 +50,8 @@ class Call:
         if self._slices and isinstance(item, Delta):
             item, self._slices = whole(self._slices, item), []
         self._items.append(item)
+        if len(self._items) % MANY == 0:
+            self._items = together(self._items)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -58,10 +61,13 @@ class Call:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         items, self._items = self._items, []
-        if len(items) == 1:
-            return items
-        runs = [(kind, list(run)) for kind, run in groupby(items, _kind)]
-        return [each for kind, run in runs for each in (run if kind is None else [joined(run)])]
+        return items if len(items) == 1 else together(items)
+
+
+def together(items: list[Any]) -> list[Any]:
+    """The same, with one Delta for those that follow each other with one version of the weights."""
+    runs = [(kind, list(run)) for kind, run in groupby(items, _kind)]
+    return [each for kind, run in runs for each in (run if kind is None else [joined(run)])]
 
 
 def _kind(item: Any) -> int | None:

@@ -8,10 +8,10 @@ waited for: an engine that finds its version gone says so.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
+from typing import Self
 from uuid import uuid4
 
 from trinity.errors import TrinityError
@@ -21,6 +21,27 @@ log = logging.getLogger("trinity.serving")
 LEASE_S = 30.0
 STARTING = "server/starting"  # holds the version of a server that has no gateway yet
 Tell = Callable[..., None]
+
+
+class Kept:
+    """A version that an answer keeps until the end of the block, once it has one."""
+
+    __slots__ = ("_pins", "_version")
+
+    def __init__(self, pins: "Pins"):
+        self._pins = pins
+        self._version: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def hold(self, version: int) -> None:
+        self._version = version
+        self._pins.hold(version)
+
+    def __exit__(self, *ended: object) -> None:
+        if self._version is not None:
+            self._pins.release(self._version)
 
 
 class Pins:
@@ -37,7 +58,7 @@ class Pins:
         if self._tell is not None:
             self._renewing = asyncio.create_task(self._renew())
             if version is not None:
-                self._hold(version)
+                self.hold(version)
                 self._ask("unpin", STARTING)
 
     def stop(self) -> None:
@@ -49,23 +70,17 @@ class Pins:
         self._tell = None
         self._thread.shutdown(wait=False)
 
-    @contextmanager
-    def held(self, version: int) -> Iterator[None]:
-        """Keep it inside the block."""
-        self._hold(version)
-        try:
-            yield
-        finally:
-            self._release(version)
+    def kept(self) -> "Kept":
+        return Kept(self)
 
     # -- inside
 
-    def _hold(self, version: int) -> None:
+    def hold(self, version: int) -> None:
         self._held[version] += 1
         if self._held[version] == 1:
             self._pin(version)
 
-    def _release(self, version: int) -> None:
+    def release(self, version: int) -> None:
         self._held[version] -= 1
         if self._held[version] == 0:
             del self._held[version]

@@ -13,6 +13,11 @@ Item = tuple[int, T | None, BaseException | None]
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """(index of its stream, item) as items arrive; the first failure of any stream ends all."""
+    if len(streams) == 1:  # which needs no tasks
+        async with aclosing(streams[0]) as items:
+            async for one in items:
+                yield 0, one
+        return
     live = len(streams)
     async with _pumping(streams) as queue:
         while live:

@@ -29,6 +29,13 @@ def listening_each(pids):
     return found
 
 
+def on_the_way(port):
+    """Bytes of this machine's connections to that port which have been sent, and not read."""
+    lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    ends = [(fields[1:3], fields[4].split(":")) for fields in map(str.split, lines) if fields[3] == "01"]
+    return sum(int(size, 16) for pair, sizes in ends if port in {int(end[-4:], 16) for end in pair} for size in sizes)
+
+
 def decode_address(text):
     host, port = text.split(":")
     words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]

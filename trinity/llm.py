@@ -92,9 +92,9 @@ class LLM:
 
     Settings of EngineConfig are given by their names, over those of `engine`; memory that nobody names is chosen by what is
     free. `experts` are the routed experts to call (a dispatcher); without them, shards are made in this process on `device`
-    ("auto": the GPU if there is one) with expert `backend`. What sampling parameters do not set has the values of the
-    checkpoint's generation_config.json, unless `generation_config` is "none". Raises CheckpointError or ConfigError, and
-    before a weight is read or fetched where it could not fit into memory.
+    ("auto": the GPU if there is one) with expert `backend`, experts computed as `expert_dtype`. What sampling parameters do
+    not set has the values of the checkpoint's generation_config.json, unless `generation_config` is "none". Raises
+    CheckpointError or ConfigError, and before a weight is read or fetched where it could not fit into memory.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class LLM:
         backend: str = "auto",
         num_shards: int = 1,
         device: str = "auto",
+        expert_dtype: str | None = None,
         generation_config: GenerationConfig = "checkpoint",
         **settings: Any,
     ):
@@ -119,7 +120,8 @@ class LLM:
             from trinity.pool.local import local_pool  # only here: the composition of an offline program
 
             load = Load(checkpoint.name, training=False)
-            pool = local_pool(checkpoint.config, load, num_shards=num_shards, backend=backend, device=device)
+            placed = {"num_shards": num_shards, "backend": backend, "device": device, "expert_dtype": expert_dtype}
+            pool = local_pool(checkpoint.config, load, **placed)  # type: ignore[arg-type]
             experts = pool.dispatcher(checkpoint.version)
         self.tokenizer = checkpoint.tokenizer
         self.weights: WeightSource = FixedWeights(checkpoint.load_model(experts, device), checkpoint.version)

@@ -54,7 +54,13 @@ def described() -> dict[str, str]:
     """Return what there is, in words, for `trinity doctor`."""
     if lib is None:
         return {"extension": "not built" if native_is_wanted() else "switched off by TRINITY_NATIVE=0"}
-    return {"extension": f"contract {lib.contract}, sources {lib.sources}", "instructions": lib.isa}
+    has_ring = hasattr(lib, "ring_open")
+    return {
+        "extension": f"contract {lib.contract}, sources {lib.sources}",
+        "instructions": lib.isa,
+        "ring": "between callers and shards of this host" if has_ring else "none: this system has no futex",
+        "experts in fp32": "C++" if has_ring and lib.ring_kernel() else "compiled by numba",
+    }
 
 
 lib: Any = _loaded()

@@ -54,7 +54,15 @@ class Shards:
     def start(self, name: str, node: str | None = None) -> Any:
         """A new shard without experts, on that node, if it is still there; -> its handle at once: it may wait for room."""
         spec, settings = self.state.spec, self.state.settings
-        made = ShardSpec(name, spec.model, self.state.experts_of(name), spec.optim, settings.backend, spec.device)
+        made = ShardSpec(
+            name,
+            spec.model,
+            self.state.experts_of(name),
+            spec.optim,
+            settings.backend,
+            spec.device,
+            expert_dtype=spec.expert_dtype,
+        )
         self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, node)
         return self.handles[name]
 

@@ -26,6 +26,7 @@ class PoolSpec:
     optim: OptimConfig | None
     num_shards: int
     device: str
+    expert_dtype: str | None = None
     ends_with_server: bool = field(default=False, compare=False)
 
     @property
@@ -34,8 +35,13 @@ class PoolSpec:
 
     @property
     def expert_bytes(self) -> int:
-        model = self.model
-        return 3 * model.hidden_size * model.moe_intermediate_size * (2 if model.dtype == "bfloat16" else 4)
+        plain, name = self.model.expert_params * self.model.itemsize, self.expert_dtype
+        if name in (None, self.model.dtype):
+            return plain
+        from trinity.experts.derived import FORMS, shapes_of  # torch comes with it
+
+        own = sum(4 * FORMS[name].num_words(shape) for shape in shapes_of(self.model))
+        return own + plain * self.trains
 
 
 class PoolState:

@@ -74,7 +74,7 @@ class Connection:
 
     @property
     def is_quiet(self) -> bool:
-        """No answer is on its way."""
+        """Say whether no answer is on its way."""
         return not self._num_away
 
     def ring(self, deadline_s: float) -> Any:
@@ -187,7 +187,7 @@ class DirectTransport:
         except BROKEN as error:
             return Done(error=self.given_up(shard, self._connections.get(shard), error, message.deadline_s))
 
-    def ring(self, shard: str, epoch: int) -> Any:
+    def ring(self, shard: str, epoch: int, deadline_s: float) -> Any:
         """The ring to a shard, for a call of that epoch; None without one, or where the shard may be elsewhere by now: a call
         by `send` finds out. The same, until `num_changes` is another."""
         connection = None if epoch > self._epoch or shard in self._doubted else self._connections.get(shard)
@@ -196,7 +196,7 @@ class DirectTransport:
         if not connection.is_quiet:
             self.num_changes += 1  # ask again
             return connection.wire.ring
-        made = tried(partial(connection.ring, time.monotonic() + HANDSHAKE_S), *BROKEN)
+        made = tried(partial(connection.ring, min(deadline_s, time.monotonic() + HANDSHAKE_S)), *BROKEN)
         if isinstance(made, Exception):
             self.drop(shard, connection)
             return None

@@ -14,7 +14,8 @@ namespace trinity {
 
 namespace {
 
-constexpr int kSpins = 2000;
+constexpr int kSpins = 1000;      // some 20 us
+constexpr double kShortS = 50e-6;  // of a wait: that long, and a wake
 
 void pause() {
 #if defined(__x86_64__)
@@ -26,15 +27,6 @@ void pause() {
 
 long futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const timespec* until) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, until, nullptr, 0);
-}
-
-bool changes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu) {
-  if (peer_cpu.load(std::memory_order_relaxed) == this_cpu()) return false;
-  for (int i = 0; i < kSpins; ++i) {
-    if (bell.value.load(std::memory_order_acquire) != old) return true;
-    pause();
-  }
-  return false;
 }
 
 }  // namespace
@@ -65,14 +57,25 @@ void ring_bell(Bell& bell) {
   if (bell.waiting.load()) futex(bell.value, FUTEX_WAKE, 1, nullptr);
 }
 
-void wait_a_tick(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s) {
-  if (changes_soon(bell, old, peer_cpu)) return;
+bool Waiter::comes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu) const {
+  if (!was_short_ || peer_cpu.load(std::memory_order_relaxed) == this_cpu()) return false;
+  for (int i = 0; i < kSpins; ++i) {
+    if (bell.value.load(std::memory_order_acquire) != old) return true;
+    pause();
+  }
+  return false;
+}
+
+void Waiter::wait(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s) {
+  if (comes_soon(bell, old, peer_cpu)) return;
+  const double since_s = now_s();
   bell.waiting.store(1);
   if (bell.value.load() == old) {
     const timespec tick = {static_cast<time_t>(tick_s), static_cast<long>(1e9 * (tick_s - static_cast<double>(static_cast<time_t>(tick_s))))};
     futex(bell.value, FUTEX_WAIT, old, &tick);
   }
   bell.waiting.store(0, std::memory_order_relaxed);
+  was_short_ = now_s() - since_s < kShortS;
 }
 
 int32_t this_cpu() { return sched_getcpu(); }

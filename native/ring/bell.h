@@ -1,7 +1,8 @@
-// Waiting at a word that another process changes: a short spin where the peer runs on another core, then the kernel.
+// Waiting at a word that another process changes: a short spin where that is worth it, then the kernel.
 //
-// Decisions: a wake of another core costs some 15 us, so a peer that is at work there is worth a short look; one that was last seen
-// on this very core cannot run while we look. Nothing waits longer than a tick without a look at the clock and at the peer:
+// Decisions: a wake of another core costs some 15 us, so a change that is about to come from there is worth a short look; a peer that
+// was last seen on this very core cannot run while we look. Whether one is about to come is told by the time before: who waits
+// for experts that compute, or for a caller that does something else, would only take the core from those that it waits for. Nothing waits longer than a tick without a look at the clock and at the peer:
 // a process that is killed wakes nobody, and a word may hold anything.
 #pragma once
 #include "layout.h"
@@ -30,8 +31,17 @@ bool is_gone(int sock);
 
 void ring_bell(Bell& bell);  // after `value` was changed: wakes who waits
 
-// Waits while the word is `old`, for a tick at most; `peer_cpu`: where its other side was last seen.
-void wait_a_tick(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s);
+// One side's waits at a ring.
+class Waiter {
+ public:
+  // Waits while the word is `old`, for a tick at most; `peer_cpu`: where its other side was last seen.
+  void wait(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s);
+
+ private:
+  bool comes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu) const;
+
+  bool was_short_ = true;  // the wait before
+};
 
 int32_t this_cpu();
 

@@ -52,7 +52,7 @@ Code Ring::wait(int slot, double until_s) {
   for (uint32_t seen; (seen = answered.value.load()) != asked_[slot];) {
     const double left_s = until_s - now_s();
     if (left_s <= 0) return kLate;
-    wait_a_tick(answered, seen, control.shard_cpu, std::min(left_s, kTickS));
+    waiter_.wait(answered, seen, control.shard_cpu, std::min(left_s, kTickS));
     if (answered.value.load() != asked_[slot] && is_gone()) return kGone;
   }
   const Answer answer = read_once(control.slots[slot].answer);

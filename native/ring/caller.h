@@ -26,6 +26,7 @@ class Ring {
 
  private:
   Mapping ring_;
+  Waiter waiter_;
   int sock_;
   bool is_closed_ = false;
   bool is_lent_[kNumSlots] = {};

@@ -44,7 +44,7 @@ void Attachment::serve() {
   Control& control = ring_.control();
   while (!is_stopped_.load()) {
     const uint32_t seen = control.asked.value.load();
-    if (!take_all()) wait_a_tick(control.asked, seen, control.caller_cpu, kTickS);
+    if (!take_all()) waiter_.wait(control.asked, seen, control.caller_cpu, kTickS);
   }
 }
 

@@ -29,6 +29,7 @@ class Attachment {
 
   std::shared_ptr<Service> service_;
   Mapping ring_;
+  Waiter waiter_;
   std::atomic<bool> is_stopped_{false};
   uint32_t taken_[kNumSlots] = {};
   std::thread thread_;

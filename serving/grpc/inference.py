@@ -191,7 +191,7 @@ def to_params(request: pb.GenerateRequest, default_max_tokens: int) -> SamplingP
     if (policy := fields.pop("version_policy", pb.VERSION_POLICY_UNSPECIFIED)) != pb.VERSION_POLICY_UNSPECIFIED:
         fields["version_policy"] = POLICIES.get(policy, str(policy))
     fields["trace"] = request.return_routed_experts
-    return sampling_params({"max_tokens": default_max_tokens, **fields})
+    return sampling_params({"max_tokens": default_max_tokens, "seed": samples.drawn_seed(), **fields})
 
 
 def _plain(value: Any) -> Any:

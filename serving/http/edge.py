@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from serving.access import ASKS, Access, check_access, check_host, only, sent_key
@@ -31,7 +30,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 REQUEST_ID = "trinity.request_id"
 CLIENT_GONE = 499
 ANTHROPIC = "/v1/messages"  # and what is below it
-ROUTING = {404: "no such path", 405: "this path does not take this method"}
+WHEN_GONE = "trinity.when_gone"  # in a scope: what its listener calls when the connection is lost
 MAX_HEAD_BYTES = 32 << 10
 BODY_TIMEOUT_S = 30.0
 DISCARD_S, DISCARD_BYTES = 1.0, 16 << 20  # of a body too large, read so that its sender gets to see the answer
@@ -51,10 +50,21 @@ class Edge:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await HttpExchange(self, scope, receive, send).run()
-        elif scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-        else:
+        elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1003})
+
+
+class Leaving:
+    """Cancels an exchange when its client is gone: no task has to wait for that."""
+
+    __slots__ = ("_task", "is_gone")
+
+    def __init__(self, task: asyncio.Task[Any]):
+        self._task, self.is_gone = task, False
+
+    def __call__(self) -> None:
+        self.is_gone = True
+        self._task.cancel()
 
 
 class HttpExchange:
@@ -64,7 +74,7 @@ class HttpExchange:
         self.edge, self.scope, self._receive, self._send = edge, scope, receive, send
         self.id = scope[REQUEST_ID] = new_request_id()
         self.status: int | None = None
-        self.complete = False
+        self.complete = self.has_body = False
         self.headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"]]
 
     async def run(self) -> None:
@@ -95,10 +105,11 @@ class HttpExchange:
         if (asked := preflight(self.scope["method"], self._header, self.edge.config)) is not None:
             return await asked(self.scope, self._receive, self.send)
         self._authenticate()
-        body = await self._body()
+        receive = _replay(await self._body())
+        self.has_body = True
         try:
             async with asyncio.timeout(self.edge.config.request_timeout_s + SLOW_READER_S):
-                await self._unless_disconnected(self.edge.app(self.scope, _replay(body), self.send))
+                await self._unless_disconnected(receive)
         except TimeoutError:
             raise ClientGone("the client did not read its answer in time") from None
 
@@ -143,19 +154,19 @@ class HttpExchange:
         body += message.get("body", b"")
         return message.get("more_body", False)
 
-    async def _unless_disconnected(self, answer: Awaitable[None]) -> None:
+    async def _unless_disconnected(self, receive: Receive) -> None:
         """Run the route; cancel it as soon as the client is gone."""
-        work = asyncio.ensure_future(answer)
-        gone = asyncio.ensure_future(self._receive())
+        task = asyncio.current_task()
+        assert task is not None
+        self.scope[WHEN_GONE] = leave = Leaving(task)
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientGone("the client left before its answer was complete")
-            await work
+            await self.edge.app(self.scope, receive, self.send)
+        except asyncio.CancelledError:
+            if leave.is_gone and task.uncancel() == 0:
+                raise ClientGone("the client left before its answer was complete") from None
+            raise
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            del self.scope[WHEN_GONE]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -171,7 +182,7 @@ class HttpExchange:
         """Answer with the error, unless the app has done so; an answer cut in its middle is left to the server to cut."""
         if self.status is None:
             response = error_response(error, self.scope)
-            if isinstance(error, RequestTooLarge | DeadlineExceeded):
+            if isinstance(error, RequestTooLarge | DeadlineExceeded) and not self.has_body:
                 response.headers["connection"] = "close"  # the rest of the body is still on its way
             await response(self.scope, self._receive, self.send)
         elif not self.complete:
@@ -180,8 +191,6 @@ class HttpExchange:
 
 def error_response(error: Exception, scope: Message) -> JSONResponse:
     """A body for any exception: of OpenAI's shape, or of Anthropic's where the path is theirs."""
-    if isinstance(error, HTTPException):
-        error = RouteError(ROUTING.get(error.status_code, "refused"), error.status_code)
     request_id = scope[REQUEST_ID]
     typed = to_typed(error, request_id)
     is_anthropic = scope["path"].startswith(ANTHROPIC)

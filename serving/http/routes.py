@@ -10,17 +10,17 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match, Route
 
 import trinity
 from serving.access import Access
-from serving.errors import openai_body, to_typed
+from serving.errors import RouteError, openai_body, to_typed
 from serving.frontend import DECODED_IDS, Frontend, Served, new_request_id, now_s, off_loop
 from serving.http import pages, schema
 from serving.http.bodies import parse
-from serving.http.edge import REQUEST_ID, Edge, error_response
+from serving.http.edge import REQUEST_ID, Edge, Message, Receive, Send
 from serving.http.extras import Extras
 from serving.http.jobs import INLINE_BYTES, GenerationRequest, chain, chat_job, check_size
 from serving.http.logprobs import Echo
@@ -31,9 +31,10 @@ from serving.http.turns import count_tokens, messages, responses
 from serving.streams import merge
 from trinity.engine import samples
 from trinity.engine.request import Delta, SamplingParams
-from trinity.errors import InvalidRequest, TrinityError, Unavailable
+from trinity.errors import InvalidRequest, Unavailable
 
 Handler = Callable[[Frontend, Request], Awaitable[Response]]
+ROUTING = {404: "no such path", 405: "this path does not take this method"}
 Events = AsyncGenerator[tuple[int, Delta], None]
 
 
@@ -314,30 +315,28 @@ ROUTES = (
 )
 
 
-def build_app(front: Frontend) -> FastAPI:
-    """The ASGI application over one Frontend. Does not own it."""
-    app = FastAPI(
-        title="Trinity",
-        version=trinity.__version__,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        redirect_slashes=False,
-        exception_handlers={TrinityError: _show, HTTPException: _show},
-    )
-    for route in ROUTES:
-        app.add_api_route(route.path, _bind(route.handler, front), methods=list(route.methods), response_model=None)
-    access = {route.path: route.access for route in ROUTES}
-    app.add_middleware(Edge, front=front, access=access)  # type: ignore[arg-type]
-    return app
+class Api:
+    """The ASGI application over one Frontend, which it does not own."""
+
+    def __init__(self, front: Frontend):
+        self._front = front
+        self._routes = [(Route(each.path, each.handler, methods=each.methods), each) for each in ROUTES]
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        response = await self._found(scope).handler(self._front, Request(scope, receive))
+        await response(scope, receive, send)
+
+    def _found(self, scope: Message) -> Endpoint:
+        """The endpoint of that path and method, noted as the scope's route. Raises RouteError."""
+        status = 404
+        for route, endpoint in self._routes:
+            match, more = route.matches(scope)
+            if match is Match.FULL:
+                scope.update(more, route=endpoint)
+                return endpoint
+            status = 405 if match is Match.PARTIAL else status
+        raise RouteError(ROUTING[status], status)
 
 
-def _bind(handler: Handler, front: Frontend) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        return await handler(front, request)
-
-    return endpoint
-
-
-async def _show(request: Request, error: Exception) -> Response:
-    return error_response(error, request.scope)
+def build_app(front: Frontend) -> Edge:
+    return Edge(Api(front), front, {route.path: route.access for route in ROUTES})

@@ -19,6 +19,7 @@ from serving.http.chat import MAX_MESSAGES, Conversation, Messages
 from serving.http.strict import Refusals, Strict
 from serving.http.structured import with_response_format
 from trinity.config import Role, check_adapter_name
+from trinity.engine import samples
 from trinity.engine.request import MAX_LISTED_TOKENS, SamplingParams
 from trinity.errors import InvalidRequest
 
@@ -105,7 +106,10 @@ class Generation(Strict):
 
     def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Parameters of all continuations of a prompt (trinity/engine/samples.py draws each)."""
-        more = {"max_tokens": max_tokens, "logprobs": logprobs, "trace": self.return_routed_experts}
+        seed = (
+            samples.drawn_seed() if self.sampling.seed is None else self.sampling.seed
+        )  # so that nobody copies them again
+        more = {"max_tokens": max_tokens, "logprobs": logprobs, "trace": self.return_routed_experts, "seed": seed}
         return self.sampling.model_copy(update=more)
 
 

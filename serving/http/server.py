@@ -20,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.addresses import bracketed
 from serving.errors import openai_body
-from serving.http.edge import MAX_HEAD_BYTES
+from serving.http.edge import MAX_HEAD_BYTES, WHEN_GONE
 from trinity.config import ServeConfig
 from trinity.errors import ConfigError, InvalidRequest
 from trinity.utils.origins import origin_of
@@ -157,6 +157,9 @@ class BoundedProtocol(H11Protocol):
         self.others.leave(self.peer, self)
         self._disarm()
         super().connection_lost(exc)
+        leave: Any = (self.scope or {}).get(WHEN_GONE)
+        if leave is not None:
+            leave()
 
     def send_400_response(self, msg: str) -> None:
         """Malformed or oversized head: answer in the API's own shape and close."""
@@ -239,6 +242,7 @@ class HttpServer:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # nothing here asks where a request came from
                 server_header=False,
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_keep_alive=KEEP_ALIVE_S,

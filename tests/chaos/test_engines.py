@@ -10,16 +10,13 @@ import os
 import random
 import signal
 import time
-import uuid
 
 import httpx
 import pytest
 
+from tests.chaos.served import serving
 from tests.ray.test_families import FIRST, config_of
-from tests.serve.fake import fake_tokenizer
 from tests.serve.processes import engine_pids
-from tests.unit.grammar_cases import checkpoint
-from trinity.checkpoint import open_checkpoint
 from trinity.config import Config
 
 NUM, KILLS = 200, int(os.environ.get("TRINITY_CHAOS_KILLS", "8"))
@@ -43,26 +40,8 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def served(ray_session, tmp_path_factory):
-    from actors import pool as pools
-    from serving import app
-    from serving.launch import provide_pool
-
-    path = checkpoint(tmp_path_factory.mktemp("f22") / "model", fake_tokenizer())
-    tree = {
-        "model": open_checkpoint(path).config.model_dump(),
-        "placement": {"pool": f"f22-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
-        "serve": {"http_port": 0, "grpc_port": 0},
-        "engine": {
-            "replicas": 3, "max_model_len": 512, "kv_cache_bytes": 16 << 20, "max_num_seqs": 128,
-            "max_draft_tokens": 0,  # an event is a token, whoever goes on with it
-        },
-    }  # fmt: skip
-    config = Config.from_tree(tree)
-    provide_pool(config, str(path))
-    server = app.start(config, str(path))
-    yield server
-    server.stop()
-    pools.destroy(config.placement.pool, config.cluster.namespace)
+    with serving(tmp_path_factory.mktemp("f22"), {"http_port": 0, "grpc_port": 0}, replicas=3) as server:
+        yield server
 
 
 def body_of(number):

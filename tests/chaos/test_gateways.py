@@ -10,21 +10,17 @@ import random
 import signal
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.chaos.served import serving
 from tests.chaos.test_engines import Killer, counted, stream
 from tests.serve.balancer import INTERVAL_S, Balancer
-from tests.serve.fake import fake_tokenizer
 from tests.serve.processes import gateway_pids
 from tests.sockets import free_ports, listening
-from tests.unit.grammar_cases import checkpoint
 from tests.waiting import WAIT_S
-from trinity.checkpoint import open_checkpoint
-from trinity.config import Config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 NUM, KILLS = 100, int(os.environ.get("TRINITY_CHAOS_KILLS", "4"))
@@ -33,30 +29,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def served(ray_session, tmp_path_factory):
-    from actors import pool as pools
-    from serving import app
-    from serving.launch import provide_pool
-
-    path = checkpoint(tmp_path_factory.mktemp("f23") / "model", fake_tokenizer())
     ports = dict(zip(("http_port", "grpc_port"), free_ports(2), strict=True))
-    tree = {
-        "model": open_checkpoint(path).config.model_dump(),
-        "placement": {"pool": f"f23-{uuid.uuid4().hex[:8]}", "num_shards": 2, "call_timeout_s": 60},
-        "serve": {**ports, "gateways": 2},
-        "engine": {
-            "replicas": 1,
-            "max_model_len": 512,
-            "kv_cache_bytes": 16 << 20,
-            "max_num_seqs": 128,
-            "max_draft_tokens": 0,
-        },
-    }
-    config = Config.from_tree(tree)
-    provide_pool(config, str(path))
-    server = app.start(config, str(path))
-    yield server
-    server.stop()
-    pools.destroy(config.placement.pool, config.cluster.namespace)
+    with serving(tmp_path_factory.mktemp("f23"), {**ports, "gateways": 2}) as server:
+        yield server
 
 
 def pid_of(url):

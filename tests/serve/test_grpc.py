@@ -1,6 +1,8 @@
 """trinity.v1 over a fake engine, with a plain grpcio client."""
 
 import asyncio
+import time
+from collections import Counter
 from contextlib import asynccontextmanager
 
 import grpc
@@ -13,7 +15,8 @@ from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
 from serving.errors import TABLE
 from serving.http.logprobs import PART
-from tests.waiting import WAIT_S, eventually, sooner_than
+from tests.sockets import on_the_way
+from tests.waiting import WAIT_S, eventually, sooner_than, until
 from trinity.errors import Code, Overloaded
 
 SERVING = health_pb2.HealthCheckResponse
@@ -193,6 +196,33 @@ async def test_a_thousand_streams_on_one_connection(start):
     async with start(FakeEngine(delay_s=0.2)) as server, stubs(server) as stub:
         found = await asyncio.gather(*(collect(stub.Generate(request(max_tokens=2))) for _ in range(1000)))
     assert all(responses[-1].WhichOneof("event") == "final" for responses in found)
+
+
+@asynccontextmanager
+async def waiting_calls(server, num):
+    """So many calls that have come while the server's loop was blocked, as by a slow machine: none of them has begun."""
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        await asyncio.to_thread(grpc.channel_ready_future(channel).result)
+        check = health_pb2_grpc.HealthStub(channel).Check
+        calls = [check.future(health_pb2.HealthCheckRequest()) for _ in range(num)]
+        until(lambda: not on_the_way(server.gateway.grpc.port))
+        yield calls
+
+
+async def test_of_many_calls_that_wait_to_begin_grpc_ends_none(start):
+    """By itself it ended 50 of these 1,500, as CANCELLED."""
+    async with start(max_concurrent_requests=1500) as server, waiting_calls(server, 1500) as calls:
+        codes = await asyncio.to_thread(lambda: Counter(call.code() for call in calls))
+    assert codes[grpc.StatusCode.CANCELLED] == 0, codes
+
+
+async def test_calls_wait_to_begin_as_long_as_a_request_may_last(start):
+    """gRPC's own bound is 30 s, whatever that is. The server looks when it comes to a call."""
+    began_s = time.monotonic()
+    async with start(request_timeout_s=0.5) as server, waiting_calls(server, 20) as calls:
+        until(lambda: time.monotonic() - began_s > 1.2)
+        codes = await asyncio.to_thread(lambda: [call.code() for call in calls])
+    assert codes.count(grpc.StatusCode.CANCELLED) >= 19, "one has been handed over"
 
 
 async def test_overload_has_a_retry_time(start):

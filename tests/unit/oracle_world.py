@@ -1,45 +1,37 @@
-"""The world of the oracle's trace (test_oracle.py): weights at several versions, their experts on shards, engines that come and
-go, and what one engine alone says to the same request.
+"""The world of the oracle's trace (test_oracle.py): engines that come and go over weights that change (oracle_weights.py),
+callers who go on with another engine where one is lost, and what one engine alone says to the same request.
 
-Every version has a backbone and a pool of its own. The monolith has all experts on one shard, no cache and no drafts, and
-computes each request alone and whole; where an answer's version changed it goes on from there.
+The monolith has all experts on one shard, no cache and no drafts, and computes each request alone and whole; where an answer's
+version changed it goes on from there.
 """
 
 import os
 import tempfile
-from collections import Counter
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from serving.continuation import Answer
+from serving.roles import Roles
 from tests.unit.engine_fakes import FakeTokenizer, run_all
-from trinity.config import ANYBODY, Client, EngineConfig, ModelConfig, preset
+from tests.unit.oracle_weights import CONFIG, VOCAB, Adapters, Run, Source, move, weights
+from trinity.config import ANYBODY, Client, EngineConfig
 from trinity.engine.begun import NOT_HANDED, Begun, Handed
 from trinity.engine.deltas import joined
 from trinity.engine.engine import Engine
 from trinity.engine.kv_tier import TierPlace
-from trinity.engine.request import SamplingParams
+from trinity.engine.request import Delta, SamplingParams
 from trinity.engine.speculation import PassCost, Speculation
 from trinity.engine.weights import FixedWeights
-from trinity.errors import Overloaded
-from trinity.experts.migration import migrate_in
-from trinity.models.common.decoder import CausalLM
-from trinity.models.registry import build, family_of
-from trinity.placement.table import Expert, PlacementTable
-from trinity.pool.local import local_pool
-from trinity.pool.pool import ExpertPool
-from trinity.rpc.messages import Copy, Load, PruneTo
+from trinity.errors import Overloaded, VersionGone
+from trinity.models.common.adapted import BackboneAdapter
+from trinity.placement.table import Expert
 from trinity.utils.trying import tried
 
-VOCAB, LONGEST, NUM_WEIGHTS, NUM_SHARDS = 40, 60, 3, 3
-TINY = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
-CONFIG = type(preset("tiny")).model_validate(
-    {**preset("tiny").model_dump(), **TINY, "num_dense_layers": 2, "num_experts": 4, "sliding_window": 9}
-)
+LONGEST, HELD_S = 60, 1e6
 
 
 class Characters(FakeTokenizer):
@@ -49,109 +41,7 @@ class Characters(FakeTokenizer):
         return [[ord(character) - 65 for character in text.strip()] for text in texts]
 
 
-class Moving:
-    """The placement as callers see it, which changes."""
-
-    unreachable, distances = frozenset[str](), {}
-
-    def __init__(self, table: PlacementTable):
-        self.table = table
-
-    def mark_unreachable(self, shard):
-        raise AssertionError(f"{shard} is always there")
-
-    def refresh(self):
-        pass
-
-
-class Weights(NamedTuple):
-    model: CausalLM
-    pool: ExpertPool
-
-
-@lru_cache
-def weights(number: int, num_shards: int, config: ModelConfig = CONFIG) -> Weights:
-    """The same numbers, over so many shards."""
-    pool = local_pool(config, Load(seed=number, training=False), num_shards=num_shards)
-    pool.view = Moving(pool.table)
-    model = build(config, pool.dispatcher())
-    family_of(config).init_weights(model, number)
-    noise = torch.Generator().manual_seed(number)
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=noise))
-    return Weights(model.eval(), pool)
-
-
-def move(expert: Expert, shard: str, is_copy: bool) -> None:
-    """Have a shard hold an expert, as the placement service does it; others keep it only for `is_copy`."""
-    for number in range(NUM_WEIGHTS):
-        pool = weights(number, NUM_SHARDS).pool
-        old, (layer, at) = pool.table, expert
-        holders = [old.shards[holder] for holder in old.holders(expert)]
-        new = old if shard in holders else old.with_replica(expert, shard)
-        for other in () if is_copy else holders:
-            new = new.without_replica(expert, other) if other != shard else new
-        _publish(pool, new.renewed() if new is old else new, {shard: (layer, at, holders[0])})
-
-
-def settle() -> None:
-    """All experts where they were at first."""
-    for number in range(NUM_WEIGHTS):
-        pool = weights(number, NUM_SHARDS).pool
-        first = PlacementTable.spread(CONFIG.moe_layers, CONFIG.num_experts, pool.table.shards)
-        if pool.table.replicas != first.replicas:
-            for layer in first.layers:
-                for at in range(CONFIG.num_experts):
-                    [home] = first.holders((layer, at))
-                    move((layer, at), first.shards[home], is_copy=False)
-
-
-def _publish(pool: ExpertPool, table: PlacementTable, copies: dict[str, tuple[int, int, str]]) -> None:
-    shards = pool.transport.shards
-    for shard, (layer, at, source) in copies.items():
-        if at not in pool.table.experts_of(shard).get(layer, ()):
-            message = Copy(layer, (at,), (source,), 0, float("inf"), 0, table.epoch)
-            migrate_in(shards[shard], message, pool.transport, None)
-    pool.view.table = table
-    for name, shard in shards.items():
-        shard.prune_to(PruneTo(table.experts_of(name), table.epoch))
-
-
-class Run:
-    """Weights of a run that goes on: version v has those of a number. Who holds a version is counted, by its name."""
-
-    def __init__(self) -> None:
-        self.version, self.holders = 1, Counter[tuple[str, int]]()
-
-    def number(self, version: int) -> int:
-        return version % NUM_WEIGHTS
-
-    def is_held(self, version: int) -> bool:
-        return any(num for (_, held), num in self.holders.items() if held == version)
-
-
-class Source:
-    """A WeightSource of one engine."""
-
-    def __init__(self, run: Run, name: str):
-        self.run, self.name = run, name
-
-    def newest(self) -> int:
-        return self.run.version
-
-    def model(self, version: int) -> CausalLM:
-        assert version == self.run.version or self.run.is_held(version), "an old version is used and not held"
-        return weights(self.run.number(version), NUM_SHARDS).model
-
-    def hold(self, version: int) -> None:
-        self.run.holders[self.name, version] += 1
-
-    def release(self, version: int) -> None:
-        self.run.holders[self.name, version] -= 1
-        assert self.run.holders[self.name, version] >= 0, "a version was released more often than held"
-
-    def quarantine(self, version: int) -> None:
-        raise AssertionError(f"version {version} is sound")
+adapters = lru_cache(Adapters)
 
 
 class Free(PassCost):
@@ -170,8 +60,8 @@ class Guided(Speculation):
 
     def draft(self, sequence, room):
         begun = Begun(tuple(sequence.generated_ids))
-        number = self._run.number(sequence.version)
-        said = rest(number, sequence.prompt_ids, sequence.params, begun, self._settings)
+        asked = sequence.prompt_ids, sequence.params, begun, sequence.adapter
+        said = rest(self._run.number(sequence.version), *asked, self._settings)
         right = [token for delta in said for token in delta.token_ids][: max(0, min(room, self.most))]
         at = sequence.num_generated
         return tuple(t if (at + i) % 3 else (t + 1) % VOCAB for i, t in enumerate(right))
@@ -180,13 +70,20 @@ class Guided(Speculation):
 RESTS: dict[object, list] = {}
 
 
-def rest(number: int, prompt: tuple, params: SamplingParams, begun: Begun, settings: "dict[str, object]") -> list:
+def rest(
+    number: int,
+    prompt: tuple,
+    params: SamplingParams,
+    begun: Begun,
+    adapter: BackboneAdapter | None,
+    settings: "dict[str, object]",
+) -> list:
     """Deltas of the monolith, each of one token, of an answer that has `begun`."""
-    params = params.model_copy(update={"version_policy": "live", "priority": 0})
-    key = number, prompt, params.model_dump_json(), begun, tuple(settings.items())
+    params = params.model_copy(update={"version_policy": "live", "priority": 0, "cache_salt": None})
+    key = number, prompt, params.model_dump_json(), begun, adapter, tuple(settings.items())
     if key not in RESTS:
         engine = engine_of(FixedWeights(weights(number, 1).model, 0), prefix_cache=False, **settings)
-        engine.add("one", prompt, params, begun=begun)
+        engine.add("one", prompt, params, begun=begun, adapter=adapter)
         RESTS[key] = run_all(engine)["one"]
     return RESTS[key]
 
@@ -198,120 +95,149 @@ def engine_of(source, tier: TierPlace | None = None, **fields) -> Engine:
     return engine
 
 
-class Asked(NamedTuple):
-    """A request, what its caller has of the answer, and the Deltas."""
+class Fleet(NamedTuple):
+    """Engines of a trace: settings of each, and whether its drafts are guided; settings that change what is computed; the bytes
+    of the tier that all share; how old what live requests use may be; who computes prompts at first."""
+
+    engines: "list[tuple[dict[str, object], bool]]"
+    numbers: "dict[str, object]"
+    tier_bytes: int
+    age: "int | str"
+    roles: tuple
+
+
+@dataclass
+class Asked:
+    """A request, what its caller has of the answer, and each Delta with the number of the weights that made it."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
     client: Client
+    adapter: BackboneAdapter | None
     answer: Answer
-    deltas: list
+    said: list[tuple[Delta, int]] = field(default_factory=list)
+    is_over: bool = False
+
+
+@dataclass
+class Way:
+    """A prompt that one engine computes for another, `place`; after that so many steps pass before this one hears of it."""
+
+    place: int
+    pause: int
+    handed: Handed | None = None
+
+
+class Member(NamedTuple):
+    started: int
+    engine_id: str
 
 
 class World:
     """A run's weights, engines over them, and callers who go on with another engine where one is lost."""
 
-    def __init__(
-        self, engines: "list[tuple[dict[str, object], bool]]", numbers: "dict[str, object]", tier_bytes: int = 0
-    ):
-        """`engines`: settings of each, and whether its drafts are guided; `numbers`: settings that change what is computed;
-        `tier_bytes`: of the tier that all engines share."""
-        self.run, self._settings, self._numbers = Run(), engines, numbers
+    def __init__(self, fleet: Fleet):
+        self.fleet, self.run, self.adapters = fleet, Run(), adapters()
         self._folder = Path(tempfile.mkdtemp()) / "tier"
-        self._tier = TierPlace(self._folder, tier_bytes, lambda version: "the run") if tier_bytes else None
-        self._handing: dict[
-            str, int
-        ] = {}  # prompts that an engine computes for another one: their requests go to that one
-        self.asked: dict[str, Asked] = {}
-        self._later: list[tuple[str, int]] = []  # those that no engine takes now, and the next one to ask
+        self._tier = TierPlace(self._folder, fleet.tier_bytes, self.run.line) if fleet.tier_bytes else None
+        self._handing = dict[str, Way]()
+        self.asked = dict[str, Asked]()
+        self._later = list[tuple[str, int]]()  # those that no engine takes now, and the next one to ask
         self._num = self._num_asked = 0
-        self.engines = [self._engine(at) for at in range(len(engines))]
+        self.engines = [self._engine(at) for at in range(len(fleet.engines))]
+        self.roles = Roles(0, ("both",))
+        self.set_roles(fleet.roles)
 
     def _engine(self, at: int) -> Engine:
         self._num += 1
-        settings, is_guided = self._settings[at]
-        engine = engine_of(Source(self.run, f"engine {self._num}"), self._tier, **settings | self._numbers)
+        settings, is_guided = self.fleet.engines[at]
+        more = {**settings, **self.fleet.numbers, "kv_max_age": self.fleet.age}
+        engine = engine_of(Source(self.run, f"engine {self._num:03}"), self._tier, **more)
         drafts = engine._drafts
         if is_guided and drafts.most:
-            engine._drafts = engine._scheduler.drafts = Guided(drafts.most, self.run, self._numbers)
+            engine._drafts = engine._scheduler.drafts = Guided(drafts.most, self.run, self.fleet.numbers)
         drafts._cost, begin = Free(), drafts.begin
         drafts.begin = lambda running, _: begin(running, 1e6)  # all there is to learn, whatever it takes
         return engine
 
-    def ask(
-        self, at: int, prompt: tuple, params: SamplingParams, client: Client = ANYBODY, is_handed: bool = False
-    ) -> None:
-        """Ask one engine; `is_handed`: one engine for the prompt, and then another one for the answer."""
+    # -- what callers and operators do
+
+    def ask(self, at, prompt, params, client=ANYBODY, adapter=None, is_long=False, pause=0) -> None:
+        """Ask one engine; where it `is_long` and engines have roles, one for the prompt, and then another for the answer."""
         name = str(self._num_asked)
         self._num_asked += 1
-        keep = (lambda version: self._keep(name, version)) if params.version_policy == "pinned" else None
-        self.asked[name] = Asked(prompt, params, client, Answer(keep), [])
-        if not is_handed:
+        keep = (lambda version: self.run.hold(caller(name), version)) if params.version_policy == "pinned" else None
+        self.asked[name] = Asked(prompt, params, client, self.adapters.get(adapter), Answer(keep))
+        first, second = self._apart()
+        if not (is_long and first and second):
             self._send(name, at)
             return
-        alone = SamplingParams(max_tokens=0, priority=params.priority, version_policy=params.version_policy)
-        self._handing[name] = at + 1
-        if isinstance(
-            tried(partial(self.engines[at % len(self.engines)].add, name, prompt, alone, client), Overloaded),
-            Overloaded,
-        ):
+        self._handing[name] = Way(second[at % len(second)], pause)
+        alone, one = alone_of(params), self.asked[name]
+        engine = self.engines[first[at % len(first)]]
+        add = partial(engine.add, name, prompt, alone, client, adapter=one.adapter, handed=Handed(held_s=HELD_S))
+        if isinstance(tried(add, Overloaded), Overloaded):
             self._go_on(name)
 
-    def _go_on(self, name: str, handed: Handed = NOT_HANDED) -> None:
-        self._send(name, self._handing.pop(name), handed)
+    def _apart(self) -> tuple[list[int], list[int]]:
+        """-> places of the engines that compute prompts, and of those that answer."""
+        members = [Member(0, name_of(engine)) for engine in self.engines]
+        roles = [self.roles.of(members)[member.engine_id] for member in members]
+        return [at for at, role in enumerate(roles) if role == "prefill"], [
+            at for at, role in enumerate(roles) if role != "prefill"
+        ]
 
-    def _hand_over(self, engine: Engine, delta) -> None:
-        """A prompt is computed: have it where the other engine finds it."""
-        one, prefixes = self.asked[delta.request_id], engine.prefixes
-        if prefixes.tier is not None:
-            keys = prefixes.keys_of(one.prompt[:-1], SamplingParams(), one.client, None)
-            prefixes.tier.save(keys, delta.version, delta.version)
-        self._go_on(delta.request_id, Handed(delta.version))
-
-    def _keep(self, name: str, version: int) -> None:
-        self.run.holders[f"caller of {name}", version] += 1
-
-    def _send(self, name: str, at: int, handed: Handed = NOT_HANDED) -> None:
-        one, at = self.asked[name], at % len(self.engines)
-        begun = one.answer.begun if one.deltas else None
-        try:
-            self.engines[at].add(name, one.prompt, one.params, one.client, begun=begun, handed=handed)
-        except Overloaded as full:
-            if begun is None:
-                self._end(name, full)
-            else:
-                self._later.append((name, at + 1))
-
-    def _end(self, name: str, cause) -> None:
-        """Refused, before it began."""
-        assert isinstance(cause, Overloaded)
-        assert not self.asked.pop(name).deltas
+    def set_roles(self, names: tuple) -> None:
+        self.roles = self.roles.after(names)
+        first, _ = self._apart()
+        for at, engine in enumerate(self.engines):
+            engine.give_way(at in first)
 
     def abort(self, name: str) -> None:
-        if name in self._handing:
+        if name not in self.asked or self.asked[name].is_over:
             return
+        deltas = [(engine, delta) for engine in self.engines if (delta := engine.abort(name)) is not None]
+        if self._handing.pop(name, None) is not None:
+            del self.asked[name]
+        elif deltas:
+            [(engine, delta)] = deltas
+            self._take(delta, engine)
+        else:
+            self._later = [each for each in self._later if each[0] != name]
+            self._over(name)
         for engine in self.engines:
-            if (delta := engine.abort(name)) is not None:
-                self._take(delta, engine)
             engine.check()
 
     def move(self, expert: Expert, shard: int, is_copy: bool) -> None:
         move(expert, f"shard-{shard}", is_copy)
 
     def commit(self) -> None:
-        self.run.version += 1
+        self.run.commit()
+
+    def go_back(self) -> None:
+        """The run goes back a step, where no pinned request is at the last one; engines hear of it before there is another."""
+        pinned = {version for engine in self.engines for version in engine._versions._pinned}
+        pinned |= {version for engine in self.engines for _, version in engine._versions._handed_over}
+        pinned |= {version for (who, version), num in self.run.holders.items() if num and who.startswith("caller")}
+        pinned |= {way.handed.version for way in self._handing.values() if way.handed is not None}
+        if self.run.version > max({1, *pinned}):
+            self.run.go_back()
+            self.step()
+
+    def lose(self) -> None:
+        self.run.lose()
 
     def drop(self, at: int) -> None:
         """An engine is gone, with what it holds; its requests go on elsewhere, and another one starts in its place."""
         at %= len(self.engines)
         lost = self.engines[at]
-        lost_names, name = list(lost._sequences), lost._versions._source.name
-        for key in [key for key in self.run.holders if key[0] == name]:
-            del self.run.holders[key]
+        names = list(lost._sequences)
+        self.run.drop(name_of(lost))
         if lost.prefixes.tier is not None:
             os.close(lost.prefixes.tier._user._fd)  # what the kernel does for the dead
         self.engines[at] = self._engine(at)
-        for each in lost_names:
+        self.set_roles(self.roles.names)
+        for each in names:
             if each in self._handing:
                 self._go_on(each)
             else:
@@ -323,43 +249,88 @@ class World:
         later, self._later = self._later, []
         for name, at in later:
             self._send(name, at)
+        for name, way in [(name, way) for name, way in self._handing.items() if way.handed is not None]:
+            way.pause -= 1
+            if way.pause < 0:
+                self._go_on(name, way.handed)
         for engine in self.engines:
             for delta in engine.step():
                 self._take(delta, engine)
             engine.check()
 
-    def _take(self, delta, engine: Engine) -> None:
-        name = delta.request_id
-        if name in self._handing and delta.finish_reason == "error":
-            self._go_on(name)
-            return
+    # -- what becomes of requests
+
+    def _send(self, name: str, at: int, handed: Handed = NOT_HANDED) -> None:
+        one, at = self.asked[name], at % len(self.engines)
+        begun = one.answer.begun if one.said else None
+        more = {"begun": begun, "handed": handed, "adapter": one.adapter}
+        try:
+            self.engines[at].add(name, one.prompt, one.params, one.client, **more)
+        except Overloaded as full:
+            if begun is None:
+                self._refused(name, full)
+            else:
+                self._later.append((name, at + 1))
+
+    def _refused(self, name: str, cause) -> None:
+        assert isinstance(cause, Overloaded)
+        assert not self.asked.pop(name).said
+
+    def _hand_over(self, delta: Delta, engine: Engine) -> None:
+        """A prompt is computed: have it where the other engine finds it, which hears of it now or later."""
+        way, one, prefixes = self._handing[delta.request_id], self.asked[delta.request_id], engine.prefixes
+        if prefixes.tier is not None:
+            ref = one.adapter and one.adapter.ref
+            keys = prefixes.keys_of(one.prompt[:-1], one.params, one.client, ref)
+            age = engine.settings.max_age if one.params.version_policy == "live" else 0
+            prefixes.tier.save(keys, 0 if age is None else delta.version - age, delta.version)
+        way.handed = Handed(delta.version, delta.num_cached_tokens)
+        if not way.pause:
+            self._go_on(delta.request_id, way.handed)
+
+    def _go_on(self, name: str, handed: Handed = NOT_HANDED) -> None:
+        self._send(name, self._handing.pop(name).place, handed)
+
+    def _take(self, delta: Delta, engine: Engine) -> None:
+        name, is_error = delta.request_id, delta.finish_reason == "error"
         if name in self._handing:
-            self._hand_over(engine, delta)
-            return
-        if delta.finish_reason == "error":
-            self._end(name, delta.cause)
-            return
-        one = self.asked[name]
-        one.answer.add(delta)
-        one.deltas.append(delta)
-        if delta.finish_reason:
-            for key in [key for key in self.run.holders if key[0] == f"caller of {name}"]:
-                del self.run.holders[key]
+            self._go_on(name) if is_error else self._hand_over(delta, engine)
+        elif is_error and isinstance(delta.cause, VersionGone):
+            one = self.asked[name]
+            assert one.params.version_policy == "pinned", "a live one goes on at another version"
+            assert one.said, "one without a token starts again"
+            assert one.said[-1][0].version in self.run.lost
+            self._over(name)
+        elif is_error:
+            self._refused(name, delta.cause)
+        else:
+            self.asked[name].answer.add(delta)
+            self.asked[name].said.append((delta, self.run.number(delta.version)))
+            if delta.finish_reason:
+                self._over(name)
+
+    def _over(self, name: str) -> None:
+        self.asked[name].is_over = True
+        self.run.drop(caller(name))
+
+    # -- the end
 
     def finish(self) -> None:
         """Step until all have their answers; then nothing is held any more."""
         for _ in range(5000):
-            if not (self._later or any(engine.has_work for engine in self.engines)):
+            if not (self._later or self._handing or any(engine.has_work for engine in self.engines)):
                 break
             self.step()
-        assert all(one.deltas and one.deltas[-1].finish_reason for one in self.asked.values()), "someone still waits"
+        assert all(one.is_over for one in self.asked.values()), "someone still waits"
         for engine in self.engines:
+            held = engine._versions._handed_over
+            engine._versions._handed_over = deque((0.0, version) for _, version in held)
             assert engine.step() == [], "there is nothing to do but to look which version is the newest"
             stats = engine.stats()
             assert (stats.num_free_blocks, stats.num_versions_held) == (stats.num_total_blocks, 0)
             assert (stats.num_running, stats.num_waiting) == (0, 0)
             engine.check()
-        lives = {engine._versions._source.name for engine in self.engines}
+        lives = {name_of(engine) for engine in self.engines}
         held = +self.run.holders
         for engine in self.engines:
             engine.prefixes.close()
@@ -368,21 +339,49 @@ class World:
         assert all(name in lives and version == self.run.version and num == 1 for (name, version), num in held.items())
 
     def compare(self, name: str) -> None:
-        """Hold an answer against the monolith's, from each change of its version on."""
+        """Hold an answer against the monolith's, from each change of its version on; where it may use what is older, as far as
+        it says that it did not."""
         one = self.asked[name]
-        deltas = list(one.deltas)
-        aborted = deltas.pop() if deltas[-1].finish_reason == "abort" else None
+        said = list(one.said)
+        aborted = said.pop()[0] if said and said[-1][0].finish_reason == "abort" else None
         had: tuple[int, ...] = ()
-        assert one.params.version_policy == "live" or len({delta.version for delta in deltas}) <= 1
-        while deltas:
-            version = deltas[0].version
-            own = [delta for delta in deltas if delta.version == version]
-            deltas = deltas[len(own) :]
-            wanted = rest(self.run.number(version), one.prompt, one.params, Begun(had), self._numbers)
+        if one.params.version_policy == "pinned":
+            assert len({delta.version for delta, _ in said}) <= 1
+        elif self.fleet.age != 0:
+            said = self._alone(said)
+        assert not said or said[0][0].first_version == said[0][0].version
+        for number, deltas in groupby(said, key=lambda each: each[1]):
+            own = [delta for delta, _ in deltas]
+            wanted = rest(number, one.prompt, one.params, Begun(had), one.adapter, self.fleet.numbers)
             found = joined(own)
             assert told(found) == told(joined(wanted[: len(found.token_ids) or 1]))
             had += found.token_ids
-        assert aborted is None or aborted.num_generated_tokens == len(had)
+        if aborted is not None and (one.params.version_policy == "pinned" or self.fleet.age == 0):
+            assert aborted.num_generated_tokens == len(had)
+
+    def _alone(self, said: list[tuple[Delta, int]]) -> list[tuple[Delta, int]]:
+        """The beginning that one version has made by itself, as its Deltas say; what is older is not too old."""
+        if not said:
+            return []
+        first = said[0][0]
+        assert first.first_version <= first.version
+        assert self.fleet.age == "unbounded" or first.version - first.first_version <= self.fleet.age
+        is_alone = lambda each: {each[0].first_version, each[0].version} == {first.version}  # noqa: E731
+        return list(takewhile(is_alone, said))
+
+
+def alone_of(params: SamplingParams) -> SamplingParams:
+    """What an engine is asked that computes the prompt alone (AsyncEngine.prefill)."""
+    names = ("priority", "version_policy", "cache_salt")
+    return SamplingParams(max_tokens=0, temperature=0.0, **{name: getattr(params, name) for name in names})
+
+
+def name_of(engine: Engine) -> str:
+    return engine._versions._source.name
+
+
+def caller(name: str) -> str:
+    return f"caller of {name}"
 
 
 def told(delta) -> tuple:

@@ -125,6 +125,18 @@ def test_a_pinned_one_goes_on_at_its_version_and_a_live_one_at_the_newest():
     assert source.held[2] == 0
 
 
+def test_one_that_goes_on_over_older_keys_says_so():
+    """It was begun by version 2 alone; the engine that goes on has its prompt of version 1, and may use that."""
+    source, prompt = FakeSource(fake_config()), (1, 2, 7, 4, 9)
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    made = engine(source=source, kv_max_age=1)
+    made.add("before", prompt, params)
+    run_all(made)
+    source.commit()
+    made.add("a", prompt, params, begun=Begun((9, 8), 2, 2))
+    assert {(d.first_version, d.version) for d in run_all(made)["a"]} == {(1, 2)}
+
+
 def test_a_version_that_is_gone_is_named():
     source = FakeSource(fake_config())
     source.commit()

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trinity.bench.rivals.programs import LLAMA, OURS, VLLM, Arm
 from trinity.cli import main
 from trinity.config import preset
 from trinity.engine.request import Delta
-from trinity.errors import ConfigError
+from trinity.errors import ConfigError, Unavailable
 from trinity.models.registry import write_config
 
 GIVEN = argparse.Namespace(**alike.QUICK, threads=1, quick=True)
@@ -144,3 +145,19 @@ def test_a_missing_environment_is_named(tmp_path, capsys):
     assert "no environment with other people's engines: make interop-rivals" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="has no libllama"):
         llama_cpp.library(tmp_path)
+
+
+def test_what_does_not_compile_runs_without_and_what_does_not_start_is_named(tmp_path, monkeypatch):
+    """A process that answers if it is told to be eager, and ends if not."""
+    code = (
+        "import json, sys; order = json.loads(input()); order['eager'] and print('{\"mode\": \"eager\"}', flush=True)"
+    )
+    monkeypatch.setattr(programs.Place, "command", lambda place, arm: [sys.executable, "-c", code])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    place = programs.Place(argparse.Namespace(rivals=str(tmp_path), out=str(tmp_path), threads=1), {})
+    with programs.running(place, Arm(VLLM, "float32", tmp_path)) as program:
+        assert program.mode == "eager"
+    with pytest.raises(Unavailable, match=r"float16 did not start; what it said is in .*rivals-llama.cpp-float16.log"):
+        programs.loaded(place, Arm(LLAMA, "float16", tmp_path))
+    assert "KeyError: 'eager'" in (tmp_path / "rivals-llama.cpp-float16.log").read_text()

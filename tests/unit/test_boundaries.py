@@ -203,7 +203,6 @@ ONLY_IN = {  # library -> the packages that may say it; others than these are fr
     "grpc": ("serving.grpc", "serving.engine", "serving.errors", "protos", "trinity.bench", "trinity.commands"),
     "grpc_health": ("serving.grpc",),
     "grpc_reflection": ("serving.grpc",),
-    "fastapi": ("serving.http",),
     "starlette": ("serving.http",),
     "uvicorn": ("serving.http",),
     "h11": ("serving.http",),

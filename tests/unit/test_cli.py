@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
     return writer.finish(parts, MODEL, Tokenizer.train(iter(["some text to learn from " * 20]), 320), None)
 
 
-HEAVY = {"fastapi", "google", "grpc", "httpx", "matplotlib", "numba", "openai", "pandas", "pyarrow", "ray", "scipy"}
+HEAVY = {"google", "grpc", "httpx", "matplotlib", "numba", "openai", "pandas", "pyarrow", "ray", "scipy", "starlette"}
 HEAVY |= {"safetensors", "tokenizers", "torch", "transformers", "triton", "uvicorn"}
 HELP = """
 import runpy, sys

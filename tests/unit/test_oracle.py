@@ -1,10 +1,12 @@
 """The oracle: whatever an engine does to be quick, urgent or still there, an answer is the monolith's, bit for bit.
 
-A trace is drawn: requests of all kinds, n of each, that begin alike; aborts; new weights; experts that move or are copied;
-engines that are lost in the middle of answers; prompts that one engine computes for another. So are the engines: prefix cache,
-a tier that they share, drafts, chunks, blocks, memory too short for all. Every answer (tokens, text, log-probabilities,
-experts) is what one engine alone says to that request at its version, without cache and drafts, with all experts in one place;
-in the end nothing holds a block, a row or a version, and shared memory is gone.
+A trace is drawn: requests of all kinds, of adapters too, n of each, that begin alike; aborts; new weights, and weights that are
+withdrawn or gone; experts that move or are copied; engines that are lost in the middle of answers; prompts that one engine
+computes for another, and roles that change. So are the engines: prefix cache, a tier that they share, drafts, chunks, blocks,
+memory too short for all. Every answer (tokens, text, log-probabilities, experts) is what one engine alone says to that request
+at its version, without cache and drafts, with all experts in one place; where live requests may use what older weights have
+computed, that much of it which says that they did not. In the end nothing holds a block, a row or a version, and shared memory
+is gone.
 
 `TRINITY_ORACLE=20000 pytest tests/unit/test_oracle.py` draws so many traces, other ones each time.
 """
@@ -16,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.oracle_world import CONFIG, LONGEST, NUM_SHARDS, World, engine_of, run_all, settle, weights
+from tests.unit.oracle_weights import CONFIG, NUM_ADAPTERS, NUM_SHARDS, settle, weights
+from tests.unit.oracle_world import LONGEST, Fleet, World, adapters, engine_of, run_all
 from tests.unit.test_begun import ASKED
 from trinity.config import Client, EngineConfig
 from trinity.engine.kv_layout import BlockSizes
@@ -50,14 +53,17 @@ def params(draw):
         "priority": draw(st.sampled_from([0, 0, 3, -1])),
         "trace": draw(st.sampled_from([False, False, True])),
         "ignore_eos": draw(st.booleans()),
+        "cache_salt": draw(st.sampled_from([None, None, None, "salt"])),
     }
     own["min_tokens"] = min(asked.get("min_tokens", 0), asked.get("max_tokens", own["max_tokens"]))
     return SamplingParams(**own | {name: value for name, value in asked.items() if name != "min_tokens"})
 
 
 experts = st.tuples(st.sampled_from(CONFIG.moe_layers), st.integers(0, CONFIG.num_experts - 1))
-handed = st.sampled_from([False, False, False, True])
-adds = st.tuples(st.just("ask"), st.integers(0, 1), prompts, params(), st.integers(1, 2), clients, handed)
+of_adapters = st.sampled_from([None] * 5 + list(range(NUM_ADAPTERS)))
+ways = st.tuples(st.booleans(), st.sampled_from([0, 0, 1, 3]))  # long enough to be handed over, and how long that takes
+adds = st.tuples(st.just("ask"), st.integers(0, 1), prompts, params(), st.integers(1, 3), clients, of_adapters, ways)
+roles = st.sampled_from([("both",), ("prefill", "decode"), ("decode", "prefill"), ("prefill", "both")])
 steps = st.tuples(st.just("step"), st.integers(1, 4))
 actions = st.one_of(
     adds,
@@ -66,6 +72,8 @@ actions = st.one_of(
     steps,
     st.tuples(st.just("abort"), st.integers(0, 9)),
     st.tuples(st.just("commit")),
+    st.tuples(st.sampled_from(["commit", "go_back", "lose"])),
+    st.tuples(st.just("set_roles"), roles),
     st.tuples(st.just("move"), experts, st.integers(0, NUM_SHARDS - 1), st.booleans()),
     st.tuples(st.just("drop"), st.integers(0, 1)),
 )
@@ -94,15 +102,15 @@ def engines(draw, size, same):
 
 @st.composite
 def fleets(draw):
-    """Engines, the bytes of the tier that they share (none, few, many), and settings that change what is computed, the
-    monolith's, too."""
+    """A tier has room for nothing, for little or for much."""
     size, same = (
         draw(st.sampled_from([1, 3, 4, 16])),
         {"kv_cache_dtype": draw(st.sampled_from(["auto", "auto", "int8"]))},
     )
     block = sum(sizes_of(block_size=size, **same).block_bytes.values())
     own = draw(st.lists(engines(size, same), min_size=1, max_size=2))
-    return own, draw(st.sampled_from([0, 16384 + 12 * block, 1 << 20])), same
+    tier_bytes = draw(st.sampled_from([0, 16384 + 12 * block, 1 << 20]))
+    return Fleet(own, same, tier_bytes, draw(st.sampled_from([0, 0, 0, 1, 2, "unbounded"])), draw(roles))
 
 
 def sizes_of(**settings):
@@ -116,6 +124,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    adapters().close()
+    adapters.cache_clear()
 
 
 @settings(
@@ -128,13 +138,12 @@ def one_thread():
 @given(st.lists(actions, min_size=4, max_size=14), fleets())
 def test_every_answer_is_the_monoliths(trace, fleet):
     settle()
-    own, tier_bytes, same = fleet
-    world = World(own, same, tier_bytes)
+    world = World(fleet)
     for name, *rest in trace:
         if name == "ask":
-            at, prompt, own, num, client, is_handed = rest
+            at, prompt, own, num, client, adapter, way = rest
             for sample in range(num):
-                world.ask(at, prompt, own.model_copy(update={"seed": own.seed + sample}), client, is_handed)
+                world.ask(at, prompt, own.model_copy(update={"seed": own.seed + sample}), client, adapter, *way)
         elif name == "step":
             for _ in range(rest[0]):
                 world.step()

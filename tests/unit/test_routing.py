@@ -11,10 +11,11 @@ from serving.frontend import EngineInfo
 from serving.roles import Roles, newest
 from serving.routing import FEW, LOAD_TOKENS, MOST_ABOVE_MEAN, Routing, Seat
 from tests.unit.engine_fakes import fake_config, fake_engine, run_all
-from trinity.config import EngineConfig
+from trinity.config import Config, EngineConfig
 from trinity.engine.key_log import MOST, NO_ACCOUNT, KeyChanges, KeyLog, short
 from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import SamplingParams
+from trinity.errors import ConfigError
 
 BASE = KeyBase("a model", 4)
 TEXT = list(range(1, 41))
@@ -250,6 +251,12 @@ def test_of_roles_the_latest_count():
 def test_roles_that_cannot_be_are_refused(settings, error):
     with pytest.raises(ValueError, match=error):
         EngineConfig(**{"kv_tier_bytes": 1, **settings})
+
+
+def test_an_unknown_role_is_one_sentence():
+    with pytest.raises(ConfigError) as caught:
+        Config.load(model="tiny", engine={"role": "decode,refill", "replicas": 2})
+    assert str(caught.value) == "engine.role.1: Input should be 'both', 'prefill' or 'decode' (got 'refill')"
 
 
 def test_roles_are_one_or_a_list():

@@ -142,7 +142,7 @@ def versions_of(*numbers):
         found[number] = empty_version(empty, MODEL, number, 0)
         for layer in MODEL.moe_layers:
             rows = [torch.full((24, 16), float(number)) for _ in range(2)]
-            found[number] = restacked(store, found[number], layer, (), (1, 3), {WEIGHT: rows})
+            found[number] = restacked(store, found[number], MODEL, layer, (), (1, 3), {WEIGHT: rows})
     return found, store
 
 
@@ -195,7 +195,7 @@ def test_rows_of_a_kind_that_does_not_come_are_zeros():
     store.commit(1)
     stale = [store.empty_like(torch.empty(3, 8, 16)).fill_(7.0) for _ in range(6)]
     store.discard_staged()  # they are free to be written again
-    found = restacked(store, store.get(1), LAYER, (0, 1), (1, 3, 2), {WEIGHT: [torch.ones(24, 16)]})
+    found = restacked(store, store.get(1), MODEL, LAYER, (0, 1), (1, 3, 2), {WEIGHT: [torch.ones(24, 16)]})
     momenta = [found.tensors[f"{name}::momentum"] for name in stack_names(LAYER)]
     assert {tensor.data_ptr() for tensor in stale} <= {tensor.data_ptr() for tensor in found.tensors.values()}
     assert all((momentum[:2] == 5).all() and (momentum[2] == 0).all() for momentum in momenta)

@@ -16,6 +16,7 @@ BENCHES = {
     "durable": "a training step whose state outlives its processes: what that costs, and what a kill costs then",
     "load": "a checkpoint's way into memory: seconds and bytes, against transformers and the disk",
     "decode": "decode tokens per second: one process, shard actors, transformers",
+    "formats": "what a model loses with its weights in 8 or 4 bits: divergence, perplexity, likeliest tokens",
     "grammar": "what structured output adds to a decode step, at Nano's shape",
     "packing": "how unlike the micro-batches of a step are: documents end to end, and a buffer of them",
     "placement": "the planner against EPLB: balance, slots moved, milliseconds, over loads that drift",

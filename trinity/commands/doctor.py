@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from actors.round_trips import Measured
 
 PACKAGES = ["trinity-moe", "ray", "torch", "triton", "megablocks", "stanford-stk", "safetensors", "tokenizers"]
-PACKAGES += ["transformers", "grpcio", "protobuf", "pydantic", "numpy", "fastapi", "uvicorn"]
+PACKAGES += ["transformers", "grpcio", "protobuf", "pydantic", "numpy", "starlette", "uvicorn"]
 PORTS = {"HTTP": 8000, "gRPC": 9000, "Ray": 6379, "Ray dashboard": 8265}
 
 

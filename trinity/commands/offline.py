@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trinity.engine.defaults import GenerationConfig
     from trinity.llm import LLM
 
-PLACEMENT = ("num_shards", "backend", "device")  # what a pool in one process has
+PLACEMENT = ("num_shards", "backend", "device", "expert_dtype")  # what a pool in one process has
 
 
 def offline(checkpoint: str, flags: Sequence[str], generation_config: "GenerationConfig" = "checkpoint") -> "LLM":

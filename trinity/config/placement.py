@@ -34,6 +34,10 @@ class PlacementConfig(Frozen):
     )
     data_tls: bool = Field(default=False, description="seal rows between hosts, so that nobody reads or changes them")
     backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
+    expert_dtype: Literal["float32", "bfloat16", "int8", "fp8", "nvfp4"] | None = Field(
+        default=None,
+        description="what inference computes routed experts with, made of their weights at each commit; default: the model's",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus_per_shard: float = Field(default=0, ge=0)
     num_gpus_per_shard: float = Field(default=0, ge=0)

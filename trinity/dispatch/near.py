@@ -44,10 +44,10 @@ class NearLayers:
             return None
         if not _is_plain(ids_TK, torch.int64) or self.dispatcher.priority == PATIENT:
             return None
-        plan = self._plan(layer, len(x_TD))
+        attempt_until_s = self._attempt_until_s(len(x_TD), until_s)
+        plan = self._plan(layer, len(x_TD), attempt_until_s)
         if plan is None:
             return None
-        attempt_until_s = self._attempt_until_s(len(x_TD), until_s)
         where = x_TD.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()
         of = layer, self.dispatcher.version, self.dispatcher.priority, attempt_until_s
         sent = native.lib.ring_begin(plan, *of, *where, *x_TD.shape, ids_TK.shape[1])
@@ -55,19 +55,19 @@ class NearLayers:
             return None
         return NearExchange(self.dispatcher, sent, (layer, op, x_TD, ids_TK, weights_TK, until_s), attempt_until_s)
 
-    def _plan(self, layer: int, num_rows: int) -> Any:
+    def _plan(self, layer: int, num_rows: int, until_s: float) -> Any:
         if self._rings.num_changes != self._num_changes:
             self._plans.clear()
             self._num_changes = self._rings.num_changes
         key = layer, num_rows <= self.dispatcher.near_rows
         if key not in self._plans:
-            self._plans[key] = self._made(*key)
+            self._plans[key] = self._made(*key, until_s)
         return self._plans[key]
 
-    def _made(self, layer: int, is_near: bool) -> Any:
+    def _made(self, layer: int, is_near: bool, until_s: float) -> Any:
         """None without any ring."""
         table = self.dispatcher.table
-        rings = [self._rings.ring(shard, table.epoch) for shard in table.shards]
+        rings = [self._rings.ring(shard, table.epoch, until_s) for shard in table.shards]
         if not any(rings):
             return None
         shard_EN, num_E = (
@@ -76,7 +76,7 @@ class NearLayers:
         return native.lib.ring_plan(rings, shard_EN.ctypes.data, num_E.ctypes.data, *shard_EN.shape)
 
     def _attempt_until_s(self, num_rows: int, until_s: float) -> float:
-        """With replicas there is only so much patience with a shard."""
+        """Return when another replica is asked, where there is one: there is only so much patience with a shard."""
         if not self.dispatcher.is_replicated:
             return until_s
         patience = self.dispatcher.patience

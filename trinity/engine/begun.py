@@ -10,8 +10,8 @@ from trinity.engine.request import Sequence
 
 
 class Begun(NamedTuple):
-    """Tokens of an answer so far, the oldest weights behind its first one, those behind its last one, and how many tokens of
-    its prompt were cached."""
+    """Tokens of an answer so far, the oldest weights behind any, those behind its last one, and how many tokens of its prompt
+    were cached."""
 
     token_ids: tuple[int, ...] = ()
     first_version: int = 0

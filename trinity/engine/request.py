@@ -236,8 +236,8 @@ class Delta:
     finish_reason.
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
-    with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind the
-    first token: from there to here the answer's versions reach. `num_cached_tokens`: of the prompt, that were not computed for
+    with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind any
+    token so far: from there to here the answer's versions reach. `num_cached_tokens`: of the prompt, that were not computed for
     it. `queue_s`: until it was first in a batch. `cause` is the typed error behind `error`.
     The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
     layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
@@ -345,8 +345,7 @@ class Sequence:
         self.num_computed, self.version = end, version
         if start == 0:
             self.oldest = version
-        if not self.num_generated:
-            self.first_version = self.oldest
+        self.first_version = min(self.first_version, self.oldest) if self.num_generated else self.oldest
 
     @property
     def generated_ids(self) -> list[int]:

@@ -4,7 +4,9 @@ Decisions: an engine knows single sequences only; whoever asks it draws each wit
 are those with the highest log-probability per token (OpenAI's definition), by the model's raw distribution.
 """
 
+import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from trinity.engine.request import INT64, SamplingParams, TokenLogprobs
 
@@ -12,13 +14,27 @@ from trinity.engine.request import INT64, SamplingParams, TokenLogprobs
 def each(params: SamplingParams) -> list[SamplingParams]:
     """Parameters of every continuation that is drawn; with log-probabilities where the best are to be chosen."""
     more = {"logprobs": 0} if chooses(params) and params.logprobs is None else {}
-    return [single(params, i).model_copy(update=more) for i in range(params.num_drawn)]
+    return [single(params, i, **more) for i in range(params.num_drawn)]
 
 
-def single(params: SamplingParams, sample: int) -> SamplingParams:
-    """Parameters of the `sample`-th: each has its own seed, wrapped to 64 bits."""
+def single(params: SamplingParams, sample: int, **more: Any) -> SamplingParams:
+    """Parameters of the `sample`-th, with what else is to be changed: each has its own seed, wrapped to 64 bits. The same
+    object where nothing changes: a copy takes two kilobytes."""
     seed = None if params.seed is None else (params.seed + sample + INT64) % (2 * INT64) - INT64
-    return params.model_copy(update={"n": 1, "best_of": None, "seed": seed})
+    changed = {"n": 1, "best_of": None, "seed": seed, **more}
+    if all(getattr(params, name) == value for name, value in changed.items()):
+        return params
+    return params.model_copy(update=changed)
+
+
+def drawn_seed() -> int:
+    """A seed for a request without one."""
+    return secrets.randbits(63)
+
+
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """Parameters that give the same text on any engine."""
+    return params if params.seed is not None else params.model_copy(update={"seed": drawn_seed()})
 
 
 def chooses(params: SamplingParams) -> bool:

@@ -13,7 +13,8 @@ from trinity.adapters import peft
 from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import TrinityError
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
-from trinity.experts.stacked import experts_of, stack_names, trained_names
+from trinity.experts.derived import DerivedLayer, form_of, shapes_of
+from trinity.experts.stacked import experts_of, kinds_of, stack_names, stacks_of, trained_names
 from trinity.rpc.messages import REMOTE, WEIGHT, Backward, Forward
 from trinity.state.versioned_store import Version
 
@@ -27,7 +28,8 @@ class ReadyLayer(NamedTuple):
     experts: tuple[int, ...]
     ids_E: Tensor  # int64: `experts`
     position_X: Tensor  # int64 [X + 1]: where in the stacks, NOT_HELD, or REMOTE (the last)
-    weights: LayerWeights
+    weights: LayerWeights | None  # None: they are here in another form only
+    derived: DerivedLayer | None  # what inference computes with where there is one
     adapters: LayerAdapters | None
     trained: Mapping[str, Tensor]
 
@@ -40,6 +42,14 @@ class Slots(NamedTuple):
     expert_A: Tensor  # position in the stacks
 
 
+def _derived(version: Version, layer: int, model: ModelConfig) -> DerivedLayer | None:
+    """The layer's weights in another form, where the version has them."""
+    for form in filter(None, map(form_of, kinds_of(version))):
+        stacks = zip(stacks_of(version, layer, form.kind), shapes_of(model), strict=True)
+        return DerivedLayer(form, *(form.parts(stack_EW, shape) for stack_EW, shape in stacks))
+    return None
+
+
 def ready_layers(version: Version, model: ModelConfig, optim: OptimConfig | None) -> dict[int, ReadyLayer]:
     """Layers of a version by number; stacks that take steps are leaves of autograd's graph."""
     layers = {}
@@ -48,12 +58,13 @@ def ready_layers(version: Version, model: ModelConfig, optim: OptimConfig | None
         names = [name for part in ("", *peft.PARTS) for name in stack_names(layer, part)]
         found = {name: version.tensors[key] for name in names if (key := f"{name}::{WEIGHT}") in version.tensors}
         leaves = {name: stack.detach().requires_grad_(name in trained) for name, stack in found.items()}
-        weights, adapters = LayerWeights(*(leaves[name] for name in names[:3])), None
-        if optim is not None and len(leaves) > len(weights):
+        weights = LayerWeights(*(leaves[name] for name in names[:3])) if names[0] in leaves else None
+        adapters, derived = None, _derived(version, layer, model)
+        if optim is not None and names[3] in leaves:
             gate, up, down = ((leaves[a], leaves[b]) for a, b in zip(names[3:6], names[6:9], strict=True))
             adapters = LayerAdapters(gate, up, down, optim.lora.scale)
         ready = {name: leaves[name] for name in trained}
-        layers[layer] = ReadyLayer(held, ids_E, _positions(ids_E, model.num_experts), weights, adapters, ready)
+        layers[layer] = ReadyLayer(held, ids_E, _positions(ids_E, model.num_experts), weights, derived, adapters, ready)
     return layers
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from trinity.checkpoint import Checkpoint, open_checkpoint
 from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import ConfigError
 from trinity.experts.base import LayerWeights
+from trinity.experts.derived import Form, shapes_of
 from trinity.experts.stacked import (
+    derive,
     experts_of,
     is_value,
     kinds_of,
@@ -21,6 +24,7 @@ from trinity.experts.stacked import (
     stacks_of,
     unfilled_version,
     with_adapters,
+    with_form,
 )
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
@@ -28,6 +32,7 @@ from trinity.state.versioned_store import Store, Version
 from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
 
+AT_ONCE_BYTES = 64 << 20  # of experts in fp32 that are made into another form
 ADAPTERS = tuple(f"{part}.{WEIGHT}" for part in peft.PARTS)  # kinds
 
 
@@ -51,11 +56,15 @@ def loaded(
     experts: Experts,
     message: Load,
     reading: Reading,
+    form: Form | None = None,
 ) -> Version:
-    """The version that the message names, of `experts`, in memory of the store; not put there yet. `empty`: stacks of none."""
+    """The version that the message names, of `experts`, in memory of the store; not put there yet. `empty`: stacks of none;
+    `form`: one in which they are wanted, too, or alone where nothing is trained."""
     source = open_checkpoint(message.checkpoint) if message.checkpoint else None
     if source is not None:
         source.fetch(experts)
+    if form is not None and optim is None:
+        return _in_form(store, model, form, experts, source, message.seed, reading)
     check_room(empty, experts)
     version = unfilled_version(store, empty, model, experts)
     if source is None:
@@ -76,18 +85,64 @@ def loaded(
         for key, tensor in source.training_tensors(mine).items():
             mine[key].copy_(tensor)
         num_updates = int(source.state["num_updates"])
+    if form is not None and optim is not None:
+        version = with_form(store, version, model, form)
+        derive(version.tensors, model, optimizer_of(version, model, optim))
     # A run that starts from somebody's weights counts its own steps from 0.
     number = source.version if source and (message.training or optim is None) else 0
     return make_version(number, version.tensors, experts, num_updates)
 
 
+def _in_form(
+    store: Store,
+    model: ModelConfig,
+    form: Form,
+    experts: Experts,
+    source: Checkpoint | None,
+    seed: int,
+    reading: Reading,
+) -> Version:
+    """The weights of these experts in that form and no other, made a few at a time."""
+    held: Experts = {layer: experts.get(layer, ()) for layer in model.moe_layers}
+    check_free(sum(map(len, held.values())), sum(4 * form.num_words(shape) for shape in shapes_of(model)), "cpu")
+    version = with_form(store, make_version(source.version if source else 0, {}, held, 0), model, form)
+    num = max(1, AT_ONCE_BYTES // (4 * model.expert_params))
+    reading.total = 4 * model.expert_params * sum(map(len, held.values()))
+    for layer, ids in held.items():
+        stacks = stacks_of(version, layer, form.kind)
+        for start in range(0, len(ids), num):
+            matrices = [torch.empty((len(ids[start : start + num]), *shape)) for shape in shapes_of(model)]
+            _fill(matrices, layer, ids[start : start + num], model, source, seed, reading)
+            for stack_EW, matrix_CNK in zip(stacks, matrices, strict=True):
+                for at, matrix_NK in enumerate(matrix_CNK, start):
+                    form.derive(stack_EW, at, matrix_NK)
+    return version
+
+
+def _fill(
+    matrices: Sequence[Tensor], layer: int, ids: Sequence[int], model: ModelConfig, source: Checkpoint | None, seed: int,
+    reading: Reading,
+) -> None:  # fmt: skip
+    """Fill gate, up and down [C, N, K] with some experts, as a checkpoint or the seed has them."""
+    each = zip(ids, *matrices, strict=True)
+    if source is not None:
+        return source.fill([p for i, *three in each for p in source.expert_parts(layer, i, *three)], told=reading.add)
+    for i, *three in each:
+        for mine, drawn in zip(three, init_expert(model, layer, i, seed, torch.float32), strict=True):
+            mine.copy_(drawn)
+
+
 def check_room(empty: LayerWeights, experts: Experts) -> None:
     """Raise ConfigError where the weights of these experts do not fit into what is free here. `empty`: stacks of none."""
     stack_EFD, num = empty.gate_EFD, sum(map(len, experts.values()))
-    if stack_EFD.device.type not in ("cpu", "cuda"):  # nobody says what is free on others
-        return
-    need = num * len(empty) * math.prod(stack_EFD.shape[1:]) * stack_EFD.itemsize
-    free, _ = free_and_total(str(stack_EFD.device))
+    if stack_EFD.device.type in ("cpu", "cuda"):  # nobody says what is free on others
+        check_free(num, len(empty) * math.prod(stack_EFD.shape[1:]) * stack_EFD.itemsize, str(stack_EFD.device))
+
+
+def check_free(num: int, each_bytes: int, device: str) -> None:
+    """Raise ConfigError where so many experts of that size do not fit into what is free there."""
+    need = num * each_bytes
+    free, _ = free_and_total(device)
     if need > free:
         raise ConfigError(
             f"{num} experts take {size(need)} of memory, {size(free)} is free on the node of this shard: raise "

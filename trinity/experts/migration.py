@@ -6,11 +6,13 @@ from torch import Tensor
 
 from trinity.checkpoint import open_checkpoint
 from trinity.errors import StepConflict
+from trinity.experts.derived import form_of
 from trinity.experts.loading import read_expert
 from trinity.experts.peers import Peers, fetched
 from trinity.experts.shard import ExpertShard
 from trinity.experts.spec import ShardSpec
-from trinity.rpc.messages import WEIGHT, Copy, Fetch, Install, Load
+from trinity.experts.stacked import derived_rows, is_value
+from trinity.rpc.messages import Copy, Fetch, Install, Load
 
 FETCH_S = 60.0  # for one expert's rows
 
@@ -40,15 +42,16 @@ def _rows(
     if origin:
         deadline_s = min(message.deadline_s, time.monotonic() + FETCH_S)
         return fetched(peers, origin, Fetch(message.layer, expert, message.version, deadline_s, kind))
-    if source is None or kind != WEIGHT or message.version < shard.version:
+    if source is None or not is_value(kind) or message.version < shard.version:
         raise StepConflict(
             f"expert ({message.layer}, {expert}) is on no shard, and its {kind} in no checkpoint of this version; go back "
             "to the last checkpoint"
         )
-    return _from_source(shard.spec, message.layer, expert, source)
+    return _from_source(shard.spec, message.layer, expert, source, kind)
 
 
-def _from_source(spec: ShardSpec, layer: int, expert: int, source: Load) -> Tensor:
+def _from_source(spec: ShardSpec, layer: int, expert: int, source: Load, kind: str) -> Tensor:
     """The answer of `fetch`, from the weights in a checkpoint or from the seed."""
     checkpoint = open_checkpoint(source.checkpoint) if source.checkpoint else None
-    return read_expert(checkpoint, spec.model, layer, expert, source.seed).to(spec.dtype)
+    rows_ND, form = read_expert(checkpoint, spec.model, layer, expert, source.seed), form_of(kind)
+    return rows_ND.to(spec.dtype) if form is None else derived_rows(rows_ND, form, spec.model)

@@ -71,6 +71,7 @@ class NativeLayers:
         known = self._known.get(key)
         if known is not None and known[0] is layer:
             return known
+        assert layer.weights is not None, "such a layer is not possible"
         stacks = layer.weights.gate_EFD, layer.weights.up_EFD, layer.weights.down_EFD
         (version, number), (num, hidden, dim) = key, stacks[0].shape
         ids, sizes = layer.ids_E.data_ptr(), (num, self._model.num_experts)
@@ -82,6 +83,8 @@ class NativeLayers:
 
 def is_possible(layer: ReadyLayer) -> bool:
     """Say whether C++ computes this layer with the bits that Python gives it: plain experts in fp32, in a CPU's memory."""
+    if layer.weights is None or layer.derived is not None:  # rows are for another form of the weights
+        return False
     gate_EFD, up_EFD, down_EFD = layer.weights
     stored = gate_EFD, up_EFD, down_EFD.mT
     return layer.adapters is None and all(

@@ -12,7 +12,7 @@ Decisions:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,24 @@ def sum_rows(y_AD: Tensor, row_A: Tensor, num_rows: int) -> Tensor:
     if y_AD.is_cuda:  # index_add_ would add in any order; this sorts first. index_put_ would wait for a check of bounds
         return torch.ops.aten._index_put_impl_(sum_RD, [row_A], y_AD, accumulate=True, unsafe=True)
     return sum_RD.index_add_(0, row_A, y_AD)
+
+
+class Sorted(NamedTuple):
+    """Rows of a call in the order of their experts: where each belongs, the rows, their weights, and the ends of experts."""
+
+    order: SortedOrder
+    x_AD: Tensor
+    weight_A1: Tensor
+    end_E: Tensor
+
+
+def sorted_rows(x_RD: Tensor, assigned: Assignments, num_experts: int) -> Sorted:
+    """Rows sorted by expert, expert e up to `end_E[e]`."""
+    expert_A, order_A = assigned.expert_A.sort(stable=True)
+    order = SortedOrder(assigned.row_A.index_select(0, order_A), len(x_RD))
+    weight_A1 = assigned.weight_A.index_select(0, order_A).unsqueeze(1)
+    end_E = torch.searchsorted(expert_A, torch.arange(num_experts, device=x_RD.device), right=True)
+    return Sorted(order, gather(x_RD, order), weight_A1, end_E)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

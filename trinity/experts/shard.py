@@ -17,6 +17,8 @@ from torch import Tensor
 from trinity import native
 from trinity.errors import InputGone, InvalidRequest, StepConflict
 from trinity.experts.activation_cache import ActivationCache, Activations
+from trinity.experts.derived import DerivedLayer
+from trinity.experts.derived_compute import infer
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.named_adapters import NamedAdapters, both
@@ -24,7 +26,7 @@ from trinity.experts.native_layers import NativeLayers
 from trinity.experts.peers import Peers
 from trinity.experts.registry import native_kernel, resolve
 from trinity.experts.spec import ShardSpec
-from trinity.experts.stacked import places_of
+from trinity.experts.stacked import derive, places_of
 from trinity.experts.weight_versions import WeightVersions
 from trinity.experts.weights import ExpertWeights
 from trinity.rpc.messages import (
@@ -176,14 +178,15 @@ class ExpertShard:
             self.versions.expect_next(message.step)
             num_ops = message.num_ops.get(self.spec.name)
             gradients = self.gathered.take(message.attempt, self.versions.trained, num_ops)
-            optimizer, target = self.versions.begin_next(message.keep)
+            optimizer, target, derived = self.versions.begin_next(message.keep)
         idle = places_of(self.store.current, message.idle)
         optimizer.step_into(target, gradients, message.lrs, message.grad_scale, idle)
+        derive(derived, self.spec.model, target)
         is_finite = all(bool(torch.isfinite(weight.sum())) for weight in target.params.values())
         with self.lock:
             if self.gathered.attempt != message.attempt or self.version != message.step - 1:
                 raise StepConflict(f"shard {self.spec.name}: step {message.step} was given up while it was staged")
-            self.versions.stage(target, attempt=message.attempt, is_finite=is_finite)
+            self.versions.stage(target, derived, attempt=message.attempt, is_finite=is_finite)
         return is_finite
 
     def commit(self, message: Commit) -> int:
@@ -239,7 +242,8 @@ class ExpertShard:
                 backend=self.backend.name,
                 device=str(self.spec.device),
                 num_experts=self.weights.num_experts,
-                weight_bytes=sum(stack.nbytes for layer in self.versions.present.values() for stack in layer),
+                weight_bytes=self.versions.num_bytes,
+                expert_dtype=self.spec.expert_dtype or self.spec.model.dtype,
                 cached_ops=len(self.activations),
                 cache_misses=self.cache_misses,
                 versions=tuple(self.store.numbers),
@@ -285,6 +289,8 @@ class ExpertShard:
     def _inferred(self, layer: ReadyLayer, call: Forward) -> Tensor:
         """y_RD. Rows of each adapter, and those of none, are computed apart: then all have the bits that they have alone."""
         rows = call.rows
+        if layer.derived is not None:
+            return self._by_form(layer.derived, layer, call)
         if rows.adapter_R is None:
             return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)
         contents = rows.adapter_R.unique().tolist()
@@ -298,7 +304,18 @@ class ExpertShard:
             y_RD[own_R.to(y_RD.device)] = self._inferred(own, replace(call, rows=rows.only(own_R)))
         return y_RD
 
+    def _by_form(self, derived: DerivedLayer, layer: ReadyLayer, call: Forward) -> Tensor:
+        """y_RD, by weights in another form than they are trained in."""
+        if layer.adapters is not None or call.rows.adapter_R is not None:
+            raise InvalidRequest(
+                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
+                "placement.expert_dtype out"
+            )
+        assigned = assignments(self._counted(layer, call), call.rows.weights_RK, self.spec.device)
+        return infer(call.rows.x_RD, assigned, derived)
+
     def _compute(self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer) -> Tensor:
+        assert layer.weights is not None, "only shards that do not train are without"
         assigned = assignments(slots, weights_RK, self.spec.device)
         return self.backend(x_RD, assigned, layer.weights, layer.adapters)
 

@@ -25,6 +25,7 @@ class ShardSpec:
     device: str = "cpu"
     activation_cache_bytes: int = 1 << 30
     ordered_gradients: bool = True
+    expert_dtype: str | None = None  # of inference; None: as the weights are
 
     @property
     def dtype(self) -> torch.dtype:

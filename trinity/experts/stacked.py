@@ -20,6 +20,7 @@ from trinity.checkpoint import PROJECTIONS, expert_key
 from trinity.config import LoraConfig, ModelConfig, OptimConfig
 from trinity.errors import InvalidRequest
 from trinity.experts.base import LayerWeights
+from trinity.experts.derived import Form, form_of, shapes_of
 from trinity.optim.base import Matrix
 from trinity.optim.optimizer import Optimizer
 from trinity.rpc.messages import WEIGHT, Experts
@@ -79,8 +80,8 @@ def stacks_of(version: Version, layer: int, kind: str) -> tuple[Tensor, ...]:
 
 
 def kinds_of(version: Version) -> tuple[str, ...]:
-    """Kinds of rows that an expert has: its weights, and adapters and optimizer state where the version has them."""
-    return tuple(dict.fromkeys([WEIGHT, *map(_kind, version.tensors)]))
+    """Kinds of rows that an expert has: its weights, and adapters, other forms and optimizer state where there are some."""
+    return tuple(sorted(dict.fromkeys(map(_kind, version.tensors)), key=lambda kind: kind != WEIGHT)) or (WEIGHT,)
 
 
 def _kind(key: str) -> str:
@@ -106,6 +107,34 @@ def unpacked(rows: Tensor, shapes: Iterable[torch.Size]) -> list[Tensor]:
     shapes = list(shapes)
     pieces = rows.flatten().split([shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def rows_of(stacks: Sequence[Tensor], kind: str, at: int, model: ModelConfig) -> Tensor:
+    """rows_ND of one expert, as `fetch` gives them: a copy. Words of a form are one row, seen as fp32."""
+    if (form := form_of(kind)) is None:
+        return packed([stack[at] for stack in stacks])
+    rows = [form.row(stack, at, shape) for stack, shape in zip(stacks, shapes_of(model), strict=True)]
+    return torch.cat(rows)[None].view(torch.float32)
+
+
+def derived_rows(rows_ND: Tensor, form: Form, model: ModelConfig) -> Tensor:
+    """The same of the form that an expert's weights have: gate, up and the transpose of down, one under the other."""
+    gate, up, down = rows_ND.chunk(3)
+    stacks = [form.empty(shape, 1) for shape in shapes_of(model)]
+    for stack_EW, matrix_NK in zip(stacks, (gate, up, down.mT), strict=True):
+        form.derive(stack_EW, 0, matrix_NK)
+    return rows_of(stacks, form.kind, 0, model)
+
+
+def put_rows(stacks: Sequence[Tensor], kind: str, at: int, rows_ND: Tensor, model: ModelConfig) -> None:
+    """The inverse: fill one expert's places in the stacks."""
+    if (form := form_of(kind)) is None:
+        for stack, part in zip(stacks, unpacked(rows_ND, [stack.shape[1:] for stack in stacks]), strict=True):
+            stack[at].copy_(part)
+        return
+    words = rows_ND.flatten().view(torch.int32).split([stack.shape[1] for stack in stacks])
+    for stack, shape, row_W in zip(stacks, shapes_of(model), words, strict=True):
+        form.put(stack, at, shape, row_W)
 
 
 def named_matrices(
@@ -155,6 +184,32 @@ def empty_version(empty: LayerWeights, model: ModelConfig, number: int, num_upda
     return make_version(number, stacks, experts, num_updates)
 
 
+def with_form(store: Store, version: Version, model: ModelConfig, form: Form) -> Version:
+    """The version with its weights in a form, too: in memory of the store, whose values are anything."""
+    tensors = dict(version.tensors)
+    for layer, held in experts_of(version).items():
+        for key, shape in zip(_keys(layer, form.kind), shapes_of(model), strict=True):
+            tensors[key] = store.empty_like(form.empty(shape), len(held))
+    return Version(version.number, tensors, version.notes)
+
+
+def without_weights(version: Version) -> Version:
+    """The version without what its forms are made of."""
+    tensors = {key: tensor for key, tensor in version.tensors.items() if _kind(key) != WEIGHT}
+    return Version(version.number, tensors, version.notes)
+
+
+@torch.no_grad()
+def derive(tensors: Mapping[str, Tensor], model: ModelConfig, optimizer: Optimizer) -> None:
+    """Fill stacks of a form from the weights that an optimizer has, of those that it has; fp32 masters where there are some."""
+    for key, stack_EW in tensors.items():
+        name, form = key.partition("::")[0].rpartition(".")[0], form_of(_kind(key))
+        if form is not None and name in optimizer.params:
+            weight_EFD = optimizer.state[name].get("master", optimizer.params[name])
+            for at, matrix_FD in enumerate(weight_EFD):
+                form.derive(stack_EW, at, matrix_FD.mT if name.endswith("down") else matrix_FD)
+
+
 def unfilled_version(store: Store, empty: LayerWeights, model: ModelConfig, experts: Experts) -> Version:
     """Weights of these experts in memory of the store, whose values are anything. `empty`: see `empty_stacks`."""
     held: Experts = {layer: experts.get(layer, ()) for layer in model.moe_layers}
@@ -186,6 +241,7 @@ def with_adapters(store: Store, version: Version, model: ModelConfig, lora: Lora
 def restacked(
     store: Store,
     version: Version,
+    model: ModelConfig,
     layer: int,
     keep: Sequence[int],
     experts: tuple[int, ...],
@@ -195,16 +251,12 @@ def restacked(
     given; where those of a kind are not, zeros."""
     tensors = dict(version.tensors)
     for kind in kinds_of(version):
-        shapes = [tensors[key].shape[1:] for key in _keys(layer, kind)]
-        added = [unpacked(row_ND, shapes) for row_ND in rows.get(kind, ())]
-        for i, key in enumerate(_keys(layer, kind)):
-            old_EFD = tensors[key]
-            new_EFD = store.empty_like(old_EFD, len(experts))
-            parts = [*(old_EFD[at] for at in keep), *(row[i] for row in added)]
-            for at, part_FD in enumerate(parts):
-                new_EFD[at].copy_(part_FD)
-            new_EFD[len(parts) :].zero_()
-            tensors[key] = new_EFD
+        old = stacks_of(version, layer, kind)
+        parts = [*(rows_of(old, kind, at, model) for at in keep), *rows.get(kind, ())]
+        new = [store.empty_like(stack, len(experts)).zero_() for stack in old]
+        for at, row_ND in enumerate(parts):
+            put_rows(new, kind, at, row_ND, model)
+        tensors |= zip(_keys(layer, kind), new, strict=True)
     notes = {**version.notes, "experts": {**version.notes["experts"], str(layer): experts}}
     return Version(version.number, tensors, notes)
 
@@ -227,11 +279,19 @@ def optimizer_of(version: Version, model: ModelConfig, config: OptimConfig) -> O
     return Optimizer(params, matrices, config, state, version.notes["num_updates"])
 
 
-def version_after(before: Version, made: Optimizer) -> Version:
-    """The version that follows, of the tensors that a step has made; what takes no steps is the same memory."""
+def version_after(before: Version, made: Optimizer, derived: Mapping[str, Tensor]) -> Version:
+    """The version that follows, of the tensors that a step has made and the forms of these; what takes no steps is the same
+    memory."""
     weights = {f"{name}::{WEIGHT}": tensor for name, tensor in made.params.items()}
-    tensors = {**before.tensors, **weights, **made.tensors()}
+    tensors = {**before.tensors, **weights, **made.tensors(), **derived}
     return make_version(before.number + 1, tensors, experts_of(before), made.num_updates)
+
+
+def empty_forms(store: Store, version: Version, made: Optimizer) -> dict[str, Tensor]:
+    """Memory for the forms of what a step makes, by the names that they have in the version; the values are anything."""
+    names = [key for key in version.tensors if form_of(_kind(key)) is not None]
+    own = [key for key in names if key.partition("::")[0].rpartition(".")[0] in made.params]
+    return {key: store.empty_like(version.tensors[key]) for key in own}
 
 
 def empty_optimizer(store: Store, like: Optimizer) -> Optimizer:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
-from trinity.experts.rows import Adapted, Product, SortedOrder, combine, feed_forward, gather, no_rows, weighted_swiglu
+from trinity.experts.rows import Adapted, Product, combine, feed_forward, no_rows, sorted_rows, weighted_swiglu
 from trinity.ops import batch_invariant
 from trinity.state.strides import as_stored
 
@@ -49,11 +49,8 @@ class TorchBackend:
     ) -> Tensor:
         if not assigned.row_A.numel():
             return no_rows(x_RD, assigned, weights, adapters)
-        expert_A, order_A = assigned.expert_A.sort(stable=True)
-        order = SortedOrder(assigned.row_A.index_select(0, order_A), len(x_RD))
-        weight_A1 = assigned.weight_A.index_select(0, order_A).unsqueeze(1)
-        x_AD = gather(x_RD, order).to(weights.gate_EFD.dtype)
-        end_E = torch.searchsorted(expert_A, torch.arange(len(weights.gate_EFD), device=x_RD.device), right=True)
+        order, x_AD, weight_A1, end_E = sorted_rows(x_RD, assigned, len(weights.gate_EFD))
+        x_AD = x_AD.to(weights.gate_EFD.dtype)
         compute = self._choose(x_AD, weights, adapters)
         return combine(compute(x_AD, weight_A1, end_E, weights, adapters), order, x_RD.dtype)
 

@@ -15,13 +15,24 @@ from torch import Tensor
 
 from trinity.errors import DeadlineExceeded, StepConflict, TrinityError
 from trinity.experts.base import LayerWeights
+from trinity.experts.derived import form_of
 from trinity.experts.layer import ReadyLayer
 from trinity.experts.native_layers import NativeLayers
 from trinity.experts.published import PublishedVersions
 from trinity.experts.spec import ShardSpec
-from trinity.experts.stacked import empty_optimizer, is_weight, optimizer_of, version_after, with_notes
+from trinity.experts.stacked import (
+    empty_forms,
+    empty_optimizer,
+    experts_of,
+    is_weight,
+    kinds_of,
+    optimizer_of,
+    stacks_of,
+    version_after,
+    with_notes,
+)
 from trinity.optim.optimizer import Optimizer
-from trinity.rpc.messages import Forward
+from trinity.rpc.messages import WEIGHT, Forward
 from trinity.state.versioned_store import Store, Version
 
 
@@ -44,9 +55,24 @@ class WeightVersions:
         return self.store.committed
 
     @property
+    def ready(self) -> Mapping[int, ReadyLayer]:
+        """Layers of the present version, as rows are computed with them."""
+        return self._published.layers()
+
+    @property
     def present(self) -> dict[int, LayerWeights]:
-        """Weights of the present version, by layer."""
-        return {layer: ready.weights for layer, ready in self._published.layers().items()}
+        """Weights of the present version, by layer, where they are here as they are."""
+        ready = self._published.layers().items()
+        return {layer: each.weights for layer, each in ready if each.weights is not None}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the present version's weights, in all forms that are here; adapters are not counted."""
+        if self.number < 0:
+            return 0
+        kinds = [kind for kind in kinds_of(self.store.current) if kind == WEIGHT or form_of(kind) is not None]
+        layers = experts_of(self.store.current)
+        return sum(s.nbytes for kind in kinds for layer in layers for s in stacks_of(self.store.current, layer, kind))
 
     @property
     def trained(self) -> dict[int, Mapping[str, Tensor]]:
@@ -100,9 +126,9 @@ class WeightVersions:
         if step != self.number + 1:
             raise StepConflict(f"shard {self.spec.name} is at version {self.number}; step {step} does not follow")
 
-    def begin_next(self, keep: tuple[int, ...]) -> tuple[Optimizer, Optimizer]:
-        """Optimizers over the present version and over memory for the next; `making` is held too. Older versions are gone,
-        except for the weights of those to `keep`."""
+    def begin_next(self, keep: tuple[int, ...]) -> tuple[Optimizer, Optimizer, dict[str, Tensor]]:
+        """Optimizers over the present version and over memory for the next, and memory for other forms of what it makes;
+        `making` is held too. Older versions are gone, except for the weights of those to `keep`."""
         if self.spec.optim is None:
             raise StepConflict(f"shard {self.spec.name} serves; it takes no steps")
         self.store.discard_staged()
@@ -110,11 +136,11 @@ class WeightVersions:
         self.store.retire(keep, is_weight)
         self._publish()
         present = optimizer_of(self.store.current, self.spec.model, self.spec.optim)
-        return present, empty_optimizer(self.store, present)
+        return present, empty_optimizer(self.store, present), empty_forms(self.store, self.store.current, present)
 
-    def stage(self, made: Optimizer, **notes: Any) -> None:
+    def stage(self, made: Optimizer, derived: Mapping[str, Tensor], **notes: Any) -> None:
         """Take in what was made in the memory for the next version: it is there to be committed."""
-        self.store.put(with_notes(version_after(self.store.current, made), **notes))
+        self.store.put(with_notes(version_after(self.store.current, made, derived), **notes))
         self._publish()
 
     def commit(self, step: int) -> None:

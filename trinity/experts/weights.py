@@ -10,6 +10,8 @@ from torch import Tensor
 from trinity.checkpoint import write_tensors
 from trinity.errors import InvalidRequest, StepConflict, VersionGone
 from trinity.experts.base import Assignments, ExpertBackend, LayerWeights
+from trinity.experts.derived import form_for, form_of
+from trinity.experts.derived_compute import infer
 from trinity.experts.loading import Reading, loaded, with_state
 from trinity.experts.row_counts import RowCounts
 from trinity.experts.spec import ShardSpec
@@ -20,10 +22,12 @@ from trinity.experts.stacked import (
     is_value,
     kinds_of,
     named_matrices,
-    packed,
     restacked,
+    rows_of,
     stacks_of,
     with_adapters,
+    with_form,
+    without_weights,
 )
 from trinity.experts.weight_versions import WeightVersions
 from trinity.rpc.messages import Experts, Fetch, Install, Load, Part, PruneTo, Save
@@ -37,6 +41,7 @@ class ExpertWeights:
     def __init__(self, spec: ShardSpec, backend: ExpertBackend, versions: WeightVersions):
         self.spec, self.versions = spec, versions
         self.row_counts = RowCounts(spec.model.moe_layers, spec.model.num_experts)
+        self.form = form_for(spec)
         self._store, self._backend = versions.store, backend
         self.reading = Reading()
         self._epoch = 0  # of the newest table that was acted on
@@ -77,7 +82,7 @@ class ExpertWeights:
         with self.versions.lock:
             at = self.position(message)
             stacks = stacks_of(self._store.get(message.version), message.layer, message.kind)
-            return packed([stack[at] for stack in stacks])
+            return rows_of(stacks, message.kind, at, self.spec.model)
 
     # -- coming and going
 
@@ -95,7 +100,9 @@ class ExpertWeights:
                 raise InvalidRequest(f"experts came with {tuple(message.rows)}; this shard needs {kinds_of(version)}")
             rows = {kind: [found[i] for i in new] for kind, found in message.rows.items()}
             experts = (*held, *(message.experts[i] for i in new))
-            self.versions.put(restacked(self._store, version, message.layer, range(len(held)), experts, rows))
+            self.versions.put(
+                restacked(self._store, version, self.spec.model, message.layer, range(len(held)), experts, rows)
+            )
             self.versions.on_change()
             return len(new)
 
@@ -118,7 +125,7 @@ class ExpertWeights:
         if len(keep) == len(held):
             return version
         self.row_counts.forget(layer, [expert for expert in held if expert not in wanted])
-        left = restacked(self._store, version, layer, keep, tuple(held[at] for at in keep), {})
+        left = restacked(self._store, version, self.spec.model, layer, keep, tuple(held[at] for at in keep), {})
         self.versions.put(left)
         self.versions.on_change()
         return left
@@ -149,7 +156,7 @@ class ExpertWeights:
             self.versions.clear()
             self.reading, model = Reading(), self.spec.model
             empty = self._empty_stacks()
-            version = loaded(self._store, empty, model, self.spec.optim, experts, message, self.reading)
+            version = loaded(self._store, empty, model, self.spec.optim, experts, message, self.reading, self.form)
             self.versions.put(version, commit=True)
             self._warm_up()
             return version.number
@@ -184,7 +191,11 @@ class ExpertWeights:
     def _kinds_to_save(self, version: Version) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """-> what a checkpoint of the version has of an expert, without its frozen weights beside adapters; its state."""
         kinds, optim = kinds_of(version), self.spec.optim
-        values = tuple(filter(is_value, kinds))
+        values = tuple(kind for kind in kinds if is_value(kind) and form_of(kind) is None)
+        if not values:
+            raise InvalidRequest(
+                f"shard {self.spec.name} has experts as {self.spec.expert_dtype} only; nothing is saved"
+            )
         if optim is not None and optim.lora.rank:
             values = values[1:]
         return values, tuple(kind for kind in kinds if not is_value(kind))
@@ -194,6 +205,9 @@ class ExpertWeights:
         version = empty_version(self._empty_stacks(), self.spec.model, number, num_updates)
         if self._is_trained and self.spec.optim is not None and self.spec.optim.lora.rank:
             version = with_adapters(self._store, version, self.spec.model, self.spec.optim.lora, 0)
+        if self.form is not None:
+            version = with_form(self._store, version, self.spec.model, self.form)
+            version = version if self.spec.optim is not None else without_weights(version)
         is_older = number < self.versions.number
         return version if is_older else with_state(self._store, version, self.spec.model, self.spec.optim)
 
@@ -203,9 +217,14 @@ class ExpertWeights:
 
     def _warm_up(self) -> None:
         """Compute one row. Kernels are compiled at their first use: here, while nobody waits for it."""
-        weights = next((each for each in self.versions.present.values() if len(each.gate_EFD)), None)
-        if weights is not None:
-            row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
-            x_RD = weights.gate_EFD.new_zeros(1, self.spec.model.hidden_size)
-            with torch.inference_mode():
-                self._backend(x_RD, Assignments(row_A, row_A, torch.ones_like(row_A, dtype=torch.float32)), weights)
+        ready = next((each for each in self.versions.ready.values() if each.experts), None)
+        if ready is None:
+            return
+        row_A = torch.zeros(1, dtype=torch.int64, device=self.spec.device)
+        x_RD = torch.zeros(1, self.spec.model.hidden_size, dtype=self.spec.dtype, device=self.spec.device)
+        assigned = Assignments(row_A, row_A, torch.ones_like(row_A, dtype=torch.float32))
+        with torch.inference_mode():
+            if ready.weights is not None:
+                self._backend(x_RD, assigned, ready.weights)
+            if ready.derived is not None:
+                infer(x_RD, assigned, ready.derived)

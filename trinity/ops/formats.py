@@ -27,14 +27,19 @@ OFFSET4 = _nibbles(torch.arange(16.0) - 8)
 FP4 = _nibbles(torch.cat([_E2M1, -_E2M1]))
 
 
-MOST_FP8 = 448.0  # the greatest e4m3 number
+MOST_FP8, LEAST_FP8 = 448.0, 2.0**-9  # the greatest e4m3 number, and the least above 0
+_MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # between E2M1 numbers
+_FP4_BOUNDS = torch.where(
+    torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES
+)  # halves to even
 
 
 def to_int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """q_NK int8 and scale_N1 fp32, a scale for each row: amax / 127, halves to even."""
-    amax_N1 = w_NK.float().abs().amax(1, keepdim=True)
-    amax_N1 = torch.where(amax_N1 > 0, amax_N1, 127)
-    return (w_NK.float() * (127 / amax_N1)).round_().to(torch.int8), amax_N1 / 127
+    """q_NK int8 and scale_N1 fp32, as quantised.py rounds."""
+    from trinity.ops.quantised import quantised  # a compiler comes with it
+
+    made = quantised(w_NK.float())
+    return made.q, torch.where(made.scale == 0, 1, made.scale).unsqueeze(1)
 
 
 def to_fp8(w_NK: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -45,6 +50,19 @@ def to_fp8(w_NK: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     scale = torch.where(amax > 0, amax, MOST_FP8) / MOST_FP8
     wide_NK = spread(scale.repeat_interleave(rows, dim=0)[:n], columns, k)
     return (w_NK.float() / wide_NK).clamp_(-MOST_FP8, MOST_FP8).to(torch.float8_e4m3fn), scale
+
+
+def to_fp4(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes of two E2M1 numbers each [N, K / 2], an e4m3 scale for each 16 of a row, and one of these scales (fp32, divides).
+    K is a multiple of 16."""
+    groups = w_NK.float().unflatten(1, (-1, 16))
+    amax = groups.abs().amax()
+    overall = MOST_FP8 * 6 / torch.where(amax > 0, amax, 1)
+    scale_NS = (groups.abs().amax(2) / 6 * overall).clamp_(LEAST_FP8, MOST_FP8).to(torch.float8_e4m3fn)
+    values = groups / (scale_NS.float() / overall).unsqueeze(2)
+    codes = torch.bucketize(values.abs().contiguous(), _FP4_BOUNDS).to(torch.uint8) + 8 * (values < 0)
+    low, high = codes.flatten(1).unflatten(1, (-1, 2)).unbind(2)
+    return low | (high << 4), scale_NS, overall.view(1)
 
 
 def decoded(bytes_RB: Tensor, table: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def shard_specs(
             device=device,
             activation_cache_bytes=settings.activation_cache_bytes,
             ordered_gradients=settings.ordered_gradients,
+            expert_dtype=settings.expert_dtype,
         )
         for shard in table.shards
     ]
@@ -40,11 +41,12 @@ def local_pool(
     optim: OptimConfig | None = None,
     backend: str = "auto",
     device: str = "cpu",
+    expert_dtype: str | None = None,
     timeout_s: float = 3600.0,
 ) -> ExpertPool:
     """A pool whose shards live in this process, with their weights loaded. `optim` None: it will not train."""
     table = PlacementTable.spread(model.moe_layers, model.num_experts, shard_names(num_shards))
-    settings = PlacementConfig(backend=backend)  # type: ignore[arg-type]
+    settings = PlacementConfig(backend=backend, expert_dtype=expert_dtype)  # type: ignore[arg-type]
     shards = {spec.name: ExpertShard(spec) for spec in shard_specs(table, model, optim, settings, device)}
     pool = ExpertPool(StaticView(table), LocalTransport(shards), timeout_s)
     for shard in shards.values():

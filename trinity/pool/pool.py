@@ -183,5 +183,7 @@ def describe(shards: list[ShardStatus], model: ModelConfig) -> str:
     """One line on who computes the experts, and with what."""
     backends = ", ".join(sorted({f"{s.backend} backend on {s.device}" for s in shards}))
     experts = len(model.moe_layers) * model.num_experts
-    mib = experts * model.expert_params * (2 if model.dtype == "bfloat16" else 4) / 2**20
-    return f"{experts:,} experts, {mib:,.1f} MiB, in {len(shards)} shard actors: {backends}"
+    forms = sorted({s.expert_dtype for s in shards} - {model.dtype})
+    also = "".join(f", computed as {form}" for form in forms)
+    mib = experts * model.expert_params * model.itemsize / 2**20
+    return f"{experts:,} experts, {mib:,.1f} MiB{also}, in {len(shards)} shard actors: {backends}"

@@ -307,3 +307,4 @@ class ShardStatus:
     versions: tuple[int, ...]  # all that it can compute with
     extra_bytes: int  # memory of versions besides the present one
     rows: dict[int, dict[int, int]]  # layer -> expert -> rows computed
+    expert_dtype: str = ""  # of what inference computes with

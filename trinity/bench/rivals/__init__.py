@@ -18,8 +18,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, help="turns that each arm takes (default: 3)")
     add("--threads", type=int, help="of each process (default: all cores)")
     add("--requests", type=numbers, metavar="N,…", help="of decode: so many at once (default: 1,32)")
-    add("--prompt-len", type=int, help="of decode: tokens of a prompt (default: 64)")
-    add("--new-tokens", type=int, help="of decode: tokens to generate for each (default: 49)")
+    add("--prompt-len", type=int, help="of decode: tokens of a prompt (default: 64; of large models 16)")
+    add("--new-tokens", type=int, help="of decode: tokens to generate for each (default: 49; of large models 17)")
     add("--without", action="append", default=[], choices=PROGRAMS, help="leave these arms out")
     add("--rivals", default=".venv-rivals", metavar="FOLDER", help="their environment (default: %(default)s)")
 
@@ -29,4 +29,5 @@ def measure(arguments: argparse.Namespace) -> Report:
 
     if arguments.load == "prefixes":
         return alike.measure(filled(arguments, alike.USUAL, alike.QUICK))
-    return decoding.measure(filled(arguments, decoding.USUAL, decoding.QUICK))
+    usual = decoding.LARGE if arguments.preset and decoding.is_large(arguments.preset) else decoding.USUAL
+    return decoding.measure(filled(arguments, usual, decoding.QUICK))

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trinity.bench import models
+from trinity.bench.apart import check_room
 from trinity.bench.decode import agreement
 from trinity.bench.load import written
 from trinity.bench.report import Report, Table, ratio
 from trinity.bench.rivals.programs import LLAMA, NO_OPPONENT, OURS, VLLM, Arm, Place, gguf, in_turns, running
-from trinity.config import ModelConfig, preset
+from trinity.config import preset
 from trinity.utils.terminal import say
 
 USUAL: dict[str, Any] = {"preset": "bench", "rounds": 3, "prompt_len": 64, "new_tokens": 49, "requests": (1, 32)}
 QUICK: dict[str, Any] = {"preset": "tiny", "rounds": 1, "prompt_len": 8, "new_tokens": 5, "requests": (1, 4)}
-WARM_TOKENS, CHECKED_TOKENS = 3, 17
+LARGE: dict[str, Any] = {**USUAL, "prompt_len": 16, "new_tokens": 17}
+WARM_PROMPT, WARM_TOKENS, CHECKED_TOKENS = 8, 3, 17
 FILES = {"nano": ("q8_0",)}  # for llama.cpp; of the others in 16 bits, too
 HELD = ("bench", "mini-slice", "nano")  # to the targets
 
@@ -33,13 +35,13 @@ class Pair(NamedTuple):
     ours: str
     program: str
     theirs: str
-    at_least: float
+    at_least: float | None
 
 
 PAIRS = (
     Pair("float32", LLAMA, "float32", 1.2),
     Pair("bfloat16", LLAMA, "float16", 1.2),
-    Pair("int8", LLAMA, "q8_0", 1.2),
+    Pair("bfloat16", LLAMA, "q8_0", None),
     Pair("bfloat16", VLLM, "bfloat16", 1.0),
 )
 COLUMNS = ("arm", "tokens/s median", "min", "max", "ms a step", "processor ms a step", "first tokens as ours", "runs")
@@ -47,13 +49,17 @@ RATIOS = ("ours / theirs", "at once", "tokens/s", "of turns, least and most", "p
 Turn = dict[str, Any]  # mode; of each number of requests what child.decode tells
 
 
+def is_large(name: str) -> bool:
+    return preset(name).dtype == "bfloat16"
+
+
 def measure(given: argparse.Namespace) -> Report:
     most = max(given.requests)
     size = {"max_num_seqs": most, "max_model_len": given.prompt_len + max(given.new_tokens, CHECKED_TOKENS)}
     place = Place(given, {**size, "max_num_batched_tokens": most * given.prompt_len})
-    model = models.config_of(given.preset).model
-    wide, narrow = _arms(given, place, model)
-    report, prompts = Report("rivals-decode"), models.random_ids(model, most, given.prompt_len)
+    wide, narrow = _arms(given, place)
+    prompts = models.random_ids(models.shape(given.preset, None), most, given.prompt_len)
+    report = Report("rivals-decode")
     if wide:
         _check(report, place, wide, prompts)
     turns: dict[Arm, list[Turn]] = {arm: [] for arm in (*wide, *narrow) if not arm.eager}
@@ -64,17 +70,16 @@ def measure(given: argparse.Namespace) -> Report:
     return report
 
 
-def _arms(given: argparse.Namespace, place: Place, model: ModelConfig) -> tuple[list[Arm], list[Arm]]:
+def _arms(given: argparse.Namespace, place: Place) -> tuple[list[Arm], list[Arm]]:
     """-> arms in float32, which must agree and of which vLLM is only asked that; arms of fewer bits. Presets in bf16, which are
     large, have the latter alone."""
-    low, wide = place.out / f"{given.preset}-bfloat16", list[Arm]()
-    config = model.model_validate({**model.model_dump(), "dtype": "bfloat16"})
-    if preset(given.preset).dtype == "bfloat16":
-        written(config, low)
-        master = low
+    config, wide = models.shape(given.preset, None), list[Arm]()
+    if is_large(given.preset):
+        low = master = place.out / f"{given.preset}-{config.num_hidden_layers}-random"
+        check_room(written(config, low))
     else:
-        models.checkpoint(config, low)
-        master = models.checkpoint(model, place.out / f"{given.preset}-float32")
+        low = models.checkpoint(config, place.out / f"{given.preset}-bfloat16")
+        master = models.checkpoint(models.config_of(given.preset).model, place.out / f"{given.preset}-float32")
         wide = [Arm(OURS, "float32", master), *_files(given, place, master, "float32")]
         wide += [Arm(VLLM, "float32", master, eager=True)]
     narrow = [Arm(OURS, "bfloat16", low), Arm(VLLM, "bfloat16", low)]
@@ -109,7 +114,8 @@ def _said(place: Place, arm: Arm, prompts: Sequence[Sequence[int]], gaps: bool =
 def _turn(place: Place, arm: Arm, prompts: Sequence[Sequence[int]], given: argparse.Namespace) -> Turn:
     with running(place, arm) as program:
         for num in given.requests:
-            program.ask(do="decode", prompts=prompts[:num], num_new=WARM_TOKENS)
+            short = [prompt[:WARM_PROMPT] for prompt in prompts[:num]]
+            program.ask(do="decode", prompts=short, num_new=WARM_TOKENS)
         runs = {
             str(num): program.ask(do="decode", prompts=prompts[:num], num_new=given.new_tokens)
             for num in given.requests
@@ -173,6 +179,6 @@ def _compared(
     each = [a / b for a, b in zip(*rates, strict=True)]
     cpu = [[_cpu_ms(turn, num) for turn in found] for found in (theirs, ours)]
     what, unfair = f"{pair.ours} / {pair.program} {pair.theirs}", any(turn["mode"] == "eager" for turn in theirs)
-    if given.preset in HELD and not given.quick and not unfair:
+    if pair.at_least and given.preset in HELD and not given.quick and not unfair:
         report.target(f"{num} at once, {what}: tokens/s", ratio(*rates), at_least=pair.at_least)
     return what, num, ratio(*rates), f"{min(each):.3g}, {max(each):.3g}", ratio(*cpu), NO_OPPONENT if unfair else ""

@@ -82,30 +82,40 @@ class Place:
 
 
 class Program(Child):
-    """A process that has loaded its engine, and how it says that it runs."""
+    """A process that loads its engine; `mode` is how it says that it runs."""
+
+    mode = ""
 
     def __init__(self, place: Place, arm: Arm):
-        with (place.out / f"rivals-{arm.name.replace(', ', '-')}.log").open("w") as log:
+        self.log = place.out / f"rivals-{arm.name.replace(', ', '-')}.log"
+        with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 place.command(arm), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         self.tell(**place.orders(arm))
-        self.mode: str = self.hear()["mode"]
 
     def ask(self, **order: Any) -> dict[str, Any]:
         self.tell(**order)
         return self.hear()
 
 
+def loaded(place: Place, arm: Arm) -> Program:
+    """The arm's process, ready. Where vLLM cannot compile the model it runs without. Raises Unavailable."""
+    program = Program(place, arm)
+    try:
+        program.mode = program.hear()["mode"]
+    except Unavailable:
+        program.close()
+        if arm.program != VLLM or arm.eager:
+            raise Unavailable(f"{arm.name} did not start; what it said is in {program.log}") from None
+        return loaded(place, replace(arm, eager=True))
+    return program
+
+
 @contextmanager
 def running(place: Place, arm: Arm) -> Iterator[Program]:
-    """The arm's process, ended with the block. Where vLLM cannot compile the model it runs without."""
-    try:
-        program = Program(place, arm)
-    except Unavailable:
-        if arm.program != VLLM or arm.eager:
-            raise
-        program = Program(place, replace(arm, eager=True))
+    """The arm's process, ended with the block."""
+    program = loaded(place, arm)
     try:
         yield program
     finally:
