@@ -24,7 +24,7 @@ from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.named_adapters import NamedAdapters, both
 from trinity.experts.native_layers import NativeLayers
 from trinity.experts.peers import Peers
-from trinity.experts.registry import native_kernel, resolve
+from trinity.experts.registry import resolve
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import derive, places_of
 from trinity.experts.weight_versions import WeightVersions
@@ -90,14 +90,13 @@ class ExpertShard:
         none for this shard. Harmless when repeated."""
         with self.lock:
             if self.native is None and self._is_native_possible():
-                self.native = NativeLayers(self.spec.model, native_kernel)
+                self.native = NativeLayers(self.spec.model)
                 self.versions.compute_natively(self.native)
                 self.weights.row_counts.others = self.native.take_counts
             return self.native
 
     def _is_native_possible(self) -> bool:
-        is_plain = self.spec.device == "cpu" and self.spec.dtype == torch.float32 and self.backend.name == "torch"
-        return is_plain and hasattr(native.lib, "ring_service")
+        return self.spec.device == "cpu" and self.backend.name == "torch" and hasattr(native.lib, "ring_service")
 
     @property
     def version(self) -> int:
