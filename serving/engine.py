@@ -246,6 +246,7 @@ class RayWire:
 
     def __init__(self, streams: "DeploymentHandle[Any]", engine: str | None):
         self._streams, self._engine, self._name = streams, engine, uuid4().hex
+        self._actor_name = ""
         self._actor: Any = None
 
     async def opened(self, orders: list[Order]) -> AsyncGenerator[Message, None]:
@@ -257,18 +258,16 @@ class RayWire:
                 if message is None:
                     return
                 if isinstance(message, str):
-                    message = await self._met(message)
+                    self._actor_name, message = message, []
                 yield message
         finally:
             response.cancel()
 
-    async def _met(self, actor: str) -> Message:
-        self._actor = await asyncio.to_thread(tried, partial(ray.get_actor, actor, SERVE), ValueError)
+    async def tell(self, orders: list[Order]) -> None:
+        if self._actor is None:
+            self._actor = await asyncio.to_thread(tried, partial(ray.get_actor, self._actor_name, SERVE), ValueError)
         if isinstance(self._actor, ValueError):
             raise EngineLost("its process is gone")
-        return []
-
-    async def tell(self, orders: list[Order]) -> None:
         with errors_of_replicas():
             if not await self._actor.__ray_call__.remote(heard, self._name, orders):
                 raise EngineLost("it has no such line any more")

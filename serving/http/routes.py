@@ -320,7 +320,7 @@ class Api:
 
     def __init__(self, front: Frontend):
         self._front = front
-        self._routes = [(Route(each.path, each.handler, methods=each.methods), each) for each in ROUTES]
+        self.routes = [(Route(each.path, each.handler, methods=each.methods), each) for each in ROUTES]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         response = await self._found(scope).handler(self._front, Request(scope, receive))
@@ -329,7 +329,7 @@ class Api:
     def _found(self, scope: Message) -> Endpoint:
         """The endpoint of that path and method, noted as the scope's route. Raises RouteError."""
         status = 404
-        for route, endpoint in self._routes:
+        for route, endpoint in self.routes:
             match, more = route.matches(scope)
             if match is Match.FULL:
                 scope.update(more, route=endpoint)

@@ -41,7 +41,7 @@ class Held(NamedTuple):
 
     mib: float
     num_streams: int
-    num_free_blocks: int
+    num_blocks: int  # that sequences hold
     by_process: dict[str, float]
 
 
@@ -63,9 +63,9 @@ def held(meter: Meter, url: str) -> Held:
     mib = Counter[str]()
     for samples in meter.samples.values():
         mib[samples[-1].name] += samples[-1].rss_mib
-    numbers = (_number(text, name) for name in ("vllm:num_requests_waiting", "trinity_kv_blocks_free"))
-    waiting, free = map(int, numbers)
-    return Held(mib.total(), waiting, free, dict(mib))
+    names = ("vllm:num_requests_waiting", "trinity_kv_blocks", "trinity_kv_blocks_free")
+    waiting, total, free = (int(_number(text, name)) for name in names)
+    return Held(mib.total(), waiting, total - free, dict(mib))
 
 
 def _number(text: str, name: str) -> float:
@@ -140,14 +140,13 @@ def measured(process, target: Target, num: int, of_grpc: float) -> tuple[Held, H
     with httpx.Client(base_url=target.url, timeout=600) as http:
         for _ in range(8):  # whatever is made at the first request
             _ask(http)
-        before = held(meter, target.url)
+        before = _until(lambda: held(meter, target.url), _is_idle)
         with streams(target, num, of_grpc):
             beside = _until(lambda: held(meter, target.url), lambda now: now.num_streams >= SHARE * num)
             began_s = time.perf_counter()
             _ask(http)
             asked_s = time.perf_counter() - began_s
-        idle = (0, before.num_free_blocks)
-        after = _until(lambda: held(meter, target.url), lambda now: now[1:3] == idle)
+        after = _until(lambda: held(meter, target.url), _is_idle)
     return before, beside, after, asked_s
 
 
@@ -177,6 +176,10 @@ def streams(target: Target, num: int, of_grpc: float) -> Iterator[None]:
 
 def _ask(http: httpx.Client) -> None:
     http.post(COMPLETE, json=BODY | {"stream": False, "max_tokens": 4, "priority": 0}).raise_for_status()
+
+
+def _is_idle(now: Held) -> bool:
+    return now.num_streams == now.num_blocks == 0
 
 
 def _until(look, is_so):

@@ -31,8 +31,9 @@ async def locked(start):
 
 def test_routes_of_the_app_are_those_that_declare_their_access(server):
     app = server.gateway.http.server.config.app
-    served = {(method, route.path) for route in app.routes for method in route.methods}
+    served = {(method, route.path) for route, _ in app.app.routes for method in route.methods}
     assert served == {(method, route.path) for route in ROUTES for method in route.methods}
+    assert app.access == {route.path: route.access for route in ROUTES}
     assert {route.path for route in ROUTES if route.access == "open"} == OPEN
 
 
