@@ -15,7 +15,7 @@ namespace trinity {
 namespace {
 
 constexpr int kSpins = 1000;      // some 20 us
-constexpr double kShortS = 50e-6;  // of a wait: that long, and a wake
+constexpr double kShortS = 150e-6;  // of a wait: two wakes of other cores, and what is done between
 
 void pause() {
 #if defined(__x86_64__)
