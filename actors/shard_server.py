@@ -68,7 +68,7 @@ class ShardServer:
         limits = FrameLimits(spec.model.hidden_size, spec.model.num_experts, spec.dtype)
         host = ray.util.get_node_ip_address() if plane.host == "node" else plane.host
         layers = self.shard.compute_natively() if plane.num_threads == 1 else None  # its threads compute alone
-        how = plane.num_threads, spec.device, plane.is_sealed, layers
+        how = plane.num_threads, spec.device, plane.is_sealed, layers and layers.service
         return DirectServer(self.combiner, limits, plane.secret, host, *how)
 
     def _recover(self) -> None:

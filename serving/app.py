@@ -34,7 +34,7 @@ from serving.pins import STARTING, Pins
 from serving.pool_operator import Operator
 from serving.removal import remove
 from trinity.config import NODE, Config, EngineConfig, PlacementConfig, ServeConfig, differences, setup_grpc
-from trinity.errors import ConfigError, Unavailable
+from trinity.errors import ConfigError, Unavailable, VersionGone
 from trinity.utils.origins import LOOPBACK
 from trinity.utils.trying import tried
 
@@ -137,12 +137,14 @@ def placement(placement_json: str, namespace: str) -> PlacementClient:
 
 def of_one_version(config: Config) -> Config:
     """The engines' settings, with `pinned` as the number that it is now, so that all of them, and those that come later, serve
-    the same. The version is kept until they are there."""
-    if config.serve.weights != "pinned":
+    the same. The version is kept until they are there. Raises ConfigError for one that is gone, before anything starts."""
+    if not config.serve.weights.startswith("pinned"):
         return config
-    settings = config.placement
+    settings, step = config.placement, config.serve.pinned_step
     service = placement(settings.model_dump_json(), config.cluster.namespace)
-    version = service.pin(None, STARTING, settings.ready_timeout_s)
+    version = tried(functools.partial(service.pin, step, STARTING, settings.ready_timeout_s), VersionGone)
+    if isinstance(version, VersionGone):
+        raise ConfigError(f"--weights {config.serve.weights}: {version.message}; or serve that step's checkpoint")
     return config.replace(serve={"weights": f"pinned:{version}"})
 
 

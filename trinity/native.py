@@ -59,7 +59,6 @@ def described() -> dict[str, str]:
         "extension": f"contract {lib.contract}, sources {lib.sources}",
         "instructions": lib.isa,
         "ring": "between callers and shards of this host" if has_ring else "none: this system has no futex",
-        "experts in fp32": "C++" if has_ring and lib.ring_kernel() else "compiled by numba",
     }
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from actors.dataplane.frames import BadFrame, Header, offer
 from actors.dataplane.shm import can_shrink, received_descriptor
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KIND = 3  # beside those of shared buffers
-
-
-class Layers(Protocol):
-    """Layers of a shard that C++ can compute (trinity/experts/native_layers.py)."""
-
-    service: Any
-
-    def start(self) -> None:
-        """Somebody is there who will ask for them."""
-        ...
 
 
 def is_possible() -> bool:
@@ -52,15 +42,14 @@ def agree(wire: "Wire", deadline_s: float) -> Any:
     return ring if is_taken else None
 
 
-def consider(wire: "Wire", layers: Layers | None, deadline_s: float) -> None:
-    """The shard's side: have `layers` serve the ring that is offered, or decline it. Raises BadFrame for what is none."""
+def consider(wire: "Wire", service: Any, deadline_s: float) -> None:
+    """The shard's side: have `service` serve the ring that is offered, or decline it. Raises BadFrame for what is none."""
     if wire.ring is not None:
         raise BadFrame("a connection has one ring")
     fd, taken = received_descriptor(wire.sock), 0
     try:
-        if layers is not None and is_possible():
-            wire.ring, taken = _attached(layers.service, fd), KIND
-            layers.start()
+        if service is not None and is_possible():
+            wire.ring, taken = _attached(service, fd), KIND
     finally:
         os.close(fd)
     wire.send(offer(taken), [], deadline_s)

@@ -178,11 +178,11 @@ class DirectServer:
         num_threads: int = 1,
         device: str = "cpu",
         is_sealed: bool = False,
-        layers: ring.Layers | None = None,
+        service: Any = None,
     ):
-        """`layers`: what rings are served by, if by anything."""
+        """`service`: what computes for rings (native/ring), if anything does."""
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
-        self.layers = layers
+        self.service = service
         self.device = torch.device(device)
         if is_sealed:
             check_package()
@@ -234,7 +234,7 @@ class DirectServer:
 
     def _consider(self, wire: Wire, header: Header, deadline_s: float) -> None:
         if header.request == ring.KIND:
-            return ring.consider(wire, self.layers, deadline_s)
+            return ring.consider(wire, self.service, deadline_s)
         consider(wire, header, deadline_s)
 
     def _refuse(self, wire: Wire, error: BadFrame) -> NoReturn:

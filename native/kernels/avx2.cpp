@@ -30,7 +30,7 @@ inline int32_t added(__m256i eight) {
 template <int R, class Sum, class Total>
 inline void all_added(const Sum (*sums)[kColumns], Total *out) {
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < kColumns; c++) out[4 * c + r] = added(sums[r][c]);
+    for (int c = 0; c < kColumns; c++) out[4 * r + c] = added(sums[r][c]);
 }
 
 struct FloatFormat {

@@ -50,9 +50,10 @@ inline __m512 of_row(const V *sums) {
 template <class Kind, int R, class V>
 inline __m512 added_up(const V (*sums)[kColumns]) {
   const __m512 first = of_row<Kind>(sums[0]), second = R > 1 ? of_row<Kind>(sums[R > 1 ? 1 : 0]) : first;
-  const __m512 pair = eighths<Kind>(first, second);
-  if (R < 4) return sixteenths<Kind>(pair, pair);
-  return sixteenths<Kind>(pair, eighths<Kind>(of_row<Kind>(sums[R > 2 ? 2 : 0]), of_row<Kind>(sums[R > 3 ? 3 : 0])));
+  __m512 pair = eighths<Kind>(first, second), other = pair;
+  if (R == 4) other = eighths<Kind>(of_row<Kind>(sums[R > 2 ? 2 : 0]), of_row<Kind>(sums[R > 3 ? 3 : 0]));
+  const __m512i by_row = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  return _mm512_permutexvar_ps(by_row, sixteenths<Kind>(pair, other));
 }
 
 struct FloatFormat {

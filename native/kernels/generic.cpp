@@ -16,7 +16,7 @@ inline void halves_added(const Lanes<T> (*sums)[kColumns], T *out) {
       Lanes<T> s = sums[r][c];
       for (int width = 8; width; width /= 2)
         for (int l = 0; l < width; l++) s.l[l] += s.l[l + width];
-      out[4 * c + r] = s.l[0];
+      out[4 * r + c] = s.l[0];
     }
 }
 

@@ -2,20 +2,23 @@
 // FloatFormat, BrainFormat and ByteFormat, each with
 //   X, W: elements of rows and weights; Total: what sums are; kStep: elements of a step; kRows: most rows of a tile, 1, 2 or 4;
 //   Sum zero(), Row/Weight load_x(p), load_w(p), load_x(p, left), load_w(p, left) with zeros for what is missing,
-//   add(sum, weight, row), and totals(sums[R][4], out): out[4 * column + row].
+//   add(sum, weight, row), and totals(sums[R][4], out): out[4 * row + column].
 // Everything is in an unnamed namespace: another file has the same names for other instructions.
 
 namespace trinity {
 namespace {
 
 constexpr int kBlock = 64;  // rows that pass by a tile's weights, which stay in the nearest cache
+constexpr int kFew = 32;    // rows with which reading the weights is what takes time
 
 template <class F>
-struct Four {  // weight rows, and where their products go; numbers of a weight row four times over, as totals lie
+struct Four {  // weight rows, the first one `apart` from the second and so on; the last there is again for what is missing
   const typename F::W *w[kColumns];
-  float *y[kColumns];  // of row 0; none: nowhere
-  alignas(64) float scale[16];
-  alignas(64) int32_t excess[16];
+  float *y;  // where the first one's product with row 0 goes
+  int64_t apart;
+  int num;
+  alignas(64) float scale[16];     // four times over: of each row of a tile
+  alignas(64) int32_t excess[16];  // of totals of uint8 that are int8 + 128
 };
 
 template <class F>
@@ -23,7 +26,7 @@ struct Lines {  // up to F::kRows rows
   const typename F::X *x[4];
   int64_t first;
   int num;
-  alignas(64) float scale[16];
+  alignas(64) float scale[16];  // each four times in turn
 };
 
 template <class F, int R>
@@ -57,7 +60,7 @@ inline void tile(const typename F::X *const *x, const typename F::W *const *w, i
   if constexpr (!F::kPads)  // one by one, after the others
     for (int64_t i = whole; i < k; i++)
       for (int c = 0; c < kColumns; c++)
-        for (int r = 0; r < R; r++) out[4 * c + r] = __builtin_fmaf(w[c][i], x[r][i], out[4 * c + r]);
+        for (int r = 0; r < R; r++) out[4 * r + c] = __builtin_fmaf(w[c][i], x[r][i], out[4 * r + c]);
 }
 
 template <class F>
@@ -72,14 +75,17 @@ inline void finish(const int32_t *total, const Four<F> &four, const Lines<F> &li
 
 template <class F, int R>
 inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, int64_t y_step) {
-  alignas(64) typename F::Total total[16];
+  alignas(64) typename F::Total total[16] = {};
   alignas(64) float out[16];
   tile<F, R>(lines.x, four.w, k, total);
   finish(total, four, lines, out);
-  for (int c = 0; c < kColumns; c++)
-    if (float *y = four.y[c])
+  float *y = four.y + lines.first * y_step;
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) y[(lines.first + r) * y_step] = out[4 * c + r];
+  for (int r = 0; r < R; r++, y += y_step) {
+    if (four.num == kColumns && four.apart == 1) __builtin_memcpy(y, out + 4 * r, 4 * sizeof *y);
+    else
+      for (int c = 0; c < four.num; c++) y[c * four.apart] = out[4 * r + c];
+  }
 }
 
 // Rows [first, last), at most kBlock, in groups of what a tile takes -> their number.
@@ -94,38 +100,46 @@ inline int lines_of(const Rows &rows, int64_t k, int64_t first, int64_t last, Li
     for (int r = 0; r < some.num; r++) {
       const int64_t at = rows.at ? rows.at[a + r] : a + r;
       some.x[r] = static_cast<const typename F::X *>(rows.values) + at * k;
-      for (int c = 0; c < kColumns && rows.scale; c++) some.scale[4 * c + r] = rows.scale[at];
+      for (int c = 0; c < kColumns; c++) some.scale[4 * r + c] = rows.scale ? rows.scale[at] : 1.0f;
     }
   }
   return num;
 }
 
-// Weight row `n` of an expert as number `c` of four; one that there is not is another's, whose product goes nowhere.
+// Four weight rows of an expert for `num` rows: side by side, so that what they give is, too; with few rows a quarter of the
+// matrix apart, because memory is read two to three times as fast in four streams. Row 0's products with them go to y.
 template <class F>
-inline void take(Four<F> *four, int c, const Matrices &m, int64_t expert, int64_t n, float *y) {
-  const int64_t at = expert * m.n + (n < m.n ? n : m.n - 1);
-  four->w[c] = static_cast<const typename F::W *>(m.values) + at * m.k;
-  four->y[c] = n < m.n ? y + n : nullptr;
-  for (int r = 0; r < 4 && m.scale; r++) {
-    four->scale[4 * c + r] = m.scale[at];
-    four->excess[4 * c + r] = 128 * m.total[at];
+inline Four<F> four_of(const Matrices &m, int64_t expert, int64_t tile, int64_t num, float *y) {
+  const int64_t apart = num > kFew ? 1 : quarter_of(m.n), n = num > kFew ? kColumns * tile : tile;
+  Four<F> four;
+  four.y = y + n;
+  four.apart = apart;
+  four.num = 1;
+  for (int c = 0; c < kColumns; c++) {
+    if (c && n + c * apart < m.n) four.num = c + 1;
+    const int64_t at = expert * m.n + n + (four.num - 1) * apart;
+    four.w[c] = static_cast<const typename F::W *>(m.values) + at * m.k;
+    for (int r = 0; r < 4; r++) {
+      four.scale[4 * r + c] = m.scale ? m.scale[at] : 1.0f;
+      four.excess[4 * r + c] = m.total ? 128 * m.total[at] : 0;
+    }
   }
+  return four;
 }
 
-// Rows [lo, hi) by tiles [c0, c1): `fours(c, &four)` has the weight rows of tile c.
-template <class F, class Fours>
-inline void products(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_t c0, int64_t c1, int64_t y_step, Fours fours) {
+// Rows [lo, hi) by some tiles: `four_at(i)` has the weight rows of the i-th.
+template <class F, class FourAt>
+inline void products(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_t num_tiles, int64_t y_step, FourAt four_at) {
   typename F::Mode mode;
   Lines<F> lines[kBlock];
   for (int64_t first = lo; first < hi; first += kBlock) {
     const int num = lines_of<F>(rows, k, first, first + kBlock < hi ? first + kBlock : hi, lines);
-    for (int64_t c = c0; c < c1; c++) {
-      Four<F> four;
-      fours(c, &four);
-      for (int i = 0; i < num; i++) {
-        if (lines[i].num == F::kRows) put<F, F::kRows>(lines[i], four, k, y_step);
-        else if (lines[i].num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines[i], four, k, y_step);
-        else put<F, 1>(lines[i], four, k, y_step);
+    for (int64_t i = 0; i < num_tiles; i++) {
+      const Four<F> four = four_at(i);
+      for (int l = 0; l < num; l++) {
+        if (lines[l].num == F::kRows) put<F, F::kRows>(lines[l], four, k, y_step);
+        else if (lines[l].num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines[l], four, k, y_step);
+        else put<F, 1>(lines[l], four, k, y_step);
       }
     }
   }
@@ -133,13 +147,18 @@ inline void products(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_
 
 template <class F>
 void multiply_as(const Product &p, int64_t first, int64_t last) {
-  const int64_t quarter = quarter_of(p.w.n), tiles = panel_of(p.format, p.w.k), panels = (quarter + tiles - 1) / tiles;
+  const int64_t all = quarter_of(p.w.n), tiles = panel_of(p.format, p.w.k), panels = (all + tiles - 1) / tiles;
   for (int64_t u = first; u < last; u++) {
-    const int64_t e = u / panels, c0 = u % panels * tiles, c1 = c0 + tiles < quarter ? c0 + tiles : quarter;
-    products<F>(p.x, p.w.k, e ? p.end[e - 1] : 0, p.end[e], c0, c1, p.y_step, [&](int64_t c, Four<F> *four) {
-      for (int j = 0; j < kColumns; j++) take(four, j, p.w, e, c + j * quarter, p.y);
-    });
+    const int64_t e = u / panels, from = u % panels * tiles, num = tiles < all - from ? tiles : all - from;
+    const int64_t lo = e ? p.end[e - 1] : 0, hi = p.end[e];
+    products<F>(p.x, p.w.k, lo, hi, num, p.y_step, [&](int64_t i) { return four_of<F>(p.w, e, from + i, hi - lo, p.y); });
   }
+}
+
+// Rows [lo, hi) by all of an expert's matrix, the first one's products to y.
+template <class F>
+inline void project(const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, float *y) {
+  products<F>(rows, w.k, lo, hi, quarter_of(w.n), w.n, [&](int64_t i) { return four_of<F>(w, e, i, hi - lo, y - lo * w.n); });
 }
 
 // elementwise.exp of trinity/ops/batch_invariant, which has the reasons.
@@ -201,26 +220,19 @@ inline int64_t whole_lines(int64_t num_bytes) { return (num_bytes + 63) / 64 * 6
 
 template <class F>
 void unit_of(const FeedForward &l, int64_t e, int64_t lo, int64_t hi) {
-  const int64_t num = hi - lo, f = l.gate.n, half = (f + 1) / 2, quarter = quarter_of(l.down.n);
-  const int64_t size = whole_lines(num * f * 4);
+  const int64_t num = hi - lo, f = l.gate.n, size = whole_lines(num * f * 4);
   char *memory = static_cast<char *>(scratch(3 * size + whole_lines(num * 4)));
   float *hidden = reinterpret_cast<float *>(memory), *other = reinterpret_cast<float *>(memory + size);
   float *scale = reinterpret_cast<float *>(memory + 3 * size);
-  products<F>(l.x, l.gate.k, lo, hi, 0, half, f, [&](int64_t c, Four<F> *four) {
-    for (int j = 0; j < 2; j++) {
-      take(four, j, l.gate, e, c + j * half, hidden - lo * f);
-      take(four, 2 + j, l.up, e, c + j * half, other - lo * f);
-    }
-  });
+  project<F>(l.x, l.gate, e, lo, hi, hidden);
+  project<F>(l.x, l.up, e, lo, hi, other);
   for (int64_t r = 0; r < num; r++) gate_by<F>(hidden + r * f, other + r * f, l.weight ? l.weight[lo + r] : 1.0f, f);
   Rows rows = {hidden, nullptr, nullptr};
   if (l.format != kFloat32) {
     rows = {memory + 2 * size, l.format == kInt8 ? scale : nullptr, nullptr};
     round_rows_here(l.format, hidden, num, f, memory + 2 * size, scale);
   }
-  products<F>(rows, f, 0, num, 0, quarter, l.down.n, [&](int64_t c, Four<F> *four) {
-    for (int j = 0; j < kColumns; j++) take(four, j, l.down, e, c + j * quarter, l.y + lo * l.down.n);
-  });
+  project<F>(rows, l.down, e, 0, num, l.y + lo * l.down.n);
 }
 
 void multiply_here(const Product &p, int64_t first, int64_t last) {

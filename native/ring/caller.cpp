@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bfloat16.h"
+
 namespace trinity {
 
 namespace {
@@ -12,9 +14,9 @@ constexpr double kTickS = 0.05;  // until a look at the clock, and whether the p
 constexpr int32_t kNobody = -1;
 
 // trinity/dispatch/exchange.py:replica_hash
-int64_t hash_of(const float* row) {
-  uint32_t bits;
-  std::memcpy(&bits, row, 4);
+int64_t hash_of(const char* row, uint32_t format) {
+  uint32_t bits = 0;  // of the first number, as float32
+  std::memcpy(reinterpret_cast<char*>(&bits) + 4 - bytes_of(format), row, bytes_of(format));
   return static_cast<int64_t>((uint64_t{bits} * 0x9E3779B97F4A7C15u) >> 33);
 }
 
@@ -60,8 +62,8 @@ Code Ring::wait(int slot, double until_s) {
 }
 
 Failure Pending::begin(const Batch& batch) {
-  num_tokens_ = batch.num_tokens, dim_ = batch.dim, top_k_ = batch.top_k;
-  if (num_tokens_ <= 0 || dim_ <= 0 || top_k_ <= 0 || top_k_ > kMostSlotsOfRow) return {kBadFrame, 0};
+  num_tokens_ = batch.num_tokens, dim_ = batch.dim, top_k_ = batch.top_k, format_ = batch.format;
+  if (num_tokens_ <= 0 || dim_ <= 0 || top_k_ <= 0 || top_k_ > kMostSlotsOfRow || format_ > kRowsBf16) return {kBadFrame, 0};
   if (num_tokens_ > int64_t{kBoxBytes} || dim_ > int64_t{kBoxBytes}) return {kTooLarge, 0};
   Failure failure = route(batch);
   if (failure.code == kDone) failure = reserve();
@@ -100,7 +102,7 @@ Failure Pending::route(const Batch& batch) {
 
 int32_t Pending::shard_of(const Batch& batch, int64_t token, int64_t id) const {
   if (id < 0) return kNobody;
-  const int64_t turn = plan_->is_replicated ? hash_of(batch.x + token * dim_) % plan_->num_replicas[id] : 0;
+  const int64_t turn = plan_->is_replicated ? hash_of(batch.x + token * dim_ * bytes_of(format_), format_) % plan_->num_replicas[id] : 0;
   return plan_->shard[id * plan_->most_replicas() + turn];
 }
 
@@ -109,7 +111,7 @@ Failure Pending::reserve() {
   for (const Part& part : parts_) {
     const RingPtr& ring = plan_->rings[part.shard];
     if (!ring || !ring->ok()) return {kNoRing, part.shard};
-    if (Places(part.num_rows, dim_, top_k_).end > kBoxBytes) return {kTooLarge, part.shard};
+    if (places_of(part).end > kBoxBytes) return {kTooLarge, part.shard};
   }
   for (Part& part : parts_)
     if ((part.slot = plan_->rings[part.shard]->lend()) < 0) return {kNoBox, part.shard};
@@ -118,11 +120,12 @@ Failure Pending::reserve() {
 
 void Pending::post(const Batch& batch, const Part& part) {
   Ring& ring = *plan_->rings[part.shard];
-  const Places places(part.num_rows, dim_, top_k_);
+  const Places places = places_of(part);
+  const size_t row_bytes = bytes_of(format_) * dim_;
   char* box = ring.box(part.slot);
   int64_t* ids = reinterpret_cast<int64_t*>(box);
   float* weights = reinterpret_cast<float*>(box + places.weights);
-  float* rows = reinterpret_cast<float*>(box + places.rows);
+  char* rows = box + places.rows;
   for (int64_t r = 0; r < part.num_rows; ++r) {
     const int64_t t = part.tokens.empty() ? r : part.tokens[r];
     for (int64_t k = 0; k < top_k_; ++k) {
@@ -131,39 +134,58 @@ void Pending::post(const Batch& batch, const Part& part) {
       ids[r * top_k_ + k] = is_theirs ? batch.ids[i] : kNobody;
       weights[r * top_k_ + k] = batch.weights[i];
     }
-    if (!part.tokens.empty()) std::memcpy(rows + r * dim_, batch.x + t * dim_, 4 * dim_);
+    if (!part.tokens.empty()) std::memcpy(rows + r * row_bytes, batch.x + t * row_bytes, row_bytes);
   }
-  if (part.tokens.empty()) std::memcpy(rows, batch.x, 4 * num_tokens_ * dim_);
+  if (part.tokens.empty()) std::memcpy(rows, batch.x, num_tokens_ * row_bytes);
   Head head = {0, batch.version, batch.priority, batch.until_s - now_s(), batch.layer, static_cast<uint32_t>(part.num_rows),
-               static_cast<uint32_t>(dim_), static_cast<uint32_t>(top_k_)};
+               static_cast<uint32_t>(dim_), static_cast<uint32_t>(top_k_), format_, 0};
   ring.post(part.slot, head);
 }
 
-Failure Pending::finish(float* y, double until_s) {
+Failure Pending::finish(char* y, double until_s) {
   for (const Part& part : parts_) {
     const Code code = plan_->rings[part.shard]->wait(part.slot, until_s);
     if (code != kDone) return abandon(), Failure{code, part.shard};
   }
   const size_t num = static_cast<size_t>(num_tokens_ * dim_);
   if (parts_.size() == 1 && parts_[0].tokens.empty()) {
-    std::memcpy(y, rows_of(parts_[0]), 4 * num);
+    std::memcpy(y, rows_of(parts_[0]), bytes_of(format_) * num);
+  } else if (format_ == kRowsF32) {
+    add_up(reinterpret_cast<float*>(y));
   } else {
-    std::memset(y, 0, 4 * num);
-    for (const Part& part : parts_) {
-      const float* rows = rows_of(part);
-      for (int64_t r = 0; r < part.num_rows; ++r) {
-        float* to = y + (part.tokens.empty() ? r : part.tokens[r]) * dim_;
-        for (int64_t d = 0; d < dim_; ++d) to[d] += rows[r * dim_ + d];
-      }
-    }
+    std::vector<float> sum(num);
+    add_up(sum.data());
+    for (size_t i = 0; i < num; ++i) reinterpret_cast<uint16_t*>(y)[i] = rounded(sum[i]);
   }
   abandon();
   return {kDone, 0};
 }
 
-const float* Pending::rows_of(const Part& part) const {
-  const Places places(part.num_rows, dim_, top_k_);
-  return reinterpret_cast<const float*>(plan_->rings[part.shard]->box(part.slot) + places.answer);
+// Sums over shards in the order of the table.
+void Pending::add_up(float* y) const {
+  std::memset(y, 0, 4 * num_tokens_ * dim_);
+  if (format_ == kRowsF32)
+    each_row([&](int64_t token, const char* row) {
+      const float* from = reinterpret_cast<const float*>(row);
+      for (int64_t d = 0; d < dim_; ++d) y[token * dim_ + d] += from[d];
+    });
+  else
+    each_row([&](int64_t token, const char* row) {
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(row);
+      for (int64_t d = 0; d < dim_; ++d) y[token * dim_ + d] += widened(from[d]);
+    });
+}
+
+template <class F>
+void Pending::each_row(F add) const {
+  for (const Part& part : parts_) {
+    const char* rows = rows_of(part);
+    for (int64_t r = 0; r < part.num_rows; ++r) add(part.tokens.empty() ? r : part.tokens[r], rows + r * dim_ * bytes_of(format_));
+  }
+}
+
+const char* Pending::rows_of(const Part& part) const {
+  return plan_->rings[part.shard]->box(part.slot) + places_of(part).answer;
 }
 
 void Pending::abandon() {

@@ -48,7 +48,8 @@ struct Batch {
   int32_t layer;
   int64_t version, priority;
   double until_s;
-  const float* x;      // [T, D]
+  uint32_t format;
+  const char* x;       // [T, D]
   const int64_t* ids;  // [T, K]; -1: nobody's
   const float* weights;  // [T, K]
   int64_t num_tokens, dim, top_k;
@@ -64,7 +65,7 @@ class Pending {  // rows on their way
   explicit Pending(std::shared_ptr<const Plan> plan) : plan_(std::move(plan)) {}
   ~Pending() { abandon(); }
   Failure begin(const Batch& batch);
-  Failure finish(float* y, double until_s);  // y [T, D]
+  Failure finish(char* y, double until_s);  // y [T, D]
   void abandon();
 
  private:
@@ -77,12 +78,17 @@ class Pending {  // rows on their way
   int32_t shard_of(const Batch& batch, int64_t token, int64_t id) const;
   Failure reserve();
   void post(const Batch& batch, const Part& part);
-  const float* rows_of(const Part& part) const;
+  const char* rows_of(const Part& part) const;
+  Places places_of(const Part& part) const { return Places(part.num_rows, dim_, top_k_, format_); }
+  void add_up(float* y) const;
+  template <class F>
+  void each_row(F add) const;
 
   std::shared_ptr<const Plan> plan_;
   std::vector<Part> parts_;
   std::vector<int32_t> shard_of_slot_;  // [T, K]
   int64_t num_tokens_ = 0, dim_ = 0, top_k_ = 0;
+  uint32_t format_ = kRowsF32;
 };
 
 }  // namespace trinity

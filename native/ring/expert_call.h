@@ -1,7 +1,7 @@
 // One layer's experts for some rows: what a service thread asks of a kernel, and the one type that a kernel is known by.
 //
 // Legend: R rows, A assignments (row, expert) in the order of their experts, E experts of the layer on this shard, D model,
-// F expert hidden. All fields have eight bytes, so that a kernel compiled by numba can read them as integers.
+// F expert hidden. The rows of y are rounded once, by who adds them up.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ namespace trinity {
 
 struct ExpertCall {
   int64_t num_rows, num_assigned, num_experts, dim, hidden;
-  const float* x;         // [R, D]
+  const void* x;          // [R, D], float32 or the bits of bfloat16, as the stacks are
   const int64_t* row;     // [A]
   const int64_t* end;     // [E]: assignments of expert e are end[e - 1] <= a < end[e], of the first from 0 on
   const float* weight;    // [A]: hidden rows are multiplied by it

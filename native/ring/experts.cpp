@@ -1,6 +1,5 @@
 #include "experts.h"
 
-#if __has_include("kernels/kernels.h")
 #include <algorithm>
 #include <vector>
 
@@ -12,6 +11,7 @@ namespace {
 
 constexpr int64_t kMostRows = 64;  // of a unit, as in trinity/ops/batch_invariant/fused_mlp.py
 
+template <Format format>
 void compute(const ExpertCall* call) {
   thread_local std::vector<int64_t> expert, begin, end;
   expert.clear(), begin.clear(), end.clear();
@@ -21,7 +21,7 @@ void compute(const ExpertCall* call) {
       end.push_back(std::min(first + kMostRows, call->end[e]));
     }
   FeedForward layer = {};
-  layer.format = kFloat32;
+  layer.format = format;
   layer.x = {call->x, nullptr, call->row};
   layer.gate = {call->stacks[0], nullptr, nullptr, call->hidden, call->dim};
   layer.up = {call->stacks[1], nullptr, nullptr, call->hidden, call->dim};
@@ -33,11 +33,7 @@ void compute(const ExpertCall* call) {
 
 }  // namespace
 
-ExpertKernel experts_f32() { return compute; }
+// The formats of kernels.h and of layout.h have the same numbers.
+ExpertKernel experts_in(uint32_t format) { return format == kFloat32 ? compute<kFloat32> : format == kBfloat16 ? compute<kBfloat16> : nullptr; }
 
 }  // namespace trinity
-#else
-namespace trinity {
-ExpertKernel experts_f32() { return nullptr; }
-}  // namespace trinity
-#endif

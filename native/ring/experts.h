@@ -4,7 +4,7 @@
 
 namespace trinity {
 
-// Experts in fp32, in the order of gate, up and down; null where the extension has no such kernel.
-ExpertKernel experts_f32();
+// Experts whose stacks are gate, up and down in that format of layout.h; null where there is none.
+ExpertKernel experts_in(uint32_t format);
 
 }  // namespace trinity

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "bell.h"
+#include "bfloat16.h"
 
 namespace trinity {
 
@@ -65,7 +66,8 @@ void Lane::compute(std::vector<Job*> group) {
 
 // Takes in a job's slots as assignments of rows from `first_row` on; none of them unless the job is right.
 Code Lane::assign(const Job& job, const Layer& layer, int64_t first_row) {
-  if (static_cast<int64_t>(job.head.dim) != layer.dim || job.head.num_slots > layer.position.size()) return kBadFrame;
+  if (static_cast<int64_t>(job.head.dim) != layer.dim || job.head.format != layer.format) return kBadFrame;
+  if (job.head.num_slots > layer.position.size()) return kBadFrame;
   if (now_s() > job.until_s) return kLate;
   const size_t before = row_.size(), num = size_t{job.head.num_rows} * job.head.num_slots;
   Code code = kDone;
@@ -101,18 +103,17 @@ void Lane::sort(const Layer& layer) {
   }
 }
 
-// A row's answer: zero, to which its experts' rows are added in their order.
 void Lane::multiply(const std::vector<Job*>& group, const Layer& layer, int64_t num_rows) {
-  const size_t dim = layer.dim;
+  const size_t dim = layer.dim, row_bytes = bytes_of(layer.format) * dim;
   if (!layer.kernel) {
-    for (const Job* job : group) std::memcpy(job->y, job->x, 4 * job->head.num_rows * dim);
+    for (const Job* job : group) std::memcpy(job->y, job->x, job->head.num_rows * row_bytes);
     return;
   }
-  const float* x = group[0]->x;
+  const char* x = group[0]->x;
   if (group.size() > 1) {
-    x_.resize(num_rows * dim);
-    float* to = x_.data();
-    for (const Job* job : group) to = std::copy(job->x, job->x + job->head.num_rows * dim, to);
+    x_.resize(num_rows * row_bytes);
+    char* to = x_.data();
+    for (const Job* job : group) to = std::copy(job->x, job->x + job->head.num_rows * row_bytes, to);
     x = x_.data();
   }
   y_.resize(row_.size() * dim);
@@ -120,15 +121,34 @@ void Lane::multiply(const std::vector<Job*>& group, const Layer& layer, int64_t 
                      x, sorted_row_.data(), end_.data(), sorted_weight_.data(), {}, y_.data()};
   std::copy(layer.stacks, layer.stacks + 6, call.stacks);
   if (call.num_assigned) layer.kernel(&call);
-  std::vector<float*> y_of_row(num_rows);
-  size_t row = 0;
+  layer.format == kRowsF32 ? add_up(group, dim) : add_up_rounded(group, dim, num_rows);
+}
+
+// A row's answer: zero, to which its experts' rows are added in their order.
+void Lane::add_up(const std::vector<Job*>& group, size_t dim) {
+  std::vector<float*> y_of_row;
   for (const Job* job : group)
-    for (size_t r = 0; r < job->head.num_rows; ++r) y_of_row[row++] = job->y + r * dim;
+    for (size_t r = 0; r < job->head.num_rows; ++r) y_of_row.push_back(reinterpret_cast<float*>(job->y) + r * dim);
   for (float* y : y_of_row) std::memset(y, 0, 4 * dim);
   for (size_t a = 0; a < row_.size(); ++a) {
     float* y = y_of_row[sorted_row_[a]];
     const float* part = y_.data() + a * dim;
     for (size_t d = 0; d < dim; ++d) y[d] += part[d];
+  }
+}
+
+// The same in bfloat16: each expert's row is rounded, and so is the sum.
+void Lane::add_up_rounded(const std::vector<Job*>& group, size_t dim, int64_t num_rows) {
+  sum_.assign(num_rows * dim, 0.0f);
+  for (size_t a = 0; a < row_.size(); ++a) {
+    float* sum = sum_.data() + sorted_row_[a] * dim;
+    const float* part = y_.data() + a * dim;
+    for (size_t d = 0; d < dim; ++d) sum[d] += widened(rounded(part[d]));
+  }
+  const float* sum = sum_.data();
+  for (const Job* job : group) {
+    uint16_t* y = reinterpret_cast<uint16_t*>(job->y);
+    for (size_t i = 0; i < job->head.num_rows * dim; ++i) y[i] = rounded(*sum++);
   }
 }
 

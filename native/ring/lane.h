@@ -18,8 +18,8 @@ struct Job {
   double until_s;
   const volatile int64_t* ids;  // [R, K]
   const float* weights;         // [R, K]
-  const float* x;               // [R, D]
-  float* y;                     // [R, D]
+  const char* x;                // [R, D]
+  char* y;                      // [R, D]
   void (*answer)(Job&, Code);   // tells the peer; may be called on another thread than that which waits here
   void* owner;
   bool is_done = false;
@@ -36,6 +36,8 @@ class Lane {
   Code assign(const Job& job, const Layer& layer, int64_t first_row);
   void sort(const Layer& layer);
   void multiply(const std::vector<Job*>& group, const Layer& layer, int64_t num_rows);
+  void add_up(const std::vector<Job*>& group, size_t dim);
+  void add_up_rounded(const std::vector<Job*>& group, size_t dim, int64_t num_rows);
 
   Registry& registry_;
   std::mutex guard_, computing_;
@@ -43,7 +45,8 @@ class Lane {
   // Used by whoever has `computing_`.
   std::vector<int64_t> row_, end_, sorted_row_, counts_;
   std::vector<int32_t> expert_;
-  std::vector<float> weight_, sorted_weight_, x_, y_;
+  std::vector<float> weight_, sorted_weight_, y_, sum_;
+  std::vector<char> x_;
 };
 
 }  // namespace trinity

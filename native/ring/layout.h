@@ -1,7 +1,7 @@
 // Memory of a ring: what both ends of a connection see. The caller makes it and fills it in, the shard checks all that it reads.
 //
 // Legend: T tokens, R rows, D model, K slots of a row.
-// A caller puts a request into a slot's box: ids [R, K] int64, weights [R, K] float32, rows [R, D] float32, each from a multiple of
+// A caller puts a request into a slot's box: ids [R, K] int64, weights [R, K] float32, rows [R, D] of a format, each from a multiple of
 // 64 bytes on; the answer's rows [R, D] come behind them. Then it counts `asked` of the slot up and rings; the shard sets
 // `answered` to that number when the answer is there. Decisions: only these words say what is where, and each side believes its
 // own copy of them; a slot is free for the caller when `answered` is what it asked last, so that an answer which nobody waits
@@ -13,10 +13,14 @@
 
 namespace trinity {
 
-constexpr uint32_t kMagic = 0x31475254;  // "TRG1": another layout is another number
+constexpr uint32_t kMagic = 0x32475254;  // "TRG2": another layout is another number
 constexpr int kNumSlots = 4;
 constexpr uint64_t kBoxBytes = 4u << 20;
 constexpr uint32_t kMostSlotsOfRow = 64;
+
+enum RowFormat : uint32_t { kRowsF32 = 0, kRowsBf16 = 1 };  // of rows
+
+constexpr uint64_t bytes_of(uint32_t format) { return format == kRowsF32 ? 4 : 2; }
 
 enum Code : uint32_t {  // why there is no answer; anything but kDone is then asked again over the socket
   kDone = 0,
@@ -34,7 +38,7 @@ struct Head {
   int64_t version, priority;
   double left_s;  // until nobody waits for the answer, when it was asked: clocks of two processes need not agree
   int32_t layer;
-  uint32_t num_rows, dim, num_slots;
+  uint32_t num_rows, dim, num_slots, format, unused;
 };
 
 struct Answer {
@@ -72,11 +76,11 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free, "both processes must s
 struct Places {
   uint64_t weights, rows, answer, end;
 
-  Places(uint64_t num_rows, uint64_t dim, uint64_t num_slots)
+  Places(uint64_t num_rows, uint64_t dim, uint64_t num_slots, uint32_t format)
       : weights(up(8 * num_rows * num_slots)),
         rows(weights + up(4 * num_rows * num_slots)),
-        answer(rows + up(4 * num_rows * dim)),
-        end(answer + up(4 * num_rows * dim)) {}
+        answer(rows + up(bytes_of(format) * num_rows * dim)),
+        end(answer + up(bytes_of(format) * num_rows * dim)) {}
 
  private:
   static uint64_t up(uint64_t bytes) { return (bytes + 63) & ~uint64_t{63}; }

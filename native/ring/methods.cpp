@@ -10,6 +10,8 @@ using namespace trinity;
 
 namespace {
 
+constexpr long long kFewTokens = 64;
+
 using ServicePtr = std::shared_ptr<Service>;
 using PlanPtr = std::shared_ptr<Plan>;
 
@@ -81,15 +83,16 @@ PyObject* ring_detach(PyObject*, PyObject* arg) {
   Py_RETURN_NONE;
 }
 
-// (layer, version, dim, hidden, kernel, address of ids [E], E, X, addresses of the stacks) -> layer
+// (layer, version, format, dim, hidden, kernel, address of ids [E], E, X, addresses of the stacks) -> layer
 PyObject* ring_layer(PyObject*, PyObject* args) {
-  int layer;
+  int layer, format;
   long long version, dim, hidden, num_experts, num_all;
   unsigned long long kernel, ids, stacks[6] = {};
-  if (!PyArg_ParseTuple(args, "iLLLKKLL|KKKKKK", &layer, &version, &dim, &hidden, &kernel, &ids, &num_experts, &num_all, stacks,
+  if (!PyArg_ParseTuple(args, "iLiLLKKLL|KKKKKK", &layer, &version, &format, &dim, &hidden, &kernel, &ids, &num_experts, &num_all, stacks,
                         stacks + 1, stacks + 2, stacks + 3, stacks + 4, stacks + 5))
     return nullptr;
   auto made = std::make_shared<Layer>();
+  made->format = static_cast<uint32_t>(format);
   made->layer = layer, made->version = version, made->dim = dim, made->hidden = hidden;
   made->kernel = reinterpret_cast<ExpertKernel>(kernel);
   const int64_t* first = reinterpret_cast<const int64_t*>(ids);
@@ -104,7 +107,11 @@ PyObject* ring_layer(PyObject*, PyObject* args) {
   return capsule(new LayerPtr(std::move(made)));
 }
 
-PyObject* ring_kernel(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(reinterpret_cast<uintptr_t>(experts_f32())); }
+PyObject* ring_kernel(PyObject*, PyObject* arg) {
+  const unsigned long format = PyLong_AsUnsignedLong(arg);
+  if (PyErr_Occurred()) return nullptr;
+  return PyLong_FromUnsignedLongLong(reinterpret_cast<uintptr_t>(experts_in(static_cast<uint32_t>(format))));
+}
 
 PyObject* ring_bytes(PyObject*, PyObject*) { return PyLong_FromLong(static_cast<long>(kRingBytes)); }
 
@@ -170,21 +177,27 @@ PyObject* ring_plan(PyObject*, PyObject* args) {
 
 PyObject* failed(Failure failure) { return PyLong_FromLong(static_cast<long>(failure.code) | static_cast<long>(failure.shard) << 8); }
 
-// (plan, layer, version, priority, until_s, x, ids, weights, T, D, K) -> pending, or code + 256 * shard
+// (plan, layer, version, priority, until_s, format, x, ids, weights, T, D, K) -> pending, or code + 256 * shard
 PyObject* ring_begin(PyObject*, PyObject* args) {
   PyObject* of;
-  int layer;
+  int layer, format;
   long long version, priority, num_tokens, dim, top_k;
   double until_s;
   unsigned long long x, ids, weights;
-  if (!PyArg_ParseTuple(args, "OiLLdKKKLLL", &of, &layer, &version, &priority, &until_s, &x, &ids, &weights, &num_tokens, &dim, &top_k))
+  if (!PyArg_ParseTuple(args, "OiLLdiKKKLLL", &of, &layer, &version, &priority, &until_s, &format, &x, &ids, &weights, &num_tokens, &dim, &top_k))
     return nullptr;
   PlanPtr* plan = inside<PlanPtr>(of);
   if (!plan) return nullptr;
   auto pending = std::make_unique<Pending>(*plan);
-  const Batch batch = {layer, version, priority, until_s, reinterpret_cast<const float*>(x), reinterpret_cast<const int64_t*>(ids),
+  const Batch batch = {layer, version, priority, until_s, static_cast<uint32_t>(format), reinterpret_cast<const char*>(x), reinterpret_cast<const int64_t*>(ids),
                        reinterpret_cast<const float*>(weights), num_tokens, dim, top_k};
-  const Failure failure = pending->begin(batch);  // with the lock: some microseconds
+  Failure failure;
+  if (num_tokens < kFewTokens) {  // some microseconds
+    failure = pending->begin(batch);
+  } else {
+    Py_BEGIN_ALLOW_THREADS failure = pending->begin(batch);
+    Py_END_ALLOW_THREADS
+  }
   return failure.code == kDone ? capsule(pending.release()) : failed(failure);
 }
 
@@ -197,7 +210,7 @@ PyObject* ring_finish(PyObject*, PyObject* args) {
   Pending* pending = inside<Pending>(of);
   if (!pending) return nullptr;
   Failure failure;
-  Py_BEGIN_ALLOW_THREADS failure = pending->finish(reinterpret_cast<float*>(y), until_s);
+  Py_BEGIN_ALLOW_THREADS failure = pending->finish(reinterpret_cast<char*>(y), until_s);
   Py_END_ALLOW_THREADS
   return failed(failure);
 }
@@ -206,7 +219,7 @@ PyObject* ring_finish(PyObject*, PyObject* args) {
 
 extern PyMethodDef ring_methods[];
 PyMethodDef ring_methods[] = {
-    {"ring_kernel", ring_kernel, METH_NOARGS, "-> address of what computes experts in fp32, 0 where that is not compiled in"},
+    {"ring_kernel", ring_kernel, METH_O, "format -> address of what computes experts in it, 0 where there is none"},
     {"ring_bytes", ring_bytes, METH_NOARGS, "-> the size of a ring's memory"},
     {"ring_open", ring_open, METH_VARARGS, "(fd, socket) -> a caller's ring, or None"},
     {"ring_close", ring_close, METH_O, "a ring -> None: its connection is gone"},

@@ -20,6 +20,7 @@ constexpr int32_t kNotHeld = -2;  // in the place of an expert's position
 
 struct Layer {
   int32_t layer;
+  uint32_t format;
   int64_t version, dim, hidden;
   std::vector<int64_t> experts;    // [E], numbered as in the checkpoint
   std::vector<int32_t> position;   // [X]: where in the stacks, or kNotHeld

@@ -17,8 +17,8 @@ struct Asked {
 
 bool is_sound(const Head& head) {
   if (head.num_rows == 0 || head.dim == 0 || head.num_slots == 0 || head.num_slots > kMostSlotsOfRow) return false;
-  if (head.num_rows > kBoxBytes || head.dim > kBoxBytes || !std::isfinite(head.left_s)) return false;
-  return Places(head.num_rows, head.dim, head.num_slots).end <= kBoxBytes;
+  if (head.format > kRowsBf16 || head.num_rows > kBoxBytes || head.dim > kBoxBytes || !std::isfinite(head.left_s)) return false;
+  return Places(head.num_rows, head.dim, head.num_slots, head.format).end <= kBoxBytes;
 }
 
 }  // namespace
@@ -63,15 +63,15 @@ bool Attachment::take_all() {
 void Attachment::take(int slot, uint32_t number) {
   const Head head = read_once(ring_.control().slots[slot].head);
   if (!is_sound(head) || static_cast<uint32_t>(head.number) != number) return answer(slot, number, kBadFrame);
-  const Places places(head.num_rows, head.dim, head.num_slots);
+  const Places places(head.num_rows, head.dim, head.num_slots, head.format);
   char* box = ring_.box(slot);
   Asked asked = {this, slot, number};
   Job job = {head,
              now_s() + head.left_s,
              reinterpret_cast<const volatile int64_t*>(box),
              reinterpret_cast<const float*>(box + places.weights),
-             reinterpret_cast<const float*>(box + places.rows),
-             reinterpret_cast<float*>(box + places.answer),
+             box + places.rows,
+             box + places.answer,
              [](Job& done, Code code) {
                const Asked* of = static_cast<Asked*>(done.owner);
                of->attachment->answer(of->slot, of->number, code);

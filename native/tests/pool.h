@@ -31,7 +31,7 @@ inline void scale(const ExpertCall* call) {
   for (int64_t e = 0, a = 0; e < call->num_experts; ++e)
     for (; a < call->end[e]; ++a)
       for (int64_t d = 0; d < call->dim; ++d)
-        call->y[a * call->dim + d] = call->x[call->row[a] * call->dim + d] * call->weight[a] * factors[e];
+        call->y[a * call->dim + d] = static_cast<const float*>(call->x)[call->row[a] * call->dim + d] * call->weight[a] * factors[e];
 }
 
 struct Shard {
@@ -40,7 +40,7 @@ struct Shard {
 
   LayerPtr layer(int32_t number, int64_t version, std::vector<int64_t> experts) {
     auto made = std::make_shared<Layer>();
-    made->layer = number, made->version = version, made->dim = kDim, made->hidden = 1, made->kernel = scale;
+    made->layer = number, made->version = version, made->format = kRowsF32, made->dim = kDim, made->hidden = 1, made->kernel = scale;
     made->position.assign(kExperts, kNotHeld);
     factors.push_back(std::make_unique<std::vector<float>>());
     for (size_t e = 0; e < experts.size(); ++e) {
@@ -84,7 +84,7 @@ struct Tokens {
       for (int64_t k = 0; k < kTopK; ++k) ids[t * kTopK + k] = (random() % 2 + 2 * k + t) % kExperts;
   }
   Batch batch(int32_t layer, int64_t version, double left_s = 60) const {
-    return {layer, version, 0, now_s() + left_s, x.data(), ids.data(), weights.data(), num, kDim, kTopK};
+    return {layer, version, 0, now_s() + left_s, kRowsF32, reinterpret_cast<const char*>(x.data()), ids.data(), weights.data(), num, kDim, kTopK};
   }
   bool are_right(int64_t version) const {
     for (int64_t t = 0; t < num; ++t)
@@ -107,7 +107,7 @@ inline std::shared_ptr<Plan> plan_of(std::vector<RingPtr> rings, std::vector<int
 inline Failure called(const std::shared_ptr<Plan>& plan, Tokens& rows, const Batch& batch) {
   Pending pending(plan);
   const Failure failure = pending.begin(batch);
-  return failure.code == kDone ? pending.finish(rows.y.data(), batch.until_s) : failure;
+  return failure.code == kDone ? pending.finish(reinterpret_cast<char*>(rows.y.data()), batch.until_s) : failure;
 }
 
 }  // namespace trinity

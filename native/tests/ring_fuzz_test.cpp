@@ -7,7 +7,7 @@ namespace {
 
 // A head that is nearly right more often than not, so that what lies behind the first check is reached, too.
 Head spoiled(std::mt19937& random) {
-  Head head = {0, 0, 0, 1.0, 0, 1 + static_cast<uint32_t>(random() % 8), kDim, kTopK};
+  Head head = {0, 0, 0, 1.0, 0, 1 + static_cast<uint32_t>(random() % 8), kDim, kTopK, kRowsF32, 0};
   uint32_t* words = reinterpret_cast<uint32_t*>(&head);
   for (uint32_t num = random() % 4; num; --num) words[2 + random() % (sizeof(Head) / 4 - 2)] = random() % 3 ? random() % 64 : static_cast<uint32_t>(random());
   return head;
@@ -53,7 +53,7 @@ int main(int argc, char** argv) {
       Pending pending(plan);
       CHECK(pending.begin(rows.batch(0, 0)).code == kDone);
       scribble(random, reinterpret_cast<char*>(&memory.control().slots[0].answer), sizeof(Answer));
-      pending.finish(rows.y.data(), now_s() + 60);
+      pending.finish(reinterpret_cast<char*>(rows.y.data()), now_s() + 60);
     }
     if (i % 1000 == 999) {
       Tokens rows(5, 2);

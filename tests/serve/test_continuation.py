@@ -24,7 +24,7 @@ from tests.waiting import WAIT_S, eventually
 from trinity.config import ANYBODY, Config
 from trinity.engine.async_engine import AsyncEngine
 from trinity.engine.request import Delta, SamplingParams
-from trinity.errors import EngineLost, InvalidRequest, Overloaded, Unavailable
+from trinity.errors import ConfigError, EngineLost, InvalidRequest, Overloaded, Unavailable, VersionGone
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 SAID = [{"role": "user", "content": "the quick brown fox"}]
@@ -314,8 +314,17 @@ async def test_a_service_that_is_away_holds_nobody_up():
 def test_engines_of_a_pinned_server_are_told_the_version(monkeypatch):
     """One that starts later would take what is the newest then."""
     asked = []
-    service = SimpleNamespace(pin=lambda *what: asked.append(what) or 7)
-    monkeypatch.setattr(app, "placement", lambda placement_json, namespace: service)
+
+    def pin(*what):
+        asked.append(what)
+        if what[0] == 4:
+            raise VersionGone("version 4 is not kept")
+        return what[0] or 7
+
+    monkeypatch.setattr(app, "placement", lambda placement_json, namespace: SimpleNamespace(pin=pin))
+    config = Config.load(model="tiny")
     for weights, told in (("pinned", "pinned:7"), ("pinned:5", "pinned:5"), ("live", "live")):
-        assert app.of_one_version(Config.load(model="tiny", serve={"weights": weights})).serve.weights == told
-    assert asked == [(None, pins.STARTING, 180.0)]
+        assert app.of_one_version(config.replace(serve={"weights": weights})).serve.weights == told
+    with pytest.raises(ConfigError, match="--weights pinned:4: version 4 is not kept; or serve that step's checkpoint"):
+        app.of_one_version(config.replace(serve={"weights": "pinned:4"}))
+    assert asked == [(step, pins.STARTING, 180.0) for step in (None, 5, 4)]

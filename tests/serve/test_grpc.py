@@ -218,8 +218,8 @@ async def test_of_many_calls_that_wait_to_begin_grpc_ends_none(start):
 
 async def test_calls_wait_to_begin_as_long_as_a_request_may_last(start):
     """gRPC's own bound is 30 s, whatever that is. The server looks when it comes to a call."""
-    began_s = time.monotonic()
     async with start(request_timeout_s=0.5) as server, waiting_calls(server, 20) as calls:
+        began_s = time.monotonic()
         until(lambda: time.monotonic() - began_s > 1.2)
         codes = await asyncio.to_thread(lambda: [call.code() for call in calls])
     assert codes.count(grpc.StatusCode.CANCELLED) >= 19, "one has been handed over"

@@ -2,11 +2,13 @@
 
 import httpx
 import pytest
-from fake import FakeEngine
+from fake import FakeEngine, fake_tokenizer
 from test_grpc import collect, refusal, request, stubs
 
 from serving.metrics import Exporter
+from tests.unit.grammar_cases import checkpoint, random_llm
 from tests.waiting import WAIT_S
+from trinity.engine.async_engine import AsyncEngine
 
 TEXT = "the lazy dog"
 CHAT = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 3}
@@ -67,6 +69,31 @@ async def test_salts_over_grpc(warm):
         assert warm.engine.seen[-1].cache_salt == "abc"
         for salt in ("", "x" * 1025):
             assert "cache_salt" in (await refusal(stub.Generate(request(cache_salt=salt)))).details()
+
+
+async def test_what_one_key_has_asked_costs_another_what_nobody_has(start, tmp_path):
+    """Through the doors of a real engine, in tokens that are computed: no clock could tell (CVE-2025-46570)."""
+    engine = AsyncEngine(random_llm(checkpoint(tmp_path / "model", fake_tokenizer()), max_num_kept=8).engine)
+    keys = {name: {"key": name * 20} for name in "ab"}
+    asked = {"prompt": list(range(5, 105)), "max_tokens": 1, "temperature": 0}
+    try:
+        async with (
+            start(engine, clients=keys) as server,
+            httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as http,
+        ):
+
+            async def num_computed(name, **more):
+                before = engine.stats().num_computed_tokens
+                headers = {"authorization": f"Bearer {name * 20}"}
+                answer = await http.post("/v1/completions", json={**asked, **more}, headers=headers)
+                assert answer.status_code == 200, answer.text
+                return engine.stats().num_computed_tokens - before
+
+            assert [await num_computed(name) for name in "aba"] == [100, 100, 4]
+            assert [await num_computed(name, cache_salt="s") for name in "aba"] == [100, 100, 4]
+            assert await num_computed("b", n=2) < 100
+    finally:
+        engine.close()
 
 
 async def test_whoever_may_forget_it(start):

@@ -155,7 +155,7 @@ def test_what_does_not_compile_runs_without_and_what_does_not_start_is_named(tmp
     monkeypatch.setattr(programs.Place, "command", lambda place, arm: [sys.executable, "-c", code])
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    place = programs.Place(argparse.Namespace(rivals=str(tmp_path), out=str(tmp_path), threads=1), {})
+    place = programs.Place(argparse.Namespace(rivals=str(tmp_path), out=str(tmp_path), threads=1, block_size=None), {})
     with programs.running(place, Arm(VLLM, "float32", tmp_path)) as program:
         assert program.mode == "eager"
     with pytest.raises(Unavailable, match=r"float16 did not start; what it said is in .*rivals-llama.cpp-float16.log"):

@@ -20,6 +20,7 @@ from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.experts.stacked import derived_rows
 from trinity.ops import formats
 from trinity.ops.batch_invariant import fused_mlp
+from trinity.ops.unpack import unpacked
 from trinity.rpc.messages import (
     REMOTE,
     WEIGHT,
@@ -88,6 +89,17 @@ def test_e2m1_numbers_are_the_nearest_and_halves_go_to_even():
     assert got[0, 1:8].tolist() == [0, 1, 1, 2, 2, 4, 4]
     nearest = (w.abs().unsqueeze(2) - grid).abs().amin(2)
     assert torch.equal((got - w).abs(), nearest)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 256), (2, 300), (0, 4)])
+@pytest.mark.parametrize(("table", "columns"), [(formats.FP8, 128), (formats.FP4, 16), (formats.INT8, 3)])
+def test_what_is_unpacked_in_one_pass_has_the_formats_bits(shape, table, columns):
+    rng = torch.Generator().manual_seed(shape[1])
+    data = torch.randint(0, 127, shape, generator=rng).to(torch.uint8)
+    num = shape[1] * table.shape[1]
+    scale = torch.rand(shape[0], -(-num // columns), generator=rng)
+    want = formats.scaled(formats.decoded(data, table), scale, columns) if shape[0] else torch.empty(0, num)
+    assert torch.equal(unpacked(data, table, scale, columns), want)
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -97,6 +97,17 @@ def test_between_nodes_what_is_missing_travels_and_nothing_else(tmp_path, is_sea
         assert other.handoff.num_fetched <= 5 + 1 + 2 + 1
 
 
+def test_a_conversation_goes_on_where_it_was_answered_and_nothing_travels(tmp_path):
+    """Though only the end of the prompt's window came over (vLLM's #56449: there the cache of who answers never grows)."""
+    with nodes(Node(tmp_path / "a"), Node(tmp_path / "b")) as (one, other):
+        prompt, (tokens, *_) = PROMPT, other.ask(one.prefill())
+        for turn in range(3):
+            known, prompt = len(prompt) + len(tokens) - 1, (*prompt, *tokens, turn)
+            tokens, num_computed, _ = other.ask(None, prompt)
+            assert num_computed == len(prompt) - known // 4 * 4 + 5
+        assert other.handoff.num_fetched == 5 + 1
+
+
 def test_large_prompts_travel_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(handoff, "BYTES_TOGETHER", 1)
     with nodes(Node(tmp_path / "a"), Node(tmp_path / "b")) as (one, other):

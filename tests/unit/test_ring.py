@@ -40,8 +40,10 @@ ALL = tuple(range(8))
 class Served:
     """Shards of a pool in this process, behind sockets and rings; `alone` reaches the same shards without either."""
 
-    def __init__(self, num_shards=2, table=None):
-        self.local = local_pool(MODEL, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch")
+    def __init__(self, num_shards=2, table=None, dtype=torch.float32):
+        model = MODEL.model_copy(update=dict(dtype=str(dtype)[6:]))
+        self.limits, self.local_model = FrameLimits(16, 8, dtype), model
+        self.local = local_pool(model, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch")
         self.shards = self.local.transport.shards
         self.table = self.local.table if table is None else table
         self.servers = {name: self._server(shard) for name, shard in self.shards.items()}
@@ -49,10 +51,8 @@ class Served:
         self.alone = Dispatcher(self.table, LocalTransport(self.shards), timeout_s=20)
 
     def _server(self, shard):
-        layers = shard.compute_natively()
-        layers.start()
-        assert layers.is_ready.wait(60)
-        return DirectServer(Combiner(shard), FrameLimits(16, 8, torch.float32), SECRET, "127.0.0.1", layers=layers)
+        service = shard.compute_natively().service
+        return DirectServer(Combiner(shard), self.limits, SECRET, "127.0.0.1", service=service)
 
     def dispatcher(self, table=None, **options):
         return Dispatcher(table or self.table, self.transport, timeout_s=20, **options)
@@ -92,9 +92,9 @@ def replicated_table():
     return PlacementTable(1, ("shard-0", "shard-1"), tuple(MODEL.moe_layers), replicas)
 
 
-def held_by_all(world):
+def held_by_all(world, model=MODEL):
     """Have each shard hold every expert, with the same weights."""
-    source = local_pool(MODEL, Load(seed=5), optim=OptimConfig(), backend="torch").transport.shards["shard-0"]
+    source = local_pool(model, Load(seed=5), optim=OptimConfig(), backend="torch").transport.shards["shard-0"]
     for shard in world.shards.values():
         for layer in MODEL.moe_layers:
             kinds = shard.weights.kinds(0)
@@ -102,12 +102,14 @@ def held_by_all(world):
             shard.install(Install(layer, ALL, 0, rows, epoch=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_the_bits_are_those_of_python(num_shards):
-    with served(num_shards) as world, torch.inference_mode():
+def test_the_bits_are_those_of_python(num_shards, dtype):
+    with served(num_shards, None, dtype) as world, torch.inference_mode():
         dispatcher = world.dispatcher()
         for seed, num_tokens in enumerate((13, 1, 2, 70, 200)):
             x, ids, weights = batch(num_tokens, seed)
+            x = x.to(dtype)
             if num_tokens > 2:
                 ids[1, 2] = ids[2] = -1  # slots of nobody; a token of nobody
             for layer in (LAYER, OTHER):
@@ -115,7 +117,7 @@ def test_the_bits_are_those_of_python(num_shards):
                 assert torch.equal(near(dispatcher, layer, x, ids, weights), want)
         for shard in world.shards.values():
             shard.status(Status(reset_counts=True))
-        near(dispatcher, LAYER, *batch())
+        near(dispatcher, LAYER, batch()[0].to(dtype), *batch()[1:])
         counted = {}
         for shard in world.shards.values():
             counted |= shard.status(Status(reset_counts=True)).rows[LAYER]
@@ -145,13 +147,16 @@ def test_a_gradient_or_another_type_goes_the_usual_way():
         assert not isinstance(dispatcher.begin(LAYER, x.requires_grad_(), ids, weights), NearExchange)
 
 
-def test_replicas_take_the_turns_that_they_take_in_python():
-    with served(2, replicated_table()) as world, torch.inference_mode():
-        held_by_all(world)
-        dispatcher = world.dispatcher()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_take_the_turns_that_they_take_in_python(dtype):
+    with served(2, replicated_table(), dtype) as world, torch.inference_mode():
+        held_by_all(world, world.local_model)
+        dispatcher = world.dispatcher(attempt_s=1e6)
         for seed in range(3):
-            call = LAYER, *batch(40, seed)
+            x, ids, weights = batch(40, seed)
+            call = LAYER, x.to(dtype), ids, weights
             assert torch.equal(near(dispatcher, *call), world.alone(*call))
+        assert dispatcher.patience.of("shard-1", 40) < 1e6, "what is usual is learnt"
         for shard in world.shards.values():
             assert sum(shard.status(Status(True)).rows[LAYER].values()) > 40
 
@@ -265,7 +270,7 @@ def test_memory_that_is_no_ring_is_refused(options, message):
 
 def test_a_shard_that_has_no_extension_is_asked_over_the_socket():
     with served(1) as world, torch.inference_mode():
-        world.servers["shard-0"].layers = None
+        world.servers["shard-0"].service = None
         dispatcher = world.dispatcher()
         for _ in range(3):
             sent = dispatcher.begin(LAYER, *batch())

@@ -41,17 +41,12 @@ class Echo:
         return call.rows.x_RD
 
 
-class EchoLayers:
+def echo_service(dim: int) -> Any:
     """The same for rings: a layer without a kernel, whose rows come back as they are."""
-
-    def __init__(self, dim: int):
-        self.service = native.lib.ring_service()
-        ids_E = torch.arange(NUM_EXPERTS)
-        layer = native.lib.ring_layer(LAYER, 0, dim, 1, 0, ids_E.data_ptr(), NUM_EXPERTS, NUM_EXPERTS)
-        native.lib.ring_publish(self.service, [layer])
-
-    def start(self) -> None:
-        pass
+    service, ids_E = native.lib.ring_service(), torch.arange(NUM_EXPERTS)
+    layer = native.lib.ring_layer(LAYER, 0, 0, dim, 1, 0, ids_E.data_ptr(), NUM_EXPERTS, NUM_EXPERTS)
+    native.lib.ring_publish(service, [layer])
+    return service
 
 
 class EchoActor:
@@ -110,16 +105,14 @@ def direct_to(addresses: Sequence[Address], secret: bytes) -> DirectTransport:
 
 
 def echo(dim: int, secret: str) -> None:
-    _serve(Echo(), dim, secret, EchoLayers(dim) if ring.is_possible() else None)
+    _serve(Echo(), dim, secret, echo_service(dim) if ring.is_possible() else None)
 
 
 def shard(dim: int, secret: str) -> None:
     made = ExpertShard(shard_spec(dim))
     made.load(Load(seed=0))
     layers = made.compute_natively()
-    if layers is not None:
-        layers.start()
-    _serve(made, dim, secret, layers)
+    _serve(made, dim, secret, layers and layers.service)
 
 
 def shard_spec(dim: int) -> ShardSpec:
@@ -128,10 +121,10 @@ def shard_spec(dim: int) -> ShardSpec:
     return ShardSpec("shard-0", model, {LAYER: tuple(range(NUM_EXPERTS))})
 
 
-def _serve(shard: Any, dim: int, secret: str, layers: ring.Layers | None) -> None:
+def _serve(shard: Any, dim: int, secret: str, service: Any) -> None:
     torch.set_num_threads(1)
     limits = FrameLimits(dim, NUM_EXPERTS, torch.float32)
-    server = DirectServer(Combiner(shard), limits, bytes.fromhex(secret), HOST, layers=layers)
+    server = DirectServer(Combiner(shard), limits, bytes.fromhex(secret), HOST, service=service)
     say(**asdict(server.address))
     sys.stdin.read()
     server.close()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trinity.bench.report import Curve, Report, Table, ratio
 
 if TYPE_CHECKING:
+    from trinity.bench.expert_backends import Shape
     from trinity.bench.expert_timing import Bandwidth, Growth, Point, Survey
 
 BACKENDS = {
@@ -79,6 +80,11 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=_positive, nargs="+", metavar="N", help="rows for each expert (default: 1 to 4096; CPU: to 256)")
     add("--experts", type=_positive, metavar="N", help="of a layer that the shard holds (default: as many as fit well)")
     add("--backend", action="append", choices=list(BACKENDS), help="repeat for several (default: all)")
+    add(
+        "--formats",
+        action="store_true",
+        help="on a CPU: formats of weights instead, for inference (float32, bfloat16, int8)",
+    )
     add("--dtype", choices=["float32", "bfloat16"], help="of rows and weights (default: the preset's)")
 
 
@@ -98,6 +104,8 @@ def measure(arguments: argparse.Namespace) -> Report:
     shapes = [
         what.shape_of(name, device, arguments.experts, arguments.dtype) for name in arguments.shape or plan.shapes
     ]
+    if arguments.formats:
+        return _formats(shapes, arguments.rows or (1, 4, 16, 64), 3 if quick else 15)
     growing = [what.growing(count, plan.dim, shapes[0].dtype) for count in plan.counts]
     backends, missing = what.ready(arguments.backend or list(BACKENDS), device, asked=bool(arguments.backend))
     peak = timing.bandwidth(device, rig.clock, num_bytes=(32 if quick else 512) << 20)
@@ -111,6 +119,12 @@ def measure(arguments: argparse.Namespace) -> Report:
         _show_growth(report, timing.growth(auto, growing, plan.assignments, rig), peak)
     report.failure = _failure([*surveys, first])
     return report
+
+
+def _formats(shapes: Sequence["Shape"], rows: Sequence[int], rounds: int) -> Report:
+    from trinity.bench.expert_formats import formats
+
+    return Report("experts", [formats(shape, rows, rounds) for shape in shapes])
 
 
 def _backends(backends: Mapping[str, Any], missing: Mapping[str, str]) -> Table:

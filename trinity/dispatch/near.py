@@ -1,7 +1,7 @@
 """Inference with shards of this host by native/ring: all of a layer's rows in one call, their sum in another.
 
 Legend: T tokens, D model, K top-k, E experts, N replicas, S shards.
-Decisions: only what C++ does with the same bits goes this way: plain fp32 rows, of which no gradient is wanted. Whatever it
+Decisions: only what C++ does with the same bits goes this way: plain rows, of which no gradient is wanted. Whatever it
 does not do, and whatever goes wrong, goes the usual way, under the same name: an inference may be computed twice. A plan holds
 for a table and for the connections that there are, and is made anew when either changes.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trinity.dispatch.dispatcher import Dispatcher
 
 LATE = 6  # native/ring/layout.h:kLate
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # native/ring/layout.h:RowFormat
 
 
 class NearLayers:
@@ -40,7 +41,8 @@ class NearLayers:
         self, layer: int, op: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, until_s: float
     ) -> "NearExchange | None":
         """Send the rows; None where they have to go the usual way."""
-        if not (_is_plain(x_TD, torch.float32) and _is_plain(weights_TK, torch.float32)):
+        format_ = FORMATS.get(x_TD.dtype)
+        if format_ is None or not (_is_plain(x_TD, x_TD.dtype) and _is_plain(weights_TK, torch.float32)):
             return None
         if not _is_plain(ids_TK, torch.int64) or self.dispatcher.priority == PATIENT:
             return None
@@ -49,7 +51,7 @@ class NearLayers:
         if plan is None:
             return None
         where = x_TD.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()
-        of = layer, self.dispatcher.version, self.dispatcher.priority, attempt_until_s
+        of = layer, self.dispatcher.version, self.dispatcher.priority, attempt_until_s, format_
         sent = native.lib.ring_begin(plan, *of, *where, *x_TD.shape, ids_TK.shape[1])
         if isinstance(sent, int):
             return None
@@ -76,7 +78,7 @@ class NearLayers:
         return native.lib.ring_plan(rings, shard_EN.ctypes.data, num_E.ctypes.data, *shard_EN.shape)
 
     def _attempt_until_s(self, num_rows: int, until_s: float) -> float:
-        """Return when another replica is asked, where there is one: there is only so much patience with a shard."""
+        """Deadline of this attempt: with replicas there is only so much patience with a shard."""
         if not self.dispatcher.is_replicated:
             return until_s
         patience = self.dispatcher.patience
@@ -88,6 +90,7 @@ class NearExchange:
 
     def __init__(self, dispatcher: "Dispatcher", sent: Any, asked: tuple[Any, ...], until_s: float):
         self.dispatcher, self._sent, self._asked, self._until_s = dispatcher, sent, asked, until_s
+        self._sent_s = time.monotonic()
 
     def result(self) -> Tensor:
         """Wait; -> y_TD. Raises what the usual way raises."""
@@ -95,7 +98,16 @@ class NearExchange:
         y_TD = torch.empty_like(self._asked[2])
         failure = native.lib.ring_finish(self._sent, y_TD.data_ptr(), self._until_s)
         self.dispatcher.times.add("wait", started_s)
-        return y_TD if failure == 0 else self._usual(failure & 0xFF, failure >> 8)
+        if failure:
+            return self._usual(failure & 0xFF, failure >> 8)
+        self._note_time(len(y_TD))
+        return y_TD
+
+    def _note_time(self, num_rows: int) -> None:
+        if self.dispatcher.is_replicated:
+            seconds = time.monotonic() - self._sent_s
+            for shard in self.dispatcher.table.shards:
+                self.dispatcher.patience.took(shard, num_rows, seconds)
 
     def _usual(self, code: int, at: int) -> Tensor:
         """The answer of the usual way. A shard that took too long is not asked again where another one could answer."""

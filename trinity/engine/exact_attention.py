@@ -6,16 +6,19 @@ Order within a layer: chunks of windowed layers gather their past, because what 
 and values are written, then all others read. They read keys where they lie, only those that they see.
 """
 
+import struct
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.config import LayerCache
 from trinity.engine.attention import Flat
 from trinity.engine.block_table import BlockTable
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_pools import KVPools
+from trinity.models.common.native_step import ATTEND, Stored
 from trinity.ops.batch_invariant.attention import Seen, attention
 
 
@@ -46,8 +49,9 @@ class ExactAttention:
     """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
 
     def __init__(self, pools: KVPools, cache: KVCache, flat: Flat):
-        self._pools = pools
+        self._pools, self._decodes = pools, flat.num_decodes == len(flat.position_T)
         self._plans = {kind: make_plan(table, flat, kind.window) for kind, table in cache.tables.items()}
+        self._described: dict[LayerCache, bytes] = {}
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
         assert v_TGe is not None, "latent layers have no kernel here (is_plain)"
@@ -60,6 +64,23 @@ class ExactAttention:
         for rows, seen in plan.reads:
             out_THd[rows] = attention(q_THd[rows], stored[0], stored[1], seen, stored[2:])
         return out_THd
+
+    def stored(self, layer: int, q_THd: Tensor, k_TGd: Tensor) -> Stored | None:
+        """Places for the extension: of passes of single tokens, keys and values in the model's type."""
+        kind, parts = self._pools.of(layer)
+        plan = self._plans[kind]
+        if plan.gathered or len(plan.reads) != 1 or not self._decodes or len(parts) != 2:
+            return None
+        if kind not in self._described:
+            self._described[kind] = _described(plan, q_THd, k_TGd)
+        return Stored(self._described[kind], parts[0].data_ptr(), parts[1].data_ptr())
+
+
+def _described(plan: ExactPlan, q_THd: Tensor, k_TGd: Tensor) -> bytes:
+    """An Attend of native/step/step.h; the plan keeps its memory."""
+    (num, heads, dim), groups = q_THd.shape, k_TGd.shape[1]
+    places = [each.data_ptr() for each in (plan.write_rows, plan.write_slots, *plan.reads[0].seen.tensors)]
+    return struct.pack(ATTEND, q_THd.dtype == torch.bfloat16, num, heads, groups, dim, len(plan.write_rows), *places)
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:

@@ -114,9 +114,11 @@ def _fp8_made(w_NK: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fp8_read(scale: Tensor, bytes_NK: Tensor) -> Tensor:
+    from trinity.ops.unpack import unpacked  # a compiler comes with it
+
     num_out, num_in = bytes_NK.shape
     rows = scale.repeat_interleave(BLOCK[0], dim=0)[:num_out]
-    return formats.scaled(formats.decoded(bytes_NK, formats.FP8), rows, min(BLOCK[1], num_in))
+    return unpacked(bytes_NK, formats.FP8, rows, min(BLOCK[1], num_in))
 
 
 def _fp4_made(w_NK: Tensor) -> tuple[Tensor, ...]:
@@ -125,8 +127,10 @@ def _fp4_made(w_NK: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fp4_read(overall: Tensor, scale_NS: Tensor, bytes_NB: Tensor) -> Tensor:
-    scales = formats.decoded(scale_NS, formats.FP8) / overall
-    return formats.scaled(formats.decoded(bytes_NB, formats.FP4), scales, 16)
+    from trinity.ops.unpack import unpacked  # a compiler comes with it
+
+    scales = unpacked(scale_NS, formats.FP8, torch.ones(len(scale_NS), 1), scale_NS.shape[1]) / overall
+    return unpacked(bytes_NB, formats.FP4, scales, 16)
 
 
 INT8 = Form(

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from trinity import native
 from trinity.errors import ConfigError
 from trinity.experts.base import ExpertBackend
 from trinity.experts.reference import ReferenceBackend
@@ -31,15 +30,6 @@ def resolve(name: str, device: torch.device | str) -> ExpertBackend:
     chosen, reason = _choose(name, torch.device(device))
     log.info("expert backend %s on %s (%s): %s", chosen, device, _versions(), reason)
     return _build(chosen)
-
-
-def native_kernel() -> int:
-    """Address of the function that threads in C++ compute experts with; the bits are those of the backend `torch`."""
-    if found := native.lib.ring_kernel():
-        return int(found)
-    from trinity.ops.batch_invariant import expert_kernel  # a compiler comes with it
-
-    return expert_kernel.address()
 
 
 def _choose(name: str, device: torch.device) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trinity import native
 from trinity.errors import InputGone, InvalidRequest, StepConflict
+from trinity.experts import native_experts
 from trinity.experts.activation_cache import ActivationCache, Activations
 from trinity.experts.derived import DerivedLayer
 from trinity.experts.derived_compute import infer
@@ -24,7 +25,7 @@ from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
 from trinity.experts.named_adapters import NamedAdapters, both
 from trinity.experts.native_layers import NativeLayers
 from trinity.experts.peers import Peers
-from trinity.experts.registry import native_kernel, resolve
+from trinity.experts.registry import resolve
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import derive, places_of
 from trinity.experts.weight_versions import WeightVersions
@@ -90,14 +91,13 @@ class ExpertShard:
         none for this shard. Harmless when repeated."""
         with self.lock:
             if self.native is None and self._is_native_possible():
-                self.native = NativeLayers(self.spec.model, native_kernel)
+                self.native = NativeLayers(self.spec.model)
                 self.versions.compute_natively(self.native)
                 self.weights.row_counts.others = self.native.take_counts
             return self.native
 
     def _is_native_possible(self) -> bool:
-        is_plain = self.spec.device == "cpu" and self.spec.dtype == torch.float32 and self.backend.name == "torch"
-        return is_plain and hasattr(native.lib, "ring_service")
+        return self.spec.device == "cpu" and self.backend.name == "torch" and hasattr(native.lib, "ring_service")
 
     @property
     def version(self) -> int:
@@ -292,10 +292,17 @@ class ExpertShard:
         if layer.derived is not None:
             return self._by_form(layer.derived, layer, call)
         if rows.adapter_R is None:
+            is_in_order = getattr(self.backend, "is_in_order", False)
+            if (
+                is_in_order
+                and (found := native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)) is not None
+            ):
+                self.weights.row_counts.add(call.layer, layer.ids_E, found[1])
+                return found[0]
             return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)
         contents = rows.adapter_R.unique().tolist()
-        found = self.adapters.of(contents, call.layer, layer.experts)
-        ready = [layer._replace(adapters=both(layer.adapters, named)) for named in found]
+        named = self.adapters.of(contents, call.layer, layer.experts)
+        ready = [layer._replace(adapters=both(layer.adapters, each)) for each in named]
         if len(ready) == 1:
             return self._inferred(ready[0], replace(call, rows=replace(rows, adapter_R=None)))
         y_RD = torch.empty_like(rows.x_RD, device=self.spec.device)

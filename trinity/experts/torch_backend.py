@@ -40,6 +40,7 @@ class TorchBackend:
 
     def __init__(self, path: Path = "auto"):
         self.path = path
+        self.is_in_order = path in ("auto", "in_order")  # wherever there is such arithmetic
 
     def stores_down_transposed(self, device: torch.device) -> bool:
         return device.type == "cpu"  # for `in_order`; the others do not care

@@ -20,6 +20,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=numbers, metavar="N,…", help="of decode: so many at once (default: 1,32)")
     add("--prompt-len", type=int, help="of decode: tokens of a prompt (default: 64; of large models 16)")
     add("--new-tokens", type=int, help="of decode: tokens to generate for each (default: 49; of large models 17)")
+    add("--block-size", type=int, help="of vLLM's cache, a multiple of 32 tokens (default: its own, 128)")
     add("--without", action="append", default=[], choices=PROGRAMS, help="leave these arms out")
     add("--rivals", default=".venv-rivals", metavar="FOLDER", help="their environment (default: %(default)s)")
 

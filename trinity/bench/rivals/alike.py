@@ -17,8 +17,8 @@ from trinity.bench.report import Report, Table, percentile, ratio
 from trinity.bench.rivals.programs import NO_OPPONENT, OURS, VLLM, Arm, Place, in_turns, running
 from trinity.utils.terminal import say
 
-USUAL: dict[str, Any] = {**prefixes.USUAL, "requests": None}
-QUICK: dict[str, Any] = {**prefixes.QUICK, "requests": None}
+USUAL: dict[str, Any] = {**prefixes.USUAL, "block_size": None}
+QUICK: dict[str, Any] = {**prefixes.QUICK, "block_size": None}
 LOADS = (CHAT, SHARED, DRAWN)
 LEAST_ALIKE = 0.9  # of answers
 MAX_BATCHED_TOKENS = 1024  # in one pass, of both

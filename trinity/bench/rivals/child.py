@@ -30,7 +30,7 @@ def engine(program: str, path: str, threads: int, size: dict[str, int], **more: 
     if program == "vLLM":
         from trinity.bench.rivals.vllm_cpu import VllmCpu
 
-        return VllmCpu(Path(path), more["dtype"], more["eager"], kv_cache_bytes=KV_BYTES, **size)
+        return VllmCpu(Path(path), kv_cache_bytes=KV_BYTES, **{**more, **size})
     from trinity.config import EngineConfig
     from trinity.llm import LLM
 

@@ -23,6 +23,8 @@ from trinity.utils.terminal import say
 
 USUAL: dict[str, Any] = {"preset": "bench", "rounds": 3, "prompt_len": 64, "new_tokens": 49, "requests": (1, 32)}
 QUICK: dict[str, Any] = {"preset": "tiny", "rounds": 1, "prompt_len": 8, "new_tokens": 5, "requests": (1, 4)}
+USUAL |= {"block_size": None}
+QUICK |= {"block_size": None}
 LARGE: dict[str, Any] = {**USUAL, "prompt_len": 16, "new_tokens": 17}
 WARM_PROMPT, WARM_TOKENS, CHECKED_TOKENS = 8, 3, 17
 FILES = {"nano": ("q8_0",)}  # for llama.cpp; of the others in 16 bits, too

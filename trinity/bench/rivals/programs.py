@@ -49,7 +49,7 @@ class Place:
 
     def __init__(self, given: argparse.Namespace, size: Mapping[str, int]):
         self.venv, self.out = Path(given.rivals).resolve(), Path(given.out).resolve()
-        self.threads, self.size = given.threads, dict(size)
+        self.threads, self.size, self.block_size = given.threads, dict(size), given.block_size
         if not self.python.is_file():
             raise ConfigError(
                 f"{self.venv} is no environment with other people's engines: make interop-rivals, or --rivals FOLDER"
@@ -75,7 +75,7 @@ class Place:
     def orders(self, arm: Arm) -> dict[str, Any]:
         found = {"program": arm.program, "path": str(arm.path), "threads": self.threads, "size": self.size}
         more: dict[str, dict[str, Any]] = {
-            VLLM: {"dtype": arm.kind, "eager": arm.eager},
+            VLLM: {"dtype": arm.kind, "eager": arm.eager, "block_size": self.block_size},
             LLAMA: {"libraries": str(self.venv)},
         }
         return {**found, **more.get(arm.program, {})}

@@ -20,6 +20,7 @@ class VllmCpu:
         path: Path,
         dtype: str,
         eager: bool,
+        block_size: int | None,
         max_num_seqs: int,
         max_model_len: int,
         max_num_batched_tokens: int,
@@ -37,6 +38,7 @@ class VllmCpu:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory_bytes=kv_cache_bytes,
             enable_prefix_caching=True,
+            **({"block_size": block_size} if block_size else {}),
         )
         self._engine = llm.llm_engine
         compilation = self._engine.vllm_config.compilation_config

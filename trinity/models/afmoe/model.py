@@ -16,6 +16,7 @@ from trinity.models.common.block import Block, Sent, Table
 from trinity.models.common.decoder import CausalLM, Decoder, Rotary
 from trinity.models.common.experts import ExpertLayer
 from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
+from trinity.models.common.native_step import After, Before
 from trinity.models.common.router import SigmoidRouter
 
 
@@ -39,6 +40,11 @@ class Pre(nn.Module):
                 dim, config.num_experts, config.num_experts_per_tok, scale=config.route_scale, **made
             )
 
+    def described(self) -> Before:
+        """Its parts, for the extension (common/native_step.py)."""
+        norms = (self.post_attention_layernorm, self.pre_mlp_layernorm)
+        return Before(self.input_layernorm, self.self_attn, *norms, self.router)
+
     def forward(self, h_TD: Tensor, table: Table, attend: Attend) -> Sent:
         mixed_TD = self.self_attn(self.input_layernorm(h_TD), table, attend)
         h_TD = h_TD + self.post_attention_layernorm(mixed_TD)
@@ -52,6 +58,10 @@ class Post(nn.Module):
     def __init__(self, config: AfmoeConfig, *, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+
+    def described(self) -> After:
+        """Its parts, for the extension (common/native_step.py)."""
+        return After(self.post_mlp_layernorm)
 
     def forward(self, residual_TD: Tensor, y_TD: Tensor) -> Tensor:
         return residual_TD + self.post_mlp_layernorm(y_TD)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.experts import ExpertLayer, Pending
 from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
+from trinity.models.common.native_step import After, Before, NativeAfter, NativeBefore
 from trinity.models.common.router import Router, Routing
 
 Table = tuple[Tensor, Tensor]  # of rotary angles
@@ -42,12 +43,10 @@ class Hop:
 
     def finish(self) -> Tensor:
         """Wait for the experts; -> h_TD after the layer."""
-        y_TD = self.local_TD
-        if self.pending is not None:
-            routed_TD = self.pending.result()
-            y_TD = routed_TD if y_TD is None else y_TD + routed_TD
-        assert y_TD is not None, "a layer has experts, a dense feed-forward, or both"
-        return self.block.post(self.sent.residual_TD, y_TD)
+        if self.pending is None:
+            assert self.local_TD is not None, "a layer has experts, a dense feed-forward, or both"
+            return self.block.leave(self.sent.residual_TD, self.local_TD, None)
+        return self.block.leave(self.sent.residual_TD, self.pending.result(), self.local_TD)
 
 
 class Block(nn.Module):
@@ -58,6 +57,9 @@ class Block(nn.Module):
         self.layer, self.pre, self.post = layer, pre, post
         self.shared: SwiGLU | None = None if is_dense else local
         self.dense: SwiGLU | None = local if is_dense else None
+        before, after = getattr(pre, "described", None), getattr(post, "described", None)
+        self._native_pre = None if before is None else NativeBefore(pre, before())
+        self._native_post = None if after is None else NativeAfter(post, after())
 
     @property
     def local(self) -> SwiGLU | None:
@@ -65,10 +67,22 @@ class Block(nn.Module):
 
     def begin(self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer) -> Hop:
         """Compute up to the hop, send the rows, and compute what this process has of the feed-forward meanwhile."""
-        sent, pending = self.pre(h_TD, table, attend), None
+        sent, pending = self.enter(h_TD, table, attend), None
         if sent.routing is not None:
             pending = experts.begin(self.layer, sent.x_TD, sent.routing.ids_TK, sent.routing.weights_TK)
         return Hop(self, sent, None if self.local is None else self.local(sent.x_TD), pending)
+
+    def enter(self, h_TD: Tensor, table: Table, attend: Attend) -> Sent:
+        """`pre`, natively where that is possible."""
+        found = None if self._native_pre is None else self._native_pre(h_TD, table, attend)
+        return self.pre(h_TD, table, attend) if found is None else Sent(*found)
+
+    def leave(self, residual_TD: Tensor, y_TD: Tensor, local_TD: Tensor | None) -> Tensor:
+        """`post` of the sum of y and what was computed here, natively where that is possible."""
+        found = None if self._native_post is None else self._native_post(residual_TD, y_TD, local_TD)
+        if found is not None:
+            return found
+        return self.post(residual_TD, y_TD if local_TD is None else local_TD + y_TD)
 
     def forward(
         self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer
@@ -96,6 +110,10 @@ class PreNorm(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps, rounds_first=True, **made)
         self.router = router
 
+    def described(self) -> Before:
+        """Its parts, for the extension (native_step.py)."""
+        return Before(self.input_layernorm, self.self_attn, None, self.post_attention_layernorm, self.router)
+
     def forward(self, h_TD: Tensor, table: Table, attend: Attend) -> Sent:
         h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), table, attend)
         x_TD = self.post_attention_layernorm(h_TD)
@@ -104,6 +122,10 @@ class PreNorm(nn.Module):
 
 class Residual(nn.Module):
     """The part after the hop as Llama has it: the sum."""
+
+    def described(self) -> After:
+        """Its parts, for the extension (native_step.py)."""
+        return After(None)
 
     def forward(self, residual_TD: Tensor, y_TD: Tensor) -> Tensor:
         return residual_TD + y_TD

@@ -42,6 +42,10 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):  # fp32 even inside a caller's bf16 region
             logits_TE = product(x_TD.float(), self.gate.weight.float(), self.is_exact)
+        return self.routed(logits_TE)
+
+    def routed(self, logits_TE: Tensor) -> Routing:
+        """The choice that these logits make."""
         scores_TE = self.scores(logits_TE)
         ids_TK = self.choice(scores_TE.detach()).topk(self.top_k, dim=-1).indices
         return Routing(logits_TE, scores_TE, ids_TK, self.weights(scores_TE, ids_TK))

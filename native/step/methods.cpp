@@ -1,0 +1,116 @@
+// The pieces as Python calls them: a description as bytes, as trinity/models/common/native_step.py packs it, then integers.
+#include <Python.h>
+
+#if __has_include("../kernels/kernels.h")
+#include <string.h>
+
+#include "step.h"
+
+namespace {
+
+using namespace trinity;
+
+constexpr int kMost = 16;
+
+// The description and the integers of a call; false, and Python's error set, where they are not what is wanted.
+template <class T>
+bool taken(PyObject *const *arguments, Py_ssize_t num, int wanted, T *what, int64_t *integers) {
+  char *bytes;
+  Py_ssize_t size;
+  if (num != wanted + 1) {
+    PyErr_Format(PyExc_TypeError, "%zd arguments, not %d", num, wanted + 1);
+    return false;
+  }
+  if (PyBytes_AsStringAndSize(arguments[0], &bytes, &size)) return false;
+  if (size != static_cast<Py_ssize_t>(sizeof(T))) {
+    PyErr_Format(PyExc_ValueError, "a description of %zd bytes, not %zd", size, static_cast<Py_ssize_t>(sizeof(T)));
+    return false;
+  }
+  memcpy(what, bytes, sizeof(T));
+  for (int i = 0; i < wanted; i++) {
+    integers[i] = PyLong_AsLongLong(arguments[i + 1]);
+    if (integers[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+void *address(int64_t integer) { return reinterpret_cast<void *>(static_cast<intptr_t>(integer)); }
+
+PyObject *step_project(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Project what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 9, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  project(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]), address(i[5]), address(i[6]),
+          address(i[7]), address(i[8]));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject *step_attend(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Attend what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 7, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  attend(what, static_cast<int>(i[0]), address(i[1]), address(i[2]), address(i[3]), address(i[4]), address(i[5]), address(i[6]));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+Routed routed_at(const int64_t *i) {
+  return {static_cast<float *>(address(i[0])), static_cast<float *>(address(i[1])), static_cast<int64_t *>(address(i[2])),
+          static_cast<float *>(address(i[3]))};
+}
+
+PyObject *step_route(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Route what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 11, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  route(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]), address(i[5]), address(i[6]),
+        routed_at(i + 7));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject *step_leave(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Leave what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 6, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  leave(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]), address(i[5]));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject *step_choose(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Route what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 5, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  choose(what, i[0], routed_at(i + 1));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject *step_experts(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Experts what;
+  int64_t i[kMost];
+  bool is_done;
+  if (!taken(arguments, num, 7, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  is_done = experts(what, static_cast<int>(i[0]), i[1], address(i[2]), static_cast<const int64_t *>(address(i[3])),
+                    static_cast<const float *>(address(i[4])), address(i[5]), static_cast<int64_t *>(address(i[6])));
+  Py_END_ALLOW_THREADS;
+  return PyBool_FromLong(is_done);
+}
+
+}  // namespace
+
+#define METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
+
+PyMethodDef step_methods[] = {METHOD(step_project), METHOD(step_attend), METHOD(step_route), METHOD(step_leave),
+                              METHOD(step_choose), METHOD(step_experts), {nullptr, nullptr, 0, nullptr}};
+#else
+PyMethodDef step_methods[] = {{nullptr, nullptr, 0, nullptr}};
+#endif

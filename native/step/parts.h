@@ -1,0 +1,30 @@
+// What the files that put the pieces together share.
+#pragma once
+#include <vector>
+
+#include "../cpu.h"
+#include "step.h"
+
+namespace trinity {
+
+inline const Pieces &pieces() {
+  static const Pieces &found = isa() >= Isa::avx512 ? kPiecesAvx512 : isa() == Isa::avx2 ? kPiecesAvx2 : kPiecesGeneric;
+  return found;
+}
+
+inline int64_t size_of_one(bool is_brain) { return is_brain ? 2 : 4; }
+
+template <class T>
+T *at(T *rows, int64_t row, int64_t width, bool is_brain) {
+  return rows ? (T *)((uintptr_t)rows + row * width * size_of_one(is_brain)) : nullptr;
+}
+
+// Memory of this thread that its next calls use again.
+template <int which>
+char *scratch_of(int64_t num_bytes) {
+  static thread_local std::vector<char> memory;
+  if (static_cast<int64_t>(memory.size()) < num_bytes) memory.resize(num_bytes);
+  return memory.data();
+}
+
+}  // namespace trinity

@@ -1,0 +1,2 @@
+#define PIECES kPiecesAvx2
+#include "pieces.inl"

@@ -1,0 +1,2 @@
+#define PIECES kPiecesAvx512
+#include "pieces.inl"

@@ -1,0 +1,2 @@
+#define PIECES kPiecesGeneric
+#include "pieces.inl"

@@ -1,0 +1,92 @@
+// Pieces of a layer of any family around its experts: what is computed of rows before attention, in it, after it, and after the
+// experts. A family's description (trinity/models/common/native_step.py) says which matrices and norms there are.
+//
+// Legend: T tokens, D model, H query heads, G key-value heads, d head dim, E experts, K top-k.
+// Numbers are float32 or the bits of bfloat16 (`brain`), as the model's; every operation is rounded where torch rounds it. The
+// bits are those of the modules in trinity/models/common: products as trinity/ops makes them (kernels.h), a norm's mean in the
+// order of torch's sums, top-k by the standard library's algorithms that torch calls.
+// Fields are 8 bytes each, because Python packs them. Addresses are the caller's to keep; nothing is checked here.
+#pragma once
+#include <stdint.h>
+
+namespace trinity {
+
+struct Norm {            // RMS; weight null: none
+  const void *weight;
+  double eps;
+  int64_t rounds_first;  // to the rows' type, before the gain
+};
+
+struct Matrix {          // [n, k]; values null: none
+  const void *values, *bias;
+  int64_t n;
+};
+
+struct Project {
+  int64_t is_brain, dim, head_dim, rotated;  // numbers of a head that are rotated, in halves
+  Norm input, query, key;
+  Matrix q, k, v, gate;
+};
+
+struct Attend {          // of single tokens, whose keys are written before any is read
+  int64_t is_brain, num, heads, groups, dim, num_writes;
+  const int64_t *write_row, *write_slot, *slot, *first, *end, *origin;
+};
+
+struct Route {
+  int64_t is_brain, dim, width;  // of attention's result
+  Norm after, next;
+  Matrix out, router;
+  int64_t has_sigmoid, top_k, num_groups, top_groups, normalises;
+  const float *choice_bias;      // [E] or null
+  double scale;
+};
+
+struct Leave {
+  int64_t is_brain, dim;
+  Norm after;
+};
+
+struct Routed {                  // float32 [T, E] twice, int64 [T, K], float32 [T, K]; the last three of a sigmoid's router only
+  float *logits, *scores;
+  int64_t *ids;
+  float *weights;
+};
+
+struct Experts {                 // those of a layer that are here
+  int64_t is_brain, dim, hidden, num, top_k;
+  const void *gate, *up, *down;  // [num, hidden, dim] twice, [num, dim, hidden]
+  const int64_t *position;       // by id: which of them, -1 (also of the id -1, which the last entry is for): somebody else's, -2: nobody's
+  int64_t last;                  // entry of `position`
+};
+
+void project(const Project &what, int threads, int64_t num, const void *h, const void *cos, const void *sin, void *q, void *k,
+             void *v, void *gate);
+void attend(const Attend &what, int threads, const void *q, const void *k, const void *v, void *keys, void *values, void *out);
+void route(const Route &what, int threads, int64_t num, const void *mixed, const void *gate, const void *h, void *residual,
+           void *x, const Routed &routed);
+void leave(const Leave &what, int threads, int64_t num, const void *residual, const void *routed, const void *local, void *h);
+void choose(const Route &what, int64_t num, const Routed &routed);  // what `route` does with logits that are there
+
+// y [T, D] of the rows' experts that are here, zeros where there are none, and rows [num] of each. false: an expert is nobody's.
+bool experts(const Experts &what, int threads, int64_t num, const void *x, const int64_t *ids, const float *weights, void *y,
+             int64_t *rows);
+
+// What a file compiled for one instruction set has.
+struct Pieces {
+  void (*norm)(const Norm &, bool is_brain, const void *x, int64_t dim, void *y);
+  void (*heads)(const Project &, const Norm &, const Matrix &, bool rotates, const float *y, const void *cos, const void *sin, void *to);
+  void (*attend)(const Attend &, const void *q, const void *keys, const void *values, void *out, int64_t unit);
+  // y [num, n] in float32 = x [num, k] times w [n, k], of up to four rows, both widened first
+  void (*wide_product)(bool is_brain, const void *x, int64_t num, int64_t k, const void *w, int64_t n, float *y);
+  void (*rounded)(bool is_brain, const float *y, const void *bias, int64_t n, void *to);
+  void (*gated)(bool is_brain, const void *x, const void *gate, int64_t n, void *to);
+  void (*added)(bool is_brain, const void *x, const void *y, int64_t n, void *to);
+  void (*sigmoid)(const float *x, int64_t n, float *to);
+  void (*summed)(bool is_brain, const float *const *rows, int64_t num, int64_t n, void *to);  // each rounded first
+  float (*total)(const float *x, int64_t n);
+};
+
+extern const Pieces kPiecesGeneric, kPiecesAvx2, kPiecesAvx512;
+
+}  // namespace trinity
