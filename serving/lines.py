@@ -3,7 +3,7 @@
 Decisions. A request is an entry in a table at either end; it has no task, call or stream of its own between them. What is asked
 of the engine goes with the opening, and then one call at a time, each with all that has come up meanwhile. An engine that says
 nothing for SILENT_S is lost, with all that it had from here: a machine that vanishes, or a process that is stopped, closes
-no connection. Deltas that nobody has taken yet become one, so what a slow client leaves lying is what its answer has, and
+no connection. Many Deltas that nobody has taken yet become one: what a slow client leaves lying is what its answer has, and
 nobody else waits for it. A line that has nothing to carry for LINGER_S is closed: an engine that is to end waits for its lines.
 """
 
@@ -21,7 +21,7 @@ from trinity.errors import EngineLost
 
 SILENT_S, LINGER_S = 20.0, 1.0
 SHORT = 1 << 16  # tokens of a prompt
-MANY = 64  # items that nobody has taken
+MANY = 256  # items that nobody has taken: below, each stays the chunk that it would be
 
 
 class Wire(Protocol):
@@ -56,12 +56,12 @@ class Call:
             self._waiter.set_result(None)
 
     async def take(self) -> list[Any]:
-        """All that it has got, once that is something; of what belongs to one version of the weights a single Delta."""
+        """All that it has got, once that is something."""
         if not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         items, self._items = self._items, []
-        return items if len(items) == 1 else together(items)
+        return items
 
 
 def together(items: list[Any]) -> list[Any]:

@@ -43,7 +43,7 @@ struct Flushing {
   Flushing &operator=(const Flushing &) = delete;
 };
 #else
-using Flushing = AsUsual;  // TODO
+using Flushing = AsUsual;  // other processors keep such numbers, here as in numba: only with these do bits differ from x86
 #endif
 
 }  // namespace

@@ -114,17 +114,18 @@ class Twice(FakeEngine):
         return replace(delta, version=9 if delta.finish_reason else 7)
 
 
-async def test_what_nobody_takes_becomes_one_for_each_version():
-    """A slow client's answer lies there as one Delta, and holds up nobody."""
+@pytest.mark.parametrize(("most", "is_joined"), [(16, True), (1000, False)])
+async def test_many_that_nobody_takes_become_one_for_each_version(monkeypatch, most, is_joined):
+    """A slow client's answer lies there in few Deltas, and holds up nobody; of a few each stays the chunk that it is."""
+    monkeypatch.setattr(lines, "MANY", most)
     line = Line(wire := Wire(Twice()))
     slow = ask(line, "slow", SamplingParams(max_tokens=100))
     first = await anext(slow)
     await eventually(lambda: not wire.end._begun)
     quick = await answer(line, "quick", SamplingParams(max_tokens=100))
-    [call] = line._calls.values()
-    assert len(call._items) < lines.MANY
     rest = [delta async for delta in slow]
-    assert [delta.version for delta in rest] == [7, 9]
+    assert len(rest) <= most if is_joined else len(rest) == 99
+    assert [rest[0].version, rest[-1].version] == [7, 9]
     assert tokens([first, *rest]) == tokens(quick)
     assert "".join(delta.text for delta in [first, *rest]) == "".join(delta.text for delta in quick)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.test_replicas import FOREVER, LAYER, MODEL, copy_all
+from trinity.checkpoint import all_experts
 from trinity.config import LoraConfig, OptimConfig
 from trinity.dispatch.transport import LocalTransport
 from trinity.errors import ConfigError, InvalidRequest
@@ -37,6 +38,7 @@ from trinity.rpc.messages import (
     Stage,
     Status,
 )
+from trinity.state.versioned_store import Store
 
 MODEL = MODEL.model_copy(update=dict(moe_intermediate_size=16))
 NUM = MODEL.num_experts
@@ -233,6 +235,20 @@ def test_a_pool_that_serves_has_that_form_alone_and_the_bits_of_one_that_trains(
     assert [s.status(Status()).expert_dtype for s in (served, plain)] == [name, "float32"]
     with pytest.raises(InvalidRequest, match=f"has experts as {name} only; nothing is saved"):
         served.save(Save(str(tmp_path), {LAYER: (0,)}, 0, training=False))
+
+
+def test_what_outlives_its_process_has_its_form(tmp_path):
+    spec = ShardSpec("a", MODEL, all_experts(MODEL), OptimConfig(), backend="torch", expert_dtype="fp8")
+    before = ExpertShard(spec, Store(tmp_path))
+    before.load(Load(seed=5))
+    step_all([before], 1)
+    want = answers(before, LAYER, 1, range(NUM))
+    before.store._lock.close()  # as when its process dies
+    after = ExpertShard(spec, Store(tmp_path))
+    assert after.version == 1
+    assert torch.equal(answers(after, LAYER, 1, range(NUM)), want)
+    step_all([after], 2)
+    assert not torch.equal(answers(after, LAYER, 2, range(NUM)), want)
 
 
 def test_what_comes_without_its_form_is_refused():

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from trinity import native
+from trinity.bench.expert_backends import shape_of
+from trinity.bench.expert_formats import formats
 from trinity.errors import InvalidRequest
 from trinity.ops import extension, quantised
 from trinity.ops.batch_invariant import elementwise, fused_mlp, gemm
@@ -145,3 +147,11 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
         extension.multiplying(extension.FLOAT32, rows, w, torch.tensor([2]), y)
     with pytest.raises(TypeError, match="2 arguments, not 14"):
         native.lib.multiply(1, 2)
+
+
+def test_the_bench_compares_every_format_with_float32():
+    table = formats(shape_of("tiny", torch.device("cpu"), experts=2), rows=(1, 3), rounds=1)
+    names = ["float32", *(["bfloat16"] if native.lib else []), "int8"]
+    assert [row[:2] for row in table.rows] == [(num, name) for num in (1, 3) for name in names]
+    lost = {row[1]: float(row[-1]) for row in table.rows}
+    assert lost["float32"] == 0 < lost["int8"] < 0.1

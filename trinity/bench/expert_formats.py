@@ -19,7 +19,7 @@ from trinity.ops import extension, quantised
 from trinity.ops.batch_invariant.fused_mlp import feed_forward
 from trinity.utils.hugepages import on_huge_pages
 
-COLD_BYTES = 64 << 20  # of a format's weights
+COLD_BYTES, MOST_LAYERS = 64 << 20, 16  # of a format's weights
 COLUMNS = ("rows / expert", "format", "ms", "x float32", "GB/s", "GFLOP/s", "distance")
 Run = Callable[[int], Tensor]  # of a layer's number
 Stack = tuple[Tensor, ...]
@@ -72,7 +72,7 @@ def _cells(shape: Shape, stacks: dict[str, Stack], num: int, rounds: int) -> Ite
 
 def _layers(stack: Stack) -> list[Stack]:
     """The layer and its copies."""
-    copies = -(-COLD_BYTES // sum(part.nbytes for part in stack))
+    copies = min(MOST_LAYERS, -(-COLD_BYTES // sum(part.nbytes for part in stack)))
     return [stack, *(tuple(map(_huge, stack)) for _ in range(copies - 1))]
 
 

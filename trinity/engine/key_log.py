@@ -1,8 +1,8 @@
 """Accounts of what is in a prefix cache, for gateways that send requests where their beginning is. Host code, no torch.
 
 Decisions: keys are shortened to SHORT bytes, because a wrong guess costs time and never an answer. Accounts are numbered, and
-say what changed since an earlier one; whoever asks for the first time, or comes too late, is told all. Either has at most MOST
-keys, the latest: what a cache of more blocks knows besides is not told.
+say what changed since an earlier one; whoever asks for the first time, or comes too late, is told all. That has at most MOST
+keys, the latest: what a cache of more blocks knows besides is not told. Of changes as many are kept as many seconds bring.
 """
 
 from collections import OrderedDict, deque
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHORT = 8
-MOST = 1 << 16
+MOST, MOST_CHANGES = 1 << 16, 1 << 13
 NO_ACCOUNT = -1  # before the first
 
 
@@ -52,8 +52,8 @@ class KeyLog:
     def __init__(self, most: int = MOST):
         self._lock = Lock()
         self._there: OrderedDict[bytes, None] = OrderedDict()
-        self._changes: deque[tuple[bytes, bool]] = deque(maxlen=most)
-        self._number = 0
+        self._changes: deque[tuple[bytes, bool]] = deque(maxlen=min(most, MOST_CHANGES))
+        self._most, self._number = most, 0
 
     def note(self, key: bytes, is_there: bool) -> None:
         """A key has come, or gone."""
@@ -76,7 +76,7 @@ class KeyLog:
             return KeyChanges(self._number, False, _joined(there), _joined(gone))
 
     def _latest(self) -> list[bytes]:
-        return list(islice(reversed(self._there), self._changes.maxlen))
+        return list(islice(reversed(self._there), self._most))
 
 
 def _joined(keys: Iterable[bytes]) -> bytes:

@@ -37,7 +37,7 @@ def engine(program: str, path: str, threads: int, size: dict[str, int], **more: 
     settings = EngineConfig.model_validate(
         {"num_threads": threads, "kv_cache_bytes": KV_BYTES, "max_draft_tokens": 0, **size}
     )
-    return LLM(path, engine=settings, device="cpu").engine
+    return LLM(path, engine=settings, device="cpu", **more).engine
 
 
 def cpu_s() -> float:
