@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trinity.bench import models
-from trinity.bench.models import ACTORS, HERE, NUM_SHARDS, TRANSFORMERS, Split, actor_arm
+from trinity.bench.models import ACTORS, HERE, NUM_LIKELY, NUM_SHARDS, TRANSFORMERS, Split, actor_arm
 from trinity.bench.report import Curve, Report, Table, alternated, ratio
 from trinity.config import EngineConfig, ModelConfig, preset
 from trinity.errors import TrinityError
@@ -111,11 +111,12 @@ class Ours:
 
 class Theirs:
     """transformers' `generate` over all prompts as one batch. Of a run with `look`, `gaps_NB` tells how far apart the two
-    best logits of each step were."""
+    best logits of each step were; of the last run, `likely_BN` has the likeliest first tokens."""
 
     def __init__(self, path: Path, dtype: str = "float32"):
         self.model = models.twin(path, dtype).eval()
         self.gaps_NB: list[list[float]] = []
+        self.likely_BN: list[list[int]] = []
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int, look: bool = False) -> Run:
         import torch
@@ -124,6 +125,8 @@ class Theirs:
 
         def processor(ids: "Tensor", logits_BV: "Tensor") -> "Tensor":
             stamps.append(time.perf_counter())
+            if len(stamps) == 1:
+                self.likely_BN = logits_BV.topk(NUM_LIKELY).indices.tolist()
             if look:
                 best_B2 = logits_BV.topk(2).values
                 self.gaps_NB.append((best_B2[:, 0] - best_B2[:, 1]).tolist())

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 HERE, ACTORS, TRANSFORMERS = "one process", "shard actors", "transformers"
 NUM_SHARDS = 2
+NUM_LIKELY = 20  # first tokens, of which bf16 may choose another
 SEED = 0
 EXPERTS_IMPLEMENTATION = "grouped_mm"  # transformers' fastest on a CPU, and its default
 
