@@ -88,8 +88,8 @@ def test_every_command_has_help_and_can_be_imported(name, capsys):
     [
         (
             ["train", "missing.yaml"],
-            "configuration file missing.yaml does not exist; presets are bench, glm-4.5, glm-4.5-air, large, mini, mini-slice, nano, "
-            "qwen3-30b-a3b, tiny",
+            "configuration file missing.yaml does not exist; presets are bench, glm-4.5, glm-4.5-air, large, mini, "
+            "mini-slice, nano, qwen3-30b-a3b, tiny",
         ),
         (["train", "tiny", "--train.stepz", "1"], "did you mean 'train.steps'?"),
         (["serve", "missing"], "checkpoint folder missing does not exist"),
