@@ -17,6 +17,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from trinity.utils.terminal import say
 from trinity.utils.trying import tried
 
 SETTINGS, LOCK = "settings.json", ".lock"
+LOOK_S = 1.0
 Made = Callable[[list[Shard]], Generator[str, None, None]]  # makes journals; -> names of shards as they become whole
 
 
@@ -189,10 +191,18 @@ def made_here(maker: Maker, shards: list[Shard]) -> Generator[str, None, None]:
     with start_blocking_portal() as portal:
         task = portal.call(begin)
         try:
-            yield from iter(names.get, None)
+            yield from _until_none(names)
             task.result()
         finally:
             portal.call(_end, task)
+
+
+def _until_none(names: "queue.SimpleQueue[str | None]") -> Iterator[str]:
+    """Items as they come. A signal that comes between Python's look for signals and the wait is seen after the wait, so none
+    is long."""
+    while (name := tried(partial(names.get, timeout=LOOK_S), queue.Empty)) is not None:
+        if not isinstance(name, queue.Empty):
+            yield name
 
 
 async def _end(task: "asyncio.Task[None]") -> None:
