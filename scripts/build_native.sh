@@ -22,4 +22,4 @@ cmake=$(command -v cmake || command -v "$(dirname "$(command -v "$python")")/cma
 
 "$cmake" -S native -B "$build" -DPYTHON_INCLUDE="$include" -DOUTPUT="$out" -DSANITIZE="${SANITIZE:-}" >"$build.log" 2>&1 ||
   { cat "$build.log" >&2; exit 1; }
-"$cmake" --build "$build" >>"$build.log" 2>&1 || { cat "$build.log" >&2; exit 1; }
+"$cmake" --build "$build" --parallel "$(getconf _NPROCESSORS_ONLN)" >>"$build.log" 2>&1 || { cat "$build.log" >&2; exit 1; }

@@ -197,6 +197,11 @@ def test_experts_that_leave_are_not_computed_any_more():
         assert want.shape == (5, 16)
 
 
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)  # until every thread of it stands
+
+
 def test_a_shard_that_stops_or_dies_is_told_by_the_deadline(monkeypatch):
     """SIGSTOP inside a native wait, and before there is a ring, then SIGCONT, then SIGKILL: an error each time, and the right
     rows between."""
@@ -208,7 +213,7 @@ def test_a_shard_that_stops_or_dies_is_told_by_the_deadline(monkeypatch):
         dispatcher, other = (echo.dispatcher_of(bench._direct([address], secret, stack), 1) for _ in range(2))
         assert torch.equal(near(dispatcher, *call), call[1])
         assert torch.equal(other(*call), call[1])  # connected; the next call would ask for a ring
-        os.kill(child.process.pid, signal.SIGSTOP)
+        stop(child.process.pid)
         for each in (*[dispatcher] * 5, other):  # more than there are slots
             each.timeout_s = 0.2
             with sooner_than(30), pytest.raises((DeadlineExceeded, Unavailable), match="shard-0"):
@@ -217,7 +222,7 @@ def test_a_shard_that_stops_or_dies_is_told_by_the_deadline(monkeypatch):
         dispatcher.timeout_s = 30
         assert torch.equal(near(dispatcher, *call), call[1])
         sent = dispatcher.begin(*call)
-        os.kill(child.process.pid, signal.SIGSTOP)
+        stop(child.process.pid)
         sent = [sent, dispatcher.begin(*call)]
         os.kill(child.process.pid, signal.SIGKILL)
         dispatcher.timeout_s = 0.2
