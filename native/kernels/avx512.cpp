@@ -9,26 +9,10 @@ inline __m512 second_of(__m512i pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-struct BrainFormat {
-  using X = uint16_t;
-  using W = uint16_t;
-  using Total = float;
-  using Sum = __m512;
-  using Row = __m512i;
-  using Weight = __m512i;
-  using Mode = Flushing;
-  static constexpr int kRows = 4, kStep = 32;
-  static constexpr bool kPads = true, kRounds = true;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Row load_x(const uint16_t *p) { return _mm512_loadu_si512(p); }
-  static Weight load_w(const uint16_t *p) { return _mm512_loadu_si512(p); }
-  static Row load_x(const uint16_t *p, int num) { return _mm512_maskz_loadu_epi16((1u << num) - 1, p); }
-  static Weight load_w(const uint16_t *p, int num) { return load_x(p, num); }
+struct BrainFormat : BrainLanes {
   static Sum add(Sum s, Weight w, Row x) {
     return _mm512_fmadd_ps(first_of(w), first_of(x), _mm512_fmadd_ps(second_of(w), second_of(x), s));
   }
-  template <int R>
-  static void totals(const Sum (*sums)[kColumns], float *out) { _mm512_store_ps(out, added_up<Floats, R>(sums)); }
 };
 
 struct ByteFormat {

@@ -74,5 +74,25 @@ struct FloatFormat {
   static void totals(const Sum (*sums)[kColumns], float *out) { _mm512_store_ps(out, added_up<Floats, R>(sums)); }
 };
 
+// A format of bfloat16 but for its products.
+struct BrainLanes {
+  using X = uint16_t;
+  using W = uint16_t;
+  using Total = float;
+  using Sum = __m512;
+  using Row = __m512i;
+  using Weight = __m512i;
+  using Mode = Flushing;  // vdpbf16ps does so anyway, adding up lanes does not
+  static constexpr int kRows = 4, kStep = 32;
+  static constexpr bool kPads = true, kRounds = true;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Row load_x(const uint16_t *p) { return _mm512_loadu_si512(p); }
+  static Weight load_w(const uint16_t *p) { return _mm512_loadu_si512(p); }
+  static Row load_x(const uint16_t *p, int num) { return _mm512_maskz_loadu_epi16((1u << num) - 1, p); }
+  static Weight load_w(const uint16_t *p, int num) { return load_x(p, num); }
+  template <int R>
+  static void totals(const Sum (*sums)[kColumns], float *out) { _mm512_store_ps(out, added_up<Floats, R>(sums)); }
+};
+
 }  // namespace
 }  // namespace trinity

@@ -5,27 +5,11 @@
 namespace trinity {
 namespace {
 
-struct BrainFormat {
-  using X = uint16_t;
-  using W = uint16_t;
-  using Total = float;
-  using Sum = __m512;
-  using Row = __m512i;
-  using Weight = __m512i;
-  using Mode = Flushing;  // the instruction does so anyway, adding up lanes does not
-  static constexpr int kRows = 4, kStep = 32;
-  static constexpr bool kPads = true, kRounds = true;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Row load_x(const uint16_t *p) { return _mm512_loadu_si512(p); }
-  static Weight load_w(const uint16_t *p) { return _mm512_loadu_si512(p); }
-  static Row load_x(const uint16_t *p, int num) { return _mm512_maskz_loadu_epi16((1u << num) - 1, p); }
-  static Weight load_w(const uint16_t *p, int num) { return load_x(p, num); }
+struct BrainFormat : BrainLanes {
   static Sum add(Sum s, Weight w, Row x) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(w), "v"(x));
     return s;
   }
-  template <int R>
-  static void totals(const Sum (*sums)[kColumns], float *out) { _mm512_store_ps(out, added_up<Floats, R>(sums)); }
 };
 
 struct ByteFormat {
