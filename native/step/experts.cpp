@@ -1,5 +1,4 @@
 // The experts of a layer that are here: rows sorted by expert, feed-forwards, and each row's sum in the order of its experts.
-#if __has_include("../kernels/kernels.h")
 #include <algorithm>
 #include <vector>
 
@@ -95,4 +94,3 @@ bool experts(const Experts &e, int threads, int64_t num, const void *x, const in
 }
 
 }  // namespace trinity
-#endif

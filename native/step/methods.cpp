@@ -1,7 +1,6 @@
 // The pieces as Python calls them: a description as bytes, as trinity/models/common/native_step.py packs it, then integers.
 #include <Python.h>
 
-#if __has_include("../kernels/kernels.h")
 #include <string.h>
 
 #include "step.h"
@@ -111,6 +110,3 @@ PyObject *step_experts(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
 
 PyMethodDef step_methods[] = {METHOD(step_project), METHOD(step_attend), METHOD(step_route), METHOD(step_leave),
                               METHOD(step_choose), METHOD(step_experts), {nullptr, nullptr, 0, nullptr}};
-#else
-PyMethodDef step_methods[] = {{nullptr, nullptr, 0, nullptr}};
-#endif
