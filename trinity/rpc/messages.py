@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Of messages, frames and handshake: processes of another one are refused by name (docs/operations.md, Upgrades).
-PROTOCOL = 9
+PROTOCOL = 10
 Experts = dict[int, tuple[int, ...]]  # layer -> expert indices, as in the checkpoint
 
 
@@ -308,3 +308,4 @@ class ShardStatus:
     extra_bytes: int  # memory of versions besides the present one
     rows: dict[int, dict[int, int]]  # layer -> expert -> rows computed
     expert_dtype: str = ""  # of what inference computes with
+    computes: str = ""  # by which kernels (trinity/native.py)
