@@ -19,6 +19,8 @@ T *at(T *rows, int64_t row, int64_t width, bool is_brain) {
   return rows ? (T *)((uintptr_t)rows + row * width * size_of_one(is_brain)) : nullptr;
 }
 
+inline Format format_of(bool is_brain) { return is_brain ? kBfloat16 : kFloat32; }
+
 // Memory of this thread that its next calls use again.
 template <int which>
 char *scratch_of(int64_t num_bytes) {
@@ -26,5 +28,8 @@ char *scratch_of(int64_t num_bytes) {
   if (static_cast<int64_t>(memory.size()) < num_bytes) memory.resize(num_bytes);
   return memory.data();
 }
+
+// x [num, k] of the model's type as matrices of a format take it: for them to be multiplied with, before the next call.
+Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k);
 
 }  // namespace trinity
