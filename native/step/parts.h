@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../cpu.h"
+#include "../rows.h"
 #include "step.h"
 
 namespace trinity {
@@ -18,8 +19,6 @@ template <class T>
 T *at(T *rows, int64_t row, int64_t width, bool is_brain) {
   return rows ? (T *)((uintptr_t)rows + row * width * size_of_one(is_brain)) : nullptr;
 }
-
-inline Format format_of(bool is_brain) { return is_brain ? kBfloat16 : kFloat32; }
 
 // Memory of this thread that its next calls use again.
 template <int which>
