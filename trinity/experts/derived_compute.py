@@ -45,7 +45,8 @@ def _floats(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, stacks: list[Tensor]
 
     x_AD = x_AD.to(stacks[0].dtype)
     if batch_invariant.at_once(x_AD, *stacks):
-        return fused_mlp.feed_forward(x_AD, *stacks, end_E, weight_A1.squeeze(1), torch.float32)
+        gate, up, down = stacks
+        return fused_mlp.feed_forward(x_AD, gate, up, down, end_E, weight_A1.squeeze(1), torch.float32)
     gate_AF, up_AF = (gemm.grouped(x_AD, stack, end_E) for stack in stacks[:2])
     return gemm.multiply(elementwise.gated(gate_AF, up_AF, weight_A1), stacks[2], end_E)
 

@@ -1,9 +1,10 @@
-"""A layer's experts as one call of the extension in C++, where there is one: for inference on a CPU, with the torch backend or by
-weights in another form.
+"""A layer's experts as one call of the extension in C++, where there is one: for inference on a CPU, with the torch backend or
+by weights in another form.
 
 Legend: R rows, K slots of a row, A assignments, E experts of the layer on this shard, D model, F expert hidden.
-Decisions: the bits are those of `torch_backend.in_order` and of derived_compute.py; sorting, feed-forwards and the sums over a
-row's experts are done in one go, without a copy of the rows. What is not for it, and what an error is about, goes the other way.
+Decisions: the bits are those of `torch_backend.in_order` and of derived_compute.py; sorting, feed-forwards and the sums over
+a row's experts are done in one go, without a copy of the rows. What is not for it, and what an error is about, goes the other
+way.
 """
 
 import struct

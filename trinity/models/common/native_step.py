@@ -97,8 +97,12 @@ class Part:
         return bool(self._linears) and self._linears[0].passing.adapters is not None
 
     def _prepared(self, h_TD: Tensor, like: Any) -> bool:
-        weights = [table[name] for table, name in self._tensors if name != "bias_E"]
-        if not all(w.is_contiguous() and w.dtype == h_TD.dtype and w.is_cpu for w in weights) or not self.fits(h_TD):
+        rounded = {id(linear._parameters) for linear in self._linears if linear.is_rounded}
+        for table, name in self._tensors:
+            tensor, is_free = table[name], name == "bias_E" or (name == "weight" and id(table) in rounded)
+            if not is_free and not (tensor.dtype == h_TD.dtype and tensor.is_contiguous() and tensor.is_cpu):
+                return False
+        if not self.fits(h_TD):
             return False
         kind = (type(self.module), h_TD.dtype, *self.packed(_is_there, like))
         self.description = self.packed(_place, like)
@@ -273,8 +277,9 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
         if part is None:
             fields += [0] * 7
             continue
+        scales = (place(part.scale_N), place(part.total_N))
         sizes = (part.out_features, part.in_features, KINDS[part.weight.dtype])
-        fields += (place(part.weight), place(part.bias), 0, 0, *sizes)
+        fields += (place(part.weight), place(part.bias), *scales, *sizes)
     return fields
 
 

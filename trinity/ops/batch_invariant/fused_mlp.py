@@ -30,8 +30,8 @@ def feed_forward(
     weight_A: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """-> y_AN in x's type, or in `dtype`, which rounds it once: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]` through expert 1 and so on,
-    their hidden rows times their weight. For what `exact.at_once` says yes to."""
+    """-> y_AN in x's type, or in `dtype`, rounded once: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]`
+    through expert 1 and so on, their hidden rows times their weight. For what `exact.at_once` says yes to."""
     (num, dim), (_, n, f) = x_AD.shape, down_ENF.shape
     y_AN = torch.empty(num, n)
     if x_AD.dtype == torch.bfloat16:
