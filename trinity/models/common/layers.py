@@ -58,6 +58,11 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(dim, hidden, device=device, dtype=dtype)
         self.down_proj = Linear(hidden, dim, device=device, dtype=dtype)
 
+    @property
+    def parts(self) -> tuple["Linear", "Linear", "Linear"]:
+        """Gate, up and down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def forward(self, x: Tensor) -> Tensor:
         if self.is_exact and (y := self._at_once(x)) is not None:
             return y
@@ -66,9 +71,8 @@ class SwiGLU(nn.Module):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The same bits, for inference; None where that does not fit."""
-        parts = (self.gate_proj, self.up_proj, self.down_proj)
-        weights = [part.weight for part in parts]
-        if any(part.is_adapted for part in parts) or not batch_invariant.at_once(x, *weights):
+        weights = [part.weight for part in self.parts]
+        if any(part.is_adapted for part in self.parts) or not batch_invariant.at_once(x, *weights):
             return None
         from trinity.ops.batch_invariant import fused_mlp
 
