@@ -20,9 +20,10 @@ T *at(T *rows, int64_t row, int64_t width, bool is_brain) {
   return rows ? (T *)((uintptr_t)rows + row * width * size_of_one(is_brain)) : nullptr;
 }
 
-// x [num, k] times each of the matrices -> y, one result [num, n] after the other.
-void multiply_all(int threads, bool is_brain, int64_t num, const void *x, int64_t k, const std::vector<const Matrix *> &matrices,
-                  float *y);
+inline Format format_of(bool is_brain) { return is_brain ? kBfloat16 : kFloat32; }
+
+// x [num, k] times each of the matrices, whatever their formats -> y, one result [num, n] after the other.
+void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y);
 void each_row(int threads, int64_t num, int64_t operations, const std::function<void(int64_t)> &work);
 
 // Memory of this thread that its next calls use again.
@@ -32,5 +33,8 @@ char *scratch_of(int64_t num_bytes) {
   if (static_cast<int64_t>(memory.size()) < num_bytes) memory.resize(num_bytes);
   return memory.data();
 }
+
+// x [num, k] of the model's type as matrices of a format take it: for them to be multiplied with, before the next call.
+Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k);
 
 }  // namespace trinity

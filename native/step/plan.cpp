@@ -26,7 +26,7 @@ class Walk {
   }
 
  private:
-  bool is_here(int64_t layer) const { return step_.experts[layer].gate; }
+  bool is_here(int64_t layer) const { return step_.experts[layer].gate.values; }
 
   bool enter(const Layer &own) {
     project(own.project, threads(), run_.num, run_.h, run_.cos, run_.sin, run_.q, run_.k, run_.v, run_.gate);
@@ -59,7 +59,7 @@ class Walk {
   bool ask(const Layer &own, int64_t layer) {
     const Experts &here = step_.experts[layer];
     if (!is_here(layer)) return false;
-    int64_t *rows = reinterpret_cast<int64_t *>(scratch_of<4>(here.num * 8));
+    int64_t *rows = reinterpret_cast<int64_t *>(scratch_of<7>(here.num * 8));
     const Routed found = routed(layer);
     return experts(here, threads(), run_.num, run_.x, found.ids, found.weights, run_.y, rows, own.local, run_.local);
   }

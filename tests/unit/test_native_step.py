@@ -17,8 +17,9 @@ from trinity.models.common import native_step
 from trinity.models.common.family import Nobody
 from trinity.models.common.native_step import NativeAfter, NativeBefore
 from trinity.models.registry import build
-from trinity.ops import batch_invariant
+from trinity.ops import batch_invariant, extension
 from trinity.ops.batch_invariant.attention import Seen, attention
+from trinity.ops.quantised import Int8, multiply, quantised
 from trinity.rpc.messages import REMOTE
 
 pytestmark = pytest.mark.skipif(not hasattr(native.lib, "step_route"), reason="the extension is not built")
@@ -118,6 +119,26 @@ def test_attention_has_the_bits_of_the_compiled_one(heads, groups, dim, dtype):
     plan = ExactPlan(nothing, nothing, (), (Reads(slice(0, 5), seen),))
     native.lib.step_attend(_described(plan, q, k), 2, *(t.data_ptr() for t in (q, k, v, k, v, found)))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_may_be_of_other_formats_than_rows(dtype):
+    model, lib, at = model_of("tiny", str(dtype)[6:]), native.lib, native_step._place
+    pre, h_TD = next(model.blocks()).pre, rows(model, 9)
+    attention, x_TD = pre.self_attn, pre.input_layernorm(h_TD)
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.gate_proj)
+    stored = [quantised(part.weight) for part in parts]
+    fields = [(at(w.q), 0, at(w.scale), at(w.total), *w.q.shape, extension.INT8) for w in stored]
+    fields[1] = tuple(native_step._matrices(at, parts[1]))  # one as it is
+    norms = native_step._norms(at, pre.input_layernorm, None, None)
+    head = (dtype == torch.bfloat16, h_TD.shape[1], attention.head_dim, 0)
+    what = native_step.struct.pack(native_step.PROJECT, *head, *norms, *itertools.chain(*fields))
+    found = [torch.empty(len(h_TD), part.out_features, dtype=dtype) for part in parts]
+    lib.step_project(what, 2, len(h_TD), at(h_TD), 0, 0, *map(at, found))
+    end = torch.tensor([len(h_TD)])
+    expected = [multiply(x_TD, Int8(*(each[None] for each in w)), end).to(dtype) for w in stored]
+    expected[1] = parts[1](x_TD)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_hooks_adapters_and_gradients_need_the_modules():

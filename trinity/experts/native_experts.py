@@ -13,9 +13,10 @@ from torch import Tensor
 from trinity import native
 from trinity.experts.layer import ReadyLayer
 from trinity.ops import batch_invariant
+from trinity.ops.extension import KINDS
 from trinity.state.strides import as_stored
 
-EXPERTS = "<10q"  # native/step/step.h
+EXPERTS = "<4q21q2q"  # native/step/step.h
 
 
 def infer(layer: ReadyLayer, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -30,12 +31,17 @@ def infer(layer: ReadyLayer, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -
         return None
     if ids_RK.dtype != torch.int64 or stacks[2].shape[1] != x_RD.shape[1]:
         return None
-    (num, hidden, dim), (rows, top_k) = stacks[0].shape, ids_RK.shape
+    (num, _, dim), (rows, top_k) = stacks[0].shape, ids_RK.shape
     y_RD, rows_E = torch.empty_like(x_RD), torch.empty(num, dtype=torch.int64)
     what = struct.pack(
-        EXPERTS, x_RD.dtype == torch.bfloat16, dim, hidden, num, top_k, *(stack.data_ptr() for stack in stacks),
+        EXPERTS, x_RD.dtype == torch.bfloat16, dim, num, top_k, *(field for stack in stacks for field in _matrix(stack)),
         layer.position_X.data_ptr(), len(layer.position_X) - 1,
     )  # fmt: skip
     places = (each.data_ptr() for each in (*given, y_RD, rows_E))
     is_done = native.lib.step_experts(what, torch.get_num_threads(), rows, *places)
     return (y_RD, rows_E) if is_done else None
+
+
+def _matrix(stack_ENK: Tensor) -> tuple[int, ...]:
+    """Fields of a Matrix."""
+    return stack_ENK.data_ptr(), 0, 0, 0, *stack_ENK.shape[1:], KINDS[stack_ENK.dtype]

@@ -21,13 +21,14 @@ from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.layers import Linear, RMSNorm
 from trinity.models.common.router import Router, Routing, SigmoidRouter
 from trinity.ops import batch_invariant
+from trinity.ops.extension import KINDS
 
 log = logging.getLogger(__name__)
 
 Table = tuple[Tensor, Tensor]
 Place = Callable[[Tensor | None], int]
 MOST_DIM, MOST_HEAD_DIM = 1 << 15, 1 << 12  # native/step/pieces.inl: kMostDim
-NORM, MATRIX = "qdq", "qqq"  # native/step/step.h
+NORM, MATRIX = "qdq", "7q"  # native/step/step.h
 PROJECT, ROUTE, LEAVE, ATTEND = f"<4q{3 * NORM}{4 * MATRIX}", f"<3q{2 * NORM}{2 * MATRIX}6qd", f"<2q{NORM}", "<12q"
 LOCAL, HEAD = f"<2q{3 * MATRIX}", f"<2q{NORM}{MATRIX}"
 tried: dict[tuple[object, ...], bool] = {}  # kinds of parts, and of models, that were compared with their modules
@@ -328,7 +329,11 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
     """Fields of a Matrix each."""
     fields: list[int] = []
     for part in parts:
-        fields += (0, 0, 0) if part is None else (place(part.weight), place(part.bias), part.out_features)
+        if part is None:
+            fields += [0] * 7
+            continue
+        sizes = (part.out_features, part.in_features, KINDS[part.weight.dtype])
+        fields += (place(part.weight), place(part.bias), 0, 0, *sizes)
     return fields
 
 
