@@ -79,11 +79,11 @@ class ExactAttention:
 
     def memories(self, heads_L: Sequence[int], dtype: torch.dtype) -> Memories | None:
         """Places of all layers for the extension, whose queries have so many heads; where `stored` would have them."""
-        if not self._decodes or any(len(each) != 3 for each in self._pools.addresses):
+        if not self._decodes or any(len(parts) != 2 for _, parts in self._pools.addresses):
             return None
-        found, memory_L = dict[tuple[LayerCache, int], int](), []
-        for heads, (kind, keys, values) in zip(heads_L, self._pools.addresses, strict=True):
-            memory_L += (found.setdefault((kind, heads), len(found)), keys, values)
+        found, memory_L = dict[tuple[LayerCache, int], int](), list[int]()
+        for heads, (kind, parts) in zip(heads_L, self._pools.addresses, strict=True):
+            memory_L += (found.setdefault((kind, heads), len(found)), *parts)
         attends = [_packed(self._plans[kind], dtype, heads, kind.num_heads, kind.key_dim) for kind, heads in found]
         return Memories(len(found), b"".join(attends), struct.pack(f"<{len(memory_L)}q", *memory_L))
 

@@ -8,8 +8,11 @@ present version, so rows of that version are computed meanwhile, and those of th
 backward are a bounded cache, never the truth.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +88,7 @@ class ExpertShard:
         self.cache_misses = 0
         self.peers: Peers | None = None
         self.native: NativeLayers | None = None
+        self._last: tuple[Any, ...] = None, None, {}  # of `_described`
 
     def compute_natively(self) -> NativeLayers | None:
         """Let threads in C++ compute inference, beside all that is computed here and with the same bits; None where there are
@@ -123,6 +127,25 @@ class ExpertShard:
             slots = self._counted(layer, call)
             self._enter(attempt_of(call.op_id), call.version)
             return self._remembered(call.op_id, layer, call.rows, slots).y_RD.detach()
+
+    @contextmanager
+    def lend(self, version: int, dtype: torch.dtype) -> Iterator[Mapping[int, bytes]]:
+        """Layers, as the extension computes rows of that type with them (native_experts.described), that stay as they are
+        inside the block: those of a version that `infer` would compute without waiting, and in the same way."""
+        with self.versions.reading_whole(version) as layers:
+            yield self._described(layers, dtype) if self._computes_here else {}
+
+    def _described(self, layers: Mapping[int, ReadyLayer], dtype: torch.dtype) -> Mapping[int, bytes]:
+        if self._last[0] is not layers or self._last[1] != dtype:
+            top_k, counts = self.spec.model.num_experts_per_tok, self.weights.row_counts.running
+            possible = {number: layer for number, layer in layers.items() if native_experts.is_possible(layer, dtype)}
+            found = {n: native_experts.described(layer, top_k, counts[n]) for n, layer in possible.items()}
+            self._last = layers, dtype, found
+        return self._last[2]
+
+    @property
+    def _computes_here(self) -> bool:
+        return self.spec.device == "cpu" and getattr(self.backend, "is_in_order", False)
 
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
         """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
@@ -292,11 +315,8 @@ class ExpertShard:
         if layer.derived is not None:
             return self._by_form(layer.derived, layer, call)
         if rows.adapter_R is None:
-            is_in_order = getattr(self.backend, "is_in_order", False)
-            if (
-                is_in_order
-                and (found := native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)) is not None
-            ):
+            given = (layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
+            if self._computes_here and (found := native_experts.infer(*given)) is not None:
                 self.weights.row_counts.add(call.layer, layer.ids_E, found[1])
                 return found[0]
             return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)

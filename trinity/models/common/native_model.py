@@ -1,11 +1,11 @@
 """A pass through all layers as one call of the extension in C++, which comes back where Python has to do a part.
 
 Legend: T tokens, D model, X = heads * head dim, E experts, K top-k, L layers, M those of them that route, V vocabulary.
-What the layers are made of is described once (native_step.py), and again when a tensor is another or lies elsewhere; where keys
-and experts are is said for each pass by the Attend and by the ExpertLayer, if they can.
-Decisions: where a layer is not described, or attention, a choice or a layer's experts are not the extension's to compute, the call
-returns, Python does that part as it always does, and calls again from the next place. A kind of model is first compared with its
-modules in a whole pass, bit for bit. With hooks, adapters or gradients the modules run.
+What the layers are made of is described once (native_step.py), and again when a tensor is another or lies elsewhere; where
+keys and experts are is said for each pass by the Attend and by the ExpertLayer, if they can.
+Decisions: where a layer is not described, or attention, a choice or a layer's experts are not the extension's to compute, the
+call returns, Python does that part as it always does, and calls again from the next place. A kind of model is first compared
+with its modules in a whole pass, bit for bit. With hooks, adapters or gradients the modules run.
 """
 
 import logging
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENTER, ATTEND, ROUTE, CHOOSE, EXPERTS, LOCAL, JOIN, LEAVE, PLACES = range(9)  # native/step/plan.h
-MEMORY, RUN, HERE = "<3q", "<20q", "<12q"
+MEMORY, RUN, HERE = "<3q", "<20q", "<29q"
 ELSEWHERE = bytes(struct.calcsize(HERE))
 NO_LOCAL = bytes(struct.calcsize(native_step.LOCAL))
 NO_LAYER = bytes(sum(map(struct.calcsize, (native_step.PROJECT, native_step.ROUTE, native_step.LEAVE))))
@@ -79,7 +79,8 @@ class Layer(NamedTuple):
         """A Layer of native/step/plan.h. `is_whole`: it is Python's."""
         if is_whole:
             return NO_LAYER + NO_LOCAL + struct.pack("<q", True)
-        assert self.before is not None and self.after is not None, "it is not described"
+        assert self.before is not None, "it is not described"
+        assert self.after is not None, "it is not described"
         local = (NO_LOCAL,) if self.local is None else self.local.description
         return b"".join((*self.before.description, *self.after.description, *local, struct.pack("<q", False)))
 
