@@ -27,10 +27,11 @@ native-sanitize:
 	SANITIZE=thread scripts/build_native.sh build/sanitized-thread
 	for test in build/sanitized-thread/*_test; do $$test || exit 1; done
 
-# Ten million frames of nonsense in a ring, some minutes. FRAMES=1000000 for fewer.
+# Ten million frames of nonsense in a ring, and as many over a socket, some minutes. FRAMES=1000000 for fewer.
 native-fuzz:
 	SANITIZE=address,undefined scripts/build_native.sh build/sanitized-address
 	build/sanitized-address/ring_fuzz_test $(or $(FRAMES),10000000)
+	build/sanitized-address/frames_fuzz_test $(or $(FRAMES),10000000)
 
 demo: setup
 	$(BIN)/trinity demo $(if $(filter-out 0,$(KEEP)),--keep)

@@ -57,17 +57,17 @@ void ring_bell(Bell& bell) {
   if (bell.waiting.load()) futex(bell.value, FUTEX_WAKE, 1, nullptr);
 }
 
-bool Waiter::comes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu) const {
+bool Waiter::comes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, int spins) const {
   if (!was_short_ || peer_cpu.load(std::memory_order_relaxed) == this_cpu()) return false;
-  for (int i = 0; i < kSpins; ++i) {
+  for (int i = 0; i < spins * kSpins; ++i) {
     if (bell.value.load(std::memory_order_acquire) != old) return true;
     pause();
   }
   return false;
 }
 
-void Waiter::wait(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s) {
-  if (comes_soon(bell, old, peer_cpu)) return;
+void Waiter::wait(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s, int spins) {
+  if (comes_soon(bell, old, peer_cpu, spins)) return;
   const double since_s = now_s();
   bell.waiting.store(1);
   if (bell.value.load() == old) {

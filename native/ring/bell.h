@@ -34,11 +34,11 @@ void ring_bell(Bell& bell);  // after `value` was changed: wakes who waits
 // One side's waits at a ring.
 class Waiter {
  public:
-  // Waits while the word is `old`, for a tick at most; `peer_cpu`: where its other side was last seen.
-  void wait(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s);
+  // Waits while the word is `old`, for a tick at most; `peer_cpu`: where its other side was last seen. `spins`: times a spin.
+  void wait(Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, double tick_s, int spins);
 
  private:
-  bool comes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu) const;
+  bool comes_soon(const Bell& bell, uint32_t old, const std::atomic<int32_t>& peer_cpu, int spins) const;
 
   bool was_short_ = true;  // the wait before
 };

@@ -12,6 +12,7 @@ namespace {
 
 constexpr double kTickS = 0.05;  // until a look at the clock, and whether the peer is there
 constexpr int32_t kNobody = -1;
+constexpr int kMostSpins = 4;
 
 // trinity/dispatch/exchange.py:replica_hash
 int64_t hash_of(const char* row, uint32_t format) {
@@ -47,13 +48,14 @@ void Ring::post(int slot, const Head& head, const Names&) {
   control.asked.value.fetch_add(1);
 }
 
-Code Ring::wait(int slot, double until_s) {
+Code Ring::wait(int slot, double until_s, int num_away) {
   Control& control = ring_.control();
   Bell& answered = control.slots[slot].answered;
+  const int spins = control.is_shared.load(std::memory_order_relaxed) ? 0 : std::min(num_away, kMostSpins);
   for (uint32_t seen; (seen = answered.value.load()) != asked_[slot];) {
     const double left_s = until_s - now_s();
     if (left_s <= 0) return kLate;
-    waiter_.wait(answered, seen, control.shard_cpu, std::min(left_s, kTickS));
+    waiter_.wait(answered, seen, control.shard_cpu, std::min(left_s, kTickS), spins);
     if (answered.value.load() != asked_[slot] && is_gone()) return kGone;
   }
   const Answer answer = read_once(control.slots[slot].answer);
@@ -67,6 +69,7 @@ Failure Pending::begin(const Batch& batch) {
   Failure failure = route(batch);
   if (failure.code == kDone) failure = reserve();
   if (failure.code != kDone) return abandon(), failure;
+  tell_crowds();
   for (const Part& part : parts_) post(batch, part);
   for (const Part& part : parts_) plan_->rings[part.shard]->wake();
   return {kDone, 0};
@@ -119,6 +122,14 @@ Failure Pending::reserve() {
   return {kDone, 0};
 }
 
+void Pending::tell_crowds() const {
+  for (const Part& part : parts_) {
+    Way& way = *plan_->rings[part.shard];
+    const auto is_there = [&](const Part& other) { return plan_->rings[other.shard]->peer_cpu() == way.peer_cpu(); };
+    way.set_crowded(std::count_if(parts_.begin(), parts_.end(), is_there) > 1);
+  }
+}
+
 void Pending::post(const Batch& batch, const Part& part) {
   Way& ring = *plan_->rings[part.shard];
   const Places places = places_of(part);
@@ -144,8 +155,9 @@ void Pending::post(const Batch& batch, const Part& part) {
 }
 
 Failure Pending::finish(char* y, double until_s) {
+  int num_away = static_cast<int>(parts_.size());
   for (auto part = parts_.rbegin(); part != parts_.rend(); ++part) {
-    const Failure failure = {plan_->rings[part->shard]->wait(part->slot, until_s), part->shard};
+    const Failure failure = {plan_->rings[part->shard]->wait(part->slot, until_s, num_away--), part->shard};
     if (failure.code != kDone) return abandon(), failure;
   }
   const size_t num = static_cast<size_t>(num_tokens_ * dim_);

@@ -24,7 +24,9 @@ class Ring : public Way {
   char* box(int slot) const override { return ring_.box(slot); }
   void post(int slot, const Head& head, const Names& names) override;
   void wake() override { ring_bell(ring_.control().asked); }
-  Code wait(int slot, double until_s) override;
+  Code wait(int slot, double until_s, int num_away) override;
+  int32_t peer_cpu() const override { return ring_.control().shard_cpu.load(std::memory_order_relaxed); }
+  void set_crowded(bool is) override { ring_.control().is_crowded.store(is, std::memory_order_relaxed); }
   bool is_gone() const { return is_closed_ || trinity::is_gone(sock_); }
 
  private:
@@ -81,6 +83,7 @@ class Pending {  // rows on their way
   Failure route(const Batch& batch);
   int32_t shard_of(const Batch& batch, int64_t token, int64_t id) const;
   Failure reserve();
+  void tell_crowds() const;
   void post(const Batch& batch, const Part& part);
   const char* rows_of(const Part& part) const;
   Places places_of(const Part& part) const { return Places(part.num_rows, dim_, top_k_, format_); }

@@ -2,7 +2,9 @@
 #include "lane.h"
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstring>
+#include <utility>
 
 #include "bell.h"
 #include "bfloat16.h"
@@ -15,25 +17,80 @@ bool is_shared(const Head& a, const Head& b) {
   return a.layer == b.layer && a.version == b.version && a.priority == b.priority && a.dim == b.dim;
 }
 
+}  // namespace
 
-void finish(Job& job, Code code) {
-  job.answer(job, code);
-  job.is_done = true;
+bool Lane::submit(Job& job) {
+  std::lock_guard<std::mutex> lock(guard_);
+  waiting_.push_back(&job);
+  return !std::exchange(is_taken_, true);
 }
+
+void Lane::work(const std::function<bool()>& more) {
+  for (;;) {
+    std::vector<Job*> group = next();
+    if (!group.empty())
+      compute(std::move(group));
+    else if (!more() && is_left())
+      return;
+  }
+}
+
+bool Lane::is_left() {
+  std::lock_guard<std::mutex> lock(guard_);
+  if (waiting_.empty()) is_taken_ = false;
+  return !is_taken_;
+}
+
+namespace {
+
+struct Turn {  // of a thread that waits
+  std::mutex guard;
+  std::condition_variable told;
+  bool is_done = false, leads = false;
+  Code code = kDone;
+
+  void tell(bool Turn::* what) {
+    std::lock_guard<std::mutex> lock(guard);
+    this->*what = true;
+    told.notify_one();
+  }
+  bool wait() {
+    std::unique_lock<std::mutex> lock(guard);
+    told.wait(lock, [this] { return is_done || leads; });
+    return leads;
+  }
+};
 
 }  // namespace
 
-void Lane::run(Job& job) {
-  {
-    std::lock_guard<std::mutex> lock(guard_);
-    waiting_.push_back(&job);
+Code Lane::run(Job& job) {
+  Turn own;
+  job.owner = &own;
+  job.answer = [](Job& done, Code code) {
+    Turn* turn = static_cast<Turn*>(done.owner);
+    turn->code = code;
+    turn->tell(&Turn::is_done);
+  };
+  job.lead = [](Job& next) { static_cast<Turn*>(next.owner)->tell(&Turn::leads); };
+  if (submit(job) || own.wait()) {
+    while (!own.is_done) compute(next());
+    hand_over();
   }
-  std::lock_guard<std::mutex> lock(computing_);
-  while (!job.is_done) compute(next());
+  return own.code;
+}
+
+// To a thread whose job waits, if there is one.
+void Lane::hand_over() {
+  std::lock_guard<std::mutex> lock(guard_);
+  if (waiting_.empty())
+    is_taken_ = false;
+  else
+    waiting_.front()->lead(*waiting_.front());
 }
 
 std::vector<Job*> Lane::next() {
   std::lock_guard<std::mutex> lock(guard_);
+  if (waiting_.empty()) return {};
   const Head first = (*std::min_element(waiting_.begin(), waiting_.end(), [](const Job* a, const Job* b) {
                        return a->head.priority < b->head.priority;
                      }))->head;
@@ -51,7 +108,7 @@ void Lane::compute(std::vector<Job*> group) {
   for (Job* job : group) {
     const Code code = layer ? assign(*job, *layer, num_rows) : kNotHere;
     if (code != kDone) {
-      finish(*job, code);
+      job->answer(*job, code);
       continue;
     }
     good.push_back(job);
@@ -61,7 +118,7 @@ void Lane::compute(std::vector<Job*> group) {
   sort(*layer);
   if (!good.empty()) multiply(good, *layer, num_rows);
   registry_.unpin(layer, counts_.data());
-  for (Job* job : good) finish(*job, kDone);
+  for (Job* job : good) job->answer(*job, kDone);
 }
 
 // Takes in a job's slots as assignments of rows from `first_row` on; none of them unless the job is right.

@@ -1,9 +1,11 @@
 // The shard's inference, one multiplication at a time: whoever gets the lane computes for all that wait.
 //
-// Decisions: the lowest priority first; calls of one layer and version are computed as one, their rows one after the other, which
+// Decisions: who leaves it hands it to whom it may concern, so that nobody waits for it who could do something else; the lowest
+// priority first; calls of one layer and version are computed as one, their rows one after the other, which
 // reads the weights once and gives each row the bits that it has alone. What is not right with one caller's call is that
 // caller's. Nothing here enters Python.
 #pragma once
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -20,17 +22,22 @@ struct Job {
   const float* weights;         // [R, K]
   const char* x;                // [R, D]
   char* y;                      // [R, D]
-  void (*answer)(Job&, Code);   // tells the peer; may be called on another thread than that which waits here
+  void (*answer)(Job&, Code);   // by whoever computed it; the job may be another one afterwards
+  void (*lead)(Job&);           // tells its thread that it has the lane
   void* owner;
-  bool is_done = false;
 };
 
 class Lane {
  public:
   explicit Lane(Registry& registry) : registry_(registry) {}
-  void run(Job& job);
+  // Whether the lane was free, and is the caller's, who is to `work`; else whoever has it computes the job, too.
+  bool submit(Job& job);
+  void work(const std::function<bool()>& more);  // all that waits, and what `more` finds when nothing does
+  Code run(Job& job);                            // waits for it; its callbacks are set here
 
  private:
+  bool is_left();
+  void hand_over();
   std::vector<Job*> next();
   void compute(std::vector<Job*> group);
   Code assign(const Job& job, const Layer& layer, int64_t first_row);
@@ -40,9 +47,10 @@ class Lane {
   void add_up_rounded(const std::vector<Job*>& group, size_t dim, int64_t num_rows);
 
   Registry& registry_;
-  std::mutex guard_, computing_;
+  std::mutex guard_;
   std::vector<Job*> waiting_;
-  // Used by whoever has `computing_`.
+  bool is_taken_ = false;
+  // Used by whoever has the lane.
   std::vector<int64_t> row_, end_, sorted_row_, counts_;
   std::vector<int32_t> expert_;
   std::vector<float> weight_, sorted_weight_, y_, sum_;

@@ -13,7 +13,7 @@
 
 namespace trinity {
 
-constexpr uint32_t kMagic = 0x32475254;  // "TRG2": another layout is another number
+constexpr uint32_t kMagic = 0x33475254;  // "TRG3": another layout is another number
 constexpr int kNumSlots = 4;
 constexpr uint64_t kBoxBytes = 4u << 20;
 constexpr uint32_t kMostSlotsOfRow = 64;
@@ -63,7 +63,9 @@ struct Control {
   uint64_t box_bytes;
   alignas(64) Bell asked;
   std::atomic<int32_t> caller_cpu;
+  std::atomic<uint32_t> is_crowded;  // the caller asks several shards of one core: who spins there keeps the others from it
   alignas(64) std::atomic<int32_t> shard_cpu;
+  std::atomic<uint32_t> is_shared;  // the shard answers more callers than there are cores: the others need this one's
   Slot slots[kNumSlots];
 };
 

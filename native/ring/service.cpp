@@ -1,19 +1,17 @@
 #ifdef __linux__
 #include "service.h"
 
+#include <sched.h>
+
+#include <algorithm>
 #include <cmath>
 
 namespace trinity {
 
 namespace {
 
-constexpr double kTickS = 1.0;  // an idle thread looks so often whether it is to stop
-
-struct Asked {
-  Attachment* attachment;
-  int slot;
-  uint32_t number;
-};
+constexpr double kTickS = 1.0, kEndTickS = 0.001;  // an idle thread looks so often whether it is to stop; one that stops, for answers
+constexpr int kYields = 3;                         // callers run and ask again, before the threads of their rings are needed
 
 bool is_sound(const Head& head) {
   if (head.num_rows == 0 || head.dim == 0 || head.num_slots == 0 || head.num_slots > kMostSlotsOfRow) return false;
@@ -32,61 +30,144 @@ std::unique_ptr<Attachment> Attachment::make(std::shared_ptr<Service> service, i
   return made;
 }
 
+void Service::add(Attachment* ring) {
+  std::lock_guard<std::mutex> lock(guard_);
+  rings_.push_back(ring);
+  num_rings_ = static_cast<long>(rings_.size());
+}
+
+void Service::remove(Attachment* ring) {
+  std::lock_guard<std::mutex> lock(guard_);
+  rings_.erase(std::remove(rings_.begin(), rings_.end(), ring), rings_.end());
+  num_rings_ = static_cast<long>(rings_.size());
+}
+
+void Service::note(const Attachment* ring) {
+  num_in_a_row_ = last_.exchange(ring) == ring ? num_in_a_row_ + 1 : 0;
+}
+
+void Service::work() {
+  hush();
+  lane.work([this] { return take_all() || is_rest(); });
+}
+
+bool Service::take_all() {
+  std::lock_guard<std::mutex> lock(guard_);
+  bool any = false, leads;
+  for (Attachment* ring : rings_) any |= ring->take_all(leads);
+  return any;
+}
+
+void Service::hush() {
+  std::lock_guard<std::mutex> lock(guard_);
+  for (Attachment* ring : rings_) ring->hush();
+}
+
+// Whether something came after all; if not, threads that sleep are rung again from here on.
+bool Service::is_rest() {
+  for (int i = 0; i < kYields && num_in_a_row_ < kAlone; ++i) {
+    sched_yield();
+    if (take_all()) return true;
+  }
+  {
+    std::lock_guard<std::mutex> lock(guard_);
+    for (Attachment* ring : rings_) ring->rouse();
+  }
+  if (!take_all()) return false;
+  hush();
+  return true;
+}
+
 void Attachment::stop() {
   is_stopped_.store(true);
   if (!thread_.joinable()) return;
-  ring_.control().asked.value.fetch_add(1);
-  ring_bell(ring_.control().asked);
+  nudge();
   thread_.join();
 }
 
-void Attachment::serve() {
-  Control& control = ring_.control();
-  while (!is_stopped_.load()) {
-    const uint32_t seen = control.asked.value.load();
-    if (!take_all()) waiter_.wait(control.asked, seen, control.caller_cpu, kTickS);
-  }
+// Whoever waits at the ring's bell looks up, whether it was hushed or not.
+void Attachment::nudge() {
+  Bell& bell = ring_.control().asked;
+  bell.value.fetch_add(1);
+  bell.waiting.store(1);
+  ring_bell(bell);
 }
 
-bool Attachment::take_all() {
+void Attachment::serve() {
+  service_->add(this);
+  while (!is_stopped_.load() || num_away_.load() > 0) {
+    const uint32_t seen = ring_.control().asked.value.load();
+    bool leads = false;
+    if (!is_stopped_.load()) take_all(leads);
+    if (leads_.exchange(false) || leads)
+      service_->work();
+    else
+      wait(seen);
+  }
+  service_->remove(this);
+}
+
+void Attachment::wait(uint32_t seen) {
+  Control& control = ring_.control();
+  const bool may_spin = service_->may_spin() && !control.is_crowded.load(std::memory_order_relaxed);
+  is_asleep_.store(true);
+  waiter_.wait(control.asked, seen, control.caller_cpu, is_stopped_.load() ? kEndTickS : kTickS, may_spin);
+  is_asleep_.store(false);
+}
+
+bool Attachment::take_all(bool& leads) {
+  std::lock_guard<std::mutex> lock(taking_);
   bool any = false;
+  leads = false;
   for (int slot = 0; slot < kNumSlots && !is_stopped_.load(); ++slot) {
     const uint32_t number = ring_.control().slots[slot].asked.load(std::memory_order_acquire);
-    if (number == taken_[slot]) continue;
+    if (number == taken_[slot] || is_away_[slot].load()) continue;
     taken_[slot] = number;
-    take(slot, number);
+    service_->note(this);
+    leads |= take(slot, number);
     any = true;
   }
   return any;
 }
 
-void Attachment::take(int slot, uint32_t number) {
+bool Attachment::take(int slot, uint32_t number) {
+  num_away_.fetch_add(1);
+  is_away_[slot].store(true);
   const Head head = read_once(ring_.control().slots[slot].head);
-  if (!is_sound(head) || static_cast<uint32_t>(head.number) != number) return answer(slot, number, kBadFrame);
+  if (!is_sound(head) || static_cast<uint32_t>(head.number) != number) return answer(slot, number, kBadFrame), false;
   const Places places(head.num_rows, head.dim, head.num_slots, head.format);
   char* box = ring_.box(slot);
-  Asked asked = {this, slot, number};
-  Job job = {head,
-             now_s() + head.left_s,
-             reinterpret_cast<const volatile int64_t*>(box),
-             reinterpret_cast<const float*>(box + places.weights),
-             box + places.rows,
-             box + places.answer,
-             [](Job& done, Code code) {
-               const Asked* of = static_cast<Asked*>(done.owner);
-               of->attachment->answer(of->slot, of->number, code);
-             },
-             &asked};
-  service_->lane.run(job);
+  Asked& asked = asked_[slot];
+  asked = {this, slot, number, {head,
+                                now_s() + head.left_s,
+                                reinterpret_cast<const volatile int64_t*>(box),
+                                reinterpret_cast<const float*>(box + places.weights),
+                                box + places.rows,
+                                box + places.answer,
+                                [](Job& done, Code code) {
+                                  const Asked* of = static_cast<Asked*>(done.owner);
+                                  of->ring->answer(of->slot, of->number, code);
+                                },
+                                [](Job& next) {
+                                  Attachment* ring = static_cast<Asked*>(next.owner)->ring;
+                                  ring->leads_.store(true);
+                                  ring->nudge();
+                                },
+                                &asked}};
+  return service_->lane.submit(asked.job);
 }
 
+// By whoever computed it; nothing of this ring is touched afterwards.
 void Attachment::answer(int slot, uint32_t number, Code code) {
   Control& control = ring_.control();
   Slot& at = control.slots[slot];
+  is_away_[slot].store(false);  // before the answer, after which the next request may come
   at.answer = {number, code};
   control.shard_cpu.store(this_cpu(), std::memory_order_relaxed);
+  control.is_shared.store(!service_->may_spin(), std::memory_order_relaxed);
   at.answered.value.store(number);
   ring_bell(at.answered);
+  num_away_.fetch_sub(1);
 }
 
 }  // namespace trinity

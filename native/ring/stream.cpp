@@ -56,7 +56,7 @@ void Stream::post(int slot, const Head& head, const Names& names) {
   }
 }
 
-Code Stream::wait(int slot, double until_s) {
+Code Stream::wait(int slot, double until_s, int) {
   while (slots_[slot].is_away) {
     if (!ok()) return kGone;
     if (!take_one(until_s)) return now_s() >= until_s ? kLate : kGone;

@@ -19,7 +19,7 @@ class Stream : public Way {
   void take_back(int slot) override { slots_[slot].is_lent = false; }
   char* box(int slot) const override { return boxes_.box(slot); }
   void post(int slot, const Head& head, const Names& names) override;
-  Code wait(int slot, double until_s) override;
+  Code wait(int slot, double until_s, int num_away) override;
 
  private:
   struct Asked {

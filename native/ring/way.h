@@ -25,7 +25,9 @@ class Way {
   virtual char* box(int slot) const = 0;
   virtual void post(int slot, const Head& head, const Names& names) = 0;  // the box is filled
   virtual void wake() {}                                                  // after posts to all ways: whoever takes them
-  virtual Code wait(int slot, double until_s) = 0;
+  virtual Code wait(int slot, double until_s, int num_away) = 0;  // so many answers are, of all ways
+  virtual int32_t peer_cpu() const { return -1; }                 // where the shard was last seen, if that is on this host
+  virtual void set_crowded(bool) {}                               // other shards that were asked are on the same core
 };
 
 using WayPtr = std::shared_ptr<Way>;

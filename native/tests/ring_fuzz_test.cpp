@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
     link.ring->post(slot, spoiled(random), {});
     link.ring->wake();
     if (random() % 64 == 0) scribble(random, link.ring->box(slot), 256);  // while it is read
-    ++codes[link.ring->wait(slot, now_s() + 60)];
+    ++codes[link.ring->wait(slot, now_s() + 60, 1)];
     link.ring->take_back(slot);
     if (random() % 256 == 0) {  // an answer that is none
       Tokens rows(2, 1);

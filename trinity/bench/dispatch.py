@@ -275,13 +275,27 @@ def _by_shards(report: Report, plan: Schedule, servers: Servers) -> Curve:
             str(n): _dispatch(_direct(servers.echoes[:n], servers.secret, stack), n, ROWS, DIM) for n in plan.counts
         }
         blocks = _turns(calls, plan, max(10, plan.calls // 2))
+        cpu = [_processor_us(calls[str(n)], plan, servers.pids) / n for n in plan.counts]
     y = tuple(_p(blocks[str(n)], 0.5) for n in plan.counts)
-    sent = [_rows_sent(n) for n in plan.counts]
-    rows = tuple(zip(plan.counts, sent, y, (us / n for us, n in zip(y, plan.counts, strict=True)), strict=True))
+    sent, each = [_rows_sent(n) for n in plan.counts], [us / n for us, n in zip(y, plan.counts, strict=True)]
+    rows = tuple(zip(plan.counts, sent, y, each, cpu, strict=True))
     title = f"Dispatch of {ROWS} rows over several shards"
-    report.tables.append(Table(title, ("shards", "rows sent", "p50 us", "us per message"), rows))
-    lines = {"a dispatch": y, "per message": tuple(row[3] for row in rows)}
+    columns = ("shards", "rows sent", "p50 us", "us per message", "CPU us per message, caller and shards")
+    report.tables.append(Table(title, columns, rows))
+    lines = {"a dispatch": y, "per message": tuple(each), "processor time per message": tuple(cpu)}
     return Curve(title, "shards", "us (p50)", tuple(map(float, plan.counts)), lines)
+
+
+def _processor_us(call: Callable[[], Any], plan: Schedule, pids: Sequence[int]) -> float:
+    """Processor time of a call here and on all servers, the median of turns."""
+    from trinity.bench.process import processor_us, timed
+
+    found, everybody = [], (os.getpid(), *pids)
+    for _ in range(plan.turns):
+        before = processor_us(everybody)
+        timed(call, plan.calls)
+        found.append((processor_us(everybody) - before) / plan.calls)
+    return statistics.median(found)
 
 
 def _rows_sent(num_shards: int) -> int:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from trinity.errors import Unavailable
@@ -65,6 +66,12 @@ def timed(call: Callable[[], Any], num_calls: int) -> list[float]:
         call()
         found.append((time.perf_counter_ns() - started_ns) / 1000)
     return found
+
+
+def processor_us(pids: Sequence[int]) -> float:
+    """Microseconds that all threads of these processes have had a core for."""
+    tasks = [path for pid in pids for path in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1000
 
 
 # -- a process and its parent
