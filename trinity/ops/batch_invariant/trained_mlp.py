@@ -89,17 +89,21 @@ def _gating(tensors: list[Tensor], end_E: Tensor) -> Job:
 @kernel
 def _gradients(dhidden, gate, up, weight, dgate, dup, hidden, dweight, end, first, last):  # type: ignore[no-untyped-def]
     """Of hidden = silu(gate) * up * weight: its gradients, and itself, which may lie where its own gradient does."""
-    part = np.empty(gate.shape[1], np.float32)
+    part, below = np.empty(gate.shape[1], np.float32), np.empty(gate.shape[1], np.float32)
     begin = end[first - 1] if first else 0
     for row in range(begin, end[last - 1]):
-        d, g_row, u_row, w = dhidden[row], gate[row], up[row], weight[row, 0]
+        d, g, u, w = dhidden[row], gate[row], up[row], weight[row, 0]
         dg, du, h = dgate[row], dup[row], hidden[row]
-        for i in range(len(part)):
-            g, u, d_i = widened(g_row[i]), widened(u_row[i]), d[i]
-            s = ONE / (ONE + exp(-g))
-            silu = g * s
-            part[i] = d_i * silu * u
-            dg[i] = narrowed(d_i * w * u * (s * (ONE + g * (ONE - s))), dg)
-            du[i] = narrowed(d_i * w * silu, du)
-            h[i] = narrowed(g / (ONE + exp(-g)) * u * w, h)
+        # One result a loop: for more, the compiler does not find out that no two lie in one place, and leaves out its vectors.
+        for i in range(len(g)):
+            below[i] = ONE + exp(-widened(g[i]))
+        for i in range(len(g)):
+            part[i] = d[i] * (widened(g[i]) * (ONE / below[i])) * widened(u[i])
         dweight[row, 0] = total(part)
+        for i in range(len(g)):
+            s = ONE / below[i]
+            dg[i] = narrowed(d[i] * w * widened(u[i]) * (s * (ONE + widened(g[i]) * (ONE - s))), dg)
+        for i in range(len(g)):
+            du[i] = narrowed(d[i] * w * (widened(g[i]) * (ONE / below[i])), du)
+        for i in range(len(g)):
+            h[i] = narrowed(widened(g[i]) / below[i] * widened(u[i]) * w, h)
