@@ -30,6 +30,7 @@ from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import Delta, SamplingParams, truncated
 from trinity.engine.stats import EngineStats
 from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
+from trinity.utils.lines import oldest_of
 from trinity.utils.niceness import IDLE, LowPriorityExecutor
 
 if TYPE_CHECKING:
@@ -167,9 +168,9 @@ class AsyncEngine:
         async with aclosing(self.generate(*asked, held_s=HELD_S)) as deltas:
             [done] = [delta async for delta in deltas]
         keys = self._engine.prefixes.keys_of(prompt_ids[:-1], alone, client, adapter)
-        num = await self._saved(keys, self._oldest(alone, done.version), done.version)
+        num = await self._saved(keys, self._oldest(alone, done.weights), done.weights)
         num_tokens = num * self._engine.settings.block_size
-        return Prefilled(num_tokens, done.version, self._handoff.place, done.num_cached_tokens)
+        return Prefilled(num_tokens, done.weights, self._handoff.place, done.num_cached_tokens)
 
     async def _saved(self, *blocks: Any) -> int:
         """Have them in the tier; -> how many, from the first on. Tries again while another process writes."""
@@ -205,8 +206,7 @@ class AsyncEngine:
 
     def _oldest(self, params: SamplingParams, version: int) -> int:
         """The oldest version whose keys and values a request at that version may use."""
-        max_age = self._engine.settings.max_age if params.version_policy == "live" else 0
-        return 0 if max_age is None else version - max_age
+        return oldest_of(version, self._engine.settings.max_age if params.version_policy == "live" else 0)
 
     @property
     def healthy(self) -> bool:
@@ -240,7 +240,7 @@ class AsyncEngine:
 
     @property
     def version(self) -> int:
-        """Version of the weights that the next pass will use."""
+        """Version of the weights that the next pass will use, by its name."""
         return self._engine.version
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:

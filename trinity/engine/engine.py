@@ -58,6 +58,7 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
+from trinity.utils.lines import line_of, step_of
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """Version of the weights that the last step used for live requests. Safe from any thread."""
+        """Version of the weights that the last step used for live requests, by its name. Safe from any thread."""
         return self._versions.live
 
     def add(
@@ -347,8 +348,9 @@ class Engine:
             sequence.request_id,
             num_prompt_tokens=sequence.num_prompt,
             num_generated_tokens=sequence.num_generated,
-            version=sequence.version,
-            first_version=sequence.first_version,
+            version=step_of(sequence.version),
+            first_version=step_of(sequence.first_version),
+            line=line_of(sequence.version),
             num_cached_tokens=sequence.num_cached or 0,
             queue_s=sequence.queue_s or 0.0,
             **fields,

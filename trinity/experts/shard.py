@@ -226,7 +226,7 @@ class ExpertShard:
     def recover(self, message: Recover) -> int:
         """Be at the version that was decided on, made by that attempt, or without any: see WeightVersions."""
         with self.lock:
-            self.versions.recover_to(message.version, message.attempt)
+            self.versions.recover_to(message.version, message.attempt, message.line)
             return self.version
 
     def progress(self, message: Progress) -> BytesRead:

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,7 +100,9 @@ class ExpertPool:
     # -- what is asked of all shards
 
     def load(self, message: Load) -> int:
-        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold."""
+        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold, the first of
+        a line."""
+        message = replace(message, line=self.ledger.new_line())
         self.set_source(message)
         return self._agree(self._all("load", message))
 
