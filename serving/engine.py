@@ -78,7 +78,8 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     settings = _settled(config, found.config, weights=weight_bytes(found.config)[0])
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
-    weights = FixedWeights(found.load_model(experts, _device(config)), found.version)
+    model = found.load_model(experts, _device(config), settings.weight_dtype)
+    weights = FixedWeights(model, found.version)
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
@@ -101,7 +102,9 @@ def _engine_of_run(run_dir: str, config: Config) -> "Engine":
     return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters, tier=tier)
 
 
-def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
+def _adapters(config: Config, model: ModelConfig) -> "AdapterStore | None":
+    if config.engine.weight_dtype != "auto":  # which knows none
+        return None
     from trinity.checkpoint import backbone_adapter
     from trinity.engine.adapters import AdapterStore
 
