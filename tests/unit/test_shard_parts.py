@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trinity.experts.grad_accumulator import FUTURE_US, GradAccumulator
 from trinity.experts.published import PublishedVersions
 from trinity.experts.row_counts import RowCounts
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.experts.stacked import empty_stacks, empty_version, kinds_of, restacked, stack_names
+from trinity.experts.stacked import empty_stacks, empty_version, kinds_of, restacked, stack_names, with_notes
 from trinity.rpc.messages import (
     GRADIENT,
     WEIGHT,
@@ -166,6 +167,13 @@ def test_what_is_published_can_be_found_and_nothing_else():
     published.publish(versions, 4)
     assert published.find(3, LAYER) is layer, "a version that is the same is not made ready again"
     assert float(published.find(4, LAYER).weights.gate_EFD[0, 0, 0]) == 4
+
+
+def test_callers_in_cpp_find_a_step_by_its_number_and_by_its_name():
+    published, (versions, _), found = PublishedVersions("s", MODEL, None), versions_of(2, 3, 4), []
+    published.native = SimpleNamespace(publish=found.append)
+    published.publish({n: with_notes(version, line=7) for n, version in versions.items()}, 3)
+    assert set(found[-1]) == {2, 3, named(7, 2), named(7, 3)}
 
 
 def test_a_version_is_withdrawn_when_its_last_reader_has_left():
