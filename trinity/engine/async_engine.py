@@ -24,6 +24,7 @@ from trinity.config import ANYBODY, AdapterRef, Client
 from trinity.engine.begun import Begun, Handed
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine
+from trinity.engine.grammars import owner_of
 from trinity.engine.handoff import AGAIN_S, HELD_S, SAVE_S, Handoff, Prefilled
 from trinity.engine.key_log import KeyChanges
 from trinity.engine.prefix_keys import KeyBase
@@ -306,7 +307,8 @@ class AsyncEngine:
         try:
             words = await asyncio.to_thread(self._engine.bad_words, params) if params and params.bad_words else None
             if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
-                await asyncio.shield(asyncio.wrap_future(self._engine.grammars.compiled(params.structured_outputs)))
+                asked = params.structured_outputs, owner_of(params, client)
+                await asyncio.shield(asyncio.wrap_future(self._engine.grammars.compiled(*asked)))
             adapter = None if ref is None else await self._adapter(ref)
             if prefilled is not None:
                 await self._bring(prefilled, prompt_ids, params, client, ref, until_s - time.monotonic())

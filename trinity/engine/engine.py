@@ -21,7 +21,7 @@ from trinity.engine.adapters import AdapterStore
 from trinity.engine.begun import NOT_HANDED, Begun, Handed, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.deltas import by_request
-from trinity.engine.grammars import Grammars, advance
+from trinity.engine.grammars import Grammars, advance, owner_of
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
 from trinity.engine.kv_tier import KVTier, TierPlace
@@ -150,7 +150,7 @@ class Engine:
         request takes the place of the last of a less urgent priority."""
         params = self.defaults.fill(params or SamplingParams())
         prompt_ids = truncated(prompt_ids, params.truncate_prompt_tokens, params.max_tokens, self.max_model_len)
-        self.validate(prompt_ids, params)
+        self.validate(prompt_ids, params, client)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
         crowded_out = self._scheduler.room_for(params.priority, self.settings.max_num_waiting)
@@ -160,7 +160,7 @@ class Engine:
         thinking = thinking_budget(params, prompt_ids, self.tokenizer, self.config.eos_token_ids)
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
-        progress = self.grammars.progress(bound, prompt_ids) if bound else None
+        progress = self.grammars.progress(bound, prompt_ids, owner_of(params, client)) if bound else None
         about: dict[str, Any] = {"progress": progress, "until_s": until_s, "adapter": adapter}
         sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, **about)
         if begun is not None and begun.token_ids:
@@ -192,7 +192,7 @@ class Engine:
             self._versions.pin_to(sequence, begun.version)
         resume(sequence, begun)
 
-    def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
+    def validate(self, prompt_ids: Ids[int], params: SamplingParams, client: Client = ANYBODY) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
         check_length(prompt_ids, self.max_model_len)
         self._check_ids(prompt_ids, "prompt")
@@ -204,7 +204,7 @@ class Engine:
                 "an engine draws one continuation a request; add what trinity.engine.samples.each gives"
             )
         if params.structured_outputs is not None:
-            self.grammars.matcher(params.structured_outputs)
+            self.grammars.matcher(params.structured_outputs, owner_of(params, client))
 
     def bad_words(self, params: SamplingParams) -> BadWords:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
