@@ -65,9 +65,25 @@ class PublishedVersions:
         try:
             yield found
         finally:
-            with self._readers:
-                self._num_readers[number] -= 1
-                self._readers.notify_all()
+            self._leave(number)
+
+    @contextmanager
+    def lent_whole(self, version: int) -> Iterator[Mapping[int, ReadyLayer]]:
+        """All layers of a committed version, unchanged inside the block; none of a version that is not here."""
+        number = step_of(version)
+        with self._readers:
+            is_here = line_of(version) in (0, self.line) and number in self._versions and number <= self.committed
+            found = self._versions[number][1] if is_here else {}
+            self._num_readers[number] += 1
+        try:
+            yield found
+        finally:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        with self._readers:
+            self._num_readers[number] -= 1
+            self._readers.notify_all()
 
     def is_to_come(self, version: int) -> bool:
         """Say whether a version that a caller names may yet be committed here."""
