@@ -80,7 +80,8 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "tuple[Engine, Num
     settings = _settled(config, found.config, weights=weight_bytes(found.config)[0])
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
-    weights = FixedWeights(found.load_model(experts, _device(config)), found.version)
+    model = found.load_model(experts, _device(config), settings.weight_dtype)
+    weights = FixedWeights(model, found.version)
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
@@ -111,7 +112,9 @@ def _numerics(model: ModelConfig, config: Config, pool: "RayPool") -> Numerics:
     return Numerics.of(model, config.engine, device, tuple(dict.fromkeys(pool.expert_dtypes)))
 
 
-def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
+def _adapters(config: Config, model: ModelConfig) -> "AdapterStore | None":
+    if config.engine.weight_dtype != "auto":  # which knows none
+        return None
     from trinity.checkpoint import backbone_adapter
     from trinity.engine.adapters import AdapterStore
 

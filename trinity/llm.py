@@ -126,7 +126,9 @@ class LLM:
             pool = local_pool(checkpoint.config, load, **placed)  # type: ignore[arg-type]
             experts = pool.dispatcher(checkpoint.version)
         self.tokenizer = checkpoint.tokenizer
-        self.weights: WeightSource = FixedWeights(checkpoint.load_model(experts, device), checkpoint.version)
+        self.weights: WeightSource = FixedWeights(
+            checkpoint.load_model(experts, device, own.weight_dtype), checkpoint.version
+        )
         tree = checkpoint.generation if generation_config == "checkpoint" else None
         defaults = read_defaults(tree, checkpoint.path)
         for line in defaults.sentences():

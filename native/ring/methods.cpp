@@ -83,13 +83,13 @@ PyObject* ring_detach(PyObject*, PyObject* arg) {
   Py_RETURN_NONE;
 }
 
-// (layer, version, format, dim, hidden, kernel, address of ids [E], E, X, addresses of the stacks) -> layer
+// (layer, version, format of rows, dim, hidden, kernel, address of ids [E], E, X, addresses of the stacks) -> layer
 PyObject* ring_layer(PyObject*, PyObject* args) {
   int layer, format;
   long long version, dim, hidden, num_experts, num_all;
-  unsigned long long kernel, ids, stacks[6] = {};
-  if (!PyArg_ParseTuple(args, "iLiLLKKLL|KKKKKK", &layer, &version, &format, &dim, &hidden, &kernel, &ids, &num_experts, &num_all, stacks,
-                        stacks + 1, stacks + 2, stacks + 3, stacks + 4, stacks + 5))
+  unsigned long long kernel, ids, stacks[9] = {};
+  if (!PyArg_ParseTuple(args, "iLiLLKKLL|KKKKKKKKK", &layer, &version, &format, &dim, &hidden, &kernel, &ids, &num_experts, &num_all, stacks,
+                        stacks + 1, stacks + 2, stacks + 3, stacks + 4, stacks + 5, stacks + 6, stacks + 7, stacks + 8))
     return nullptr;
   auto made = std::make_shared<Layer>();
   made->format = static_cast<uint32_t>(format);
@@ -103,7 +103,7 @@ PyObject* ring_layer(PyObject*, PyObject* args) {
     if (first[e] < 0 || first[e] >= num_all) return PyErr_Format(PyExc_ValueError, "expert %lld of %lld", (long long)first[e], num_all);
     made->position[first[e]] = e;
   }
-  for (int i = 0; i < 6; ++i) made->stacks[i] = reinterpret_cast<const void*>(stacks[i]);
+  for (int i = 0; i < 9; ++i) made->stacks[i] = reinterpret_cast<const void*>(stacks[i]);
   return capsule(new LayerPtr(std::move(made)));
 }
 

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "../kernels/kernels.h"
 #include "crew.h"
 #include "parts.h"
 
@@ -45,7 +44,7 @@ bool sorted(const Experts &e, int64_t num, const int64_t *ids, const float *weig
   return true;
 }
 
-void feed_forwards(const Experts &e, int threads, const void *x, const Order &order, float *y) {
+void feed_forwards(const Experts &e, int threads, const Rows &x, const Order &order, float *y) {
   const int64_t total = static_cast<int64_t>(order.row.size()), share = (total + threads - 1) / threads;
   const int64_t size = std::min(kMostRows, (share + kTile - 1) / kTile * kTile);
   std::vector<int64_t> expert, begin, end;
@@ -55,18 +54,17 @@ void feed_forwards(const Experts &e, int threads, const void *x, const Order &or
       begin.push_back(first);
       end.push_back(std::min(first + size, order.end[at]));
     }
-  const auto matrices = [&](const void *values, int64_t n, int64_t k) { return Matrices{values, nullptr, nullptr, n, k}; };
-  const FeedForward layer = {e.is_brain ? kBfloat16 : kFloat32,
-                             {x, nullptr, order.row.data()},
-                             matrices(e.gate, e.hidden, e.dim),
-                             matrices(e.up, e.hidden, e.dim),
-                             matrices(e.down, e.dim, e.hidden),
+  const FeedForward layer = {e.gate.in(),
+                             {x.values, x.scale, order.row.data()},
+                             e.gate.matrices(),
+                             e.up.matrices(),
+                             e.down.matrices(),
                              order.weight.data(),
                              y,
                              expert.data(),
                              begin.data(),
                              end.data()};
-  in_threads(threads, static_cast<int64_t>(expert.size()), 6 * total * e.hidden * e.dim,
+  in_threads(threads, static_cast<int64_t>(expert.size()), 6 * total * e.gate.n * e.dim,
              [&](int64_t first, int64_t last) { feed_forward(layer, first, last); });
 }
 
@@ -77,7 +75,7 @@ bool experts(const Experts &e, int threads, int64_t num, const void *x, const in
   Order order;
   if (!sorted(e, num, ids, weights, rows, &order)) return false;
   float *parts = reinterpret_cast<float *>(scratch_of<3>(static_cast<int64_t>(order.row.size()) * e.dim * 4));
-  if (!order.row.empty()) feed_forwards(e, threads, x, order, parts);
+  if (!order.row.empty()) feed_forwards(e, threads, rows_for(e.gate.in(), threads, e.is_brain, num, x, e.dim), order, parts);
   in_threads(threads, num, 2 * num * e.top_k * e.dim, [&](int64_t first, int64_t last) {
     std::vector<int64_t> places;
     std::vector<const float *> own;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../cpu.h"
+#include "../rows.h"
 #include "step.h"
 
 namespace trinity {
@@ -26,5 +27,8 @@ char *scratch_of(int64_t num_bytes) {
   if (static_cast<int64_t>(memory.size()) < num_bytes) memory.resize(num_bytes);
   return memory.data();
 }
+
+// x [num, k] of the model's type as matrices of a format take it: for them to be multiplied with, before the next call.
+Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k);
 
 }  // namespace trinity

@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/kernels.h"
 #include "crew.h"
 #include "parts.h"
 
@@ -20,19 +19,19 @@ void each_row(int threads, int64_t num, int64_t operations, const std::function<
   });
 }
 
-// x [num, k] times each of the matrices -> y, one result [num, n] after the other.
-void multiply_all(int threads, bool is_brain, int64_t num, const void *x, int64_t k, const std::vector<const Matrix *> &matrices,
-                  float *y) {
-  const Format format = is_brain ? kBfloat16 : kFloat32;
+// x [num, k] times each of the matrices, whatever their formats -> y, one result [num, n] after the other.
+void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y) {
+  Rows rows[3] = {};  // by format
   std::vector<Product> products;
   std::vector<int64_t> end{0};
   int64_t width = 0;
   for (const Matrix *m : matrices) {
-    products.push_back({format, {x, nullptr, nullptr}, {m->values, nullptr, nullptr, m->n, k}, &num, y + num * width, m->n});
-    end.push_back(end.back() + units_of(format, m->n, k));
+    if (!rows[m->format].values) rows[m->format] = rows_for(m->in(), threads, is_brain, num, x, m->k);
+    products.push_back({m->in(), rows[m->format], m->matrices(), &num, y + num * width, m->n});
+    end.push_back(end.back() + units_of(m->in(), m->n, m->k));
     width += m->n;
   }
-  in_threads(threads, end.back(), 2 * num * width * k, [&](int64_t first, int64_t last) {
+  in_threads(threads, end.back(), 2 * num * width * matrices[0]->k, [&](int64_t first, int64_t last) {
     for (size_t i = 0; i < products.size(); i++) {
       const int64_t from = std::max(first, end[i]), to = std::min(last, end[i + 1]);
       if (from < to) multiply(products[i], from - end[i], to - end[i]);
@@ -41,6 +40,14 @@ void multiply_all(int threads, bool is_brain, int64_t num, const void *x, int64_
 }
 
 }  // namespace
+
+Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k) {
+  if (format == format_of(is_brain)) return {x, nullptr, nullptr};
+  const int64_t room = bytes_of_rows(format, num, k);
+  char *memory = format == kInt8 ? scratch_of<4>(room) : scratch_of<5>(room);
+  each_row(threads, num, 8 * k, [&](int64_t row) { put_row(format, is_brain, x, row, num, k, memory); });
+  return rows_at(format, memory, num);
+}
 
 void project(const Project &p, int threads, int64_t num, const void *h, const void *cos, const void *sin, void *q, void *k,
              void *v, void *gate) {
@@ -53,7 +60,7 @@ void project(const Project &p, int threads, int64_t num, const void *h, const vo
   });
   std::vector<const Matrix *> matrices{&p.q, &p.k, &p.v};
   if (p.gate.values) matrices.push_back(&p.gate);
-  multiply_all(threads, is_brain, num, x, p.dim, matrices, y);
+  multiply_all(threads, is_brain, num, x, matrices, y);
   const float *yk = y + num * p.q.n, *yv = yk + num * p.k.n, *yg = yv + num * p.v.n;
   each_row(threads, num, 20 * width, [&](int64_t row) {
     const void *c = at(cos, row, p.rotated, is_brain), *s = at(sin, row, p.rotated, is_brain);
@@ -87,7 +94,7 @@ void route(const Route &r, int threads, int64_t num, const void *mixed, const vo
       pieces().gated(is_brain, at(mixed, row, r.width, is_brain), at(gate, row, r.width, is_brain), r.width,
                      at(gated, row, r.width, is_brain));
     });
-  multiply_all(threads, is_brain, num, gate ? gated : mixed, r.width, {&r.out}, y);
+  multiply_all(threads, is_brain, num, gate ? gated : mixed, {&r.out}, y);
   each_row(threads, num, 12 * r.dim, [&](int64_t row) {
     void *own = at(rounded, row, r.dim, is_brain), *sum = at(residual, row, r.dim, is_brain);
     pieces().rounded(is_brain, y + row * r.dim, r.out.bias, r.dim, own);

@@ -9,6 +9,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "../kernels/kernels.h"
+
 namespace trinity {
 
 struct Norm {            // RMS; weight null: none
@@ -17,9 +19,13 @@ struct Norm {            // RMS; weight null: none
   int64_t rounds_first;  // to the rows' type, before the gain
 };
 
-struct Matrix {          // [n, k]; values null: none
+struct Matrix {          // [n, k], or a stack of them; values null: none
   const void *values, *bias;
-  int64_t n;
+  const float *scale;    // [n], of int8
+  const int32_t *total;  // [n], of int8
+  int64_t n, k, format;  // of kernels.h
+  Format in() const { return static_cast<Format>(format); }
+  Matrices matrices() const { return {values, scale, total, n, k}; }
 };
 
 struct Project {
@@ -54,8 +60,8 @@ struct Routed {                  // float32 [T, E] twice, int64 [T, K], float32 
 };
 
 struct Experts {                 // those of a layer that are here
-  int64_t is_brain, dim, hidden, num, top_k;
-  const void *gate, *up, *down;  // [num, hidden, dim] twice, [num, dim, hidden]
+  int64_t is_brain, dim, num, top_k;
+  Matrix gate, up, down;         // [num, hidden, dim] twice, [num, dim, hidden]; of one format, without bias
   const int64_t *position;       // by id: which of them, -1 (also of the id -1, which the last entry is for): somebody else's, -2: nobody's
   int64_t last;                  // entry of `position`
 };

@@ -1,5 +1,6 @@
 """Inference through rings in C++ against the same in Python: same bits, same errors, whoever dies, stops or writes nonsense."""
 
+import itertools
 import mmap
 import os
 import random
@@ -23,6 +24,7 @@ from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.near import NearExchange
 from trinity.dispatch.transport import LocalTransport
 from trinity.errors import DeadlineExceeded, StepConflict, TrinityError, Unavailable, VersionGone
+from trinity.experts import native_experts
 from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
 from trinity.rpc.messages import Commit, Fetch, Install, Load, Prepare, PruneTo, Stage, Status
@@ -40,10 +42,12 @@ ALL = tuple(range(8))
 class Served:
     """Shards of a pool in this process, behind sockets and rings; `alone` reaches the same shards without either."""
 
-    def __init__(self, num_shards=2, table=None, dtype=torch.float32):
+    def __init__(self, num_shards=2, table=None, dtype=torch.float32, form=None):
         model = MODEL.model_copy(update=dict(dtype=str(dtype)[6:]))
         self.limits, self.local_model = FrameLimits(16, 8, dtype), model
-        self.local = local_pool(model, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch")
+        self.local = local_pool(
+            model, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch", expert_dtype=form
+        )
         self.shards = self.local.transport.shards
         self.table = self.local.table if table is None else table
         self.servers = {name: self._server(shard) for name, shard in self.shards.items()}
@@ -102,10 +106,16 @@ def held_by_all(world, model=MODEL):
             shard.install(Install(layer, ALL, 0, rows, epoch=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_the_bits_are_those_of_python(num_shards, dtype):
-    with served(num_shards, None, dtype) as world, torch.inference_mode():
+@pytest.mark.parametrize(
+    ("num_shards", "dtype", "form"),
+    [
+        *itertools.product((1, 2, 3), (torch.float32, torch.bfloat16), (None,)),
+        *((2, torch.float32, "int8"), (1, torch.bfloat16, "int8"), (2, torch.float32, "bfloat16")),
+    ],
+)
+def test_the_bits_are_those_of_python(num_shards, dtype, form, monkeypatch):
+    with served(num_shards, None, dtype, form) as world, torch.inference_mode():
+        monkeypatch.setattr(native_experts, "infer", lambda *_: None)  # the others' only
         dispatcher = world.dispatcher()
         for seed, num_tokens in enumerate((13, 1, 2, 70, 200)):
             x, ids, weights = batch(num_tokens, seed)
@@ -161,9 +171,10 @@ def test_replicas_take_the_turns_that_they_take_in_python(dtype):
             assert sum(shard.status(Status(True)).rows[LAYER].values()) > 40
 
 
-def test_versions_are_those_that_python_computes():
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_versions_are_those_that_python_computes(form):
     """A step is committed: callers of either version get its bits, and of one that is gone the error that names it."""
-    with served(1) as world:
+    with served(1, None, torch.float32, form) as world:
         shard, (x, ids, weights) = world.shards["shard-0"], batch()
         with torch.inference_mode():
             found = [near(world.dispatcher(), LAYER, x, ids, weights)]

@@ -18,7 +18,6 @@ from trinity import native
 from trinity.errors import InputGone, InvalidRequest, StepConflict
 from trinity.experts import native_experts
 from trinity.experts.activation_cache import ActivationCache, Activations
-from trinity.experts.derived import DerivedLayer
 from trinity.experts.derived_compute import infer
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
@@ -289,16 +288,18 @@ class ExpertShard:
     def _inferred(self, layer: ReadyLayer, call: Forward) -> Tensor:
         """y_RD. Rows of each adapter, and those of none, are computed apart: then all have the bits that they have alone."""
         rows = call.rows
-        if layer.derived is not None:
-            return self._by_form(layer.derived, layer, call)
+        if layer.derived is not None and (layer.adapters is not None or rows.adapter_R is not None):
+            raise InvalidRequest(
+                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
+                "placement.expert_dtype out"
+            )
         if rows.adapter_R is None:
-            is_in_order = getattr(self.backend, "is_in_order", False)
-            if (
-                is_in_order
-                and (found := native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)) is not None
-            ):
+            if (found := self._at_once(layer, rows)) is not None:
                 self.weights.row_counts.add(call.layer, layer.ids_E, found[1])
                 return found[0]
+            if layer.derived is not None:
+                assigned = assignments(self._counted(layer, call), rows.weights_RK, self.spec.device)
+                return infer(rows.x_RD, assigned, layer.derived)
             return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)
         contents = rows.adapter_R.unique().tolist()
         named = self.adapters.of(contents, call.layer, layer.experts)
@@ -311,15 +312,11 @@ class ExpertShard:
             y_RD[own_R.to(y_RD.device)] = self._inferred(own, replace(call, rows=rows.only(own_R)))
         return y_RD
 
-    def _by_form(self, derived: DerivedLayer, layer: ReadyLayer, call: Forward) -> Tensor:
-        """y_RD, by weights in another form than they are trained in."""
-        if layer.adapters is not None or call.rows.adapter_R is not None:
-            raise InvalidRequest(
-                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
-                "placement.expert_dtype out"
-            )
-        assigned = assignments(self._counted(layer, call), call.rows.weights_RK, self.spec.device)
-        return infer(call.rows.x_RD, assigned, derived)
+    def _at_once(self, layer: ReadyLayer, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """y_RD and rows_E by the extension, where it has the bits that Python would give them."""
+        if layer.derived is None and not getattr(self.backend, "is_in_order", False):
+            return None
+        return native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
 
     def _compute(self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer) -> Tensor:
         assert layer.weights is not None, "only shards that do not train are without"

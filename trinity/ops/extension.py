@@ -19,6 +19,7 @@ from trinity.ops.batch_invariant.threads import Job, in_threads
 lib: Any = native.lib
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # native/kernels/kernels.h
 ROUNDED = {BFLOAT16: torch.bfloat16, INT8: torch.uint8}
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}  # of values as they are stored
 
 
 class Matrices(NamedTuple):

@@ -21,13 +21,14 @@ from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.layers import Linear, RMSNorm
 from trinity.models.common.router import Router, Routing, SigmoidRouter
 from trinity.ops import batch_invariant
+from trinity.ops.extension import KINDS
 
 log = logging.getLogger(__name__)
 
 Table = tuple[Tensor, Tensor]
 Place = Callable[[Tensor | None], int]
 MOST_DIM, MOST_HEAD_DIM = 1 << 15, 1 << 12  # native/step/pieces.inl: kMostDim
-NORM, MATRIX = "qdq", "qqq"  # native/step/step.h
+NORM, MATRIX = "qdq", "7q"  # native/step/step.h
 PROJECT, ROUTE, LEAVE, ATTEND = f"<4q{3 * NORM}{4 * MATRIX}", f"<3q{2 * NORM}{2 * MATRIX}6qd", f"<2q{NORM}", "<12q"
 _agreed: dict[tuple[object, ...], bool] = {}  # kinds of parts that were compared
 
@@ -96,8 +97,12 @@ class Part:
         return bool(self._linears) and self._linears[0].passing.adapters is not None
 
     def _prepared(self, h_TD: Tensor, like: Any) -> bool:
-        weights = [table[name] for table, name in self._tensors if name != "bias_E"]
-        if not all(w.is_contiguous() and w.dtype == h_TD.dtype and w.is_cpu for w in weights) or not self.fits(h_TD):
+        rounded = {id(linear._parameters) for linear in self._linears if linear.is_rounded}
+        for table, name in self._tensors:
+            tensor, is_free = table[name], name == "bias_E" or (name == "weight" and id(table) in rounded)
+            if not is_free and not (tensor.dtype == h_TD.dtype and tensor.is_contiguous() and tensor.is_cpu):
+                return False
+        if not self.fits(h_TD):
             return False
         kind = (type(self.module), h_TD.dtype, *self.packed(_is_there, like))
         self.description = self.packed(_place, like)
@@ -269,7 +274,12 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
     """Fields of a Matrix each."""
     fields: list[int] = []
     for part in parts:
-        fields += (0, 0, 0) if part is None else (place(part.weight), place(part.bias), part.out_features)
+        if part is None:
+            fields += [0] * 7
+            continue
+        scales = (place(part.scale_N), place(part.total_N))
+        sizes = (part.out_features, part.in_features, KINDS[part.weight.dtype])
+        fields += (place(part.weight), place(part.bias), *scales, *sizes)
     return fields
 
 
