@@ -133,7 +133,7 @@ def create(
     namespace: str,
     model: ModelConfig,
     optim: OptimConfig | None,
-    state_dir: str,
+    state_dir: str | None,
     ends_with_server: bool = False,
 ) -> RayPool:
     """Start the placement service and the shards, wait until all answer, publish the table's epoch.
@@ -148,7 +148,7 @@ def create(
     return made
 
 
-def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
+def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str | None) -> RayPool:
     actor = placement_actor(settings).options(
         name=name_of(settings.pool, PLACEMENT),
         namespace=namespace,

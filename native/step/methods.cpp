@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "step.h"
+#include "plan.h"
 
 namespace {
 
@@ -99,9 +99,64 @@ PyObject *step_experts(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
   if (!taken(arguments, num, 7, &what, i)) return nullptr;
   Py_BEGIN_ALLOW_THREADS;
   is_done = experts(what, static_cast<int>(i[0]), i[1], address(i[2]), static_cast<const int64_t *>(address(i[3])),
-                    static_cast<const float *>(address(i[4])), address(i[5]), static_cast<int64_t *>(address(i[6])));
+                    static_cast<const float *>(address(i[4])), address(i[5]), static_cast<int64_t *>(address(i[6])), Local{},
+                    nullptr);
   Py_END_ALLOW_THREADS;
   return PyBool_FromLong(is_done);
+}
+
+// The bytes of so many structs, or null and Python's error set; none of None.
+template <class T>
+bool structs(PyObject *from, int64_t wanted, const T **found) {
+  *found = nullptr;
+  if (from == Py_None) return true;
+  char *bytes;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(from, &bytes, &size)) return false;
+  if (size != static_cast<Py_ssize_t>(wanted * sizeof(T))) {
+    PyErr_Format(PyExc_ValueError, "a description of %zd bytes, not %lld", size, static_cast<long long>(wanted * sizeof(T)));
+    return false;
+  }
+  *found = reinterpret_cast<const T *>(bytes);
+  return true;
+}
+
+// (number of layers, layers, head, experts, number of attentions, attentions, memory or None, run, at) -> where Python goes on
+PyObject *step_run(PyObject *, PyObject *const *a, Py_ssize_t num) {
+  if (num != 9) return PyErr_Format(PyExc_TypeError, "%zd arguments, not 9", num);
+  Step step;
+  const int64_t attends = PyLong_AsLongLong(a[4]);
+  int64_t at = PyLong_AsLongLong(a[8]);
+  step.num_layers = PyLong_AsLongLong(a[0]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!structs(a[1], step.num_layers, &step.layers) || !structs(a[2], 1, &step.head) ||
+      !structs(a[3], step.num_layers, &step.experts) || !structs(a[5], attends, &step.attends) ||
+      !structs(a[6], step.num_layers, &step.memory) || !structs(a[7], 1, &step.run))
+    return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  at = go(step, at);
+  Py_END_ALLOW_THREADS;
+  return PyLong_FromLongLong(at);
+}
+
+PyObject *step_local(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Local what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 4, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  feed_forward_all(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject *step_finish(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Head what;
+  int64_t i[kMost];
+  if (!taken(arguments, num, 5, &what, i)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  finish(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
 }
 
 }  // namespace
@@ -109,4 +164,5 @@ PyObject *step_experts(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
 #define METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 
 PyMethodDef step_methods[] = {METHOD(step_project), METHOD(step_attend), METHOD(step_route), METHOD(step_leave),
-                              METHOD(step_choose), METHOD(step_experts), {nullptr, nullptr, 0, nullptr}};
+                              METHOD(step_choose), METHOD(step_experts), METHOD(step_run), METHOD(step_local),
+                              METHOD(step_finish), {nullptr, nullptr, 0, nullptr}};

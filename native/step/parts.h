@@ -1,5 +1,6 @@
 // What the files that put the pieces together share.
 #pragma once
+#include <functional>
 #include <vector>
 
 #include "../cpu.h"
@@ -19,6 +20,10 @@ template <class T>
 T *at(T *rows, int64_t row, int64_t width, bool is_brain) {
   return rows ? (T *)((uintptr_t)rows + row * width * size_of_one(is_brain)) : nullptr;
 }
+
+// x [num, k] times each of the matrices, whatever their formats -> y, one result [num, n] after the other.
+void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y);
+void each_row(int threads, int64_t num, int64_t operations, const std::function<void(int64_t)> &work);
 
 // Memory of this thread that its next calls use again.
 template <int which>

@@ -158,6 +158,15 @@ void rounded_as(const float *y, const typename E::T *bias, int64_t n, typename E
     for (int64_t i = 0; i < n; i++) to[i] = E::narrow(y[i]);
 }
 
+// silu(gate) * up, as trinity/ops/batch_invariant/fused_mlp.py has it
+template <class E>
+void swiglu_as(const float *gate, const float *up, int64_t n, typename E::T *to) {
+  for (int64_t i = 0; i < n; i++) {
+    const float g = E::wide(E::narrow(gate[i]));
+    to[i] = E::narrow(g / (1.0f + exp_of(-g)) * E::wide(E::narrow(up[i])));
+  }
+}
+
 template <class E>
 void summed_as(const float *const *rows, int64_t num, int64_t n, typename E::T *to) {
   for (int64_t i = 0; i < n; i++) {
@@ -383,6 +392,10 @@ void summed_any(const float *const *rows, int64_t num, int64_t n, void *to) {
   summed_as<E>(rows, num, n, static_cast<typename E::T *>(to));
 }
 template <class E>
+void swiglu_any(const float *gate, const float *up, int64_t n, void *to) {
+  swiglu_as<E>(gate, up, n, static_cast<typename E::T *>(to));
+}
+template <class E>
 void gated_any(const void *x, const void *gate, int64_t n, void *to) {
   gated_as<E>(in<E>(x), in<E>(gate), n, static_cast<typename E::T *>(to));
 }
@@ -412,11 +425,14 @@ void wide_product(bool is_brain, const void *x, int64_t num, int64_t k, const vo
 void summed(bool is_brain, const float *const *rows, int64_t num, int64_t n, void *to) {
   EITHER(is_brain, summed_any, (rows, num, n, to));
 }
+void swiglu(bool is_brain, const float *gate, const float *up, int64_t n, void *to) {
+  EITHER(is_brain, swiglu_any, (gate, up, n, to));
+}
 void gated(bool is_brain, const void *x, const void *gate, int64_t n, void *to) { EITHER(is_brain, gated_any, (x, gate, n, to)); }
 void added(bool is_brain, const void *x, const void *y, int64_t n, void *to) { EITHER(is_brain, added_any, (x, y, n, to)); }
 
 }  // namespace
 
-const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, summed, total};
+const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, swiglu, summed, total};
 
 }  // namespace trinity

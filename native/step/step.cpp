@@ -1,6 +1,5 @@
 #include "step.h"
 
-
 #include <algorithm>
 #include <functional>
 #include <utility>
@@ -11,15 +10,12 @@
 
 namespace trinity {
 
-namespace {
-
 void each_row(int threads, int64_t num, int64_t operations, const std::function<void(int64_t)> &work) {
   in_threads(threads, num, num * operations, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) work(row);
   });
 }
 
-// x [num, k] times each of the matrices, whatever their formats -> y, one result [num, n] after the other.
 void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y) {
   Rows rows[3] = {};  // by format
   std::vector<Product> products;
@@ -38,8 +34,6 @@ void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const 
     }
   });
 }
-
-}  // namespace
 
 Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k) {
   if (format == format_of(is_brain)) return {x, nullptr, nullptr};
@@ -127,6 +121,21 @@ void leave(const Leave &l, int threads, int64_t num, const void *residual, const
       y = sum;
     }
     pieces().added(is_brain, at(residual, row, l.dim, is_brain), y, l.dim, at(h, row, l.dim, is_brain));
+  });
+}
+
+void finish(const Head &f, int threads, int64_t num, const void *h, void *hidden, void *logits) {
+  const bool is_brain = f.is_brain;
+  each_row(threads, num, 4 * f.dim, [&](int64_t row) {
+    pieces().norm(f.norm, is_brain, at(h, row, f.dim, is_brain), f.dim, at(hidden, row, f.dim, is_brain));
+  });
+  if (!logits) return;
+  const bool is_direct = !is_brain && !f.head.bias;
+  float *y = is_direct ? static_cast<float *>(logits) : reinterpret_cast<float *>(scratch_of<1>(num * f.head.n * 4));
+  multiply_all(threads, is_brain, num, hidden, {&f.head}, y);
+  if (is_direct) return;
+  each_row(threads, num, 2 * f.head.n, [&](int64_t row) {
+    pieces().rounded(is_brain, y + row * f.head.n, f.head.bias, f.head.n, at(logits, row, f.head.n, is_brain));
   });
 }
 

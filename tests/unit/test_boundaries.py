@@ -125,7 +125,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actors.shard": {"actors.names", "actors.dataplane", "actors.shard_server", "trinity.experts"},
     "actors.control": {
         "trinity.experts", "trinity.placement", "trinity.pool", "trinity.rpc", "actors.names", "actors.dataplane",
-        "actors.shard",
+        "actors.shard", "actors.sync",
     },
     "actors.pool": {
         "trinity.dispatch", "trinity.placement", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",

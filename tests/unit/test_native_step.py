@@ -183,7 +183,7 @@ def test_a_part_whose_bits_differ_is_never_used(monkeypatch, caplog):
     model = model_of("tiny", "float32")
     block, h_TD = next(model.blocks()), rows(model, 2)
     table = model.model.table(torch.arange(2), torch.float32)
-    monkeypatch.setattr(native_step, "_agreed", {})
+    monkeypatch.setattr(native_step, "tried", {})
     honest = NativeBefore.route
     monkeypatch.setattr(NativeBefore, "route", lambda *given: honest(*given)._replace(x_TD=honest(*given).x_TD + 1e-6))
     assert block._native_pre(h_TD, table, native_step._nobody) is None

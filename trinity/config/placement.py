@@ -99,6 +99,8 @@ class PlacementConfig(Frozen):
     checkpoint_timeout_s: float = Field(default=3600.0, gt=0, description="for a shard to load or save its part")
     keep: bool = Field(default=False, description="leave the pool alive when the command that made it ends")
     ready_timeout_s: float = Field(default=180.0, gt=0)
-    state_dir: str | None = Field(default=None, description="where epochs are persisted")
+    state_dir: str | None = Field(
+        default=None, description="where epochs are persisted; a server's own pool otherwise keeps them with its node"
+    )
 
     _at_home = field_validator("memory_dir", "state_dir")(at_home)

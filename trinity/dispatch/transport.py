@@ -3,6 +3,8 @@
 Decision: whatever a caller sends again carries the same op_id, and a shard applies it once.
 """
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +42,13 @@ class Rings(Protocol):
         ...
 
 
+@runtime_checkable
+class Lends(Protocol):
+    """A transport that knows shards of this process, of which callers may compute with the weights."""
+
+    def lend(self, shard: str, version: int, dtype: Any) -> AbstractContextManager[Mapping[int, bytes]]: ...
+
+
 def result_with_retry(
     transport: Transport, shard: str, verb: str, message: Any, reply: Reply, deadline_s: float
 ) -> Any:
@@ -68,6 +77,11 @@ class LocalTransport:
 
     def __init__(self, shards: dict[str, Any]):
         self.shards = shards
+
+    def lend(self, shard: str, version: int, dtype: Any) -> AbstractContextManager[Mapping[int, bytes]]:
+        """Layers of a shard as the extension in C++ takes them (ExpertShard.lend)."""
+        lend = getattr(self.shards[shard], "lend", None)
+        return nullcontext({}) if lend is None else lend(version, dtype)
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         found = tried(partial(getattr(self.shards[shard], verb), message), TrinityError)

@@ -18,7 +18,7 @@ from trinity.ops import batch_invariant
 from trinity.ops.extension import KINDS, Matrices
 from trinity.state.strides import as_stored
 
-EXPERTS = "<4q21q2q"  # native/step/step.h
+EXPERTS = "<4q21q4q"  # native/step/step.h
 
 
 def matrices_of(layer: ReadyLayer) -> list[Matrices] | None:
@@ -48,21 +48,29 @@ def infer(layer: ReadyLayer, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -
     given = (x_RD, ids_RK, weights_RK)
     if not hasattr(native.lib, "step_experts") or not all(tensor.is_contiguous() for tensor in given):
         return None
-    if not batch_invariant.at_once(x_RD) or (matrices := matrices_of(layer)) is None:
+    if not batch_invariant.at_once(x_RD) or ids_RK.dtype != torch.int64 or weights_RK.dtype != torch.float32:
         return None
-    if ids_RK.is_cuda or ids_RK.dtype != torch.int64 or weights_RK.dtype != torch.float32:
+    what = None if ids_RK.is_cuda else described(layer, x_RD.dtype, x_RD.shape[1], ids_RK.shape[1], None)
+    if what is None:
         return None
-    (num, _, dim), (rows, top_k) = matrices[0].values.shape, ids_RK.shape
-    if x_RD.shape[1] != dim or (layer.derived is None and x_RD.dtype != matrices[0].values.dtype):
-        return None
-    y_RD, rows_E = torch.empty_like(x_RD), torch.empty(num, dtype=torch.int64)
-    what = struct.pack(
-        EXPERTS, x_RD.dtype == torch.bfloat16, dim, num, top_k, *(field for each in matrices for field in _fields(each)),
-        layer.position_X.data_ptr(), len(layer.position_X) - 1,
-    )  # fmt: skip
+    y_RD, rows_E = torch.empty_like(x_RD), torch.empty(len(layer.experts), dtype=torch.int64)
     places = (each.data_ptr() for each in (*given, y_RD, rows_E))
-    is_done = native.lib.step_experts(what, torch.get_num_threads(), rows, *places)
+    is_done = native.lib.step_experts(what, torch.get_num_threads(), len(x_RD), *places)
     return (y_RD, rows_E) if is_done else None
+
+
+def described(layer: ReadyLayer, dtype: torch.dtype, dim: int, top_k: int, counts_X: Tensor | None) -> bytes | None:
+    """An Experts of native/step/step.h for rows of that type and width, which counts them in `counts_X`; it holds while the
+    layer's tensors do. None: Python has to compute them."""
+    matrices = matrices_of(layer)
+    if matrices is None or matrices[0].values.shape[2] != dim:
+        return None
+    if layer.derived is None and matrices[0].values.dtype != dtype:
+        return None
+    num = len(layer.experts)
+    sizes, counts = (dtype == torch.bfloat16, dim, num, top_k), 0 if counts_X is None else counts_X.data_ptr()
+    places = layer.position_X.data_ptr(), len(layer.position_X) - 1, layer.ids_E.data_ptr(), counts
+    return struct.pack(EXPERTS, *sizes, *(field for each in matrices for field in _fields(each)), *places)
 
 
 def _fields(matrices: Matrices) -> tuple[int, ...]:

@@ -60,9 +60,23 @@ class PublishedVersions:
         try:
             yield found
         finally:
-            with self._readers:
-                self._num_readers[version] -= 1
-                self._readers.notify_all()
+            self._leave(version)
+
+    @contextmanager
+    def lent_whole(self, version: int) -> Iterator[Mapping[int, ReadyLayer]]:
+        """All layers of a committed version, unchanged inside the block; none of a version that is not here."""
+        with self._readers:
+            found = self._versions[version][1] if version in self._versions and version <= self.committed else {}
+            self._num_readers[version] += 1
+        try:
+            yield found
+        finally:
+            self._leave(version)
+
+    def _leave(self, version: int) -> None:
+        with self._readers:
+            self._num_readers[version] -= 1
+            self._readers.notify_all()
 
     def find(self, version: int, layer: int) -> ReadyLayer:
         """A layer, for whoever holds the shard's lock.

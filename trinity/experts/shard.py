@@ -8,8 +8,11 @@ present version, so rows of that version are computed meanwhile, and those of th
 backward are a bounded cache, never the truth.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +87,7 @@ class ExpertShard:
         self.cache_misses = 0
         self.peers: Peers | None = None
         self.native: NativeLayers | None = None
+        self._last: tuple[Any, ...] = None, None, {}  # of `_described`
 
     def compute_natively(self) -> NativeLayers | None:
         """Let threads in C++ compute inference, beside all that is computed here and with the same bits; None where there are
@@ -122,6 +126,26 @@ class ExpertShard:
             slots = self._counted(layer, call)
             self._enter(attempt_of(call.op_id), call.version)
             return self._remembered(call.op_id, layer, call.rows, slots).y_RD.detach()
+
+    @contextmanager
+    def lend(self, version: int, dtype: torch.dtype) -> Iterator[Mapping[int, bytes]]:
+        """Layers, as the extension computes rows of that type with them (native_experts.described), that stay as they are
+        inside the block: those of a version that `infer` would compute without waiting, and in the same way."""
+        with self.versions.reading_whole(version) as layers:
+            yield self._described(layers, dtype)
+
+    def _described(self, layers: Mapping[int, ReadyLayer], dtype: torch.dtype) -> Mapping[int, bytes]:
+        if self._last[0] is not layers or self._last[1] != dtype:
+            top_k, counts = self.spec.model.num_experts_per_tok, self.weights.row_counts.running
+            sizes = dtype, self.spec.model.hidden_size, top_k
+            own = {number: layer for number, layer in layers.items() if self._is_native(layer)}
+            found = {n: native_experts.described(layer, *sizes, counts[n]) for n, layer in own.items()}
+            self._last = layers, dtype, {n: what for n, what in found.items() if what is not None}
+        return self._last[2]
+
+    def _is_native(self, layer: ReadyLayer) -> bool:
+        """Say whether the extension has the bits that Python would give the layer's rows."""
+        return layer.derived is not None or getattr(self.backend, "is_in_order", False)
 
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
         """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
@@ -313,8 +337,8 @@ class ExpertShard:
         return y_RD
 
     def _at_once(self, layer: ReadyLayer, rows: Rows) -> tuple[Tensor, Tensor] | None:
-        """y_RD and rows_E by the extension, where it has the bits that Python would give them."""
-        if layer.derived is None and not getattr(self.backend, "is_in_order", False):
+        """y_RD and rows_E by the extension, where it can."""
+        if not self._is_native(layer):
             return None
         return native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
 

@@ -90,6 +90,10 @@ class WeightVersions:
         self._check_time(call.deadline_s)
         return self._published.lent(call.version, call.layer)
 
+    def reading_whole(self, version: int) -> AbstractContextManager[Mapping[int, ReadyLayer]]:
+        """All layers of a version, unchanged inside the block; none of one that is not committed, or has gone."""
+        return self._published.lent_whole(version)
+
     def find(self, layer: int, version: int, deadline_s: float) -> ReadyLayer:
         """A layer at a version. A caller that names the staged version knows that it was decided on: it is committed first.
         Raises what PublishedVersions raises."""

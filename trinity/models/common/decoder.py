@@ -21,6 +21,7 @@ from trinity.models.common.block import Block, Hop, Table
 from trinity.models.common.experts import ExpertLayer
 from trinity.models.common.keys import KeyMap
 from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, rotary_table
+from trinity.models.common.native_model import NativeModel
 from trinity.models.common.router import Router, Routing
 
 ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
@@ -29,15 +30,17 @@ ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
 class Output(NamedTuple):
     hidden_TD: Tensor  # after the final norm
     routing: tuple[Routing, ...]  # one per MoE layer, in order
+    logits_TV: Tensor | None = None  # where they were wanted and cost no call of their own
 
 
 class Inputs(NamedTuple):
-    """Inputs of one pass. `attend`: who sees whom; `adapters`: those of its rows, where any has one."""
+    """Inputs of one pass. `attend`: who sees whom; `adapters`: those of its rows, where any has one; `wants_logits`: of all."""
 
     ids_T: Tensor
     positions_T: Tensor
     attend: Attend
     adapters: PassAdapters | None = None
+    wants_logits: bool = False
 
 
 class Rotary(NamedTuple):
@@ -59,10 +62,19 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm, self.passing = norm, Passing()
+        self.at_once: NativeModel | None = None  # the whole pass as one call, where that is possible
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer) -> Output:
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer, wants_logits: bool = False
+    ) -> Output:
         h_TD = self.embed(ids_T)
-        table, routings = self.table(positions_T, h_TD.dtype), []
+        table = self.table(positions_T, h_TD.dtype)
+        found = None if self.at_once is None else self.at_once(h_TD, table, attend, experts, wants_logits)
+        return self.through(h_TD, table, attend, experts) if found is None else found
+
+    def through(self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer) -> Output:
+        """The pass, layer by layer."""
+        routings = []
         for block in self.layers:
             h_TD, routing = block(h_TD, table, attend, experts)
             routings.append(routing)
@@ -130,18 +142,20 @@ class CausalLM(nn.Module):
             part.is_exact = config.batch_invariant  # type: ignore[assignment]  # read by the parts that have it
             if isinstance(part, Linear):
                 part.name, part.passing = self.key(f"{path}.weight").removesuffix(".weight"), decoder.passing
+        decoder.at_once = NativeModel(self)
 
     @property
     def experts(self) -> ExpertLayer:
         return self._experts[0]
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, adapters: PassAdapters | None = None
-    ) -> Output:
-        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0. `adapters`: see `Inputs`."""
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, adapters: PassAdapters | None = None,
+        wants_logits: bool = False,
+    ) -> Output:  # fmt: skip
+        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0. Others: see `Inputs`."""
         experts = self.experts if adapters is None else adapters.over(self.experts)
         with self.model.passing.of(adapters):
-            out: Output = self.model(ids_T, positions_T, attend, experts)
+            out: Output = self.model(ids_T, positions_T, attend, experts, wants_logits)
         return out
 
     def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:

@@ -59,6 +59,11 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(dim, hidden, device=device, dtype=dtype)
         self.down_proj = Linear(hidden, dim, device=device, dtype=dtype)
 
+    @property
+    def parts(self) -> tuple["Linear", "Linear", "Linear"]:
+        """Gate, up and down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def forward(self, x: Tensor) -> Tensor:
         if (self.is_exact or self.gate_proj.rounded is not None) and (y := self._at_once(x)) is not None:
             return y
@@ -67,13 +72,16 @@ class SwiGLU(nn.Module):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The same bits, for inference; None where that does not fit."""
-        parts = (self.gate_proj, self.up_proj, self.down_proj)
-        weights, rounded = [part.weight for part in parts], [w for part in parts if (w := part.rounded) is not None]
-        if rounded and x.numel() and not any(part.is_adapted for part in parts):
+        weights, rounded = (
+            [part.weight for part in self.parts],
+            [w for part in self.parts if (w := part.rounded) is not None],
+        )
+        is_adapted = any(part.is_adapted for part in self.parts)
+        if rounded and x.numel() and not is_adapted:
             from trinity.ops.rounded import feed_forward
 
             return feed_forward(x.flatten(0, -2), *rounded).to(x.dtype).unflatten(0, x.shape[:-1])
-        if any(part.is_adapted for part in parts) or not batch_invariant.at_once(x, *weights):
+        if is_adapted or not batch_invariant.at_once(x, *weights):
             return None
         from trinity.ops.batch_invariant import fused_mlp
 
