@@ -14,7 +14,7 @@ from typing import Any
 from trinity.config import native_is_wanted
 from trinity.errors import ConfigError
 
-CONTRACT = 1  # native/module.cpp
+CONTRACT = 2  # native/module.cpp
 SOURCES = Path(__file__).parents[1] / "native"  # of a checkout; an installed package has none
 REMEDY = "scripts/build_native.sh builds it anew, TRINITY_NATIVE=0 goes on without it"
 

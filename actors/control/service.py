@@ -15,6 +15,7 @@ import ray
 from actors.control.reconciler import Reconciler
 from actors.control.state import PoolSpec, PoolState
 from actors.dataplane.plane import DataPlane
+from actors.sync import shm_folders
 from trinity.config import AdapterSet, PlacementConfig
 from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
@@ -25,14 +26,16 @@ log = logging.getLogger(__name__)
 
 
 class PlacementService:
-    """Questions to the service; the parts answer. `state_dir` must be the same after a restart. Safe from any thread.
+    """Questions to the service; the parts answer. `state_dir` must be the same after a restart; None is a folder that goes
+    with the pool. Safe from any thread.
 
     A service that starts anew (not after a crash) on an old folder keeps counting epochs and forgets the rest.
     """
 
-    def __init__(self, state_dir: str, spec: PoolSpec, settings: PlacementConfig, namespace: str):
+    def __init__(self, state_dir: str | None, spec: PoolSpec, settings: PlacementConfig, namespace: str):
         again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
-        self._state = PoolState(Path(state_dir), spec, settings, namespace, is_again=again)
+        folder = Path(state_dir) if state_dir else shm_folders.state_folder(settings, namespace)
+        self._state = PoolState(folder, spec, settings, namespace, is_again=again)
         self._ledger, self._files = self._state.ledger, self._state.files
         self._reconciler: Reconciler | None = None
         self._is_supervised = threading.Event()

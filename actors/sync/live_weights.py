@@ -57,7 +57,8 @@ def live_source(pool: LivePool, config: Config, run_dir: str) -> "tuple[LiveWeig
     decision = _first_decision(pool, config.placement.ready_timeout_s)
     device = "cuda" if config.engine.num_gpus else "cpu"
     timeout_s = config.serve.request_timeout_s
-    source = LiveWeights(pool, pool.service.spec().model, decision, device, config.engine.preload, timeout_s)
+    model, engine = pool.service.spec().model, config.engine
+    source = LiveWeights(pool, model, decision, device, engine.preload, timeout_s, engine.weight_dtype)
     if config.serve.weights != "live":
         source.pin(config.serve.pinned_step)
     return source, source.config, Tokenizer.load(Path(run_dir) / RUN_TOKENIZER)
@@ -83,9 +84,11 @@ class LiveWeights:
         device: str = "cpu",
         preload: bool = True,
         timeout_s: float | None = None,
+        weight_dtype: str = "auto",
     ):
-        """`timeout_s`: for a layer's rows; default: the pool's."""
+        """`timeout_s`: for a layer's rows; default: the pool's. `weight_dtype`: see EngineConfig."""
         self.pool, self.config, self.device, self.timeout_s = pool, config, device, timeout_s
+        self._weight_dtype = weight_dtype
         self._me, self._places = uuid4().hex[:12], decision.notes["backbone"]
         self._lender = shm_state.Lender()
         self._models = ModelDoubleBuffer(self._made, self._load, preload)
@@ -164,7 +167,9 @@ class LiveWeights:
     def _made(self) -> CausalLM:
         experts = self.pool.dispatcher(timeout_s=self.timeout_s)
         self._experts.append(experts)
-        return build(self.config, experts, device=self.device).eval()
+        model = build(self.config, experts, device=self.device).eval()
+        model.round_to(self._weight_dtype, self.device)
+        return model
 
     def _load(self, model: CausalLM, version: int) -> None:
         """Raises VersionGone."""

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../cpu.h"
+#include "../rows.h"
 #include "step.h"
 
 namespace trinity {
@@ -19,8 +20,6 @@ template <class T>
 T *at(T *rows, int64_t row, int64_t width, bool is_brain) {
   return rows ? (T *)((uintptr_t)rows + row * width * size_of_one(is_brain)) : nullptr;
 }
-
-inline Format format_of(bool is_brain) { return is_brain ? kBfloat16 : kFloat32; }
 
 // x [num, k] times each of the matrices, whatever their formats -> y, one result [num, n] after the other.
 void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y);

@@ -1,12 +1,9 @@
 #include "step.h"
 
-
 #include <algorithm>
 #include <functional>
 #include <utility>
 #include <vector>
-
-#include <string.h>
 
 #include "crew.h"
 #include "parts.h"
@@ -18,20 +15,6 @@ void each_row(int threads, int64_t num, int64_t operations, const std::function<
     for (int64_t row = first; row < last; row++) work(row);
   });
 }
-
-namespace {
-
-const float *widened(bool is_brain, const void *x, int64_t k) {  // of this thread until its next call
-  if (!is_brain) return static_cast<const float *>(x);
-  float *wide = reinterpret_cast<float *>(scratch_of<6>(4 * k));
-  for (int64_t i = 0; i < k; i++) {
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t *>(x)[i]) << 16;
-    memcpy(wide + i, &bits, sizeof bits);
-  }
-  return wide;
-}
-
-}  // namespace
 
 void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y) {
   Rows rows[3] = {};  // by format
@@ -54,14 +37,10 @@ void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const 
 
 Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k) {
   if (format == format_of(is_brain)) return {x, nullptr, nullptr};
-  const int64_t one = format == kInt8 ? 1 : format == kBfloat16 ? 2 : 4, scales = (4 * num + 63) / 64 * 64;
-  char *memory = format == kInt8 ? scratch_of<4>(scales + num * k) : scratch_of<5>(scales + num * k * one);
-  float *scale = reinterpret_cast<float *>(memory);
-  char *values = memory + scales;
-  each_row(threads, num, 8 * k, [&](int64_t row) {
-    round_rows(format, widened(is_brain, at(x, row, k, is_brain), k), 1, k, values + row * k * one, scale + row);
-  });
-  return {values, format == kInt8 ? scale : nullptr, nullptr};
+  const int64_t room = bytes_of_rows(format, num, k);
+  char *memory = format == kInt8 ? scratch_of<4>(room) : scratch_of<5>(room);
+  each_row(threads, num, 8 * k, [&](int64_t row) { put_row(format, is_brain, x, row, num, k, memory); });
+  return rows_at(format, memory, num);
 }
 
 void project(const Project &p, int threads, int64_t num, const void *h, const void *cos, const void *sin, void *q, void *k,

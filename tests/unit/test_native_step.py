@@ -11,13 +11,15 @@ from trinity.config import preset
 from trinity.engine.exact_attention import ExactPlan, Reads, _described
 from trinity.experts import native_experts
 from trinity.experts.base import LayerWeights
+from trinity.experts.derived import FORMS, DerivedLayer
+from trinity.experts.derived_compute import infer as derived_infer
 from trinity.experts.layer import ReadyLayer, _positions, assignments, slots_of
 from trinity.experts.torch_backend import TorchBackend
 from trinity.models.common import native_step
 from trinity.models.common.family import Nobody
 from trinity.models.common.native_step import NativeAfter, NativeBefore
 from trinity.models.registry import build
-from trinity.ops import batch_invariant, extension
+from trinity.ops import extension
 from trinity.ops.batch_invariant.attention import Seen, attention
 from trinity.ops.quantised import Int8, multiply, quantised
 from trinity.rpc.messages import REMOTE
@@ -40,6 +42,15 @@ def model_of(name, dtype):
         noise = torch.randn(tensor.shape, generator=rng)
         tensor.data.copy_(1 + 0.2 * noise if tensor.ndim == 1 else noise * 2 * tensor.shape[-1] ** -0.5)
     return model
+
+
+def derived_layer(form, stacks_ENK):
+    words = [form.empty(stack.shape[1:], len(stack)) for stack in stacks_ENK]
+    for stack, own in zip(stacks_ENK, words, strict=True):
+        for at, matrix in enumerate(stack):
+            form.derive(own, at, matrix)
+    parts = (form.parts(own, stack.shape[1:]) for stack, own in zip(stacks_ENK, words, strict=True))
+    return DerivedLayer(form, *parts)
 
 
 def rows(model, num, seed=0):
@@ -188,24 +199,32 @@ def test_a_description_of_another_size_is_refused():
 
 @pytest.mark.parametrize(("num", "held"), [(1, 9), (40, 9), (40, 4), (3, 0), (200, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_at_once_have_the_bits_of_the_backend(num, held, dtype):
-    rng, (dim, hidden, top_k, num_experts) = torch.Generator().manual_seed(4), (40, 20, 5, 9)
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_experts_at_once_have_the_bits_of_python(num, held, dtype, form, monkeypatch):
+    rng, (dim, hidden, top_k, num_experts) = torch.Generator().manual_seed(4), (48, 32, 5, 9)
     stacks = [
         torch.randn(held, a, b, generator=rng).mul(b**-0.5).to(dtype)
         for a, b in ((hidden, dim), (hidden, dim), (dim, hidden))
     ]
     ids_E = torch.randperm(num_experts, generator=rng)[:held].sort().values
     weights = LayerWeights(stacks[0], stacks[1], stacks[2].mT)
-    layer = ReadyLayer(tuple(ids_E.tolist()), ids_E, _positions(ids_E, num_experts), weights, None, None, {})
+    derived = None if form is None else derived_layer(FORMS[form], stacks)
+    layer = ReadyLayer(tuple(ids_E.tolist()), ids_E, _positions(ids_E, num_experts), weights, derived, None, {})
     ids_RK = torch.stack([torch.randperm(num_experts, generator=rng)[:top_k] for _ in range(num)])
     ids_RK = torch.where(torch.isin(ids_RK, ids_E), ids_RK, REMOTE)
     x_RD, weights_RK = torch.randn(num, dim, generator=rng).to(dtype), torch.rand(num, top_k, generator=rng)
     found = native_experts.infer(layer, x_RD, ids_RK, weights_RK)
-    assert found is not None or not batch_invariant.at_once(x_RD, *stacks)
+    assert (found is None) == (not held or form in ("fp8", "nvfp4"))
     if found is None:
         return
     slots = slots_of(layer, Namespace(rows=Namespace(ids_RK=ids_RK)), AssertionError)
-    assert torch.equal(found[0], TorchBackend()(x_RD, assignments(slots, weights_RK, "cpu"), weights))
+    assigned = assignments(slots, weights_RK, "cpu")
+    for lib in (native.lib, None):
+        monkeypatch.setattr(native, "lib", lib)
+        monkeypatch.setattr(extension, "lib", lib)
+        twin = TorchBackend()(x_RD, assigned, weights) if derived is None else derived_infer(x_RD, assigned, derived)
+        assert torch.equal(found[0], twin)
+    monkeypatch.undo()
     assert found[1].tolist() == torch.bincount(slots.expert_A, minlength=held).tolist()
     ids_RK[0, 0] = next((e for e in range(num_experts) if e not in layer.experts), REMOTE)
     assert (native_experts.infer(layer, x_RD, ids_RK, weights_RK) is None) == (held < num_experts)

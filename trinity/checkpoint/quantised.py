@@ -218,6 +218,15 @@ class QuantisedMatrix:
             scale_RS = self._scale_of(scale_NS[rows_R], overall)
             target_NK[start : start + len(rows_R)] = formats.scaled(values_RK, scale_RS, self._columns)
 
+    def as_int8(self) -> tuple[Tensor, Tensor] | None:
+        """q_NK and scale_N where it is stored as int8 with a scale for each row alone. Raises as `read_into` does."""
+        is_plain = self._layout.dtype == "I8" and "weight_zero_point" not in self._entries
+        if not is_plain or (self._rows, self._columns) != (1, self.shape[1]):
+            return None
+        q_NK = torch.empty(self.shape, dtype=torch.int8)
+        self._bytes(self._layout.data, q_NK.view(torch.uint8))
+        return q_NK, self._positive(self._scales().float(), self._layout.scale).view(-1)
+
     def _scale_of(self, stored_RS: Tensor, overall: Tensor | None) -> Tensor:
         scale_RS = self._positive(stored_RS.float(), self._layout.scale)
         if overall is None:

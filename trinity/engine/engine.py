@@ -48,6 +48,7 @@ from trinity.engine.token_rules import BadWords, read_words, rules_of, thinking_
 from trinity.engine.versions import Versions
 from trinity.engine.weights import WeightSource
 from trinity.errors import (
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -91,7 +92,13 @@ class Engine:
         self.adapters = adapters
         self.defaults = defaults or SamplingDefaults()
         self._versions = versions = Versions(source, settings.max_versions, settings.max_age)
-        weight = next(versions.model(versions.live).parameters())
+        model = versions.model(versions.live)
+        if settings.weight_dtype not in ("auto", config.dtype, model.weight_dtype):
+            raise ConfigError(
+                f"engine.weight_dtype {settings.weight_dtype}: the source of this engine's weights gives them as they are "
+                "trained; leave it out"
+            )
+        weight = next(model.parameters())
         settings = settled(config, settings, weight.element_size(), str(weight.device))
         layout = plan_layout(config, settings, weight.element_size())
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
@@ -99,7 +106,7 @@ class Engine:
         self._dispatch = dispatch
         self._cache = KVCache(layout, settings.max_num_seqs)
         self._pace = Pace(settings.max_num_batched_tokens, settings.max_pass_s)
-        kept = f"{config!r} {weight.dtype} {settings.kv_cache_dtype}"
+        kept = f"{config!r} {weight.dtype} {settings.kv_cache_dtype} {model.weight_dtype}"
         self.prefixes = PrefixCache(self._cache, versions, settings.prefix_cache, kept)
         max_running = min(settings.max_num_seqs, settings.max_num_batched_tokens)  # a decode has a place in each pass
         self._drafts = Speculation(settings.max_draft_tokens)

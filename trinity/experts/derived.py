@@ -20,6 +20,7 @@ from trinity.config import ModelConfig
 from trinity.errors import ConfigError
 from trinity.experts.spec import ShardSpec
 from trinity.ops import formats
+from trinity.ops.extension import Matrices
 from trinity.rpc.messages import WEIGHT
 
 BLOCK = (128, 128)  # of fp8
@@ -94,6 +95,13 @@ class DerivedLayer(NamedTuple):
     gate: list[Tensor]
     up: list[Tensor]
     down: list[Tensor]
+
+    def matrices(self) -> list[Matrices] | None:
+        """gate, up and down as the kernels of products take them; None: these have to be unpacked first."""
+        parts = (self.gate, self.up, self.down)
+        if self.form is INT8:
+            return [Matrices(q, scale, total) for scale, total, q in parts]
+        return [Matrices(values) for (values,) in parts] if len(self.gate) == 1 else None
 
 
 def _float(dtype: torch.dtype) -> Form:

@@ -16,7 +16,6 @@ from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
 from trinity.experts.derived import DerivedLayer, form_of, shapes_of
 from trinity.experts.stacked import experts_of, kinds_of, stack_names, stacks_of, trained_names
 from trinity.rpc.messages import REMOTE, WEIGHT, Backward, Forward
-from trinity.state.strides import as_stored
 from trinity.state.versioned_store import Version
 
 NOT_HELD = -2  # in the place of a position, below REMOTE: an expert that this shard does not hold
@@ -33,12 +32,6 @@ class ReadyLayer(NamedTuple):
     derived: DerivedLayer | None  # what inference computes with where there is one
     adapters: LayerAdapters | None
     trained: Mapping[str, Tensor]
-
-    @property
-    def stacks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """gate_EFD, up_EFD and down_EDF."""
-        assert self.weights is not None, "they are here in another form only"
-        return self.weights.gate_EFD, self.weights.up_EFD, as_stored(self.weights.down_EFD)
 
 
 class Slots(NamedTuple):

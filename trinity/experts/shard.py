@@ -21,7 +21,6 @@ from trinity import native
 from trinity.errors import InputGone, InvalidRequest, StepConflict
 from trinity.experts import native_experts
 from trinity.experts.activation_cache import ActivationCache, Activations
-from trinity.experts.derived import DerivedLayer
 from trinity.experts.derived_compute import infer
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
@@ -133,19 +132,20 @@ class ExpertShard:
         """Layers, as the extension computes rows of that type with them (native_experts.described), that stay as they are
         inside the block: those of a version that `infer` would compute without waiting, and in the same way."""
         with self.versions.reading_whole(version) as layers:
-            yield self._described(layers, dtype) if self._computes_here else {}
+            yield self._described(layers, dtype)
 
     def _described(self, layers: Mapping[int, ReadyLayer], dtype: torch.dtype) -> Mapping[int, bytes]:
         if self._last[0] is not layers or self._last[1] != dtype:
             top_k, counts = self.spec.model.num_experts_per_tok, self.weights.row_counts.running
-            possible = {number: layer for number, layer in layers.items() if native_experts.is_possible(layer, dtype)}
-            found = {n: native_experts.described(layer, top_k, counts[n]) for n, layer in possible.items()}
-            self._last = layers, dtype, found
+            sizes = dtype, self.spec.model.hidden_size, top_k
+            own = {number: layer for number, layer in layers.items() if self._is_native(layer)}
+            found = {n: native_experts.described(layer, *sizes, counts[n]) for n, layer in own.items()}
+            self._last = layers, dtype, {n: what for n, what in found.items() if what is not None}
         return self._last[2]
 
-    @property
-    def _computes_here(self) -> bool:
-        return self.spec.device == "cpu" and getattr(self.backend, "is_in_order", False)
+    def _is_native(self, layer: ReadyLayer) -> bool:
+        """Say whether the extension has the bits that Python would give the layer's rows."""
+        return layer.derived is not None or getattr(self.backend, "is_in_order", False)
 
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
         """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
@@ -312,13 +312,18 @@ class ExpertShard:
     def _inferred(self, layer: ReadyLayer, call: Forward) -> Tensor:
         """y_RD. Rows of each adapter, and those of none, are computed apart: then all have the bits that they have alone."""
         rows = call.rows
-        if layer.derived is not None:
-            return self._by_form(layer.derived, layer, call)
+        if layer.derived is not None and (layer.adapters is not None or rows.adapter_R is not None):
+            raise InvalidRequest(
+                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
+                "placement.expert_dtype out"
+            )
         if rows.adapter_R is None:
-            given = (layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
-            if self._computes_here and (found := native_experts.infer(*given)) is not None:
+            if (found := self._at_once(layer, rows)) is not None:
                 self.weights.row_counts.add(call.layer, layer.ids_E, found[1])
                 return found[0]
+            if layer.derived is not None:
+                assigned = assignments(self._counted(layer, call), rows.weights_RK, self.spec.device)
+                return infer(rows.x_RD, assigned, layer.derived)
             return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)
         contents = rows.adapter_R.unique().tolist()
         named = self.adapters.of(contents, call.layer, layer.experts)
@@ -331,15 +336,11 @@ class ExpertShard:
             y_RD[own_R.to(y_RD.device)] = self._inferred(own, replace(call, rows=rows.only(own_R)))
         return y_RD
 
-    def _by_form(self, derived: DerivedLayer, layer: ReadyLayer, call: Forward) -> Tensor:
-        """y_RD, by weights in another form than they are trained in."""
-        if layer.adapters is not None or call.rows.adapter_R is not None:
-            raise InvalidRequest(
-                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
-                "placement.expert_dtype out"
-            )
-        assigned = assignments(self._counted(layer, call), call.rows.weights_RK, self.spec.device)
-        return infer(call.rows.x_RD, assigned, derived)
+    def _at_once(self, layer: ReadyLayer, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """y_RD and rows_E by the extension, where it can."""
+        if not self._is_native(layer):
+            return None
+        return native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
 
     def _compute(self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer) -> Tensor:
         assert layer.weights is not None, "only shards that do not train are without"

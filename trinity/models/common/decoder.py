@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity.config import ModelConfig
+from trinity.errors import ConfigError
 from trinity.models.common.adapted import PassAdapters, Passing
 from trinity.models.common.attention import Attend
 from trinity.models.common.block import Block, Hop, Table
@@ -124,8 +125,10 @@ class _Pass:
 class CausalLM(nn.Module):
     """A family's backbone with its untied head. `experts` is called, never owned: it is no submodule and has no state here.
 
-    Weights are torch's defaults until the family's `init_weights` or `load`.
+    Weights are torch's defaults until the family's `init_weights` or `load`. `weight_dtype`: see `round_to`.
     """
+
+    weight_dtype = "auto"
 
     def __init__(self, config: ModelConfig, keys: KeyMap, experts: ExpertLayer, decoder: Decoder):
         super().__init__()
@@ -211,5 +214,31 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names that checkpoints use, in this model's types. Raises KeyError for one that is missing."""
+        rounded = self.rounded()
         for name, mine in self.tensors().items():
-            mine.copy_(tensors[name])
+            if name in rounded:
+                rounded[name].fill(tensors[name])
+            else:
+                mine.copy_(tensors[name])
+
+    def round_to(self, weight_dtype: str, device: str = "cpu") -> None:
+        """Keep all matrices but the embedding and the routers' in that format of trinity/ops/rounded.py, for inference, where
+        it is not the model's type. Their values are lost: load them. Raises ConfigError but on a CPU."""
+        if weight_dtype in ("auto", self.config.dtype):
+            return
+        if device != "cpu":
+            raise ConfigError(
+                f"engine.weight_dtype {weight_dtype} is computed on CPUs, not on {device}; leave it out there"
+            )
+        from trinity.ops.rounded import FORMATS  # a compiler comes with it
+
+        gates = {router.gate for router in self.routers.values()}
+        for part in self.modules():
+            if isinstance(part, Linear) and part not in gates and part.weight.numel():
+                part.round_to(FORMATS[weight_dtype])
+        self.weight_dtype = weight_dtype
+
+    def rounded(self) -> dict[str, Linear]:
+        """Matrices that are kept in another format, by their names in a checkpoint."""
+        parts = (part for part in self.modules() if isinstance(part, Linear) and part.is_rounded)
+        return {f"{part.name}.weight": part for part in parts}

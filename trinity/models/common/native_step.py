@@ -96,8 +96,13 @@ class Part:
         return bool(self.linears) and self.linears[0].passing.adapters is not None
 
     def _prepared(self, h_TD: Tensor, like: Any) -> bool:
-        weights = [table[name] for table, name in self.tensors if name != "bias_E"]
-        if not all(w.is_contiguous() and w.dtype == h_TD.dtype and w.is_cpu for w in weights) or not self.fits(h_TD):
+        rounded = {id(linear._parameters) for linear in self.linears if linear.is_rounded}
+        for table, name in self.tensors:
+            tensor, is_free = table[name], name == "bias_E" or (name == "weight" and id(table) in rounded)
+            if not is_free and not (tensor.dtype == h_TD.dtype and tensor.is_contiguous() and tensor.is_cpu):
+                return False
+        self.is_brain = h_TD.dtype == torch.bfloat16
+        if not self.fits(h_TD):
             return False
         self.kind = (type(self.module), h_TD.dtype, *self.packed(_is_there, like))
         self.description = self.packed(_place, like)
@@ -107,6 +112,7 @@ class Part:
                 log.warning("%s runs as its modules: the extension's bits differ", type(self.module).__name__)
         return tried[self.kind]
 
+    is_brain = False  # its rows are in bfloat16
     description: tuple[bytes, ...] = ()
     kind: tuple[object, ...] = ()
 
@@ -239,12 +245,13 @@ class NativeLocal(Part):
         super().__init__(part, (gate, up, down), (gate, up, down))
 
     def fits(self, h_TD: Tensor) -> bool:
-        return bool(self.module.is_exact) and all(linear.weight.numel() for linear in self.linears)
+        return (bool(self.module.is_exact) or self.linears[0].is_rounded) and all(
+            w.weight.numel() for w in self.linears
+        )
 
     def packed(self, place: Place, like: Any) -> tuple[bytes, ...]:
         gate = self.linears[0]
-        is_brain, matrices = gate.weight.dtype == torch.bfloat16, _matrices(place, *self.linears)
-        return (struct.pack(LOCAL, is_brain, gate.in_features, *matrices),)
+        return (struct.pack(LOCAL, self.is_brain, gate.in_features, *_matrices(place, *self.linears)),)
 
     def agrees(self, h_TD: Tensor, like: Any) -> bool:
         return all(torch.equal(self.module(rows), self._run(rows)) for rows in (_rows(h_TD)[:1], _rows(h_TD)))
@@ -265,11 +272,11 @@ class NativeHead(Part):
         self.norm, self.head = norm, head
 
     def fits(self, h_TD: Tensor) -> bool:
-        return super().fits(h_TD) and self.head.is_exact
+        return super().fits(h_TD) and (self.head.is_exact or self.head.is_rounded)
 
     def packed(self, place: Place, like: Any) -> tuple[bytes, ...]:
-        is_brain, dim = self.norm.weight.dtype == torch.bfloat16, self.head.in_features
-        return (struct.pack(HEAD, is_brain, dim, *_norms(place, self.norm), *_matrices(place, self.head)),)
+        dim = self.head.in_features
+        return (struct.pack(HEAD, self.is_brain, dim, *_norms(place, self.norm), *_matrices(place, self.head)),)
 
     def agrees(self, h_TD: Tensor, like: Any) -> bool:
         rows = _rows(h_TD)
@@ -332,8 +339,9 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
         if part is None:
             fields += [0] * 7
             continue
+        scales = (place(part.scale_N), place(part.total_N))
         sizes = (part.out_features, part.in_features, KINDS[part.weight.dtype])
-        fields += (place(part.weight), place(part.bias), 0, 0, *sizes)
+        fields += (place(part.weight), place(part.bias), *scales, *sizes)
     return fields
 
 
