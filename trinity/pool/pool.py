@@ -210,8 +210,9 @@ def describe(shards: list[ShardStatus], model: ModelConfig) -> str:
     experts = len(model.moe_layers) * model.num_experts
     forms = sorted({s.expert_dtype for s in shards} - {model.dtype})
     also = "".join(f", computed as {form}" for form in forms)
+    kernels = " and ".join(sorted({s.computes.partition(":")[0] for s in shards}))
     num_bytes = (
         sum(s.weight_bytes for s in shards) or experts * model.expert_params * model.itemsize
     )  # 0: none are here yet
     mib = num_bytes / 2**20
-    return f"{experts:,} experts, {mib:,.1f} MiB{also}, in {len(shards)} shard actors: {backends}"
+    return f"{experts:,} experts, {mib:,.1f} MiB{also}, in {len(shards)} shard actors: {backends} by {kernels}"
