@@ -236,9 +236,9 @@ async def test_a_long_prompt_is_computed_by_a_prefill_engine_and_answered_by_ano
     await ask(client, "traced", [13, *PROMPT], trace=True)
     assert (first.prefills, tiered.prefilled[1:]) == (["long"], [None] * 4)
     assert computed(tiered)[0] == 20
-    await ask(client, "only scored", [12, *PROMPT], max_tokens=0, prompt_logprobs=1)
+    await ask(client, "only scored", [12, *PROMPT], 0, prompt_logprobs=1)
     assert (first.prefills, computed(tiered)[0]) == (["long"], 20 + 21)
-    await ask(client, "short and scored", PROMPT[:8], max_tokens=0, prompt_logprobs=1)
+    await ask(client, "short and scored", PROMPT[:8], 0, prompt_logprobs=1)
     assert computed(tiered)[0] == 20 + 21
     assert [replica.engine._gives_way for replica in (first, *others)] == [True, False, False]
 
