@@ -7,7 +7,7 @@ node would leave its own reserved.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -61,6 +61,10 @@ class RayPool(ExpertPool):
             ledger=RayLedger(self.service, settings.checkpoint_timeout_s),
             rows_over=self._direct if settings.transport == "direct" else lambda transport: transport,
         )
+
+    @property
+    def expert_dtypes(self) -> Sequence[str]:
+        return self.service.spec().expert_dtype
 
     def _direct(self, transport: Transport) -> Transport:
         return DirectTransport(transport, Locator(self.shards), self.service.secret())
@@ -116,7 +120,7 @@ def provide(
     """The pool of that name, made if there is none. Raises ConfigError where it is another than what is wanted."""
     if not exists(settings.pool, namespace):
         return create(settings, namespace, model, optim, state_dir)
-    pool = connect(settings.model_copy(update={"expert_dtype": None}), namespace)  # all that differs is named together
+    pool = connect(settings.model_copy(update={"expert_dtype": ()}), namespace)  # all that differs is named together
     wanted = _spec(settings, model, optim)
     if (found := pool.service.spec()) != wanted:
         names = ("model", "optim", "num_shards", "device", "expert_dtype")
@@ -176,10 +180,10 @@ def connect(settings: PlacementConfig, namespace: str) -> RayPool:
     if table is None:
         raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
     pool = RayPool(settings, namespace, table)
-    if settings.expert_dtype is not None and (found := pool.service.spec().expert_dtype) != settings.expert_dtype:
+    if settings.expert_dtype and (found := pool.service.spec().expert_dtype) != settings.expert_dtype:
         raise ConfigError(
-            f"pool {settings.pool!r} computes experts as {found}, placement.expert_dtype is {settings.expert_dtype}; leave "
-            "it out, or make the pool with it"
+            f"pool {settings.pool!r} computes experts as {', '.join(found)}, placement.expert_dtype is "
+            f"{', '.join(settings.expert_dtype)}; leave it out, or make the pool with it"
         )
     return pool
 
@@ -226,7 +230,7 @@ def _names_of(pool: str, namespace: str) -> list[str]:
 def _spec(
     settings: PlacementConfig, model: ModelConfig, optim: OptimConfig | None, ends_with_server: bool = False
 ) -> PoolSpec:
-    expert_dtype = settings.expert_dtype or model.dtype
+    expert_dtype = settings.expert_dtype or (model.dtype,)
     return PoolSpec(model, optim, settings.num_shards, device_of(settings), expert_dtype, ends_with_server)
 
 

@@ -122,7 +122,8 @@ class ShardServer:
 
     def _copy(self, call: Copy) -> int:
         with self._peers() as peers:
-            return migrate_in(self.shard, call, peers, self.service.source() if "" in call.sources else None)
+            needs_source = "" in call.sources or len({*self.shard.spec.pool_dtypes}) > 1
+            return migrate_in(self.shard, call, peers, self.service.source() if needs_source else None)
 
     def address(self) -> Address:
         """The address where rows are taken directly."""

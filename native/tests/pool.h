@@ -98,10 +98,10 @@ struct Tokens {
   }
 };
 
-inline std::shared_ptr<Plan> plan_of(std::vector<RingPtr> rings, std::vector<int32_t> shard, std::vector<int32_t> num_replicas) {
+inline std::shared_ptr<Plan> plan_of(std::vector<WayPtr> rings, std::vector<int32_t> shard, std::vector<int32_t> num_replicas) {
   bool is_replicated = false;
   for (int32_t each : num_replicas) is_replicated |= each > 1;
-  return std::make_shared<Plan>(Plan{std::move(rings), std::move(shard), std::move(num_replicas), is_replicated});
+  return std::make_shared<Plan>(Plan{std::move(rings), std::move(shard), std::move(num_replicas), is_replicated, 0, false});
 }
 
 inline Failure called(const std::shared_ptr<Plan>& plan, Tokens& rows, const Batch& batch) {

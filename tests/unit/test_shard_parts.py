@@ -265,9 +265,10 @@ def test_what_was_gathered_is_void_when_experts_come_or_go():
 def test_experts_that_do_not_fit_are_refused_before_one_is_read(monkeypatch):
     monkeypatch.setattr("trinity.experts.loading.free_and_total", lambda device: (2000, 2000))
     shard = ExpertShard(ShardSpec("s", MODEL, {LAYER: (0, 1)}, None, backend="reference"))
-    with pytest.raises(
-        ConfigError, match=r"2 experts take 3,072 bytes of memory, 2,000 bytes is free on the node of this shard"
-    ):
+    said = (
+        r"2 experts take 3,072 bytes of memory \(weights 3,072 bytes\), 2,000 bytes is free on the node of this shard"
+    )
+    with pytest.raises(ConfigError, match=said):
         shard.load(Load(seed=0))
     assert shard.version == -1
     monkeypatch.setattr("trinity.experts.loading.free_and_total", lambda device: (3072, 3072))

@@ -20,7 +20,7 @@ from trinity.config.env import (
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import NEW_IN_STAGE, LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
-from trinity.config.placement import PlacementConfig
+from trinity.config.placement import PlacementConfig, dtype_of
 from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import (
     ADMIN_CLIENT,
@@ -107,6 +107,7 @@ __all__ = [
     "check_adapter_name",
     "check_roles",
     "differences",
+    "dtype_of",
     "merge",
     "merged",
     "native_is_wanted",

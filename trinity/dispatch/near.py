@@ -1,4 +1,4 @@
-"""Inference with shards of this host by native/ring: all of a layer's rows in one call, their sum in another.
+"""Inference by native/ring, through rings on this host and frames to others: a layer's rows in one call, their sum in another.
 
 Legend: T tokens, D model, K top-k, E experts, N replicas, S shards.
 Decisions: only what C++ does with the same bits goes this way: plain rows, of which no gradient is wanted. Whatever it
@@ -16,12 +16,13 @@ from torch import Tensor
 from trinity import native
 from trinity.dispatch.transport import Rings
 from trinity.errors import DeadlineExceeded
+from trinity.rpc.messages import op_name
 from trinity.utils.niceness import PATIENT
 
 if TYPE_CHECKING:
     from trinity.dispatch.dispatcher import Dispatcher
 
-LATE = 6  # native/ring/layout.h:kLate
+LATE, GONE = 6, 7  # native/ring/layout.h:kLate, kGone
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # native/ring/layout.h:RowFormat
 
 
@@ -52,8 +53,11 @@ class NearLayers:
             return None
         where = x_TD.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()
         of = layer, self.dispatcher.version, self.dispatcher.priority, attempt_until_s, format_
-        sent = native.lib.ring_begin(plan, *of, *where, *x_TD.shape, ids_TK.shape[1])
+        name = op_name(0, self.dispatcher.caller, op)
+        sent = native.lib.ring_begin(plan, name, *of, *where, *x_TD.shape, ids_TK.shape[1])
         if isinstance(sent, int):
+            if sent & 0xFF == GONE:
+                self._rings.renew()
             return None
         return NearExchange(self.dispatcher, sent, (layer, op, x_TD, ids_TK, weights_TK, until_s), attempt_until_s)
 
@@ -75,7 +79,7 @@ class NearLayers:
         shard_EN, num_E = (
             np.ascontiguousarray(each.clip(0), np.int32) for each in self.dispatcher.places(layer, is_near)
         )
-        return native.lib.ring_plan(rings, shard_EN.ctypes.data, num_E.ctypes.data, *shard_EN.shape)
+        return native.lib.ring_plan(rings, table.epoch, shard_EN.ctypes.data, num_E.ctypes.data, *shard_EN.shape)
 
     def _attempt_until_s(self, num_rows: int, until_s: float) -> float:
         """Deadline of this attempt: with replicas there is only so much patience with a shard."""

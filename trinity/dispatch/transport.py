@@ -36,8 +36,12 @@ class Rings(Protocol):
 
     num_changes: int  # of what `ring` answers
 
+    def renew(self) -> None:
+        """Count a change: what `ring` answered has broken."""
+        ...
+
     def ring(self, shard: str, epoch: int, deadline_s: float) -> Any:
-        """The ring of native/ring to that shard, for calls of that epoch; None without one. Waits until the deadline where the
+        """The way of native/ring to that shard, for calls of that epoch; None without one. Waits until the deadline where the
         shard has to be asked for it."""
         ...
 
