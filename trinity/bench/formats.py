@@ -103,8 +103,9 @@ def _arms(source: "Checkpoint", as_is: "CausalLM") -> Iterator[tuple[str, "Calla
     from trinity.checkpoint.rewrite import rewrite
 
     yield "as it is", lambda: as_is
-    arms = [("experts", dtype, (dtype, "auto")) for dtype in EXPERTS]
-    arms += [("backbone", dtype, (None, dtype)) for dtype in BACKBONE] + [("both", d, (d, d)) for d in BACKBONE]
+    arms: list[tuple[str, str, tuple[str | None, str]]] = [("experts", d, (d, "auto")) for d in EXPERTS]
+    arms += [("backbone", d, (None, d)) for d in BACKBONE]
+    arms += [("both", d, (d, d)) for d in BACKBONE]
     for what, dtype, given in arms:
         if dtype != source.config.dtype:
             yield f"{what} {dtype}", lambda given=given: _loaded(source, *given)  # type: ignore[misc]
