@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import ray
 
@@ -76,7 +75,9 @@ class RayLedger:
     def __init__(self, service: PlacementClient, long_timeout_s: float):
         self.service, self.long_timeout_s = service, long_timeout_s
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
-        self._line: str | None = None  # equal lines and versions are equal weights; "": nobody knows
+
+    def new_line(self) -> int:
+        return self.service.ask("new_line")
 
     def set_source(self, message: Load) -> None:
         self.service.ask("set_source", message)
@@ -85,18 +86,15 @@ class RayLedger:
         return self.service.ask("begin_attempt", version, num_updates, timeout_s=self.long_timeout_s)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        self._line = uuid4().hex
         self.service.ask("begin", version, self._noted(notes))
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
-        if self._line is None and (before := self.decided()) is not None:  # a job goes on that another process began
-            self._line = before.notes.get("line", "")
         decide = partial(self.service.ask, "decide", step, attempt, self._noted(notes))
         retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 
     def _noted(self, notes: Mapping[str, Any]) -> dict[str, Any]:
-        return {**notes, "backbone": self.backbone_at, "line": self._line}
+        return {**notes, "backbone": self.backbone_at}
 
     def approve(self, version: int) -> None:
         self.service.ask("approve", version)

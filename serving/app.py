@@ -136,8 +136,9 @@ def placement(placement_json: str, namespace: str) -> PlacementClient:
 
 
 def of_one_version(config: Config) -> Config:
-    """The engines' settings, with `pinned` as the number that it is now, so that all of them, and those that come later, serve
-    the same. The version is kept until they are there. Raises ConfigError for one that is gone, before anything starts."""
+    """The engines' settings, with `pinned` as the name that it has now, so that all of them, and those that come later, serve
+    the same or nothing. The version is kept until they are there. Raises ConfigError for one that is gone, before anything
+    starts."""
     if not config.serve.weights.startswith("pinned"):
         return config
     settings, step = config.placement, config.serve.pinned_step

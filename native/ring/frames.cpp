@@ -5,6 +5,7 @@
 #include <linux/tcp.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -34,6 +35,15 @@ bool is_silent(int fd) {
 }
 
 }  // namespace
+
+Boxes::Boxes(int num) : num_bytes_(static_cast<uint64_t>(num) * kBoxBytes) {
+  void* memory = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory != MAP_FAILED) memory_ = static_cast<char*>(memory);
+}
+
+Boxes::~Boxes() {
+  if (memory_) munmap(memory_, num_bytes_);
+}
 
 bool FrameSocket::is_over(double until_s) { return now_s() >= until_s || is_silent(fd_); }
 

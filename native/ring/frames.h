@@ -40,6 +40,21 @@ inline bool is_plain(const FrameHead& head) {
   return Places(head.num_rows, head.dim, head.num_slots, head.dtype).end <= kBoxBytes;
 }
 
+// Private memory of boxes; pages that nobody has touched cost nothing.
+class Boxes {
+ public:
+  explicit Boxes(int num);
+  ~Boxes();
+  Boxes(const Boxes&) = delete;
+  Boxes& operator=(const Boxes&) = delete;
+  bool ok() const { return memory_ != nullptr; }
+  char* box(int slot) const { return memory_ + static_cast<uint64_t>(slot) * kBoxBytes; }
+
+ private:
+  uint64_t num_bytes_;
+  char* memory_ = nullptr;
+};
+
 // A connected socket, with whole buffers until a deadline. Who made it has set its options, and a tick after which a receive
 // returns for a look at the clock (connection.py), and closes it.
 class FrameSocket {

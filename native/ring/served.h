@@ -23,7 +23,7 @@ class Served {
 
   std::shared_ptr<Service> service_;
   FrameSocket socket_;
-  std::unique_ptr<char[]> box_;
+  Boxes boxes_{1};
   iovec payload_[3];
   char magic_[4];
 };

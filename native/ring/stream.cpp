@@ -11,7 +11,7 @@
 
 namespace trinity {
 
-Stream::Stream(int fd, const char* magic) : socket_(fd), boxes_(new char[kNumSlots * kBoxBytes]) {
+Stream::Stream(int fd, const char* magic) : socket_(fd) {
   std::memcpy(magic_, magic, sizeof magic_);
 }
 

@@ -3,8 +3,6 @@
 // Decisions: boxes are private memory; answers are matched by number, in any order, and one that nobody waits for any more goes
 // into the box that its request had. A connection in doubt (late, broken, answers that are none) is closed, and Python makes another.
 #pragma once
-#include <memory>
-
 #include "frames.h"
 #include "way.h"
 
@@ -14,12 +12,12 @@ class Stream : public Way {
  public:
   Stream(int fd, const char* magic);  // owns the descriptor
   ~Stream() override { close(); }
-  bool ok() const override { return is_open_; }
+  bool ok() const override { return is_open_ && boxes_.ok(); }
   bool is_far() const override { return true; }
   void close() override;
   int lend() override;
   void take_back(int slot) override { slots_[slot].is_lent = false; }
-  char* box(int slot) const override { return boxes_.get() + slot * kBoxBytes; }
+  char* box(int slot) const override { return boxes_.box(slot); }
   void post(int slot, const Head& head, const Names& names) override;
   Code wait(int slot, double until_s) override;
 
@@ -36,7 +34,7 @@ class Stream : public Way {
 
   FrameSocket socket_;
   bool is_open_ = true;
-  std::unique_ptr<char[]> boxes_;  // untouched pages cost nothing
+  Boxes boxes_{kNumSlots};
   char magic_[4];
   Asked slots_[kNumSlots];
 };

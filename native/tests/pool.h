@@ -4,11 +4,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
+#include <thread>
 
 #include "ring/caller.h"
 #include "ring/service.h"
@@ -56,7 +59,7 @@ struct Shard {
 
 struct Link {  // a connection: a socket, a ring, and the thread that serves it
   int fd = memfd_create("ring", MFD_CLOEXEC), ends[2];
-  RingPtr ring;
+  std::shared_ptr<Ring> ring;
   std::unique_ptr<Attachment> attachment;
 
   explicit Link(const Shard& shard) {

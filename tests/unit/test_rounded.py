@@ -109,9 +109,10 @@ def test_a_newer_version_is_copied_into_what_is_there():
     assert not torch.equal(answers(model, 3)[-1], before[-1])
 
 
-def test_an_engine_answers_from_it_whatever_else_it_computes(folder, monkeypatch):
+@pytest.mark.parametrize(("weights", "experts"), [("int8", "int8"), ("int8", "bfloat16"), ("auto", "int8")])
+def test_an_engine_answers_from_it_whatever_else_it_computes(folder, weights, experts, monkeypatch):
     def engine():
-        return LLM(folder, engine=SETTINGS, backend="torch", device="cpu", weight_dtype="int8", expert_dtype="int8")
+        return LLM(folder, engine=SETTINGS, backend="torch", device="cpu", weight_dtype=weights, expert_dtype=experts)
 
     prompts = ["def f(", "x + 1", "return x"]
     found = engine().generate(prompts, PARAMS)

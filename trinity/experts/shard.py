@@ -249,7 +249,7 @@ class ExpertShard:
     def recover(self, message: Recover) -> int:
         """Be at the version that was decided on, made by that attempt, or without any: see WeightVersions."""
         with self.lock:
-            self.versions.recover_to(message.version, message.attempt)
+            self.versions.recover_to(message.version, message.attempt, message.line)
             return self.version
 
     def progress(self, message: Progress) -> BytesRead:
@@ -267,6 +267,7 @@ class ExpertShard:
                 num_experts=self.weights.num_experts,
                 weight_bytes=self.versions.num_bytes,
                 expert_dtype=self.spec.expert_dtype or self.spec.model.dtype,
+                computes=native.computes(),
                 cached_ops=len(self.activations),
                 cache_misses=self.cache_misses,
                 versions=tuple(self.store.numbers),

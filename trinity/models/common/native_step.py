@@ -137,7 +137,7 @@ def is_possible(h_TD: Tensor) -> bool:
 
 
 def places_of(tensors: Sequence[tuple[Any, str]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Where tensors are now, and their sizes: another answer means that what was described of them does not hold."""
+    """Places of tensors now, and their sizes: another answer means that what was described of them does not hold."""
     return [((tensor := table[name]).data_ptr(), tensor.shape) for table, name in tensors]
 
 
