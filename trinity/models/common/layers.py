@@ -248,6 +248,15 @@ def sigmoid(x: Tensor, is_exact: bool) -> Tensor:
     return x.sigmoid()
 
 
+def softmax(x: Tensor, is_exact: bool) -> Tensor:
+    """Over the last dimension, of float32."""
+    if is_exact and batch_invariant.is_for(x):
+        from trinity.ops.batch_invariant import elementwise
+
+        return elementwise.softmax(x)
+    return x.softmax(-1)
+
+
 def rotary_table(
     positions_T: Tensor, dim: int, theta: float, dtype: torch.dtype, is_exact: bool = False
 ) -> tuple[Tensor, Tensor]:
