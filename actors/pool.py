@@ -7,11 +7,10 @@ node would leave its own reserved.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import ray
 
@@ -62,6 +61,10 @@ class RayPool(ExpertPool):
             rows_over=self._direct if settings.transport == "direct" else lambda transport: transport,
         )
 
+    @property
+    def expert_dtypes(self) -> Sequence[str]:
+        return self.service.spec().expert_dtype
+
     def _direct(self, transport: Transport) -> Transport:
         return DirectTransport(transport, Locator(self.shards), self.service.secret())
 
@@ -72,7 +75,9 @@ class RayLedger:
     def __init__(self, service: PlacementClient, long_timeout_s: float):
         self.service, self.long_timeout_s = service, long_timeout_s
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
-        self._line: str | None = None  # equal lines and versions are equal weights; "": nobody knows
+
+    def new_line(self) -> int:
+        return self.service.ask("new_line")
 
     def set_source(self, message: Load) -> None:
         self.service.ask("set_source", message)
@@ -81,18 +86,15 @@ class RayLedger:
         return self.service.ask("begin_attempt", version, num_updates, timeout_s=self.long_timeout_s)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        self._line = uuid4().hex
         self.service.ask("begin", version, self._noted(notes))
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
-        if self._line is None and (before := self.decided()) is not None:  # a job goes on that another process began
-            self._line = before.notes.get("line", "")
         decide = partial(self.service.ask, "decide", step, attempt, self._noted(notes))
         retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 
     def _noted(self, notes: Mapping[str, Any]) -> dict[str, Any]:
-        return {**notes, "backbone": self.backbone_at, "line": self._line}
+        return {**notes, "backbone": self.backbone_at}
 
     def approve(self, version: int) -> None:
         self.service.ask("approve", version)
@@ -116,7 +118,7 @@ def provide(
     """The pool of that name, made if there is none. Raises ConfigError where it is another than what is wanted."""
     if not exists(settings.pool, namespace):
         return create(settings, namespace, model, optim, state_dir)
-    pool = connect(settings.model_copy(update={"expert_dtype": None}), namespace)  # all that differs is named together
+    pool = connect(settings.model_copy(update={"expert_dtype": ()}), namespace)  # all that differs is named together
     wanted = _spec(settings, model, optim)
     if (found := pool.service.spec()) != wanted:
         names = ("model", "optim", "num_shards", "device", "expert_dtype")
@@ -133,7 +135,7 @@ def create(
     namespace: str,
     model: ModelConfig,
     optim: OptimConfig | None,
-    state_dir: str,
+    state_dir: str | None,
     ends_with_server: bool = False,
 ) -> RayPool:
     """Start the placement service and the shards, wait until all answer, publish the table's epoch.
@@ -148,7 +150,7 @@ def create(
     return made
 
 
-def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str) -> RayPool:
+def _create(settings: PlacementConfig, namespace: str, spec: PoolSpec, state_dir: str | None) -> RayPool:
     actor = placement_actor(settings).options(
         name=name_of(settings.pool, PLACEMENT),
         namespace=namespace,
@@ -176,10 +178,10 @@ def connect(settings: PlacementConfig, namespace: str) -> RayPool:
     if table is None:
         raise Unavailable(f"pool {settings.pool!r} has no placement yet; is it still starting?")
     pool = RayPool(settings, namespace, table)
-    if settings.expert_dtype is not None and (found := pool.service.spec().expert_dtype) != settings.expert_dtype:
+    if settings.expert_dtype and (found := pool.service.spec().expert_dtype) != settings.expert_dtype:
         raise ConfigError(
-            f"pool {settings.pool!r} computes experts as {found}, placement.expert_dtype is {settings.expert_dtype}; leave "
-            "it out, or make the pool with it"
+            f"pool {settings.pool!r} computes experts as {', '.join(found)}, placement.expert_dtype is "
+            f"{', '.join(settings.expert_dtype)}; leave it out, or make the pool with it"
         )
     return pool
 
@@ -226,7 +228,7 @@ def _names_of(pool: str, namespace: str) -> list[str]:
 def _spec(
     settings: PlacementConfig, model: ModelConfig, optim: OptimConfig | None, ends_with_server: bool = False
 ) -> PoolSpec:
-    expert_dtype = settings.expert_dtype or model.dtype
+    expert_dtype = settings.expert_dtype or (model.dtype,)
     return PoolSpec(model, optim, settings.num_shards, device_of(settings), expert_dtype, ends_with_server)
 
 

@@ -78,7 +78,7 @@ class ShardServer:
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
         decision, source = self.service.ask("decided"), self.service.source()
         if decision is not None:
-            self.shard.recover(Recover(decision.version, decision.notes.get("attempt")))
+            self.shard.recover(Recover(decision.version, decision.notes.get("attempt"), decision.line))
         if self.shard.version < 0 and source is not None:
             error = tried(partial(self._load, source, decision), TrinityError)
             if error is not None:
@@ -122,7 +122,8 @@ class ShardServer:
 
     def _copy(self, call: Copy) -> int:
         with self._peers() as peers:
-            return migrate_in(self.shard, call, peers, self.service.source() if "" in call.sources else None)
+            needs_source = "" in call.sources or len({*self.shard.spec.pool_dtypes}) > 1
+            return migrate_in(self.shard, call, peers, self.service.source() if needs_source else None)
 
     def address(self) -> Address:
         """The address where rows are taken directly."""

@@ -16,7 +16,7 @@ extern PyMethodDef ring_methods[] __attribute__((weak));
 
 namespace {
 
-constexpr int kContract = 1;  // trinity/native.py:CONTRACT; counted up when what Python calls changes its arguments
+constexpr int kContract = 2;  // trinity/native.py:CONTRACT; counted up when what Python calls changes its arguments
 
 PyMethodDef* all_methods() {
   static std::vector<PyMethodDef> all;

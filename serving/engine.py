@@ -30,15 +30,18 @@ from serving.nodes import REQUESTS
 from serving.roles import Roles, newest
 from serving.routed import RoutedClient, Status
 from trinity.config import Config, EngineConfig, ModelConfig, Role
+from trinity.engine.numerics import Numerics
 from trinity.engine.request import Delta
 from trinity.errors import ConfigError, EngineLost, InvalidRequest, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
 from trinity.utils.garbage import uncollected
+from trinity.utils.lines import line_of, step_of
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from actors.pool import RayPool
     from trinity.engine.adapters import AdapterStore
     from trinity.engine.async_engine import AsyncEngine
     from trinity.engine.engine import Engine
@@ -46,9 +49,10 @@ if TYPE_CHECKING:
 
 SERVE = "serve"  # the namespace of Ray Serve's actors
 ENDS = dict[str, LineEnd]()  # of the replica that is this process, by the names of their lines
-Built = tuple["AsyncEngine", Tokenizer, str]
+Built = tuple["AsyncEngine", Tokenizer, str] | tuple["AsyncEngine", Tokenizer, str, Numerics]
 Factory = Callable[[str, str], Built]
 RESET_S = 10.0
+NUMERICS = Numerics()
 
 
 def build_engine(source: str, config_json: str) -> Built:
@@ -59,12 +63,12 @@ def build_engine(source: str, config_json: str) -> Built:
         from trinity.engine.async_engine import AsyncEngine
 
     config = Config.model_validate_json(config_json)
-    engine = _engine_of_run(source, config) if config.serve.is_of_run else _engine_of_checkpoint(source, config)
+    engine, numerics = (_engine_of_run if config.serve.is_of_run else _engine_of_checkpoint)(source, config)
     served = AsyncEngine(engine, handoff_of(config, engine))
-    return served, engine.tokenizer, config.serve.served_model_name or title_of(source)
+    return served, engine.tokenizer, config.serve.served_model_name or title_of(source), numerics
 
 
-def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
+def _engine_of_checkpoint(checkpoint: str, config: Config) -> "tuple[Engine, Numerics]":
     from actors.pool import connect
     from actors.sync.kv_tiers import tier_of
     from trinity.checkpoint import open_checkpoint
@@ -74,33 +78,44 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "Engine":
     from trinity.models.registry import weight_bytes
 
     found = open_checkpoint(checkpoint)
-    settings = _settled(config, found.config, weights=weight_bytes(found.config)[0])
+    settings = _settled(config, found.config, weights=weight_bytes(found.config, config.engine.weight_dtype)[0])
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
-    weights = FixedWeights(found.load_model(experts, _device(config)), found.version)
+    model = found.load_model(experts, _device(config), settings.weight_dtype)
+    weights = FixedWeights(model, found.version)
     counts = lambda: (experts.num_retries, experts.times.phases)  # noqa: E731
     tree = found.generation if config.serve.generation_config == "checkpoint" else None
     defaults = read_defaults(tree, found.path)
     line = f"{pool.service.identity()}/{fingerprint(weights.model(found.version))}"
     tier = tier_of(config, lambda version: line)
     own = _adapters(config, found.config)
-    return Engine(weights, found.config, settings, found.tokenizer, counts, defaults, own, tier)
+    engine = Engine(weights, found.config, settings, found.tokenizer, counts, defaults, own, tier)
+    return engine, _numerics(found.config, config, pool)
 
 
-def _engine_of_run(run_dir: str, config: Config) -> "Engine":
+def _engine_of_run(run_dir: str, config: Config) -> "tuple[Engine, Numerics]":
     """Over weights that the run commits while it is served."""
     from actors.pool import connect
     from actors.sync.kv_tiers import tier_of
     from actors.sync.live_weights import live_source
     from trinity.engine.engine import Engine
 
-    weights, model, tokenizer = live_source(connect(config.placement, config.cluster.namespace), config, run_dir)
+    pool = connect(config.placement, config.cluster.namespace)
+    weights, model, tokenizer = live_source(pool, config, run_dir)
     settings, adapters = _settled(config, model), _adapters(config, model)
     tier = tier_of(config, weights.line)
-    return Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters, tier=tier)
+    engine = Engine(weights, model, settings, tokenizer, weights.counts, adapters=adapters, tier=tier)
+    return engine, _numerics(model, config, pool)
 
 
-def _adapters(config: Config, model: ModelConfig) -> "AdapterStore":
+def _numerics(model: ModelConfig, config: Config, pool: "RayPool") -> Numerics:
+    device = max(_device(config), pool.service.spec().device)  # "cuda" where one of the two is
+    return Numerics.of(model, config.engine, device, tuple(dict.fromkeys(pool.expert_dtypes)))
+
+
+def _adapters(config: Config, model: ModelConfig) -> "AdapterStore | None":
+    if config.engine.weight_dtype != "auto":  # which knows none
+        return None
     from trinity.checkpoint import backbone_adapter
     from trinity.engine.adapters import AdapterStore
 
@@ -130,8 +145,16 @@ def load_factory(path: str) -> Factory:
 class LocalClient:
     """An AsyncEngine in this process, as an EngineClient. Owns it."""
 
-    def __init__(self, engine: "AsyncEngine", tokenizer: Tokenizer, model: str, name: str | None = None):
-        self.engine, self.tokenizer, self.model = engine, tokenizer, model
+    def __init__(
+        self,
+        engine: "AsyncEngine",
+        tokenizer: Tokenizer,
+        model: str,
+        numerics: Numerics = NUMERICS,
+        *,
+        name: str | None = None,
+    ):
+        self.engine, self.tokenizer, self.model, self.numerics = engine, tokenizer, model, numerics
         self._id, self._started = name or uuid4().hex, now_s()
         self._role: Role = "both"
         self._roles: Roles | None = None
@@ -151,9 +174,10 @@ class LocalClient:
         if not self.engine.healthy:
             raise Unavailable("the engine has stopped")
         engine, stats = self.engine, asdict(self.engine.stats())
-        about = (self.model, engine.max_model_len, engine.version, self._id, stats)
+        about = (self.model, engine.max_model_len, step_of(engine.version), self._id, stats)
         more = (engine.defaults, engine.routed_bytes, engine.moe_layers)
-        return EngineInfo(*about, *more, self._started, engine.key_base, self._role)
+        about_weights = line_of(engine.version), self.numerics
+        return EngineInfo(*about, *more, self._started, engine.key_base, self._role, *about_weights)
 
     async def infos(self) -> list[EngineInfo]:
         return [await self.info()]
@@ -195,7 +219,7 @@ class EngineReplica:
     def __init__(self, factory: str, checkpoint: str, config_json: str):
         keep_to_node_address()
         name = serve.get_replica_context().replica_id.unique_id
-        self.client = LocalClient(*load_factory(factory)(checkpoint, config_json), name)
+        self.client = LocalClient(*load_factory(factory)(checkpoint, config_json), name=name)
 
     async def line(self, name: str, orders: Sequence[Order], engine: str | None = None) -> AsyncIterator[str | Message]:
         """The actor that hears more orders, then messages until the gateway leaves."""

@@ -10,12 +10,13 @@ from trinity.engine.kv_layout import BlockSizes
 from trinity.engine.kv_segment import check_room, num_slots
 from trinity.engine.memory import UNBOUNDED, Memory, memory_of, plan_memory
 from trinity.models.registry import weight_bytes
+from trinity.pool.memory import experts_bytes
 from trinity.utils.disk import shared_memory
 from trinity.utils.terminal import say
 
 PROCESS_BYTES = 320 << 20  # of a process with torch and Ray in it, beside its weights
 NUM_OTHERS = 4  # Ray's own, the gateway, the controller, the placement service
-TRAINED_EXPERT, TRAINED_BACKBONE = 24, 34  # bytes a parameter: gradient, and weight and optimizer state of two versions
+TRAINED_BACKBONE = 34  # bytes a parameter: gradient, and weight and optimizer state of two versions
 
 
 def num_sharing(config: Config) -> int:
@@ -50,12 +51,13 @@ def _check_tier(config: Config) -> None:
 
 def _memory_here(config: Config) -> Memory:
     """Memory of this machine, with what its shards, engines and workers are going to load."""
-    backbone, routed = weight_bytes(config.model)
+    backbone, served = (weight_bytes(config.model, dtype)[0] for dtype in ("auto", config.engine.weight_dtype))
     num_engines, placed = num_sharing(config), config.placement
+    experts = experts_bytes(config.model, config.optim if config.serve.is_of_run else None, placed.expert_dtype)
     copies = 0 if placed.num_gpus_per_shard else min(placed.num_shards, 1 + placed.redundancy)
     workers = config.train.num_workers if config.serve.is_of_run else 0
-    weights = copies * routed + (num_engines + workers) * backbone
+    weights = copies * experts.values + num_engines * served + workers * backbone
     others = (num_engines + placed.num_shards + workers + NUM_OTHERS) * PROCESS_BYTES + config.engine.tier_bytes
     if config.serve.is_of_run:
-        others += (TRAINED_EXPERT * copies * routed + TRAINED_BACKBONE * workers * backbone) // config.model.itemsize
+        others += copies * experts.training + TRAINED_BACKBONE * workers * backbone // config.model.itemsize
     return memory_of("cpu", weights=weights, others=others, num_engines=num_engines)

@@ -25,6 +25,7 @@ from serving.tracing import Tracing
 from serving.training_run import TrainingRun
 from trinity.config import AdapterRef, Client, Role, ServeConfig
 from trinity.engine.defaults import SamplingDefaults
+from trinity.engine.numerics import Numerics
 from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import Delta, SamplingParams, check_length, check_numbers, truncated
 from trinity.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Unavailable
@@ -57,6 +58,8 @@ class EngineInfo:
     started: int = 0  # when, in seconds
     keys: KeyBase | None = None  # how its blocks are named, where they are cached
     role: Role = "both"  # which it has heard of
+    line: int = 0  # of its version (trinity/utils/lines.py)
+    numerics: Numerics = field(default_factory=Numerics)
 
 
 class Served(NamedTuple):

@@ -4,7 +4,6 @@ Ray is imported where it is used: settings are resolved, and the environment is 
 """
 
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -151,8 +150,9 @@ def provide_pool(config: Config, checkpoint: str) -> bool:
         _check_holds(pool, config, checkpoint)
         provide_adapters(pool, config)
         return ends and pool.service.spec().ends_with_server
-    state_dir = config.placement.state_dir or tempfile.mkdtemp(prefix="trinity-placement-")
-    pool = pools.create(config.placement, namespace, config.model, None, state_dir, ends_with_server=ends)
+    pool = pools.create(
+        config.placement, namespace, config.model, None, config.placement.state_dir, ends_with_server=ends
+    )
     try:
         with watched("reading the experts", partial(tried, pool.progress, TrinityError)):
             pool.load(Load(checkpoint, training=False))

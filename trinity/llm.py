@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trinity.checkpoint import located, open_checkpoint
-from trinity.config import EngineConfig, ModelConfig, section
+from trinity.config import EngineConfig, ModelConfig, PlacementConfig, section
 from trinity.engine.defaults import GenerationConfig, read_defaults
 from trinity.engine.engine import Engine
 from trinity.engine.memory import memory_of, plan_memory
@@ -21,6 +21,7 @@ from trinity.engine.samples import best, each
 from trinity.engine.weights import FixedWeights, WeightSource
 from trinity.errors import InvalidRequest, TrinityError
 from trinity.models.registry import weight_bytes
+from trinity.pool.memory import experts_bytes
 from trinity.rpc.messages import Load
 from trinity.text.answers import AnswerFormat, Parser, read
 from trinity.text.conversation import Chat, render
@@ -106,14 +107,15 @@ class LLM:
         backend: str = "auto",
         num_shards: int = 1,
         device: str = "auto",
-        expert_dtype: str | None = None,
+        expert_dtype: str | Seq[str] | None = None,
         generation_config: GenerationConfig = "checkpoint",
         **settings: Any,
     ):
         wanted = section(EngineConfig, "engine", (engine or EngineConfig()).model_dump() | settings)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         checkpoint = open_checkpoint(located(checkpoint_path))
-        own = _fitted(wanted, checkpoint.config, device, with_experts=experts is None)
+        placement = section(PlacementConfig, "placement", {"backend": backend, "expert_dtype": expert_dtype})
+        own = _fitted(wanted, checkpoint.config, device, None if experts is not None else placement.expert_dtype)
         torch.set_num_threads(own.num_threads)
         checkpoint.fetch()
         if experts is None:
@@ -124,7 +126,9 @@ class LLM:
             pool = local_pool(checkpoint.config, load, **placed)  # type: ignore[arg-type]
             experts = pool.dispatcher(checkpoint.version)
         self.tokenizer = checkpoint.tokenizer
-        self.weights: WeightSource = FixedWeights(checkpoint.load_model(experts, device), checkpoint.version)
+        self.weights: WeightSource = FixedWeights(
+            checkpoint.load_model(experts, device, own.weight_dtype), checkpoint.version
+        )
         tree = checkpoint.generation if generation_config == "checkpoint" else None
         defaults = read_defaults(tree, checkpoint.path)
         for line in defaults.sentences():
@@ -237,10 +241,15 @@ def _answer(params: SamplingParams, drawn: list[_Draft]) -> list[Completion]:
     return [drawn[i].completion(params.logprobs is not None) for i in chosen]
 
 
-def _fitted(settings: EngineConfig, model: ModelConfig, device: str, with_experts: bool) -> EngineConfig:
-    """The settings with the memory of the cache chosen beside weights that are still to be loaded."""
-    backbone, routed = weight_bytes(model)
-    memory = memory_of(device, weights=backbone + routed * with_experts)
+def _fitted(
+    settings: EngineConfig, model: ModelConfig, device: str, expert_dtype: tuple[str, ...] | None
+) -> EngineConfig:
+    """The settings with the memory of the cache chosen beside weights that are still to be loaded; experts, too, in those
+    forms, unless None."""
+    weights, _ = weight_bytes(model, settings.weight_dtype)
+    if expert_dtype is not None:
+        weights += experts_bytes(model, None, expert_dtype).values
+    memory = memory_of(device, weights=weights)
     plan = plan_memory(model, settings, model.itemsize, memory)
     log.info("%s", plan.line)
     return plan.fixed(settings)

@@ -14,7 +14,9 @@ from typing import Any
 from trinity.config import native_is_wanted
 from trinity.errors import ConfigError
 
-CONTRACT = 1  # native/module.cpp
+BITS = 1  # counted up when sums or roundings of any kernel change: who has another number gives other answers
+FORMATS = ("float32", "bfloat16", "int8", "fp8", "nvfp4")  # of experts, in the order of native/kernels/kernels.h
+CONTRACT = 2  # native/module.cpp
 SOURCES = Path(__file__).parents[1] / "native"  # of a checkout; an installed package has none
 REMEDY = "scripts/build_native.sh builds it anew, TRINITY_NATIVE=0 goes on without it"
 
@@ -50,15 +52,27 @@ def _loaded() -> Any:
     return checked(module, SOURCES)
 
 
+def computes() -> str:
+    """Return what this process computes experts with, in words for a peer: the kernels' instructions, or python, and their
+    formats."""
+    if not hasattr(lib, "ring_kernel"):
+        return f"python: {' '.join(FORMATS)}"
+    known = [name for number, name in enumerate(FORMATS) if lib.ring_kernel(number)]
+    return f"{lib.isa}: {' '.join(known)}"
+
+
 def described() -> dict[str, str]:
     """Return what there is, in words, for `trinity doctor`."""
+    how = {"computes": f"{computes()}; bits {BITS}"}
     if lib is None:
-        return {"extension": "not built" if native_is_wanted() else "switched off by TRINITY_NATIVE=0"}
+        return {"extension": "not built" if native_is_wanted() else "switched off by TRINITY_NATIVE=0", **how}
     has_ring = hasattr(lib, "ring_open")
     return {
         "extension": f"contract {lib.contract}, sources {lib.sources}",
         "instructions": lib.isa,
+        **how,
         "ring": "between callers and shards of this host" if has_ring else "none: this system has no futex",
+        "frames": "between hosts without Python" if has_ring else "by Python",
     }
 
 

@@ -26,7 +26,7 @@ class PoolSpec:
     optim: OptimConfig | None
     num_shards: int
     device: str
-    expert_dtype: str | None = None
+    expert_dtype: tuple[str, ...] = ()  # forms of inference: of several, each shard's by its number
     ends_with_server: bool = field(default=False, compare=False)
 
     @property
@@ -35,13 +35,10 @@ class PoolSpec:
 
     @property
     def expert_bytes(self) -> int:
-        plain, name = self.model.expert_params * self.model.itemsize, self.expert_dtype
-        if name in (None, self.model.dtype):
-            return plain
-        from trinity.experts.derived import FORMS, shapes_of  # torch comes with it
+        """Bytes of one replica with all that travels with it, on the shards that need most."""
+        from trinity.experts.sizes import replica_bytes  # torch comes with it
 
-        own = sum(4 * FORMS[name].num_words(shape) for shape in shapes_of(self.model))
-        return own + plain * self.trains
+        return max(replica_bytes(self.model, self.optim, name).total for name in self.expert_dtype or (None,))
 
 
 class PoolState:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.dataplane import ring, unix_socket
+from actors.dataplane import native_frames, ring, unix_socket
 from actors.dataplane.connection import CPU, Address, Wire, family_of, machine_id
 from actors.dataplane.frames import BadFrame, Calls, request, value_of
 from actors.dataplane.handshake import introduce, meant
@@ -48,20 +48,15 @@ class Connection:
         self._expected: set[int] = set()
         self._arrived: dict[int, Any] = {}
         self._num_away = 0  # answers that will come, whether or not somebody wants them
+        self._connected = partial(_connected, address, near, secret, device)
         with ExitStack() as undo:
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else family_of(address.host)))
-            now_s = time.monotonic()
-            sock.settimeout(max(0.001, min(CONNECT_S, deadline_s - now_s)))
-            with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
-                sock.connect(target)
-            self.wire = Wire(sock, device=device)
-            transcript = introduce(self.wire, secret, meant(address, near), min(deadline_s, now_s + HANDSHAKE_S))
-            if address.is_sealed and not near:
-                check_package()
-                self.wire = SealedWire(self.wire, secret, transcript, is_shard=False)
+            self.wire = self._connected(deadline_s)
+            undo.callback(self.wire.close)
             buffer = self.wire.buffer = agree(self.wire, possible(near, device, address.device), deadline_s)
             undo.pop_all()
-        self._may_ask = near and device.type == address.device == "cpu" and ring.is_possible()
+        is_sealed = isinstance(self.wire, SealedWire)
+        self._is_near = near
+        self._may_ask = device.type == address.device == "cpu" and ring.is_possible() and not is_sealed
         self._min_bytes = math.inf if buffer is None else buffer.min_bytes
         log.info("rows %s to %s: small ones over %s, large ones over %s", device.type, address.device, *self.ways)
 
@@ -78,11 +73,21 @@ class Connection:
         return not self._num_away
 
     def ring(self, deadline_s: float) -> Any:
-        """The ring to the shard, or None where one side has none; asked for once, on a quiet connection."""
+        """The way of native/ring to the shard, or None where one side has none; asked for on a quiet connection, once, and
+        again where it has broken."""
+        if self.wire.ring is not None and not native.lib.ring_is_open(self.wire.ring):
+            self._may_ask = True
         if self._may_ask:
-            self._may_ask, self.wire.ring = False, ring.agree(self.wire, deadline_s)
-            log.info("inference to %s: %s", self.wire.sock.getpeername(), "a ring" if self.wire.ring else "no ring")
+            self._may_ask, self.wire.ring = False, self._ring(deadline_s)
         return self.wire.ring
+
+    def _ring(self, deadline_s: float) -> Any:
+        found = (
+            ring.agree(self.wire, deadline_s) if self._is_near else native_frames.stream(self._connected(deadline_s))
+        )
+        how = "a ring" if self._is_near else "frames in C++"
+        log.info("inference to %s: %s", self.wire.sock.getpeername(), "no ring" if found is None else how)
+        return found
 
     def close(self) -> None:
         if self.wire.ring is not None:
@@ -140,6 +145,23 @@ class Connection:
             self._arrived[header.request] = value
 
 
+def _connected(address: Address, near: bool, secret: bytes, device: torch.device, deadline_s: float) -> Wire:
+    """A new connection, after its handshake."""
+    with ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX if near else family_of(address.host)))
+        now_s = time.monotonic()
+        sock.settimeout(max(0.001, min(CONNECT_S, deadline_s - now_s)))
+        with unix_socket.reachable(address.path) if near else nullcontext((address.host, address.port)) as target:
+            sock.connect(target)
+        wire = Wire(sock, device=device)
+        transcript = introduce(wire, secret, meant(address, near), min(deadline_s, now_s + HANDSHAKE_S))
+        if address.is_sealed and not near:
+            check_package()
+            wire = SealedWire(wire, secret, transcript, is_shard=False)
+        undo.pop_all()
+        return wire
+
+
 class DirectReply:
     def __init__(
         self, transport: "DirectTransport", shard: str, connection: Connection, number: int, deadline_s: float
@@ -187,9 +209,12 @@ class DirectTransport:
         except BROKEN as error:
             return Done(error=self.given_up(shard, self._connections.get(shard), error, message.deadline_s))
 
+    def renew(self) -> None:
+        self.num_changes += 1
+
     def ring(self, shard: str, epoch: int, deadline_s: float) -> Any:
-        """The ring to a shard, for a call of that epoch; None without one, or where the shard may be elsewhere by now: a call
-        by `send` finds out. The same, until `num_changes` is another."""
+        """The way of native/ring to a shard, for a call of that epoch; None without one, or where the shard may be elsewhere by
+        now: a call by `send` finds out. The same, until `num_changes` is another."""
         connection = None if epoch > self._epoch or shard in self._doubted else self._connections.get(shard)
         if connection is None:
             return None

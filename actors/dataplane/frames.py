@@ -24,7 +24,7 @@ from trinity import errors
 from trinity.errors import TrinityError
 from trinity.rpc.messages import PROTOCOL, REMOTE, Backward, Fetch, Forward, Rows
 
-MAGIC = b"TRN%d" % PROTOCOL
+MAGIC = b"TRN%c" % PROTOCOL
 INFER, BACKWARD, ANSWER, FAILURE, OFFER, FETCH, BYTES = 1, 2, 3, 4, 5, 6, 7
 Calls = Forward | Backward | Fetch
 KEEP, HAS_ROWS, IN_SHARED_BUFFER, HAS_ADAPTERS = 1, 2, 4, 8  # flags

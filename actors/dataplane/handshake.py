@@ -1,10 +1,11 @@
 """Proof of both ends of a connection: shard and caller each show that they know the pool's secret, for this connection only.
 
     shard -> caller   HELLO, the shard's nonce
-    caller -> shard   HELLO, the caller's nonce, the caller's proof
-    shard -> caller   WELCOME, with the shard's time, and the shard's proof, or a failure that says why not
+    caller -> shard   HELLO, the caller's nonce, what it computes with, the caller's proof
+    shard -> caller   WELCOME, with the shard's time, what it computes with, its proof, or a failure that says why not
 
-A proof is an HMAC-SHA256 over the role of who proves, the address that the caller meant and both nonces. Decisions: a proof
+A proof is an HMAC-SHA256 over the role of who proves and its words (arithmetic.py), the address that the caller meant and both
+nonces. Decisions: a proof
 holds for one role, so none can be reflected; for one connection, because either side's nonce is fresh; and for one address, so
 one that somebody relays from where a shard was to where it is now is wrong. Who sits on the cable between the two can still
 read and change what follows, unless it is sealed (sealed.py).
@@ -21,6 +22,7 @@ import time
 from typing import Literal
 
 from actors.dataplane import frames
+from actors.dataplane.arithmetic import WORDS_BYTES, check_words, own_words
 from actors.dataplane.connection import Address, Wire
 from actors.dataplane.frames import FAILURE, WELCOME, BadFrame, Header, value_of
 from trinity.rpc.messages import PROTOCOL, other_release
@@ -30,7 +32,7 @@ MOST_SKEW_S = 1.0
 HELLO = b"TRH%c" % PROTOCOL
 NONCE_BYTES = PROOF_BYTES = 32
 GREETING_BYTES = len(HELLO) + NONCE_BYTES
-REPLY_BYTES = GREETING_BYTES + PROOF_BYTES
+REPLY_BYTES = GREETING_BYTES + WORDS_BYTES + PROOF_BYTES
 UCRED = struct.Struct("3i")  # pid, uid, gid
 Role = Literal["shard", "caller"]
 
@@ -46,9 +48,9 @@ def transcript(meant: str, shard: bytes, caller: bytes) -> bytes:
     return hashlib.sha256(b"".join(struct.pack("<I", len(part)) + part for part in parts)).digest()
 
 
-def proof(secret: bytes, role: Role, transcript: bytes) -> bytes:
-    """The proof of `role` on the connection of that transcript."""
-    return hmac.digest(secret, role.encode() + transcript, "sha256")
+def proof(secret: bytes, role: Role, transcript: bytes, words: bytes = b"") -> bytes:
+    """The proof of `role`, and of its `words`, on the connection of that transcript."""
+    return hmac.digest(secret, role.encode() + transcript + words, "sha256")
 
 
 def meant(address: Address, near: bool) -> str:
@@ -71,10 +73,12 @@ def welcome(secret: bytes, meant: str, mine: bytes, reply: bytes) -> tuple[bytes
     """-> a shard's answer to a caller's reply of REPLY_BYTES to its own greeting, and the transcript. Raises BadFrame for a
     wrong secret."""
     check_version(reply)
-    known = transcript(meant, mine, reply[:GREETING_BYTES])
-    if not hmac.compare_digest(reply[GREETING_BYTES:], proof(secret, "caller", known)):
+    known, words = transcript(meant, mine, reply[:GREETING_BYTES]), reply[GREETING_BYTES:-PROOF_BYTES]
+    if not hmac.compare_digest(reply[-PROOF_BYTES:], proof(secret, "caller", known, words)):
         raise BadFrame("the secret is wrong: this is another pool's shard, or another address than the caller meant")
-    return frames.welcome(time.time()) + proof(secret, "shard", known), known
+    check_words(words, f"a caller at {meant}")
+    own = own_words()
+    return frames.welcome(time.time()) + own + proof(secret, "shard", known, own), known
 
 
 def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> bytes:
@@ -85,17 +89,18 @@ def introduce(wire: Wire, secret: bytes, meant: str, deadline_s: float) -> bytes
     wire.receive([theirs], deadline_s)
     check_version(theirs)
     known = transcript(meant, bytes(theirs), mine)
-    asked_s = time.time()
-    wire.send(mine + proof(secret, "caller", known), [], deadline_s)
+    asked_s, own = time.time(), own_words()
+    wire.send(mine + own + proof(secret, "caller", known, own), [], deadline_s)
     header, told_s = wire.header(deadline_s), time.time()
     if header.kind == FAILURE:
         raise value_of(header, wire.payload(header, deadline_s))
-    proven = bytearray(PROOF_BYTES)
-    wire.receive([proven], deadline_s)
+    words, proven = bytearray(WORDS_BYTES), bytearray(PROOF_BYTES)
+    wire.receive([words, proven], deadline_s)
     if header._replace(left_s=0.0) != Header.unpack(WELCOME) or not hmac.compare_digest(
-        bytes(proven), proof(secret, "shard", known)
+        bytes(proven), proof(secret, "shard", known, bytes(words))
     ):
         raise BadFrame(f"who listens at {meant} does not know the pool's secret: it is no shard of this pool")
+    check_words(bytes(words), f"the shard at {meant}")
     tell_skew(meant, header.left_s, asked_s, told_s)
     return known
 

@@ -31,6 +31,7 @@ from actors.dataplane.frames import (
     call_of,
 )
 from actors.dataplane.handshake import meant
+from actors.dataplane.native_frames import ServedWire
 from actors.dataplane.sealed import SealedWire, check_package
 from actors.dataplane.shm import consider
 from trinity import native
@@ -180,7 +181,7 @@ class DirectServer:
         is_sealed: bool = False,
         service: Any = None,
     ):
-        """`service`: what computes for rings (native/ring), if anything does."""
+        """`service`: what computes plain inference in C++ (native/ring), if anything does."""
         self.combiner, self.limits, self.secret, self.num_threads = combiner, limits, secret, num_threads
         self.service = service
         self.device = torch.device(device)
@@ -200,6 +201,8 @@ class DirectServer:
         wire = Wire(sock, TICK_S, self.device)
         if meant.startswith("sealed"):
             wire = SealedWire(wire, self.secret, transcript, is_shard=True)
+        elif self.service is not None:
+            wire = ServedWire(wire, self.service)
         threading.Thread(target=self._serve, args=(wire,), name="trinity-rows", daemon=True).start()
 
     def _serve(self, wire: Wire) -> None:

@@ -1,4 +1,5 @@
-"""Folders of a pool's processes on a host, in shared memory that outlives them: committed state, and what engines have cached.
+"""Folders of a pool's processes on a host, in shared memory that outlives them: committed state, what engines have cached, and
+the placement's own where the settings name none.
 
 Decisions: a folder belongs to the Ray node (its raylet process) whose actors wrote it, for only that node starts them again;
 folders of nodes that have gone are swept away by whoever makes the next one. Containers may share this memory and not see one
@@ -22,7 +23,7 @@ from trinity.errors import ConfigError
 from trinity.utils.disk import shared_memory
 
 log = logging.getLogger(__name__)
-PREFIX, CACHE_PREFIX = "trinity-memory", "trinity-kv"
+PREFIX, CACHE_PREFIX, STATE_PREFIX = "trinity-memory", "trinity-kv", "trinity-placement"
 REMOVE_S = 10.0
 
 
@@ -35,6 +36,11 @@ def folder(settings: PlacementConfig, namespace: str, what: str) -> Path | None:
 def cache_folder(settings: PlacementConfig, namespace: str) -> Path:
     """Folder of what the pool's engines on this node have cached. Raises as `folder`."""
     return _made(settings, namespace, CACHE_PREFIX)
+
+
+def state_folder(settings: PlacementConfig, namespace: str) -> Path:
+    """Folder of the pool's placement, which goes with the head's Ray node and with the pool. Raises as `folder`."""
+    return _made(settings, namespace, STATE_PREFIX)
 
 
 def _made(settings: PlacementConfig, namespace: str, prefix: str) -> Path:
@@ -51,7 +57,7 @@ def _made(settings: PlacementConfig, namespace: str, prefix: str) -> Path:
 
 def sweep(root: Path) -> None:
     """Remove what belongs to nodes that have gone. Harmless beside others who do the same."""
-    ours = re.compile(rf"(?:{PREFIX}|{CACHE_PREFIX})-{os.getuid()}-{_namespace()}-(\d+)-(\d+)-.+")
+    ours = re.compile(rf"(?:{PREFIX}|{CACHE_PREFIX}|{STATE_PREFIX})-{os.getuid()}-{_namespace()}-(\d+)-(\d+)-.+")
     for path in root.iterdir() if root.is_dir() else ():
         if (found := ours.fullmatch(path.name)) and _started(int(found[1])) != int(found[2]):
             log.warning("removing %s: its node has gone", path)
@@ -71,7 +77,7 @@ def remove(pool: str, namespace: str, memory_dir: str | None) -> None:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _remove(pool: str, namespace: str, memory_dir: str | None) -> None:
-    for prefix in (PREFIX, CACHE_PREFIX):
+    for prefix in (PREFIX, CACHE_PREFIX, STATE_PREFIX):
         shutil.rmtree(shared_memory(memory_dir) / _name(ray_node_pid(), pool, namespace, prefix), ignore_errors=True)
 
 

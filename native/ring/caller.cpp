@@ -38,14 +38,13 @@ int Ring::lend() {
   return -1;
 }
 
-void Ring::post(int slot, Head head) {
+void Ring::post(int slot, const Head& head, const Names&) {
   Control& control = ring_.control();
-  head.number = ++asked_[slot];
-  control.slots[slot].head = head;
+  Head& shared = control.slots[slot].head;
+  shared = head, shared.number = ++asked_[slot];
   control.slots[slot].asked.store(asked_[slot], std::memory_order_release);
   control.caller_cpu.store(this_cpu(), std::memory_order_relaxed);
   control.asked.value.fetch_add(1);
-  ring_bell(control.asked);
 }
 
 Code Ring::wait(int slot, double until_s) {
@@ -69,6 +68,7 @@ Failure Pending::begin(const Batch& batch) {
   if (failure.code == kDone) failure = reserve();
   if (failure.code != kDone) return abandon(), failure;
   for (const Part& part : parts_) post(batch, part);
+  for (const Part& part : parts_) plan_->rings[part.shard]->wake();
   return {kDone, 0};
 }
 
@@ -109,8 +109,9 @@ int32_t Pending::shard_of(const Batch& batch, int64_t token, int64_t id) const {
 // A ring, room and a slot for every part, or nothing.
 Failure Pending::reserve() {
   for (const Part& part : parts_) {
-    const RingPtr& ring = plan_->rings[part.shard];
-    if (!ring || !ring->ok()) return {kNoRing, part.shard};
+    const WayPtr& ring = plan_->rings[part.shard];
+    if (!ring) return {kNoRing, part.shard};
+    if (!ring->ok()) return {kGone, part.shard};
     if (places_of(part).end > kBoxBytes) return {kTooLarge, part.shard};
   }
   for (Part& part : parts_)
@@ -119,7 +120,7 @@ Failure Pending::reserve() {
 }
 
 void Pending::post(const Batch& batch, const Part& part) {
-  Ring& ring = *plan_->rings[part.shard];
+  Way& ring = *plan_->rings[part.shard];
   const Places places = places_of(part);
   const size_t row_bytes = bytes_of(format_) * dim_;
   char* box = ring.box(part.slot);
@@ -139,13 +140,13 @@ void Pending::post(const Batch& batch, const Part& part) {
   if (part.tokens.empty()) std::memcpy(rows, batch.x, num_tokens_ * row_bytes);
   Head head = {0, batch.version, batch.priority, batch.until_s - now_s(), batch.layer, static_cast<uint32_t>(part.num_rows),
                static_cast<uint32_t>(dim_), static_cast<uint32_t>(top_k_), format_, 0};
-  ring.post(part.slot, head);
+  ring.post(part.slot, head, {plan_->epoch, batch.op_id});
 }
 
 Failure Pending::finish(char* y, double until_s) {
-  for (const Part& part : parts_) {
-    const Code code = plan_->rings[part.shard]->wait(part.slot, until_s);
-    if (code != kDone) return abandon(), Failure{code, part.shard};
+  for (auto part = parts_.rbegin(); part != parts_.rend(); ++part) {
+    const Failure failure = {plan_->rings[part->shard]->wait(part->slot, until_s), part->shard};
+    if (failure.code != kDone) return abandon(), failure;
   }
   const size_t num = static_cast<size_t>(num_tokens_ * dim_);
   if (parts_.size() == 1 && parts_[0].tokens.empty()) {

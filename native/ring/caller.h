@@ -3,25 +3,28 @@
 // Legend: T tokens, D model, K top-k, E experts of the layer, N replicas at most, S shards, R rows of one shard.
 // The bits are those of trinity/dispatch: a token's replica by the same hash, sums over shards in the table's order, rounded alike.
 // Decisions: `begin` posts all or nothing; `finish` believes nothing in the ring but an answer's number and code; a slot whose answer
-// nobody waits for any more is free again when the shard has answered. For one thread at a time.
+// nobody waits for any more is free again when the shard has answered. All requests are posted before any shard is woken, and
+// the last is waited for first: then the others' answers are mostly there, and woke nobody. For one thread at a time.
 #pragma once
 #include <memory>
 #include <vector>
 
 #include "bell.h"
+#include "way.h"
 
 namespace trinity {
 
-class Ring {
+class Ring : public Way {
  public:
   Ring(int fd, int sock);  // fills in new memory; `sock`: of the same connection, looked at for its end
-  bool ok() const { return ring_.ok() && !is_closed_; }
-  void close() { is_closed_ = true; }
-  int lend();  // a slot that nobody uses, or -1
-  void take_back(int slot) { is_lent_[slot] = false; }
-  char* box(int slot) const { return ring_.box(slot); }
-  void post(int slot, Head head);  // the box is filled
-  Code wait(int slot, double until_s);
+  bool ok() const override { return ring_.ok() && !is_closed_; }
+  void close() override { is_closed_ = true; }
+  int lend() override;
+  void take_back(int slot) override { is_lent_[slot] = false; }
+  char* box(int slot) const override { return ring_.box(slot); }
+  void post(int slot, const Head& head, const Names& names) override;
+  void wake() override { ring_bell(ring_.control().asked); }
+  Code wait(int slot, double until_s) override;
   bool is_gone() const { return is_closed_ || trinity::is_gone(sock_); }
 
  private:
@@ -33,13 +36,13 @@ class Ring {
   uint32_t asked_[kNumSlots] = {};
 };
 
-using RingPtr = std::shared_ptr<Ring>;
-
 struct Plan {                       // of one layer, as a table and the connections are now
-  std::vector<RingPtr> rings;       // [S]; null where there is none
+  std::vector<WayPtr> rings;        // [S]; null where there is none
   std::vector<int32_t> shard;       // [E, N]
   std::vector<int32_t> num_replicas;  // [E]
   bool is_replicated;
+  int64_t epoch = 0;
+  bool is_far = false;  // some way is
   int64_t num_experts() const { return static_cast<int64_t>(num_replicas.size()); }
   int64_t most_replicas() const { return static_cast<int64_t>(shard.size()) / num_experts(); }
 };
@@ -53,6 +56,7 @@ struct Batch {
   const int64_t* ids;  // [T, K]; -1: nobody's
   const float* weights;  // [T, K]
   int64_t num_tokens, dim, top_k;
+  const char* op_id = "";
 };
 
 struct Failure {

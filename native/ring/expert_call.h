@@ -9,11 +9,12 @@ namespace trinity {
 
 struct ExpertCall {
   int64_t num_rows, num_assigned, num_experts, dim, hidden;
-  const void* x;          // [R, D], float32 or the bits of bfloat16, as the stacks are
+  uint32_t rows;          // format of x, of layout.h
+  const void* x;          // [R, D]
   const int64_t* row;     // [A]
   const int64_t* end;     // [E]: assignments of expert e are end[e - 1] <= a < end[e], of the first from 0 on
   const float* weight;    // [A]: hidden rows are multiplied by it
-  const void* stacks[6];  // gate [E, F, D], up [E, F, D], down [E, D, F]; what else a format has
+  const void* stacks[9];  // gate [E, F, D], up [E, F, D], down [E, D, F]; of int8 scales and totals, too: see kernels.h
   float* y;               // [A, D], to be written: a row for each assignment, which the caller adds up
 };
 

@@ -3,13 +3,29 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "rows.h"
 
 namespace trinity {
 
 namespace {
 
 constexpr int64_t kMostRows = 64;  // of a unit, as in trinity/ops/batch_invariant/fused_mlp.py
+
+// The call's rows as matrices of the format take them; valid until this thread's next call. Formats of rows have kernels.h's numbers.
+Rows rows_of(const ExpertCall* call, Format format) {
+  const bool is_brain = call->rows == kBfloat16;
+  if (format == format_of(is_brain)) return {call->x, nullptr, call->row};
+  thread_local std::vector<char> memory;
+  memory.resize(bytes_of_rows(format, call->num_rows, call->dim));
+  for (int64_t row = 0; row < call->num_rows; ++row) put_row(format, is_brain, call->x, row, call->num_rows, call->dim, memory.data());
+  Rows rows = rows_at(format, memory.data(), call->num_rows);
+  rows.at = call->row;
+  return rows;
+}
+
+Matrices matrices_of(const ExpertCall* call, int at, int64_t n, int64_t k) {
+  return {call->stacks[at], static_cast<const float*>(call->stacks[3 + at]), static_cast<const int32_t*>(call->stacks[6 + at]), n, k};
+}
 
 template <Format format>
 void compute(const ExpertCall* call) {
@@ -22,10 +38,10 @@ void compute(const ExpertCall* call) {
     }
   FeedForward layer = {};
   layer.format = format;
-  layer.x = {call->x, nullptr, call->row};
-  layer.gate = {call->stacks[0], nullptr, nullptr, call->hidden, call->dim};
-  layer.up = {call->stacks[1], nullptr, nullptr, call->hidden, call->dim};
-  layer.down = {call->stacks[2], nullptr, nullptr, call->dim, call->hidden};
+  layer.x = rows_of(call, format);
+  layer.gate = matrices_of(call, 0, call->hidden, call->dim);
+  layer.up = matrices_of(call, 1, call->hidden, call->dim);
+  layer.down = matrices_of(call, 2, call->dim, call->hidden);
   layer.weight = call->weight, layer.y = call->y;
   layer.expert = expert.data(), layer.begin = begin.data(), layer.end = end.data();
   feed_forward(layer, 0, static_cast<int64_t>(expert.size()));
@@ -33,7 +49,9 @@ void compute(const ExpertCall* call) {
 
 }  // namespace
 
-// The formats of kernels.h and of layout.h have the same numbers.
-ExpertKernel experts_in(uint32_t format) { return format == kFloat32 ? compute<kFloat32> : format == kBfloat16 ? compute<kBfloat16> : nullptr; }
+ExpertKernel experts_in(uint32_t format) {
+  constexpr ExpertKernel kernels[] = {compute<kFloat32>, compute<kBfloat16>, compute<kInt8>};  // by format
+  return format <= kInt8 ? kernels[format] : nullptr;
+}
 
 }  // namespace trinity

@@ -4,7 +4,7 @@
 
 namespace trinity {
 
-// Experts whose stacks are gate, up and down in that format of layout.h; null where there is none.
+// Experts whose stacks are gate, up and down in that format of kernels.h; null where there is none.
 ExpertKernel experts_in(uint32_t format);
 
 }  // namespace trinity

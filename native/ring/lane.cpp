@@ -118,8 +118,8 @@ void Lane::multiply(const std::vector<Job*>& group, const Layer& layer, int64_t 
   }
   y_.resize(row_.size() * dim);
   ExpertCall call = {num_rows, static_cast<int64_t>(row_.size()), static_cast<int64_t>(layer.experts.size()), layer.dim, layer.hidden,
-                     x, sorted_row_.data(), end_.data(), sorted_weight_.data(), {}, y_.data()};
-  std::copy(layer.stacks, layer.stacks + 6, call.stacks);
+                     layer.format, x, sorted_row_.data(), end_.data(), sorted_weight_.data(), {}, y_.data()};
+  std::copy(std::begin(layer.stacks), std::end(layer.stacks), call.stacks);
   if (call.num_assigned) layer.kernel(&call);
   layer.format == kRowsF32 ? add_up(group, dim) : add_up_rounded(group, dim, num_rows);
 }

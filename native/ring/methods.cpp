@@ -1,10 +1,15 @@
 // The ring as Python sees it: capsules for what lives on, numbers for everything else. Waiting is done without Python's lock.
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
+
+#include <string>
 
 #ifdef __linux__
 #include "caller.h"
 #include "experts.h"
+#include "served.h"
 #include "service.h"
+#include "stream.h"
 
 using namespace trinity;
 
@@ -18,7 +23,7 @@ using PlanPtr = std::shared_ptr<Plan>;
 template <class T>
 struct Name;
 template <>
-struct Name<RingPtr> { static constexpr const char* value = "trinity.ring"; };
+struct Name<WayPtr> { static constexpr const char* value = "trinity.ring"; };
 template <>
 struct Name<PlanPtr> { static constexpr const char* value = "trinity.plan"; };
 template <>
@@ -27,6 +32,8 @@ template <>
 struct Name<ServicePtr> { static constexpr const char* value = "trinity.service"; };
 template <>
 struct Name<Attachment> { static constexpr const char* value = "trinity.attachment"; };
+template <>
+struct Name<Served> { static constexpr const char* value = "trinity.served"; };
 template <>
 struct Name<LayerPtr> { static constexpr const char* value = "trinity.layer"; };
 
@@ -49,16 +56,58 @@ T* inside(PyObject* of) {
 PyObject* ring_open(PyObject*, PyObject* args) {
   int fd, sock;
   if (!PyArg_ParseTuple(args, "ii", &fd, &sock)) return nullptr;
-  RingPtr ring = std::make_shared<Ring>(fd, sock);
+  auto ring = std::make_shared<Ring>(fd, sock);
   if (!ring->ok()) Py_RETURN_NONE;
-  return capsule(new RingPtr(std::move(ring)));
+  return capsule(new WayPtr(std::move(ring)));
+}
+
+// (fd, magic): owns the descriptor
+PyObject* ring_stream(PyObject*, PyObject* args) {
+  int fd;
+  const char* magic;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "iy#", &fd, &magic, &size)) return nullptr;
+  if (size != 4) return PyErr_Format(PyExc_ValueError, "frames start with 4 bytes, not %zd", size);
+  return capsule(new WayPtr(std::make_shared<Stream>(fd, magic)));
 }
 
 PyObject* ring_close(PyObject*, PyObject* arg) {
-  RingPtr* ring = inside<RingPtr>(arg);
+  WayPtr* ring = inside<WayPtr>(arg);
   if (!ring) return nullptr;
   (*ring)->close();
   Py_RETURN_NONE;
+}
+
+PyObject* ring_is_open(PyObject*, PyObject* arg) {
+  WayPtr* ring = inside<WayPtr>(arg);
+  return ring ? PyBool_FromLong((*ring)->ok()) : nullptr;
+}
+
+// (service, fd, magic)
+PyObject* ring_serve(PyObject*, PyObject* args) {
+  PyObject* of;
+  int fd;
+  const char* magic;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "Oiy#", &of, &fd, &magic, &size)) return nullptr;
+  if (size != 4) return PyErr_Format(PyExc_ValueError, "frames start with 4 bytes, not %zd", size);
+  ServicePtr* service = inside<ServicePtr>(of);
+  return service ? capsule(new Served(*service, fd, magic)) : nullptr;
+}
+
+// served -> (head, None or what follows it) of a frame that Python is to answer, or None
+PyObject* ring_next(PyObject*, PyObject* arg) {
+  Served* served = inside<Served>(arg);
+  if (!served) return nullptr;
+  Served::Next found;
+  Py_BEGIN_ALLOW_THREADS found = served->next();
+  Py_END_ALLOW_THREADS
+  if (found == Served::kEnded) Py_RETURN_NONE;
+  std::string payload;
+  if (found == Served::kWhole)
+    for (int i = 0; i < 3; ++i) payload.append(static_cast<const char*>(served->payload()[i].iov_base), served->payload()[i].iov_len);
+  const char* head = reinterpret_cast<const char*>(&served->head);
+  return Py_BuildValue("y#y#", head, Py_ssize_t{sizeof served->head}, found == Served::kWhole ? payload.data() : nullptr, static_cast<Py_ssize_t>(payload.size()));
 }
 
 PyObject* ring_service(PyObject*, PyObject*) { return capsule(new ServicePtr(std::make_shared<Service>())); }
@@ -83,13 +132,13 @@ PyObject* ring_detach(PyObject*, PyObject* arg) {
   Py_RETURN_NONE;
 }
 
-// (layer, version, format, dim, hidden, kernel, address of ids [E], E, X, addresses of the stacks) -> layer
+// (layer, version, format of rows, dim, hidden, kernel, address of ids [E], E, X, addresses of the stacks) -> layer
 PyObject* ring_layer(PyObject*, PyObject* args) {
   int layer, format;
   long long version, dim, hidden, num_experts, num_all;
-  unsigned long long kernel, ids, stacks[6] = {};
-  if (!PyArg_ParseTuple(args, "iLiLLKKLL|KKKKKK", &layer, &version, &format, &dim, &hidden, &kernel, &ids, &num_experts, &num_all, stacks,
-                        stacks + 1, stacks + 2, stacks + 3, stacks + 4, stacks + 5))
+  unsigned long long kernel, ids, stacks[9] = {};
+  if (!PyArg_ParseTuple(args, "iLiLLKKLL|KKKKKKKKK", &layer, &version, &format, &dim, &hidden, &kernel, &ids, &num_experts, &num_all, stacks,
+                        stacks + 1, stacks + 2, stacks + 3, stacks + 4, stacks + 5, stacks + 6, stacks + 7, stacks + 8))
     return nullptr;
   auto made = std::make_shared<Layer>();
   made->format = static_cast<uint32_t>(format);
@@ -103,7 +152,7 @@ PyObject* ring_layer(PyObject*, PyObject* args) {
     if (first[e] < 0 || first[e] >= num_all) return PyErr_Format(PyExc_ValueError, "expert %lld of %lld", (long long)first[e], num_all);
     made->position[first[e]] = e;
   }
-  for (int i = 0; i < 6; ++i) made->stacks[i] = reinterpret_cast<const void*>(stacks[i]);
+  for (int i = 0; i < 9; ++i) made->stacks[i] = reinterpret_cast<const void*>(stacks[i]);
   return capsule(new LayerPtr(std::move(made)));
 }
 
@@ -146,25 +195,26 @@ PyObject* ring_take_counts(PyObject*, PyObject* arg) {
   return list;
 }
 
-// (list of rings or None, address of shards [E, N] int32, address of replicas [E] int32, E, N) -> plan
+// (list of rings or None, epoch, address of shards [E, N] int32, address of replicas [E] int32, E, N) -> plan
 PyObject* ring_plan(PyObject*, PyObject* args) {
   PyObject* rings;
   unsigned long long shard, num_replicas;
-  long long num_experts, most;
-  if (!PyArg_ParseTuple(args, "OKKLL", &rings, &shard, &num_replicas, &num_experts, &most)) return nullptr;
+  long long epoch, num_experts, most;
+  if (!PyArg_ParseTuple(args, "OLKKLL", &rings, &epoch, &shard, &num_replicas, &num_experts, &most)) return nullptr;
   auto made = std::make_shared<Plan>();
   const int32_t* shards = reinterpret_cast<const int32_t*>(shard);
   const int32_t* replicas = reinterpret_cast<const int32_t*>(num_replicas);
   made->shard.assign(shards, shards + num_experts * most);
   made->num_replicas.assign(replicas, replicas + num_experts);
-  made->is_replicated = false;
+  made->is_replicated = false, made->epoch = epoch;
   const Py_ssize_t num = PyList_Size(rings);
   if (num < 0) return nullptr;
   for (Py_ssize_t i = 0; i < num; ++i) {
     PyObject* item = PyList_GetItem(rings, i);
-    RingPtr* ring = item == Py_None ? nullptr : inside<RingPtr>(item);
+    WayPtr* ring = item == Py_None ? nullptr : inside<WayPtr>(item);
     if (!ring && item != Py_None) return nullptr;
     made->rings.push_back(ring ? *ring : nullptr);
+    made->is_far |= ring && (*ring)->is_far();
   }
   for (int32_t each : made->num_replicas) {
     if (each < 1 || each > most) return PyErr_Format(PyExc_ValueError, "%d replicas of at most %lld", each, most);
@@ -177,22 +227,23 @@ PyObject* ring_plan(PyObject*, PyObject* args) {
 
 PyObject* failed(Failure failure) { return PyLong_FromLong(static_cast<long>(failure.code) | static_cast<long>(failure.shard) << 8); }
 
-// (plan, layer, version, priority, until_s, format, x, ids, weights, T, D, K) -> pending, or code + 256 * shard
+// (plan, op_id, layer, version, priority, until_s, format, x, ids, weights, T, D, K) -> pending, or code + 256 * shard
 PyObject* ring_begin(PyObject*, PyObject* args) {
   PyObject* of;
   int layer, format;
   long long version, priority, num_tokens, dim, top_k;
   double until_s;
+  const char* op_id;
   unsigned long long x, ids, weights;
-  if (!PyArg_ParseTuple(args, "OiLLdiKKKLLL", &of, &layer, &version, &priority, &until_s, &format, &x, &ids, &weights, &num_tokens, &dim, &top_k))
+  if (!PyArg_ParseTuple(args, "OsiLLdiKKKLLL", &of, &op_id, &layer, &version, &priority, &until_s, &format, &x, &ids, &weights, &num_tokens, &dim, &top_k))
     return nullptr;
   PlanPtr* plan = inside<PlanPtr>(of);
   if (!plan) return nullptr;
   auto pending = std::make_unique<Pending>(*plan);
   const Batch batch = {layer, version, priority, until_s, static_cast<uint32_t>(format), reinterpret_cast<const char*>(x), reinterpret_cast<const int64_t*>(ids),
-                       reinterpret_cast<const float*>(weights), num_tokens, dim, top_k};
+                       reinterpret_cast<const float*>(weights), num_tokens, dim, top_k, op_id};
   Failure failure;
-  if (num_tokens < kFewTokens) {  // some microseconds
+  if (num_tokens < kFewTokens && !(*plan)->is_far) {  // some microseconds
     failure = pending->begin(batch);
   } else {
     Py_BEGIN_ALLOW_THREADS failure = pending->begin(batch);
@@ -222,7 +273,11 @@ PyMethodDef ring_methods[] = {
     {"ring_kernel", ring_kernel, METH_O, "format -> address of what computes experts in it, 0 where there is none"},
     {"ring_bytes", ring_bytes, METH_NOARGS, "-> the size of a ring's memory"},
     {"ring_open", ring_open, METH_VARARGS, "(fd, socket) -> a caller's ring, or None"},
+    {"ring_stream", ring_stream, METH_VARARGS, "(fd, magic) -> the same over a socket that nobody else uses, whose descriptor it owns"},
     {"ring_close", ring_close, METH_O, "a ring -> None: its connection is gone"},
+    {"ring_is_open", ring_is_open, METH_O, "a ring -> whether it may be used"},
+    {"ring_serve", ring_serve, METH_VARARGS, "(service, fd, magic) -> what answers inference on a connection"},
+    {"ring_next", ring_next, METH_O, "-> (head, None or payload) of a frame for Python, or None: the peer has gone"},
     {"ring_service", ring_service, METH_NOARGS, "-> what computes for all rings of a shard"},
     {"ring_attach", ring_attach, METH_VARARGS, "(service, fd) -> a thread that serves this ring, or None"},
     {"ring_detach", ring_detach, METH_O, "an attachment -> None: its thread has ended"},

@@ -20,12 +20,12 @@ constexpr int32_t kNotHeld = -2;  // in the place of an expert's position
 
 struct Layer {
   int32_t layer;
-  uint32_t format;
+  uint32_t format;                 // of rows, as callers send them
   int64_t version, dim, hidden;
   std::vector<int64_t> experts;    // [E], numbered as in the checkpoint
   std::vector<int32_t> position;   // [X]: where in the stacks, or kNotHeld
   ExpertKernel kernel;             // none: rows come back as they are, to measure the way
-  const void* stacks[6];
+  const void* stacks[9];
   std::vector<int64_t> rows;       // [E], counted under the registry's lock
   int64_t pins = 0;
 };

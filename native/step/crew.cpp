@@ -22,6 +22,7 @@ void pause() {
 #endif
 }
 
+// Helpers join a call while it is open; what none of them has begun is the caller's, who closes it and waits for those that joined.
 class Crew {
  public:
   explicit Crew(int num) {
@@ -29,12 +30,8 @@ class Crew {
   }
 
   ~Crew() {
-    {
-      std::lock_guard<std::mutex> hold(lock_);
-      ends_ = true;
-      call_++;
-    }
-    wakes_.notify_all();
+    ends_ = true;
+    wake();
     for (std::thread &thread : threads_) thread.join();
   }
 
@@ -45,41 +42,60 @@ class Crew {
     num_ = num;
     size_ = std::max<int64_t>(1, num / (kChunks * (this->num() + 1)));
     next_ = 0;
-    busy_ = this->num();
-    {
-      std::lock_guard<std::mutex> hold(lock_);
-      call_++;
-    }
-    wakes_.notify_all();
+    joined_.fetch_or(kOpen, std::memory_order_release);
+    wake();
     take();
-    for (int turn = 0; busy_.load(std::memory_order_acquire) > 0; turn++) turn < kPatience ? pause() : std::this_thread::yield();
+    joined_.fetch_and(~kOpen, std::memory_order_relaxed);
+    for (int turn = 0; joined_.load(std::memory_order_acquire); turn++) turn < kPatience ? pause() : std::this_thread::yield();
   }
 
  private:
+  static constexpr uint32_t kOpen = 1, kOne = 2;  // of `joined_`: a helper counts two
+
+  void wake() {
+    calls_++;
+    if (!num_asleep_) return;
+    { std::lock_guard<std::mutex> hold(lock_); }  // who was about to sleep sleeps now
+    wakes_.notify_all();
+  }
+
   void take() {
     for (int64_t first; (first = next_.fetch_add(size_)) < num_;) (*work_)(first, std::min(num_, first + size_));
   }
 
+  bool join() {
+    for (uint32_t seen = joined_.load(); seen & kOpen;)
+      if (joined_.compare_exchange_weak(seen, seen + kOne, std::memory_order_acquire)) return true;
+    return false;
+  }
+
+  void await(uint64_t seen) {
+    for (int turn = 0; turn < kPatience; turn++, pause())
+      if (calls_.load() != seen) return;
+    std::unique_lock<std::mutex> hold(lock_);
+    num_asleep_++;
+    wakes_.wait(hold, [&] { return calls_.load() != seen; });
+    num_asleep_--;
+  }
+
   void serve() {
-    for (uint64_t done = 0;;) {
-      for (int turn = 0; turn < kPatience && call_.load(std::memory_order_acquire) == done; turn++) pause();
-      if (call_.load(std::memory_order_acquire) == done) {
-        std::unique_lock<std::mutex> hold(lock_);
-        wakes_.wait(hold, [&] { return call_ != done; });
-      }
-      done++;
+    for (uint64_t seen = 0;;) {
+      await(seen);
+      seen = calls_.load();
       if (ends_) return;
+      if (!join()) continue;
       take();
-      busy_.fetch_sub(1, std::memory_order_release);
+      joined_.fetch_sub(kOne, std::memory_order_release);
     }
   }
 
   std::vector<std::thread> threads_;
   std::mutex lock_;
   std::condition_variable wakes_;
-  std::atomic<uint64_t> call_{0};
+  std::atomic<uint64_t> calls_{0};
+  std::atomic<int> num_asleep_{0};
+  std::atomic<uint32_t> joined_{0};
   std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
   const std::function<void(int64_t, int64_t)> *work_ = nullptr;
   int64_t num_ = 0, size_ = 1;
   std::atomic<bool> ends_{false};

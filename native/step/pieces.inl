@@ -140,6 +140,18 @@ void sigmoid(const float *x, int64_t n, float *to) {
   for (int64_t i = 0; i < n; i++) to[i] = sigmoid_of(x[i]);
 }
 
+// elementwise.softmax: sums in sixteen lanes, which are added up in turn
+void softmax(const float *x, int64_t n, float *to) {
+  float top = -INFINITY, lanes[kLanes] = {}, sum = 0;
+  for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+  for (int64_t i = 0; i < n; i++) to[i] = exp_of(x[i] - top);
+  for (int64_t at = 0; at + kLanes <= n; at += kLanes)
+    for (int lane = 0; lane < kLanes; lane++) lanes[lane] += to[at + lane];
+  for (int64_t at = n / kLanes * kLanes; at < n; at++) lanes[at % kLanes] += to[at];
+  for (float lane : lanes) sum += lane;
+  for (int64_t i = 0; i < n; i++) to[i] = to[i] / sum;
+}
+
 template <class E>
 void gated_as(const typename E::T *x, const typename E::T *gate, int64_t n, typename E::T *to) {
   for (int64_t i = 0; i < n; i++) to[i] = E::narrow(E::wide(x[i]) * E::wide(E::narrow(sigmoid_of(E::wide(gate[i])))));
@@ -156,6 +168,15 @@ void rounded_as(const float *y, const typename E::T *bias, int64_t n, typename E
     for (int64_t i = 0; i < n; i++) to[i] = E::narrow(E::wide(E::narrow(y[i])) + E::wide(bias[i]));
   else
     for (int64_t i = 0; i < n; i++) to[i] = E::narrow(y[i]);
+}
+
+// silu(gate) * up, as trinity/ops/batch_invariant/fused_mlp.py has it
+template <class E>
+void swiglu_as(const float *gate, const float *up, int64_t n, typename E::T *to) {
+  for (int64_t i = 0; i < n; i++) {
+    const float g = E::wide(E::narrow(gate[i]));
+    to[i] = E::narrow(g / (1.0f + exp_of(-g)) * E::wide(E::narrow(up[i])));
+  }
 }
 
 template <class E>
@@ -383,6 +404,10 @@ void summed_any(const float *const *rows, int64_t num, int64_t n, void *to) {
   summed_as<E>(rows, num, n, static_cast<typename E::T *>(to));
 }
 template <class E>
+void swiglu_any(const float *gate, const float *up, int64_t n, void *to) {
+  swiglu_as<E>(gate, up, n, static_cast<typename E::T *>(to));
+}
+template <class E>
 void gated_any(const void *x, const void *gate, int64_t n, void *to) {
   gated_as<E>(in<E>(x), in<E>(gate), n, static_cast<typename E::T *>(to));
 }
@@ -412,11 +437,14 @@ void wide_product(bool is_brain, const void *x, int64_t num, int64_t k, const vo
 void summed(bool is_brain, const float *const *rows, int64_t num, int64_t n, void *to) {
   EITHER(is_brain, summed_any, (rows, num, n, to));
 }
+void swiglu(bool is_brain, const float *gate, const float *up, int64_t n, void *to) {
+  EITHER(is_brain, swiglu_any, (gate, up, n, to));
+}
 void gated(bool is_brain, const void *x, const void *gate, int64_t n, void *to) { EITHER(is_brain, gated_any, (x, gate, n, to)); }
 void added(bool is_brain, const void *x, const void *y, int64_t n, void *to) { EITHER(is_brain, added_any, (x, y, n, to)); }
 
 }  // namespace
 
-const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, summed, total};
+const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, softmax, swiglu, summed, total};
 
 }  // namespace trinity

@@ -1,18 +1,14 @@
 #include "step.h"
 
-
 #include <algorithm>
 #include <functional>
 #include <utility>
 #include <vector>
 
-#include "../kernels/kernels.h"
 #include "crew.h"
 #include "parts.h"
 
 namespace trinity {
-
-namespace {
 
 void each_row(int threads, int64_t num, int64_t operations, const std::function<void(int64_t)> &work) {
   in_threads(threads, num, num * operations, [&](int64_t first, int64_t last) {
@@ -20,19 +16,18 @@ void each_row(int threads, int64_t num, int64_t operations, const std::function<
   });
 }
 
-// x [num, k] times each of the matrices -> y, one result [num, n] after the other.
-void multiply_all(int threads, bool is_brain, int64_t num, const void *x, int64_t k, const std::vector<const Matrix *> &matrices,
-                  float *y) {
-  const Format format = is_brain ? kBfloat16 : kFloat32;
+void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y) {
+  Rows rows[3] = {};  // by format
   std::vector<Product> products;
   std::vector<int64_t> end{0};
   int64_t width = 0;
   for (const Matrix *m : matrices) {
-    products.push_back({format, {x, nullptr, nullptr}, {m->values, nullptr, nullptr, m->n, k}, &num, y + num * width, m->n});
-    end.push_back(end.back() + units_of(format, m->n, k));
+    if (!rows[m->format].values) rows[m->format] = rows_for(m->in(), threads, is_brain, num, x, m->k);
+    products.push_back({m->in(), rows[m->format], m->matrices(), &num, y + num * width, m->n});
+    end.push_back(end.back() + units_of(m->in(), m->n, m->k));
     width += m->n;
   }
-  in_threads(threads, end.back(), 2 * num * width * k, [&](int64_t first, int64_t last) {
+  in_threads(threads, end.back(), 2 * num * width * matrices[0]->k, [&](int64_t first, int64_t last) {
     for (size_t i = 0; i < products.size(); i++) {
       const int64_t from = std::max(first, end[i]), to = std::min(last, end[i + 1]);
       if (from < to) multiply(products[i], from - end[i], to - end[i]);
@@ -40,7 +35,13 @@ void multiply_all(int threads, bool is_brain, int64_t num, const void *x, int64_
   });
 }
 
-}  // namespace
+Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k) {
+  if (format == format_of(is_brain)) return {x, nullptr, nullptr};
+  const int64_t room = bytes_of_rows(format, num, k);
+  char *memory = format == kInt8 ? scratch_of<4>(room) : scratch_of<5>(room);
+  each_row(threads, num, 8 * k, [&](int64_t row) { put_row(format, is_brain, x, row, num, k, memory); });
+  return rows_at(format, memory, num);
+}
 
 void project(const Project &p, int threads, int64_t num, const void *h, const void *cos, const void *sin, void *q, void *k,
              void *v, void *gate) {
@@ -53,7 +54,7 @@ void project(const Project &p, int threads, int64_t num, const void *h, const vo
   });
   std::vector<const Matrix *> matrices{&p.q, &p.k, &p.v};
   if (p.gate.values) matrices.push_back(&p.gate);
-  multiply_all(threads, is_brain, num, x, p.dim, matrices, y);
+  multiply_all(threads, is_brain, num, x, matrices, y);
   const float *yk = y + num * p.q.n, *yv = yk + num * p.k.n, *yg = yv + num * p.v.n;
   each_row(threads, num, 20 * width, [&](int64_t row) {
     const void *c = at(cos, row, p.rotated, is_brain), *s = at(sin, row, p.rotated, is_brain);
@@ -87,7 +88,7 @@ void route(const Route &r, int threads, int64_t num, const void *mixed, const vo
       pieces().gated(is_brain, at(mixed, row, r.width, is_brain), at(gate, row, r.width, is_brain), r.width,
                      at(gated, row, r.width, is_brain));
     });
-  multiply_all(threads, is_brain, num, gate ? gated : mixed, r.width, {&r.out}, y);
+  multiply_all(threads, is_brain, num, gate ? gated : mixed, {&r.out}, y);
   each_row(threads, num, 12 * r.dim, [&](int64_t row) {
     void *own = at(rounded, row, r.dim, is_brain), *sum = at(residual, row, r.dim, is_brain);
     pieces().rounded(is_brain, y + row * r.dim, r.out.bias, r.dim, own);
@@ -102,7 +103,7 @@ void route(const Route &r, int threads, int64_t num, const void *mixed, const vo
       pieces().wide_product(is_brain, at(x, row, r.dim, is_brain), std::min(kRows, num - row), r.dim, r.router.values,
                             r.router.n, routed.logits + row * r.router.n);
   });
-  if (r.has_sigmoid) choose(r, num, routed);
+  if (r.scoring != kPythons) choose(r, num, routed);
 }
 
 void leave(const Leave &l, int threads, int64_t num, const void *residual, const void *routed, const void *local, void *h) {
@@ -120,6 +121,21 @@ void leave(const Leave &l, int threads, int64_t num, const void *residual, const
       y = sum;
     }
     pieces().added(is_brain, at(residual, row, l.dim, is_brain), y, l.dim, at(h, row, l.dim, is_brain));
+  });
+}
+
+void finish(const Ending &f, int threads, int64_t num, const void *h, void *hidden, void *logits) {
+  const bool is_brain = f.is_brain;
+  each_row(threads, num, 4 * f.dim, [&](int64_t row) {
+    pieces().norm(f.norm, is_brain, at(h, row, f.dim, is_brain), f.dim, at(hidden, row, f.dim, is_brain));
+  });
+  if (!logits) return;
+  const bool is_direct = !is_brain && !f.head.bias;
+  float *y = is_direct ? static_cast<float *>(logits) : reinterpret_cast<float *>(scratch_of<1>(num * f.head.n * 4));
+  multiply_all(threads, is_brain, num, hidden, {&f.head}, y);
+  if (is_direct) return;
+  each_row(threads, num, 2 * f.head.n, [&](int64_t row) {
+    pieces().rounded(is_brain, y + row * f.head.n, f.head.bias, f.head.n, at(logits, row, f.head.n, is_brain));
   });
 }
 
@@ -161,10 +177,12 @@ void close_groups(const Route &r, float *choice) {
 
 void choose(const Route &r, int64_t num, const Routed &routed) {
   const int64_t experts = r.router.n, k = r.top_k;
-  pieces().sigmoid(routed.logits, num * experts, routed.scores);
+  const float least = r.scoring == kSigmoid ? 1e-20f : 0.0f;
+  if (r.scoring == kSigmoid) pieces().sigmoid(routed.logits, num * experts, routed.scores);
   std::vector<float> choice(experts);
   std::vector<Scored> scored(experts);
   for (int64_t row = 0; row < num; row++) {
+    if (r.scoring == kSoftmax) pieces().softmax(routed.logits + row * experts, experts, routed.scores + row * experts);
     const float *scores = routed.scores + row * experts;
     for (int64_t e = 0; e < experts; e++) choice[e] = r.choice_bias ? scores[e] + r.choice_bias[e] : scores[e];
     if (r.num_groups > 1) close_groups(r, choice.data());
@@ -175,7 +193,7 @@ void choose(const Route &r, int64_t num, const Routed &routed) {
       routed.ids[row * k + i] = scored[i].second;
       weights[i] = scores[scored[i].second];
     }
-    const float total = r.normalises ? pieces().total(weights, k) + 1e-20f : 1.0f;
+    const float total = r.normalises ? pieces().total(weights, k) + least : 1.0f;
     for (int64_t i = 0; i < k; i++) weights[i] = weights[i] / total * static_cast<float>(r.scale);
   }
 }

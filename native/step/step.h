@@ -9,6 +9,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "../kernels/kernels.h"
+
 namespace trinity {
 
 struct Norm {            // RMS; weight null: none
@@ -17,9 +19,13 @@ struct Norm {            // RMS; weight null: none
   int64_t rounds_first;  // to the rows' type, before the gain
 };
 
-struct Matrix {          // [n, k]; values null: none
+struct Matrix {          // [n, k], or a stack of them; values null: none
   const void *values, *bias;
-  int64_t n;
+  const float *scale;    // [n], of int8
+  const int32_t *total;  // [n], of int8
+  int64_t n, k, format;  // of kernels.h
+  Format in() const { return static_cast<Format>(format); }
+  Matrices matrices() const { return {values, scale, total, n, k}; }
 };
 
 struct Project {
@@ -33,11 +39,13 @@ struct Attend {          // of single tokens, whose keys are written before any 
   const int64_t *write_row, *write_slot, *slot, *first, *end, *origin;
 };
 
+enum Scoring : int64_t { kPythons = 0, kSigmoid = 1, kSoftmax = 2 };  // what makes scores of logits
+
 struct Route {
   int64_t is_brain, dim, width;  // of attention's result
   Norm after, next;
   Matrix out, router;
-  int64_t has_sigmoid, top_k, num_groups, top_groups, normalises;
+  int64_t scoring, top_k, num_groups, top_groups, normalises;
   const float *choice_bias;      // [E] or null
   double scale;
 };
@@ -47,17 +55,30 @@ struct Leave {
   Norm after;
 };
 
-struct Routed {                  // float32 [T, E] twice, int64 [T, K], float32 [T, K]; the last three of a sigmoid's router only
+struct Routed {                  // float32 [T, E] twice, int64 [T, K], float32 [T, K]; the last three unless scoring is Python's
   float *logits, *scores;
   int64_t *ids;
   float *weights;
 };
 
 struct Experts {                 // those of a layer that are here
-  int64_t is_brain, dim, hidden, num, top_k;
-  const void *gate, *up, *down;  // [num, hidden, dim] twice, [num, dim, hidden]
+  int64_t is_brain, dim, num, top_k;
+  Matrix gate, up, down;         // [num, hidden, dim] twice, [num, dim, hidden]; of one format, without bias; null: they are elsewhere
   const int64_t *position;       // by id: which of them, -1 (also of the id -1, which the last entry is for): somebody else's, -2: nobody's
   int64_t last;                  // entry of `position`
+  const int64_t *ids;            // [num]
+  int64_t *counts;               // by id: rows so far, for who looks now and then; null: nobody counts
+};
+
+struct Local {                   // a feed-forward that every row goes through; values null: none
+  int64_t is_brain, dim;
+  Matrix gate, up, down;
+};
+
+struct Ending {                    // after the last layer
+  int64_t is_brain, dim;
+  Norm norm;
+  Matrix head;
 };
 
 void project(const Project &what, int threads, int64_t num, const void *h, const void *cos, const void *sin, void *q, void *k,
@@ -68,9 +89,12 @@ void route(const Route &what, int threads, int64_t num, const void *mixed, const
 void leave(const Leave &what, int threads, int64_t num, const void *residual, const void *routed, const void *local, void *h);
 void choose(const Route &what, int64_t num, const Routed &routed);  // what `route` does with logits that are there
 
-// y [T, D] of the rows' experts that are here, zeros where there are none, and rows [num] of each. false: an expert is nobody's.
+// y [T, D] of the rows' experts that are here, zeros where there are none, and rows [num] of each; beside them `local`'s [T, D].
+// false: an expert is nobody's.
 bool experts(const Experts &what, int threads, int64_t num, const void *x, const int64_t *ids, const float *weights, void *y,
-             int64_t *rows);
+             int64_t *rows, const Local &local, void *local_y);
+void feed_forward_all(const Local &what, int threads, int64_t num, const void *x, void *y);
+void finish(const Ending &what, int threads, int64_t num, const void *h, void *hidden, void *logits);  // logits null: not wanted
 
 // What a file compiled for one instruction set has.
 struct Pieces {
@@ -83,6 +107,8 @@ struct Pieces {
   void (*gated)(bool is_brain, const void *x, const void *gate, int64_t n, void *to);
   void (*added)(bool is_brain, const void *x, const void *y, int64_t n, void *to);
   void (*sigmoid)(const float *x, int64_t n, float *to);
+  void (*softmax)(const float *x, int64_t n, float *to);
+  void (*swiglu)(bool is_brain, const float *gate, const float *up, int64_t n, void *to);  // each rounded first
   void (*summed)(bool is_brain, const float *const *rows, int64_t num, int64_t n, void *to);  // each rounded first
   float (*total)(const float *x, int64_t n);
 };

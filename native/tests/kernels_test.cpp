@@ -60,7 +60,7 @@ std::vector<float> computed(Format format, int64_t num, int64_t d, int64_t f, Is
 
 int main() {
   for (Format format : {kFloat32, kBfloat16, kInt8})
-    for (int64_t num : {1, 2, 3, 7, 70})
+    for (int64_t num : {1, 2, 3, 7, 15, 70})
       for (int64_t d : {1, 15, 33, 64, 100})
         for (int64_t f : {1, 7, 40}) {
           const std::vector<float> want = computed(format, num, d, f, Isa::generic);

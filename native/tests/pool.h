@@ -4,11 +4,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
+#include <thread>
 
 #include "ring/caller.h"
 #include "ring/service.h"
@@ -56,7 +59,7 @@ struct Shard {
 
 struct Link {  // a connection: a socket, a ring, and the thread that serves it
   int fd = memfd_create("ring", MFD_CLOEXEC), ends[2];
-  RingPtr ring;
+  std::shared_ptr<Ring> ring;
   std::unique_ptr<Attachment> attachment;
 
   explicit Link(const Shard& shard) {
@@ -98,10 +101,10 @@ struct Tokens {
   }
 };
 
-inline std::shared_ptr<Plan> plan_of(std::vector<RingPtr> rings, std::vector<int32_t> shard, std::vector<int32_t> num_replicas) {
+inline std::shared_ptr<Plan> plan_of(std::vector<WayPtr> rings, std::vector<int32_t> shard, std::vector<int32_t> num_replicas) {
   bool is_replicated = false;
   for (int32_t each : num_replicas) is_replicated |= each > 1;
-  return std::make_shared<Plan>(Plan{std::move(rings), std::move(shard), std::move(num_replicas), is_replicated});
+  return std::make_shared<Plan>(Plan{std::move(rings), std::move(shard), std::move(num_replicas), is_replicated, 0, false});
 }
 
 inline Failure called(const std::shared_ptr<Plan>& plan, Tokens& rows, const Batch& batch) {

@@ -44,7 +44,8 @@ int main(int argc, char** argv) {
     const int slot = link.ring->lend();
     CHECK(slot >= 0);
     fill(random, link.ring->box(slot));
-    link.ring->post(slot, spoiled(random));
+    link.ring->post(slot, spoiled(random), {});
+    link.ring->wake();
     if (random() % 64 == 0) scribble(random, link.ring->box(slot), 256);  // while it is read
     ++codes[link.ring->wait(slot, now_s() + 60)];
     link.ring->take_back(slot);

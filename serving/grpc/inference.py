@@ -131,7 +131,7 @@ class Answer:
         chat: ChatRequest | None,
         sends_prompt: bool,
     ):
-        self._name = functools.partial(token_text, front.tokenizer)
+        self._name, self._numerics = functools.partial(token_text, front.tokenizer), front.info.numerics
         self._prompt_ids = prompt_ids if sends_prompt else []
         self._shows_reasoning = chat is None or chat.include_reasoning
         self._parsers: list[Parser] = [Verbatim() for _ in range(params.n)]
@@ -175,7 +175,10 @@ class Answer:
 
     def _final(self, index: int, delta: Delta) -> pb.Final:
         final = to_final(delta, self._parsers[index].num_calls > 0)
-        final.index = index
+        final.index, final.system_fingerprint = index, self._numerics.fingerprint(delta.version)
+        if self._numerics.is_mixed:
+            final.weights_formats.extend(self._numerics.formats)
+            final.is_not_reproducible = True
         final.prompt_token_ids.extend(self._prompt_ids)
         if delta.experts_TLK is not None:
             final.routed_experts = npy(delta.experts_TLK)

@@ -1,8 +1,9 @@
 """Answers in OpenAI's shapes: whole ones and server-sent chunks, for completions and chat completions.
 
 Pure functions over collected Deltas; no I/O. Token texts come from the tokenizer's byte table, because a token may hold
-part of a character. `system_fingerprint` tells the version of the weights, which may change between two requests. Where it
-changed within one, its choice says so: a chunk has `weights_version`, a whole choice `weights_versions`.
+part of a character. `system_fingerprint` tells the version of the weights, which may change between two requests, and what
+they are computed in. Where the version changed within one, its choice says so: a chunk has `weights_version`, a whole choice
+`weights_versions`.
 """
 
 import json
@@ -14,6 +15,7 @@ import numpy as np
 
 from serving.http import schema
 from serving.http.logprobs import Echo, Offsets, in_parts, joined_lists, namer, openai_lists, prompt_entries
+from trinity.engine.numerics import Numerics
 from trinity.engine.prompt_logprobs import PromptLogprobs
 from trinity.engine.request import Delta, TokenLogprobs
 from trinity.text.answers import Parser, read
@@ -110,10 +112,12 @@ class Envelope:
     id: str
     created: int
     model: str
+    numerics: Numerics
 
     def wrap(self, kind: str, choices: list[dict[str, Any]], version: int, **more: Any) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**head, "system_fingerprint": f"weights-{version}", "choices": choices, **more}
+        head |= {"system_fingerprint": self.numerics.fingerprint(version), **self.numerics.told}
+        return {**head, "choices": choices, **more}
 
 
 class CompletionFormat:

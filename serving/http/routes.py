@@ -97,7 +97,7 @@ async def respond(
     form: Format,
 ) -> Response:
     """Run all jobs side by side and answer as a stream or as a whole."""
-    envelope = Envelope(form.prefix + new_request_id(), now_s(), served.model)
+    envelope = Envelope(form.prefix + new_request_id(), now_s(), served.model, front.info.numerics)
     front.check_routed_experts(body.return_routed_experts)
     for job in jobs:
         front.check(job.prompt_ids, job.params)

@@ -52,13 +52,17 @@ class Answer(Protocol):
 async def responses(front: Frontend, request: Request) -> Response:
     body = await parse(front, ResponsesRequest, request)
     served = front.served(body.model)
-    return await _respond(front, request, body, served, ResponsesAnswer(body, served.model, now_s()))
+    return await _respond(
+        front, request, body, served, ResponsesAnswer(body, served.model, now_s(), front.info.numerics)
+    )
 
 
 async def messages(front: Frontend, request: Request) -> Response:
     body = await parse(front, MessagesRequest, request)
     served = front.served(body.model)
-    return await _respond(front, request, body, served, MessagesAnswer(served.model, request.scope[REQUEST_ID]))
+    return await _respond(
+        front, request, body, served, MessagesAnswer(served.model, request.scope[REQUEST_ID], front.info.numerics)
+    )
 
 
 async def count_tokens(front: Frontend, request: Request) -> Response:

@@ -21,11 +21,14 @@ from trinity.data.prepare import prepare
 from trinity.models.common.family import Nobody
 from trinity.models.registry import build
 from trinity.models.rules.init import named_generator
+from trinity.pool.local import local_pool
+from trinity.rpc.messages import Load
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
 
 NUM_STEPS, NUM_TOKENS = 5, 16
+FORMS = ("float32", "int8")  # of experts, by shard
 SHAPE = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, head_dim=8,
     num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
@@ -70,10 +73,11 @@ def kill(ray, pool, shard):
 
 @each
 def test_training_in_actors_is_training_here_though_a_shard_dies(ray_session, family, tmp_path):
-    """The two-phase step: same bits after a SIGKILL between two of them."""
+    """The two-phase step: same bits after a SIGKILL between two of them, whatever forms inference has beside the weights; and
+    inference has a monolith's, on shards of either form."""
     from actors import pool as pools
 
-    config = config_of(family, tmp_path)
+    config = config_of(family, tmp_path, placement={"expert_dtype": FORMS})
     pool = pools.create(config.placement, "trinity", config.model, config.optim, str(tmp_path / "placement"))
     try:
         trainer = Trainer(config, pool, prepare(config.data, config.train, config.model, config.train.out_dir), Alone())
@@ -84,6 +88,8 @@ def test_training_in_actors_is_training_here_though_a_shard_dies(ray_session, fa
                 kill(ray_session, pool, "shard-1")
             losses.append(trainer.step().loss)
         saved = open_checkpoint(trainer.save())
+        forms = {status.shard: status.expert_dtype for status in pool.status()}
+        answers = routed(pool.dispatcher(NUM_STEPS), config.model)
     finally:
         pools.destroy(config.placement.pool, "trinity")
     want, reference = train_here(config, tmp_path / "here")
@@ -91,6 +97,21 @@ def test_training_in_actors_is_training_here_though_a_shard_dies(ray_session, fa
     mine, theirs = weights_of(saved), weights_of(reference)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert forms == {"shard-0": "float32", "shard-1": "int8"}
+    each_alone, load = (("float32",), ("int8",), FORMS), Load(str(saved.path), training=False)
+    alone = [local_pool(config.model, load, num_shards=2, expert_dtype=dtypes) for dtypes in each_alone]
+    plain, int8, both = (routed(each.dispatcher(NUM_STEPS), config.model) for each in alone)
+    assert torch.equal(answers, both)
+    assert not torch.equal(answers, plain)
+    assert not torch.equal(answers, int8)
+
+
+def routed(experts, model):
+    """What the experts of all layers make of some rows, each of which goes to several."""
+    rng = torch.Generator().manual_seed(3)
+    x_TD, ids_TK = torch.randn(16, model.hidden_size, generator=rng), torch.arange(32).view(16, 2) % model.num_experts
+    with torch.inference_mode():
+        return torch.stack([experts(layer, x_TD, ids_TK, torch.full((16, 2), 0.5)) for layer in model.moe_layers])
 
 
 def write_checkpoint(config, folder):

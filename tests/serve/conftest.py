@@ -15,7 +15,7 @@ from fake import FakeEngine, fake_tokenizer
 from operated import FakeOperator
 from telling import TellingEngine
 
-from serving.engine import LocalClient
+from serving.engine import NUMERICS, LocalClient
 from serving.frontend import Frontend
 from serving.gateway import Gateway
 from tests.waiting import WAIT_S
@@ -31,10 +31,10 @@ class Running:
 
 
 @asynccontextmanager
-async def running(engine=None, operator=None, source=None, **serve):
+async def running(engine=None, operator=None, source=None, numerics=NUMERICS, **serve):
     engine = engine or FakeEngine()
     config = ServeConfig(**{"http_port": 0, "grpc_port": 0, "drain_timeout_s": 5, **serve})
-    client = LocalClient(engine, fake_tokenizer(), "fake")
+    client = LocalClient(engine, fake_tokenizer(), "fake", numerics)
     connect = None if operator is None else lambda: operator
     gateway = Gateway(Frontend(client, client.tokenizer, await client.info(), config, connect, source))
     await gateway.start()

@@ -66,7 +66,8 @@ class Port:
         self.pool = local_pool(MODEL, Load(seed=5), optim=OptimConfig(), backend="torch")
         self.shard = self.pool.transport.shards["shard-0"]
         self.oracle = LocalTransport(self.pool.transport.shards)
-        self.server = DirectServer(Combiner(self.shard), LIMITS, SECRET, host, **how)
+        layers = self.shard.compute_natively()  # None without the extension
+        self.server = DirectServer(Combiner(self.shard), LIMITS, SECRET, host, service=layers and layers.service, **how)
         self.address = self.server.address
 
     def stranger(self):

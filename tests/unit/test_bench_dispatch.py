@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 
+from trinity import native
 from trinity.bench import dispatch, echo, process
 from trinity.cli import main
 from trinity.errors import Unavailable
@@ -88,16 +90,27 @@ def test_a_wrong_answer_is_not_timed():
         dispatch._dispatch(echo.Recorder(Wrong()), 2, 16, 8)
 
 
-def test_experts_in_a_child_are_those_of_a_shard_here():
+def test_experts_in_a_child_are_those_of_a_shard_here(monkeypatch, capfd):
+    """Also in one without the extension, which says so, near and far away: its callers are answered with the same bits."""
     dim, secret = 16, "5e" * 32
-    with process.children([{"role": "shard", "dim": dim, "secret": secret}]) as [child], ExitStack() as stack:
-        transport = dispatch._direct([echo.Address(**child.hear())], secret, stack)
-        here = echo.ExpertShard(echo.shard_spec(dim))
+    orders = [{"role": "shard", "dim": dim, "secret": secret}]
+    with ExitStack() as stack, torch.inference_mode():
+        [child] = stack.enter_context(process.children(orders))
+        monkeypatch.setenv("TRINITY_NATIVE", "0")
+        [plain] = stack.enter_context(process.children(orders))
+        here, batch = echo.ExpertShard(echo.shard_spec(dim)), echo.batch(16, dim)
         here.load(echo.Load(seed=0))
-        with torch.inference_mode():
-            batch = echo.batch(16, dim)
-            there = echo.dispatcher_of(transport, 1)(echo.LAYER, *batch)
-            assert torch.equal(there, echo.dispatcher_of(echo.Recorder(here), 1)(echo.LAYER, *batch))
+        want = echo.dispatcher_of(echo.Recorder(here), 1)(echo.LAYER, *batch)
+        near = [echo.Address(**each.hear()) for each in (child, plain)]
+        for address in (*near, *(replace(each, machine="elsewhere") for each in near)):
+            dispatcher = echo.dispatcher_of(dispatch._direct([address], secret, stack), 1)
+            for _ in range(3):
+                assert torch.equal(dispatcher(echo.LAYER, *batch), want)
+    if native.lib is not None:
+        told = [line for line in capfd.readouterr().err.splitlines() if "takes the plain path" in line]
+        assert len(told) == 1
+        assert told[0].startswith("a caller at unix:")
+        assert f"computes with {native.computes()}, this process with python" in told[0]
 
 
 def test_children_end_when_the_bench_is_killed():

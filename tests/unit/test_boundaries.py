@@ -125,7 +125,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actors.shard": {"actors.names", "actors.dataplane", "actors.shard_server", "trinity.experts"},
     "actors.control": {
         "trinity.experts", "trinity.placement", "trinity.pool", "trinity.rpc", "actors.names", "actors.dataplane",
-        "actors.shard",
+        "actors.shard", "actors.sync",
     },
     "actors.pool": {
         "trinity.dispatch", "trinity.placement", "trinity.pool", "trinity.rpc", "trinity.state", "actors.names",
@@ -186,7 +186,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving.line_end": {"serving.slices", "trinity.engine"},
     "serving.lines": {"serving.line_end", "serving.slices", "trinity.engine"},
     "serving.slices": {"trinity.engine"},
-    "serving.fitting": {"trinity.engine", "trinity.models.registry"},
+    "serving.fitting": {"trinity.engine", "trinity.models.registry", "trinity.pool"},
     "serving.launch": {"trinity.checkpoint", "trinity.engine", "trinity.pool", "trinity.rpc", "trinity.text", "actors.pool"},
     "serving.app": {
         "actors.control", "actors.names", "serving.addresses", "serving.engine", "serving.frontend", "serving.gateway",

@@ -8,20 +8,26 @@ import torch
 
 from tests.unit.test_replicas import FOREVER, LAYER, MODEL, copy_all
 from trinity.checkpoint import all_experts
-from trinity.config import LoraConfig, OptimConfig
+from trinity.config import Config, LoraConfig, OptimConfig, PlacementConfig
 from trinity.dispatch.transport import LocalTransport
-from trinity.errors import ConfigError, InvalidRequest
+from trinity.dispatch.view import StaticView
+from trinity.errors import ConfigError, InvalidRequest, StepConflict, VersionGone
 from trinity.experts.base import Assignments
 from trinity.experts.derived import FORMS, shapes_of
 from trinity.experts.derived_compute import infer
 from trinity.experts.layer import ready_layers
 from trinity.experts.migration import migrate_in
-from trinity.experts.native_layers import is_possible
+from trinity.experts.native_experts import matrices_of
 from trinity.experts.shard import ExpertShard, ShardSpec
+from trinity.experts.sizes import replica_bytes
 from trinity.experts.stacked import derived_rows
 from trinity.ops import formats
 from trinity.ops.batch_invariant import fused_mlp
 from trinity.ops.unpack import unpacked
+from trinity.placement.table import PlacementTable
+from trinity.pool.local import shard_specs
+from trinity.pool.memory import experts_bytes
+from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import (
     REMOTE,
     WEIGHT,
@@ -127,7 +133,7 @@ def test_rows_have_the_same_bits_in_any_company_and_are_products_of_the_formats_
     end = torch.bincount(expert, minlength=NUM).cumsum(0)
     with torch.no_grad():
         exact = fused_mlp.feed_forward(x[order], gate, up, down.contiguous(), end, weight[order])
-    if name == "int8":  # rows are rounded as well
+    if name in ("int8", "bfloat16"):  # rows are rounded as well
         torch.testing.assert_close(whole[order], exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
     else:
         assert torch.equal(whole[order], exact)
@@ -160,8 +166,9 @@ def step_all(shards, step):
         shard.commit(Commit(step))
 
 
-def answers(shard, layer, version, experts):
+def answers(shard, layer, version, experts, is_native=True):
     """y of rows that one expert each computes."""
+    shard._is_native = lambda _: is_native
     x = torch.randn(len(experts), MODEL.hidden_size, generator=torch.Generator().manual_seed(version))
     ids = torch.tensor([[expert, REMOTE] for expert in experts])
     return shard.infer(Forward("", layer, 0, version, FOREVER, Rows(x, ids, torch.full((len(experts), 2), 0.7))))
@@ -200,7 +207,9 @@ def test_moved_replicated_and_updated_at_once_they_have_a_monoliths_bits(name):
             held = shard.experts[LAYER]
             for version in {shard.version, max(0, shard.version - 1)}:
                 if version == shard.version or set(shard.weights.holds(version, LAYER)) >= set(held):
-                    assert torch.equal(answers(shard, LAYER, version, held), answers(whole, LAYER, version, held)), (
+                    assert torch.equal(
+                        answers(shard, LAYER, version, held), answers(whole, LAYER, version, held, False)
+                    ), (
                         turn,
                         what,
                     )
@@ -223,11 +232,11 @@ def test_a_pool_that_serves_has_that_form_alone_and_the_bits_of_one_that_trains(
     held = served.experts[LAYER]
     assert held == (0, 1, 2, 4, 6, 7)
     ready = [ready_layers(shard.store.current, MODEL, None)[LAYER] for shard in (served, trained, plain)]
-    assert [is_possible(layer) for layer in ready] == [
-        False,
-        False,
+    assert [matrices_of(layer) is not None for layer in ready] == [
+        name == "int8",
+        name == "int8",
         True,
-    ]  # C++ knows fp32 alone, and must not answer for it
+    ]  # C++ knows no fp4
     assert torch.equal(answers(served, LAYER, 0, held), answers(trained, LAYER, 0, held))
     assert not torch.equal(answers(served, LAYER, 0, held), answers(plain, LAYER, 0, held))
     size = served.status(Status()).weight_bytes / served.weights.num_experts
@@ -262,6 +271,38 @@ def test_what_comes_without_its_form_is_refused():
     assert int8.experts[LAYER] == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--placement.expert_dtype", "[int8, fp9]"], r"placement.expert_dtype.1: .* \(got 'fp9'\)"),
+        (["--placement.expert_dtype", "int8", "--optim.lora.rank", "4"], "int8 knows no adapters"),
+        (
+            ["--placement.expert_dtype", "nvfp4", "--model.moe_intermediate_size", "24"],
+            r"multiples of 16; .* \(128, 24\)",
+        ),
+        (
+            ["--placement.expert_dtype", "[float32, int8]", "--placement.device", "cuda"],
+            "int8 is computed on CPUs, not on cuda",
+        ),
+        (["--placement.expert_dtype", "fp8", "--placement.num_gpus_per_shard", "1"], "fp8 is computed on CPUs"),
+    ],
+)
+def test_settings_of_what_cannot_be_are_refused_before_anything_is_started(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.load(None, flags, model="tiny")
+
+
+def test_a_shards_form_is_the_one_whose_turn_its_number_is():
+    found = Config.load(None, ["--placement.expert_dtype", "[float32, int8, fp8]"], model="tiny").placement
+    names = ("shard-0", "shard-1", "shard-2", "shard-3", "shard-13", "a")
+    assert [found.expert_dtype_of(name) for name in names] == ["float32", "int8", "fp8", "float32", "int8", "float32"]
+    assert (
+        Config.load(None, ["--placement.expert_dtype", "int8"], model="tiny").placement.expert_dtype_of("shard-7")
+        == "int8"
+    )
+    assert Config.load(None, [], model="tiny").placement.expert_dtype_of("shard-0") is None
+
+
 def test_what_cannot_be_is_refused_when_the_shard_is_made():
     for changes, message in (
         ({"optim": OptimConfig(lora=LoraConfig(rank=2))}, "knows no adapters"),
@@ -271,3 +312,111 @@ def test_what_cannot_be_is_refused_when_the_shard_is_made():
         settings = {"name": "a", "model": MODEL, "experts": {}, "expert_dtype": "int8", **changes}
         with pytest.raises(ConfigError, match=message):
             ExpertShard(ShardSpec(**settings))
+
+
+# -- shards of several forms, which somebody asked for
+
+LORA = {"lora": LoraConfig(rank=2)}
+MIXED = ("int8", "float32", "bfloat16")
+
+
+def mixed_shards(optim, model=MODEL, dtypes=MIXED):
+    """Shards of one pool, each with two experts and in the form that is its number's turn."""
+    settings, shards = PlacementConfig(expert_dtype=dtypes), {}
+    table = PlacementTable.spread(model.moe_layers, NUM, [f"shard-{i}" for i in range(len(dtypes))])
+    for spec in shard_specs(table, model, optim, settings, "cpu"):
+        shards[spec.name] = ExpertShard(spec)
+        shards[spec.name].load(Load(seed=5, training=optim is not None))
+    return shards
+
+
+def test_shards_of_several_forms_have_each_a_monoliths_bits_wherever_experts_come_from():
+    shards = mixed_shards(OptimConfig())
+    wholes = [shard_of("whole", range(NUM), form, OptimConfig()) for form in MIXED]
+    for turn in range(3):
+        step_all([*wholes, *shards.values()], turn + 1)
+        for at, (name, shard) in enumerate(shards.items()):
+            others = {s: other for s, other in shards.items() if s != name}
+            new = next(e for e in range(NUM) if e not in shard.experts[LAYER])
+            copy_all(shard, [new], {s: other for s, other in others.items() if new in other.experts[LAYER]})
+            held = shard.experts[LAYER]
+            assert new in held
+            assert torch.equal(answers(shard, LAYER, turn + 1, held), answers(wholes[at], LAYER, turn + 1, held))
+    step_all([*wholes, *shards.values()], 4)  # what came with another form's state takes steps, too
+    for shard, whole in zip(shards.values(), wholes, strict=True):
+        assert torch.equal(
+            answers(shard, LAYER, 4, shard.experts[LAYER]), answers(whole, LAYER, 4, shard.experts[LAYER])
+        )
+
+
+def test_where_they_serve_the_checkpoint_is_read_for_what_no_other_shard_has():
+    shards, source = mixed_shards(None), Load(seed=5, training=False)
+    for name, form in (("shard-0", "int8"), ("shard-1", None)):
+        shard, there = shards[name], "shard-1" if name == "shard-0" else "shard-0"
+        new = shards[there].experts[LAYER][0]
+        copy = Copy(LAYER, (new,), (there,), 0, FOREVER)
+        with pytest.raises(StepConflict, match="in no checkpoint"):
+            migrate_in(shard, copy, LocalTransport(shards), None)
+        migrate_in(shard, copy, LocalTransport(shards), source)
+        held = shard.experts[LAYER]
+        assert torch.equal(answers(shard, LAYER, 0, held), answers(shard_of("w", range(NUM), form), LAYER, 0, held))
+
+
+def test_an_older_version_without_its_master_is_not_made_into_another_form():
+    """Its bits would be those of weights that were rounded before."""
+    shards = mixed_shards(OptimConfig(), MODEL.model_copy(update={"dtype": "bfloat16"}), ("int8", "bfloat16"))
+    step_all(shards.values(), 1)
+    expert = shards["shard-1"].experts[LAYER][0]
+    with pytest.raises(VersionGone, match="without its fp32 master, of which int8 is made"):
+        migrate_in(shards["shard-0"], Copy(LAYER, (expert,), ("shard-1",), 0, FOREVER), LocalTransport(shards), None)
+    migrate_in(shards["shard-0"], Copy(LAYER, (expert,), ("shard-1",), 1, FOREVER), LocalTransport(shards), None)
+
+
+def test_forms_that_nobody_asked_for_are_refused_by_name():
+    model, load = MODEL, Load(seed=5, training=False)
+    table = PlacementTable.spread(model.moe_layers, NUM, ["a", "b"])
+    shards = {
+        name: ExpertShard(ShardSpec(name, model, table.experts_of(name), backend="torch", expert_dtype=form))
+        for name, form in (("a", "int8"), ("b", None))
+    }
+    message = "experts as float32 on b; int8 on a, which was not asked for.*expert_dtype, which is {}"
+    for asked, said in (((), "not set"), (("int8",), "int8"), (("int8", "fp8"), "int8, fp8")):
+        pool = ExpertPool(StaticView(table), LocalTransport(shards), 10.0, expert_dtypes=asked)
+        with pytest.raises(ConfigError, match=message.format(said)):
+            pool.load(load)
+    assert {shard.version for shard in shards.values()} == {-1}
+    assert (
+        ExpertPool(StaticView(table), LocalTransport(shards), 10.0, expert_dtypes=("int8", "float32")).load(load) == 0
+    )
+
+
+def test_experts_that_are_frozen_have_the_form_of_those_that_serve():
+    frozen = shard_of("a", range(NUM), "int8", OptimConfig(freeze=("experts",)))
+    assert torch.equal(
+        answers(frozen, LAYER, 0, range(NUM)), answers(shard_of("b", range(NUM), "int8"), LAYER, 0, range(NUM))
+    )
+
+
+@pytest.mark.parametrize("name", [None, *ODD])
+@pytest.mark.parametrize(
+    "optim", [None, *(OptimConfig(**each) for each in ({}, {"matrices": "adamw"}, {"freeze": ("experts",)}, LORA))]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_account_of_a_replicas_memory_is_what_a_shard_has(name, optim, dtype, monkeypatch):
+    """And the shard refuses, before it reads, what would not fit by it."""
+    if optim is not None and optim.lora.rank and name is not None:
+        return
+    model = MODEL.model_copy(update={"dtype": dtype})
+    shard = ExpertShard(ShardSpec("a", model, all_experts(model), optim, backend="torch", expert_dtype=name))
+    found, num = replica_bytes(model, optim, name), NUM * len(model.moe_layers)
+    for free in (num * found.most - 1, num * found.most):
+        monkeypatch.setattr("trinity.experts.loading.free_and_total", lambda device, free=free: (free, free))
+        if free < num * found.most:
+            with pytest.raises(ConfigError, match=f"{num} experts take .* is free on the node"):
+                shard.load(Load(seed=5, training=optim is not None))
+    assert shard.load(Load(seed=5, training=optim is not None)) == 0
+    assert sum(tensor.nbytes for tensor in shard.store.current.tensors.values()) == num * found.total
+    assert (found.step > 0) == (optim is not None and optim.trains_experts)
+    values, training = experts_bytes(model, optim, (name,) if name else ())
+    assert values + training == num * found.most
+    assert (f"{name} {found.form:,} bytes" in found.described(1, name)) == (found.form > 0)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from actors.dataplane import door, handshake, server
+from actors.dataplane.arithmetic import own_words
 from actors.dataplane.client import Connection, DirectTransport
 from actors.dataplane.connection import Address
 from actors.dataplane.frames import ANSWER, FAILURE, HEADER, WELCOME, BadFrame, Header, answer
@@ -150,7 +151,7 @@ def test_frames_before_the_handshake(port):
     for early in (*frames(), WELCOME):
         assert all(head.kind == FAILURE for head in tell_stranger(port, bytes(early)))
     for proven in (SECRET, b"\0" * 32):
-        assert [head.kind for head in tell_stranger(port, handshake.greeting() + proven)] == [FAILURE]
+        assert [head.kind for head in tell_stranger(port, handshake.greeting() + own_words() + proven)] == [FAILURE]
 
 
 def greeted(sock):
@@ -170,7 +171,8 @@ def test_a_proof_is_good_for_one_connection(port):
         first, second, mine = greeted(one), greeted(other), handshake.greeting()
         assert first != second
         meant = handshake.meant(port.address, near=False)
-        other.sendall(mine + handshake.proof(SECRET, "caller", handshake.transcript(meant, first, mine)))
+        known = handshake.transcript(meant, first, mine)
+        other.sendall(mine + own_words() + handshake.proof(SECRET, "caller", known, own_words()))
         assert [head.kind for head in said(other)] == [FAILURE]
 
 
@@ -347,8 +349,9 @@ def test_no_descriptors_left_is_no_reason_to_stop_listening():
     ],
     ids=["two-slots", "no-slots", "no-rows"],
 )
-def test_calls_that_wait_together_do_not_suffer_from_one_another(port, strange):
+def test_calls_that_wait_together_do_not_suffer_from_one_another(port, strange, monkeypatch):
     """Two members' inference of one layer is merged; a frame may have any number of slots and rows."""
+    monkeypatch.setattr(port.server, "service", None)  # by Python, where one can see what waits
     calls = [replace(call_of(op_id="a:1")), replace(call_of(**{"op_id": "b:1", **strange}))]
     wanted = [port.oracle.send("shard-0", "infer", call).result() for call in calls]
     with ExitStack() as stack:

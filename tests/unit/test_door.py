@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.dataplane import client, door, handshake, unix_socket
+from actors.dataplane import arithmetic, client, door, handshake, unix_socket
+from actors.dataplane.arithmetic import own_words
 from actors.dataplane.client import Connection
 from actors.dataplane.connection import Address, machine_id
 from actors.dataplane.door import Door
@@ -58,9 +59,9 @@ def impostor(request, tmp_path):
 
 ANSWERS = {  # what somebody without the secret can say to a caller's reply
     "welcome": lambda reply: WELCOME,
-    "any proof": lambda reply: WELCOME + bytes(PROOF_BYTES),
+    "any proof": lambda reply: WELCOME + own_words() + bytes(PROOF_BYTES),
     "the caller's own proof": lambda reply: WELCOME + reply[GREETING_BYTES:],
-    "a shared buffer's offer": lambda reply: bytes(len(WELCOME)) + bytes(PROOF_BYTES),
+    "a shared buffer's offer": lambda reply: bytes(len(WELCOME)) + own_words() + bytes(PROOF_BYTES),
 }
 
 
@@ -117,7 +118,41 @@ def test_a_proof_is_of_one_role_one_address_and_one_pair_of_nonces():
         (b"x" * 32, "caller", ("tcp:a:1", one, other)),
     ]
     proofs = {handshake.proof(secret, role, handshake.transcript(*known)) for secret, role, known in asked}
-    assert len(proofs) == len(asked)
+    proofs.add(handshake.proof(SECRET, "caller", handshake.transcript("tcp:a:1", one, other), b"2 python"))
+    assert len(proofs) == len(asked) + 1
+
+
+@pytest.mark.parametrize("side", ["a caller", "the shard"])
+def test_who_would_give_other_bits_is_refused_by_name(port, monkeypatch, side):
+    """Whoever of the two has the newer rules: it is the other that says so, or this one."""
+    main, number = threading.main_thread(), arithmetic.native.BITS
+
+    class Rules:
+        computes = staticmethod(arithmetic.native.computes)
+
+        @property
+        def BITS(self):
+            return number + ((threading.current_thread() is main) == (side == "a caller"))
+
+    monkeypatch.setattr(arithmetic, "native", Rules())
+    with pytest.raises(BadFrame, match=r"computes by rules for bits of number '.' \(.*float32.*answers would differ"):
+        Connection(port.address, SECRET, soon())
+
+
+def test_kernels_on_one_side_only_are_said_once(port, monkeypatch, caplog):
+    """Of a process without the extension, by both sides; who is there is greeted as ever."""
+    monkeypatch.setattr(arithmetic, "_told", set())
+    monkeypatch.setattr(arithmetic.native, "computes", lambda: f"{threading.current_thread().name}: float32")
+    threading.current_thread().name, before = "python", threading.current_thread().name
+    try:
+        for _ in range(3):
+            port.is_well()
+    finally:
+        threading.current_thread().name = before
+    said = [record.getMessage() for record in caplog.records if "plain path" in record.getMessage()]
+    assert len(said) == 2
+    assert any(line.startswith("the shard at") and "computes with trinity-door: float32" in line for line in said)
+    assert any(line.startswith("a caller at") and "computes with python: float32" in line for line in said)
 
 
 @pytest.mark.parametrize(("ahead_s", "said"), [(30, "30.0 s ahead of"), (-2, "2.0 s behind"), (0.5, ""), (0, "")])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving import fitting
-from trinity.config import Config, EngineConfig, preset
+from trinity.config import Config, EngineConfig, merge, parse_flags, preset
 from trinity.engine.kv_layout import BlockSizes, plan_layout
 from trinity.engine.memory import CPU_BYTES, LEAST_TOKENS, Memory, plan_memory
 from trinity.errors import ConfigError
@@ -181,6 +181,18 @@ def test_replicas_workers_and_training_count(monkeypatch):
     fitting.fitted(Config.from_tree(training))
     assert [each["weights"] for each in seen] == [2 * routed + backbone, routed + 2 * backbone]
     assert seen[1]["others"] > 11 * routed
+    seen.clear()
+    for dtype in ("int8", "[bfloat16, int8]"):
+        config = Config.from_tree(
+            {"model": "mini", **merge(training, parse_flags(["--placement.expert_dtype", dtype]))}
+        )
+        fitting.fitted(config.replace(serve={"weights": "checkpoint"}))
+        fitting.fitted(config)
+    served, both, mixed, half = ((each["weights"] - backbone) / routed for each in seen)
+    assert 0.5 < served < 0.51  # a byte of two, and scales
+    assert mixed == pytest.approx((1 + served) / 2)
+    backbones = backbone / routed  # a worker has one, too
+    assert (both, half) == pytest.approx((1 + served + backbones, 1 + served / 2 + backbones))
 
 
 def groups(root, lines, files, available=8 * GIB):

@@ -11,14 +11,17 @@ from trinity.config import preset
 from trinity.engine.exact_attention import ExactPlan, Reads, _described
 from trinity.experts import native_experts
 from trinity.experts.base import LayerWeights
+from trinity.experts.derived import FORMS, DerivedLayer
+from trinity.experts.derived_compute import infer as derived_infer
 from trinity.experts.layer import ReadyLayer, _positions, assignments, slots_of
 from trinity.experts.torch_backend import TorchBackend
 from trinity.models.common import native_step
 from trinity.models.common.family import Nobody
 from trinity.models.common.native_step import NativeAfter, NativeBefore
 from trinity.models.registry import build
-from trinity.ops import batch_invariant
+from trinity.ops import extension
 from trinity.ops.batch_invariant.attention import Seen, attention
+from trinity.ops.quantised import Int8, multiply, quantised
 from trinity.rpc.messages import REMOTE
 
 pytestmark = pytest.mark.skipif(not hasattr(native.lib, "step_route"), reason="the extension is not built")
@@ -39,6 +42,15 @@ def model_of(name, dtype):
         noise = torch.randn(tensor.shape, generator=rng)
         tensor.data.copy_(1 + 0.2 * noise if tensor.ndim == 1 else noise * 2 * tensor.shape[-1] ** -0.5)
     return model
+
+
+def derived_layer(form, stacks_ENK):
+    words = [form.empty(stack.shape[1:], len(stack)) for stack in stacks_ENK]
+    for stack, own in zip(stacks_ENK, words, strict=True):
+        for at, matrix in enumerate(stack):
+            form.derive(own, at, matrix)
+    parts = (form.parts(own, stack.shape[1:]) for stack, own in zip(stacks_ENK, words, strict=True))
+    return DerivedLayer(form, *parts)
 
 
 def rows(model, num, seed=0):
@@ -103,6 +115,27 @@ def test_equal_scores_choose_the_same_experts(experts, top_k, groups):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize(("experts", "top_k", "normalises"), [(128, 8, True), (60, 4, False), (3, 1, True)])
+def test_a_softmax_is_one_function_of_ours(experts, top_k, normalises):
+    from trinity.models.common.router import SoftmaxRouter
+
+    router = SoftmaxRouter(8, experts, top_k, normalises=normalises)
+    logits_TE = torch.randn(300, experts, generator=torch.Generator().manual_seed(2)) * 9
+    logits_TE[0], router.is_exact = 0, True
+    logits_TE[1, 0] = torch.nan
+    expected, found = router.routed(logits_TE), native_step._routed(router, len(logits_TE))
+    found[0].copy_(logits_TE)
+    what = native_step.struct.pack(
+        native_step.ROUTE, 0, 8, 8, *native_step._norms(native_step._place, None, None),
+        *native_step._matrices(native_step._place, None, router.gate), *native_step._choice(native_step._place, router),
+    )  # fmt: skip
+    native.lib.step_choose(what, len(logits_TE), *(part.data_ptr() for part in found))
+    pairs = [*zip(found, expected, strict=True)]
+    assert all(torch.equal(a[2:], b[2:]) and torch.equal(a[0], b[0]) for a, b in pairs)
+    assert expected.scores_TE[1].isnan().all()
+    assert torch.allclose(expected.scores_TE[2:], logits_TE[2:].softmax(-1), rtol=1e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 2, 128), (6, 6, 64), (5, 1, 20), (12, 2, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_has_the_bits_of_the_compiled_one(heads, groups, dim, dtype):
@@ -118,6 +151,26 @@ def test_attention_has_the_bits_of_the_compiled_one(heads, groups, dim, dtype):
     plan = ExactPlan(nothing, nothing, (), (Reads(slice(0, 5), seen),))
     native.lib.step_attend(_described(plan, q, k), 2, *(t.data_ptr() for t in (q, k, v, k, v, found)))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_may_be_of_other_formats_than_rows(dtype):
+    model, lib, at = model_of("tiny", str(dtype)[6:]), native.lib, native_step._place
+    pre, h_TD = next(model.blocks()).pre, rows(model, 9)
+    attention, x_TD = pre.self_attn, pre.input_layernorm(h_TD)
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.gate_proj)
+    stored = [quantised(part.weight) for part in parts]
+    fields = [(at(w.q), 0, at(w.scale), at(w.total), *w.q.shape, extension.INT8) for w in stored]
+    fields[1] = tuple(native_step._matrices(at, parts[1]))  # one as it is
+    norms = native_step._norms(at, pre.input_layernorm, None, None)
+    head = (dtype == torch.bfloat16, h_TD.shape[1], attention.head_dim, 0)
+    what = native_step.struct.pack(native_step.PROJECT, *head, *norms, *itertools.chain(*fields))
+    found = [torch.empty(len(h_TD), part.out_features, dtype=dtype) for part in parts]
+    lib.step_project(what, 2, len(h_TD), at(h_TD), 0, 0, *map(at, found))
+    end = torch.tensor([len(h_TD)])
+    expected = [multiply(x_TD, Int8(*(each[None] for each in w)), end).to(dtype) for w in stored]
+    expected[1] = parts[1](x_TD)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_hooks_adapters_and_gradients_need_the_modules():
@@ -151,7 +204,7 @@ def test_a_part_whose_bits_differ_is_never_used(monkeypatch, caplog):
     model = model_of("tiny", "float32")
     block, h_TD = next(model.blocks()), rows(model, 2)
     table = model.model.table(torch.arange(2), torch.float32)
-    monkeypatch.setattr(native_step, "_agreed", {})
+    monkeypatch.setattr(native_step, "tried", {})
     honest = NativeBefore.route
     monkeypatch.setattr(NativeBefore, "route", lambda *given: honest(*given)._replace(x_TD=honest(*given).x_TD + 1e-6))
     assert block._native_pre(h_TD, table, native_step._nobody) is None
@@ -167,24 +220,32 @@ def test_a_description_of_another_size_is_refused():
 
 @pytest.mark.parametrize(("num", "held"), [(1, 9), (40, 9), (40, 4), (3, 0), (200, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_at_once_have_the_bits_of_the_backend(num, held, dtype):
-    rng, (dim, hidden, top_k, num_experts) = torch.Generator().manual_seed(4), (40, 20, 5, 9)
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_experts_at_once_have_the_bits_of_python(num, held, dtype, form, monkeypatch):
+    rng, (dim, hidden, top_k, num_experts) = torch.Generator().manual_seed(4), (48, 32, 5, 9)
     stacks = [
         torch.randn(held, a, b, generator=rng).mul(b**-0.5).to(dtype)
         for a, b in ((hidden, dim), (hidden, dim), (dim, hidden))
     ]
     ids_E = torch.randperm(num_experts, generator=rng)[:held].sort().values
     weights = LayerWeights(stacks[0], stacks[1], stacks[2].mT)
-    layer = ReadyLayer(tuple(ids_E.tolist()), ids_E, _positions(ids_E, num_experts), weights, None, None, {})
+    derived = None if form is None else derived_layer(FORMS[form], stacks)
+    layer = ReadyLayer(tuple(ids_E.tolist()), ids_E, _positions(ids_E, num_experts), weights, derived, None, {})
     ids_RK = torch.stack([torch.randperm(num_experts, generator=rng)[:top_k] for _ in range(num)])
     ids_RK = torch.where(torch.isin(ids_RK, ids_E), ids_RK, REMOTE)
     x_RD, weights_RK = torch.randn(num, dim, generator=rng).to(dtype), torch.rand(num, top_k, generator=rng)
     found = native_experts.infer(layer, x_RD, ids_RK, weights_RK)
-    assert found is not None or not batch_invariant.at_once(x_RD, *stacks)
+    assert (found is None) == (not held or form in ("fp8", "nvfp4"))
     if found is None:
         return
     slots = slots_of(layer, Namespace(rows=Namespace(ids_RK=ids_RK)), AssertionError)
-    assert torch.equal(found[0], TorchBackend()(x_RD, assignments(slots, weights_RK, "cpu"), weights))
+    assigned = assignments(slots, weights_RK, "cpu")
+    for lib in (native.lib, None):
+        monkeypatch.setattr(native, "lib", lib)
+        monkeypatch.setattr(extension, "lib", lib)
+        twin = TorchBackend()(x_RD, assigned, weights) if derived is None else derived_infer(x_RD, assigned, derived)
+        assert torch.equal(found[0], twin)
+    monkeypatch.undo()
     assert found[1].tolist() == torch.bincount(slots.expert_A, minlength=held).tolist()
     ids_RK[0, 0] = next((e for e in range(num_experts) if e not in layer.experts), REMOTE)
     assert (native_experts.infer(layer, x_RD, ids_RK, weights_RK) is None) == (held < num_experts)

@@ -1,11 +1,14 @@
-"""Inference through rings in C++ against the same in Python: same bits, same errors, whoever dies, stops or writes nonsense."""
+"""Inference in C++, through rings and over TCP, against the same in Python: same bits, same errors, whoever dies, stops or
+writes nonsense."""
 
+import itertools
 import mmap
 import os
 import random
 import signal
 import socket
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +26,10 @@ from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.near import NearExchange
 from trinity.dispatch.transport import LocalTransport
 from trinity.errors import DeadlineExceeded, StepConflict, TrinityError, Unavailable, VersionGone
+from trinity.experts import native_experts
 from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
-from trinity.rpc.messages import Commit, Fetch, Install, Load, Prepare, PruneTo, Stage, Status
+from trinity.rpc.messages import Commit, Fetch, Forward, Install, Load, Prepare, PruneTo, Rows, Stage, Status
 
 pytestmark = pytest.mark.skipif(not ring.is_possible(), reason="the extension is not built, or switched off")
 
@@ -37,13 +41,28 @@ SECRET = b"s" * 32
 ALL = tuple(range(8))
 
 
+@pytest.fixture
+def far(monkeypatch):
+    """Callers take each shard's host for another: they go over TCP."""
+    monkeypatch.setattr("actors.dataplane.client.machine_id", lambda: "elsewhere")
+
+
+@pytest.fixture(params=["ring", "tcp"])
+def either(request):
+    """Both ways, one after the other."""
+    if request.param == "tcp":
+        request.getfixturevalue("far")
+
+
 class Served:
     """Shards of a pool in this process, behind sockets and rings; `alone` reaches the same shards without either."""
 
-    def __init__(self, num_shards=2, table=None, dtype=torch.float32):
+    def __init__(self, num_shards=2, table=None, dtype=torch.float32, form=None):
         model = MODEL.model_copy(update=dict(dtype=str(dtype)[6:]))
         self.limits, self.local_model = FrameLimits(16, 8, dtype), model
-        self.local = local_pool(model, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch")
+        self.local = local_pool(
+            model, Load(seed=5), num_shards=num_shards, optim=OptimConfig(), backend="torch", expert_dtype=form
+        )
         self.shards = self.local.transport.shards
         self.table = self.local.table if table is None else table
         self.servers = {name: self._server(shard) for name, shard in self.shards.items()}
@@ -102,10 +121,25 @@ def held_by_all(world, model=MODEL):
             shard.install(Install(layer, ALL, 0, rows, epoch=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_the_bits_are_those_of_python(num_shards, dtype):
-    with served(num_shards, None, dtype) as world, torch.inference_mode():
+@pytest.mark.parametrize(
+    ("num_shards", "dtype", "form"),
+    [
+        *itertools.product((1, 2, 3), (torch.float32, torch.bfloat16), (None,)),
+        *((2, torch.float32, "int8"), (1, torch.bfloat16, "int8"), (2, torch.float32, "bfloat16")),
+    ],
+)
+def test_the_bits_are_those_of_python(num_shards, dtype, form, monkeypatch):
+    check_bits(num_shards, dtype, form, monkeypatch)
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")])
+def test_the_bits_over_tcp_are_those_of_python(far, dtype, form, monkeypatch):
+    check_bits(2, dtype, form, monkeypatch)
+
+
+def check_bits(num_shards, dtype, form, monkeypatch):
+    with served(num_shards, None, dtype, form) as world, torch.inference_mode():
+        monkeypatch.setattr(native_experts, "infer", lambda *_: None)  # the others' only
         dispatcher = world.dispatcher()
         for seed, num_tokens in enumerate((13, 1, 2, 70, 200)):
             x, ids, weights = batch(num_tokens, seed)
@@ -125,7 +159,7 @@ def test_the_bits_are_those_of_python(num_shards, dtype):
         assert dispatcher.num_retries == 0
 
 
-def test_calls_may_be_begun_ahead_and_what_is_not_wanted_is_let_go():
+def test_calls_may_be_begun_ahead_and_what_is_not_wanted_is_let_go(either):
     with served() as world, torch.inference_mode():
         dispatcher = world.dispatcher()
         near(dispatcher, LAYER, *batch())
@@ -161,9 +195,10 @@ def test_replicas_take_the_turns_that_they_take_in_python(dtype):
             assert sum(shard.status(Status(True)).rows[LAYER].values()) > 40
 
 
-def test_versions_are_those_that_python_computes():
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_versions_are_those_that_python_computes(either, form):
     """A step is committed: callers of either version get its bits, and of one that is gone the error that names it."""
-    with served(1) as world:
+    with served(1, None, torch.float32, form) as world:
         shard, (x, ids, weights) = world.shards["shard-0"], batch()
         with torch.inference_mode():
             found = [near(world.dispatcher(), LAYER, x, ids, weights)]
@@ -183,14 +218,21 @@ def test_versions_are_those_that_python_computes():
                     world.dispatcher(version=version)(LAYER, x, ids, weights)
 
 
-def test_experts_that_leave_are_not_computed_any_more():
-    with served(1) as world, torch.inference_mode():
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_experts_that_leave_are_not_computed_any_more(either, form):
+    with served(1, None, torch.float32, form) as world, torch.inference_mode():
         shard, call = world.shards["shard-0"], (LAYER, *batch(5))
         dispatcher = world.dispatcher()
         want = near(dispatcher, *call)
         shard.prune_to(PruneTo(dict.fromkeys(MODEL.moe_layers, ALL[:4]), 2))
         few = batch(5)[0], batch(5)[1] % 4, batch(5)[2]
         assert torch.equal(near(dispatcher, LAYER, *few), world.alone(LAYER, *few))
+        again = local_pool(MODEL, Load(seed=5), optim=OptimConfig(), backend="torch", expert_dtype=form)
+        source = again.transport.shards["shard-0"]
+        kinds = {kind: (source.fetch(Fetch(LAYER, 6, 0, 4e9, kind)),) for kind in shard.weights.kinds(0)}
+        shard.install(Install(LAYER, (6,), 0, kinds, epoch=3))  # one comes back
+        few[1][few[1] == 1] = 6
+        assert torch.equal(near(dispatcher, LAYER, *few), source.infer(Forward("", LAYER, 0, 0, 4e9, Rows(*few))))
         dispatcher.timeout_s = 0.2
         with pytest.raises(TrinityError, match="does not hold expert"):
             dispatcher(*call)
@@ -204,31 +246,35 @@ def stop(pid):
 
 def test_a_shard_that_stops_or_dies_is_told_by_the_deadline(monkeypatch):
     """SIGSTOP inside a native wait, and before there is a ring, then SIGCONT, then SIGKILL: an error each time, and the right
-    rows between."""
+    rows between; through a ring, and over TCP."""
     monkeypatch.setattr("actors.dataplane.client.HANDSHAKE_S", 1e6)  # not what ends a wait
     secret = "5e" * 32
     with ExitStack() as stack, torch.inference_mode():
         [child] = stack.enter_context(process.children([{"role": "echo", "dim": 16, "secret": secret}]))
-        address, call = echo.Address(**child.hear()), (echo.LAYER, *echo.batch(16, 16))
-        dispatcher, other = (echo.dispatcher_of(bench._direct([address], secret, stack), 1) for _ in range(2))
-        assert torch.equal(near(dispatcher, *call), call[1])
+        here, call = echo.Address(**child.hear()), (echo.LAYER, *echo.batch(16, 16))
+        addresses = here, replace(here, machine="elsewhere")
+        *ways, other = (echo.dispatcher_of(bench._direct([at], secret, stack), 1) for at in (*addresses, here))
+        for each in ways:
+            assert torch.equal(near(each, *call), call[1])
         assert torch.equal(other(*call), call[1])  # connected; the next call would ask for a ring
         stop(child.process.pid)
-        for each in (*[dispatcher] * 5, other):  # more than there are slots
+        for each in (*[ways[0]] * 5, *[ways[1]] * 2, other):  # more than there are slots
             each.timeout_s = 0.2
             with sooner_than(30), pytest.raises((DeadlineExceeded, Unavailable), match="shard-0"):
                 each(*call)
         os.kill(child.process.pid, signal.SIGCONT)
-        dispatcher.timeout_s = 30
-        assert torch.equal(near(dispatcher, *call), call[1])
-        sent = dispatcher.begin(*call)
+        for each in ways:
+            each.timeout_s = 30
+            assert torch.equal(near(each, *call), call[1])
+        sent = [each.begin(*call) for each in ways]
         stop(child.process.pid)
-        sent = [sent, dispatcher.begin(*call)]
+        sent = [*sent, *(each.begin(*call) for each in ways)]
         os.kill(child.process.pid, signal.SIGKILL)
-        dispatcher.timeout_s = 0.2
-        sent[1]._asked = (*sent[1]._asked[:-1], dispatcher.deadline())
-        with sooner_than(30), pytest.raises((Unavailable, DeadlineExceeded), match="shard-0"):
-            sent[1].result()
+        for each, away in zip(ways, sent[2:], strict=True):
+            each.timeout_s = 0.2
+            away._asked = (*away._asked[:-1], each.deadline())
+            with sooner_than(30), pytest.raises((Unavailable, DeadlineExceeded), match="shard-0"):
+                away.result()
 
 
 def made_ring(num_bytes=None, seals=True):
@@ -281,6 +327,30 @@ def test_a_shard_that_has_no_extension_is_asked_over_the_socket():
             sent = dispatcher.begin(LAYER, *batch())
             assert not isinstance(sent, NearExchange)
             assert torch.equal(sent.result(), world.alone(LAYER, *batch()))
+
+
+def test_a_shard_far_away_that_has_no_extension_answers_the_same_frames(far):
+    """And a caller without it gets the answers of a shard that has it."""
+    with served(1) as world, torch.inference_mode():
+        want, server = world.alone(LAYER, *batch()), world.servers["shard-0"]
+        for service in (None, server.service):
+            server.service = service
+            dispatcher = world.dispatcher()
+            assert torch.equal(near(dispatcher, LAYER, *batch()), want)
+            dispatcher._near_layers = None
+            assert torch.equal(dispatcher(LAYER, *batch()), want)
+            world.transport.close()
+
+
+def test_a_connection_that_broke_is_made_anew(far):
+    with served(1) as world, torch.inference_mode():
+        dispatcher, want = world.dispatcher(), world.alone(LAYER, *batch())
+        near(dispatcher, LAYER, *batch())
+        native.lib.ring_close(world.transport._connections["shard-0"].wire.ring)
+        sent = dispatcher.begin(LAYER, *batch())
+        assert not isinstance(sent, NearExchange)
+        assert torch.equal(sent.result(), want)
+        assert torch.equal(near(dispatcher, LAYER, *batch()), want)
 
 
 def test_training_through_the_same_connections_leaves_the_same_gradients():

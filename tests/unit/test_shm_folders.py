@@ -49,8 +49,9 @@ def test_the_folder_is_for_its_owner_and_no_link_to_elsewhere(settings, tmp_path
         shm_folders.folder(settings(), "trinity", "a")
 
 
-def test_what_engines_have_cached_goes_with_their_pool_and_with_their_node(settings):
-    mine = shm_folders.cache_folder(settings(), "trinity")
+@pytest.mark.parametrize("of", [shm_folders.cache_folder, shm_folders.state_folder])
+def test_what_engines_have_cached_and_the_placement_knows_goes_with_their_pool_and_with_their_node(settings, of):
+    mine = of(settings(), "trinity")
     gone = mine.with_name(mine.name.replace(f"-{os.getpid()}-", "-4194305-"))
     gone.mkdir()
     (gone / "kv-1").touch()

@@ -119,7 +119,7 @@ class Engines:
         for number, model in enumerate(models):
             made = small_engine(model, longest, given["sessions"], 8 * given["sessions"])
             name = f"engine-{number}"
-            self.clients[name] = LocalClient(AsyncEngine(made), made.tokenizer, "bench", name)
+            self.clients[name] = LocalClient(AsyncEngine(made), made.tokenizer, "bench", name=name)
 
     async def generate(self, engine: str | None, *asked: Any, **more: Any) -> AsyncGenerator["Delta", None]:
         name, client = self._pick(engine)

@@ -85,6 +85,7 @@ class QuantisedMatrices:
             if not parts & {"weight", "weight_packed"}:
                 raise CheckpointError(f"{path}: {module}.{min(parts)} is there, and no weight that it belongs to")
         said.check_ignored(weight_map)
+        self._unlike = said.unlike_others(self._parts)
 
     def keys(self, key: str) -> Iterable[str]:
         """Keys of the tensors that a matrix is made of; the key itself where it is stored plainly."""
@@ -96,6 +97,8 @@ class QuantisedMatrices:
         module = key.removesuffix(".weight")
         parts = self._parts.get(module, set())
         if module == key or parts <= {"weight"}:
+            if module in self._unlike and self._entry(key).dtype not in QUANTISED:
+                self._said.refuse_half(module)
             return None
         entries = {part: self._entry(f"{module}.{part}") for part in sorted(parts)}
         bits, where = self._said.bits(module), f"{self._path}: {module}"
@@ -217,6 +220,15 @@ class QuantisedMatrix:
                 values_RK -= formats.spread(zero_NS[rows_R], self._columns, num_in)
             scale_RS = self._scale_of(scale_NS[rows_R], overall)
             target_NK[start : start + len(rows_R)] = formats.scaled(values_RK, scale_RS, self._columns)
+
+    def as_int8(self) -> tuple[Tensor, Tensor] | None:
+        """q_NK and scale_N where it is stored as int8 with a scale for each row alone. Raises as `read_into` does."""
+        is_plain = self._layout.dtype == "I8" and "weight_zero_point" not in self._entries
+        if not is_plain or (self._rows, self._columns) != (1, self.shape[1]):
+            return None
+        q_NK = torch.empty(self.shape, dtype=torch.int8)
+        self._bytes(self._layout.data, q_NK.view(torch.uint8))
+        return q_NK, self._positive(self._scales().float(), self._layout.scale).view(-1)
 
     def _scale_of(self, stored_RS: Tensor, overall: Tensor | None) -> Tensor:
         scale_RS = self._positive(stored_RS.float(), self._layout.scale)

@@ -6,7 +6,7 @@ could otherwise see two models; code that a config names (`auto_map`) is never l
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from trinity.checkpoint.layout import (
 )
 from trinity.checkpoint.quantisation import quantisation_of
 from trinity.checkpoint.quantised import QUANTISED, QuantisedMatrices, QuantisedMatrix, QuantisedPart
+from trinity.checkpoint.rounded import RoundedPart
 from trinity.checkpoint.strict import check_inside, read_json, reading, sha256
 from trinity.checkpoint.tensor_file import TYPES, Entry, Part, Reading, StoredPart, TensorFile, read_all
 from trinity.config import ModelConfig
@@ -207,7 +208,9 @@ class Checkpoint:
     def fill(self, parts: Iterable[Part], what: str = "", told: Callable[[int], object] = int) -> None:
         """Read each part into its memory, in the order of the files. `what`: words beside a bar on a terminal; `told`: hears of
         each part's bytes, on any thread."""
-        placed = [self._reading(part) for part in parts]
+        self._read_all([self._reading(part) for part in parts], what, told)
+
+    def _read_all(self, placed: Sequence[Reading], what: str, told: Callable[[int], object] = int) -> None:
         with progress(what, sum(each.part.target.nbytes for each in placed)) as bar, reading(self.path):
             read_all(placed, lambda num: (bar(num), told(num)))
 
@@ -215,9 +218,10 @@ class Checkpoint:
         matrix = self._matrix(part.key, part.target.shape)
         return StoredPart(self._file(self._place(part.key)), part) if matrix is None else QuantisedPart(matrix, part)
 
-    def load_model(self, experts: "ExpertLayer", device: str) -> "CausalLM":
-        """The backbone over these experts, with its weights, ready to compute."""
+    def load_model(self, experts: "ExpertLayer", device: str, weight_dtype: str = "auto") -> "CausalLM":
+        """The backbone over these experts, with its weights, ready to compute. `weight_dtype`: see EngineConfig."""
         model = build(self.config, experts, device="meta")
+        model.round_to(weight_dtype, device)
         memory = {name: empty(like.shape, like.dtype, device) for name, like in model.state_dict().items()}
         model.load_state_dict(memory, assign=True)  # not `to_empty`, which imports a compiler: seconds
         self.load_backbone(model)
@@ -228,7 +232,14 @@ class Checkpoint:
         tensors = model.tensors()
         for key, mine in tensors.items():
             self.check(key, mine.shape)
-        self.fill([Part(key, mine) for key, mine in tensors.items()], "reading the backbone")
+        rounded = model.rounded()
+        readings = [
+            RoundedPart(rounded[key], self._reading, self._as_stored(key), part)
+            if key in rounded
+            else self._reading(part)
+            for key, part in ((key, Part(key, mine)) for key, mine in tensors.items())
+        ]
+        self._read_all(readings, "reading the backbone")
         return self.version
 
     def training_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -260,6 +271,10 @@ class Checkpoint:
         """The matrix of that key where it is quantised, once all that belongs to it is there and fits."""
         with reading(self.path):
             return self.base._matrices.find(key, None if shape is None else tuple(shape))
+
+    def _as_stored(self, key: str) -> QuantisedMatrix | None:
+        """The matrix of that key where it is quantised, and nothing is to be added to it."""
+        return self._matrix(key)
 
     def _type(self, key: str) -> torch.dtype:
         """The type of a tensor of the model, as it is read."""

@@ -1,11 +1,34 @@
 """The settings of a pool of shards."""
 
-from typing import Literal
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from trinity.config.yaml import Frozen, at_home
 from trinity.utils.niceness import IDLE
+
+FP4_GROUP = 16  # numbers of a matrix in nvfp4 that share a scale
+ExpertDtype = Literal["float32", "bfloat16", "int8", "fp8", "nvfp4"]
+
+
+def dtype_of(shard: str, dtypes: Sequence[str]) -> str | None:
+    """Return the form in which a shard computes experts: of several the one whose turn its number is."""
+    number = re.search(r"\d*$", shard)
+    return dtypes[int(number[0] or 0) % len(dtypes)] if number and dtypes else None
+
+
+def why_not(dtype: str, sides: Sequence[int], device: str, lora_rank: int) -> str | None:
+    """Return why experts with matrices of these sides cannot be computed in a form that is not the model's own; None: they
+    can."""
+    if device not in ("auto", "cpu"):
+        return f"placement.expert_dtype {dtype} is computed on CPUs, not on {device}; leave it out there"
+    if lora_rank:
+        return f"placement.expert_dtype {dtype} knows no adapters: leave it out, or set optim.lora.rank to 0"
+    if any(side % FP4_GROUP for side in sides) and dtype == "nvfp4":
+        return f"placement.expert_dtype {dtype} needs multiples of {FP4_GROUP}; the model's experts are {tuple(sides)}"
+    return None
 
 
 class AutoscaleConfig(Frozen):
@@ -34,9 +57,11 @@ class PlacementConfig(Frozen):
     )
     data_tls: bool = Field(default=False, description="seal rows between hosts, so that nobody reads or changes them")
     backend: Literal["auto", "reference", "torch", "megablocks"] = "auto"
-    expert_dtype: Literal["float32", "bfloat16", "int8", "fp8", "nvfp4"] | None = Field(
-        default=None,
-        description="what inference computes routed experts with, made of their weights at each commit; default: the model's",
+    expert_dtype: tuple[ExpertDtype, ...] = Field(
+        default=(),
+        max_length=16,
+        description="what inference computes routed experts with, made of their weights at each commit; default: the model's. "
+        "Several: shard-0 has the first, shard-1 the second, and so on around, and answers say that any may have computed them",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus_per_shard: float = Field(default=0, ge=0)
@@ -99,6 +124,17 @@ class PlacementConfig(Frozen):
     checkpoint_timeout_s: float = Field(default=3600.0, gt=0, description="for a shard to load or save its part")
     keep: bool = Field(default=False, description="leave the pool alive when the command that made it ends")
     ready_timeout_s: float = Field(default=180.0, gt=0)
-    state_dir: str | None = Field(default=None, description="where epochs are persisted")
+    state_dir: str | None = Field(
+        default=None, description="where epochs are persisted; a server's own pool otherwise keeps them with its node"
+    )
 
     _at_home = field_validator("memory_dir", "state_dir")(at_home)
+
+    @field_validator("expert_dtype", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    def expert_dtype_of(self, shard: str) -> str | None:
+        """The form in which that shard computes experts; None: the model's own."""
+        return dtype_of(shard, self.expert_dtype)

@@ -84,6 +84,11 @@ class EngineConfig(Frozen):
         description="auto: keys and values are kept in the model's type; int8: in 8 bits, with a scale of each token and "
         "head: nearly twice as many tokens fit as in bfloat16, nearly four times as many as in float32",
     )
+    weight_dtype: Literal["auto", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="what the matrices of attention, dense and shared feed-forwards and the head are kept in and multiplied "
+        "as, on a CPU; norms, routers and the embedding stay. auto: the model's type. Routed experts: placement.expert_dtype",
+    )
     memory_fraction: float | None = Field(
         default=None,
         gt=0,
@@ -339,14 +344,14 @@ class ServeConfig(Frozen):
 
     @property
     def pinned_step(self) -> int | None:
-        """The STEP of `pinned:STEP`."""
+        """The STEP of `pinned:STEP`; in the settings of a server's engines the version's name (trinity/utils/lines.py)."""
         step = self.weights.partition(":")[2]
         return int(step) if step else None
 
     @field_validator("weights")
     @classmethod
     def _known_weights(cls, value: str) -> str:
-        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
+        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,19})?", value):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
         return value
 

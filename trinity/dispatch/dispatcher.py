@@ -11,7 +11,8 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from trinity import native
 from trinity.dispatch.exchange import Exchange, Route, RowAdapters, SendRows, replica_hash
-from trinity.dispatch.near import NearExchange, NearLayers
+from trinity.dispatch.near import NearExchange, NearLayers, NearPass
 from trinity.dispatch.patience import Patience
-from trinity.dispatch.transport import Rings, Transport
+from trinity.dispatch.transport import Lends, Rings, Transport
 from trinity.dispatch.view import PlacementView, StaticView
 from trinity.errors import AdapterMissing, DeadlineExceeded, TrinityError, WrongEpoch
 from trinity.observability.prometheus import DISPATCH_PHASES, DISPATCH_S
@@ -112,6 +113,24 @@ class Dispatcher:
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return self.begin(layer, x_TD, ids_TK, weights_TK).result()
+
+    def here(self, dtype: torch.dtype) -> AbstractContextManager[Mapping[int, bytes]]:
+        """Layers whose experts are all in this process, as the extension computes rows of that type with them inside the block
+        (ExpertShard.lend): instead of `begin`, with the same bits."""
+        if self._has_news():
+            self.follow()
+        shards, transport = self.table.shards, self.transport
+        if len(shards) != 1 or self.attempt or not isinstance(transport, Lends):
+            return nullcontext({})
+        return transport.lend(shards[0], self.version, dtype)
+
+    def near(self, layers: Sequence[int], x_TD: Tensor) -> NearPass | None:
+        """Rings to the shards of these layers, for the calls of one pass with rows like x: instead of `begin`."""
+        if self._near_layers is None or self.failure or self.attempt:
+            return None
+        if self._has_news():
+            self.follow()
+        return self._near_layers.for_pass(layers, x_TD, [next(self._ops) for _ in range(max(layers) + 1)])
 
     def begin(
         self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, adapters: RowAdapters | None = None

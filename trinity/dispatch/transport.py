@@ -3,6 +3,8 @@
 Decision: whatever a caller sends again carries the same op_id, and a shard applies it once.
 """
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,10 +36,21 @@ class Rings(Protocol):
 
     num_changes: int  # of what `ring` answers
 
+    def renew(self) -> None:
+        """Count a change: what `ring` answered has broken."""
+        ...
+
     def ring(self, shard: str, epoch: int, deadline_s: float) -> Any:
-        """The ring of native/ring to that shard, for calls of that epoch; None without one. Waits until the deadline where the
+        """The way of native/ring to that shard, for calls of that epoch; None without one. Waits until the deadline where the
         shard has to be asked for it."""
         ...
+
+
+@runtime_checkable
+class Lends(Protocol):
+    """A transport that knows shards of this process, of which callers may compute with the weights."""
+
+    def lend(self, shard: str, version: int, dtype: Any) -> AbstractContextManager[Mapping[int, bytes]]: ...
 
 
 def result_with_retry(
@@ -68,6 +81,11 @@ class LocalTransport:
 
     def __init__(self, shards: dict[str, Any]):
         self.shards = shards
+
+    def lend(self, shard: str, version: int, dtype: Any) -> AbstractContextManager[Mapping[int, bytes]]:
+        """Layers of a shard as the extension in C++ takes them (ExpertShard.lend)."""
+        lend = getattr(self.shards[shard], "lend", None)
+        return nullcontext({}) if lend is None else lend(version, dtype)
 
     def send(self, shard: str, verb: str, message: Any) -> Reply:
         found = tried(partial(getattr(self.shards[shard], verb), message), TrinityError)

@@ -7,6 +7,7 @@ and values are written, then all others read. They read keys where they lie, onl
 """
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from trinity.engine.attention import Flat
 from trinity.engine.block_table import BlockTable
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_pools import KVPools
+from trinity.models.common.native_model import Memories
 from trinity.models.common.native_step import ATTEND, Stored
 from trinity.ops.batch_invariant.attention import Seen, attention
 
@@ -75,12 +77,26 @@ class ExactAttention:
             self._described[kind] = _described(plan, q_THd, k_TGd)
         return Stored(self._described[kind], parts[0].data_ptr(), parts[1].data_ptr())
 
+    def memories(self, heads_L: Sequence[int], dtype: torch.dtype) -> Memories | None:
+        """Places of all layers for the extension, whose queries have so many heads; where `stored` would have them."""
+        if not self._decodes or any(len(parts) != 2 for _, parts in self._pools.addresses):
+            return None
+        found, memory_L = dict[tuple[LayerCache, int], int](), list[int]()
+        for heads, (kind, parts) in zip(heads_L, self._pools.addresses, strict=True):
+            memory_L += (found.setdefault((kind, heads), len(found)), *parts)
+        attends = [_packed(self._plans[kind], dtype, heads, kind.num_heads, kind.key_dim) for kind, heads in found]
+        return Memories(len(found), b"".join(attends), struct.pack(f"<{len(memory_L)}q", *memory_L))
+
 
 def _described(plan: ExactPlan, q_THd: Tensor, k_TGd: Tensor) -> bytes:
+    return _packed(plan, q_THd.dtype, q_THd.shape[1], *k_TGd.shape[1:])
+
+
+def _packed(plan: ExactPlan, dtype: torch.dtype, heads: int, groups: int, dim: int) -> bytes:
     """An Attend of native/step/step.h; the plan keeps its memory."""
-    (num, heads, dim), groups = q_THd.shape, k_TGd.shape[1]
-    places = [each.data_ptr() for each in (plan.write_rows, plan.write_slots, *plan.reads[0].seen.tensors)]
-    return struct.pack(ATTEND, q_THd.dtype == torch.bfloat16, num, heads, groups, dim, len(plan.write_rows), *places)
+    seen, num = plan.reads[0].seen, len(plan.reads[0].seen.tensors[1])
+    places = [each.data_ptr() for each in (plan.write_rows, plan.write_slots, *seen.tensors)]
+    return struct.pack(ATTEND, dtype == torch.bfloat16, num, heads, groups, dim, len(plan.write_rows), *places)
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:

@@ -27,6 +27,7 @@ class KVPools:
         self.device, self._dtype, self._is_int8 = device, dtype, layout.kv_cache_dtype == "int8"
         self._parts = {kind: self._made(layout, kind) for kind in layout.kinds}
         self._layers = [(kind, tuple(part[index] for part in self._parts[kind])) for kind, index in layout.places]
+        self.addresses = [(kind, [part.data_ptr() for part in parts]) for kind, parts in self._layers]
 
     def parts(self, kind: LayerCache) -> Parts:
         """Everything that is stored of a kind, each [layers of the kind, P slots, ...]."""

@@ -113,7 +113,7 @@ class ModelRunner:
         parts = in_parts(in_order(batch), self._settings.num_overlapped_microbatches, self._settings.min_part_tokens)
         chunks = [chunk for part in parts for chunk in part]
         outputs = model.forward_all([self._inputs(part) for part in parts])
-        hidden_TD = torch.cat([output.hidden_TD for output in outputs])
+        hidden_TD = outputs[0].hidden_TD if len(outputs) == 1 else torch.cat([output.hidden_TD for output in outputs])
         if any(chunk.sequence.params.trace for chunk in chunks):
             trace(chunks, chosen(outputs, self._config.num_experts))
         if any(chunk.sequence.is_scored for chunk in chunks):
@@ -123,7 +123,10 @@ class ModelRunner:
         rows_N = np.array([row for c, end in sampling for row in range(end - 1 - len(c.draft), end)], np.int64)
         first = np.cumsum([0, *(1 + len(chunk.draft) for chunk, _ in sampling)])
         rows = dict(zip([chunk.sequence for chunk, _ in sampling], first.tolist(), strict=False))
-        return Logits(rows, model.logits(hidden_TD[self._to(rows_N)]))
+        logits_TV = outputs[0].logits_TV
+        if logits_TV is None or len(rows_N) != len(logits_TV):
+            logits_TV = model.logits(hidden_TD[self._to(rows_N)])
+        return Logits(rows, logits_TV)
 
     def _score(self, model: CausalLM, chunks: list[Chunk], hidden_TD: Tensor) -> None:
         for chunk, own_TD in zip(chunks, hidden_TD.split([chunk.count for chunk in chunks]), strict=True):
@@ -134,7 +137,8 @@ class ModelRunner:
         flat = flatten(chunks)
         ids_T = np.concatenate([np.asarray(c.token_ids, np.int64) for c in chunks])
         attend = self._attention()(self._pools, self._cache, flat)
-        return Inputs(self._to(ids_T), self._to(flat.position_T), attend, self._adapters(chunks))
+        are_wanted = all(chunk.samples and chunk.count == 1 + len(chunk.draft) for chunk in chunks)
+        return Inputs(self._to(ids_T), self._to(flat.position_T), attend, self._adapters(chunks), are_wanted)
 
     def _adapters(self, chunks: list[Chunk]) -> PassAdapters | None:
         own = [chunk.sequence.adapter for chunk in chunks]

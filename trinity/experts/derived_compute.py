@@ -1,8 +1,9 @@
 """Rows through experts that are here in another form than they are trained in: for inference, on a CPU.
 
 Legend: R rows, A rows sorted by expert, E experts, D model, F expert hidden.
-Decisions: a row's bits do not depend on the others, in any form. For int8, rows are rounded as well and sums are of whole
-numbers; for the others only weights are rounded and products are those of fp32, an expert at a time where it is unpacked.
+Decisions: a row's bits do not depend on the others, in any form. For int8 and bf16, rows are rounded as well, and hidden rows:
+sums are of whole numbers, or in fp32 as the extension's kernels have them. For the others only weights are rounded and products
+are those of fp32, an expert at a time. What an expert makes of a row is rounded to the rows' type, as their sum is.
 """
 
 import torch
@@ -12,6 +13,8 @@ from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.derived import INT8, DerivedLayer
 from trinity.experts.rows import combine, sorted_rows
 from trinity.experts.torch_backend import in_order
+from trinity.ops import batch_invariant
+from trinity.ops.extension import Matrices
 
 
 def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
@@ -19,21 +22,33 @@ def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
     if not assigned.row_A.numel():
         return torch.zeros_like(x_RD)
     order, x_AD, weight_A1, end_E = sorted_rows(x_RD.float(), assigned, len(layer.gate[0]))
-    if layer.form is INT8:
-        y_AD = _int8(x_AD, weight_A1, end_E, layer)
-    elif len(layer.gate) == 1:  # floats, which products take as they are
-        y_AD = in_order(x_AD, weight_A1, end_E, _weights(layer.gate[0], layer.up[0], layer.down[0]))
-    else:
+    if (matrices := layer.matrices()) is None:
         y_AD = _unpacked(x_AD, weight_A1, end_E, layer)
-    return combine(y_AD, order, x_RD.dtype)
+    elif layer.form is INT8:
+        y_AD = _int8(x_AD, weight_A1, end_E, matrices)
+    else:
+        y_AD = _floats(x_AD, weight_A1, end_E, [each.values.contiguous() for each in matrices])
+    return combine(y_AD.to(x_RD.dtype), order, x_RD.dtype)
 
 
-def _int8(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:
+def _int8(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, matrices: list[Matrices]) -> Tensor:
     from trinity.ops.quantised import Int8, feed_forward  # a compiler comes with it
 
-    stacks = ((q, scale, total) for scale, total, q in (layer.gate, layer.up, layer.down))
-    gate, up, down = (Int8(*(part.contiguous() for part in parts)) for parts in stacks)  # they are, but for odd sizes
+    whole = ((each.values, each.scale, each.total) for each in matrices)
+    gate, up, down = (Int8(*(part.contiguous() for part in parts if part is not None)) for parts in whole)
     return feed_forward(x_AD, gate, up, down, end_E, weight_A1.squeeze(1))
+
+
+def _floats(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, stacks: list[Tensor]) -> Tensor:
+    """y_AD in fp32; rows are rounded to the stacks' type."""
+    from trinity.ops.batch_invariant import elementwise, fused_mlp, gemm  # a compiler comes with it
+
+    x_AD = x_AD.to(stacks[0].dtype)
+    if batch_invariant.at_once(x_AD, *stacks):
+        gate, up, down = stacks
+        return fused_mlp.feed_forward(x_AD, gate, up, down, end_E, weight_A1.squeeze(1), torch.float32)
+    gate_AF, up_AF = (gemm.grouped(x_AD, stack, end_E) for stack in stacks[:2])
+    return gemm.multiply(elementwise.gated(gate_AF, up_AF, weight_A1), stacks[2], end_E)
 
 
 def _unpacked(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:

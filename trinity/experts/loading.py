@@ -1,6 +1,5 @@
 """A shard's weights and optimizer state from a checkpoint, or from the seed."""
 
-import math
 import threading
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from trinity.config import ModelConfig, OptimConfig
 from trinity.errors import ConfigError
 from trinity.experts.base import LayerWeights
 from trinity.experts.derived import Form, shapes_of
+from trinity.experts.sizes import replica_bytes
 from trinity.experts.stacked import (
     derive,
     experts_of,
@@ -65,7 +65,7 @@ def loaded(
         source.fetch(experts)
     if form is not None and optim is None:
         return _in_form(store, model, form, experts, source, message.seed, reading)
-    check_room(empty, experts)
+    check_free(sum(map(len, experts.values())), model, optim, form, str(empty.gate_EFD.device))
     version = unfilled_version(store, empty, model, experts)
     if source is None:
         _draw(version, model, message.seed)
@@ -104,7 +104,7 @@ def _in_form(
 ) -> Version:
     """The weights of these experts in that form and no other, made a few at a time."""
     held: Experts = {layer: experts.get(layer, ()) for layer in model.moe_layers}
-    check_free(sum(map(len, held.values())), sum(4 * form.num_words(shape) for shape in shapes_of(model)), "cpu")
+    check_free(sum(map(len, held.values())), model, None, form, "cpu")
     version = with_form(store, make_version(source.version if source else 0, {}, held, 0), model, form)
     num = max(1, AT_ONCE_BYTES // (4 * model.expert_params))
     reading.total = 4 * model.expert_params * sum(map(len, held.values()))
@@ -132,21 +132,16 @@ def _fill(
             mine.copy_(drawn)
 
 
-def check_room(empty: LayerWeights, experts: Experts) -> None:
-    """Raise ConfigError where the weights of these experts do not fit into what is free here. `empty`: stacks of none."""
-    stack_EFD, num = empty.gate_EFD, sum(map(len, experts.values()))
-    if stack_EFD.device.type in ("cpu", "cuda"):  # nobody says what is free on others
-        check_free(num, len(empty) * math.prod(stack_EFD.shape[1:]) * stack_EFD.itemsize, str(stack_EFD.device))
-
-
-def check_free(num: int, each_bytes: int, device: str) -> None:
-    """Raise ConfigError where so many experts of that size do not fit into what is free there."""
-    need = num * each_bytes
-    free, _ = free_and_total(device)
-    if need > free:
+def check_free(num: int, model: ModelConfig, optim: OptimConfig | None, form: Form | None, device: str) -> None:
+    """Raise ConfigError where so many experts, with all that training needs of them, do not fit into what is free there."""
+    if torch.device(device).type not in ("cpu", "cuda"):  # nobody says what is free on others
+        return
+    dtype = form.name if form else model.dtype
+    each, (free, _) = replica_bytes(model, optim, dtype), free_and_total(device)
+    if num * each.most > free:
         raise ConfigError(
-            f"{num} experts take {size(need)} of memory, {size(free)} is free on the node of this shard: raise "
-            "placement.num_shards, lower placement.redundancy, or let the node have more"
+            f"{num} experts take {size(num * each.most)} of memory ({each.described(num, dtype)}), {size(free)} is free on the "
+            "node of this shard: raise placement.num_shards, lower placement.redundancy, or let the node have more"
         )
 
 

@@ -13,8 +13,9 @@ import torch
 from trinity import native
 from trinity.config import ModelConfig
 from trinity.experts.layer import ReadyLayer
+from trinity.experts.native_experts import matrices_of
+from trinity.ops.extension import KINDS
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # native/ring/layout.h:RowFormat
 Layers = Mapping[int, Mapping[int, ReadyLayer]]  # by version and layer
 
 
@@ -42,38 +43,18 @@ class NativeLayers:
         known = self._known.get(key)
         if known is not None and known[0] is layer:
             return known
-        assert layer.weights is not None, "such a layer is not possible"
-        stacks = layer.weights.gate_EFD, layer.weights.up_EFD, layer.weights.down_EFD
-        (version, number), (num, hidden, dim) = key, stacks[0].shape
-        ids, sizes, dtype = layer.ids_E.data_ptr(), (num, self._model.num_experts), stacks[0].dtype
-        made = native.lib.ring_layer(
-            number,
-            version,
-            FORMATS[dtype],
-            dim,
-            hidden,
-            native.lib.ring_kernel(FORMATS[dtype]),
-            ids,
-            *sizes,
-            *(stack.data_ptr() for stack in stacks),
-        )
-        return layer, made
+        matrices = matrices_of(layer)
+        assert matrices is not None, "such a layer is not possible"
+        (version, number), (num, hidden, dim) = key, matrices[0].values.shape
+        kernel = native.lib.ring_kernel(KINDS[matrices[0].values.dtype])
+        ids, sizes = layer.ids_E.data_ptr(), (num, self._model.num_experts)
+        stacks = [0 if part is None else part.data_ptr() for parts in zip(*matrices, strict=True) for part in parts]
+        rows = KINDS[getattr(torch, self._model.dtype)]
+        return layer, native.lib.ring_layer(number, version, rows, dim, hidden, kernel, ids, *sizes, *stacks)
 
 
 def _possible(layers: Layers) -> Iterator[tuple[tuple[int, int], ReadyLayer]]:
     for version, ready in layers.items():
         for number, layer in ready.items():
-            if is_possible(layer):
+            if matrices_of(layer) is not None:
                 yield (version, number), layer
-
-
-def is_possible(layer: ReadyLayer) -> bool:
-    """Say whether C++ computes this layer with the bits that Python gives it: plain experts of one type, in a CPU's memory."""
-    if layer.weights is None or layer.derived is not None:  # rows are for another form of the weights
-        return False
-    gate_EFD, up_EFD, down_EFD = layer.weights
-    stored = gate_EFD, up_EFD, down_EFD.mT
-    return layer.adapters is None and all(
-        each.is_cpu and each.dtype == gate_EFD.dtype in FORMATS and each.is_contiguous() and each.numel() > 0
-        for each in stored
-    )

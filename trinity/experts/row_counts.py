@@ -13,13 +13,18 @@ from trinity.rpc.messages import Experts
 
 
 class RowCounts:
-    """Rows by layer and expert, since they were reset. For any threads. `others` gives those that were counted elsewhere."""
+    """Rows by layer and expert, since they were reset. For any threads. `others` gives those that were counted elsewhere.
+
+    `running` are counts by expert that whoever computes may add to, without asking: nobody sets them back.
+    """
 
     others: Callable[[], Iterable[tuple[int, int, int]]] = tuple
 
     def __init__(self, layers: Iterable[int], num_experts: int):
         self._guard = threading.Lock()
         self._rows = {layer: torch.zeros(num_experts, dtype=torch.int64) for layer in layers}  # rows_X
+        self.running = {layer: torch.zeros_like(rows_X) for layer, rows_X in self._rows.items()}
+        self._seen = {layer: torch.zeros_like(rows_X) for layer, rows_X in self._rows.items()}  # of those, so far
 
     def add(self, layer: int, ids_E: Tensor, rows_E: Tensor) -> None:
         with self._guard:
@@ -43,3 +48,7 @@ class RowCounts:
     def _take_others(self) -> None:
         for layer, expert, rows in self.others():
             self._rows[layer][expert] += rows
+        for layer, running_X in self.running.items():
+            now_X = running_X.clone()
+            self._rows[layer] += now_X - self._seen[layer]
+            self._seen[layer] = now_X

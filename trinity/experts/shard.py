@@ -8,8 +8,11 @@ present version, so rows of that version are computed meanwhile, and those of th
 backward are a bounded cache, never the truth.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +21,6 @@ from trinity import native
 from trinity.errors import InputGone, InvalidRequest, StepConflict
 from trinity.experts import native_experts
 from trinity.experts.activation_cache import ActivationCache, Activations
-from trinity.experts.derived import DerivedLayer
 from trinity.experts.derived_compute import infer
 from trinity.experts.grad_accumulator import GradAccumulator
 from trinity.experts.layer import ReadyLayer, Slots, assignments, slots_of
@@ -86,6 +88,7 @@ class ExpertShard:
         self.cache_misses = 0
         self.peers: Peers | None = None
         self.native: NativeLayers | None = None
+        self._last: tuple[Any, ...] = None, None, {}  # of `_described`
 
     def compute_natively(self) -> NativeLayers | None:
         """Let threads in C++ compute inference, beside all that is computed here and with the same bits; None where there are
@@ -124,6 +127,26 @@ class ExpertShard:
             slots = self._counted(layer, call)
             self._enter(attempt_of(call.op_id), call.version)
             return self._remembered(call.op_id, layer, call.rows, slots).y_RD.detach()
+
+    @contextmanager
+    def lend(self, version: int, dtype: torch.dtype) -> Iterator[Mapping[int, bytes]]:
+        """Layers, as the extension computes rows of that type with them (native_experts.described), that stay as they are
+        inside the block: those of a version that `infer` would compute without waiting, and in the same way."""
+        with self.versions.reading_whole(version) as layers:
+            yield self._described(layers, dtype)
+
+    def _described(self, layers: Mapping[int, ReadyLayer], dtype: torch.dtype) -> Mapping[int, bytes]:
+        if self._last[0] is not layers or self._last[1] != dtype:
+            top_k, counts = self.spec.model.num_experts_per_tok, self.weights.row_counts.running
+            sizes = dtype, self.spec.model.hidden_size, top_k
+            own = {number: layer for number, layer in layers.items() if self._is_native(layer)}
+            found = {n: native_experts.described(layer, *sizes, counts[n]) for n, layer in own.items()}
+            self._last = layers, dtype, {n: what for n, what in found.items() if what is not None}
+        return self._last[2]
+
+    def _is_native(self, layer: ReadyLayer) -> bool:
+        """Say whether the extension has the bits that Python would give the layer's rows."""
+        return layer.derived is not None or getattr(self.backend, "is_in_order", False)
 
     def backward(self, call: Backward) -> tuple[Tensor, Tensor]:
         """-> dx_RD, dweights_RK. Adds to the experts' gradients the first time an op_id is seen, and only then."""
@@ -223,7 +246,7 @@ class ExpertShard:
     def recover(self, message: Recover) -> int:
         """Be at the version that was decided on, made by that attempt, or without any: see WeightVersions."""
         with self.lock:
-            self.versions.recover_to(message.version, message.attempt)
+            self.versions.recover_to(message.version, message.attempt, message.line)
             return self.version
 
     def progress(self, message: Progress) -> BytesRead:
@@ -241,6 +264,7 @@ class ExpertShard:
                 num_experts=self.weights.num_experts,
                 weight_bytes=self.versions.num_bytes,
                 expert_dtype=self.spec.expert_dtype or self.spec.model.dtype,
+                computes=native.computes(),
                 cached_ops=len(self.activations),
                 cache_misses=self.cache_misses,
                 versions=tuple(self.store.numbers),
@@ -286,16 +310,18 @@ class ExpertShard:
     def _inferred(self, layer: ReadyLayer, call: Forward) -> Tensor:
         """y_RD. Rows of each adapter, and those of none, are computed apart: then all have the bits that they have alone."""
         rows = call.rows
-        if layer.derived is not None:
-            return self._by_form(layer.derived, layer, call)
+        if layer.derived is not None and (layer.adapters is not None or rows.adapter_R is not None):
+            raise InvalidRequest(
+                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
+                "placement.expert_dtype out"
+            )
         if rows.adapter_R is None:
-            is_in_order = getattr(self.backend, "is_in_order", False)
-            if (
-                is_in_order
-                and (found := native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)) is not None
-            ):
+            if (found := self._at_once(layer, rows)) is not None:
                 self.weights.row_counts.add(call.layer, layer.ids_E, found[1])
                 return found[0]
+            if layer.derived is not None:
+                assigned = assignments(self._counted(layer, call), rows.weights_RK, self.spec.device)
+                return infer(rows.x_RD, assigned, layer.derived)
             return self._compute(rows.x_RD.to(self.spec.device), rows.weights_RK, self._counted(layer, call), layer)
         contents = rows.adapter_R.unique().tolist()
         named = self.adapters.of(contents, call.layer, layer.experts)
@@ -308,15 +334,11 @@ class ExpertShard:
             y_RD[own_R.to(y_RD.device)] = self._inferred(own, replace(call, rows=rows.only(own_R)))
         return y_RD
 
-    def _by_form(self, derived: DerivedLayer, layer: ReadyLayer, call: Forward) -> Tensor:
-        """y_RD, by weights in another form than they are trained in."""
-        if layer.adapters is not None or call.rows.adapter_R is not None:
-            raise InvalidRequest(
-                f"shard {self.spec.name} computes experts as {self.spec.expert_dtype}, beside which no adapter is; leave "
-                "placement.expert_dtype out"
-            )
-        assigned = assignments(self._counted(layer, call), call.rows.weights_RK, self.spec.device)
-        return infer(call.rows.x_RD, assigned, derived)
+    def _at_once(self, layer: ReadyLayer, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """y_RD and rows_E by the extension, where it can."""
+        if not self._is_native(layer):
+            return None
+        return native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
 
     def _compute(
         self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer, sums: Sums | None = None

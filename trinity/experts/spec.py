@@ -5,7 +5,7 @@ from __future__ import annotations  # so that those who only make shards elsewhe
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trinity.config import ModelConfig, OptimConfig
+from trinity.config import ModelConfig, OptimConfig, dtype_of
 from trinity.rpc.messages import Experts
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class ShardSpec:
     activation_cache_bytes: int = 1 << 30
     ordered_gradients: bool = True
     expert_dtype: str | None = None  # of inference; None: as the weights are
+    pool_dtypes: tuple[str, ...] = ()  # of all shards, where they are of several on purpose
 
     @property
     def dtype(self) -> torch.dtype:
@@ -33,3 +34,7 @@ class ShardSpec:
         import torch
 
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.model.dtype]
+
+    def dtype_at(self, shard: str) -> str:
+        """The form in which another shard of the pool has experts."""
+        return dtype_of(shard, self.pool_dtypes) or self.expert_dtype or self.model.dtype

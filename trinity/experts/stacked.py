@@ -22,7 +22,7 @@ from trinity.errors import InvalidRequest
 from trinity.experts.base import LayerWeights
 from trinity.experts.derived import Form, form_of, shapes_of
 from trinity.optim.base import Matrix
-from trinity.optim.optimizer import Optimizer
+from trinity.optim.optimizer import MASTER, Optimizer
 from trinity.rpc.messages import WEIGHT, Experts
 from trinity.state.versioned_store import Store, Version
 
@@ -201,11 +201,16 @@ def without_weights(version: Version) -> Version:
 
 @torch.no_grad()
 def derive(tensors: Mapping[str, Tensor], model: ModelConfig, optimizer: Optimizer) -> None:
-    """Fill stacks of a form from the weights that an optimizer has, of those that it has; fp32 masters where there are some."""
+    """Fill stacks of a form from the weights that an optimizer has, fp32 masters where there are some; of frozen ones from
+    those beside them."""
     for key, stack_EW in tensors.items():
         name, form = key.partition("::")[0].rpartition(".")[0], form_of(_kind(key))
-        if form is not None and name in optimizer.params:
-            weight_EFD = optimizer.state[name].get("master", optimizer.params[name])
+        if form is not None:
+            beside = tensors.get(f"{name}::{WEIGHT}")
+            weight_EFD = (
+                optimizer.state[name].get(MASTER, optimizer.params[name]) if name in optimizer.params else beside
+            )
+            assert weight_EFD is not None, f"{key} is made of nothing"
             for at, matrix_FD in enumerate(weight_EFD):
                 form.derive(stack_EW, at, matrix_FD.mT if name.endswith("down") else matrix_FD)
 

@@ -21,6 +21,7 @@ FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # native/kernels/kernels.h
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 UNIT_ROWS = 256  # native/kernels/outer.h
 ROUNDED = {BFLOAT16: torch.bfloat16, INT8: torch.uint8}
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}  # of values as they are stored
 
 
 class Matrices(NamedTuple):

@@ -7,7 +7,8 @@ view, transport and ledger. Control calls go to every shard side by side and wai
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from trinity.config import ModelConfig
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.transport import Transport
 from trinity.dispatch.view import PlacementView
-from trinity.errors import StepConflict, Unavailable
+from trinity.errors import ConfigError, StepConflict, Unavailable
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, LocalLedger, StepLedger, StepTicket
 from trinity.rpc.messages import (
@@ -43,6 +44,7 @@ class ExpertPool:
     rows_over: what one caller thread sends its rows through, made from the transport; default: the transport itself.
     near_rows: calls of up to so many go to the nearest replicas.
     attempt_s: at most, for a shard to compute rows that another one could compute, too.
+    expert_dtypes: see the property.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class ExpertPool:
         *,
         near_rows: int = 0,
         ledger: StepLedger | None = None,
+        expert_dtypes: Sequence[str] = (),
         rows_over: Callable[[Transport], Transport] = lambda transport: transport,
     ):
         self.view, self.transport = view, transport
         self.ledger: StepLedger = LocalLedger(view) if ledger is None else ledger
         self.timeout_s, self.checkpoint_timeout_s, self.attempt_s = timeout_s, checkpoint_timeout_s, attempt_s
         self._rows_over, self.near_rows = rows_over, near_rows
+        self._expert_dtypes = tuple(expert_dtypes)
 
     @property
     def table(self) -> PlacementTable:
@@ -72,6 +76,11 @@ class ExpertPool:
         timeouts = {"timeout_s": timeout_s or self.timeout_s, "attempt_s": self.attempt_s}
         rows = self._rows_over(self.transport)
         return Dispatcher(self.view, rows, **timeouts, version=version, near_rows=self.near_rows)
+
+    @property
+    def expert_dtypes(self) -> Sequence[str]:
+        """Forms that its shards were asked to compute experts in; none: one form, whichever it is."""
+        return self._expert_dtypes
 
     # -- what a training job decides: the ledger's words
 
@@ -99,7 +108,10 @@ class ExpertPool:
     # -- what is asked of all shards
 
     def load(self, message: Load) -> int:
-        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold."""
+        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold, the first of
+        a line. Raises ConfigError, before anything is read, where shards are of several forms that nobody asked for."""
+        check_forms(self.status(), self.expert_dtypes)
+        message = replace(message, line=self.ledger.new_line())
         self.set_source(message)
         return self._agree(self._all("load", message))
 
@@ -179,11 +191,28 @@ class ExpertPool:
         return versions[0]
 
 
+def check_forms(shards: Iterable[ShardStatus], asked: Sequence[str]) -> None:
+    """Raise ConfigError where shards compute experts in forms that were not asked for; `asked` none: in more than one."""
+    shards_of: dict[str, list[str]] = {}
+    for status in shards:
+        shards_of.setdefault(status.expert_dtype, []).append(status.shard)
+    if (asked and not shards_of.keys() <= {*asked}) or (not asked and len(shards_of) > 1):
+        found = "; ".join(f"{form} on {', '.join(names)}" for form, names in sorted(shards_of.items()))
+        raise ConfigError(
+            f"the pool's shards compute experts as {found}, which was not asked for: make them of one form, or name all of "
+            f"them in placement.expert_dtype, which is {', '.join(asked) or 'not set'}"
+        )
+
+
 def describe(shards: list[ShardStatus], model: ModelConfig) -> str:
     """One line on who computes the experts, and with what."""
     backends = ", ".join(sorted({f"{s.backend} backend on {s.device}" for s in shards}))
     experts = len(model.moe_layers) * model.num_experts
     forms = sorted({s.expert_dtype for s in shards} - {model.dtype})
     also = "".join(f", computed as {form}" for form in forms)
-    mib = experts * model.expert_params * model.itemsize / 2**20
-    return f"{experts:,} experts, {mib:,.1f} MiB{also}, in {len(shards)} shard actors: {backends}"
+    kernels = " and ".join(sorted({s.computes.partition(":")[0] for s in shards}))
+    num_bytes = (
+        sum(s.weight_bytes for s in shards) or experts * model.expert_params * model.itemsize
+    )  # 0: none are here yet
+    mib = num_bytes / 2**20
+    return f"{experts:,} experts, {mib:,.1f} MiB{also}, in {len(shards)} shard actors: {backends} by {kernels}"

@@ -284,13 +284,16 @@ class Alternative(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., token: _Optional[str] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Final(_message.Message):
-    __slots__ = ("finish_reason", "stop", "stop_token_id", "usage", "version", "first_version", "index", "prompt_token_ids", "routed_experts")
+    __slots__ = ("finish_reason", "stop", "stop_token_id", "usage", "version", "first_version", "system_fingerprint", "weights_formats", "is_not_reproducible", "index", "prompt_token_ids", "routed_experts")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FIRST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    IS_NOT_REPRODUCIBLE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ROUTED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -300,10 +303,13 @@ class Final(_message.Message):
     usage: Usage
     version: int
     first_version: int
+    system_fingerprint: str
+    weights_formats: _containers.RepeatedScalarFieldContainer[str]
+    is_not_reproducible: bool
     index: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     routed_experts: bytes
-    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., version: _Optional[int] = ..., first_version: _Optional[int] = ..., index: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., routed_experts: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., version: _Optional[int] = ..., first_version: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., weights_formats: _Optional[_Iterable[str]] = ..., is_not_reproducible: _Optional[bool] = ..., index: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., routed_experts: _Optional[bytes] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")

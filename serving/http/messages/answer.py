@@ -10,6 +10,7 @@ from typing import Any
 from serving.errors import anthropic_body
 from serving.frontend import new_request_id
 from serving.http.parts import Message, Part, Parts
+from trinity.engine.numerics import Numerics
 from trinity.engine.request import Delta
 from trinity.errors import TrinityError
 from trinity.text.conversation import parsed_arguments
@@ -57,9 +58,9 @@ class Block(Part):
 class MessagesAnswer:
     """One answer, as its events come."""
 
-    def __init__(self, model: str, request_id: str):
+    def __init__(self, model: str, request_id: str, numerics: Numerics):
         self.parts = Parts(Block)
-        self._request_id = request_id
+        self._request_id, self._numerics = request_id, numerics
         self._head = {"id": f"msg_{new_request_id()}", "type": "message", "role": "assistant", "model": model}
         self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
         self._usage: dict[str, Any] = {}
@@ -81,7 +82,7 @@ class MessagesAnswer:
         self._end = _end(last, num_calls)
         self._usage |= {"output_tokens": last.num_generated_tokens}
         self._usage |= {"output_tokens_details": {"thinking_tokens": num_reasoning_tokens}}
-        versions = {"weights_versions": {"first": last.first_version, "last": last.version}}
+        versions = {"weights_versions": {"first": last.first_version, "last": last.version}, **self._numerics.told}
         delta = {"type": "message_delta", "delta": self._end, "usage": self._usage, **versions}
         self._end = self._end | versions
         return [*ended, delta, {"type": "message_stop"}]

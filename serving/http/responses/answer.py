@@ -10,6 +10,7 @@ from serving.errors import TABLE
 from serving.frontend import new_request_id
 from serving.http.parts import Message, Part, Parts
 from serving.http.responses.request import ResponsesRequest
+from trinity.engine.numerics import Numerics
 from trinity.engine.request import Delta
 from trinity.errors import Code, TrinityError
 from trinity.text.tool_calls.events import Event
@@ -74,12 +75,12 @@ def _part(text: str) -> dict[str, Any]:
 class ResponsesAnswer:
     """One answer, as its events come."""
 
-    def __init__(self, body: ResponsesRequest, model: str, created_s: int):
+    def __init__(self, body: ResponsesRequest, model: str, created_s: int, numerics: Numerics):
         self.parts = Parts(OutputItem)
         self._head = {"id": f"resp_{new_request_id()}", "object": "response", "created_at": created_s, "model": model}
         self._asked = _asked(body)
         self._end: dict[str, Any] = {}
-        self._num_events = 0
+        self._num_events, self._numerics = 0, numerics
 
     def opening(self, first: Delta) -> list[Message]:
         return self._numbered(
@@ -97,6 +98,7 @@ class ResponsesAnswer:
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "usage": _usage(last, num_reasoning_tokens),
             "weights_versions": {"first": last.first_version, "last": last.version},
+            **self._numerics.told,
         }
         return self._numbered([*ended, {"type": f"response.{STATUS[is_whole]}", "response": self.whole()}])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.experts import ExpertLayer, Pending
 from trinity.models.common.layers import Device, Dtype, Made, RMSNorm, SwiGLU
-from trinity.models.common.native_step import After, Before, NativeAfter, NativeBefore
+from trinity.models.common.native_step import After, Before, NativeAfter, NativeBefore, NativeLocal
 from trinity.models.common.router import Router, Routing
 
 Table = tuple[Tensor, Tensor]  # of rotary angles
@@ -60,6 +60,12 @@ class Block(nn.Module):
         before, after = getattr(pre, "described", None), getattr(post, "described", None)
         self._native_pre = None if before is None else NativeBefore(pre, before())
         self._native_post = None if after is None else NativeAfter(post, after())
+        self._native_local = None if local is None else NativeLocal(local, *local.parts)
+
+    @property
+    def described(self) -> tuple[NativeBefore | None, NativeAfter | None, NativeLocal | None]:
+        """Its three parts for the extension; None: not described, or (the last) not there."""
+        return self._native_pre, self._native_post, self._native_local
 
     @property
     def local(self) -> SwiGLU | None:

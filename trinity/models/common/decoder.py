@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from trinity.config import ModelConfig
+from trinity.errors import ConfigError
 from trinity.models.common.adapted import PassAdapters, Passing
 from trinity.models.common.attention import Attend
 from trinity.models.common.block import Block, Hop, Table
 from trinity.models.common.experts import ExpertLayer
 from trinity.models.common.keys import KeyMap
 from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, rotary_table
+from trinity.models.common.native_model import NativeModel
 from trinity.models.common.router import Router, Routing
 
 ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
@@ -28,15 +30,17 @@ ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
 class Output(NamedTuple):
     hidden_TD: Tensor  # after the final norm
     routing: tuple[Routing, ...]  # one per MoE layer, in order
+    logits_TV: Tensor | None = None  # where they were wanted and cost no call of their own
 
 
 class Inputs(NamedTuple):
-    """Inputs of one pass. `attend`: who sees whom; `adapters`: those of its rows, where any has one."""
+    """Inputs of one pass. `attend`: who sees whom; `adapters`: those of its rows, where any has one; `wants_logits`: of all."""
 
     ids_T: Tensor
     positions_T: Tensor
     attend: Attend
     adapters: PassAdapters | None = None
+    wants_logits: bool = False
 
 
 class Rotary(NamedTuple):
@@ -58,10 +62,19 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm, self.passing = norm, Passing()
+        self.at_once: NativeModel | None = None  # the whole pass as one call, where that is possible
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer) -> Output:
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, experts: ExpertLayer, wants_logits: bool = False
+    ) -> Output:
         h_TD = self.embed(ids_T)
-        table, routings = self.table(positions_T, h_TD.dtype), []
+        table = self.table(positions_T, h_TD.dtype)
+        found = None if self.at_once is None else self.at_once(h_TD, table, attend, experts, wants_logits)
+        return self.through(h_TD, table, attend, experts) if found is None else found
+
+    def through(self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer) -> Output:
+        """The pass, layer by layer."""
+        routings = []
         for block in self.layers:
             h_TD, routing = block(h_TD, table, attend, experts)
             routings.append(routing)
@@ -112,8 +125,10 @@ class _Pass:
 class CausalLM(nn.Module):
     """A family's backbone with its untied head. `experts` is called, never owned: it is no submodule and has no state here.
 
-    Weights are torch's defaults until the family's `init_weights` or `load`.
+    Weights are torch's defaults until the family's `init_weights` or `load`. `weight_dtype`: see `round_to`.
     """
+
+    weight_dtype = "auto"
 
     def __init__(self, config: ModelConfig, keys: KeyMap, experts: ExpertLayer, decoder: Decoder):
         super().__init__()
@@ -127,18 +142,20 @@ class CausalLM(nn.Module):
             part.is_exact = config.batch_invariant  # type: ignore[assignment]  # read by the parts that have it
             if isinstance(part, Linear):
                 part.name, part.passing = self.key(f"{path}.weight").removesuffix(".weight"), decoder.passing
+        decoder.at_once = NativeModel(self)
 
     @property
     def experts(self) -> ExpertLayer:
         return self._experts[0]
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, adapters: PassAdapters | None = None
-    ) -> Output:
-        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0. `adapters`: see `Inputs`."""
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, adapters: PassAdapters | None = None,
+        wants_logits: bool = False,
+    ) -> Output:  # fmt: skip
+        """ids and positions int64 [T]; `attend` says which tokens see which. T may be 0. Others: see `Inputs`."""
         experts = self.experts if adapters is None else adapters.over(self.experts)
         with self.model.passing.of(adapters):
-            out: Output = self.model(ids_T, positions_T, attend, experts)
+            out: Output = self.model(ids_T, positions_T, attend, experts, wants_logits)
         return out
 
     def forward_all(self, passes: Sequence[Inputs]) -> list[Output]:
@@ -197,5 +214,29 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names that checkpoints use, in this model's types. Raises KeyError for one that is missing."""
+        rounded = self.rounded()
         for name, mine in self.tensors().items():
-            mine.copy_(tensors[name])
+            if name in rounded:
+                rounded[name].fill(tensors[name])
+            else:
+                mine.copy_(tensors[name])
+
+    def round_to(self, weight_dtype: str, device: str = "cpu") -> None:
+        """Keep all matrices but the embedding and the routers' in that format of trinity/ops/rounded.py, for inference, where
+        it is not the model's type. Their values are lost: load them. Raises ConfigError but on a CPU."""
+        if weight_dtype in ("auto", self.config.dtype):
+            return
+        if device != "cpu":
+            raise ConfigError(
+                f"engine.weight_dtype {weight_dtype} is computed on CPUs, not on {device}; leave it out there"
+            )
+        gates = {router.gate for router in self.routers.values()}
+        for part in self.modules():
+            if isinstance(part, Linear) and part not in gates and part.weight.numel():
+                part.round_to(getattr(torch, weight_dtype))
+        self.weight_dtype = weight_dtype
+
+    def rounded(self) -> dict[str, Linear]:
+        """Matrices that are kept in another format, by their names in a checkpoint."""
+        parts = (part for part in self.modules() if isinstance(part, Linear) and part.is_rounded)
+        return {f"{part.name}.weight": part for part in parts}

@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from trinity import native
 from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.layers import Linear, RMSNorm
-from trinity.models.common.router import Router, Routing, SigmoidRouter
+from trinity.models.common.router import Router, Routing, SigmoidRouter, SoftmaxRouter
 from trinity.ops import batch_invariant
+from trinity.ops.extension import KINDS
 
 log = logging.getLogger(__name__)
 
 Table = tuple[Tensor, Tensor]
 Place = Callable[[Tensor | None], int]
 MOST_DIM, MOST_HEAD_DIM = 1 << 15, 1 << 12  # native/step/pieces.inl: kMostDim
-NORM, MATRIX = "qdq", "qqq"  # native/step/step.h
+NORM, MATRIX = "qdq", "7q"  # native/step/step.h
 PROJECT, ROUTE, LEAVE, ATTEND = f"<4q{3 * NORM}{4 * MATRIX}", f"<3q{2 * NORM}{2 * MATRIX}6qd", f"<2q{NORM}", "<12q"
-_agreed: dict[tuple[object, ...], bool] = {}  # kinds of parts that were compared
+PYTHONS, SIGMOID, SOFTMAX = range(3)  # native/step/step.h:Scoring
+LOCAL, HEAD = f"<2q{3 * MATRIX}", f"<2q{NORM}{MATRIX}"
+tried: dict[tuple[object, ...], bool] = {}  # kinds of parts, and of models, that were compared with their modules
 
 
 class Before(NamedTuple):
@@ -71,9 +74,9 @@ class Part:
     """A part that is described. Its weights' places are looked up in each call: they are packed again when one has moved."""
 
     def __init__(self, part: nn.Module, modules: Sequence[nn.Module | None], linears: Sequence[Linear] = ()):
-        self.module, self._linears = part, linears
+        self.module, self.linears = part, linears
         tables: list[Any] = [table for each in modules if each for table in (each._parameters, each._buffers)]
-        self._tensors = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
+        self.tensors = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
         own = [part, *(each for each in modules if each)]
         self._hooks = [hooks for each in own for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._at: tuple[object, ...] = ()
@@ -81,33 +84,38 @@ class Part:
 
     def is_for(self, h_TD: Tensor, like: object = None) -> bool:
         """Say whether the extension computes it for rows like these. `like`: what else the description depends on."""
-        if not hasattr(native.lib, "step_route") or not torch.is_inference_mode_enabled() or any(self._hooks):
+        if not is_possible(h_TD) or any(self._hooks) or self._is_adapted():
             return False
-        if not batch_invariant.is_for(h_TD) or not h_TD.is_contiguous() or not len(h_TD) or self._is_adapted():
-            return False
-        at = (h_TD.dtype, like, *[table[name].data_ptr() for table, name in self._tensors])
+        at = (h_TD.dtype, like, *places_of(self.tensors))
         if at != self._at:
             self._at, self._is_usable = at, self._prepared(h_TD, like)
         return self._is_usable
 
     def _is_adapted(self) -> bool:
-        if any(linear.adapter is not None for linear in self._linears):
+        if any(linear.adapter is not None for linear in self.linears):
             return True
-        return bool(self._linears) and self._linears[0].passing.adapters is not None
+        return bool(self.linears) and self.linears[0].passing.adapters is not None
 
     def _prepared(self, h_TD: Tensor, like: Any) -> bool:
-        weights = [table[name] for table, name in self._tensors if name != "bias_E"]
-        if not all(w.is_contiguous() and w.dtype == h_TD.dtype and w.is_cpu for w in weights) or not self.fits(h_TD):
+        rounded = {id(linear._parameters) for linear in self.linears if linear.is_rounded}
+        for table, name in self.tensors:
+            tensor, is_free = table[name], name == "bias_E" or (name == "weight" and id(table) in rounded)
+            if not is_free and not (tensor.dtype == h_TD.dtype and tensor.is_contiguous() and tensor.is_cpu):
+                return False
+        self.is_brain = h_TD.dtype == torch.bfloat16
+        if not self.fits(h_TD):
             return False
-        kind = (type(self.module), h_TD.dtype, *self.packed(_is_there, like))
+        self.kind = (type(self.module), h_TD.dtype, *self.packed(_is_there, like))
         self.description = self.packed(_place, like)
-        if kind not in _agreed:
-            _agreed[kind] = self.agrees(h_TD, like)
-            if not _agreed[kind]:
+        if self.kind not in tried:
+            tried[self.kind] = self.agrees(h_TD, like)
+            if not tried[self.kind]:
                 log.warning("%s runs as its modules: the extension's bits differ", type(self.module).__name__)
-        return _agreed[kind]
+        return tried[self.kind]
 
+    is_brain = False  # its rows are in bfloat16
     description: tuple[bytes, ...] = ()
+    kind: tuple[object, ...] = ()
 
     def fits(self, h_TD: Tensor) -> bool:
         return h_TD.shape[-1] <= MOST_DIM
@@ -119,6 +127,18 @@ class Part:
     def agrees(self, h_TD: Tensor, like: Any) -> bool:
         """Has the extension the bits of the modules?"""
         raise NotImplementedError
+
+
+def is_possible(h_TD: Tensor) -> bool:
+    """Say whether there is an extension for rows like these."""
+    if not hasattr(native.lib, "step_run") or not torch.is_inference_mode_enabled():
+        return False
+    return batch_invariant.is_for(h_TD) and h_TD.is_contiguous() and len(h_TD) > 0
+
+
+def places_of(tensors: Sequence[tuple[Any, str]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Places of tensors now, and their sizes: another answer means that what was described of them does not hold."""
+    return [((tensor := table[name]).data_ptr(), tensor.shape) for table, name in tensors]
 
 
 class NativeBefore(Part):
@@ -219,6 +239,54 @@ class NativeAfter(Part):
         return out_TD
 
 
+class NativeLocal(Part):
+    """A SwiGLU that all rows go through."""
+
+    def __init__(self, part: nn.Module, gate: Linear, up: Linear, down: Linear):
+        super().__init__(part, (gate, up, down), (gate, up, down))
+
+    def fits(self, h_TD: Tensor) -> bool:
+        return (bool(self.module.is_exact) or self.linears[0].is_rounded) and all(
+            w.weight.numel() for w in self.linears
+        )
+
+    def packed(self, place: Place, like: Any) -> tuple[bytes, ...]:
+        gate = self.linears[0]
+        return (struct.pack(LOCAL, self.is_brain, gate.in_features, *_matrices(place, *self.linears)),)
+
+    def agrees(self, h_TD: Tensor, like: Any) -> bool:
+        return all(torch.equal(self.module(rows), self._run(rows)) for rows in (_rows(h_TD)[:1], _rows(h_TD)))
+
+    def _run(self, x_TD: Tensor) -> Tensor:
+        y_TD = torch.empty_like(x_TD)
+        places = map(_place, (x_TD, y_TD))
+        native.lib.step_local(self.description[0], torch.get_num_threads(), len(x_TD), *places)
+        return y_TD
+
+
+class NativeHead(Part):
+    """The norm after the last layer, and the head."""
+
+    def __init__(self, norm: RMSNorm, head: Linear):
+        super().__init__(head, (norm,), (head,))
+        self.tensors += [(head._parameters, name) for name, each in head._parameters.items() if each is not None]
+        self.norm, self.head = norm, head
+
+    def fits(self, h_TD: Tensor) -> bool:
+        return super().fits(h_TD) and (self.head.is_exact or self.head.is_rounded)
+
+    def packed(self, place: Place, like: Any) -> tuple[bytes, ...]:
+        dim = self.head.in_features
+        return (struct.pack(HEAD, self.is_brain, dim, *_norms(place, self.norm), *_matrices(place, self.head)),)
+
+    def agrees(self, h_TD: Tensor, like: Any) -> bool:
+        rows = _rows(h_TD)
+        hidden, logits = torch.empty_like(rows), rows.new_empty(len(rows), self.head.out_features)
+        places = map(_place, (rows, hidden, logits))
+        native.lib.step_finish(self.description[0], torch.get_num_threads(), len(rows), *places)
+        return torch.equal(self.norm(rows), hidden) and torch.equal(self.head(hidden), logits)
+
+
 def attended(layer: int, attend: Attend, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
     """-> o_THd, natively where the Attend says where its memory is."""
     stored: Stored | None = attend.stored(layer, q_THd, k_TGd) if hasattr(attend, "stored") else None
@@ -243,7 +311,7 @@ def _rows(h_TD: Tensor) -> Tensor:
 def _routed(router: Router, num: int) -> list[Tensor]:
     """Memory for a Routing, or for its logits alone."""
     logits_TE = torch.empty(num, router.gate.out_features)
-    if not isinstance(router, SigmoidRouter):
+    if not isinstance(router, SigmoidRouter | SoftmaxRouter):
         return [logits_TE]
     ids_TK = torch.empty(num, router.top_k, dtype=torch.int64)
     return [logits_TE, torch.empty_like(logits_TE), ids_TK, torch.empty(num, router.top_k)]
@@ -269,13 +337,20 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
     """Fields of a Matrix each."""
     fields: list[int] = []
     for part in parts:
-        fields += (0, 0, 0) if part is None else (place(part.weight), place(part.bias), part.out_features)
+        if part is None:
+            fields += [0] * 7
+            continue
+        scales = (place(part.scale_N), place(part.total_N))
+        sizes = (part.out_features, part.in_features, KINDS[part.weight.dtype])
+        fields += (place(part.weight), place(part.bias), *scales, *sizes)
     return fields
 
 
 def _choice(place: Place, router: Router | None) -> tuple[float, ...]:
     """Fields of a Route that say how experts are chosen."""
+    if isinstance(router, SoftmaxRouter):
+        return SOFTMAX, router.top_k, 1, 1, router.normalises, 0, 1.0
     if not isinstance(router, SigmoidRouter):
-        return 0, 0, 1, 1, 0, 0, 1.0
+        return PYTHONS, 0 if router is None else router.top_k, 1, 1, 0, 0, 1.0
     groups = (router.num_groups, router.top_groups)
-    return 1, router.top_k, *groups, router.normalises, place(router.bias_E), router.scale
+    return SIGMOID, router.top_k, *groups, router.normalises, place(router.bias_E), router.scale

@@ -22,17 +22,23 @@ MOST_ROWS = 64  # of a unit: with more, rows and hidden rows would leave the cac
 
 
 def feed_forward(
-    x_AD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_ENF: Tensor, end_E: Tensor, weight_A: Tensor | None = None
+    x_AD: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_ENF: Tensor,
+    end_E: Tensor,
+    weight_A: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """-> y_AN in x's type: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]` through expert 1 and so on,
-    their hidden rows times their weight. For what `exact.at_once` says yes to."""
+    """-> y_AN in x's type, or in `dtype`, rounded once: rows up to `end_E[0]` through expert 0, from there up to `end_E[1]`
+    through expert 1 and so on, their hidden rows times their weight. For what `exact.at_once` says yes to."""
     (num, dim), (_, n, f) = x_AD.shape, down_ENF.shape
     y_AN = torch.empty(num, n)
     if x_AD.dtype == torch.bfloat16:
         matrices = [extension.Matrices(w) for w in (gate_EFD, up_EFD, down_ENF)]
         rows = extension.Rows(x_AD.contiguous())
         extension.feed_forward(extension.BFLOAT16, rows, matrices, weight_A, units_of(end_E, num), y_AN)
-        return y_AN.bfloat16()
+        return y_AN.to(dtype or x_AD.dtype)
     weight_A = torch.ones(num) if weight_A is None else weight_A
     arrays = [as_array(t.contiguous()) for t in (x_AD, gate_EFD, up_EFD, down_ENF, weight_A.float(), y_AN)]
     expert_U, first_U, last_U = _split(as_array(end_E), num)
@@ -42,7 +48,7 @@ def feed_forward(
         operations,
         lambda first, last: _units(*arrays, expert_U, first_U, last_U, first, last),
     )
-    return y_AN
+    return y_AN if dtype is None else y_AN.to(dtype)
 
 
 def units_of(end_E: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ they are stored, rows of K; gradients are what is quickest (outer.py): nobody ne
 It is no slower than the library: what it costs is in docs/benchmarks.md, "Same bits in any company".
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trinity.ops import extension
+from trinity.ops.batch_invariant import threads
 from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.outer import products, sums
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots_of, flushing, restore
-from trinity.ops.batch_invariant.threads import Job, in_threads, in_turn
+from trinity.ops.batch_invariant.threads import Job, in_turn
 
 PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
 
@@ -84,15 +84,7 @@ def side_by_side(x_TK: Tensor, weights: Sequence[Tensor]) -> Tensor:
     sizes, x_TK = [len(w) for w in weights], x_TK.contiguous()
     y, end_1 = torch.empty(len(x_TK), sum(sizes)), torch.tensor([len(x_TK)])
     parts = zip(weights, y.split(sizes, 1), strict=True)
-    jobs = [multiplying(x_TK, w.detach().contiguous().unsqueeze(0), end_1, part) for w, part in parts]
-    units = list(itertools.accumulate((job.num_units for job in jobs), initial=0))
-
-    def run(first: int, last: int) -> None:
-        for job, begin, stop in zip(jobs, units, units[1:], strict=False):
-            if first < stop and last > begin:
-                job.run(max(first, begin) - begin, min(last, stop) - begin)
-
-    in_threads(units[-1], sum(job.operations for job in jobs), run)
+    threads.side_by_side([multiplying(x_TK, w.detach().contiguous().unsqueeze(0), end_1, part) for w, part in parts])
     return y.to(x_TK.dtype)
 
 

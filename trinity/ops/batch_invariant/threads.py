@@ -59,6 +59,18 @@ def in_turn(num_matrices: int, jobs: Sequence[Job]) -> None:
     in_threads(num_matrices, sum(job.operations for job in jobs), work)
 
 
+def side_by_side(jobs: Sequence[Job]) -> None:
+    """Do all jobs, each of one matrix, in any order: threads are handed work once for all."""
+    units = list(itertools.accumulate((job.num_units for job in jobs), initial=0))
+
+    def run(first: int, last: int) -> None:
+        for job, begin, stop in zip(jobs, units, units[1:], strict=False):
+            if first < stop and last > begin:
+                job.run(max(first, begin) - begin, min(last, stop) - begin)
+
+    in_threads(units[-1], sum(job.operations for job in jobs), run)
+
+
 @cache
 def _pool(num_threads: int, priority: tuple[int, int]) -> ThreadPoolExecutor:
     """Threads that one of that priority has started."""
