@@ -105,7 +105,8 @@ class Scheduler:
     def late(self) -> list[Sequence]:
         """Waiting sequences that cannot have their next token by their deadline, even if all else stood still."""
         now_s = time.monotonic()
-        return [s for s in (*self.following, *self.waiting) if self._is_late(s, s.until_s - now_s)]
+        soon = self.waiting.soon(lambda num_tokens, until_s: until_s - now_s < self.pace.least_s(num_tokens))
+        return [s for s in (*self.following, *soon) if self._is_late(s, s.until_s - now_s)]
 
     def _is_late(self, sequence: Sequence, left_s: float) -> bool:
         if left_s >= self.pace.least_s(sequence.num_uncomputed):

@@ -138,6 +138,10 @@ class Linear(nn.Linear):
             self.scale_N = torch.empty(self.out_features)
             self.total_N = torch.empty(self.out_features, dtype=torch.int32)
 
+    @property
+    def num_scale_bytes(self) -> int:
+        return sum(part.nbytes for part in (self.scale_N, self.total_N) if part is not None)
+
     @torch.no_grad()
     def fill(self, weight_NK: Tensor) -> None:
         """Give the weight these values, as it is kept."""
