@@ -1,4 +1,4 @@
-"""Where the gradients of experts' weights are added up by a backward itself, instead of being made and then added.
+"""Sums that a backward adds the gradients of experts' weights to itself, instead of making them for somebody to add.
 
 Legend: E experts, D model, F hidden.
 """
@@ -17,8 +17,9 @@ class Stacks(NamedTuple):
 
 
 class Sums:
-    """Where a backward adds the gradients of weights: float32, said before it runs (`add_to`), for one time. `is_used`: the
-    forward has promised to; otherwise the weights are leaves of autograd's graph."""
+    """Sums that a backward is to add the gradients of weights to: float32, said before it runs (`add_to`), for one time.
+
+    `is_used`: the forward has promised to; otherwise the weights are leaves of autograd's graph."""
 
     def __init__(self) -> None:
         self.is_used = self._is_new = False

@@ -88,7 +88,7 @@ def _gating(tensors: list[Tensor], end_E: Tensor) -> Job:
 
 @kernel
 def _gradients(dhidden, gate, up, weight, dgate, dup, hidden, dweight, end, first, last):  # type: ignore[no-untyped-def]
-    """Gradients of hidden = silu(gate) * up * weight, and itself, which may lie where its own gradient does."""
+    """Gradients of hidden = silu(gate) * up * weight, and hidden itself, which may lie where its own gradient does."""
     part, below = np.empty(gate.shape[1], np.float32), np.empty(gate.shape[1], np.float32)
     begin = end[first - 1] if first else 0
     for row in range(begin, end[last - 1]):
