@@ -103,7 +103,7 @@ def _arms(source: "Checkpoint", as_is: "CausalLM") -> Iterator[tuple[str, "Calla
     from trinity.checkpoint.rewrite import rewrite
 
     yield "as it is", lambda: as_is
-    arms = [("experts", dtype, (dtype, "auto")) for dtype in EXPERTS]
+    arms: list[tuple[str, str, tuple[str | None, str]]] = [("experts", dtype, (dtype, "auto")) for dtype in EXPERTS]
     arms += [("backbone", dtype, (None, dtype)) for dtype in BACKBONE] + [("both", d, (d, d)) for d in BACKBONE]
     for what, dtype, given in arms:
         if dtype != source.config.dtype:
