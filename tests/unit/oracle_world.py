@@ -154,6 +154,7 @@ class World:
         settings, is_guided = self.fleet.engines[at]
         more = {**settings, **self.fleet.numbers, "kv_max_age": self.fleet.age}
         engine = engine_of(Source(self.run, f"engine {self._num:03}"), self._tier, **more)
+        engine._scheduler.recall_s = 0.0  # of the tier a piece before each pass
         drafts = engine._drafts
         if is_guided and drafts.most:
             engine._drafts = engine._scheduler.drafts = Guided(drafts.most, self.run, self.fleet.numbers)

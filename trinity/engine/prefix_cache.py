@@ -57,14 +57,15 @@ class PrefixCache:
             num = max(num, self.tier.num_blocks(*self._wanted(sequence)))
         return num * self._size
 
-    def recall(self, sequence: Sequence, hit: Hit) -> Hit:
-        """Bring what the tier has beyond a hit of a sequence for which there is room; -> what is there then."""
+    def recall(self, sequence: Sequence, hit: Hit, until_s: float) -> tuple[Hit, bool]:
+        """Bring what the tier has beyond a hit of a sequence for which there is room, or a part of it, as long as there is time
+        on time.perf_counter(); -> what is there then, and whether that is all."""
         if self.tier is None or not self._recalls(sequence):
-            return hit
-        more = self.tier.recall(*self._wanted(sequence), hit)
+            return hit, True
+        more, is_all = self.tier.recall(*self._wanted(sequence), hit, until_s)
         self.tier.touch(sequence.keys, more)
         self.num_recalled += (more.num_blocks - hit.num_blocks) * self._size
-        return more
+        return more, is_all
 
     def leader(self, sequence: Sequence, hit: Hit, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
         """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike."""
