@@ -147,7 +147,7 @@ struct Ahead {
 template <class F, class PackA>
 void product_of(const Tiles &tiles, const typename F::T *b, int64_t b_step, int64_t k, int64_t n, Target out, PackA pack_a) {
   const int64_t most = kRun * F::kPer, wide = n < kColumnsAtOnce ? (n + kWide - 1) / kWide * kWide : kColumnsAtOnce;
-  uint32_t *const a_words = static_cast<uint32_t *>(scratch(2, 4 * kRun * (tiles.rows + wide)));
+  uint32_t *const a_words = static_cast<uint32_t *>(scratch(0, 4 * kRun * (tiles.rows + wide)));
   uint32_t *const b_words = a_words + kRun * tiles.rows;
   for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += most) {  // once without any: zeros
     const int64_t num = k - k0 < most ? k - k0 : most, steps = (num + F::kPer - 1) / F::kPer;

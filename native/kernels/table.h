@@ -27,7 +27,7 @@ constexpr int64_t panel_of(Format format, int64_t k) {
 
 // Memory of this thread, on a boundary of 64 bytes, valid until its next call of the same number. Dies with std::bad_alloc's
 // message if there is none.
-constexpr int kScratches = 3;
+constexpr int kScratches = 2;
 void *scratch(int which, int64_t num_bytes);
 
 }  // namespace trinity
