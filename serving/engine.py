@@ -78,7 +78,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "tuple[Engine, Num
     from trinity.models.registry import weight_bytes
 
     found = open_checkpoint(checkpoint)
-    settings = _settled(config, found.config, weights=weight_bytes(found.config)[0])
+    settings = _settled(config, found.config, weights=weight_bytes(found.config, config.engine.weight_dtype)[0])
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
     model = found.load_model(experts, _device(config), settings.weight_dtype)

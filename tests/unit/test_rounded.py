@@ -18,7 +18,7 @@ from trinity.engine.weights import FixedWeights, fingerprint
 from trinity.errors import ConfigError
 from trinity.llm import LLM
 from trinity.models.common.family import Nobody
-from trinity.models.registry import build
+from trinity.models.registry import build, weight_bytes
 from trinity.ops import extension, rounded
 
 folder = test_engine_llm.folder
@@ -93,6 +93,11 @@ def test_it_is_read_as_it_is_rounded_and_int8_of_a_checkpoint_stays_as_it_is(fol
     q_NK = torch.empty(again.rounded()[key].weight.shape, dtype=torch.int8)
     stored._file(stored.weight_map[key]).read_bytes(key, q_NK.view(torch.uint8))
     assert torch.equal(again.rounded()[key].weight, q_NK)
+    sizes = [weight_bytes(source.config, dtype)[0] for dtype in ("auto", "int8")]
+    assert sizes[0] == sum(w.nbytes for w in plain.parameters())
+    assert sizes[1] == sum(w.nbytes for w in kept.parameters()) + 8 * sum(
+        len(w.weight) for w in kept.rounded().values()
+    )
     assert len({fingerprint(model) for model in (plain, kept)}) == 2
 
 

@@ -18,6 +18,8 @@ from trinity.ops.batch_invariant.threads import Job, in_threads
 
 lib: Any = native.lib
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # native/kernels/kernels.h
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+UNIT_ROWS = 256  # native/kernels/outer.h
 ROUNDED = {BFLOAT16: torch.bfloat16, INT8: torch.uint8}
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}  # of values as they are stored
 
@@ -67,13 +69,42 @@ def multiplying(kind: int, x: Rows, w: Matrices, end_E: Tensor, y_AN: Tensor) ->
     _check(y_AN.dtype == torch.float32 and y_AN.stride(-1) == 1 and y_AN.shape == (num, n), "y", y_AN)
     _check(w.values.shape == (len(end_E), n, k), "w", w.values)
     described = kind, *x.described(), *w.described(), end_E.data_ptr(), y_AN.data_ptr(), y_AN.stride(0)
-    run = partial(_multiply, (x, w, end_E, y_AN), described)
+    run = partial(_run, lib.multiply, (x, w, end_E, y_AN), described)
     return Job(lib.num_units(kind, n, k), 2 * num * n * k, run)
 
 
-def _multiply(kept: tuple[object, ...], described: tuple[int, ...], first: int, last: int) -> None:
+def has_outer(*factors: Tensor) -> bool:
+    """Say whether this processor multiplies rows and columns of such tensors by the extension: `adding_products`, `summing`."""
+    kind = KINDS.get(factors[0].dtype)
+    alike = all(t.is_cpu and t.dtype == factors[0].dtype and t.stride(-1) == 1 for t in factors)
+    return lib is not None and alike and kind is not None and lib.has_outer(kind)
+
+
+def adding_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor, is_new: bool) -> Job:
+    """The job of adding p v to `out`, float32, or of putting it there, for what `has_outer` says yes to."""
+    (num, k), n, end_E = p_RK.shape, v_EKN.shape[2], end_E.contiguous()
+    _check(v_EKN.is_contiguous() and v_EKN.shape == (len(end_E), k, n), "v", v_EKN)
+    _check(out_RN.is_contiguous() and out_RN.shape == (num, n), "out", out_RN)
+    pointers = [t.data_ptr() for t in (p_RK, v_EKN, end_E, out_RN)]
+    units = -(-int(end_E.diff(prepend=end_E.new_zeros(1)).max()) // UNIT_ROWS) if num else 1
+    described = (KINDS[p_RK.dtype], *pointers, p_RK.stride(0), k, n, int(is_new), units)
+    return Job(units, 2 * num * k * n, partial(_run, lib.add_products, (p_RK, v_EKN, end_E, out_RN), described))
+
+
+def summing(a_RA: Tensor, b_RB: Tensor, end_E: Tensor, out_EAB: Tensor, is_new: bool) -> Job:
+    """The job of adding a^T b of each matrix's rows to `out`, float32, or of putting it there, for what `has_outer` takes."""
+    (num, a), b, end_E = a_RA.shape, b_RB.shape[1], end_E.contiguous()
+    _check(len(b_RB) == num, "b", b_RB)
+    _check(out_EAB.is_contiguous() and out_EAB.shape == (len(end_E), a, b), "out", out_EAB)
+    pointers = [t.data_ptr() for t in (a_RA, b_RB, end_E, out_EAB)]
+    units = -(-a // UNIT_ROWS)
+    described = (KINDS[a_RA.dtype], *pointers, a_RA.stride(0), b_RB.stride(0), a, b, int(is_new), units)
+    return Job(units, 2 * num * a * b, partial(_run, lib.add_row_sums, (a_RA, b_RB, end_E, out_EAB), described))
+
+
+def _run(kernel: Any, kept: tuple[object, ...], described: tuple[int, ...], first: int, last: int) -> None:
     """`kept`: whose memory is described."""
-    lib.multiply(*described, first, last)
+    kernel(*described, first, last)
 
 
 def feed_forward(
