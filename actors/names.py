@@ -118,6 +118,10 @@ class PlacementClient:
         """The source in which a shard that starts again finds its weights."""
         return self.ask("source")
 
+    def next_line(self) -> int:
+        """The line of versions that what shards load now is of: another one as soon as a run goes back."""
+        return self.ask("next_line")
+
     def pin(self, version: int | None, holder: str, lease_s: float) -> int:
         """Keep a version (None: the one that is served) for `holder` until the lease ends; -> the version."""
         return self.ask("pin", version, holder, lease_s)

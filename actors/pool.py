@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import ray
 
@@ -30,6 +29,7 @@ from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavaila
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
 from trinity.pool.local import shard_names, shard_specs
+from trinity.pool.memory import most_bytes
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
@@ -76,7 +76,9 @@ class RayLedger:
     def __init__(self, service: PlacementClient, long_timeout_s: float):
         self.service, self.long_timeout_s = service, long_timeout_s
         self.backbone_at: list[tuple[str, str]] = []  # (node, folder) where a training job keeps its backbone
-        self._line: str | None = None  # equal lines and versions are equal weights; "": nobody knows
+
+    def new_line(self) -> int:
+        return self.service.ask("new_line")
 
     def set_source(self, message: Load) -> None:
         self.service.ask("set_source", message)
@@ -85,18 +87,15 @@ class RayLedger:
         return self.service.ask("begin_attempt", version, num_updates, timeout_s=self.long_timeout_s)
 
     def begin(self, version: int, notes: Mapping[str, Any]) -> None:
-        self._line = uuid4().hex
         self.service.ask("begin", version, self._noted(notes))
 
     def decide(self, step: int, attempt: int, notes: Mapping[str, Any]) -> None:
         """Asks until it has an answer: an error does not mean that it is not decided."""
-        if self._line is None and (before := self.decided()) is not None:  # a job goes on that another process began
-            self._line = before.notes.get("line", "")
         decide = partial(self.service.ask, "decide", step, attempt, self._noted(notes))
         retrying(decide, time.monotonic() + self.long_timeout_s, (Unavailable, DeadlineExceeded))
 
     def _noted(self, notes: Mapping[str, Any]) -> dict[str, Any]:
-        return {**notes, "backbone": self.backbone_at, "line": self._line}
+        return {**notes, "backbone": self.backbone_at}
 
     def approve(self, version: int) -> None:
         self.service.ask("approve", version)
@@ -231,7 +230,8 @@ def _spec(
     settings: PlacementConfig, model: ModelConfig, optim: OptimConfig | None, ends_with_server: bool = False
 ) -> PoolSpec:
     expert_dtype = settings.expert_dtype or (model.dtype,)
-    return PoolSpec(model, optim, settings.num_shards, device_of(settings), expert_dtype, ends_with_server)
+    num_bytes = most_bytes(model, optim, expert_dtype)
+    return PoolSpec(model, optim, settings.num_shards, device_of(settings), num_bytes, expert_dtype, ends_with_server)
 
 
 def device_of(settings: PlacementConfig) -> str:

@@ -78,7 +78,7 @@ class ShardServer:
         An error here would end the actor for good; without weights it says so to every caller, and can still load."""
         decision, source = self.service.ask("decided"), self.service.source()
         if decision is not None:
-            self.shard.recover(Recover(decision.version, decision.notes.get("attempt")))
+            self.shard.recover(Recover(decision.version, decision.notes.get("attempt"), decision.line))
         if self.shard.version < 0 and source is not None:
             error = tried(partial(self._load, source, decision), TrinityError)
             if error is not None:

@@ -10,6 +10,7 @@
 #endif
 
 extern PyMethodDef kernel_methods[] __attribute__((weak));
+extern PyMethodDef outer_methods[] __attribute__((weak));
 extern PyMethodDef step_methods[] __attribute__((weak));
 extern PyMethodDef ring_methods[] __attribute__((weak));
 
@@ -20,7 +21,7 @@ constexpr int kContract = 2;  // trinity/native.py:CONTRACT; counted up when wha
 PyMethodDef* all_methods() {
   static std::vector<PyMethodDef> all;
   if (all.empty()) {
-    for (PyMethodDef* table : {kernel_methods, step_methods, ring_methods})
+    for (PyMethodDef* table : {kernel_methods, outer_methods, step_methods, ring_methods})
       for (PyMethodDef* method = table; method && method->ml_name; ++method) all.push_back(*method);
     all.push_back({nullptr, nullptr, 0, nullptr});
   }

@@ -35,6 +35,7 @@ from serving.pool_operator import Operator
 from serving.removal import remove
 from trinity.config import NODE, Config, EngineConfig, PlacementConfig, ServeConfig, differences, setup_grpc
 from trinity.errors import ConfigError, Unavailable, VersionGone
+from trinity.utils.hugepages import FLAT_HEAP
 from trinity.utils.origins import LOOPBACK
 from trinity.utils.trying import tried
 
@@ -136,8 +137,9 @@ def placement(placement_json: str, namespace: str) -> PlacementClient:
 
 
 def of_one_version(config: Config) -> Config:
-    """The engines' settings, with `pinned` as the number that it is now, so that all of them, and those that come later, serve
-    the same. The version is kept until they are there. Raises ConfigError for one that is gone, before anything starts."""
+    """The engines' settings, with `pinned` as the name that it has now, so that all of them, and those that come later, serve
+    the same or nothing. The version is kept until they are there. Raises ConfigError for one that is gone, before anything
+    starts."""
     if not config.serve.weights.startswith("pinned"):
         return config
     settings, step = config.placement, config.serve.pinned_step
@@ -237,7 +239,7 @@ def build(config: Config, checkpoint: str, factory: str = FACTORY) -> serve.Appl
     gateway = serve.deployment(GatewayReplica, name=GATEWAY).options(
         **scaled(settings.gateways, resources),
         max_ongoing_requests=SPARE_CALLS,
-        ray_actor_options={"num_cpus": 0, "resources": resources},
+        ray_actor_options={"num_cpus": 0, "resources": resources, "runtime_env": {"env_vars": FLAT_HEAP}},
         graceful_shutdown_timeout_s=grace_s(settings),
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,

@@ -21,6 +21,7 @@ from trinity.engine import samples
 from trinity.engine.begun import Begun
 from trinity.engine.request import Delta, SamplingParams
 from trinity.errors import EngineLost, Overloaded, Unavailable
+from trinity.utils.lines import named
 
 log = logging.getLogger("trinity.serving")
 MAX_LOSSES, NUM_ALONE = 5, 3  # in a row, without a token in between; of these, as the only one that is suspected
@@ -49,7 +50,7 @@ class Answer:
     """Tokens of one answer as its caller has them, and the engines that it has lost."""
 
     def __init__(self, keep: Callable[[int], None] | None) -> None:
-        """`keep` hears of the version that it is pinned to."""
+        """`keep` hears of the version that it is pinned to, by its name."""
         self._keep = keep
         self._token_ids: list[int] = []
         self._first_version = self._version = self._num_cached = 0
@@ -60,9 +61,9 @@ class Answer:
     def add(self, delta: Delta) -> float | None:
         """Note what has come; -> the seconds since its engine was lost, with the first Delta after that."""
         if self._keep is not None and delta.token_ids and not self._token_ids:
-            self._keep(delta.version)
+            self._keep(delta.weights)
         self._token_ids += delta.token_ids
-        self._first_version, self._version = delta.first_version, delta.version
+        self._first_version, self._version = named(delta.line, delta.first_version), delta.weights
         self._num_cached = delta.num_cached_tokens
         self._num_in_a_row = self._num_tries = 0
         self.is_complete = delta.finish_reason is not None

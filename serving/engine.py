@@ -35,6 +35,7 @@ from trinity.engine.request import Delta
 from trinity.errors import ConfigError, EngineLost, InvalidRequest, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
 from trinity.utils.garbage import uncollected
+from trinity.utils.lines import line_of, step_of
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _engine_of_checkpoint(checkpoint: str, config: Config) -> "tuple[Engine, Num
     from trinity.models.registry import weight_bytes
 
     found = open_checkpoint(checkpoint)
-    settings = _settled(config, found.config, weights=weight_bytes(found.config)[0])
+    settings = _settled(config, found.config, weights=weight_bytes(found.config, config.engine.weight_dtype)[0])
     pool = connect(config.placement, config.cluster.namespace)
     experts = pool.dispatcher(found.version, config.serve.request_timeout_s)
     model = found.load_model(experts, _device(config), settings.weight_dtype)
@@ -173,9 +174,10 @@ class LocalClient:
         if not self.engine.healthy:
             raise Unavailable("the engine has stopped")
         engine, stats = self.engine, asdict(self.engine.stats())
-        about = (self.model, engine.max_model_len, engine.version, self._id, stats)
+        about = (self.model, engine.max_model_len, step_of(engine.version), self._id, stats)
         more = (engine.defaults, engine.routed_bytes, engine.moe_layers)
-        return EngineInfo(*about, *more, self._started, engine.key_base, self._role, self.numerics)
+        about_weights = line_of(engine.version), self.numerics
+        return EngineInfo(*about, *more, self._started, engine.key_base, self._role, *about_weights)
 
     async def infos(self) -> list[EngineInfo]:
         return [await self.info()]

@@ -10,7 +10,6 @@ from trinity.engine.kv_layout import BlockSizes
 from trinity.engine.kv_segment import check_room, num_slots
 from trinity.engine.memory import UNBOUNDED, Memory, memory_of, plan_memory
 from trinity.models.registry import weight_bytes
-from trinity.pool.memory import experts_bytes
 from trinity.utils.disk import shared_memory
 from trinity.utils.terminal import say
 
@@ -51,12 +50,14 @@ def _check_tier(config: Config) -> None:
 
 def _memory_here(config: Config) -> Memory:
     """Memory of this machine, with what its shards, engines and workers are going to load."""
-    backbone, _ = weight_bytes(config.model)
+    from trinity.pool.memory import experts_bytes  # torch comes with it
+
+    backbone, served = (weight_bytes(config.model, dtype)[0] for dtype in ("auto", config.engine.weight_dtype))
     num_engines, placed = num_sharing(config), config.placement
     experts = experts_bytes(config.model, config.optim if config.serve.is_of_run else None, placed.expert_dtype)
     copies = 0 if placed.num_gpus_per_shard else min(placed.num_shards, 1 + placed.redundancy)
     workers = config.train.num_workers if config.serve.is_of_run else 0
-    weights = copies * experts.values + (num_engines + workers) * backbone
+    weights = copies * experts.values + num_engines * served + workers * backbone
     others = (num_engines + placed.num_shards + workers + NUM_OTHERS) * PROCESS_BYTES + config.engine.tier_bytes
     if config.serve.is_of_run:
         others += copies * experts.training + TRAINED_BACKBONE * workers * backbone // config.model.itemsize

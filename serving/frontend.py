@@ -58,6 +58,7 @@ class EngineInfo:
     started: int = 0  # when, in seconds
     keys: KeyBase | None = None  # how its blocks are named, where they are cached
     role: Role = "both"  # which it has heard of
+    line: int = 0  # of its version (trinity/utils/lines.py)
     numerics: Numerics = field(default_factory=Numerics)
 
 

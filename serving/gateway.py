@@ -17,6 +17,7 @@ from serving.http.routes import build_app
 from serving.http.server import HttpServer
 from serving.limits import within_descriptors
 from trinity.errors import ConfigError, Unavailable
+from trinity.utils.lines import named
 from trinity.utils.trying import tried
 
 log = logging.getLogger("trinity.serving")
@@ -43,7 +44,8 @@ class Gateway:
         await self.http.start()
         await self.grpc.start()
         self.front.placement.start()
-        self.front.pins.start(self.front.info.version if self.front.config.weights.startswith("pinned") else None)
+        served = named(self.front.info.line, self.front.info.version)
+        self.front.pins.start(served if self.front.config.weights.startswith("pinned") else None)
         self._monitor = asyncio.create_task(self.front.monitor(on_change=self.grpc.set_ready))
 
     def _bind(self, num_places: int) -> None:

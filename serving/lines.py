@@ -71,7 +71,7 @@ def together(items: list[Any]) -> list[Any]:
 
 
 def _kind(item: Any) -> int | None:
-    return item.version if isinstance(item, Delta) else None
+    return item.weights if isinstance(item, Delta) else None
 
 
 def _is_short(order: Order) -> bool:

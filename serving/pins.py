@@ -2,7 +2,7 @@
 
 Decisions: an engine's lease ends with it, and another one needs the same version to go on. So the gateway has a lease of its
 own from an answer's first token to its end, and for the life of a server whose weights are pinned. Leases are told, never
-waited for: an engine that finds its version gone says so.
+waited for: an engine that finds its version gone says so. Versions go by their names (trinity/utils/lines.py).
 """
 
 import asyncio

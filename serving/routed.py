@@ -7,7 +7,7 @@ goes to another one; the next account tells. A prompt whose prefill engine is lo
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -106,8 +106,7 @@ class RoutedClient:
         begun: Begun | None = more.get("begun")
         until_s = asyncio.get_running_loop().time() + request.deadline_s
         chain = await self._chain(request, () if begun is None else begun.token_ids)
-        able = self._with_role("decode", "both") or self._routing.seats.values()  # each can do everything
-        seat = self._routing.choose(chain, able)
+        seat = self._routing.choose(chain, self._able(request, chain))
         if begun is None and (prefilled := await self._prefilled(request, chain, seat)) is not None:
             more |= {"prefilled": prefilled}
             request = request._replace(deadline_s=max(0.0, until_s - asyncio.get_running_loop().time()))
@@ -124,6 +123,12 @@ class RoutedClient:
         for ids in (request.prompt_ids, begun_ids):
             await asyncio.to_thread(chain.add, ids) if len(ids) > LARGE_TOKENS else chain.add(ids)
         return chain
+
+    def _able(self, request: "Request", chain: Chain) -> Iterable[Seat]:
+        """Engines to answer it. A long prompt that nothing is to follow disturbs nobody where prompts are computed."""
+        is_alone = not request.params.max_tokens and chain.num_tokens >= self._settings.min_prefill_tokens
+        alone = self._with_role("prefill") if is_alone else []
+        return alone or self._with_role("decode", "both") or self._routing.seats.values()  # each can do everything
 
     def _with_role(self, *names: Role) -> list[Seat]:
         return [seat for seat in self._routing.seats.values() if seat.is_there and seat.role in names]

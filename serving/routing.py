@@ -1,6 +1,7 @@
 """Which engine a request is sent to: the one where it costs least.
 
-    cost = tokens of its prompt that are not cached there, twice: it waits for them, and others there wait, too
+    cost = tokens of its prompt that are not cached there, four times: it waits for them, others there wait, too, and what is
+           computed in a second place takes that place's time and memory again
          + tokens of prompts that were sent there before it and have no answer yet
          + LOAD_TOKENS for each request there
 
@@ -24,7 +25,7 @@ from trinity.engine.prefix_keys import extend
 if TYPE_CHECKING:
     from trinity.config import Role
 
-LOAD_TOKENS = 64
+MISSING, LOAD_TOKENS = 4, 64
 NO_BLOCKS = 1 << 62  # tokens in a block where nothing is cached
 FEW, MOST_ABOVE_MEAN = 8, 1.25
 
@@ -119,7 +120,7 @@ class Seat:
 
     def cost(self, chain: Chain) -> int:
         pending = sum(sent.num_pending for sent in self._sent)
-        return 2 * (chain.num_tokens - self.num_cached(chain)) + pending + LOAD_TOKENS * self.load
+        return MISSING * (chain.num_tokens - self.num_cached(chain)) + pending + LOAD_TOKENS * self.load
 
     @contextmanager
     def holding(self, chain: Chain) -> Iterator[Sent]:

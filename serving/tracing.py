@@ -126,4 +126,5 @@ def _ended(delta: Delta) -> dict[str, Any]:
         "gen_ai.response.finish_reasons": (str(delta.finish_reason),),
         "trinity.weights_version.first": delta.first_version,
         "trinity.weights_version.last": delta.version,
+        "trinity.weights_line": delta.line,
     }

@@ -246,7 +246,7 @@ def _fitted(
 ) -> EngineConfig:
     """The settings with the memory of the cache chosen beside weights that are still to be loaded; experts, too, in those
     forms, unless None."""
-    weights, _ = weight_bytes(model)
+    weights, _ = weight_bytes(model, settings.weight_dtype)
     if expert_dtype is not None:
         weights += experts_bytes(model, None, expert_dtype).values
     memory = memory_of(device, weights=weights)

@@ -40,6 +40,7 @@ class ShardSeen:
     num_experts: int = 0
     weight_bytes: int = 0
     rows_per_s: float = 0.0
+    expert_dtype: str = ""
     held: dict[int, frozenset[int]] = field(default_factory=dict)
 
 
@@ -108,6 +109,7 @@ class Watch:
             num_experts=status.num_experts,
             weight_bytes=status.weight_bytes,
             rows_per_s=float(rows_LE.sum()),
+            expert_dtype=status.expert_dtype,
             held={layer: frozenset(rows) for layer, rows in status.rows.items()},
         )
 
@@ -140,7 +142,8 @@ def shard_view(name: str, seen: ShardSeen | None, is_drained: bool) -> ShardView
     if seen is None:
         return ShardView(name, "", "starting", -1, 0, 0, 0.0)
     state = "away" if not seen.is_there else "draining" if is_drained else "ready"
-    return ShardView(name, seen.node, state, seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s)
+    known = (seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s, seen.expert_dtype)
+    return ShardView(name, seen.node, state, *known)
 
 
 def _asked(handles: Handles, name: str) -> Any:

@@ -169,10 +169,8 @@ class Migration:
 
     def _copy_layer(self, shard: str, layer: int, pairs: list[tuple[int, str]], at: At) -> int:
         experts, sources = zip(*pairs, strict=True)
-        deadline_s, epoch = self.shards.deadline(), self.change.table.epoch
-        return self.shards.ask(
-            shard, "copy", Copy(layer, experts, sources, at.version, deadline_s, at.num_updates, epoch)
-        )
+        about = self.shards.deadline(), at.num_updates, self.change.table.epoch, self.state.ledger.line
+        return self.shards.ask(shard, "copy", Copy(layer, experts, sources, at.version, *about))
 
 
 def batches(todo: Moves, there: frozenset[str]) -> Batches:

@@ -77,14 +77,15 @@ class RepairController:
             sources = tuple(self.source((layer, expert), shard) for expert in missing)
             if missing and (all(sources) or not self.state.spec.trains):
                 log.warning("shard %s lacks %d experts of layer %d: copying", shard, len(missing), layer)
-                until_s, epoch = self.shards.deadline(), self._table.epoch
-                self.shards.ask(shard, "copy", Copy(layer, missing, sources, version, until_s, num_updates, epoch))
+                about = self.shards.deadline(), num_updates, self._table.epoch, self.state.ledger.line
+                self.shards.ask(shard, "copy", Copy(layer, missing, sources, version, *about))
 
     def _recovered(self, shard: str, seen: ShardSeen, decision: Decision) -> int:
         """The shard's version after it was asked to be at the decided one; -1: it is empty."""
         if not 0 <= seen.version < decision.version:
             return seen.version
-        version: int = self.shards.ask(shard, "recover", Recover(decision.version, decision.notes.get("attempt")))
+        wanted = Recover(decision.version, decision.notes.get("attempt"), decision.line)
+        version: int = self.shards.ask(shard, "recover", wanted)
         return version
 
     def _alone(self, shard: str, at: Mapping[str, int], version: int) -> list[Expert]:

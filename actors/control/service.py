@@ -7,6 +7,7 @@ ever grow; what the pool is made from, what operators asked for and where its we
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
 from trinity.rpc.messages import PROTOCOL, Experts, Load
+from trinity.utils.lines import step_of
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +73,8 @@ class PlacementService:
         return self._state.publish(table)
 
     def set_source(self, source: Load) -> None:
-        """The source in which a restarted shard finds the weights."""
-        self._files.set_source(source)
+        """The source in which a restarted shard finds the weights. Without a line it is of the present one."""
+        self._files.set_source(replace(source, line=source.line or self._ledger.line))
 
     def source(self) -> Load | None:
         return self._files.source()
@@ -84,6 +86,12 @@ class PlacementService:
         attempt = self._ledger.new_attempt(version)
         epoch = self._running().begin_attempt(version, num_updates)
         return StepTicket(epoch, attempt, self._ledger.keep())
+
+    def new_line(self) -> int:
+        return self._ledger.new_line()
+
+    def next_line(self) -> int:
+        return self._ledger.next_line
 
     def begin(self, version: int, notes: dict[str, Any]) -> None:
         self._ledger.begin(version, notes)
@@ -104,7 +112,7 @@ class PlacementService:
         self._ledger.unpin(holder)
 
     def quarantine(self, version: int) -> int:
-        log.error("version %d is quarantined: what it computes is not finite", version)
+        log.error("version %d is quarantined: what it computes is not finite", step_of(version))
         return self._ledger.quarantine(version)
 
     # -- what operators ask

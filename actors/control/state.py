@@ -26,19 +26,13 @@ class PoolSpec:
     optim: OptimConfig | None
     num_shards: int
     device: str
+    expert_bytes: int  # of a replica with all that travels with it, on the shards that need most
     expert_dtype: tuple[str, ...] = ()  # forms of inference: of several, each shard's by its number
     ends_with_server: bool = field(default=False, compare=False)
 
     @property
     def trains(self) -> bool:
         return self.optim is not None
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one replica with all that travels with it, on the shards that need most."""
-        from trinity.experts.sizes import replica_bytes  # torch comes with it
-
-        return max(replica_bytes(self.model, self.optim, name).total for name in self.expert_dtype or (None,))
 
 
 class PoolState:

@@ -3,7 +3,9 @@
 A WeightSource (trinity/engine/weights.py). Decisions: which version is served is the placement service's word, which a thread
 of this process hears; a version's backbone is read from the memory in which the trainer keeps it, or from its node, by another
 thread, and is the newest when it is there; a version that is held gets a model of its own and a lease with the service, so
-that shards and trainer keep it.
+that shards and trainer keep it. Versions go by their names (trinity/utils/lines.py), so that none is taken for the same step of
+a run that has gone back: shards say which line theirs are of, and a backbone is of the line that the run was at before it was
+read and after, because the line changes before any memory does.
 """
 
 import logging
@@ -24,18 +26,18 @@ from trinity.config import RUN_TOKENIZER, Config, ModelConfig
 from trinity.dispatch.dispatcher import Dispatcher
 from trinity.dispatch.view import PlacementView
 from trinity.engine.double_buffer import ModelDoubleBuffer
-from trinity.errors import ConfigError, TrinityError, Unavailable
+from trinity.errors import ConfigError, StepConflict, TrinityError, Unavailable, VersionGone
 from trinity.models.common.decoder import CausalLM
 from trinity.models.registry import build
 from trinity.pool.ledger import Decision
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.backbone import WEIGHT, load_values
+from trinity.utils.lines import line_of, named, step_of
 from trinity.utils.trying import retrying, tried
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
 POLL_S, AGAIN_S = 0.1, 0.5
-LINES_KEPT = 1000  # versions whose line is remembered
 
 
 class LivePool(Protocol):
@@ -97,11 +99,11 @@ class LiveWeights:
         self._pinned: int | None = None
         self._guard = threading.Lock()  # of the two below
         self._bad: set[int] = set()
-        self._good = decision.version
-        self._lines = {decision.version: self._named(decision.notes.get("line"))}
+        self._good = named(decision.line, decision.version)
+        self._identity = pool.service.identity()
         view = pool.view
         assert isinstance(view, placement_watcher.PlacementWatcher)
-        view.watch_version(decision.version)
+        view.watch_version(self._good)
         self._view = view
         self._stopped = threading.Event()
         for work, name in ((self._renew, "trinity-leases"), (self._keep_up, "trinity-weights")):
@@ -113,8 +115,8 @@ class LiveWeights:
         try:
             self._pinned = self.pool.service.pin(step, self._holder("pinned"), LEASE_S)
         except TrinityError as error:
-            raise ConfigError(f"--weights pinned:{step}: {error.message}; or serve that step's checkpoint") from None
-        self._lines[self._pinned] = self._line_now(self._pinned)
+            said = f"--weights pinned:{step_of(step or 0)}: {error.message}"
+            raise ConfigError(f"{said}; or serve that step's checkpoint") from None
 
     def stop(self) -> None:
         self._stopped.set()
@@ -144,13 +146,14 @@ class LiveWeights:
         if version not in self._bad:
             with self._guard:
                 self._bad.add(version)
-                self._good = max((n for n in range(version) if n not in self._bad), default=version)
+                before = (named(line_of(version), step) for step in reversed(range(step_of(version))))
+                self._good = next((older for older in before if older not in self._bad), version)
             self._ask("quarantine", version)
 
-    def line(self, version: int) -> str | None:
-        """Name of the weights that this version is one of: equal names and versions are equal weights, whichever engine asks.
-        None where it is not known for sure."""
-        return self._lines.get(version)
+    def line(self, version: int) -> str:
+        """Name of the weights that this version is one of: equal names and versions are equal weights, whichever engine
+        asks."""
+        return f"{self._identity}/{line_of(version)}"
 
     def counts(self) -> tuple[int, dict[str, tuple[list[int], float]]]:
         """Retries, and seconds by phase, of all its dispatchers."""
@@ -172,15 +175,24 @@ class LiveWeights:
         return model
 
     def _load(self, model: CausalLM, version: int) -> None:
-        """Raises VersionGone."""
-        shm_state.from_any(self._candidates(), version, partial(self._load_from, model, version))
+        """Raises VersionGone, and StepConflict where it is not known whose steps there are."""
+        self._check_line(version)
+        shm_state.from_any(self._candidates(), step_of(version), partial(self._load_from, model, step_of(version)))
+        self._check_line(version)
         experts = model.experts
         assert isinstance(experts, Dispatcher)
         experts.use(version)
 
-    def _load_from(self, model: CausalLM, version: int, node: str, folder: str) -> None:
-        with self._lender.lent(node, folder, version, WEIGHT, self.pool.timeout_s) as found:
+    def _load_from(self, model: CausalLM, step: int, node: str, folder: str) -> None:
+        with self._lender.lent(node, folder, step, WEIGHT, self.pool.timeout_s) as found:
             load_values(model, found)
+
+    def _check_line(self, version: int) -> None:
+        line = tried(self.pool.service.next_line, TrinityError)
+        if isinstance(line, TrinityError):
+            raise StepConflict(f"whether version {step_of(version)} is still the run's is not known: {line}")
+        if line != line_of(version):
+            raise VersionGone(f"the run has gone back since version {step_of(version)}; its steps are others now")
 
     def _candidates(self) -> Iterator[tuple[str, str]]:
         """Places where a backbone may be: the job may have moved since its place was noted."""
@@ -203,31 +215,14 @@ class LiveWeights:
 
     def _is_ready(self, version: int) -> bool:
         if version >= 0 and version not in self._bad and self._pinned is None:
-            before = self._line_now(version)
             error = tried(partial(self._models.prepare, version), Exception)  # the edge of this thread
             if error is not None:  # passes go on with the version before
-                log.warning("version %d cannot be taken up now: %s", version, error)
+                log.warning("version %d cannot be taken up now: %s", step_of(version), error)
                 return False
-            self._note_line(version, before)
         with self._guard:
             if version >= 0 and version not in self._bad:
                 self._good = version
         return True
-
-    def _line_now(self, version: int) -> str | None:
-        """The line that the job is at, if it has come to that version."""
-        decision = tried(self.pool.decided, TrinityError)
-        if not isinstance(decision, Decision) or decision.version < version:
-            return None
-        return self._named(decision.notes.get("line"))
-
-    def _note_line(self, version: int, before: str | None) -> None:
-        """Note the line of a version that was read between two looks: the one that both saw."""
-        line = before if before == self._line_now(version) else None
-        self._lines = {n: each for n, each in self._lines.items() if n > version - LINES_KEPT} | {version: line}
-
-    def _named(self, line: str | None) -> str | None:
-        return f"{self.pool.service.identity()}/{line}" if line else None
 
     def _holder(self, what: object) -> str:
         return f"{self._me}/{what}"

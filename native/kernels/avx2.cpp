@@ -41,7 +41,7 @@ struct FloatFormat {
   using Row = Floats;
   using Weight = Floats;
   using Mode = AsUsual;
-  static constexpr int kRows = 1, kStep = 16;
+  static constexpr int kRows = 1, kStep = 16, kFew = 4;
   static constexpr bool kPads = false, kRounds = false;
   static Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Row load_x(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -66,7 +66,7 @@ struct BrainFormat {
   using Row = Pairs;
   using Weight = Pairs;
   using Mode = Flushing;
-  static constexpr int kRows = 1, kStep = 32;
+  static constexpr int kRows = 1, kStep = 32, kFew = 8;
   static constexpr bool kPads = true, kRounds = true;
   static Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Row load_x(const uint16_t *p) {
@@ -96,7 +96,7 @@ struct ByteFormat {
   using Row = __m256i;  // widened to 16 bits: products of pairs of bytes would not fit those
   using Weight = __m256i;
   using Mode = AsUsual;
-  static constexpr int kRows = 2, kStep = 16;
+  static constexpr int kRows = 2, kStep = 16, kFew = 8;
   static constexpr bool kPads = true, kRounds = false;
   static Sum zero() { return _mm256_setzero_si256(); }
   static Row load_x(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }

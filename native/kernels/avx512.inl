@@ -64,7 +64,7 @@ struct FloatFormat {
   using Row = __m512;
   using Weight = __m512;
   using Mode = AsUsual;
-  static constexpr int kRows = 4, kStep = 16;
+  static constexpr int kRows = 4, kStep = 16, kFew = 4;
   static constexpr bool kPads = false, kRounds = false;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Row load_x(const float *p) { return _mm512_loadu_ps(p); }
@@ -83,7 +83,7 @@ struct BrainLanes {
   using Row = __m512i;
   using Weight = __m512i;
   using Mode = Flushing;  // vdpbf16ps does so anyway, adding up lanes does not
-  static constexpr int kRows = 4, kStep = 32;
+  static constexpr int kRows = 4, kStep = 32, kFew = 8;
   static constexpr bool kPads = true, kRounds = true;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Row load_x(const uint16_t *p) { return _mm512_loadu_si512(p); }

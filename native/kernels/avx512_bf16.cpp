@@ -20,7 +20,7 @@ struct ByteFormat {
   using Row = __m512i;
   using Weight = __m512i;
   using Mode = AsUsual;
-  static constexpr int kRows = 4, kStep = 64;
+  static constexpr int kRows = 4, kStep = 64, kFew = 8;
   static constexpr bool kPads = true, kRounds = false;
   static Sum zero() { return _mm512_setzero_si512(); }
   static Row load_x(const uint8_t *p) { return _mm512_loadu_si512(p); }
@@ -38,6 +38,7 @@ struct ByteFormat {
 }  // namespace
 }  // namespace trinity
 
+#include "packed.inl"
 #include "tiles.inl"
 
 namespace trinity {

@@ -29,6 +29,17 @@ inline uint16_t brain_of(float value) {
 
 inline float rounded_to_brain(float value) { return as_float(static_cast<uint32_t>(brain_of(value)) << 16); }
 
+// Begin to read a line of memory that is wanted soon. `i`, which is returned, is part of it so that the compiler takes this for
+// arithmetic: it would keep sums in memory around a prefetch that may mean anything.
+inline int64_t begin_to_read(const void *line, int64_t i) {
+#if defined(__SSE__)
+  asm("prefetcht1 (%1)" : "+r"(i) : "r"(line));
+#else
+  __builtin_prefetch(line);
+#endif
+  return i;
+}
+
 struct AsUsual {  // while tiles are computed
   AsUsual() {}
 };

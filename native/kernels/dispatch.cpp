@@ -30,8 +30,9 @@ struct Memory {
 
 }  // namespace
 
-void *scratch(int64_t num_bytes) {
-  thread_local Memory memory;
+void *scratch(int which, int64_t num_bytes) {
+  thread_local Memory memories[kScratches];
+  Memory &memory = memories[which];
   if (memory.size < num_bytes) {
     free(memory.at);
     memory.size = 0;

@@ -19,13 +19,18 @@ constexpr int64_t kPanelBytes = 256 << 10;  // of weights that stay in a core's 
 constexpr int64_t size_of(Format format) { return format == kFloat32 ? 4 : format == kBfloat16 ? 2 : 1; }
 constexpr int64_t quarter_of(int64_t n) { return (n + kColumns - 1) / kColumns; }
 
+// What rows are rounded to.
+constexpr Format rows_of(Format format) { return format == kFp8 || format == kNvfp4 ? kFloat32 : format; }
+
 // Tiles of a panel.
 constexpr int64_t panel_of(Format format, int64_t k) {
   const int64_t tiles = kPanelBytes / (kColumns * k * size_of(format) + 1);
   return tiles < 4 ? 4 : tiles;
 }
 
-// Memory of this thread, on a boundary of 64 bytes, valid until its next call. Dies with std::bad_alloc's message if there is none.
-void *scratch(int64_t num_bytes);
+// Memory of this thread, on a boundary of 64 bytes, valid until its next call of the same number. Dies with std::bad_alloc's
+// message if there is none.
+constexpr int kScratches = 2;
+void *scratch(int which, int64_t num_bytes);
 
 }  // namespace trinity

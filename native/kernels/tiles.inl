@@ -1,6 +1,7 @@
 // The loops around tiles of up to four rows and four weight rows, for the formats that the including file has defined:
 // FloatFormat, BrainFormat and ByteFormat, each with
 //   X, W: elements of rows and weights; Total: what sums are; kStep: elements of a step; kRows: most rows of a tile, 1, 2 or 4;
+//   kFew: rows with which reading the weights is what takes time;
 //   Sum zero(), Row/Weight load_x(p), load_w(p), load_x(p, left), load_w(p, left) with zeros for what is missing,
 //   add(sum, weight, row), and totals(sums[R][4], out): out[4 * row + column].
 // Everything is in an unnamed namespace: another file has the same names for other instructions.
@@ -9,7 +10,6 @@ namespace trinity {
 namespace {
 
 constexpr int kBlock = 64;  // rows that pass by a tile's weights, which stay in the nearest cache
-constexpr int kFew = 32;    // rows with which reading the weights is what takes time
 
 template <class F>
 struct Four {  // weight rows, the first one `apart` from the second and so on; the last there is again for what is missing
@@ -29,15 +29,22 @@ struct Lines {  // up to F::kRows rows
   alignas(64) float scale[16];  // each four times in turn
 };
 
-template <class F, int R>
-inline void tile(const typename F::X *const *x, const typename F::W *const *w, int64_t k, typename F::Total *out) {
+template <class F>
+constexpr int64_t kStepBytes = F::kStep * static_cast<int64_t>(sizeof(typename F::W));
+
+// Meanwhile memory begins to be read from `next` on, `kAhead` times as much as a weight row.
+template <class F, int R, int kAhead>
+inline void tile(const typename F::X *const *x, const typename F::W *const *w, int64_t k, const char *next,
+                 typename F::Total *out) {
   typename F::Sum sums[R][kColumns];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; c++) sums[r][c] = F::zero();
   const int64_t whole = k / F::kStep * F::kStep;
-  for (int64_t i = 0; i < whole; i += F::kStep) {
+  for (int64_t i = 0; i < whole; i += F::kStep, next += kAhead * kStepBytes<F>) {
+#pragma GCC unroll 2
+    for (int a = 0; a < kAhead; a++) i = begin_to_read(next + a * kStepBytes<F>, i);
     typename F::Row rows[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) rows[r] = F::load_x(x[r] + i);
@@ -73,11 +80,11 @@ inline void finish(const int32_t *total, const Four<F> &four, const Lines<F> &li
   for (int i = 0; i < 16; i++) out[i] = static_cast<float>(total[i] - four.excess[i]) * four.scale[i] * lines.scale[i];
 }
 
-template <class F, int R>
-inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, int64_t y_step) {
+template <class F, int R, int kAhead>
+inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, const char *next, int64_t y_step) {
   alignas(64) typename F::Total total[16] = {};
   alignas(64) float out[16];
-  tile<F, R>(lines.x, four.w, k, total);
+  tile<F, R, kAhead>(lines.x, four.w, k, next, total);
   finish(total, four, lines, out);
   float *y = four.y + lines.first * y_step;
 #pragma GCC unroll 4
@@ -106,11 +113,30 @@ inline int lines_of(const Rows &rows, int64_t k, int64_t first, int64_t last, Li
   return num;
 }
 
-// Four weight rows of an expert for `num` rows: side by side, so that what they give is, too; with few rows a quarter of the
-// matrix apart, because memory is read two to three times as fast in four streams. Row 0's products with them go to y.
+template <class F, int kAhead>
+inline void put_some(const Lines<F> &lines, const Four<F> &four, int64_t k, const char *next, int64_t y_step) {
+  if (lines.num == F::kRows) put<F, F::kRows, kAhead>(lines, four, k, next, y_step);
+  else if (lines.num == 2) put<F, F::kRows < 2 ? 1 : 2, kAhead>(lines, four, k, next, y_step);
+  else put<F, 1, kAhead>(lines, four, k, next, y_step);
+}
+
+// All lines by four weight rows, while the next four begin to be read.
+template <class F>
+inline void put_all(const Lines<F> *lines, int num, const Four<F> &four, int64_t k, int64_t y_step) {
+  const int64_t size = k * static_cast<int64_t>(sizeof(typename F::W));
+  const char *next = reinterpret_cast<const char *>(four.w[0] + kColumns * k);
+  for (int l = 0; l < num; l++) {
+    if (four.apart != 1 || l >= 4 || (num < 4 && l >= 2)) put_some<F, 0>(lines[l], four, k, next, y_step);
+    else if (num >= 4) put_some<F, 1>(lines[l], four, k, next + l * size, y_step);
+    else put_some<F, 2>(lines[l], four, k, next + 2 * l * size, y_step);
+  }
+}
+
+// Four weight rows of an expert for `num` rows: side by side, where the next ones are read ahead; with few rows a quarter of the
+// matrix apart, because memory is then read two to three times as fast. Row 0's products with them go to y.
 template <class F>
 inline Four<F> four_of(const Matrices &m, int64_t expert, int64_t tile, int64_t num, float *y) {
-  const int64_t apart = num > kFew ? 1 : quarter_of(m.n), n = num > kFew ? kColumns * tile : tile;
+  const int64_t apart = num > F::kFew ? 1 : quarter_of(m.n), n = num > F::kFew ? kColumns * tile : tile;
   Four<F> four;
   four.y = y + n;
   four.apart = apart;
@@ -121,27 +147,30 @@ inline Four<F> four_of(const Matrices &m, int64_t expert, int64_t tile, int64_t 
     four.w[c] = static_cast<const typename F::W *>(m.values) + at * m.k;
     for (int r = 0; r < 4; r++) {
       four.scale[4 * r + c] = m.scale ? m.scale[at] : 1.0f;
-      four.excess[4 * r + c] = m.total ? 128 * m.total[at] : 0;
+      four.excess[4 * r + c] = m.more ? 128 * static_cast<const int32_t *>(m.more)[at] : 0;
     }
   }
   return four;
 }
 
-// Rows [lo, hi) by some tiles: `four_at(i)` has the weight rows of the i-th.
-template <class F, class FourAt>
-inline void products(const Rows &rows, int64_t k, int64_t lo, int64_t hi, int64_t num_tiles, int64_t y_step, FourAt four_at) {
+#include "unpacked.inl"
+
+// Weights that pass by in another form than they are stored in have a function of their own; false: nothing is done.
+template <class F>
+inline bool repacked(F, const Rows &, const Matrices &, int64_t, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {
+  return false;
+}
+
+// Rows [lo, hi) by tiles [from, from + num_tiles) of an expert's matrix; row 0's products with the whole of it go to y.
+template <class F>
+inline void products(const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, int64_t from, int64_t num_tiles,
+                     float *y, int64_t y_step) {
+  if (repacked(F(), rows, w, e, lo, hi, kColumns * from, kColumns * (from + num_tiles), y, y_step)) return;
   typename F::Mode mode;
   Lines<F> lines[kBlock];
   for (int64_t first = lo; first < hi; first += kBlock) {
-    const int num = lines_of<F>(rows, k, first, first + kBlock < hi ? first + kBlock : hi, lines);
-    for (int64_t i = 0; i < num_tiles; i++) {
-      const Four<F> four = four_at(i);
-      for (int l = 0; l < num; l++) {
-        if (lines[l].num == F::kRows) put<F, F::kRows>(lines[l], four, k, y_step);
-        else if (lines[l].num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines[l], four, k, y_step);
-        else put<F, 1>(lines[l], four, k, y_step);
-      }
-    }
+    const int num = lines_of<F>(rows, w.k, first, first + kBlock < hi ? first + kBlock : hi, lines);
+    for (int64_t i = from; i < from + num_tiles; i++) put_all<F>(lines, num, four_of<F>(w, e, i, hi - lo, y), w.k, y_step);
   }
 }
 
@@ -150,15 +179,14 @@ void multiply_as(const Product &p, int64_t first, int64_t last) {
   const int64_t all = quarter_of(p.w.n), tiles = panel_of(p.format, p.w.k), panels = (all + tiles - 1) / tiles;
   for (int64_t u = first; u < last; u++) {
     const int64_t e = u / panels, from = u % panels * tiles, num = tiles < all - from ? tiles : all - from;
-    const int64_t lo = e ? p.end[e - 1] : 0, hi = p.end[e];
-    products<F>(p.x, p.w.k, lo, hi, num, p.y_step, [&](int64_t i) { return four_of<F>(p.w, e, from + i, hi - lo, p.y); });
+    products<F>(p.x, p.w, e, e ? p.end[e - 1] : 0, p.end[e], from, num, p.y, p.y_step);
   }
 }
 
 // Rows [lo, hi) by all of an expert's matrix, the first one's products to y.
 template <class F>
 inline void project(const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, float *y) {
-  products<F>(rows, w.k, lo, hi, quarter_of(w.n), w.n, [&](int64_t i) { return four_of<F>(w, e, i, hi - lo, y - lo * w.n); });
+  products<F>(rows, w, e, lo, hi, 0, quarter_of(w.n), y - lo * w.n, w.n);
 }
 
 // elementwise.exp of trinity/ops/batch_invariant, which has the reasons.
@@ -221,32 +249,38 @@ inline int64_t whole_lines(int64_t num_bytes) { return (num_bytes + 63) / 64 * 6
 template <class F>
 void unit_of(const FeedForward &l, int64_t e, int64_t lo, int64_t hi) {
   const int64_t num = hi - lo, f = l.gate.n, size = whole_lines(num * f * 4);
-  char *memory = static_cast<char *>(scratch(3 * size + whole_lines(num * 4)));
+  char *memory = static_cast<char *>(scratch(0, 3 * size + whole_lines(num * 4)));
   float *hidden = reinterpret_cast<float *>(memory), *other = reinterpret_cast<float *>(memory + size);
   float *scale = reinterpret_cast<float *>(memory + 3 * size);
   project<F>(l.x, l.gate, e, lo, hi, hidden);
   project<F>(l.x, l.up, e, lo, hi, other);
   for (int64_t r = 0; r < num; r++) gate_by<F>(hidden + r * f, other + r * f, l.weight ? l.weight[lo + r] : 1.0f, f);
   Rows rows = {hidden, nullptr, nullptr};
-  if (l.format != kFloat32) {
+  if (rows_of(l.format) != kFloat32) {
     rows = {memory + 2 * size, l.format == kInt8 ? scale : nullptr, nullptr};
     round_rows_here(l.format, hidden, num, f, memory + 2 * size, scale);
   }
   project<F>(rows, l.down, e, 0, num, l.y + lo * l.down.n);
 }
 
+// Call something with the format that a number stands for.
+template <class Call>
+inline void as_format(Format format, Call call) {
+  if (format == kFloat32) call(FloatFormat());
+  else if (format == kBfloat16) call(BrainFormat());
+  else if (format == kInt8) call(ByteFormat());
+  else if (format == kFp8) call(Fp8Format());
+  else call(Nvfp4Format());
+}
+
 void multiply_here(const Product &p, int64_t first, int64_t last) {
-  if (p.format == kFloat32) multiply_as<FloatFormat>(p, first, last);
-  else if (p.format == kBfloat16) multiply_as<BrainFormat>(p, first, last);
-  else multiply_as<ByteFormat>(p, first, last);
+  as_format(p.format, [&](auto f) { multiply_as<decltype(f)>(p, first, last); });
 }
 
 void feed_forward_here(const FeedForward &l, int64_t first, int64_t last) {
-  for (int64_t u = first; u < last; u++) {
-    if (l.format == kFloat32) unit_of<FloatFormat>(l, l.expert[u], l.begin[u], l.end[u]);
-    else if (l.format == kBfloat16) unit_of<BrainFormat>(l, l.expert[u], l.begin[u], l.end[u]);
-    else unit_of<ByteFormat>(l, l.expert[u], l.begin[u], l.end[u]);
-  }
+  as_format(l.format, [&](auto f) {
+    for (int64_t u = first; u < last; u++) unit_of<decltype(f)>(l, l.expert[u], l.begin[u], l.end[u]);
+  });
 }
 
 }  // namespace

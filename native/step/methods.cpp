@@ -121,22 +121,42 @@ bool structs(PyObject *from, int64_t wanted, const T **found) {
   return true;
 }
 
-// (number of layers, layers, head, experts, number of attentions, attentions, memory or None, run, at) -> where Python goes on
+// (list of ring_plan's or None, the caller's name, first op, version, priority, seconds), or None
+bool near_of(PyObject *from, int64_t num_layers, Near *near) {
+  if (from == Py_None) return true;
+  PyObject *plans;
+  const char *name;
+  long long first_op, version, priority;
+  if (!PyArg_ParseTuple(from, "OsLLLd", &plans, &name, &first_op, &version, &priority, &near->left_s)) return false;
+  near->name = name, near->first_op = first_op, near->version = version, near->priority = priority;
+  if (PyList_Size(plans) != num_layers) return PyErr_SetString(PyExc_ValueError, "a plan for each layer, or None"), false;
+  for (int64_t layer = 0; layer < num_layers; layer++) {
+    PyObject *each = PyList_GetItem(plans, layer);
+    void *plan = each == Py_None ? nullptr : PyCapsule_GetPointer(each, "trinity.plan");
+    if (!plan && each != Py_None) return false;
+    near->plans.push_back(plan ? *static_cast<std::shared_ptr<Plan> *>(plan) : nullptr);
+  }
+  return true;
+}
+
+// (number of layers, layers, head, experts, number of attentions, attentions, memory or None, run, near or None, at)
+// -> where Python goes on, and above 32 bits why rings were of no use
 PyObject *step_run(PyObject *, PyObject *const *a, Py_ssize_t num) {
-  if (num != 9) return PyErr_Format(PyExc_TypeError, "%zd arguments, not 9", num);
+  if (num != 10) return PyErr_Format(PyExc_TypeError, "%zd arguments, not 10", num);
   Step step;
-  const int64_t attends = PyLong_AsLongLong(a[4]);
-  int64_t at = PyLong_AsLongLong(a[8]);
+  const int64_t attends = PyLong_AsLongLong(a[4]), at = PyLong_AsLongLong(a[9]);
   step.num_layers = PyLong_AsLongLong(a[0]);
   if (PyErr_Occurred()) return nullptr;
   if (!structs(a[1], step.num_layers, &step.layers) || !structs(a[2], 1, &step.head) ||
       !structs(a[3], step.num_layers, &step.experts) || !structs(a[5], attends, &step.attends) ||
-      !structs(a[6], step.num_layers, &step.memory) || !structs(a[7], 1, &step.run))
+      !structs(a[6], step.num_layers, &step.memory) || !structs(a[7], 1, &step.run) ||
+      !near_of(a[8], step.num_layers, &step.near))
     return nullptr;
+  Stop stop;
   Py_BEGIN_ALLOW_THREADS;
-  at = go(step, at);
+  stop = go(step, at);
   Py_END_ALLOW_THREADS;
-  return PyLong_FromLongLong(at);
+  return PyLong_FromLongLong(stop.at | stop.failure << 32);
 }
 
 PyObject *step_local(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
@@ -150,7 +170,7 @@ PyObject *step_local(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
 }
 
 PyObject *step_finish(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Head what;
+  Ending what;
   int64_t i[kMost];
   if (!taken(arguments, num, 5, &what, i)) return nullptr;
   Py_BEGIN_ALLOW_THREADS;

@@ -140,6 +140,18 @@ void sigmoid(const float *x, int64_t n, float *to) {
   for (int64_t i = 0; i < n; i++) to[i] = sigmoid_of(x[i]);
 }
 
+// elementwise.softmax: sums in sixteen lanes, which are added up in turn
+void softmax(const float *x, int64_t n, float *to) {
+  float top = -INFINITY, lanes[kLanes] = {}, sum = 0;
+  for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+  for (int64_t i = 0; i < n; i++) to[i] = exp_of(x[i] - top);
+  for (int64_t at = 0; at + kLanes <= n; at += kLanes)
+    for (int lane = 0; lane < kLanes; lane++) lanes[lane] += to[at + lane];
+  for (int64_t at = n / kLanes * kLanes; at < n; at++) lanes[at % kLanes] += to[at];
+  for (float lane : lanes) sum += lane;
+  for (int64_t i = 0; i < n; i++) to[i] = to[i] / sum;
+}
+
 template <class E>
 void gated_as(const typename E::T *x, const typename E::T *gate, int64_t n, typename E::T *to) {
   for (int64_t i = 0; i < n; i++) to[i] = E::narrow(E::wide(x[i]) * E::wide(E::narrow(sigmoid_of(E::wide(gate[i])))));
@@ -433,6 +445,6 @@ void added(bool is_brain, const void *x, const void *y, int64_t n, void *to) { E
 
 }  // namespace
 
-const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, swiglu, summed, total};
+const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, softmax, swiglu, summed, total};
 
 }  // namespace trinity

@@ -103,7 +103,7 @@ void route(const Route &r, int threads, int64_t num, const void *mixed, const vo
       pieces().wide_product(is_brain, at(x, row, r.dim, is_brain), std::min(kRows, num - row), r.dim, r.router.values,
                             r.router.n, routed.logits + row * r.router.n);
   });
-  if (r.has_sigmoid) choose(r, num, routed);
+  if (r.scoring != kPythons) choose(r, num, routed);
 }
 
 void leave(const Leave &l, int threads, int64_t num, const void *residual, const void *routed, const void *local, void *h) {
@@ -124,7 +124,7 @@ void leave(const Leave &l, int threads, int64_t num, const void *residual, const
   });
 }
 
-void finish(const Head &f, int threads, int64_t num, const void *h, void *hidden, void *logits) {
+void finish(const Ending &f, int threads, int64_t num, const void *h, void *hidden, void *logits) {
   const bool is_brain = f.is_brain;
   each_row(threads, num, 4 * f.dim, [&](int64_t row) {
     pieces().norm(f.norm, is_brain, at(h, row, f.dim, is_brain), f.dim, at(hidden, row, f.dim, is_brain));
@@ -177,10 +177,12 @@ void close_groups(const Route &r, float *choice) {
 
 void choose(const Route &r, int64_t num, const Routed &routed) {
   const int64_t experts = r.router.n, k = r.top_k;
-  pieces().sigmoid(routed.logits, num * experts, routed.scores);
+  const float least = r.scoring == kSigmoid ? 1e-20f : 0.0f;
+  if (r.scoring == kSigmoid) pieces().sigmoid(routed.logits, num * experts, routed.scores);
   std::vector<float> choice(experts);
   std::vector<Scored> scored(experts);
   for (int64_t row = 0; row < num; row++) {
+    if (r.scoring == kSoftmax) pieces().softmax(routed.logits + row * experts, experts, routed.scores + row * experts);
     const float *scores = routed.scores + row * experts;
     for (int64_t e = 0; e < experts; e++) choice[e] = r.choice_bias ? scores[e] + r.choice_bias[e] : scores[e];
     if (r.num_groups > 1) close_groups(r, choice.data());
@@ -191,7 +193,7 @@ void choose(const Route &r, int64_t num, const Routed &routed) {
       routed.ids[row * k + i] = scored[i].second;
       weights[i] = scores[scored[i].second];
     }
-    const float total = r.normalises ? pieces().total(weights, k) + 1e-20f : 1.0f;
+    const float total = r.normalises ? pieces().total(weights, k) + least : 1.0f;
     for (int64_t i = 0; i < k; i++) weights[i] = weights[i] / total * static_cast<float>(r.scale);
   }
 }

@@ -39,11 +39,13 @@ struct Attend {          // of single tokens, whose keys are written before any 
   const int64_t *write_row, *write_slot, *slot, *first, *end, *origin;
 };
 
+enum Scoring : int64_t { kPythons = 0, kSigmoid = 1, kSoftmax = 2 };  // what makes scores of logits
+
 struct Route {
   int64_t is_brain, dim, width;  // of attention's result
   Norm after, next;
   Matrix out, router;
-  int64_t has_sigmoid, top_k, num_groups, top_groups, normalises;
+  int64_t scoring, top_k, num_groups, top_groups, normalises;
   const float *choice_bias;      // [E] or null
   double scale;
 };
@@ -53,7 +55,7 @@ struct Leave {
   Norm after;
 };
 
-struct Routed {                  // float32 [T, E] twice, int64 [T, K], float32 [T, K]; the last three of a sigmoid's router only
+struct Routed {                  // float32 [T, E] twice, int64 [T, K], float32 [T, K]; the last three unless scoring is Python's
   float *logits, *scores;
   int64_t *ids;
   float *weights;
@@ -73,7 +75,7 @@ struct Local {                   // a feed-forward that every row goes through; 
   Matrix gate, up, down;
 };
 
-struct Head {                    // after the last layer
+struct Ending {                  // after the last layer
   int64_t is_brain, dim;
   Norm norm;
   Matrix head;
@@ -92,7 +94,7 @@ void choose(const Route &what, int64_t num, const Routed &routed);  // what `rou
 bool experts(const Experts &what, int threads, int64_t num, const void *x, const int64_t *ids, const float *weights, void *y,
              int64_t *rows, const Local &local, void *local_y);
 void feed_forward_all(const Local &what, int threads, int64_t num, const void *x, void *y);
-void finish(const Head &what, int threads, int64_t num, const void *h, void *hidden, void *logits);  // logits null: not wanted
+void finish(const Ending &what, int threads, int64_t num, const void *h, void *hidden, void *logits);  // logits null: not wanted
 
 // What a file compiled for one instruction set has.
 struct Pieces {
@@ -105,6 +107,7 @@ struct Pieces {
   void (*gated)(bool is_brain, const void *x, const void *gate, int64_t n, void *to);
   void (*added)(bool is_brain, const void *x, const void *y, int64_t n, void *to);
   void (*sigmoid)(const float *x, int64_t n, float *to);
+  void (*softmax)(const float *x, int64_t n, float *to);
   void (*swiglu)(bool is_brain, const float *gate, const float *up, int64_t n, void *to);  // each rounded first
   void (*summed)(bool is_brain, const float *const *rows, int64_t num, int64_t n, void *to);  // each rounded first
   float (*total)(const float *x, int64_t n);

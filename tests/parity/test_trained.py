@@ -69,3 +69,7 @@ def test_an_adapter_merged_is_the_same_model_in_transformers_and_served_as_it_is
     tokens = theirs.generate(ids_BS, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=12)
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     assert list(LLM(adapter).generate([PROMPT], greedy)[0].token_ids) == tokens[0, len(PROMPT) :].tolist()
+    logged = greedy.model_copy(update={"logprobs": 1})
+    folders = adapter, tmp_path / "merged"
+    said = [LLM(each, weight_dtype="int8").generate([PROMPT], logged)[0].logprobs for each in folders]
+    assert said[0] == said[1], "rounded once, with the adapter in"

@@ -16,10 +16,12 @@ from tests.ray.runs import config_for, decisions, train_here, weights_of
 from tests.waiting import until
 from trinity.checkpoint import latest_checkpoint, open_checkpoint
 from trinity.data.prepare import prepare
+from trinity.errors import VersionGone
 from trinity.placement.table import PlacementTable
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
 from trinity.utils import trying
+from trinity.utils.lines import named
 
 NUM_STEPS = 16
 
@@ -308,8 +310,17 @@ def test_without_replicas_a_lost_memory_sends_the_job_back_to_its_checkpoint(ray
     pool.transport.send("shard-0", "load", Load(training=False)).result()  # other weights: none of this run's
     with pytest.raises(StateLost, match="going back to the last checkpoint"):
         trainer.step()
+    held = named(pool.decided().line, 2)
     again = trainer_of(config, pool)
     assert (again.version, again.position) == (2, 2)
+    layer, x_TD = config.model.moe_layers[0], torch.ones(1, config.model.hidden_size)
+    asked = layer, x_TD, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    with pytest.raises(VersionGone, match="the run went back"):
+        pool.service.pin(held, "an engine", 10.0)
+    with torch.no_grad(), pytest.raises(VersionGone, match="the run has gone back"):
+        pool.dispatcher(held)(*asked)
+    with torch.no_grad():
+        assert torch.equal(pool.dispatcher(named(pool.decided().line, 2))(*asked), pool.dispatcher(2)(*asked))
     losses += [again.step().loss for _ in range(3)]
     same_as_undisturbed(undisturbed, again, losses)
 

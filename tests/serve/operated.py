@@ -37,7 +37,7 @@ def snapshot_of(num_layers=6, num_experts=16, num_shards=3, epoch=4, pool="defau
                 rows_S[shard] += load_LE[at, expert] / len(held)
                 held_S[shard] += 1
     shards = tuple(
-        ShardView(name, f"{i:02x}" * 28, "ready", 120, held_S[i], held_S[i] * MIB_25, float(rows_S[i]))
+        ShardView(name, f"{i:02x}" * 28, "ready", 120, held_S[i], held_S[i] * MIB_25, float(rows_S[i]), "int8")
         for i, name in enumerate(names)
     )
     changes = (

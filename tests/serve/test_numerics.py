@@ -33,6 +33,7 @@ def numerics(*formats, model=TINY, device="cpu", **settings):
         (numerics("int8"), "weights-12-float32-experts.int8"),
         (numerics("float32", "int8"), "weights-12-float32-experts.float32+int8"),
         (numerics("nvfp4", kv_cache_dtype="int8"), "weights-12-float32-experts.nvfp4-cache.int8"),
+        (numerics("float32", weight_dtype="int8"), "weights-12-float32-backbone.int8"),
         (numerics("float32", device="cuda"), "weights-12-float32-cuda"),
         (numerics("float32", model=TINY.model_copy(update={"batch_invariant": False})), "weights-12-float32-inexact"),
     ],

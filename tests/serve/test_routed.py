@@ -28,7 +28,7 @@ class Replica(LocalClient):
     """An engine by name, and what Ray Serve makes of it."""
 
     def __init__(self, name, engine):
-        super().__init__(engine, fake_tokenizer(), "fake", name)
+        super().__init__(engine, fake_tokenizer(), "fake", name=name)
         self.name, self.is_stopped, self.prefills = name, False, []
 
     async def status(self, **told):
@@ -221,7 +221,8 @@ def computed(fleet):
 
 
 async def test_a_long_prompt_is_computed_by_a_prefill_engine_and_answered_by_another(tiered):
-    """Short ones, and those that are cached, are not; log-probabilities of a prompt cannot be."""
+    """Short ones, and those that are cached, are not; log-probabilities of a prompt cannot be, but where that is all there is
+    to the request."""
     params = SamplingParams(max_tokens=3, ignore_eos=True, seed=1)
     undisturbed = list(solo(fake_config(), tuple(PROMPT), params))
     client = await met(tiered, role=("prefill", "decode"))
@@ -235,6 +236,10 @@ async def test_a_long_prompt_is_computed_by_a_prefill_engine_and_answered_by_ano
     await ask(client, "traced", [13, *PROMPT], trace=True)
     assert (first.prefills, tiered.prefilled[1:]) == (["long"], [None] * 4)
     assert computed(tiered)[0] == 20
+    await ask(client, "only scored", [12, *PROMPT], 0, prompt_logprobs=1)
+    assert (first.prefills, computed(tiered)[0]) == (["long"], 20 + 21)
+    await ask(client, "short and scored", PROMPT[:8], 0, prompt_logprobs=1)
+    assert computed(tiered)[0] == 20 + 21
     assert [replica.engine._gives_way for replica in (first, *others)] == [True, False, False]
 
 

@@ -63,6 +63,8 @@ def fake_config(window: int = 4, layers: tuple[str, ...] = ("sliding_attention",
 
 
 class FakeAfmoe(nn.Module):
+    weight_dtype = "auto"
+
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
         self.config = config

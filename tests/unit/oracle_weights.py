@@ -23,6 +23,7 @@ from trinity.placement.table import Expert, PlacementTable
 from trinity.pool.local import local_pool
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Copy, Load, PruneTo
+from trinity.utils.lines import line_of, named, step_of
 
 VOCAB, NUM_WEIGHTS, NUM_SHARDS, NUM_ADAPTERS = 40, 3, 3, 2
 TINY = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
@@ -118,30 +119,36 @@ class Adapters:
 
 
 class Run:
-    """Weights of a run that goes on. A version's are of a number; one that the run went back behind may come again, with
+    """Weights of a run that goes on. A version's are of a number; a step that the run went back behind comes again, with
     others. Who holds a version is counted, by its name."""
 
     def __init__(self) -> None:
-        self.version, self.holders = 1, Counter[tuple[str, int]]()
+        self.version, self.holders = named(1, 1), Counter[tuple[str, int]]()
         self.lost, self._gone = set[int](), set[int]()  # though held; because nobody did
-        self._made, self._numbers, self._lines, self._line = 1, {1: 1}, {1: 0}, 0
+        self._made, self._numbers = 1, {self.version: 1}
+        self._checkpoints = {1: 1}  # of the last weights of each step
 
     def number(self, version: int) -> int:
         return self._numbers.get(version, 0)  # an answer that was given up before it began has none
 
     def line(self, version: int) -> str:
-        return f"line {self._lines[version]}"
+        return f"line {line_of(version)}"
 
     def commit(self) -> None:
-        self.version, self._made = self.version + 1, self._made + 1
-        self._numbers[self.version], self._lines[self.version] = self._made % NUM_WEIGHTS, self._line
-        self.lost.discard(self.version)
-        self._gone.discard(self.version)
+        self._made += 1
+        self._become(line_of(self.version), step_of(self.version) + 1, self._made % NUM_WEIGHTS)
 
-    def go_back(self) -> None:
-        """To the version before, for good: others follow."""
-        self.version, self._line = self.version - 1, self._line + 1
-        self._gone.discard(self.version)
+    def go_back(self, num_steps: int) -> None:
+        """To a checkpoint of an earlier step, for good: others follow, and whatever was held of the steps before is lost."""
+        step = max(1, step_of(self.version) - num_steps)
+        self.lost.update(version for (_, version), num in self.holders.items() if num)
+        self._become(line_of(self.version) + 1, step, self._checkpoints[step])
+
+    def _become(self, line: int, step: int, number: int) -> None:
+        self.version = named(line, step)
+        self._numbers[self.version] = self._checkpoints[step] = number
+        for each in (self.lost, self._gone):
+            each.discard(self.version)  # comes again, where a line is no part of its name
 
     def lose(self) -> None:
         """An old version that is held goes all the same."""

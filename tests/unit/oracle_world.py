@@ -29,6 +29,7 @@ from trinity.engine.weights import FixedWeights
 from trinity.errors import Overloaded, VersionGone
 from trinity.models.common.adapted import BackboneAdapter
 from trinity.placement.table import Expert
+from trinity.utils.lines import oldest_of
 from trinity.utils.trying import tried
 
 LONGEST, HELD_S = 60, 1e6
@@ -153,6 +154,7 @@ class World:
         settings, is_guided = self.fleet.engines[at]
         more = {**settings, **self.fleet.numbers, "kv_max_age": self.fleet.age}
         engine = engine_of(Source(self.run, f"engine {self._num:03}"), self._tier, **more)
+        engine._scheduler.recall_s = 0.0  # of the tier a piece before each pass
         drafts = engine._drafts
         if is_guided and drafts.most:
             engine._drafts = engine._scheduler.drafts = Guided(drafts.most, self.run, self.fleet.numbers)
@@ -214,15 +216,11 @@ class World:
     def commit(self) -> None:
         self.run.commit()
 
-    def go_back(self) -> None:
-        """The run goes back a step, where no pinned request is at the last one; engines hear of it before there is another."""
-        pinned = {version for engine in self.engines for version in engine._versions._pinned}
-        pinned |= {version for engine in self.engines for _, version in engine._versions._handed_over}
-        pinned |= {version for (who, version), num in self.run.holders.items() if num and who.startswith("caller")}
-        pinned |= {way.handed.version for way in self._handing.values() if way.handed is not None}
-        if self.run.version > max({1, *pinned}):
-            self.run.go_back()
-            self.step()
+    def go_back(self, num_steps: int, num_after: int) -> None:
+        """The run goes back, and on from there before engines hear of it."""
+        self.run.go_back(num_steps)
+        for _ in range(num_after):
+            self.run.commit()
 
     def lose(self) -> None:
         self.run.lose()
@@ -283,8 +281,8 @@ class World:
             ref = one.adapter and one.adapter.ref
             keys = prefixes.keys_of(one.prompt[:-1], one.params, one.client, ref)
             age = engine.settings.max_age if one.params.version_policy == "live" else 0
-            prefixes.tier.save(keys, 0 if age is None else delta.version - age, delta.version)
-        way.handed = Handed(delta.version, delta.num_cached_tokens)
+            prefixes.tier.save(keys, oldest_of(delta.weights, age), delta.weights)
+        way.handed = Handed(delta.weights, delta.num_cached_tokens)
         if not way.pause:
             self._go_on(delta.request_id, way.handed)
 
@@ -299,13 +297,13 @@ class World:
             one = self.asked[name]
             assert one.params.version_policy == "pinned", "a live one goes on at another version"
             assert one.said, "one without a token starts again"
-            assert one.said[-1][0].version in self.run.lost
+            assert one.said[-1][0].weights in self.run.lost
             self._over(name)
         elif is_error:
             self._refused(name, delta.cause)
         else:
             self.asked[name].answer.add(delta)
-            self.asked[name].said.append((delta, self.run.number(delta.version)))
+            self.asked[name].said.append((delta, self.run.number(delta.weights)))
             if delta.finish_reason:
                 self._over(name)
 
@@ -346,7 +344,7 @@ class World:
         aborted = said.pop()[0] if said and said[-1][0].finish_reason == "abort" else None
         had: tuple[int, ...] = ()
         if one.params.version_policy == "pinned":
-            assert len({delta.version for delta, _ in said}) <= 1
+            assert len({(delta.weights, number) for delta, number in said}) <= 1, "of one version"
         elif self.fleet.age != 0:
             said = self._alone(said)
         assert not said or said[0][0].first_version == said[0][0].version
@@ -389,5 +387,5 @@ def told(delta) -> tuple:
     scores = delta.prompt_logprobs
     scored = None if scores is None else [scores.token_ids_T.tolist(), scores.positions(0, len(scores))]
     routed = None if delta.experts_TLK is None else delta.experts_TLK.tolist()
-    plain = replace(delta, request_id="", version=0, first_version=0, num_cached_tokens=0, prompt_logprobs=None)
+    plain = replace(delta, request_id="", version=0, first_version=0, line=0, num_cached_tokens=0, prompt_logprobs=None)
     return plain, scored, routed

@@ -333,9 +333,11 @@ def test_the_pure_parts_of_placement_need_only_numpy():
 
 
 def test_who_only_controls_starts_without_torch():
-    """The placement service, the gateway, and what removes a pool's folders: torch takes longer than all else that they import,
-    and a restart is a gap for callers."""
-    code = "import sys; sys.modules['torch'] = None; import actors.control.service, actors.sync.shm_folders, serving.gateway"
+    """The placement service, a gateway's replica, and what removes a pool's folders: torch takes longer than all else that
+    they import, and a restart is a gap for callers."""
+    code = (
+        "import sys; sys.modules['torch'] = None; import actors.control.service, actors.sync.shm_folders, serving.app"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.unit.test_replicas import FOREVER, LAYER, MODEL, copy_all
 from trinity.checkpoint import all_experts
-from trinity.config import LoraConfig, OptimConfig, PlacementConfig
+from trinity.config import Config, LoraConfig, OptimConfig, PlacementConfig
 from trinity.dispatch.transport import LocalTransport
 from trinity.dispatch.view import StaticView
 from trinity.errors import ConfigError, InvalidRequest, StepConflict, VersionGone
@@ -166,8 +166,9 @@ def step_all(shards, step):
         shard.commit(Commit(step))
 
 
-def answers(shard, layer, version, experts):
+def answers(shard, layer, version, experts, is_native=True):
     """y of rows that one expert each computes."""
+    shard._is_native = lambda _: is_native
     x = torch.randn(len(experts), MODEL.hidden_size, generator=torch.Generator().manual_seed(version))
     ids = torch.tensor([[expert, REMOTE] for expert in experts])
     return shard.infer(Forward("", layer, 0, version, FOREVER, Rows(x, ids, torch.full((len(experts), 2), 0.7))))
@@ -206,7 +207,9 @@ def test_moved_replicated_and_updated_at_once_they_have_a_monoliths_bits(name):
             held = shard.experts[LAYER]
             for version in {shard.version, max(0, shard.version - 1)}:
                 if version == shard.version or set(shard.weights.holds(version, LAYER)) >= set(held):
-                    assert torch.equal(answers(shard, LAYER, version, held), answers(whole, LAYER, version, held)), (
+                    assert torch.equal(
+                        answers(shard, LAYER, version, held), answers(whole, LAYER, version, held, False)
+                    ), (
                         turn,
                         what,
                     )
@@ -266,6 +269,38 @@ def test_what_comes_without_its_form_is_refused():
     with pytest.raises(InvalidRequest, match=r"this shard needs .*int8[.]weight"):
         int8.install(Install(LAYER, (5,), 0, rows))
     assert int8.experts[LAYER] == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--placement.expert_dtype", "[int8, fp9]"], r"placement.expert_dtype.1: .* \(got 'fp9'\)"),
+        (["--placement.expert_dtype", "int8", "--optim.lora.rank", "4"], "int8 knows no adapters"),
+        (
+            ["--placement.expert_dtype", "nvfp4", "--model.moe_intermediate_size", "24"],
+            r"multiples of 16; .* \(128, 24\)",
+        ),
+        (
+            ["--placement.expert_dtype", "[float32, int8]", "--placement.device", "cuda"],
+            "int8 is computed on CPUs, not on cuda",
+        ),
+        (["--placement.expert_dtype", "fp8", "--placement.num_gpus_per_shard", "1"], "fp8 is computed on CPUs"),
+    ],
+)
+def test_settings_of_what_cannot_be_are_refused_before_anything_is_started(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.load(None, flags, model="tiny")
+
+
+def test_a_shards_form_is_the_one_whose_turn_its_number_is():
+    found = Config.load(None, ["--placement.expert_dtype", "[float32, int8, fp8]"], model="tiny").placement
+    names = ("shard-0", "shard-1", "shard-2", "shard-3", "shard-13", "a")
+    assert [found.expert_dtype_of(name) for name in names] == ["float32", "int8", "fp8", "float32", "int8", "float32"]
+    assert (
+        Config.load(None, ["--placement.expert_dtype", "int8"], model="tiny").placement.expert_dtype_of("shard-7")
+        == "int8"
+    )
+    assert Config.load(None, [], model="tiny").placement.expert_dtype_of("shard-0") is None
 
 
 def test_what_cannot_be_is_refused_when_the_shard_is_made():

@@ -1,5 +1,6 @@
 """Turns of clients: none waits for another's whole queue, and each gets tokens by its weight."""
 
+import math
 import random
 from collections import Counter
 
@@ -30,6 +31,23 @@ def test_what_is_urgent_comes_first_and_in_its_order():
             queue.append(again := Sequence("late", (1,), GREEDY.model_copy(update={"priority": -3}), None))
             assert queue.take() is again
     assert found == ["3", "6", "1", "4", "0", "2", "5"]
+
+
+def test_those_whose_deadline_is_near_are_found_without_a_look_at_the_rest():
+    queue, rng, looked, waiting = PriorityQueue(), random.Random(1), [], set()
+    for number in range(500):
+        params = GREEDY.model_copy(update={"priority": rng.randrange(3)})
+        until_s = rng.choice([math.inf, 5000.0 * rng.random(), 900.0])
+        own = Sequence(str(number), (1,) * rng.randint(1, 70), params, None, until_s=until_s)
+        rng.choice([queue.append, queue.resume, queue.put_back])(own)
+        waiting.add(own)
+        if rng.random() < 0.3:
+            queue.remove(gone := rng.choice(sorted(waiting, key=id)))
+            waiting.remove(gone)
+    found = set(queue.soon(lambda num_tokens, until_s: looked.append(until_s) or until_s < num_tokens))
+    assert {each for each in waiting if each.until_s < len(each.token_ids)} <= found <= waiting
+    assert all(each.until_s < 2 * len(each.token_ids) for each in found)
+    assert len(looked) <= len(found) + 7, "one of each kind of length"
 
 
 def test_tokens_count_whatever_their_priority_was():

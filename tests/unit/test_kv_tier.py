@@ -194,6 +194,28 @@ def test_a_small_tier_evicts_and_keeps_beginnings(tmp_path):
     assert found[1:] == [0, 0]
 
 
+@pytest.mark.parametrize("priority", [0, -1])
+def test_a_long_beginning_is_brought_a_piece_before_each_pass_where_others_run(tmp_path, monkeypatch, priority):
+    """It stopped all of them until it was there; nobody gives way meanwhile. Where nobody runs it comes at once."""
+    monkeypatch.setattr(kv_tier, "BYTES_TOGETHER", 1)
+    own = GREEDY.model_copy(update={"priority": priority})
+    answer, pieces = ask(restarted(tmp_path), own=own)[0], []
+    engine = restarted(tmp_path)
+    tier, engine._scheduler.recall_s = engine.prefixes.tier, 0.0
+    fetch, tier._fetch = tier._fetch, lambda *some: pieces.append(some[1]) or fetch(*some)
+    engine.add("other", (1, 2, 3), GREEDY.model_copy(update={"max_tokens": 20}))
+    engine.step()
+    engine.add("r", PROMPT, own, ALICE)
+    for num in range(1, 6):
+        assert [delta.request_id for delta in engine.step()] == ["other"]
+        assert [len(keys) for keys in pieces] == [1] * num
+        engine.check()
+    deltas = run_all(engine)
+    assert engine.stats().num_tier_hits == 20
+    assert tuple(token for delta in deltas["r"] for token in delta.token_ids) == answer
+    assert (deltas["r"][-1].num_cached_tokens, engine.stats().num_preemptions) == (20, 0)
+
+
 def test_traced_tokens_stay_out(tmp_path):
     from tests.unit.test_prefix_cache import Routed
 

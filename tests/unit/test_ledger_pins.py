@@ -9,6 +9,7 @@ import pytest
 from actors.control import ledger as ledgers
 from actors.control.ledger import Ledger
 from trinity.errors import VersionGone
+from trinity.utils.lines import named
 
 
 @pytest.fixture
@@ -59,3 +60,25 @@ def test_a_file_of_before_is_read(tmp_path, opened):
     tree = json.loads(file.read_text())
     file.write_text(json.dumps({**tree, "pins": {"one": {"version": 4, "until_s": 1.7e9}}}))
     assert opened().keep() == (4,)
+
+
+def test_what_was_pinned_before_the_run_went_back_is_not_the_same_step_now(tmp_path):
+    ledger = Ledger(tmp_path, threading.Condition())
+    assert (ledger.serving, ledger.line) == (-1, 0)
+    first = ledger.new_line()
+    ledger.begin(5, {"is_source": True})
+    before = ledger.pin(5, "one", 10.0)
+    assert before == ledger.serving == named(first, 5)
+    second = ledger.new_line()
+    assert (ledger.serving, ledger.next_line) == (before, second), "shards load; nothing is decided yet"
+    ledger.begin(4, {})
+    ledger.decide(5, ledger.new_attempt(4), {})
+    assert second > first
+    assert (ledger.serving, ledger.pins()) == (named(second, 5), {})
+    with pytest.raises(VersionGone, match="version 5 has gone: the run went back, and its present version is 5"):
+        ledger.pin(before, "one", 10.0)
+    assert ledger.quarantine(before) == ledger.serving == named(second, 5), "the damage was another's"
+    assert ledger.quarantine(ledger.serving) == named(second, 4)
+    assert ledger.pin(None, "one", 10.0) == named(second, 4)
+    again = Ledger(tmp_path, threading.Condition())
+    assert (again.keep(), again.decision.line, again.line) == ((4,), second, second)

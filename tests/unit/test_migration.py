@@ -26,7 +26,7 @@ class World:
         self.state, self.table = self, TWO
         self.spec = SimpleNamespace(trains=trains, expert_bytes=1, model=preset("tiny"))
         self.settings, self.handles = SimpleNamespace(drain_s=0.0, watch_every_s=0.0), {}
-        self.ledger = SimpleNamespace(keep=lambda: keep)
+        self.ledger = SimpleNamespace(keep=lambda: keep, line=0)
         self.there = frozenset({"shard-0"})
         self.tables = [TWO]
 

@@ -115,6 +115,27 @@ def test_equal_scores_choose_the_same_experts(experts, top_k, groups):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize(("experts", "top_k", "normalises"), [(128, 8, True), (60, 4, False), (3, 1, True)])
+def test_a_softmax_is_one_function_of_ours(experts, top_k, normalises):
+    from trinity.models.common.router import SoftmaxRouter
+
+    router = SoftmaxRouter(8, experts, top_k, normalises=normalises)
+    logits_TE = torch.randn(300, experts, generator=torch.Generator().manual_seed(2)) * 9
+    logits_TE[0], router.is_exact = 0, True
+    logits_TE[1, 0] = torch.nan
+    expected, found = router.routed(logits_TE), native_step._routed(router, len(logits_TE))
+    found[0].copy_(logits_TE)
+    what = native_step.struct.pack(
+        native_step.ROUTE, 0, 8, 8, *native_step._norms(native_step._place, None, None),
+        *native_step._matrices(native_step._place, None, router.gate), *native_step._choice(native_step._place, router),
+    )  # fmt: skip
+    native.lib.step_choose(what, len(logits_TE), *(part.data_ptr() for part in found))
+    pairs = [*zip(found, expected, strict=True)]
+    assert all(torch.equal(a[2:], b[2:]) and torch.equal(a[0], b[0]) for a, b in pairs)
+    assert expected.scores_TE[1].isnan().all()
+    assert torch.allclose(expected.scores_TE[2:], logits_TE[2:].softmax(-1), rtol=1e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 2, 128), (6, 6, 64), (5, 1, 20), (12, 2, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_has_the_bits_of_the_compiled_one(heads, groups, dim, dtype):

@@ -1,12 +1,12 @@
 """The oracle: whatever an engine does to be quick, urgent or still there, an answer is the monolith's, bit for bit.
 
-A trace is drawn: requests of all kinds, of adapters too, n of each, that begin alike; aborts; new weights, and weights that are
-withdrawn or gone; experts that move or are copied; engines that are lost in the middle of answers; prompts that one engine
-computes for another, and roles that change. So are the engines: prefix cache, a tier that they share, drafts, chunks, blocks,
-memory too short for all. Every answer (tokens, text, log-probabilities, experts) is what one engine alone says to that request
-at its version, without cache and drafts, with all experts in one place; where live requests may use what older weights have
-computed, that much of it which says that they did not. In the end nothing holds a block, a row or a version, and shared memory
-is gone.
+A trace is drawn: requests of all kinds, of adapters too, n of each, that begin alike; aborts; new weights, weights that are
+gone, and a run that goes back and comes to the same steps with others; experts that move or are copied; engines that are lost
+in the middle of answers; prompts that one engine computes for another, and roles that change. So are the engines: prefix cache,
+a tier that they share, drafts, chunks, blocks, memory too short for all. Every answer (tokens, text, log-probabilities,
+experts) is what one engine alone says to that request at its version, without cache and drafts, with all experts in one place;
+where live requests may use what older weights have computed, that much of it which says that they did not. In the end nothing
+holds a block, a row or a version, and shared memory is gone.
 
 `TRINITY_ORACLE=20000 pytest tests/unit/test_oracle.py` draws so many traces, other ones each time.
 """
@@ -64,6 +64,7 @@ of_adapters = st.sampled_from([None] * 5 + list(range(NUM_ADAPTERS)))
 ways = st.tuples(st.booleans(), st.sampled_from([0, 0, 1, 3]))  # long enough to be handed over, and how long that takes
 adds = st.tuples(st.just("ask"), st.integers(0, 1), prompts, params(), st.integers(1, 3), clients, of_adapters, ways)
 roles = st.sampled_from([("both",), ("prefill", "decode"), ("decode", "prefill"), ("prefill", "both")])
+few = st.integers(0, 2)
 steps = st.tuples(st.just("step"), st.integers(1, 4))
 actions = st.one_of(
     adds,
@@ -72,7 +73,7 @@ actions = st.one_of(
     steps,
     st.tuples(st.just("abort"), st.integers(0, 9)),
     st.tuples(st.just("commit")),
-    st.tuples(st.sampled_from(["commit", "go_back", "lose"])),
+    st.one_of(st.tuples(st.sampled_from(["commit", "lose"])), st.tuples(st.just("go_back"), few, few)),
     st.tuples(st.just("set_roles"), roles),
     st.tuples(st.just("move"), experts, st.integers(0, NUM_SHARDS - 1), st.booleans()),
     st.tuples(st.just("drop"), st.integers(0, 1)),
@@ -154,6 +155,26 @@ def test_every_answer_is_the_monoliths(trace, fleet):
     world.finish()
     for name in world.asked:
         world.compare(name)
+
+
+def test_a_pinned_answer_ends_where_its_step_comes_again_with_other_weights():
+    """It went on with them, under the same number."""
+    settle()
+    settings = {"block_size": 4, "max_num_seqs": 2}
+    world = World(Fleet([(settings, False)] * 2, {}, 0, 0, ("both",)))
+    world.commit()
+    world.ask(0, base, SamplingParams(seed=1, max_tokens=18, ignore_eos=True, version_policy="pinned"))
+    for _ in range(3):
+        world.step()
+    world.go_back(1, 1)
+    world.ask(1, base, SamplingParams(seed=1, max_tokens=18, ignore_eos=True, version_policy="pinned"))
+    world.finish()
+    for name, num in (("0", 3), ("1", 18)):
+        world.compare(name)
+        assert sum(len(delta.token_ids) for delta, _ in world.asked[name].said) == num
+    (old, _), (new, _) = (world.asked[name].said[0] for name in "01")
+    assert old.version == new.version == 2
+    assert old.weights < new.weights
 
 
 def test_a_traced_prompt_of_one_token_has_nothing_to_tell_of_experts():

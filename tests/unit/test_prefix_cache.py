@@ -235,6 +235,14 @@ def test_a_shared_beginning_that_windows_have_left_behind_is_kept_from_the_secon
     assert counted.engine.stats().num_preemptions == 0
 
 
+@pytest.mark.parametrize(("place", "cached"), [(52, 48), (48, 48), (40, 40)])
+def test_the_second_text_that_begins_like_a_new_one_finds_a_window_near_to_where_they_part(place, cached):
+    """An instruction's end is not known before: at most as much again is computed as comes after it, or a window."""
+    counted, text = Counted(), tuple(i % VOCAB for i in range(58))
+    counted.ask(text)
+    assert counted.ask((*text[:place], *((token + 1) % VOCAB for token in text[place:])))[2] == cached
+
+
 def test_a_full_cache_makes_room_and_fails_nobody():
     counted = Counted(max_num_seqs=2, max_num_kept=0)
     for i in range(30):

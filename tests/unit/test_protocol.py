@@ -82,9 +82,9 @@ DECIDE, NEW_ATTEMPT, FIND = Ledger.decide, Ledger.new_attempt, PublishedVersions
 RECOVER, TAKE, PRUNE = WeightVersions.recover_to, GradAccumulator.take, ExpertWeights.prune_to
 
 
-def adopted(versions, committed, attempt):
+def adopted(versions, committed, attempt, line):
     newest = max(versions.store.versions.values(), key=lambda version: version.number, default=None)
-    RECOVER(versions, *(newest.number, newest.notes.get("attempt")) if newest else (committed, attempt))
+    RECOVER(versions, *(newest.number, newest.notes.get("attempt")) if newest else (committed, attempt), line)
 
 
 def forgetful(weights, message):

@@ -124,7 +124,26 @@ def moved(tensors):
     tensors["model.layers.2.mlp.experts.9.down_proj.weight_scale"] = torch.ones(2)
 
 
+def halved(tensors):
+    tensors[f"{EXPERT}.weight"] = tensors.pop(f"{EXPERT}.weight_scale") * tensors[f"{EXPERT}.weight"].float()
+
+
+def test_one_matrix_of_many_is_plain_where_settings_say_so(source, tmp_path):
+    """As where a layer that suffers is left out; it may be named by what it is in."""
+    write_quantised(source, tmp_path / "q", "int8-channel")
+    edited(tmp_path / "q", halved)
+    for name in (EXPERT, "re:.*down_proj", EXPERT.rpartition(".")[0]):
+        said = LAYOUTS["int8-channel"][2]
+        change(tmp_path / "q" / "config.json", quantization_config={**said, "ignore": [*said["ignore"], name]})
+        if name.startswith("re:"):
+            with pytest.raises(CheckpointError, match=r"ignore names .*down_proj.*stored as int8"):
+                load(tmp_path / "q")
+        else:
+            load(tmp_path / "q")
+
+
 ODD_TENSORS = {
+    "half": ("int8-channel", halved, "down_proj is stored plainly, others of that name are quantised, and ignore does not"),
     "missing": ("fp8-block", without("weight_scale"), "down_proj.weight has type F8_E4M3 and no scale beside it"),
     "missing-global": ("nvfp4", without("weight_global_scale"), "down_proj.weight_global_scale is missing"),
     "missing-shape": ("int4", without("weight_shape"), "down_proj.weight_shape is missing"),

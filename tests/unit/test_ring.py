@@ -29,7 +29,7 @@ from trinity.errors import DeadlineExceeded, StepConflict, TrinityError, Unavail
 from trinity.experts import native_experts
 from trinity.placement.table import PlacementTable
 from trinity.pool.local import local_pool
-from trinity.rpc.messages import Commit, Fetch, Install, Load, Prepare, PruneTo, Stage, Status
+from trinity.rpc.messages import Commit, Fetch, Forward, Install, Load, Prepare, PruneTo, Rows, Stage, Status
 
 pytestmark = pytest.mark.skipif(not ring.is_possible(), reason="the extension is not built, or switched off")
 
@@ -218,14 +218,21 @@ def test_versions_are_those_that_python_computes(either, form):
                     world.dispatcher(version=version)(LAYER, x, ids, weights)
 
 
-def test_experts_that_leave_are_not_computed_any_more(either):
-    with served(1) as world, torch.inference_mode():
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_experts_that_leave_are_not_computed_any_more(either, form):
+    with served(1, None, torch.float32, form) as world, torch.inference_mode():
         shard, call = world.shards["shard-0"], (LAYER, *batch(5))
         dispatcher = world.dispatcher()
         want = near(dispatcher, *call)
         shard.prune_to(PruneTo(dict.fromkeys(MODEL.moe_layers, ALL[:4]), 2))
         few = batch(5)[0], batch(5)[1] % 4, batch(5)[2]
         assert torch.equal(near(dispatcher, LAYER, *few), world.alone(LAYER, *few))
+        again = local_pool(MODEL, Load(seed=5), optim=OptimConfig(), backend="torch", expert_dtype=form)
+        source = again.transport.shards["shard-0"]
+        kinds = {kind: (source.fetch(Fetch(LAYER, 6, 0, 4e9, kind)),) for kind in shard.weights.kinds(0)}
+        shard.install(Install(LAYER, (6,), 0, kinds, epoch=3))  # one comes back
+        few[1][few[1] == 1] = 6
+        assert torch.equal(near(dispatcher, LAYER, *few), source.infer(Forward("", LAYER, 0, 0, 4e9, Rows(*few))))
         dispatcher.timeout_s = 0.2
         with pytest.raises(TrinityError, match="does not hold expert"):
             dispatcher(*call)

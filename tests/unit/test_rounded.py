@@ -18,7 +18,7 @@ from trinity.engine.weights import FixedWeights, fingerprint
 from trinity.errors import ConfigError
 from trinity.llm import LLM
 from trinity.models.common.family import Nobody
-from trinity.models.registry import build
+from trinity.models.registry import build, weight_bytes
 from trinity.ops import extension, rounded
 
 folder = test_engine_llm.folder
@@ -93,6 +93,11 @@ def test_it_is_read_as_it_is_rounded_and_int8_of_a_checkpoint_stays_as_it_is(fol
     q_NK = torch.empty(again.rounded()[key].weight.shape, dtype=torch.int8)
     stored._file(stored.weight_map[key]).read_bytes(key, q_NK.view(torch.uint8))
     assert torch.equal(again.rounded()[key].weight, q_NK)
+    sizes = [weight_bytes(source.config, dtype)[0] for dtype in ("auto", "int8")]
+    assert sizes[0] == sum(w.nbytes for w in plain.parameters())
+    assert sizes[1] == sum(w.nbytes for w in kept.parameters()) + 8 * sum(
+        len(w.weight) for w in kept.rounded().values()
+    )
     assert len({fingerprint(model) for model in (plain, kept)}) == 2
 
 
@@ -109,9 +114,10 @@ def test_a_newer_version_is_copied_into_what_is_there():
     assert not torch.equal(answers(model, 3)[-1], before[-1])
 
 
-def test_an_engine_answers_from_it_whatever_else_it_computes(folder, monkeypatch):
+@pytest.mark.parametrize(("weights", "experts"), [("int8", "int8"), ("int8", "bfloat16"), ("auto", "int8")])
+def test_an_engine_answers_from_it_whatever_else_it_computes(folder, weights, experts, monkeypatch):
     def engine():
-        return LLM(folder, engine=SETTINGS, backend="torch", device="cpu", weight_dtype="int8", expert_dtype="int8")
+        return LLM(folder, engine=SETTINGS, backend="torch", device="cpu", weight_dtype=weights, expert_dtype=experts)
 
     prompts = ["def f(", "x + 1", "return x"]
     found = engine().generate(prompts, PARAMS)

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trinity.experts.grad_accumulator import FUTURE_US, GradAccumulator
 from trinity.experts.published import PublishedVersions
 from trinity.experts.row_counts import RowCounts
 from trinity.experts.shard import ExpertShard, ShardSpec
-from trinity.experts.stacked import empty_stacks, empty_version, kinds_of, restacked, stack_names
+from trinity.experts.stacked import empty_stacks, empty_version, kinds_of, restacked, stack_names, with_notes
 from trinity.rpc.messages import (
     GRADIENT,
     WEIGHT,
@@ -28,11 +29,13 @@ from trinity.rpc.messages import (
     Load,
     Prepare,
     Progress,
+    Recover,
     Rows,
     Stage,
     Status,
 )  # fmt: skip
 from trinity.state.versioned_store import Store
+from trinity.utils.lines import named
 
 MODEL = preset("tiny").model_copy(
     update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
@@ -166,6 +169,13 @@ def test_what_is_published_can_be_found_and_nothing_else():
     assert float(published.find(4, LAYER).weights.gate_EFD[0, 0, 0]) == 4
 
 
+def test_callers_in_cpp_find_a_step_by_its_number_and_by_its_name():
+    published, (versions, _), found = PublishedVersions("s", MODEL, None), versions_of(2, 3, 4), []
+    published.native = SimpleNamespace(publish=found.append)
+    published.publish({n: with_notes(version, line=7) for n, version in versions.items()}, 3)
+    assert set(found[-1]) == {2, 3, named(7, 2), named(7, 3)}
+
+
 def test_a_version_is_withdrawn_when_its_last_reader_has_left():
     published, (versions, _) = PublishedVersions("s", MODEL, None), versions_of(2, 3)
     published.publish(versions, 3)
@@ -244,6 +254,31 @@ def test_a_newer_attempt_makes_void_what_the_older_one_left_on_a_shard():
     assert len(shard.activations) == 1
     shard.abort(Abort(1, 6))
     assert len(shard.activations) == 0
+
+
+def test_a_caller_of_before_the_run_went_back_gets_nothing_of_the_same_step():
+    """Nor does it move anything: it had a staged step committed that nobody had decided on."""
+    shard = trained_shard()
+    shard.load(Load(seed=2, line=3))
+    shard.infer(forward("5.0:1"))
+    shard.gathered.add("5.0:1", stack_names(LAYER), stacks(1))
+    shard.prepare(Prepare(1, 5))
+    assert shard.stage(Stage(1, {"muon": 0.1, "adamw": 0.1}, 1.0, 5))
+    asked = replace(forward("of an engine"), keep=False)
+    for step in (0, 1):
+        with pytest.raises(VersionGone, match=f"the run has gone back: shard s has none of what version {step} was"):
+            shard.infer(replace(asked, version=named(2, step)))
+    with pytest.raises(StepConflict, match="is not at the line yet that the caller's version 0 is of"):
+        shard.infer(replace(asked, version=named(4, 0)))
+    assert (shard.version, shard.store.staged is not None) == (0, True)
+    assert torch.equal(shard.infer(replace(asked, version=named(3, 0))), shard.infer(asked))
+    shard.infer(replace(asked, version=named(3, 1)))
+    assert shard.version == 1, "who names the staged one knows that it was decided"
+    with pytest.raises(StepConflict, match="the copies are of 1 of another line"):
+        shard.install(Install(LAYER, (3,), 1, {WEIGHT: (torch.ones(24, 16),)}, line=4))
+    assert [shard.recover(Recover(1, 5, line)) for line in (3, 4)] == [1, -1]
+    shard.install(Install(LAYER, (), 1, {}, line=4))
+    assert (shard.version, shard.versions.line) == (1, 4)
 
 
 def test_what_was_gathered_is_void_when_experts_come_or_go():

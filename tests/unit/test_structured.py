@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.engine_fakes import FakeSource, FakeTokenizer, fake_config, fake_engine
 from tests.unit.grammar_cases import SCHEMAS, checkpoint, random_llm, tokenizer
-from trinity.config import EngineConfig
+from trinity.config import Client, EngineConfig
 from trinity.engine.engine import Engine
 from trinity.engine.grammars import MaskThread, within_grammars
 from trinity.engine.request import SamplingParams, Sequence
@@ -153,6 +153,16 @@ def test_a_wrong_one_is_refused_and_nothing_is_left(llm, tree):
         assert caught.value.param == "structured_outputs"
     assert not llm.engine.has_work
     assert complete(llm, {"choice": ["ok"]}) == ["ok"]
+
+
+def test_a_grammar_is_compiled_for_each_key_and_salt_that_asks_for_it():
+    """A second one's first answer would be faster where another has asked for the same."""
+    engine, compiled = fake_engine(), []
+    whole = engine.grammars._compile
+    engine.grammars._compile = lambda constraint: compiled.append(constraint) or whole(constraint)
+    for at, (name, salt) in enumerate([("ann", None), ("ann", None), ("bob", None), ("ann", "own"), ("ann", "own")]):
+        engine.add(str(at), [1], params({"regex": "A+"}, max_tokens=1, cache_salt=salt), Client(name))
+    assert len(compiled) == 3
 
 
 def test_one_that_becomes_too_costly_ends_alone(llm):

@@ -1,99 +1,72 @@
-"""The line of weights that a version belongs to, as engines over a run that trains hear of it: never a wrong one, whatever
-happens between two looks."""
+"""Names of versions, and engines over a run that trains: what they read is never taken for the same step of another line,
+whatever happens between two looks."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from actors.pool import RayLedger
+from actors.sync import live_weights
 from actors.sync.live_weights import LiveWeights
-from trinity.errors import Unavailable
-from trinity.pool.ledger import Decision
+from trinity.dispatch.dispatcher import Dispatcher
+from trinity.errors import StepConflict, Unavailable, VersionGone
+from trinity.placement.table import PlacementTable
+from trinity.utils.lines import line_of, named, oldest_of, step_of
+
+
+def test_a_name_is_of_a_line_and_a_step_and_later_lines_are_greater():
+    assert (line_of(named(7, 5)), step_of(named(7, 5))) == (7, 5)
+    assert (named(0, 12), line_of(12), step_of(12)) == (12, 0, 12)
+    assert (named(7, -1), line_of(-1), step_of(-1)) == (-1, 0, -1)
+    assert named(7, 1 << 29) < named(8, 0) < named(8, 1)
+    assert named(1 << 32, 1 << 29) < 1 << 63, "it fits into a frame"
+    assert [oldest_of(named(7, 5), age) for age in (0, 2, 9, None)] == [named(7, step) for step in (5, 3, 0, 0)]
 
 
 class Service:
-    """A placement service that remembers the last decision."""
+    """A placement service that knows the line of what shards load now."""
 
     def __init__(self):
-        self.decision, self.is_away = None, False
+        self.line, self.is_away = 4, False
 
-    def ask(self, what, *arguments, timeout_s=None):
+    def next_line(self):
         if self.is_away:
             raise Unavailable("away")
-        if what == "decided":
-            return self.decision
-        version, notes = arguments[0], arguments[-1]
-        self.decision = Decision(version, notes)
-        return None
-
-    def identity(self):
-        return "pool"
-
-
-def looking(service):
-    weights = object.__new__(LiveWeights)
-    weights.pool, weights._lines = SimpleNamespace(service=service, decided=lambda: service.ask("decided")), {}
-    return weights
-
-
-def read(weights, version, meanwhile=lambda: None):
-    """The line that a version is said to be of, which was read while something else happened."""
-    before = weights._line_now(version)
-    meanwhile()
-    weights._note_line(version, before)
-    return weights.line(version)
+        return self.line
 
 
 @pytest.fixture
-def service():
-    return Service()
+def weights():
+    found = object.__new__(LiveWeights)
+    found.pool, found._candidates, found._identity = SimpleNamespace(service=Service()), list, "pool"
+    return found
 
 
-def test_steps_of_one_job_are_of_one_line_and_those_after_going_back_of_another(service):
-    job, weights = RayLedger(service, 1.0), looking(service)
-    job.begin(3, {})
-    first = read(weights, 3)
-    job.decide(4, 0, {})
-    assert read(weights, 4) == first is not None
-    again = RayLedger(service, 1.0)
-    again.begin(3, {})
-    again.decide(4, 0, {})
-    assert read(weights, 4) not in (first, None)
-    assert weights.line(3) == first
-    assert weights.line(5) is None
+@pytest.fixture
+def load(weights, monkeypatch):
+    """-> load(version, meanwhile): what its dispatcher asks for then."""
+    experts = Dispatcher(PlacementTable.spread((1,), 4, ["a"]), None, timeout_s=1.0)
+
+    def loaded(version, meanwhile=lambda: None):
+        monkeypatch.setattr(live_weights.shm_state, "from_any", lambda places, step, take: meanwhile())
+        weights._load(SimpleNamespace(experts=experts), version)
+        return experts.version
+
+    return loaded
 
 
-def test_a_job_that_another_process_goes_on_with_keeps_its_line(service):
-    job, weights = RayLedger(service, 1.0), looking(service)
-    job.begin(3, {})
-    first = read(weights, 3)
-    RayLedger(service, 1.0).decide(4, 0, {"mine": 1})
-    assert read(weights, 4) == first
-    assert service.decision.notes["mine"] == 1
-
-
-def test_what_is_not_sure_has_no_line(service):
-    job, weights = RayLedger(service, 1.0), looking(service)
-    assert read(weights, 3) is None, "nothing is decided"
-    job.begin(3, {})
-    assert read(weights, 4) is None, "the job is not there yet"
-    assert read(weights, 3, lambda: RayLedger(service, 1.0).begin(3, {})) is None, "it has begun again meanwhile"
+def test_a_backbone_is_of_the_line_that_the_run_was_at_before_and_after_it_was_read(weights, load):
+    service = weights.pool.service
+    assert load(named(4, 9)) == named(4, 9)
+    for old in (3, 5):
+        with pytest.raises(VersionGone, match="the run has gone back since version 9"):
+            load(named(old, 9))
+    with pytest.raises(VersionGone):
+        load(named(4, 9), lambda: setattr(service, "line", 5))
     service.is_away = True
-    assert read(weights, 3) is None
-    service.is_away, service.decision = False, Decision(9, {})
-    assert read(weights, 3) is None, "an older release decided it"
+    with pytest.raises(StepConflict, match="is not known"):
+        load(named(5, 9))
 
 
-def test_a_job_of_before_is_asked_for_its_line_once(service):
-    service.decision = Decision(3, {})
-    job, asked, whole = RayLedger(service, 1.0), [], service.ask
-
-    def ask(what, *arguments, **more):
-        asked.append(what)
-        return whole(what, *arguments, **more)
-
-    service.ask = ask
-    job.decide(4, 0, {})
-    job.decide(5, 0, {})
-    assert asked == ["decided", "decide", "decide"]
-    assert read(looking(service), 5) is None
+def test_equal_steps_of_two_lines_have_other_names_for_what_is_cached(weights):
+    assert weights.line(named(4, 9)) == weights.line(named(4, 2)) == "pool/4"
+    assert weights.line(named(5, 9)) == "pool/5"

@@ -3,8 +3,9 @@
 Legend: B windows of text, S tokens of one, V vocabulary.
 Decisions: the same tokens go through the checkpoint as it is and through each form, and their distributions are compared token
 by token: KL(as it is || form), in nats. Perplexity is of the text itself. Arms whose name begins with `experts` round routed
-experts as `placement.expert_dtype` does; `weights` are those that `trinity convert --to` writes, read again. The text should
-be none that the model was trained on: by default this package's own sources.
+experts as `placement.expert_dtype` does, `backbone` the rest as `engine.weight_dtype` does, `both` both; `weights` are those
+that `trinity convert --to` writes, read again. The text should be none that the model was trained on: by default this package's
+own sources.
 """
 
 import argparse
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parents[1]
 USUAL: dict[str, Any] = {"text": SOURCES, "windows": 64, "tokens": 512}
 QUICK: dict[str, Any] = {"text": SOURCES, "windows": 2, "tokens": 64}
-EXPERTS, WEIGHTS = ("bfloat16", "int8", "fp8", "nvfp4"), ("int8", "fp8")
-MOST_KL = {"bfloat16": 1e-3, "int8": 1e-2, "fp8": 1e-2}  # of experts, mean nats a token: the gate
+EXPERTS, BACKBONE, WEIGHTS = ("bfloat16", "int8", "fp8", "nvfp4"), ("bfloat16", "int8"), ("int8", "fp8")
+MOST_KL = {"bfloat16": 1e-3, "int8": 1e-2, "fp8": 1e-2}  # mean nats a token: the gate, but of `weights`
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         rows.append((arm, found.kl, found.kl_p99, f"{found.perplexity:.3f}", f"{found.same_token:.2%}"))
         report.results.append({"arm": arm, **found._asdict()})
         what, _, dtype = arm.partition(" ")
-        if what == "experts" and dtype in MOST_KL:
+        if what != "weights" and dtype in MOST_KL:
             report.target(f"{arm}: mean KL", found.kl, at_most=MOST_KL[dtype])
     columns = ("weights", "mean KL, nats", "99th percentile", "perplexity", "same likeliest token")
     title = f"{source.name}: {ids_BS.numel():,} tokens of text"
@@ -102,21 +103,23 @@ def _arms(source: "Checkpoint", as_is: "CausalLM") -> Iterator[tuple[str, "Calla
     from trinity.checkpoint.rewrite import rewrite
 
     yield "as it is", lambda: as_is
-    for dtype in EXPERTS:
+    arms: list[tuple[str, str, tuple[str | None, str]]] = [("experts", dtype, (dtype, "auto")) for dtype in EXPERTS]
+    arms += [("backbone", dtype, (None, dtype)) for dtype in BACKBONE] + [("both", d, (d, d)) for d in BACKBONE]
+    for what, dtype, given in arms:
         if dtype != source.config.dtype:
-            yield f"experts {dtype}", lambda dtype=dtype: _loaded(source, dtype)  # type: ignore[misc]
+            yield f"{what} {dtype}", lambda given=given: _loaded(source, *given)  # type: ignore[misc]
     for name in WEIGHTS:
         with tempfile.TemporaryDirectory() as folder:
             rewrite(source, Path(folder) / name, form=FORMS[name])
             yield f"weights {name}", lambda: _loaded(open_checkpoint(Path(folder) / name), None)  # noqa: B023  at once
 
 
-def _loaded(source: "Checkpoint", expert_dtype: str | None) -> "CausalLM":
+def _loaded(source: "Checkpoint", expert_dtype: str | None, weight_dtype: str = "auto") -> "CausalLM":
     from trinity.pool.local import local_pool
     from trinity.rpc.messages import Load
 
     pool = local_pool(source.config, Load(source.name, training=False), expert_dtype=expert_dtype)
-    return source.load_model(pool.dispatcher(source.version), "cpu")
+    return source.load_model(pool.dispatcher(source.version), "cpu", weight_dtype)
 
 
 def _windows(source: "Checkpoint", text: Path, num: int, size: int) -> "Tensor":

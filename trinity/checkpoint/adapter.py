@@ -7,7 +7,8 @@ fingerprint are checked when the folder is opened, numbers when they are read.
 """
 
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from torch import Tensor
 from trinity.adapters import peft
 from trinity.adapters.lora import merged
 from trinity.checkpoint.layout import all_experts
+from trinity.checkpoint.quantised import QuantisedMatrix
 from trinity.checkpoint.read import Checkpoint, open_checkpoint
 from trinity.checkpoint.strict import read_json, reading
-from trinity.checkpoint.tensor_file import TYPES, Part, TensorFile
+from trinity.checkpoint.tensor_file import TYPES, Part, Reading, TensorFile
 from trinity.config import AdapterRef, ModelConfig, OptimConfig, Target
 from trinity.errors import CheckpointError, ConfigError
 from trinity.models.common.adapted import BackboneAdapter
@@ -218,11 +220,31 @@ class AdaptedCheckpoint(Checkpoint):
     def check(self, key: str, shape: Iterable[int]) -> None:
         self._base.check(key, shape)
 
-    def fill(self, parts: Iterable[Part], what: str = "", told: Callable[[int], object] = int) -> None:
-        parts = list(parts)
-        self._base.fill(parts, what, told)
-        for part in parts:
-            self._adapter.add_to(part.module, part.target)
+    def _reading(self, part: Part) -> Reading:
+        return AdaptedPart(self._base._reading(part), self._adapter)
+
+    def _as_stored(self, key: str) -> QuantisedMatrix | None:
+        return None if key.removesuffix(".weight") in self._adapter.modules else self._base._as_stored(key)
+
+
+@dataclass(frozen=True)
+class AdaptedPart:
+    """One part as the base has it, with the adapter merged in, to be read with others."""
+
+    base: Reading
+    adapter: Adapter
+
+    @property
+    def part(self) -> Part:
+        return self.base.part
+
+    @property
+    def order(self) -> tuple[str, int]:
+        return self.base.order
+
+    def read(self) -> None:
+        self.base.read()
+        self.adapter.add_to(self.part.module, self.part.target)
 
 
 class Matrix(NamedTuple):

@@ -7,7 +7,7 @@ time.
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
@@ -78,6 +78,20 @@ class Quantisation:
         if scheme is not None and scheme.kind not in (None, kind):
             said, stored = ("".join(map(str, each)) for each in (scheme.kind or (), kind))
             raise CheckpointError(f"{self._source}: {module} is said to be {said} and stored as {stored}")
+
+    def unlike_others(self, parts: Mapping[str, Collection[str]]) -> frozenset[str]:
+        """Matrices that are stored plainly where those of their name in other places are quantised, and no word says that they
+        are to be. `parts`: what each module's tensors are called."""
+        quantised = {_anywhere(module) for module, own in parts.items() if len(own) > 1} if self._schemes else set()
+        plain = [module for module, own in parts.items() if set(own) == {"weight"} and _anywhere(module) in quantised]
+        meant = {*plain} & self._scheme_of.keys()
+        return frozenset(each for each in meant if not self._ignored.keys() & set(_paths(f"{each}.weight")))
+
+    def refuse_half(self, module: str) -> None:
+        raise CheckpointError(
+            f"{self._source}: {module} is stored plainly, others of that name are quantised, and ignore does not name it: half "
+            "of the checkpoint is another one; fetch it again, or name it there"
+        )
 
     def bits(self, module: str) -> int | None:
         """The bits of a number of that matrix, where it is said."""
@@ -214,6 +228,11 @@ def _pair(found: Any) -> tuple[int, int] | None:
     """Two sizes, if it is that."""
     is_pair = isinstance(found, list) and len(found) == 2 and all(type(size) is int and size > 0 for size in found)
     return (found[0], found[1]) if is_pair else None
+
+
+def _anywhere(module: str) -> str:
+    """The module's name without its place among layers and experts."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", module)
 
 
 def _paths(key: str) -> Iterable[str]:

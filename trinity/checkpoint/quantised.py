@@ -85,6 +85,7 @@ class QuantisedMatrices:
             if not parts & {"weight", "weight_packed"}:
                 raise CheckpointError(f"{path}: {module}.{min(parts)} is there, and no weight that it belongs to")
         said.check_ignored(weight_map)
+        self._unlike = said.unlike_others(self._parts)
 
     def keys(self, key: str) -> Iterable[str]:
         """Keys of the tensors that a matrix is made of; the key itself where it is stored plainly."""
@@ -96,6 +97,8 @@ class QuantisedMatrices:
         module = key.removesuffix(".weight")
         parts = self._parts.get(module, set())
         if module == key or parts <= {"weight"}:
+            if module in self._unlike and self._entry(key).dtype not in QUANTISED:
+                self._said.refuse_half(module)
             return None
         entries = {part: self._entry(f"{module}.{part}") for part in sorted(parts)}
         bits, where = self._said.bits(module), f"{self._path}: {module}"

@@ -234,7 +234,9 @@ class Checkpoint:
             self.check(key, mine.shape)
         rounded = model.rounded()
         readings = [
-            RoundedPart(rounded[key], self._reading, self._matrix(key), part) if key in rounded else self._reading(part)
+            RoundedPart(rounded[key], self._reading, self._as_stored(key), part)
+            if key in rounded
+            else self._reading(part)
             for key, part in ((key, Part(key, mine)) for key, mine in tensors.items())
         ]
         self._read_all(readings, "reading the backbone")
@@ -269,6 +271,10 @@ class Checkpoint:
         """The matrix of that key where it is quantised, once all that belongs to it is there and fits."""
         with reading(self.path):
             return self.base._matrices.find(key, None if shape is None else tuple(shape))
+
+    def _as_stored(self, key: str) -> QuantisedMatrix | None:
+        """The matrix of that key where it is quantised, and nothing is to be added to it."""
+        return self._matrix(key)
 
     def _type(self, key: str) -> torch.dtype:
         """The type of a tensor of the model, as it is read."""

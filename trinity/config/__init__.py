@@ -20,7 +20,7 @@ from trinity.config.env import (
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import NEW_IN_STAGE, LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
-from trinity.config.placement import PlacementConfig, dtype_of
+from trinity.config.placement import FP4_GROUP, PlacementConfig, dtype_of, why_not
 from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import (
     ADMIN_CLIENT,
@@ -58,6 +58,7 @@ __all__ = [
     "ADMIN_CLIENT",
     "ANYBODY",
     "EVERY_NODE",
+    "FP4_GROUP",
     "MOST_ADAPTERS",
     "NEW_IN_STAGE",
     "NODE",
@@ -122,4 +123,5 @@ __all__ = [
     "setup_grpc",
     "setup_proxies",
     "setup_threads",
+    "why_not",
 ]

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from trinity.config.yaml import Frozen, at_home
 from trinity.utils.niceness import IDLE
 
+FP4_GROUP = 16  # numbers of a matrix in nvfp4 that share a scale
 ExpertDtype = Literal["float32", "bfloat16", "int8", "fp8", "nvfp4"]
 
 
@@ -16,6 +17,18 @@ def dtype_of(shard: str, dtypes: Sequence[str]) -> str | None:
     """Return the form in which a shard computes experts: of several the one whose turn its number is."""
     number = re.search(r"\d*$", shard)
     return dtypes[int(number[0] or 0) % len(dtypes)] if number and dtypes else None
+
+
+def why_not(dtype: str, sides: Sequence[int], device: str, lora_rank: int) -> str | None:
+    """Return why experts with matrices of these sides cannot be computed in a form that is not the model's own; None: they
+    can."""
+    if device not in ("auto", "cpu"):
+        return f"placement.expert_dtype {dtype} is computed on CPUs, not on {device}; leave it out there"
+    if lora_rank:
+        return f"placement.expert_dtype {dtype} knows no adapters: leave it out, or set optim.lora.rank to 0"
+    if any(side % FP4_GROUP for side in sides) and dtype == "nvfp4":
+        return f"placement.expert_dtype {dtype} needs multiples of {FP4_GROUP}; the model's experts are {tuple(sides)}"
+    return None
 
 
 class AutoscaleConfig(Frozen):

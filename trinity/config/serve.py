@@ -344,14 +344,14 @@ class ServeConfig(Frozen):
 
     @property
     def pinned_step(self) -> int | None:
-        """The STEP of `pinned:STEP`."""
+        """The STEP of `pinned:STEP`; in the settings of a server's engines the version's name (trinity/utils/lines.py)."""
         step = self.weights.partition(":")[2]
         return int(step) if step else None
 
     @field_validator("weights")
     @classmethod
     def _known_weights(cls, value: str) -> str:
-        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,12})?", value):
+        if not re.fullmatch("checkpoint|live|pinned(:[0-9]{1,19})?", value):
             raise ValueError("choose checkpoint, live, pinned or pinned:STEP")
         return value
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from trinity.config.env import admin_key, api_key
 from trinity.config.evaluate import EvaluateConfig
-from trinity.config.model import ModelConfig
+from trinity.config.model import ModelConfig, require
 from trinity.config.objective import DistillConfig, PreferenceConfig, RLConfig
-from trinity.config.placement import PlacementConfig
+from trinity.config.placement import PlacementConfig, why_not
 from trinity.config.serve import HIDDEN, ClusterConfig, EngineConfig, ServeConfig
 from trinity.config.track import TrackConfig
 from trinity.config.train import DataConfig, OptimConfig, TrainConfig
@@ -55,6 +55,16 @@ class Config(Frozen):
     @classmethod
     def _of_its_family(cls, value: Any) -> Any:
         return ModelConfig.of(value) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> "Config":
+        """Refuse forms that experts cannot have, before anything is started."""
+        placed, sides = self.placement, (self.model.hidden_size, self.model.moe_intermediate_size)
+        device = "cuda" if placed.device == "auto" and placed.num_gpus_per_shard else placed.device
+        for name in placed.expert_dtype:
+            why = None if name == self.model.dtype else why_not(name, sides, device, self.optim.lora.rank)
+            require(why is None, str(why))
+        return self
 
     @classmethod
     def load(cls, path: str | Path | None = None, flags: Sequence[str] = (), **base: Any) -> "Config":

@@ -11,7 +11,7 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trinity import native
 from trinity.dispatch.exchange import Exchange, Route, RowAdapters, SendRows, replica_hash
-from trinity.dispatch.near import NearExchange, NearLayers
+from trinity.dispatch.near import NearExchange, NearLayers, NearPass
 from trinity.dispatch.patience import Patience
 from trinity.dispatch.transport import Lends, Rings, Transport
 from trinity.dispatch.view import PlacementView, StaticView
@@ -123,6 +123,14 @@ class Dispatcher:
         if len(shards) != 1 or self.attempt or not isinstance(transport, Lends):
             return nullcontext({})
         return transport.lend(shards[0], self.version, dtype)
+
+    def near(self, layers: Sequence[int], x_TD: Tensor) -> NearPass | None:
+        """Rings to the shards of these layers, for the calls of one pass with rows like x: instead of `begin`."""
+        if self._near_layers is None or self.failure or self.attempt:
+            return None
+        if self._has_news():
+            self.follow()
+        return self._near_layers.for_pass(layers, x_TD, [next(self._ops) for _ in range(max(layers) + 1)])
 
     def begin(
         self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, adapters: RowAdapters | None = None

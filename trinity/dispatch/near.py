@@ -7,6 +7,7 @@ for a table and for the connections that there are, and is made anew when either
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from trinity.utils.niceness import PATIENT
 
 if TYPE_CHECKING:
     from trinity.dispatch.dispatcher import Dispatcher
+    from trinity.dispatch.exchange import Exchange
 
 LATE, GONE = 6, 7  # native/ring/layout.h:kLate, kGone
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # native/ring/layout.h:RowFormat
@@ -60,6 +62,17 @@ class NearLayers:
                 self._rings.renew()
             return None
         return NearExchange(self.dispatcher, sent, (layer, op, x_TD, ids_TK, weights_TK, until_s), attempt_until_s)
+
+    def for_pass(self, layers: Sequence[int], x_TD: Tensor, ops: Sequence[int]) -> "NearPass | None":
+        """Plans of all these layers, for rows like x in calls of these numbers; None without any."""
+        if x_TD.dtype not in FORMATS or self.dispatcher.priority == PATIENT:
+            return None
+        until_s = self.dispatcher.deadline()
+        attempt_until_s = self._attempt_until_s(len(x_TD), until_s)
+        plans = {layer: self._plan(layer, len(x_TD), attempt_until_s) for layer in layers}
+        if all(plan is None for plan in plans.values()):
+            return None
+        return NearPass(self.dispatcher, self._rings, plans, ops, attempt_until_s - time.monotonic())
 
     def _plan(self, layer: int, num_rows: int, until_s: float) -> Any:
         if self._rings.num_changes != self._num_changes:
@@ -109,16 +122,55 @@ class NearExchange:
 
     def _note_time(self, num_rows: int) -> None:
         if self.dispatcher.is_replicated:
-            seconds = time.monotonic() - self._sent_s
-            for shard in self.dispatcher.table.shards:
-                self.dispatcher.patience.took(shard, num_rows, seconds)
+            note_time(self.dispatcher, num_rows, time.monotonic() - self._sent_s)
 
     def _usual(self, code: int, at: int) -> Tensor:
-        """The answer of the usual way. A shard that took too long is not asked again where another one could answer."""
-        if code == LATE and self.dispatcher.is_replicated:
-            shard = self.dispatcher.table.shards[at]
-            self.dispatcher.note_failure(shard, DeadlineExceeded(f"shard {shard} did not answer in time"))
+        """The answer of the usual way."""
+        note_late(self.dispatcher, code, at)
         return self.dispatcher.begin_usual(*self._asked).result()
+
+
+class NearPass:
+    """Rings for the layers of one pass, whose calls the extension's step makes: see trinity/models/common/native_model.py."""
+
+    def __init__(
+        self, dispatcher: "Dispatcher", rings: Rings, plans: Mapping[int, Any], ops: Sequence[int], left_s: float
+    ):
+        self.dispatcher, self._rings, self._plans, self._ops, self._left_s = dispatcher, rings, plans, ops, left_s
+
+    def described(self, layers: Sequence[int]) -> tuple[object, ...]:
+        """The argument `near` of step_run."""
+        of, plans = self.dispatcher, [self._plans.get(layer) for layer in layers]
+        return plans, of.caller, self._ops[0], of.version, of.priority, self._left_s
+
+    def usual(self, failure: int, at: int, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> "Exchange":
+        """The same call by the usual way."""
+        code = failure & 0xFF
+        note_late(self.dispatcher, code, failure >> 8)
+        if code == GONE:
+            self._rings.renew()
+        until_s = self.dispatcher.deadline()
+        return self.dispatcher.begin_usual(layer, self._ops[at], x_TD, ids_TK, weights_TK, until_s)
+
+    def took(self, waited_L: Sequence[float], num_rows: int) -> None:
+        """Note how long rings took, of layers that they were asked for."""
+        for seconds in filter(None, waited_L):
+            self.dispatcher.times.add("wait", time.perf_counter() - seconds)
+            if self.dispatcher.is_replicated:
+                note_time(self.dispatcher, num_rows, seconds)
+
+
+def note_time(dispatcher: "Dispatcher", num_rows: int, seconds: float) -> None:
+    """Learn what shards take; which of them took longest is not known."""
+    for shard in dispatcher.table.shards:
+        dispatcher.patience.took(shard, num_rows, seconds)
+
+
+def note_late(dispatcher: "Dispatcher", code: int, at: int) -> None:
+    """Do not ask a shard again that took too long, where another one could answer."""
+    if code == LATE and dispatcher.is_replicated:
+        shard = dispatcher.table.shards[at]
+        dispatcher.note_failure(shard, DeadlineExceeded(f"shard {shard} did not answer in time"))
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -24,12 +24,14 @@ from trinity.config import ANYBODY, AdapterRef, Client
 from trinity.engine.begun import Begun, Handed
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.engine import Engine
+from trinity.engine.grammars import owner_of
 from trinity.engine.handoff import AGAIN_S, HELD_S, SAVE_S, Handoff, Prefilled
 from trinity.engine.key_log import KeyChanges
 from trinity.engine.prefix_keys import KeyBase
 from trinity.engine.request import Delta, SamplingParams, truncated
 from trinity.engine.stats import EngineStats
 from trinity.errors import DeadlineExceeded, EngineLost, InvalidRequest, TrinityError, Unavailable
+from trinity.utils.lines import oldest_of
 from trinity.utils.niceness import IDLE, LowPriorityExecutor
 
 if TYPE_CHECKING:
@@ -167,9 +169,9 @@ class AsyncEngine:
         async with aclosing(self.generate(*asked, held_s=HELD_S)) as deltas:
             [done] = [delta async for delta in deltas]
         keys = self._engine.prefixes.keys_of(prompt_ids[:-1], alone, client, adapter)
-        num = await self._saved(keys, self._oldest(alone, done.version), done.version)
+        num = await self._saved(keys, self._oldest(alone, done.weights), done.weights)
         num_tokens = num * self._engine.settings.block_size
-        return Prefilled(num_tokens, done.version, self._handoff.place, done.num_cached_tokens)
+        return Prefilled(num_tokens, done.weights, self._handoff.place, done.num_cached_tokens)
 
     async def _saved(self, *blocks: Any) -> int:
         """Have them in the tier; -> how many, from the first on. Tries again while another process writes."""
@@ -205,8 +207,7 @@ class AsyncEngine:
 
     def _oldest(self, params: SamplingParams, version: int) -> int:
         """The oldest version whose keys and values a request at that version may use."""
-        max_age = self._engine.settings.max_age if params.version_policy == "live" else 0
-        return 0 if max_age is None else version - max_age
+        return oldest_of(version, self._engine.settings.max_age if params.version_policy == "live" else 0)
 
     @property
     def healthy(self) -> bool:
@@ -240,7 +241,7 @@ class AsyncEngine:
 
     @property
     def version(self) -> int:
-        """Version of the weights that the next pass will use."""
+        """Version of the weights that the next pass will use, by its name."""
         return self._engine.version
 
     def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
@@ -306,7 +307,8 @@ class AsyncEngine:
         try:
             words = await asyncio.to_thread(self._engine.bad_words, params) if params and params.bad_words else None
             if params is not None and params.structured_outputs is not None:  # so that no pass waits for it
-                await asyncio.shield(asyncio.wrap_future(self._engine.grammars.compiled(params.structured_outputs)))
+                asked = params.structured_outputs, owner_of(params, client)
+                await asyncio.shield(asyncio.wrap_future(self._engine.grammars.compiled(*asked)))
             adapter = None if ref is None else await self._adapter(ref)
             if prefilled is not None:
                 await self._bring(prefilled, prompt_ids, params, client, ref, until_s - time.monotonic())

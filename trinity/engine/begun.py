@@ -10,8 +10,8 @@ from trinity.engine.request import Sequence
 
 
 class Begun(NamedTuple):
-    """Tokens of an answer so far, the oldest weights behind any, those behind its last one, and how many tokens of its prompt
-    were cached."""
+    """Tokens of an answer so far, the oldest weights behind any, those behind its last one, by their names, and how many
+    tokens of its prompt were cached."""
 
     token_ids: tuple[int, ...] = ()
     first_version: int = 0
@@ -20,8 +20,9 @@ class Begun(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """About a prompt that is handed over. Where another engine has computed it: the version that a pinned request goes on at,
-    and how many tokens nobody had to compute. Where another engine goes on: how long the version is held after the end."""
+    """About a prompt that is handed over. Where another engine has computed it: the name of the version that a pinned request
+    goes on at, and how many tokens nobody had to compute. Where another engine goes on: how long the version is held after the
+    end."""
 
     version: int | None = None
     num_cached: int | None = None

@@ -21,7 +21,7 @@ from trinity.engine.adapters import AdapterStore
 from trinity.engine.begun import NOT_HANDED, Begun, Handed, resume
 from trinity.engine.defaults import SamplingDefaults
 from trinity.engine.deltas import by_request
-from trinity.engine.grammars import Grammars, advance
+from trinity.engine.grammars import Grammars, advance, owner_of
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_layout import plan_layout
 from trinity.engine.kv_tier import KVTier, TierPlace
@@ -59,6 +59,7 @@ from trinity.errors import (
     WrongEpoch,
 )
 from trinity.text.detokenizer import IncrementalDecoder, TextStream
+from trinity.utils.lines import line_of, step_of
 from trinity.utils.trying import tried
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """Version of the weights that the last step used for live requests. Safe from any thread."""
+        """Version of the weights that the last step used for live requests, by its name. Safe from any thread."""
         return self._versions.live
 
     def add(
@@ -149,7 +150,7 @@ class Engine:
         request takes the place of the last of a less urgent priority."""
         params = self.defaults.fill(params or SamplingParams())
         prompt_ids = truncated(prompt_ids, params.truncate_prompt_tokens, params.max_tokens, self.max_model_len)
-        self.validate(prompt_ids, params)
+        self.validate(prompt_ids, params, client)
         if request_id in self._sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="request_id")
         crowded_out = self._scheduler.room_for(params.priority, self.settings.max_num_waiting)
@@ -159,7 +160,7 @@ class Engine:
         thinking = thinking_budget(params, prompt_ids, self.tokenizer, self.config.eos_token_ids)
         rules = rules_of(params, self.config.eos_token_ids, words, self.config.vocab_size, thinking)
         bound = params.structured_outputs
-        progress = self.grammars.progress(bound, prompt_ids) if bound else None
+        progress = self.grammars.progress(bound, prompt_ids, owner_of(params, client)) if bound else None
         about: dict[str, Any] = {"progress": progress, "until_s": until_s, "adapter": adapter}
         sequence = Sequence(request_id, tuple(prompt_ids), params, text, client, rules, **about)
         if begun is not None and begun.token_ids:
@@ -191,7 +192,7 @@ class Engine:
             self._versions.pin_to(sequence, begun.version)
         resume(sequence, begun)
 
-    def validate(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
+    def validate(self, prompt_ids: Ids[int], params: SamplingParams, client: Client = ANYBODY) -> None:
         """Raise what `add` would raise for this request on an idle engine. Touches no state: safe from any thread."""
         check_length(prompt_ids, self.max_model_len)
         self._check_ids(prompt_ids, "prompt")
@@ -203,7 +204,7 @@ class Engine:
                 "an engine draws one continuation a request; add what trinity.engine.samples.each gives"
             )
         if params.structured_outputs is not None:
-            self.grammars.matcher(params.structured_outputs)
+            self.grammars.matcher(params.structured_outputs, owner_of(params, client))
 
     def bad_words(self, params: SamplingParams) -> BadWords:
         """The request's bad words as tokens. Safe from any thread; takes long where they are many."""
@@ -354,8 +355,9 @@ class Engine:
             sequence.request_id,
             num_prompt_tokens=sequence.num_prompt,
             num_generated_tokens=sequence.num_generated,
-            version=sequence.version,
-            first_version=sequence.first_version,
+            version=step_of(sequence.version),
+            first_version=step_of(sequence.first_version),
+            line=line_of(sequence.version),
             num_cached_tokens=sequence.num_cached or 0,
             queue_s=sequence.queue_s or 0.0,
             **fields,

@@ -8,8 +8,10 @@ requests of one client come in their order; with one client that is first come, 
 counts whatever its priority was.
 """
 
-from collections import deque
-from collections.abc import Iterator
+import math
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -30,6 +32,7 @@ class PriorityQueue:
     def __init__(self) -> None:
         self._turns = Turns()
         self._levels: dict[int, FairQueue] = {}  # none is empty
+        self._deadlines = Deadlines()
 
     def __len__(self) -> int:
         return sum(map(len, self._levels.values()))
@@ -39,14 +42,22 @@ class PriorityQueue:
 
     def append(self, sequence: Sequence) -> None:
         self._level(sequence).append(sequence)
+        self._deadlines.add(sequence)
 
     def resume(self, sequence: Sequence) -> None:
         """It has run in another engine: it comes before what has not run yet."""
         self._level(sequence).resume(sequence)
+        self._deadlines.add(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """It was taken and could not stay."""
         self._level(sequence).put_back(sequence)
+        self._deadlines.add(sequence)
+
+    def soon(self, is_soon: Callable[[int, float], bool]) -> Iterator[Sequence]:
+        """Those for whom a deadline, `until_s`, would be soon with so many tokens to compute: at most twice as many as they
+        have. The rest is not looked at."""
+        return self._deadlines.soon(is_soon)
 
     def first(self) -> Sequence:
         return self._levels[min(self._levels)].first()
@@ -66,6 +77,7 @@ class PriorityQueue:
         """Forget one, wherever it stands."""
         level = self._levels[sequence.priority]
         level.remove(sequence)
+        self._deadlines.remove(sequence)
         if not level:
             del self._levels[sequence.priority]
 
@@ -75,6 +87,34 @@ class PriorityQueue:
 
     def _level(self, sequence: Sequence) -> "FairQueue":
         return self._levels.setdefault(sequence.priority, FairQueue(self._turns))
+
+
+class Deadlines:
+    """Sequences whose callers wait for a time only, the earliest first, those of like lengths together: each pass asks who can
+    no longer make it, of thousands that wait."""
+
+    def __init__(self) -> None:
+        self._entries = defaultdict[int, list[tuple[float, int, Sequence]]](list)  # by the bits of the length
+
+    def add(self, sequence: Sequence) -> None:
+        if sequence.until_s < math.inf:
+            insort(self._of(sequence), (sequence.until_s, id(sequence), sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """It must have as many tokens as when it was added."""
+        if sequence.until_s < math.inf:
+            own = self._of(sequence)
+            del own[bisect_left(own, (sequence.until_s, id(sequence)))]
+
+    def soon(self, is_soon: Callable[[int, float], bool]) -> Iterator[Sequence]:
+        for bits, entries in self._entries.items():
+            for until_s, _, sequence in entries:
+                if not is_soon(1 << bits, until_s):
+                    break
+                yield sequence
+
+    def _of(self, sequence: Sequence) -> list[tuple[float, int, Sequence]]:
+        return self._entries[len(sequence.token_ids).bit_length()]
 
 
 class FairQueue:

@@ -2,9 +2,9 @@
 
 Legend: B sequences, R some of their rows, V vocabulary.
 Decisions. A constraint is admitted and compiled in threads, so that no pass waits for it: they wait for a process, and for the
-library without Python's lock. The last ones are kept, refused ones too. The masks of a pass are made in a thread while the
-pass runs, and added after penalties and bias, which is faster than filling. Where those leave nothing that the grammar
-allows, the grammar alone counts.
+library without Python's lock. The last ones are kept, refused ones too, for whoever asked: the time to the first token would
+tell others that somebody has asked for the same. The masks of a pass are made in a thread while the pass runs, and added after
+penalties and bias, which is faster than filling. Where those leave nothing that the grammar allows, the grammar alone counts.
 """
 
 import threading
@@ -19,7 +19,8 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from trinity.engine.request import Sequence
+from trinity.config import ANYBODY, Client
+from trinity.engine.request import SamplingParams, Sequence
 from trinity.errors import InvalidRequest
 from trinity.text.grammar.admission import NUM_WORKERS, admit, refusal
 from trinity.text.grammar.compiler import matcher
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from trinity.text.tokenizer import Tokenizer
 
 MAX_KEPT = 64  # compiled grammars
+Owner = tuple[str, str | None]  # a client's name, and its salt
+ANYONE: Owner = (ANYBODY.name, None)
+
+
+def owner_of(params: SamplingParams, client: Client) -> Owner:
+    """Whoever may notice that a request's grammar is compiled already."""
+    return client.name, params.cache_salt
 
 
 class Grammars:
@@ -39,7 +47,7 @@ class Grammars:
 
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int, eos_ids: Ids[int]):
         self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, tuple(eos_ids)
-        self._compiled: OrderedDict[Constraint, Future[LLMatcher | str]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Owner, Constraint], Future[LLMatcher | str]] = OrderedDict()
         self._lock = threading.Lock()
 
     @cached_property
@@ -51,13 +59,14 @@ class Grammars:
         own = self._tokenizer
         return Vocabulary.of(own.token_bytes, own.added_ids.values(), self._eos_ids, self._vocab_size)
 
-    def compiled(self, constraint: Constraint) -> Future[LLMatcher | str]:
+    def compiled(self, constraint: Constraint, owner: Owner = ANYONE) -> Future[LLMatcher | str]:
         """A matcher at the beginning of an answer, or why there is none: what `matcher` waits for."""
+        key = owner, constraint
         with self._lock:
-            kept = self._compiled.get(constraint)
+            kept = self._compiled.get(key)
             if kept is None or (kept.done() and kept.exception() is not None):
-                kept = self._compiled[constraint] = self._threads.submit(self._compile, constraint)
-            self._compiled.move_to_end(constraint)
+                kept = self._compiled[key] = self._threads.submit(self._compile, constraint)
+            self._compiled.move_to_end(key)
             if len(self._compiled) > MAX_KEPT:
                 self._compiled.popitem(last=False)
             return kept
@@ -70,19 +79,19 @@ class Grammars:
         except ValueError as error:
             return str(error)
 
-    def matcher(self, constraint: Constraint) -> LLMatcher:
+    def matcher(self, constraint: Constraint, owner: Owner = ANYONE) -> LLMatcher:
         """At the beginning of an answer; to be copied. Blocks until it is compiled. Raises InvalidRequest."""
-        found = self.compiled(constraint).result()
+        found = self.compiled(constraint, owner).result()
         if isinstance(found, str):
             raise refusal(found)
         return found
 
-    def progress(self, constraint: Constraint, prompt_ids: Ids[int]) -> Progress:
+    def progress(self, constraint: Constraint, prompt_ids: Ids[int], owner: Owner = ANYONE) -> Progress:
         """An answer to this prompt, at its beginning; where the prompt leaves reasoning open, the grammar waits for its end.
         Blocks, and raises, as `matcher`."""
         begins, ends = map(self._tokenizer.id_of, MARKERS)
         after = reasoning_end(prompt_ids, begins, ends, self._eos_ids)
-        return Progress(self.matcher(constraint), self._vocabulary, after)
+        return Progress(self.matcher(constraint, owner), self._vocabulary, after)
 
 
 class MaskThread:

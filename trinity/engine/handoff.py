@@ -41,7 +41,7 @@ class KVPlace:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt whose first tokens were computed by weights of that version; their blocks are at that place. `num_cached`
+    """A prompt whose first tokens were computed by weights of that name; their blocks are at that place. `num_cached`
     of them were there before."""
 
     num_tokens: int

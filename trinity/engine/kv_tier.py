@@ -3,12 +3,13 @@
 Legend: B blocks, L layers of a kind, P slots of the cache.
 Decisions. What is worth keeping is written through, between passes, when it is full: a killed engine loses little. A pass and a
 write share no time: writes take SHARE of what passes take, and all they like while there is no request. What is read goes into
-the engine's own cache before a request begins, where it is a hit like any other. Tokens are the prefix cache's keys; versions
-count only with the name of the line of weights that they belong to (a pool that was made anew, a run that went back to an
-earlier step: another line). What is withdrawn is not read, whatever is still there, and dropped when the writer's lock can be
-had. Blocks with experts of their tokens stay in the engine.
+the engine's own cache before a request begins, where it is a hit like any other; a little before each pass where others run.
+Tokens are the prefix cache's keys; versions count only with the name of the line of weights that they belong to (a pool that
+was made anew, a run that went back to an earlier step: another line). What is withdrawn is not read, whatever is still there,
+and dropped when the writer's lock can be had. Blocks with experts of their tokens stay in the engine.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -196,24 +197,38 @@ class KVTier:
         self.segment.refresh()
         return self._cache.longest(keys, partial(self._has, line, oldest, newest))[0]
 
-    def recall(self, keys: Sequence[bytes], oldest: int, newest: int, hit: Hit) -> Hit:
-        """Bring what is missing of the longest beginning into the engine's own cache; -> what is there then. There must be
-        room for a sequence with these blocks that begins with `hit`."""
+    def recall(
+        self, keys: Sequence[bytes], oldest: int, newest: int, hit: Hit, until_s: float = math.inf
+    ) -> tuple[Hit, bool]:
+        """Bring what is missing of the longest beginning into the engine's own cache, a piece at least, and no further one
+        after `until_s` on time.perf_counter(); -> what is there then, and whether that is all. There must be room for a
+        sequence with these blocks that begins with `hit`."""
         num, line = self.num_blocks(keys, oldest, newest), self._line_of(newest)
         if num <= hit.num_blocks or line is None:
-            return hit
+            return hit, True
         with ExitStack() as held:  # room is made of what nobody holds
             for kind, pool in self._pools.items():
                 for block in self._own(kind, keys[:num], oldest, newest):
                     pool.hold(block)
-                    held.callback(pool.let_go, block, keep=False)
-            for kind, copies in self._copies.items():
-                some = keys[self._cache.first_seen(kind, num) : num]
-                lacks = [key for key in some if not self._cache.has(kind, key, oldest, newest)]
-                for at in range(0, len(lacks), copies.num_together):
-                    for block in self._fetch(kind, lacks[at : at + copies.num_together], line, oldest, newest):
-                        held.callback(self._pools[kind].let_go, block, keep=False)
-            return self._cache.match(keys, oldest, newest)
+                    held.callback(pool.let_go, block)
+            num_got = 0
+            for kind, some in self._pieces(keys[:num], oldest, newest):
+                if num_got and time.perf_counter() >= until_s:
+                    return self._cache.match(keys, oldest, newest), False
+                blocks = self._fetch(kind, some, line, oldest, newest)
+                num_got += len(blocks)
+                for block in blocks:
+                    held.callback(self._pools[kind].let_go, block)
+            return self._cache.match(keys, oldest, newest), True
+
+    def _pieces(self, keys: Sequence[bytes], oldest: int, newest: int) -> list[tuple[LayerCache, list[bytes]]]:
+        """Keys of what is missing here, as many as are brought together."""
+        found = []
+        for kind, copies in self._copies.items():
+            some = keys[self._cache.first_seen(kind, len(keys)) :]
+            lacks = [key for key in some if not self._cache.has(kind, key, oldest, newest)]
+            found += [(kind, lacks[at : at + copies.num_together]) for at in range(0, len(lacks), copies.num_together)]
+        return found
 
     def touch(self, keys: Sequence[bytes], hit: Hit) -> None:
         """Note that a request uses these: they are worth keeping here, too."""

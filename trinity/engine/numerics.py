@@ -20,6 +20,7 @@ class Numerics:
     @classmethod
     def of(cls, model: ModelConfig, settings: EngineConfig, device: str, formats: tuple[str, ...]) -> "Numerics":
         words = {
+            f"backbone.{settings.weight_dtype}": settings.weight_dtype not in ("auto", model.dtype),
             f"cache.{settings.kv_cache_dtype}": settings.kv_cache_dtype != "auto",
             device: device != "cpu",
             "inexact": device == "cpu" and not model.batch_invariant,

@@ -13,11 +13,11 @@ FORGET = 1.001  # each step, the least that was ever seen grows by so much: mach
 
 
 class Pace:
-    """Decides on a step's tokens: up to `most`, in at most `max_pass_s` where that is set. `longest_s` is the longest step
+    """Decides on a step's tokens: up to `most`, in at most `max_s` where that is set. `longest_s` is the longest step
     of the last minute's."""
 
     def __init__(self, most: int, max_pass_s: float | None = None):
-        self._most, self._max_s = most, max_pass_s
+        self._most, self.max_s = most, max_pass_s
         self._size = most if max_pass_s is None else min(most, FIRST_TOKENS)
         self._least_s, self._least_token_s = 0.0, 0.0  # of a step, and of a token in a full one; 0: nothing is known
         self._recent = deque[tuple[float, float]]()  # (ended, seconds) of steps that no later one was longer than
@@ -37,8 +37,8 @@ class Pace:
         is_full = num_tokens >= self._size
         if is_full:
             self._least_token_s = min(seconds / num_tokens, FORGET * self._least_token_s or seconds / num_tokens)
-        if self._max_s is not None and (is_full or seconds > self._max_s):
-            self._size = max(1, min(self._most, int(num_tokens * min(2.0, self._max_s / seconds))))
+        if self.max_s is not None and (is_full or seconds > self.max_s):
+            self._size = max(1, min(self._most, int(num_tokens * min(2.0, self.max_s / seconds))))
 
     def _note_longest(self, now_s: float, seconds: float) -> None:
         while self._recent and self._recent[-1][1] <= seconds:

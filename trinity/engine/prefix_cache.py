@@ -3,7 +3,8 @@
 Decisions. All full blocks are found again, by the key of their tokens and of all before them (prefix_keys.py); a request
 reads the longest beginning that is there, but never all of its own, because its last token's logits are wanted. Windows are
 kept where somebody may go on: at the end of a prompt and of an answer, where a hit ended or would have ended but for the
-window, and now and then in long prompts; others only while there is room. Whoever would compute what a running request is
+window, now and then in long prompts, and at distances from the end that double, in texts that begin like none before
+(instructions come before tasks); others only while there is room. Whoever would compute what a running request is
 about to compute waits for it, so that a prompt is prefilled once. Versions say what may be read (versions.py). Requests that
 want the log-probabilities of their prompt have to compute it; traced ones share among themselves: experts are noted for them
 alone.
@@ -11,6 +12,7 @@ alone.
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
+from itertools import count, takewhile
 
 import numpy as np
 
@@ -40,7 +42,8 @@ class PrefixCache:
         cache.tables[cache.layout.kinds[0]].pool.watch = self._log.note
         self._sees_all = cache.layout.kinds[0].window is None
         windows = [table.reach for table in cache.tables.values() if table.reach is not None]
-        self._every = CHECKPOINT_WINDOWS * (max(windows, default=0) + 1)
+        self._window = max(windows, default=0) + 1  # blocks
+        self._every = CHECKPOINT_WINDOWS * self._window
         self.num_queries = self.num_hits = self.num_recalled = 0
         self.tier: KVTier | None = None
 
@@ -57,14 +60,15 @@ class PrefixCache:
             num = max(num, self.tier.num_blocks(*self._wanted(sequence)))
         return num * self._size
 
-    def recall(self, sequence: Sequence, hit: Hit) -> Hit:
-        """Bring what the tier has beyond a hit of a sequence for which there is room; -> what is there then."""
+    def recall(self, sequence: Sequence, hit: Hit, until_s: float) -> tuple[Hit, bool]:
+        """Bring what the tier has beyond a hit of a sequence for which there is room, or a part of it, as long as there is time
+        on time.perf_counter(); -> what is there then, and whether that is all."""
         if self.tier is None or not self._recalls(sequence):
-            return hit
-        more = self.tier.recall(*self._wanted(sequence), hit)
+            return hit, True
+        more, is_all = self.tier.recall(*self._wanted(sequence), hit, until_s)
         self.tier.touch(sequence.keys, more)
         self.num_recalled += (more.num_blocks - hit.num_blocks) * self._size
-        return more
+        return more, is_all
 
     def leader(self, sequence: Sequence, hit: Hit, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
         """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike."""
@@ -207,7 +211,8 @@ class PrefixCache:
     def _tips(self, sequence: Sequence, hit: Hit) -> tuple[int, ...]:
         end = sequence.num_prompt // self._size
         wanted = {hit.num_blocks, hit.num_known, (sequence.num_prompt - 1) // self._size, end}
-        return tuple(sorted(wanted | set(range(self._every, end, self._every))))
+        forks = () if hit.num_known else _doubled(self._window, end)
+        return tuple(sorted(wanted | set(range(self._every, end, self._every)) | {end - back for back in forks}))
 
     def _count(self, sequence: Sequence) -> None:
         if sequence.num_cached is None and self._is_on:
@@ -220,3 +225,8 @@ class PrefixCache:
 
 def _num_alike(keys: list[bytes], others: list[bytes]) -> int:
     return next((i for i, (a, b) in enumerate(zip(keys, others, strict=False)) if a != b), min(len(keys), len(others)))
+
+
+def _doubled(first: int, end: int) -> Iterable[int]:
+    """Numbers below `end`, each twice the one before."""
+    return takewhile(lambda number: number < end, (first << power for power in count()))

@@ -20,6 +20,7 @@ from trinity.config import ANYBODY, Client, Frozen
 from trinity.errors import InvalidRequest, PromptTooLong, TrinityError
 from trinity.text.detokenizer import TextStream
 from trinity.text.grammar.constraint import Constraint
+from trinity.utils.lines import named
 
 if TYPE_CHECKING:
     from trinity.text.grammar.progress import Progress
@@ -237,8 +238,9 @@ class Delta:
 
     `text` may lag behind `token_ids`: incomplete characters and what may begin a stop string are held back, and come
     with a later Delta. `version` is that of the weights of this step, `first_version` that of the oldest weights behind any
-    token so far: from there to here the answer's versions reach. `num_cached_tokens`: of the prompt, that were not computed for
-    it. `queue_s`: until it was first in a batch. `cause` is the typed error behind `error`.
+    token so far: from there to here the answer's versions reach. Both are steps, of a `line` (trinity/utils/lines.py).
+    `num_cached_tokens`: of the prompt, that were not computed for it. `queue_s`: until it was first in a batch. `cause` is the
+    typed error behind `error`.
     The last one of a traced request has `experts_TLK`: those that each token of prompt and answer was sent to in the MoE
     layers, in order (uint8, or int16 from 257 experts on), but for the last token, which no pass has seen.
     The first one of a request with `prompt_logprobs` has them; it may be the last one, too.
@@ -260,13 +262,20 @@ class Delta:
     experts_TLK: np.ndarray | None = field(default=None, repr=False, compare=False)
     prompt_logprobs: "PromptLogprobs | None" = field(default=None, repr=False, compare=False)
     cause: TrinityError | None = field(default=None, repr=False)
+    line: int = 0
+
+    @property
+    def weights(self) -> int:
+        """The name of its version, by which it is held."""
+        return named(self.line, self.version)
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request inside the engine. Owned by the scheduler; `row` is its line in the cache's tables while it runs.
 
-    What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does.
+    What is cached was computed with versions from `oldest` to `version`; `pinned` is the version it holds, if it does. All of
+    them go by their names (trinity/utils/lines.py).
     `adapter`: what is computed beside the weights for it, and for nobody else in its batch.
     """
 

@@ -16,7 +16,7 @@ import time
 from typing import NamedTuple
 
 from trinity.engine.fair_queue import PriorityQueue
-from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_cache import Hit, KVCache
 from trinity.engine.pace import Pace
 from trinity.engine.prefix_cache import PrefixCache
 from trinity.engine.request import Chunk, Sequence
@@ -25,6 +25,7 @@ from trinity.engine.versions import Versions
 from trinity.errors import Overloaded
 
 RETRY_AFTER_S = 1.0
+RECALL_S = 0.1  # before a pass, to bring what others have cached; of `engine.max_pass_ms` a quarter
 
 
 class Pass(NamedTuple):
@@ -60,6 +61,8 @@ class Scheduler:
         self.following: list[Sequence] = []  # each has a place among the running ones, and no row
         self.waiting = PriorityQueue()
         self.num_preemptions = 0
+        self.recall_s = pace.max_s / 4 if pace.max_s else RECALL_S
+        self._is_recalling = False  # what the next one begins with is brought, and not all there
 
     @property
     def num_waiting(self) -> int:
@@ -94,6 +97,7 @@ class Scheduler:
     def schedule(self) -> list[Pass]:
         """The passes of the next step: one for each version that requests use. Takes up the newest version first, with or
         without work; empty only when nothing is left to do."""
+        self._is_recalling = False
         if self.versions.follow(self.running, self.following):
             self.prefixes.drop(self.versions.is_withdrawn)
         for sequence in [each for each in reversed(self.following) if not each.is_waiting_for_another]:
@@ -105,7 +109,8 @@ class Scheduler:
     def late(self) -> list[Sequence]:
         """Waiting sequences that cannot have their next token by their deadline, even if all else stood still."""
         now_s = time.monotonic()
-        return [s for s in (*self.following, *self.waiting) if self._is_late(s, s.until_s - now_s)]
+        soon = self.waiting.soon(lambda num_tokens, until_s: until_s - now_s < self.pace.least_s(num_tokens))
+        return [s for s in (*self.following, *soon) if self._is_late(s, s.until_s - now_s)]
 
     def _is_late(self, sequence: Sequence, left_s: float) -> bool:
         if left_s >= self.pace.least_s(sequence.num_uncomputed):
@@ -148,11 +153,12 @@ class Scheduler:
     def _make_way(self) -> None:
         """Start what is more urgent than the last that runs; less urgent ones give way where it does not fit."""
         while self._is_urgent():
-            if self._take_up() is None:
+            if self._take_up() is None and not self._is_recalling:
                 self._preempt(self.running[-1])
 
     def _is_urgent(self) -> bool:
-        return bool(self.waiting and self.running) and self.waiting.first().priority < self.running[-1].priority
+        is_other = bool(self.waiting and self.running) and not self._is_recalling
+        return is_other and self.waiting.first().priority < self.running[-1].priority
 
     def _admit(self) -> bool:
         """Start the sequence whose turn it is. Whoever finds another one about to compute what it needs lets the next pass."""
@@ -163,8 +169,9 @@ class Scheduler:
 
     def _take_up(self) -> Sequence | None:
         """-> the next one, which has begun or follows another now; None: it does not fit beside a spare block for each running
-        one."""
-        if not self.waiting or len(self.running) + len(self.following) >= self.max_running:
+        one, or what it begins with is not all there yet."""
+        is_full = len(self.running) + len(self.following) >= self.max_running
+        if not self.waiting or is_full or self._is_recalling:
             return None
         sequence = self.waiting.first()
         hit = self.prefixes.match(sequence)
@@ -172,11 +179,21 @@ class Scheduler:
         if sequence.awaits is not None:
             self.following.append(self.waiting.take())
         elif self.cache.fits(len(sequence.token_ids), hit, reserve=len(self.running)):
-            self.prefixes.begin(self.waiting.take(), self.prefixes.recall(sequence, hit))
-            sequence.admitted()
-            bisect.insort(self.running, sequence, key=lambda each: each.priority)
+            return self._begin(sequence, hit)
         else:
             return None
+        return sequence
+
+    def _begin(self, sequence: Sequence, hit: Hit) -> Sequence | None:
+        """Start the first that waits. Where others run it waits for what the node's tier has, a piece before each pass."""
+        until_s = time.perf_counter() + self.recall_s if self.running else float("inf")
+        hit, is_all = self.prefixes.recall(sequence, hit, until_s)
+        if not is_all:
+            self._is_recalling = True
+            return None
+        self.prefixes.begin(self.waiting.take(), hit)
+        sequence.admitted()
+        bisect.insort(self.running, sequence, key=lambda each: each.priority)
         return sequence
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:

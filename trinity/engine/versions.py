@@ -1,10 +1,11 @@
 """Which version of the weights each request computes with, and what becomes of its cache when that changes.
 
 Decisions. A pass has one version. Live requests share one, the source's newest; a pinned request keeps that of its first
-pass, which the engine holds for it. What is cached of a version that was withdrawn (rolled back, quarantined) is used by nobody
-any more. A pinned request uses what its version alone has computed, a live one what is at most `engine.kv_max_age` steps older
-than its own version; what is older is computed again. In that case the next version waits until every request that the last one
-threw back has got a token: a trainer that commits faster than contexts are computed would otherwise stop them all.
+pass, which the engine holds for it. Versions go by their names (trinity/utils/lines.py): of a run that has gone back the same
+steps are others. What is cached of a version that was withdrawn (rolled back, quarantined) is used by nobody any more. A pinned
+request uses what its version alone has computed, a live one what is at most `engine.kv_max_age` steps older than its own
+version; what is older is computed again. In that case the next version waits until every request that the last one threw back
+has got a token: a trainer that commits faster than contexts are computed would otherwise stop them all.
 """
 
 import logging
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from trinity.engine.request import Chunk, Sequence
 from trinity.engine.weights import WeightSource
 from trinity.errors import Overloaded
+from trinity.utils.lines import line_of, oldest_of, step_of
 
 if TYPE_CHECKING:
     from trinity.models.common.decoder import CausalLM
@@ -63,8 +65,9 @@ class Versions:
         while self._handed_over and self._handed_over[0][0] <= time.monotonic():
             self._source.release(self._handed_over.popleft()[1])
         newest, is_wrong = self._source.newest(), self._found_damage
-        if newest < self.live or (newest > self.live and not self._catching_up):
-            is_wrong |= newest < self.live or bool(self._damaged)
+        goes_back = newest < self.live or line_of(newest) != line_of(self.live)
+        if goes_back or (newest > self.live and not self._catching_up):
+            is_wrong |= goes_back or bool(self._damaged)
             self._switch(newest)
         elif not is_wrong:
             return False
@@ -82,14 +85,14 @@ class Versions:
     def is_withdrawn(self, oldest: int, newest: int) -> bool:
         """Shall nothing be used any more that these versions, and those between them, have computed?"""
         bad = self._withdrawn | (self._damaged - {self.live})
-        return newest > self.live or any(oldest <= version <= newest for version in bad)
+        is_past = self._is_past(newest) or self._is_past(oldest)
+        return is_past or any(oldest <= version <= newest for version in bad)
 
     def bounds(self, sequence: Sequence) -> tuple[int, int]:
         """The oldest and the newest version whose keys and values it may use."""
         version = self.of(sequence)
-        if sequence.params.version_policy == "pinned":
-            return version, version
-        return 0 if self._max_age is None else version - self._max_age, version
+        max_age = self._max_age if sequence.params.version_policy == "live" else 0
+        return oldest_of(version, max_age), version
 
     @property
     def _catching_up(self) -> bool:
@@ -117,7 +120,11 @@ class Versions:
         if sequence.pinned is not None:
             return sequence.pinned
         free = self.live in self._pinned or len(self._pinned) < self._max_pinned
-        return self.live if free else max(self._pinned, key=lambda v: (v <= self.live, v))
+        return self.live if free else max(self._pinned, key=lambda v: (not self._is_past(v), v))
+
+    def _is_past(self, version: int) -> bool:
+        """Say whether it is withdrawn for good."""
+        return version > self.live or line_of(version) != line_of(self.live)
 
     def begin(self, sequence: Sequence) -> None:
         """Pin a request that wants it to the live version; with too many held already, to the newest of those (at best not a
@@ -130,8 +137,8 @@ class Versions:
         whether that one is there is said by its first pass."""
         if version not in self._pinned and len(self._pinned) >= self._max_pinned:
             raise Overloaded(
-                f"pinned requests hold versions {sorted(self._pinned)}, engine.max_versions is {self._max_pinned}; one at "
-                f"version {version} has to wait"
+                f"pinned requests hold versions {sorted(map(step_of, self._pinned))}, engine.max_versions is "
+                f"{self._max_pinned}; one at version {step_of(version)} has to wait"
             )
         self._hold(sequence, version)
 
@@ -164,7 +171,7 @@ class Versions:
     def quarantine(self, version: int) -> bool:
         """Report that its logits were not finite; -> whether there is another one to use instead."""
         if version not in self._damaged:
-            log.warning("version %d of the weights gives logits that are not finite", version)
+            log.warning("version %d of the weights gives logits that are not finite", step_of(version))
         self._source.quarantine(version)
         self._damaged.add(version)
         self._behind.clear()

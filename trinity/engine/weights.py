@@ -17,12 +17,13 @@ SAMPLED = 1000  # values of a tensor in a fingerprint, about
 
 
 class WeightSource(Protocol):
-    """Weights by version (the optimizer step after which they are). One thread, the engine's, calls it."""
+    """Weights by version: the optimizer step after which they are, by the name that says its line, too
+    (trinity/utils/lines.py). One thread, the engine's, calls it."""
 
     def newest(self) -> int:
         """The version that new passes should use: asked before every pass, so cheap; never raises.
 
-        It may go down: a version was rolled back, or quarantined.
+        It may go down, or to another line: a version was quarantined, or the run went back.
         """
         ...
 

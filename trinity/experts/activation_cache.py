@@ -4,9 +4,11 @@ Legend: R rows, D model, K slots of a row.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from trinity.ops.gradient_sums import Sums
 
 
 @dataclass
@@ -17,6 +19,7 @@ class Activations:
     weights_RK: Tensor
     y_RD: Tensor
     num_bytes: int
+    sums: Sums = field(default_factory=Sums)  # where its backward adds the gradients of weights
     answer: tuple[Tensor, Tensor] | None = None  # dx_RD, dweights_RK
 
     def keep_only(self, answer: tuple[Tensor, Tensor]) -> None:

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from trinity.ops.gradient_sums import Sums
+
 
 class Assignments(NamedTuple):
     """Which local expert each row goes to, in coordinate form. Any order."""
@@ -51,7 +53,8 @@ class LayerAdapters(NamedTuple):
 
 
 class ExpertBackend(Protocol):
-    """Computes one layer's local experts. Differentiable in x_RD, weight_A, the weights and the adapters; keeps no state."""
+    """Computes one layer's local experts. Differentiable in x_RD, weight_A, the weights and the adapters; keeps no state. With
+    `sums` the backward may add the weights' gradients there instead, which `sums.is_used` then says."""
 
     name: str
 
@@ -60,7 +63,12 @@ class ExpertBackend(Protocol):
         ...
 
     def __call__(
-        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+        self,
+        x_RD: Tensor,
+        assigned: Assignments,
+        weights: LayerWeights,
+        adapters: LayerAdapters | None = None,
+        sums: Sums | None = None,
     ) -> Tensor:
         """-> y_RD in x's dtype. R, A may be 0."""
         ...

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trinity.config import ModelConfig
+from trinity.config import FP4_GROUP, ModelConfig, why_not
 from trinity.errors import ConfigError
 from trinity.experts.spec import ShardSpec
-from trinity.ops import formats
+from trinity.ops import extension, formats
 from trinity.ops.extension import Matrices
 from trinity.rpc.messages import WEIGHT
 
@@ -103,6 +103,13 @@ class DerivedLayer(NamedTuple):
             return [Matrices(q, scale, total) for scale, total, q in parts]
         return [Matrices(values) for (values,) in parts] if len(self.gate) == 1 else None
 
+    def packed(self) -> tuple[int, list[Matrices]]:
+        """The others' format and matrices, as the extension unpacks them; a scale goes before its values."""
+        planes = ([plane.contiguous() for plane in part] for part in (self.gate, self.up, self.down))
+        if self.form is FP8:
+            return extension.FP8, [Matrices(values, scale) for scale, values in planes]
+        return extension.NVFP4, [Matrices(values, overall, scale) for overall, scale, values in planes]
+
 
 def _float(dtype: torch.dtype) -> Form:
     name = str(dtype).removeprefix("torch.")
@@ -162,7 +169,7 @@ NVFP4 = Form(
     ),
     _fp4_made,
     _fp4_read,
-    inputs=16,
+    inputs=FP4_GROUP,
 )
 FORMS: Mapping[str, Form] = {f.name: f for f in (INT8, FP8, NVFP4, _float(torch.float32), _float(torch.bfloat16))}
 IS_FORM = {form.kind for form in FORMS.values()}
@@ -178,18 +185,10 @@ def form_for(spec: ShardSpec) -> Form | None:
     name, model = spec.expert_dtype, spec.model
     if name is None or name == model.dtype:
         return None
-    form, sides = FORMS[name], (model.hidden_size, model.moe_intermediate_size)
-    if spec.device != "cpu":
-        raise ConfigError(
-            f"placement.expert_dtype {name} is computed on CPUs, not on {spec.device}; leave it out there"
-        )
-    if spec.optim is not None and spec.optim.lora.rank:
-        raise ConfigError(f"placement.expert_dtype {name} knows no adapters: leave it out, or set optim.lora.rank to 0")
-    if any(side % form.inputs for side in sides):
-        raise ConfigError(
-            f"placement.expert_dtype {name} needs multiples of {form.inputs}; the model's experts are {sides}"
-        )
-    return form
+    rank, sides = spec.optim.lora.rank if spec.optim else 0, (model.hidden_size, model.moe_intermediate_size)
+    if (why := why_not(name, sides, spec.device, rank)) is not None:
+        raise ConfigError(why)
+    return FORMS[name]
 
 
 def shapes_of(model: ModelConfig) -> Sequence[Shape]:

@@ -9,6 +9,7 @@ good: who still works with that of an older one cannot touch what counts.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -61,15 +62,31 @@ class GradAccumulator:
 
     def add(self, op_id: str, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
         """Add an op's gradients to its caller's; to be called once for each op_id. Raises StepConflict after `close`."""
-        if self._is_closed:
-            raise StepConflict(f"{op_id} comes after the step was prepared")
-        sums = self._callers.setdefault(caller_of(op_id) if self._is_ordered else (0, ""), {})
+        sums = self._sums_for(op_id)
         for name, gradient in zip(names, gradients, strict=True):
             if name in sums:
                 sums[name].add_(gradient)
             else:
                 sums[name] = gradient.float()  # laid out as its weight: the backends see to it
         self._ops.add(op_id)
+
+    @contextmanager
+    def adding(self, op_id: str, trained: Trained) -> Iterator[tuple[list[Tensor], bool]]:
+        """Have an op's gradients added to its caller's sums inside the block, instead of `add`: -> the sums of the stacks, and
+        whether they are new and hold nothing yet. New ones are not kept where the block fails. Raises StepConflict after
+        `close`."""
+        sums = self._sums_for(op_id)
+        is_new = not all(name in sums for name in trained)
+        stacks = {n: torch.empty_like(t, dtype=torch.float32) if is_new else sums[n] for n, t in trained.items()}
+        yield list(stacks.values()), is_new
+        sums.update(stacks)
+        self._ops.add(op_id)
+
+    def _sums_for(self, op_id: str) -> Gradients:
+        """The sums of an op's caller."""
+        if self._is_closed:
+            raise StepConflict(f"{op_id} comes after the step was prepared")
+        return self._callers.setdefault(caller_of(op_id) if self._is_ordered else (0, ""), {})
 
     def close(self) -> None:
         """Add up all callers' gradients; no op comes after. Harmless when repeated."""

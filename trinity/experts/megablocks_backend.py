@@ -37,6 +37,7 @@ from trinity.errors import ConfigError
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
 from trinity.experts.rows import combine, gather, no_rows, sum_rows, weighted_swiglu
 from trinity.experts.torch_backend import fits_grouped, grouped, looped
+from trinity.ops.gradient_sums import Sums
 
 Path = Literal["auto", "sparse", "grouped", "gmm"]
 BLOCK = 128
@@ -58,7 +59,12 @@ class MegaBlocksBackend:
         return False
 
     def __call__(
-        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+        self,
+        x_RD: Tensor,
+        assigned: Assignments,
+        weights: LayerWeights,
+        adapters: LayerAdapters | None = None,
+        sums: Sums | None = None,
     ) -> Tensor:
         if not assigned.row_A.numel():
             return no_rows(x_RD, assigned, weights, adapters)

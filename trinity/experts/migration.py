@@ -32,7 +32,8 @@ def migrate_in(shard: ExpertShard, message: Copy, peers: Peers, source: Load | N
         for kind in shard.weights.kinds(message.version)
     }
     names = tuple(expert for expert, _ in new)
-    shard.install(Install(message.layer, names, message.version, rows, message.num_updates, message.epoch))
+    about = message.num_updates, message.epoch, message.line
+    shard.install(Install(message.layer, names, message.version, rows, *about))
     return sum(found.nbytes for kind in rows.values() for found in kind)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
 from trinity.experts.rows import accumulator
+from trinity.ops.gradient_sums import Sums
 
 
 class ReferenceBackend:
@@ -20,7 +21,12 @@ class ReferenceBackend:
         return False
 
     def __call__(
-        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+        self,
+        x_RD: Tensor,
+        assigned: Assignments,
+        weights: LayerWeights,
+        adapters: LayerAdapters | None = None,
+        sums: Sums | None = None,
     ) -> Tensor:
         kind = accumulator(x_RD.dtype)
         x, y_RD = x_RD.to(kind), x_RD.new_zeros(x_RD.shape, dtype=kind)

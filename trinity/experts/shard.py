@@ -32,6 +32,7 @@ from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import derive, places_of
 from trinity.experts.weight_versions import WeightVersions
 from trinity.experts.weights import ExpertWeights
+from trinity.ops.gradient_sums import Stacks, Sums
 from trinity.rpc.messages import (
     GRADIENT,
     Abort,
@@ -155,13 +156,9 @@ class ExpertShard:
             op = self.activations.get(call.op_id) or self._recomputed(layer, call)
             if op.answer is not None:
                 return op.answer
-            first = not self.gathered.has(call.op_id)
-            leaves = (op.x_RD, op.weights_RK, *(layer.trained.values() if first else ()))
-            dx_RD, dweights_RK, *gradients = gradients_of(op.y_RD, call.dy_RD.to(op.y_RD), leaves)
-            if first:
-                self.gathered.add(call.op_id, tuple(layer.trained), gradients)
-            op.keep_only((dx_RD, dweights_RK))
-            return dx_RD, dweights_RK
+            op.keep_only(self._gradients(op, layer, call))
+            assert op.answer is not None
+            return op.answer
 
     def fetch(self, message: Fetch) -> Tensor:
         """-> rows_ND of one expert: weights, optimizer state, or the gradient gathered so far."""
@@ -249,7 +246,7 @@ class ExpertShard:
     def recover(self, message: Recover) -> int:
         """Be at the version that was decided on, made by that attempt, or without any: see WeightVersions."""
         with self.lock:
-            self.versions.recover_to(message.version, message.attempt)
+            self.versions.recover_to(message.version, message.attempt, message.line)
             return self.version
 
     def progress(self, message: Progress) -> BytesRead:
@@ -343,10 +340,12 @@ class ExpertShard:
             return None
         return native_experts.infer(layer, rows.x_RD, rows.ids_RK, rows.weights_RK)
 
-    def _compute(self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer) -> Tensor:
+    def _compute(
+        self, x_RD: Tensor, weights_RK: Tensor, slots: Slots, layer: ReadyLayer, sums: Sums | None = None
+    ) -> Tensor:
         assert layer.weights is not None, "only shards that do not train are without"
         assigned = assignments(slots, weights_RK, self.spec.device)
-        return self.backend(x_RD, assigned, layer.weights, layer.adapters)
+        return self.backend(x_RD, assigned, layer.weights, layer.adapters, sums)
 
     def _remembered(self, op_id: str, layer: ReadyLayer, rows: Rows, slots: Slots) -> Activations:
         """The op's activations, computed where they are not in the cache."""
@@ -354,11 +353,26 @@ class ExpertShard:
             return known
         x_RD = rows.x_RD.to(self.spec.device).detach().requires_grad_()
         weights_RK = rows.weights_RK.detach().requires_grad_()
+        sums = Sums()
         with torch.enable_grad():
-            y_RD = self._compute(x_RD, weights_RK, slots, layer)
+            y_RD = self._compute(x_RD, weights_RK, slots, layer, sums)
         f, d = self.spec.model.moe_intermediate_size, self.spec.model.hidden_size
         num_bytes = x_RD.element_size() * (2 * x_RD.numel() + len(slots.slot_A) * (4 * f + 2 * d))
-        return self.activations.put(op_id, Activations(x_RD, weights_RK, y_RD, num_bytes))
+        return self.activations.put(op_id, Activations(x_RD, weights_RK, y_RD, num_bytes, sums))
+
+    def _gradients(self, op: Activations, layer: ReadyLayer, call: Backward) -> tuple[Tensor, Tensor]:
+        """dx_RD, dweights_RK; those of what is trained are gathered, unless they were already."""
+        leaves, dy_RD = (op.x_RD, op.weights_RK), call.dy_RD.to(op.y_RD)
+        if self.gathered.has(call.op_id):
+            dx_RD, dweights_RK = gradients_of(op.y_RD, dy_RD, leaves)
+        elif op.sums.is_used and layer.trained:
+            with self.gathered.adding(call.op_id, layer.trained) as ((gate_EFD, up_EFD, down_EFD), is_new):
+                op.sums.add_to(Stacks(gate_EFD, up_EFD, down_EFD.mT), is_new)
+                dx_RD, dweights_RK = gradients_of(op.y_RD, dy_RD, leaves)
+        else:
+            dx_RD, dweights_RK, *gradients = gradients_of(op.y_RD, dy_RD, (*leaves, *layer.trained.values()))
+            self.gathered.add(call.op_id, tuple(layer.trained), gradients)
+        return dx_RD, dweights_RK
 
     def _recomputed(self, layer: ReadyLayer, call: Backward) -> Activations:
         """The activations of a backward whose forward has left the cache. Raises InputGone without its rows."""

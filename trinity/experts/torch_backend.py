@@ -26,6 +26,7 @@ from torch import Tensor
 from trinity.experts.base import Assignments, LayerAdapters, LayerWeights
 from trinity.experts.rows import Adapted, Product, combine, feed_forward, no_rows, sorted_rows, weighted_swiglu
 from trinity.ops import batch_invariant
+from trinity.ops.gradient_sums import Stacks, Sums
 from trinity.state.strides import as_stored
 
 Path = Literal["auto", "in_order", "grouped", "loop"]
@@ -46,14 +47,23 @@ class TorchBackend:
         return device.type == "cpu"  # for `in_order`; the others do not care
 
     def __call__(
-        self, x_RD: Tensor, assigned: Assignments, weights: LayerWeights, adapters: LayerAdapters | None = None
+        self,
+        x_RD: Tensor,
+        assigned: Assignments,
+        weights: LayerWeights,
+        adapters: LayerAdapters | None = None,
+        sums: Sums | None = None,
     ) -> Tensor:
         if not assigned.row_A.numel():
             return no_rows(x_RD, assigned, weights, adapters)
         order, x_AD, weight_A1, end_E = sorted_rows(x_RD, assigned, len(weights.gate_EFD))
         x_AD = x_AD.to(weights.gate_EFD.dtype)
-        compute = self._choose(x_AD, weights, adapters)
-        return combine(compute(x_AD, weight_A1, end_E, weights, adapters), order, x_RD.dtype)
+        y_AD = None
+        if sums is not None and adapters is None and self.is_in_order:
+            y_AD = _trained(x_AD, weight_A1, end_E, weights, sums)
+        if y_AD is None:
+            y_AD = self._choose(x_AD, weights, adapters)(x_AD, weight_A1, end_E, weights, adapters)
+        return combine(y_AD, order, x_RD.dtype)
 
     def _choose(self, x_AD: Tensor, weights: LayerWeights, adapters: LayerAdapters | None) -> Compute:
         if self.path == "in_order" or (
@@ -81,6 +91,16 @@ def fits_grouped(weights: LayerWeights, adapters: LayerAdapters | None = None) -
     if trained and stack.is_cuda and torch.cuda.get_device_capability(stack.device)[0] >= 10:
         return False
     return all(size * stack.element_size() % 16 == 0 for size in (*stack.shape[1:], *ranks))
+
+
+def _trained(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, weights: LayerWeights, sums: Sums) -> Tensor | None:
+    """`in_order` whose backward adds the weights' gradients to `sums`; None where there is no such arithmetic."""
+    from trinity.ops.batch_invariant import trained_mlp
+
+    stored = Stacks(weights.gate_EFD, weights.up_EFD, weights.down_EFD.mT)
+    if not trained_mlp.is_for(x_AD, *stored):
+        return None
+    return trained_mlp.feed_forward(x_AD, weight_A1, stored, end_E, sums)
 
 
 def in_order(

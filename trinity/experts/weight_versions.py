@@ -18,7 +18,7 @@ from trinity.experts.base import LayerWeights
 from trinity.experts.derived import form_of
 from trinity.experts.layer import ReadyLayer
 from trinity.experts.native_layers import NativeLayers
-from trinity.experts.published import PublishedVersions
+from trinity.experts.published import PublishedVersions, line_noted
 from trinity.experts.spec import ShardSpec
 from trinity.experts.stacked import (
     empty_forms,
@@ -55,6 +55,11 @@ class WeightVersions:
         return self.store.committed
 
     @property
+    def line(self) -> int:
+        """The line that all versions are of."""
+        return self._published.line
+
+    @property
     def ready(self) -> Mapping[int, ReadyLayer]:
         """Layers of the present version, as rows are computed with them."""
         return self._published.layers()
@@ -84,7 +89,7 @@ class WeightVersions:
     def reading(self, call: Forward) -> AbstractContextManager[ReadyLayer]:
         """The layer that a call is for, unchanged inside the block. Nobody waits for `lock`, which training may hold for as
         long as it computes, unless the version is not committed yet."""
-        if call.version > self._published.committed:
+        if self._published.is_to_come(call.version):
             with self.lock:
                 self.find(call.layer, call.version, call.deadline_s)
         self._check_time(call.deadline_s)
@@ -98,7 +103,7 @@ class WeightVersions:
         """A layer at a version. A caller that names the staged version knows that it was decided on: it is committed first.
         Raises what PublishedVersions raises."""
         self._check_time(deadline_s)
-        if version == self.number + 1 and self.store.staged is not None and self.number >= 0:
+        if self._published.number(version) == self.number + 1 and self.store.staged is not None:
             self._commit()
         return self._published.find(version, layer)
 
@@ -144,7 +149,8 @@ class WeightVersions:
 
     def stage(self, made: Optimizer, derived: Mapping[str, Tensor], **notes: Any) -> None:
         """Take in what was made in the memory for the next version: it is there to be committed."""
-        self.store.put(with_notes(version_after(self.store.current, made, derived), **notes))
+        made_of = version_after(self.store.current, made, derived)
+        self.store.put(with_notes(made_of, line=self.line, **notes))
         self._publish()
 
     def commit(self, step: int) -> None:
@@ -174,11 +180,12 @@ class WeightVersions:
         self.store.clear()
         self._publish()
 
-    def recover_to(self, committed: int, attempt: int | None) -> None:
-        """Be at the version that the pool has decided on, made by that attempt, if a process before this one left it here.
-        Otherwise hold nothing."""
+    def recover_to(self, committed: int, attempt: int | None, line: int) -> None:
+        """Be at the version that the pool has decided on, of that line and made by that attempt, if a process before this one
+        left it here. Otherwise hold nothing."""
         found = self.store.versions.get(committed)
-        if found is not None and found.notes.get("attempt") in (None, attempt):  # None: copied from others
+        is_made = found is not None and found.notes.get("attempt") in (None, attempt)  # None: copied from others
+        if is_made and line_noted(found) == line:
             self.store.roll_back(committed) if committed < self.number else self.store.commit(committed)
             self._publish()
         else:

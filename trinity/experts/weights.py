@@ -27,6 +27,7 @@ from trinity.experts.stacked import (
     stacks_of,
     with_adapters,
     with_form,
+    with_notes,
     without_weights,
 )
 from trinity.experts.weight_versions import WeightVersions
@@ -93,7 +94,7 @@ class ExpertWeights:
         weights alone; nobody steps from it. Raises InvalidRequest where optimizer state is wanted and missing."""
         with self.versions.making, self.versions.lock:
             self._epoch = max(self._epoch, message.epoch)
-            version = self._place_for(message.version, message.num_updates)
+            version = self._place_for(message)
             held = experts_of(version)[message.layer]
             new = [i for i, expert in enumerate(message.experts) if expert not in held]
             if new and version.number >= self.versions.number and not set(kinds_of(version)) <= message.rows.keys():
@@ -130,16 +131,18 @@ class ExpertWeights:
         self.versions.on_change()
         return left
 
-    def _place_for(self, number: int, num_updates: int) -> Version:
-        """The version that experts of that number are added to."""
-        if number in self._store.versions:
+    def _place_for(self, message: Install) -> Version:
+        """The version that experts are added to."""
+        number, is_other = message.version, message.line != self.versions.line
+        if number in self._store.versions and not is_other:
             return self._store.versions[number]
-        is_newer = number > self.versions.number
+        is_newer = is_other or number > self.versions.number
         if is_newer and self.num_experts:
             raise StepConflict(
                 f"shard {self.spec.name} holds version {self.versions.number}, the copies are of {number}"
+                + " of another line" * is_other
             )
-        version = self._empty_version(number, num_updates)
+        version = with_notes(self._empty_version(number, message.num_updates), line=message.line)
         if is_newer:
             self.versions.clear()
         self.versions.put(version, commit=is_newer)
@@ -157,7 +160,7 @@ class ExpertWeights:
             self.reading, model = Reading(), self.spec.model
             empty = self._empty_stacks()
             version = loaded(self._store, empty, model, self.spec.optim, experts, message, self.reading, self.form)
-            self.versions.put(version, commit=True)
+            self.versions.put(with_notes(version, line=message.line), commit=True)
             self._warm_up()
             return version.number
 

@@ -39,11 +39,15 @@ def build(
     return family_of(config).build(config, experts, device=device, dtype=dtype)
 
 
-def weight_bytes(config: ModelConfig) -> tuple[int, int]:
-    """Bytes in memory of the backbone, and of all routed experts."""
-    counts = family_of(config).count_params(config)
-    experts = counts.by_role["experts"]
-    return (counts.total - experts) * config.itemsize, experts * config.itemsize
+def weight_bytes(config: ModelConfig, weight_dtype: str = "auto") -> tuple[int, int]:
+    """Bytes in memory of the backbone, its matrices as `engine.weight_dtype` has them, and of all routed experts."""
+    from trinity.models.common.family import Nobody
+
+    backbone = build(config, Nobody(), device="meta")
+    backbone.round_to(weight_dtype)
+    scales = sum(part.num_scale_bytes for part in backbone.rounded().values())
+    experts = len(config.moe_layers) * config.num_experts * config.expert_params
+    return sum(weight.nbytes for weight in backbone.parameters()) + scales, experts * config.itemsize
 
 
 def read_config(tree: Mapping[str, Any], source: str | Path) -> ModelConfig:

@@ -14,8 +14,6 @@ from trinity.ops import extension, quantised
 from trinity.ops.batch_invariant import elementwise, fused_mlp, gemm, threads
 from trinity.ops.extension import KINDS, Matrices
 
-FORMATS = {"bfloat16": torch.bfloat16, "int8": torch.int8}  # that matrices may be rounded to
-
 
 def made(w_NK: Tensor, dtype: torch.dtype) -> Matrices:
     """A matrix in that format. Raises InvalidRequest if K is too large for int8's sums."""

@@ -22,6 +22,7 @@ class ShardView:
     num_replicas: int
     weight_bytes: int
     rows_per_s: float
+    expert_dtype: str = ""  # of inference; empty while it is starting
 
 
 @dataclass(frozen=True)

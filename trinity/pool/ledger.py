@@ -29,9 +29,19 @@ class Decision:
     version: int
     notes: Mapping[str, Any]
 
+    @property
+    def line(self) -> int:
+        """The line that the version is a step of (trinity/utils/lines.py)."""
+        line: int = self.notes.get("line", 0)
+        return line
+
 
 class StepLedger(Protocol):
     """A pool's memory of its training job."""
+
+    def new_line(self) -> int:
+        """Begin a line of versions, with what shards are about to load."""
+        ...
 
     def set_source(self, message: Load) -> None:
         """Note where a shard that starts again finds the present weights."""
@@ -69,6 +79,9 @@ class LocalLedger:
 
     def __init__(self, view: PlacementView):
         self._view, self._attempt = view, 0
+
+    def new_line(self) -> int:
+        return 0  # who computes with local shards knows when they go back
 
     def set_source(self, message: Load) -> None:
         pass

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -107,9 +108,10 @@ class ExpertPool:
     # -- what is asked of all shards
 
     def load(self, message: Load) -> int:
-        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold. Raises
-        ConfigError, before anything is read, where shards are of several forms that nobody asked for."""
+        """Every shard loads its part, now and whenever it starts again; -> the version that all of them now hold, the first of
+        a line. Raises ConfigError, before anything is read, where shards are of several forms that nobody asked for."""
         check_forms(self.status(), self.expert_dtypes)
+        message = replace(message, line=self.ledger.new_line())
         self.set_source(message)
         return self._agree(self._all("load", message))
 

@@ -48,7 +48,7 @@ class Forward:
     op_id: str
     layer: int
     epoch: int
-    version: int
+    version: int  # by its name (trinity/utils/lines.py)
     deadline_s: float  # this process's time.monotonic() after which nobody waits for the answer
     rows: Rows
     keep: bool = False
@@ -161,21 +161,23 @@ class Abort:
 
 @dataclass(frozen=True)
 class Recover:
-    """Verb `recover` -> version: the one that was decided on, made by that attempt, if the shard has it; -1 where it has not,
-    and holds nothing from now on. Harmless when repeated."""
+    """Verb `recover` -> version: the one that was decided on, of that line and made by that attempt, if the shard has it; -1
+    where it has not, and holds nothing from now on. Harmless when repeated."""
 
     version: int
     attempt: int | None = None
+    line: int = 0
 
 
 @dataclass(frozen=True)
 class Load:
     """Verb `load` -> version. Weights (and optimizer state, if it has them and `training`) from a checkpoint folder, or,
-    without one, the seeded initial weights at version 0."""
+    without one, the seeded initial weights at version 0. They are of that line (trinity/utils/lines.py)."""
 
     checkpoint: str | None = None
     seed: int = 0
     training: bool = True
+    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ class Install:
     rows: dict[str, tuple[Tensor, ...]]
     num_updates: int = 0  # of their optimizer
     epoch: int = 0  # of the table that names this shard for them
+    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ class Copy:
     deadline_s: float
     num_updates: int = 0
     epoch: int = 0  # of the table to come
+    line: int = 0
 
 
 @dataclass(frozen=True)

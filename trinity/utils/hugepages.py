@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 HUGE_BYTES = 2 << 20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # at a process's start: threads share the heap, and so what is kept
+# and give large blocks back when they are freed: a heap is as large as its threads' largest moments all together otherwise
+FLAT_HEAP = {**ONE_HEAP, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
 
 
 def on_huge_pages(tensor: "Tensor") -> "Tensor":

@@ -3,7 +3,7 @@
 Legend: B requests, N new tokens.
 Decisions: the same checkpoint in each format, and the same prompts; greedy, to the full length. Where weights are float32, all
 must say the same tokens before any time counts; rounding to 16 or 8 bits each in its own way, they need not, and the share of
-first tokens that are ours is told. Ours in int8 has its routed experts so, and the rest in bfloat16.
+first tokens that are ours is told. Ours in int8 has all its matrices so but the embedding and the routers.
 Steps count from the moment when all requests have a first token.
 """
 

@@ -75,7 +75,7 @@ class Place:
     def orders(self, arm: Arm) -> dict[str, Any]:
         found = {"program": arm.program, "path": str(arm.path), "threads": self.threads, "size": self.size}
         more: dict[str, dict[str, Any]] = {
-            OURS: {"expert_dtype": arm.kind} if arm.kind == "int8" else {},
+            OURS: {"expert_dtype": arm.kind, "weight_dtype": arm.kind} if arm.kind == "int8" else {},
             VLLM: {"dtype": arm.kind, "eager": arm.eager, "block_size": self.block_size},
             LLAMA: {"libraries": str(self.venv)},
         }

@@ -230,12 +230,10 @@ class CausalLM(nn.Module):
             raise ConfigError(
                 f"engine.weight_dtype {weight_dtype} is computed on CPUs, not on {device}; leave it out there"
             )
-        from trinity.ops.rounded import FORMATS  # a compiler comes with it
-
         gates = {router.gate for router in self.routers.values()}
         for part in self.modules():
             if isinstance(part, Linear) and part not in gates and part.weight.numel():
-                part.round_to(FORMATS[weight_dtype])
+                part.round_to(getattr(torch, weight_dtype))
         self.weight_dtype = weight_dtype
 
     def rounded(self) -> dict[str, Linear]:

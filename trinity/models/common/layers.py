@@ -138,6 +138,10 @@ class Linear(nn.Linear):
             self.scale_N = torch.empty(self.out_features)
             self.total_N = torch.empty(self.out_features, dtype=torch.int32)
 
+    @property
+    def num_scale_bytes(self) -> int:
+        return sum(part.nbytes for part in (self.scale_N, self.total_N) if part is not None)
+
     @torch.no_grad()
     def fill(self, weight_NK: Tensor) -> None:
         """Give the weight these values, as it is kept."""
@@ -242,6 +246,15 @@ def sigmoid(x: Tensor, is_exact: bool) -> Tensor:
 
         return elementwise.sigmoid(x)
     return x.sigmoid()
+
+
+def softmax(x: Tensor, is_exact: bool) -> Tensor:
+    """Over the last dimension, of float32."""
+    if is_exact and batch_invariant.is_for(x):
+        from trinity.ops.batch_invariant import elementwise
+
+        return elementwise.softmax(x)
+    return x.softmax(-1)
 
 
 def rotary_table(

@@ -4,15 +4,16 @@ Legend: T tokens, D model, X = heads * head dim, E experts, K top-k, L layers, M
 What the layers are made of is described once (native_step.py), and again when a tensor is another or lies elsewhere; where
 keys and experts are is said for each pass by the Attend and by the ExpertLayer, if they can.
 Decisions: where a layer is not described, or attention, a choice or a layer's experts are not the extension's to compute, the
-call returns, Python does that part as it always does, and calls again from the next place. A kind of model is first compared
-with its modules in a whole pass, bit for bit. With hooks, adapters or gradients the modules run.
+call returns, Python does that part as it always does, and calls again from the next place. Rows for shards that rings lead to
+leave and come back inside the call. A kind of model is first compared with its modules in a whole pass, bit for bit. With
+hooks, adapters or gradients the modules run.
 """
 
 import logging
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENTER, ATTEND, ROUTE, CHOOSE, EXPERTS, LOCAL, JOIN, LEAVE, PLACES = range(9)  # native/step/plan.h
-MEMORY, RUN, HERE = "<3q", "<20q", "<29q"
+MEMORY, RUN, HERE = "<3q", "<21q", "<29q"
 ELSEWHERE = bytes(struct.calcsize(HERE))
 NO_LOCAL = bytes(struct.calcsize(native_step.LOCAL))
 NO_LAYER = bytes(sum(map(struct.calcsize, (native_step.PROJECT, native_step.ROUTE, native_step.LEAVE))))
@@ -47,6 +48,22 @@ class Memories(NamedTuple):
     num: int
     attends: bytes
     memory_L: bytes | None
+
+
+class NearPass(Protocol):
+    """Rings for a pass's layers. An ExpertLayer that can say so has `near(layers, x_TD) -> NearPass | None`."""
+
+    def described(self, layers: Sequence[int]) -> tuple[object, ...]:
+        """The argument `near` of the extension's step_run, for layers of these numbers."""
+        ...
+
+    def usual(self, failure: int, at: int, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Pending:
+        """`begin` of the layer at that place, after rings were of no use: the same call, another way."""
+        ...
+
+    def took(self, waited_L: Sequence[float], num_rows: int) -> None:
+        """Learn how long rings took; 0: they were not asked."""
+        ...
 
 
 class Layer(NamedTuple):
@@ -76,13 +93,15 @@ class Layer(NamedTuple):
         return self.before.is_for(h_TD, rotated) and all(part.is_for(h_TD) for part in self.parts[1:])
 
     def described(self, is_whole: bool) -> bytes:
-        """A Layer of native/step/plan.h. `is_whole`: it is Python's."""
+        """A StepLayer of native/step/plan.h. `is_whole`: it is Python's."""
         if is_whole:
-            return NO_LAYER + NO_LOCAL + struct.pack("<q", True)
+            return NO_LAYER + NO_LOCAL + struct.pack("<2q", self.block.layer, True)
         assert self.before is not None, "it is not described"
         assert self.after is not None, "it is not described"
         local = (NO_LOCAL,) if self.local is None else self.local.description
-        return b"".join((*self.before.description, *self.after.description, *local, struct.pack("<q", False)))
+        return b"".join(
+            (*self.before.description, *self.after.description, *local, struct.pack("<2q", self.block.layer, False))
+        )
 
 
 class NativeModel:
@@ -185,6 +204,9 @@ class _Pass:
         self._routed = logits[0], logits[1], ids, torch.empty(*shape, top_k)
         self._pending: Pending | None = None
         self._own: dict[int, Routing | None] = {}  # of layers that Python computes
+        self._waited_L = torch.zeros(len(model.layers), dtype=torch.float64)
+        self._near: NearPass | None = None
+        self._failure = 0  # of rings, at the place that Python has to see to
         self._here: Mapping[int, bytes] = {}
 
     def run(self, wants_logits: bool) -> "Output":
@@ -193,19 +215,36 @@ class _Pass:
         h_TD, head = self._h_TD, self._model.head.head
         hidden_TD = torch.empty_like(h_TD)
         logits_TV = h_TD.new_empty(len(h_TD), head.out_features) if wants_logits else None
-        tensors = (*self._table, h_TD, *self._rows.values(), hidden_TD, logits_TV, *self._routed)
+        tensors = (*self._table, h_TD, *self._rows.values(), hidden_TD, logits_TV, *self._routed, self._waited_L)
         run = struct.pack(RUN, len(h_TD), torch.get_num_threads(), *map(native_step._place, tensors))
         lent = getattr(self._experts, "here", nothing_here)(h_TD.dtype)
         with lent as self._here:
             self._go(run)
+        if self._near is not None:
+            self._near.took(self._waited_L.tolist(), len(h_TD))
         return Output(hidden_TD, tuple(self._routings()), logits_TV)
 
     def _go(self, run: bytes) -> None:
         layers = self._model.layers
         here_L = b"".join([self._here.get(layer.block.layer, ELSEWHERE) for layer in layers])
-        given = (len(layers), self._model.described_L, self._model.head.description[0], here_L, *self._memories, run)
+        if len(self._here) < len(self._model.slots):
+            find = getattr(self._experts, "near", nobody_near)
+            self._near = find([layer.block.layer for layer in layers if layer.router is not None], self._h_TD)
+        near = None if self._near is None else self._near.described([layer.block.layer for layer in layers])
+        given = (
+            len(layers),
+            self._model.described_L,
+            self._model.head.description[0],
+            here_L,
+            *self._memories,
+            run,
+            near,
+        )
         at, done = 0, len(layers) * PLACES
-        while (at := native.lib.step_run(*given, at)) < done:
+        while True:
+            self._failure, at = divmod(native.lib.step_run(*given, at), 1 << 32)
+            if at == done:
+                return
             layer, place = divmod(at, PLACES)
             at = layer * PLACES + HELP[place](self, layer)
 
@@ -244,7 +283,10 @@ class _Pass:
 
     def _sent(self, layer: int) -> int:
         block, x_TD, decision = self._model.layers[layer].block, self._of("x", None), self._decision(layer)
-        self._pending = self._experts.begin(block.layer, x_TD, *decision[2:])
+        if self._failure and self._near is not None:
+            self._pending = self._near.usual(self._failure, layer, block.layer, x_TD, *decision[2:])
+        else:
+            self._pending = self._experts.begin(block.layer, x_TD, *decision[2:])
         if block.layer not in self._here:
             return LOCAL
         if block.local is not None:  # the extension has left an error to those who can name it
@@ -252,6 +294,9 @@ class _Pass:
         return self._joined(layer)
 
     def _joined(self, layer: int) -> int:
+        if self._failure and self._near is not None:
+            number, decision = self._model.layers[layer].block.layer, self._decision(layer)
+            self._pending = self._near.usual(self._failure, layer, number, self._of("x", None), *decision[2:])
         assert self._pending is not None, "rows come back that were not sent"
         self._of("y", None).copy_(self._pending.result())
         self._pending = None
@@ -274,6 +319,11 @@ HELP: dict[int, Callable[[_Pass, int], int]] = {
     EXPERTS: _Pass._sent,
     JOIN: _Pass._joined,
 }
+
+
+def nobody_near(layers: Sequence[int], x_TD: Tensor) -> NearPass | None:
+    """Answer for an ExpertLayer that does not know of rings."""
+    return None
 
 
 def nothing_here(dtype: torch.dtype) -> AbstractContextManager[Mapping[int, bytes]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trinity import native
 from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.layers import Linear, RMSNorm
-from trinity.models.common.router import Router, Routing, SigmoidRouter
+from trinity.models.common.router import Router, Routing, SigmoidRouter, SoftmaxRouter
 from trinity.ops import batch_invariant
 from trinity.ops.extension import KINDS
 
@@ -30,6 +30,7 @@ Place = Callable[[Tensor | None], int]
 MOST_DIM, MOST_HEAD_DIM = 1 << 15, 1 << 12  # native/step/pieces.inl: kMostDim
 NORM, MATRIX = "qdq", "7q"  # native/step/step.h
 PROJECT, ROUTE, LEAVE, ATTEND = f"<4q{3 * NORM}{4 * MATRIX}", f"<3q{2 * NORM}{2 * MATRIX}6qd", f"<2q{NORM}", "<12q"
+PYTHONS, SIGMOID, SOFTMAX = range(3)  # native/step/step.h:Scoring
 LOCAL, HEAD = f"<2q{3 * MATRIX}", f"<2q{NORM}{MATRIX}"
 tried: dict[tuple[object, ...], bool] = {}  # kinds of parts, and of models, that were compared with their modules
 
@@ -310,7 +311,7 @@ def _rows(h_TD: Tensor) -> Tensor:
 def _routed(router: Router, num: int) -> list[Tensor]:
     """Memory for a Routing, or for its logits alone."""
     logits_TE = torch.empty(num, router.gate.out_features)
-    if not isinstance(router, SigmoidRouter):
+    if not isinstance(router, SigmoidRouter | SoftmaxRouter):
         return [logits_TE]
     ids_TK = torch.empty(num, router.top_k, dtype=torch.int64)
     return [logits_TE, torch.empty_like(logits_TE), ids_TK, torch.empty(num, router.top_k)]
@@ -347,7 +348,9 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
 
 def _choice(place: Place, router: Router | None) -> tuple[float, ...]:
     """Fields of a Route that say how experts are chosen."""
+    if isinstance(router, SoftmaxRouter):
+        return SOFTMAX, router.top_k, 1, 1, router.normalises, 0, 1.0
     if not isinstance(router, SigmoidRouter):
-        return 0, 0 if router is None else router.top_k, 1, 1, 0, 0, 1.0
+        return PYTHONS, 0 if router is None else router.top_k, 1, 1, 0, 0, 1.0
     groups = (router.num_groups, router.top_groups)
-    return 1, router.top_k, *groups, router.normalises, place(router.bias_E), router.scale
+    return SIGMOID, router.top_k, *groups, router.normalises, place(router.bias_E), router.scale

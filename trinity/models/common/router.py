@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from trinity.models.common.layers import Device, Dtype, Linear, product, sigmoid
+from trinity.models.common.layers import Device, Dtype, Linear, product, sigmoid, softmax
 
 
 class Routing(NamedTuple):
@@ -113,7 +113,7 @@ class SoftmaxRouter(Router):
         self.normalises = normalises
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE.softmax(-1)
+        return softmax(logits_TE, self.is_exact)
 
     def weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         weights_TK = scores_TE.gather(-1, ids_TK)

@@ -33,6 +33,12 @@ def sigmoid(x: Tensor) -> Tensor:
     return y
 
 
+def softmax(x: Tensor) -> Tensor:
+    """exp(x - max) / sum over the last dimension, in float32. Differentiable."""
+    y: Tensor = _Softmax.apply(x)
+    return y
+
+
 def gated(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
     """silu(gate) * up, both [..., F], times weight [..., 1] if there is one; no gradients (see `gated_gradients`)."""
     out = torch.empty(gate.shape)
@@ -95,6 +101,22 @@ class _Sigmoid(Function):
         return dx
 
 
+class _Softmax(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, width = torch.empty(x.shape), x.shape[-1]
+        arrays = [t.view(-1, width).numpy() for t in (x.detach().float().contiguous(), y)]
+        in_threads(len(arrays[0]), OPERATIONS * x.numel(), lambda first, last: _softmax(*arrays, first, last))
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dx: Tensor = torch.ops.aten._softmax_backward_data(dy, ctx.saved_tensors[0], -1, torch.float32)
+        return dx
+
+
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -126,6 +148,19 @@ def _sigmoid(x, y, first, last):  # type: ignore[no-untyped-def]
     x, y = x[first:last], y[first:last]
     for i in range(len(x)):
         y[i] = ONE / (ONE + exp(-x[i]))
+
+
+@kernel
+def _softmax(x, y, first, last):  # type: ignore[no-untyped-def]
+    for row in range(first, last):
+        found, to, top = x[row], y[row], -np.float32(np.inf)
+        for i in range(len(found)):
+            top = max(top, found[i])
+        for i in range(len(found)):
+            to[i] = exp(found[i] - top)
+        by = total(to)
+        for i in range(len(found)):
+            to[i] = to[i] / by
 
 
 @kernel

@@ -1,10 +1,10 @@
 """Products whose second factor is read row by row, added to what is there: gradients of rows and of small matrices, on a CPU.
 
 Legend: R rows sorted by matrix, E matrices, K inner dimension, N outputs, A and B widths of two kinds of rows.
-Decisions: fp32. A sum over K, or over a matrix's rows, is taken in turn, so it does not depend on company. The kernel reads
-matrices where they lie, 64 columns at a time, which pays where a matrix fits a core's cache, and in sums where one side is
-narrow; all else, and another processor's, is the library's. On a busy AVX512 core, GFLOP/s here and there: 256 rows by
-512 x 512 90 and 70, 2,048 rows 87 and 83; sums of 8 by 512 over 256 rows 54 and 36, of 512 by 512 over 2,048 60 and 70.
+Decisions: a sum over K, or over a matrix's rows, is taken in turn, so it does not depend on company; sums are float32. The
+extension's kernels (native/kernels/outer.h) take fp32 where there is AVX512, and bf16 where there are products of it. Numba's,
+without the extension, have the same bits in fp32: they read matrices where they lie, 64 columns at a time, which pays where a
+matrix fits a core's cache, and in sums where one side is narrow; all else, and another processor's, is the library's.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.ops import extension
 from trinity.ops.batch_invariant.compiled import kernel
 from trinity.ops.batch_invariant.simd import LANES, TALL, WIDE, adds, as_array
 from trinity.ops.batch_invariant.threads import Job, in_turn
@@ -25,15 +26,18 @@ RUN = 128  # terms that are added up before their sum is added to the others': a
 
 def products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor) -> Tensor:
     """p v: rows up to `end_E[0]` by the first matrix, from there up to `end_E[1]` by the second and so on. No gradients."""
-    out_RN = p_RK.new_empty(len(p_RK), v_EKN.shape[2])
+    p_RK = p_RK if p_RK.dtype == v_EKN.dtype else p_RK.to(v_EKN.dtype)
+    out_RN = p_RK.new_empty(len(p_RK), v_EKN.shape[2], dtype=sum_type(p_RK))
     in_turn(len(v_EKN), [adding_products(p_RK, v_EKN, end_E, out_RN, is_new=True)])
-    return out_RN
+    return out_RN.to(p_RK.dtype)
 
 
 def adding_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor, is_new: bool = False) -> Job:
     """The job of adding p v to `out`, or of putting it there. Rows of p may be parts of longer ones."""
     (num, k), n = p_RK.shape, v_EKN.shape[2]
     p_RK, v_EKN = p_RK.detach(), v_EKN.detach().contiguous()
+    if extension.has_outer(p_RK, v_EKN) and out_RN.dtype == torch.float32:
+        return extension.adding_products(p_RK, v_EKN, end_E, out_RN, is_new)
 
     def with_library(first: int, last: int) -> None:
         for e, lo, hi in _runs(end_E)[first:last]:
@@ -47,23 +51,33 @@ def adding_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor, 
 
 def sums(a_RA: Tensor, b_RB: Tensor, end_E: Tensor) -> Tensor:
     """a^T b of each matrix's rows, out_EAB; zeros where it has none. No gradients."""
-    out_EAB = a_RA.new_empty(len(end_E), a_RA.shape[1], b_RB.shape[1])
+    out_EAB = a_RA.new_empty(len(end_E), a_RA.shape[1], b_RB.shape[1], dtype=sum_type(a_RA))
     in_turn(len(end_E), [summing(a_RA, b_RB, end_E, out_EAB)])
-    return out_EAB
+    return out_EAB.to(a_RA.dtype)
 
 
-def summing(a_RA: Tensor, b_RB: Tensor, end_E: Tensor, out_EAB: Tensor) -> Job:
-    """`sums` into `out`, as a job. The rows of a may be parts of longer ones."""
+def sum_type(factor: Tensor) -> torch.dtype:
+    """The type of sums of products of that, as jobs make them."""
+    return torch.float32 if extension.has_outer(factor) else factor.dtype
+
+
+def summing(a_RA: Tensor, b_RB: Tensor, end_E: Tensor, out_EAB: Tensor, is_new: bool = True) -> Job:
+    """`sums` put into `out`, or added to it, as a job. The rows of a may be parts of longer ones."""
     (num, a), b = a_RA.shape, b_RB.shape[1]
+    if extension.has_outer(a_RA, b_RB) and out_EAB.dtype == torch.float32:
+        return extension.summing(a_RA, b_RB, end_E, out_EAB, is_new)
 
     def with_library(first: int, last: int) -> None:
         for e, lo, hi in _runs(end_E)[first:last]:
-            torch.mm(a_RA[lo:hi].T, b_RB[lo:hi], out=out_EAB[e])
+            if is_new:
+                torch.mm(a_RA[lo:hi].T, b_RB[lo:hi], out=out_EAB[e])
+            else:
+                out_EAB[e].addmm_(a_RA[lo:hi].T, b_RB[lo:hi])
 
     if a > MOST_WIDTH or not _has_panels(a_RA, b_RB):
         return Job(1, 2 * num * a * b, with_library, is_compiled=False)
     arrays = [as_array(t) for t in (a_RA, b_RB.contiguous(), out_EAB, end_E)]
-    return Job(b // PANEL, 2 * num * a * b, lambda first, last: _sums(*arrays, first, last))
+    return Job(b // PANEL, 2 * num * a * b, lambda first, last: _sums(*arrays, is_new, first, last))
 
 
 def _has_panels(*tensors: Tensor) -> bool:
@@ -97,7 +111,7 @@ def _products(p, v, out, end, is_new, first, last):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _sums(a, b, out, end, first, last):  # type: ignore[no-untyped-def]
+def _sums(a, b, out, end, is_new, first, last):  # type: ignore[no-untyped-def]
     num, n = a.shape[1], b.shape[1]
     panels, zeros = n // PANEL, np.zeros(PANEL, np.float32)
     none = _addresses(zeros.ctypes.data, 0, 0)
@@ -106,7 +120,8 @@ def _sums(a, b, out, end, first, last):  # type: ignore[no-untyped-def]
         lo, hi = end[e - 1] if e else 0, end[e]
         for i in range(0, num, TALL):
             rows = min(TALL, num - i) - 1
-            starts, outs = none, _addresses(out.ctypes.data + 4 * (n * (num * e + i) + column), 4 * n, rows)
+            outs = _addresses(out.ctypes.data + 4 * (n * (num * e + i) + column), 4 * n, rows)
+            starts = none if is_new else outs
             for at in range(lo, max(hi, lo + 1), RUN):  # once without rows: zeros
                 ps = _addresses(a.ctypes.data + a.strides[0] * at + 4 * i, 4, rows)
                 adds(ps, a.strides[0] // 4, b.ctypes.data + 4 * (n * at + column), n, min(RUN, hi - at), starts, outs)

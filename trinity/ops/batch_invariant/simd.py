@@ -267,6 +267,22 @@ def widened(typing: Any, stored: Any) -> Any:
     return types.float32(stored), lambda context, b, signature, arguments: _widened(b, arguments[0])
 
 
+@intrinsic
+def narrowed(typing: Any, value: Any, stored: Any) -> Any:
+    """A float32 as the array `stored` has numbers: as it is, or the bits of the nearest bfloat16, halves to even."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        if stored.dtype != types.uint16:
+            return arguments[0]
+        bits = b.bitcast(arguments[0], I32)
+        odd = b.and_(b.lshr(bits, I32(16)), I32(1))
+        rounded = b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16))
+        is_nan = b.fcmp_unordered("uno", arguments[0], arguments[0])
+        return b.trunc(b.select(is_nan, I32(0x7FC0), rounded), I16)
+
+    return (types.uint16 if stored.dtype == types.uint16 else types.float32)(types.float32, stored), generate
+
+
 def _pointers(b: Any, addresses: Any, kind: Any = F32) -> list[Any]:
     return [b.inttoptr(address, kind.as_pointer()) for address in cgutils.unpack_tuple(b, addresses)]
 

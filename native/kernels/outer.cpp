@@ -1,0 +1,28 @@
+// Which instructions are used: those that a format takes, or none.
+#include "outer.h"
+
+namespace trinity {
+namespace {
+
+const OuterTable *table_of(Format format) {
+#if defined(__x86_64__)
+  if (format == kFloat32 && isa() >= Isa::avx512) return &kOuterAvx512;
+  if (format == kBfloat16 && isa() >= Isa::avx512_bf16) return &kOuterAvx512Bf16;
+#endif
+  static_cast<void>(format);
+  return nullptr;
+}
+
+}  // namespace
+
+bool has_outer(Format format) { return table_of(format) != nullptr; }
+
+void add_products(const AddedProducts &products, int64_t num_units, int64_t first, int64_t last) {
+  if (const OuterTable *table = table_of(products.format)) table->add_products(products, num_units, first, last);
+}
+
+void add_row_sums(const RowSums &sums, int64_t num_units, int64_t first, int64_t last) {
+  if (const OuterTable *table = table_of(sums.format)) table->add_row_sums(sums, num_units, first, last);
+}
+
+}  // namespace trinity
