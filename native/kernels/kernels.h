@@ -1,4 +1,4 @@
-// Rows times matrices and whole feed-forwards on a CPU, in three formats of weights: what the other parts of the extension call.
+// Rows times matrices and whole feed-forwards on a CPU, in five formats of weights: what the other parts of the extension call.
 //
 // Legend: A rows sorted by expert, E experts (1 for a dense layer), N outputs, K inner dimension, F hidden.
 // A row's bits depend on the row and the weights alone: not on how many rows there are, on threads, or on the processor. They
@@ -12,12 +12,18 @@
 
 namespace trinity {
 
-enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Format : int32_t {
+  kFloat32 = 0,
+  kBfloat16 = 1,
+  kInt8 = 2,
+  kFp8 = 3,   // e4m3 with a scale for each 128 x 128; rows and products are float32's
+  kNvfp4 = 4  // two e2m1 a byte, the first one lowest, with a scale in e4m3 for each 16 of a row; the same
+};
 
 struct Matrices {        // [E, N, K]
-  const void *values;    // float32, the bits of bfloat16, or int8
-  const float *scale;    // [E, N], of int8
-  const int32_t *total;  // [E, N], of int8: the sums of their rows
+  const void *values;  // float32, the bits of bfloat16, int8, e4m3, or [E, N, K / 2] of e2m1
+  const float *scale;  // [E, N] of int8; [E, N / 128, K / 128], rounded up, of fp8; [E] of nvfp4: its scales are divided by it
+  const void *more;    // of int8: int32 [E, N], the sums of their rows; of nvfp4: e4m3 [E, N, K / 16]
   int64_t n, k;
 };
 

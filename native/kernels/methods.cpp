@@ -32,7 +32,7 @@ struct Arguments {
     Matrices m;
     m.values = address<const void>();
     m.scale = address<const float>();
-    m.total = address<const int32_t>();
+    m.more = address<const void>();
     m.n = number();
     m.k = number();
     return m;

@@ -53,7 +53,8 @@ inline Strip strip_of(const Matrices &m, int64_t expert, int64_t n, int32_t *mem
   for (int half = 0; half < 2; half++) {
     const int64_t first = n + 16 * half, left = m.n - first, num = left < 0 ? 0 : left < 16 ? left : 16, at = expert * m.n + first;
     strip.there[half] = static_cast<__mmask16>((1u << num) - 1);
-    strip.excess[half] = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(strip.there[half], m.total + at), 7);
+    const int32_t *totals = static_cast<const int32_t *>(m.more) + at;
+    strip.excess[half] = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(strip.there[half], totals), 7);
     strip.scale[half] = _mm512_maskz_loadu_ps(strip.there[half], m.scale + at);
     pack(static_cast<const int8_t *>(m.values) + at * m.k, num, m.k, memory + 16 * half);
   }
@@ -100,8 +101,8 @@ inline void meet_rows(const Rows &rows, int64_t first, const Strip &strip, int64
   meet<R>(x, scale, strip, k, y + first * y_step, y_step, ahead);
 }
 
-inline bool packed(ByteFormat, const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, int64_t n, int64_t last,
-                   float *y, int64_t y_step) {
+inline bool repacked(ByteFormat, const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, int64_t n, int64_t last,
+                     float *y, int64_t y_step) {
   if (hi - lo < kPacked || w.k % 4) return false;
   int32_t *memory = static_cast<int32_t *>(scratch(1, w.k * kStrip));
   for (; n < last && n < w.n; n += kStrip) {

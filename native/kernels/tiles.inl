@@ -147,15 +147,17 @@ inline Four<F> four_of(const Matrices &m, int64_t expert, int64_t tile, int64_t 
     four.w[c] = static_cast<const typename F::W *>(m.values) + at * m.k;
     for (int r = 0; r < 4; r++) {
       four.scale[4 * r + c] = m.scale ? m.scale[at] : 1.0f;
-      four.excess[4 * r + c] = m.total ? 128 * m.total[at] : 0;
+      four.excess[4 * r + c] = m.more ? 128 * static_cast<const int32_t *>(m.more)[at] : 0;
     }
   }
   return four;
 }
 
-// What a file that packs weights has a function of its own for, if there are rows enough; false: nothing is done.
+#include "unpacked.inl"
+
+// Weights that pass by in another form than they are stored in have a function of their own; false: nothing is done.
 template <class F>
-inline bool packed(F, const Rows &, const Matrices &, int64_t, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {
+inline bool repacked(F, const Rows &, const Matrices &, int64_t, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {
   return false;
 }
 
@@ -163,7 +165,7 @@ inline bool packed(F, const Rows &, const Matrices &, int64_t, int64_t, int64_t,
 template <class F>
 inline void products(const Rows &rows, const Matrices &w, int64_t e, int64_t lo, int64_t hi, int64_t from, int64_t num_tiles,
                      float *y, int64_t y_step) {
-  if (packed(F(), rows, w, e, lo, hi, kColumns * from, kColumns * (from + num_tiles), y, y_step)) return;
+  if (repacked(F(), rows, w, e, lo, hi, kColumns * from, kColumns * (from + num_tiles), y, y_step)) return;
   typename F::Mode mode;
   Lines<F> lines[kBlock];
   for (int64_t first = lo; first < hi; first += kBlock) {
@@ -254,25 +256,31 @@ void unit_of(const FeedForward &l, int64_t e, int64_t lo, int64_t hi) {
   project<F>(l.x, l.up, e, lo, hi, other);
   for (int64_t r = 0; r < num; r++) gate_by<F>(hidden + r * f, other + r * f, l.weight ? l.weight[lo + r] : 1.0f, f);
   Rows rows = {hidden, nullptr, nullptr};
-  if (l.format != kFloat32) {
+  if (rows_of(l.format) != kFloat32) {
     rows = {memory + 2 * size, l.format == kInt8 ? scale : nullptr, nullptr};
     round_rows_here(l.format, hidden, num, f, memory + 2 * size, scale);
   }
   project<F>(rows, l.down, e, 0, num, l.y + lo * l.down.n);
 }
 
+// Call something with the format that a number stands for.
+template <class Call>
+inline void as_format(Format format, Call call) {
+  if (format == kFloat32) call(FloatFormat());
+  else if (format == kBfloat16) call(BrainFormat());
+  else if (format == kInt8) call(ByteFormat());
+  else if (format == kFp8) call(Fp8Format());
+  else call(Nvfp4Format());
+}
+
 void multiply_here(const Product &p, int64_t first, int64_t last) {
-  if (p.format == kFloat32) multiply_as<FloatFormat>(p, first, last);
-  else if (p.format == kBfloat16) multiply_as<BrainFormat>(p, first, last);
-  else multiply_as<ByteFormat>(p, first, last);
+  as_format(p.format, [&](auto f) { multiply_as<decltype(f)>(p, first, last); });
 }
 
 void feed_forward_here(const FeedForward &l, int64_t first, int64_t last) {
-  for (int64_t u = first; u < last; u++) {
-    if (l.format == kFloat32) unit_of<FloatFormat>(l, l.expert[u], l.begin[u], l.end[u]);
-    else if (l.format == kBfloat16) unit_of<BrainFormat>(l, l.expert[u], l.begin[u], l.end[u]);
-    else unit_of<ByteFormat>(l, l.expert[u], l.begin[u], l.end[u]);
-  }
+  as_format(l.format, [&](auto f) {
+    for (int64_t u = first; u < last; u++) unit_of<decltype(f)>(l, l.expert[u], l.begin[u], l.end[u]);
+  });
 }
 
 }  // namespace

@@ -9,10 +9,16 @@
 
 namespace trinity {
 
-inline const Pieces &pieces() {
-  static const Pieces &found = isa() >= Isa::avx512 ? kPiecesAvx512 : isa() == Isa::avx2 ? kPiecesAvx2 : kPiecesGeneric;
+inline const Pieces &pieces_of(Isa isa) {
+  return isa >= Isa::avx512 ? kPiecesAvx512 : isa == Isa::avx2 ? kPiecesAvx2 : kPiecesGeneric;
+}
+
+inline const Pieces *&chosen_pieces() {  // once; tests choose others
+  static const Pieces *found = &pieces_of(isa());
   return found;
 }
+
+inline const Pieces &pieces() { return *chosen_pieces(); }
 
 inline int64_t size_of_one(bool is_brain) { return is_brain ? 2 : 4; }
 

@@ -75,7 +75,7 @@ struct Local {                   // a feed-forward that every row goes through; 
   Matrix gate, up, down;
 };
 
-struct Ending {                    // after the last layer
+struct Ending {                  // after the last layer
   int64_t is_brain, dim;
   Norm norm;
   Matrix head;

@@ -4,6 +4,7 @@ import os
 import signal
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,4 +172,4 @@ def test_the_placement_service_finds_its_state_again_and_epochs_only_grow(pool, 
             return ray_session.get(service.current.remote()) == grown.renewed()
 
     until(is_back, every_s=0.1)
-    assert pool.service.source() == Load(seed=3)
+    assert replace(pool.service.source(), line=0) == Load(seed=3)  # a load begins a line of its own

@@ -12,6 +12,9 @@ from trinity import native
 from trinity.bench.expert_backends import shape_of
 from trinity.bench.expert_formats import formats
 from trinity.errors import InvalidRequest
+from trinity.experts.base import Assignments
+from trinity.experts.derived import FP8, NVFP4, DerivedLayer
+from trinity.experts.derived_compute import infer
 from trinity.ops import extension, quantised
 from trinity.ops.batch_invariant import elementwise, fused_mlp, gemm
 
@@ -66,6 +69,38 @@ def test_bfloat16_feed_forwards_are_their_steps(instructions):
         middle = elementwise.gated(gemm.grouped(x_AD, gate, end_E), gemm.grouped(x_AD, up, end_E), weight_A[:, None])
         got = fused_mlp.feed_forward(x_AD, gate, up, down, end_E, weight_A)
         assert torch.equal(got, gemm.grouped(middle, down, end_E))
+
+
+@built
+def test_float32_is_numbas(instructions, twin, monkeypatch):
+    monkeypatch.setattr(extension, "HAS_FLOAT32", True)
+    for end_E, x_AK, w_ENK in cases():
+        assert torch.equal(gemm.multiply(x_AK, w_ENK, end_E), twin(gemm.multiply, x_AK, w_ENK, end_E))
+        down_ENF = random(len(w_ENK), 9, w_ENK.shape[1], seed=3)
+        arguments = x_AK, w_ENK, w_ENK, down_ENF, end_E, random(len(x_AK), seed=5)
+        assert torch.equal(fused_mlp.feed_forward(*arguments), twin(fused_mlp.feed_forward, *arguments))
+
+
+@built
+@pytest.mark.parametrize(("form", "shape"), [(FP8, (130, 300)), (FP8, (7, 33)), (NVFP4, (48, 1200)), (NVFP4, (16, 16))])
+def test_8_and_4_bits_are_float32_of_what_they_mean(instructions, form, shape):
+    """With scales that are tiny, and all numbers that a byte may be; those that are none stay so."""
+    f, d = shape
+    end_E, x_AD, weight_A = torch.tensor([3, 3, 14]), random(14, d), random(14, seed=5)
+    stacks, matrices = [], []
+    for seed, (n, k) in enumerate(((f, d), (f, d), (d, f))):
+        types = [plane.dtype for plane in form.planes((n, k))]
+        made = (form.made(w_NK * 1e-3**e) for e, w_NK in enumerate(random(3, n, k, seed=seed)))
+        planes = [[part.to(dtype) for part, dtype in zip(parts, types, strict=True)] for parts in made]
+        codes = planes[2][-1].view(-1)[:256]
+        codes.copy_(torch.arange(len(codes)))
+        matrices.append(torch.stack([form.read(*expert) for expert in planes]))
+        stacks.append([torch.stack(parts) for parts in zip(*planes, strict=True)])
+    order = [0, 0, 0, *[2] * 11]
+    got = infer(x_AD, Assignments(torch.arange(14), torch.tensor(order), weight_A), DerivedLayer(form, *stacks))
+    want = fused_mlp.feed_forward(x_AD, *matrices, end_E, weight_A)
+    torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
+    assert not want[:3].isnan().any()
 
 
 @built

@@ -12,6 +12,7 @@ from tests.unit.test_native_step import FAMILIES, model_of
 from tests.unit.test_ring import MODEL, held_by_all, replicated_table, served
 from trinity import native
 from trinity.engine.request import SamplingParams
+from trinity.errors import Unavailable
 from trinity.models.common import native_model, native_step
 from trinity.models.common.native_model import ATTEND, CHOOSE, ENTER, EXPERTS, JOIN
 from trinity.models.registry import build, family_of
@@ -168,18 +169,21 @@ def test_rows_for_rings_leave_and_come_back_inside_the_call(num_shards, table, s
         assert not seen[EXPERTS]
 
 
-def test_an_expert_that_is_not_here_is_named_as_ever():
+def test_an_expert_that_is_not_here_is_python_s_to_name(monkeypatch):
     model, pool = made()
     decoded(model)
-    model.experts.timeout_s = 0.2  # nobody will have it
-    shard = pool.transport.shards["shard-0"]
-    layer = shard.versions.ready[model.config.moe_layers[0]]
+
+    def begin(*_):
+        raise Unavailable("nobody has that expert")
+
+    monkeypatch.setattr(model.experts, "begin", begin)
+    assert decoded(model), "nobody asked Python yet"
+    layer = pool.transport.shards["shard-0"].versions.ready[model.config.moe_layers[0]]
     layer.position_X[:-1] = -2
     engine = fake_engine(model.config, model=model)
     engine.add("0", PROMPTS[0], PARAMS)
     delta = run_all(engine)["0"][-1]
-    assert delta.finish_reason == "error"
-    assert "does not hold expert" in str(delta.cause)
+    assert (delta.finish_reason, delta.error) == ("error", "nobody has that expert")
 
 
 def test_a_step_of_another_size_is_refused():

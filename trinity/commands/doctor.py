@@ -59,7 +59,6 @@ def _devices() -> dict[str, str]:
     import torch
 
     from trinity.errors import ConfigError
-    from trinity.experts.registry import resolve
 
     gpus = {}
     for i in range(torch.cuda.device_count()):
@@ -68,6 +67,8 @@ def _devices() -> dict[str, str]:
     device = torch.device("cuda" if gpus else "cpu")
     for name in ("auto", "megablocks"):
         try:
+            from trinity.experts.registry import resolve  # an extension of other sources is refused here
+
             gpus[f"backend {name}"] = f"{resolve(name, device).name} on {device}"
         except ConfigError as error:
             gpus[f"backend {name}"] = error.message

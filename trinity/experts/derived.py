@@ -19,7 +19,7 @@ from torch import Tensor
 from trinity.config import FP4_GROUP, ModelConfig, why_not
 from trinity.errors import ConfigError
 from trinity.experts.spec import ShardSpec
-from trinity.ops import formats
+from trinity.ops import extension, formats
 from trinity.ops.extension import Matrices
 from trinity.rpc.messages import WEIGHT
 
@@ -102,6 +102,13 @@ class DerivedLayer(NamedTuple):
         if self.form is INT8:
             return [Matrices(q, scale, total) for scale, total, q in parts]
         return [Matrices(values) for (values,) in parts] if len(self.gate) == 1 else None
+
+    def packed(self) -> tuple[int, list[Matrices]]:
+        """The others' format and matrices, as the extension unpacks them; a scale goes before its values."""
+        planes = ([plane.contiguous() for plane in part] for part in (self.gate, self.up, self.down))
+        if self.form is FP8:
+            return extension.FP8, [Matrices(values, scale) for scale, values in planes]
+        return extension.NVFP4, [Matrices(values, overall, scale) for overall, scale, values in planes]
 
 
 def _float(dtype: torch.dtype) -> Form:

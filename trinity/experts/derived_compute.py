@@ -13,7 +13,7 @@ from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.derived import INT8, DerivedLayer
 from trinity.experts.rows import combine, sorted_rows
 from trinity.experts.torch_backend import in_order
-from trinity.ops import batch_invariant
+from trinity.ops import batch_invariant, extension
 from trinity.ops.extension import Matrices
 
 
@@ -23,7 +23,8 @@ def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
         return torch.zeros_like(x_RD)
     order, x_AD, weight_A1, end_E = sorted_rows(x_RD.float(), assigned, len(layer.gate[0]))
     if (matrices := layer.matrices()) is None:
-        y_AD = _unpacked(x_AD, weight_A1, end_E, layer)
+        compute = _unpacked if extension.lib is None else _in_registers
+        y_AD = compute(x_AD, weight_A1, end_E, layer)
     elif layer.form is INT8:
         y_AD = _int8(x_AD, weight_A1, end_E, matrices)
     else:
@@ -49,6 +50,16 @@ def _floats(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, stacks: list[Tensor]
         return fused_mlp.feed_forward(x_AD, gate, up, down, end_E, weight_A1.squeeze(1), torch.float32)
     gate_AF, up_AF = (gemm.grouped(x_AD, stack, end_E) for stack in stacks[:2])
     return gemm.multiply(elementwise.gated(gate_AF, up_AF, weight_A1), stacks[2], end_E)
+
+
+def _in_registers(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:
+    """`_unpacked` by the extension, a few rows of a matrix at a time: the same bits."""
+    from trinity.ops.batch_invariant.fused_mlp import units_of  # a compiler comes with it
+
+    y_AD, (kind, matrices) = torch.empty(x_AD.shape), layer.packed()
+    rows, units = extension.Rows(x_AD.contiguous()), units_of(end_E, len(x_AD))
+    extension.feed_forward(kind, rows, matrices, weight_A1.squeeze(1), units, y_AD)
+    return y_AD
 
 
 def _unpacked(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:

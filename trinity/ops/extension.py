@@ -3,7 +3,7 @@
 Legend: A rows sorted by expert, E experts (1 for a dense layer), D model, F hidden, K inner dimension, N outputs; U units: some
 rows of an expert.
 Decisions: here sizes are checked and memory is kept, there nothing is. Bits are those of the functions that call this, which go
-on without it. Float32 is not among them: numba's kernels are as fast (docs/benchmarks.md).
+on without it. Float32 is the extension's where it has vectors of AVX512; elsewhere numba's kernels are faster.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,31 @@ from trinity import native
 from trinity.ops.batch_invariant.threads import Job, in_threads
 
 lib: Any = native.lib
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # native/kernels/kernels.h
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+FLOAT32, BFLOAT16, INT8, FP8, NVFP4 = range(5)  # native/kernels/kernels.h
 UNIT_ROWS = 256  # native/kernels/outer.h
 ROUNDED = {BFLOAT16: torch.bfloat16, INT8: torch.uint8}
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}  # of values as they are stored
+HAS_FLOAT32 = lib is not None and lib.isa.startswith("avx512")  # as fast as numba's
+Shape = tuple[int, int, int]
 
 
 class Matrices(NamedTuple):
-    """[E, N, K] in a format: the values, and of int8 scales and totals [E, N]."""
+    """[E, N, K] in a format: the values, and of int8 scales and totals [E, N], of fp8 a scale for each block; of nvfp4 values
+    [E, N, K / 2], what scales are divided by [E, 1], and the scales."""
 
     values: Tensor
     scale: Tensor | None = None
     total: Tensor | None = None
 
-    def described(self) -> tuple[int, ...]:
+    def shape(self, kind: int) -> Shape:
+        num, n, k = self.values.shape
+        return num, n, 2 * k if kind == NVFP4 else k
+
+    def described(self, kind: int = FLOAT32) -> tuple[int, ...]:
         """Addresses and sizes. The caller keeps the tensors."""
         parts = [part if part is None else _whole(part) for part in self]
-        return (*(0 if part is None else part.data_ptr() for part in parts), *self.values.shape[-2:])
+        n, k = self.values.shape[-2:]
+        return (*(0 if part is None else part.data_ptr() for part in parts), n, 2 * k if kind == NVFP4 else k)
 
 
 class Rows(NamedTuple):
@@ -45,6 +52,11 @@ class Rows(NamedTuple):
 
     def described(self) -> tuple[int, ...]:
         return self.values.data_ptr(), 0 if self.scale is None else self.scale.data_ptr(), 0
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Say whether rows and matrices of that type are for the extension."""
+    return lib is not None and (dtype == torch.bfloat16 or HAS_FLOAT32)
 
 
 def rounded(kind: int, x_AK: Tensor) -> Rows:
@@ -117,11 +129,11 @@ def feed_forward(
 ) -> None:
     """Rows through gate, up and down [E, F, D], [E, F, D] and [E, N, F] into y; `units`: expert, first row and end of each."""
     (num, dim), f, n = x.values.shape, parts[0].values.shape[1], parts[2].values.shape[1]
-    shapes = [part.values.shape[1:] for part in parts]
+    shapes = [part.shape(kind)[1:] for part in parts]
     _check(shapes == [(f, dim), (f, dim), (n, f)], "gate", parts[0].values)
     _check(y_AN.is_contiguous() and y_AN.shape == (num, n), "y", y_AN)
     weight_A = None if weight_A is None else weight_A.float().contiguous()
-    matrices = [number for part in parts for number in part.described()]
+    matrices = [number for part in parts for number in part.described(kind)]
     pointers = [0 if t is None else t.data_ptr() for t in (weight_A, y_AN, *units)]
     described = (kind, *x.described(), *matrices, *pointers)
     in_threads(len(units[0]), 2 * num * f * (2 * dim + n), lambda lo, hi: lib.feed_forward(*described, lo, hi))

@@ -4,7 +4,7 @@ Legend: A rows sorted by expert, E experts (1 for a dense layer), D model, F hid
 Decisions: the bits are those of gemm.py and elementwise.py one after the other. Training takes these, because
 it keeps what lies between. Here threads are handed work once for a layer instead of four times, and what lies between stays
 in a core's cache: with few rows that is as long as the arithmetic. A weight row of gate and one of up are read side by side.
-fp32 is numba's, which is as fast as the extension; bf16 and int8 (`trinity.ops.quantised`) are the extension's alone.
+The extension computes what it takes (`extension.takes`); fp32 goes by numba without it.
 """
 
 import numpy as np
@@ -34,10 +34,10 @@ def feed_forward(
     through expert 1 and so on, their hidden rows times their weight. For what `exact.at_once` says yes to."""
     (num, dim), (_, n, f) = x_AD.shape, down_ENF.shape
     y_AN = torch.empty(num, n)
-    if x_AD.dtype == torch.bfloat16:
-        matrices = [extension.Matrices(w) for w in (gate_EFD, up_EFD, down_ENF)]
-        rows = extension.Rows(x_AD.contiguous())
-        extension.feed_forward(extension.BFLOAT16, rows, matrices, weight_A, units_of(end_E, num), y_AN)
+    if extension.takes(x_AD.dtype):
+        matrices, rows = [extension.Matrices(w.contiguous()) for w in (gate_EFD, up_EFD, down_ENF)], x_AD.contiguous()
+        kind, units = extension.KINDS[x_AD.dtype], units_of(end_E, num)
+        extension.feed_forward(kind, extension.Rows(rows), matrices, weight_A, units, y_AN)
         return y_AN.to(dtype or x_AD.dtype)
     weight_A = torch.ones(num) if weight_A is None else weight_A
     arrays = [as_array(t.contiguous()) for t in (x_AD, gate_EFD, up_EFD, down_ENF, weight_A.float(), y_AN)]

@@ -69,9 +69,9 @@ def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
 
 def multiplying(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor, y_AN: Tensor) -> Job:
     """`multiply` into y, as a job. x is float32, or bfloat16 as w is."""
-    if extension.lib is not None and x_AK.dtype == torch.bfloat16:
+    if extension.takes(x_AK.dtype) and x_AK.dtype == w_ENK.dtype:
         rows, matrices = extension.Rows(x_AK), extension.Matrices(w_ENK)
-        return extension.multiplying(extension.BFLOAT16, rows, matrices, end_E, y_AN)
+        return extension.multiplying(extension.KINDS[x_AK.dtype], rows, matrices, end_E, y_AN)
     arrays, (_, n, k) = [as_array(t) for t in (x_AK, w_ENK, end_E, y_AN)], w_ENK.shape
     return Job(_num_panels(n), 2 * len(x_AK) * n * k, lambda first, last: _units(*arrays, first, last))
 
