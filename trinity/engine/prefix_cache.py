@@ -228,5 +228,5 @@ def _num_alike(keys: list[bytes], others: list[bytes]) -> int:
 
 
 def _doubled(first: int, end: int) -> Iterable[int]:
-    """Numbers below `end`, each twice the one before."""
-    return takewhile(lambda number: number < end, (first << power for power in count()))
+    """Numbers, each twice the one before, of which the last leaves as much as the first before `end`."""
+    return takewhile(lambda number: number + first <= end, (first << power for power in count()))
