@@ -18,6 +18,7 @@ from trinity.data.prepare import prepare
 from trinity.observability.train_log import read_rows
 from trinity.train.collectives import Alone
 from trinity.train.trainer import Trainer
+from trinity.utils.lines import step_of
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,12 @@ def scraped(config, found):
 
 
 def served_version(config):
-    """The version that an engine would serve of a pool."""
+    """The step whose weights an engine would serve of a pool."""
     from actors import pool as pools
 
     view = pools.connect(config.placement, "trinity").view
     view.watch_version(-1)
-    return view.other_version(-1, 20)
+    return step_of(view.other_version(-1, 20))
 
 
 def free_port():

@@ -153,6 +153,8 @@ CACHES = (LayerCache(2, 4, 4, 0.5), LATENT, LayerCache(2, 4, 4, 0.5, window=5), 
 class LatentModel(torch.nn.Module):
     """Layers of several kinds: grouped heads, latent ones (keys alone, whose beginnings are the values), both with windows."""
 
+    weight_dtype = "auto"
+
     def __init__(self):
         super().__init__()
         made = torch.Generator().manual_seed(0)
@@ -181,7 +183,7 @@ class LatentModel(torch.nn.Module):
 def latent_config(invariant=True):
     return SimpleNamespace(
         layer_caches=CACHES, max_position_embeddings=4096, vocab_size=VOCAB, eos_token_ids=(3,), num_experts=1,
-        batch_invariant=invariant,
+        batch_invariant=invariant, dtype="float32",
     )  # fmt: skip
 
 

@@ -65,17 +65,14 @@ class SwiGLU(nn.Module):
         return self.gate_proj, self.up_proj, self.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        if (self.is_exact or self.gate_proj.rounded is not None) and (y := self._at_once(x)) is not None:
+        if (self.is_exact or self.gate_proj.is_rounded) and (y := self._at_once(x)) is not None:
             return y
         gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(swiglu(gate, up, self.is_exact))
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The same bits, for inference; None where that does not fit."""
-        weights, rounded = (
-            [part.weight for part in self.parts],
-            [w for part in self.parts if (w := part.rounded) is not None],
-        )
+        weights, rounded = [part.weight for part in self.parts], [part.kept for part in self.parts if part.is_rounded]
         is_adapted = any(part.is_adapted for part in self.parts)
         if rounded and x.numel() and not is_adapted:
             from trinity.ops.rounded import feed_forward
@@ -125,7 +122,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
             return self.biased(self.adapter(x, [self])[0])
-        if self.rounded is not None:
+        if self.is_rounded:
             return project(x, self)[0]
         y = self.packed_with([], x) if is_packed(x, self) else self.times(x, self.weight)
         return self.finished(x, y)
@@ -152,15 +149,14 @@ class Linear(nn.Linear):
     @torch.no_grad()
     def put(self, kept: Matrices) -> None:
         """Copy these values in, which are of its format."""
-        mine = Matrices(self.weight, self.scale_N, self.total_N)
-        for own, other in zip(mine, kept, strict=True):
+        for own, other in zip(self.kept, kept, strict=True):
             if own is not None and other is not None:
                 own.copy_(other)
 
     @property
-    def rounded(self) -> Matrices | None:
-        """The weight, where it is kept in another format."""
-        return Matrices(self.weight, self.scale_N, self.total_N) if self.is_rounded else None
+    def kept(self) -> Matrices:
+        """The weight of a matrix that is kept in another format."""
+        return Matrices(self.weight, self.scale_N, self.total_N)
 
     def times(self, x: Tensor, weight_NK: Tensor) -> Tensor:
         return product(x, weight_NK, self.is_exact)
@@ -206,7 +202,7 @@ def project(x: Tensor, *parts: Linear) -> Sequence[Tensor]:
         return [part.biased(each) for part, each in zip(parts, adapters[0](x, parts), strict=True)]
     if adapters:
         return [part(x) for part in parts]
-    if rounded := [w for part in parts if (w := part.rounded) is not None]:
+    if rounded := [part.kept for part in parts if part.is_rounded]:
         from trinity.ops.rounded import side_by_side
 
         sums = [y.to(x.dtype).unflatten(0, x.shape[:-1]) for y in side_by_side(x.flatten(0, -2), rounded)]
