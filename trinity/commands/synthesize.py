@@ -87,7 +87,7 @@ def _made(config: SynthesisConfig, url: str, key: str | None, model: str) -> Ite
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
     """SIGTERM is a Ctrl-C in the block: shards that are finished stay, journals too, and the same command goes on."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job of the background may ignore SIGINT itself
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGINT itself may be ignored
     try:
         yield
     except KeyboardInterrupt:
