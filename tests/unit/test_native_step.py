@@ -105,14 +105,20 @@ def test_equal_scores_choose_the_same_experts(experts, top_k, groups):
     router = SigmoidRouter(8, experts, top_k, scale=2.5, num_groups=groups[0], top_groups=groups[1])
     logits_TE = torch.randint(-2, 3, (300, experts), generator=torch.Generator().manual_seed(2)).float()
     router.is_exact = True
-    expected, found = router.routed(logits_TE), native_step._routed(router, len(logits_TE))
+    expected, found = router.routed(logits_TE), chosen(router, logits_TE)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def chosen(router, logits_TE):
+    """Routing by the extension of logits that are there."""
+    found = native_step._routed(router, len(logits_TE))
     found[0].copy_(logits_TE)
     what = native_step.struct.pack(
         native_step.ROUTE, 0, 8, 8, *native_step._norms(native_step._place, None, None),
         *native_step._matrices(native_step._place, None, router.gate), *native_step._choice(native_step._place, router),
     )  # fmt: skip
     native.lib.step_choose(what, len(logits_TE), *(part.data_ptr() for part in found))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return found
 
 
 @pytest.mark.parametrize(("experts", "top_k", "normalises"), [(128, 8, True), (60, 4, False), (3, 1, True)])
@@ -123,13 +129,7 @@ def test_a_softmax_is_one_function_of_ours(experts, top_k, normalises):
     logits_TE = torch.randn(300, experts, generator=torch.Generator().manual_seed(2)) * 9
     logits_TE[0], router.is_exact = 0, True
     logits_TE[1, 0] = torch.nan
-    expected, found = router.routed(logits_TE), native_step._routed(router, len(logits_TE))
-    found[0].copy_(logits_TE)
-    what = native_step.struct.pack(
-        native_step.ROUTE, 0, 8, 8, *native_step._norms(native_step._place, None, None),
-        *native_step._matrices(native_step._place, None, router.gate), *native_step._choice(native_step._place, router),
-    )  # fmt: skip
-    native.lib.step_choose(what, len(logits_TE), *(part.data_ptr() for part in found))
+    expected, found = router.routed(logits_TE), chosen(router, logits_TE)
     pairs = [*zip(found, expected, strict=True)]
     assert all(torch.equal(a[2:], b[2:]) and torch.equal(a[0], b[0]) for a, b in pairs)
     assert expected.scores_TE[1].isnan().all()
