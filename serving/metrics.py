@@ -60,6 +60,13 @@ EACH = {
     "num_prefix_queries": "trinity_engine_prefix_queries",
     "num_prefix_hits": "trinity_engine_prefix_hits",
 }
+# Shown to those who share a server with other keys: of others nothing but how busy they keep it. By times, hits and counts of
+# computed tokens they would learn which beginnings others have cached.
+LOAD = (
+    *("trinity_requests_running", "trinity_requests_waiting", "trinity_gateways", "trinity_client_requests"),
+    *("trinity_engine_requests_running", "trinity_engine_requests_waiting", "trinity_kv_blocks", "trinity_kv_usage"),
+    *("trinity_weights_version", "trinity_longest_pass_seconds"),
+)
 STATES = ("starting", "ready", "draining", "away")
 SURVIVES = ("shards", "nodes")
 RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
@@ -187,9 +194,10 @@ class Exporter:
             rows.labels(shard.name).set(shard.rows_per_s)
             sizes.labels(shard.name).set(shard.weight_bytes)
 
-    def render(self) -> tuple[bytes, str]:
-        """The exposition and its content type."""
-        return prometheus.generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+    def render(self, load_alone: bool = False) -> tuple[bytes, str]:
+        """The exposition, or its part about load (LOAD), and its content type."""
+        shown = self.registry.restricted_registry(LOAD) if load_alone else self.registry
+        return prometheus.generate_latest(shown), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class DispatchSeconds:
