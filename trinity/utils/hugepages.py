@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HUGE_BYTES = 2 << 20
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # at a process's start: threads share the heap, and so what is kept
 # and give large blocks back when they are freed: a heap is as large as its threads' largest moments all together otherwise
 FLAT_HEAP = {**ONE_HEAP, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
@@ -67,6 +67,14 @@ def keep_freed_memory() -> None:
     if libc is not None:
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
+
+
+def share_heaps() -> None:
+    """Have threads that come from now on allocate from the heaps that are there: where each has its own, a process of many
+    threads grows until all of them have had their largest moment. For processes that start without ONE_HEAP."""
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:
