@@ -1,5 +1,7 @@
 """Hints to the kernel change where memory lies, never what is in it."""
 
+import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -13,7 +15,8 @@ import torch
 from actors.shard import _environment
 from trinity.config import OptimConfig, PlacementConfig, preset
 from trinity.experts.spec import ShardSpec
-from trinity.utils.hugepages import HUGE_BYTES, ONE_HEAP, keep_freed_memory, on_huge_pages
+from trinity.utils import hugepages
+from trinity.utils.hugepages import HUGE_BYTES, ONE_HEAP, keep_freed_memory, on_huge_pages, regather
 
 HAS_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -48,6 +51,37 @@ def test_fresh_memory_takes_few_faults():
 
     unasked, before = faults_of(lambda tensor: tensor), refused()
     assert faults_of(on_huge_pages) < 0.75 * unasked or refused() > before
+
+
+@pytest.mark.skipif(not HAS_HUGE.is_file() or "[never]" in HAS_HUGE.read_text(), reason="there are no huge pages here")
+def test_what_was_written_on_small_pages_moves_to_huge_ones_with_its_values():
+    """Or the kernel has none, and whoever holds memory that it needs is asked for it, once."""
+    small = mmap.mmap(-1, 8 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(small, dtype=torch.int64).copy_(torch.arange(8 * HUGE_BYTES // 8))
+
+    def on_huge() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("AnonHugePages")).split()[1]) << 10
+
+    before, asked = on_huge(), []
+    regather([tensor, tensor[5:]], lambda: asked.append(True))
+    assert torch.equal(tensor, torch.arange(8 * HUGE_BYTES // 8))
+    assert on_huge() - before >= 6 * HUGE_BYTES or asked == [True]
+
+
+def test_a_kernel_without_huge_pages_to_give_is_asked_again_when_there_is_room(monkeypatch):
+    given, asked = [], []
+
+    class Kernel:
+        def madvise(self, address, num_bytes, advice):
+            ctypes.set_errno(errno.ENOMEM)
+            asked.append(advice)
+            return 0 if given else -1
+
+    monkeypatch.setattr(hugepages, "_libc", lambda: Kernel())
+    regather([torch.zeros(64 * HUGE_BYTES, dtype=torch.uint8)], lambda: given.append(True))
+    assert given == [True], "whoever holds memory is asked once"
+    assert hugepages.REFUSALS + 63 <= len(asked) <= hugepages.REFUSALS + 64, "and the kernel not for ever"
 
 
 AGAIN = """
