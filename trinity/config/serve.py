@@ -21,8 +21,9 @@ ROLES_TIER_BYTES = 1 << 30
 Role = Literal["both", "prefill", "decode"]
 
 
-def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
-    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
+def check_roles(roles: Sequence[Role], tier_bytes: int, num_engines: int) -> None:
+    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed; `num_engines`
+    are there at most."""
     if not roles:
         raise ValueError("role names no engine; give both, or a list")
     if all(role == "prefill" for role in roles):
@@ -32,6 +33,8 @@ def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
             "role prefill hands prompts over in the node's shared memory; give it some with engine.kv_tier_bytes, and leave "
             "engine.prefix_cache on"
         )
+    if len(roles) > num_engines:
+        raise ValueError(f"role names {len(roles)} engines and there are at most {num_engines}; raise replicas")
 
 
 class EngineConfig(Frozen):
@@ -137,9 +140,7 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_roles(self) -> "EngineConfig":
-        check_roles(self.role, self.tier_bytes)
-        if len(self.role) > (most := self.max_replicas or self.replicas):
-            raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
+        check_roles(self.role, self.tier_bytes, self.max_replicas or self.replicas)
         return self
 
     @field_validator("kv_max_age", mode="before")
