@@ -235,10 +235,9 @@ class Checkpoint:
 
     def load_backbone(self, model: "CausalLM") -> int:
         """Fill every tensor of the backbone from the files; -> version."""
-        tensors = model.tensors()
+        tensors, rounded = model.tensors(), model.rounded()
         for key, mine in tensors.items():
-            self.check(key, mine.shape)
-        rounded = model.rounded()
+            self.check(key, rounded[key].kept.sides if key in rounded else mine.shape)
         readings = [
             RoundedPart(rounded[key], self._reading, self._as_stored(key), part)
             if key in rounded
