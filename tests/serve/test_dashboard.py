@@ -112,7 +112,9 @@ def follow(page, pool):
     assert page.text("num-replicas") == f"{shown.table.num_replicas_LE.sum()}"
     assert [name in page.text("shards") for name in shown.table.shards] == [True] * 3
     computes = [line.split("\t")[-1] for line in page.text("shards").splitlines()]
-    assert computes == ["int8 by avx512_bf16", "int8 by python", "int8 by python"], "the last one's kernels know no int8"
+    assert computes == ["int8 by avx512_bf16", "int8 by python", "int8 by python"], (
+        "the last one's kernels know no int8"
+    )
     assert page.text("changes").splitlines()[0].split("\t")[2:4] == ["balance", "done"]
     hottest = np.unravel_index(np.argmax(shown.load_LE), (6, 16))
     assert page.text("busiest").split("\t")[:2] == [str(shown.table.layers[hottest[0]]), str(hottest[1])]

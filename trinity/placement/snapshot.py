@@ -27,7 +27,7 @@ class ShardView:
 
     @property
     def kernels(self) -> str:
-        """Kernels of its experts: instructions of the part in C++, or python, as are formats that these lack; on
+        """Kernels of its experts: instructions of the part in C++, or python, as for formats that these lack; on
         a GPU the backend."""
         name, _, formats = self.computes.partition(": ")
         return name if not formats or self.expert_dtype in formats.split() else "python"
