@@ -1,11 +1,11 @@
 """The blocks of one kind of layer that each row has, and where each token's keys and values lie. Host code, no torch.
 
-Legend: N rows (running sequences), P positions, C places of blocks in a sequence, T tokens of a pass, W those that it writes.
+Legend: N rows (running sequences), P positions, C places of blocks in a sequence, T tokens of a pass, W those it writes.
 Decisions: position p lies in the row's block of place p // block_size. Between passes a windowed layer holds no more than its
 window; in a pass that computes a chunk also what the chunk looks back at, and of the chunk only the end, in whole blocks
 (attention.py has the rest at hand), and windows within it that are kept for others, while nobody else wants the room: no pass
-Legend: N rows (running sequences), P positions, C places of blocks in a sequence, T tokens of a pass, W those it writes.
-that will be behind the window: attention reads what is past before it writes.
+is cut short for them. Blocks behind the window are let go after the pass. Where no block is left, a row writes over its own
+ones that will be behind the window: attention reads what is past before it writes.
 """
 
 from bisect import bisect_right
