@@ -38,7 +38,7 @@ from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import build, family_of, read_config
 from trinity.rpc.messages import Experts
-from trinity.utils.hugepages import empty
+from trinity.utils.hugepages import empty, regather
 from trinity.utils.terminal import progress
 
 if TYPE_CHECKING:
@@ -214,6 +214,11 @@ class Checkpoint:
         with progress(what, sum(each.part.target.nbytes for each in placed)) as bar, reading(self.path):
             read_all(placed, lambda num: (bar(num), told(num)))
 
+    def leave_memory(self) -> None:
+        """Have the kernel forget what it keeps of the files that are open."""
+        for file in self.base._open.values():
+            file.leave_memory()
+
     def _reading(self, part: Part) -> Reading:
         matrix = self._matrix(part.key, part.target.shape)
         return StoredPart(self._file(self._place(part.key)), part) if matrix is None else QuantisedPart(matrix, part)
@@ -225,14 +230,14 @@ class Checkpoint:
         memory = {name: empty(like.shape, like.dtype, device) for name, like in model.state_dict().items()}
         model.load_state_dict(memory, assign=True)  # not `to_empty`, which imports a compiler: seconds
         self.load_backbone(model)
+        regather(memory.values(), self.leave_memory)
         return model.eval()
 
     def load_backbone(self, model: "CausalLM") -> int:
         """Fill every tensor of the backbone from the files; -> version."""
-        tensors = model.tensors()
+        tensors, rounded = model.tensors(), model.rounded()
         for key, mine in tensors.items():
-            self.check(key, mine.shape)
-        rounded = model.rounded()
+            self.check(key, rounded[key].kept.sides if key in rounded else mine.shape)
         readings = [
             RoundedPart(rounded[key], self._reading, self._as_stored(key), part)
             if key in rounded

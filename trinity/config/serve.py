@@ -87,7 +87,7 @@ class EngineConfig(Frozen):
         description="auto: keys and values are kept in the model's type; int8: in 8 bits, with a scale of each token and "
         "head: nearly twice as many tokens fit as in bfloat16, nearly four times as many as in float32",
     )
-    weight_dtype: Literal["auto", "bfloat16", "int8"] = Field(
+    weight_dtype: Literal["auto", "bfloat16", "int8", "fp8", "nvfp4"] = Field(
         default="auto",
         description="what the matrices of attention, dense and shared feed-forwards and the head are kept in and multiplied "
         "as, on a CPU; norms, routers and the embedding stay. auto: the model's type. Routed experts: placement.expert_dtype",

@@ -29,6 +29,7 @@ from trinity.experts.stacked import (
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
 from trinity.state.versioned_store import Store, Version
+from trinity.utils.hugepages import regather
 from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
 
@@ -64,7 +65,7 @@ def loaded(
     if source is not None:
         source.fetch(experts)
     if form is not None and optim is None:
-        return _in_form(store, model, form, experts, source, message.seed, reading)
+        return _settled(_in_form(store, model, form, experts, source, message.seed, reading), source)
     check_free(sum(map(len, experts.values())), model, optim, form, str(empty.gate_EFD.device))
     version = unfilled_version(store, empty, model, experts)
     if source is None:
@@ -90,7 +91,14 @@ def loaded(
         derive(version.tensors, model, optimizer_of(version, model, optim))
     # A run that starts from somebody's weights counts its own steps from 0.
     number = source.version if source and (message.training or optim is None) else 0
-    return make_version(number, version.tensors, experts, num_updates)
+    return _settled(make_version(number, version.tensors, experts, num_updates), source)
+
+
+def _settled(version: Version, source: Checkpoint | None) -> Version:
+    """The version, its memory on huge pages."""
+    if source is not None:
+        regather(version.tensors.values(), source.leave_memory)
+    return version
 
 
 def _in_form(
