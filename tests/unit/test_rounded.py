@@ -1,6 +1,7 @@
 """A backbone that is kept in another format: the same bits on every path and in any company, read, refused by name."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,19 +9,24 @@ import torch
 from tests.unit import test_engine_llm
 from tests.unit.checkpoint_files import plain as plain_folder
 from tests.unit.checkpoint_files import write
-from tests.unit.quantised_files import write_quantised
+from tests.unit.quantised_files import edited, write_quantised
 from tests.unit.test_engine_llm import PARAMS, SETTINGS
 from tests.unit.test_native_step import FAMILIES, model_of
 from trinity import native
-from trinity.checkpoint import open_checkpoint
+from trinity.checkpoint import expert_key, open_checkpoint
 from trinity.config import preset
+from trinity.dispatch.transport import LocalTransport
 from trinity.engine.engine import Engine
 from trinity.engine.weights import FixedWeights, fingerprint
-from trinity.errors import ConfigError
+from trinity.errors import CheckpointError, ConfigError
+from trinity.experts.migration import migrate_in
+from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.llm import LLM
 from trinity.models.common.family import Nobody
+from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import build, weight_bytes
 from trinity.ops import extension, rounded, stored
+from trinity.rpc.messages import Copy, Load
 
 folder = test_engine_llm.folder
 
@@ -103,6 +109,10 @@ def test_it_is_read_as_it_is_rounded(folder):
     assert len({fingerprint(model) for model in (plain, kept)}) == 2
 
 
+def poke(key, tensors):
+    tensors[key].view(-1)[-1] = 0
+
+
 @pytest.mark.parametrize(("layout", "name"), [("int8-channel", "int8"), ("fp8-blocks", "fp8"), ("nvfp4", "nvfp4")])
 def test_what_a_checkpoint_has_in_that_format_keeps_its_numbers(tmp_path, layout, name):
     """Made anew, they would be others: the greatest of those that share a scale need not be the format's greatest."""
@@ -114,6 +124,18 @@ def test_what_a_checkpoint_has_in_that_format_keeps_its_numbers(tmp_path, layout
     other = "fp8" if name == "int8" else "int8"
     made = open_checkpoint(tmp_path / "q").load_model(Nobody(), "cpu", other).rounded()[key].kept
     assert torch.equal(made.values, stored.made(truth[key], other).values)
+    shard = ExpertShard(ShardSpec("a", model.config, {2: (0, 1)}, backend="torch", expert_dtype=name))
+    load = Load(str(tmp_path / "q"), training=False)
+    shard.load(load)
+    migrate_in(shard, Copy(2, (3,), ("",), shard.version, 4e9), LocalTransport({}), load)
+    derived = shard.versions.ready[2].derived
+    for at, expert in enumerate((0, 1, 3)):
+        for parts, projection in zip(derived[1:], PROJECTIONS, strict=True):
+            wanted = truth[expert_key(model.config, 2, expert, projection)]
+            assert torch.equal(derived.form.read(*(part[at] for part in parts)), wanted)
+    edited(tmp_path / "q", partial(poke, f"{key}_scale"))
+    with pytest.raises(CheckpointError, match=f"{key}_scale has a scale that is no positive number"):
+        open_checkpoint(tmp_path / "q").load_model(Nobody(), "cpu", name)
 
 
 def test_a_newer_version_is_copied_into_what_is_there():

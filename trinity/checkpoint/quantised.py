@@ -32,6 +32,7 @@ from trinity.ops.extension import Matrices
 from trinity.ops.stored import BLOCK
 
 BAND_BYTES = 1 << 20  # of a band in fp32
+TOO_LARGE = 2.0**118  # times any number of these formats it still is one in fp32
 OF_A_WEIGHT = "weight"  # the first word of the last part of the keys of all that a matrix is made of
 SCALES = {**TYPES, "F8_E8M0": torch.float8_e8m0fnu}  # of scales; those of groups of 16 are F8_E4M3
 FP8 = {"F8_E4M3": torch.float8_e4m3fn}
@@ -155,6 +156,8 @@ class QuantisedMatrix:
             self._check_shape(layout.overall, ((), (1,)), TYPES)
         if "weight_zero_point" in entries:
             self._check_zero()
+        elif not said.is_symmetric(module):
+            raise CheckpointError(f"{where}.weight_zero_point is missing; quantization_config says symmetric: false")
 
     # -- what the headers say
 
@@ -235,7 +238,7 @@ class QuantisedMatrix:
         if "weight_zero_point" in self._entries:
             return None
         values = torch.empty(self._entries[self._layout.data].shape, dtype=torch.uint8)
-        self._bytes(self._layout.data, values)
+        self._data(values)
         stored = self._scales()
         scales = self._positive(stored.float(), self._layout.scale)
         if name == "fp8":
@@ -257,7 +260,7 @@ class QuantisedMatrix:
         entry = self._entries[self._layout.data]
         row_bytes = entry.shape[1] * (4 if entry.dtype == "I32" else 1)
         bytes_RB = torch.empty((num, row_bytes), dtype=torch.uint8)
-        self._bytes(self._layout.data, bytes_RB, start * row_bytes)
+        self._data(bytes_RB, start * row_bytes)
         return formats.decoded(bytes_RB, self._layout.table)[:, : self.shape[1]].contiguous()
 
     def _scales(self) -> Tensor:
@@ -302,9 +305,16 @@ class QuantisedMatrix:
     def _bytes(self, name: str, target: Tensor, start: int = 0) -> None:
         self._files[name].read_bytes(f"{self._module}.{name}", target, start)
 
+    def _data(self, target: Tensor, start: int = 0) -> None:
+        self._bytes(self._layout.data, target, start)
+        if self._layout.dtype in FP8 and bool((target & 127 == 127).any()):
+            raise CheckpointError(f"{self._where}.{self._layout.data} has NaN in it; fetch the file again")
+
     def _positive(self, scales: Tensor, name: str) -> Tensor:
-        if not bool(((scales > 0) & torch.isfinite(scales)).all()):
-            raise CheckpointError(f"{self._where}.{name} has a scale that is no positive number; fetch the file again")
+        if not bool(((scales > 0) & (scales < TOO_LARGE)).all()):
+            raise CheckpointError(
+                f"{self._where}.{name} has a scale that is no positive number, or too large for one; fetch the file again"
+            )
         return scales
 
 

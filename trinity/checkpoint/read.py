@@ -37,6 +37,7 @@ from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import build, family_of, read_config
+from trinity.ops.extension import Matrices
 from trinity.rpc.messages import Experts
 from trinity.utils.hugepages import empty, regather
 from trinity.utils.terminal import progress
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from trinity.checkpoint.adapter import Adapter
     from trinity.models.common.decoder import CausalLM
     from trinity.models.common.experts import ExpertLayer
-    from trinity.text.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 HASH_AHEAD_BYTES = 4 << 30
 SMALL_BYTES = 256 << 20
@@ -178,6 +179,20 @@ class Checkpoint:
         gate, up, down = (torch.empty(shape, dtype=dtype) for shape in ((f, d), (f, d), (d, f)))
         self.fill(self.expert_parts(layer, expert, gate, up, down))
         return gate, up, down
+
+    def kept_expert(self, layer: int, expert: int, name: str) -> list[Matrices] | None:
+        """gate, up and down of one expert as they are stored, where that is the format of that name (trinity/ops/stored.py);
+        None: they are to be made."""
+        d, f = self.config.hidden_size, self.config.moe_intermediate_size
+        keys = self._expert_keys(layer, expert)
+        stored = [self._as_stored(key) for key in keys] if len(keys) == len(PROJECTIONS) else []
+        kept = [each.kept_as(name) for each in stored if each is not None]
+        found = [each for each in kept if each is not None]
+        if len(found) < len(PROJECTIONS):
+            return None
+        for key, shape in zip(keys, ((f, d), (f, d), (d, f)), strict=True):
+            self.check(key, shape)
+        return found
 
     def expert_parts(self, layer: int, expert: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> list[Part]:
         """Parts to `fill` that memory with one expert, from a tensor for each matrix or from the layer's stacks."""

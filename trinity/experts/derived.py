@@ -20,7 +20,7 @@ from trinity.config import ModelConfig, why_not
 from trinity.errors import ConfigError
 from trinity.experts.spec import ShardSpec
 from trinity.ops.extension import Matrices
-from trinity.ops.stored import FORMATS, Format, Shape, matrices
+from trinity.ops.stored import FORMATS, Format, Shape, matrices, parts_of
 from trinity.rpc.messages import WEIGHT
 
 
@@ -57,8 +57,11 @@ class Form(Format):
 
     def derive(self, stack_EW: Tensor, at: int, matrix_NK: Tensor) -> None:
         """Fill one expert's place from its matrix."""
-        shape = (matrix_NK.shape[0], matrix_NK.shape[1])
-        for part, plane in zip(self.made(matrix_NK.float()), self.parts(stack_EW, shape), strict=True):
+        self.keep(stack_EW, at, matrices(self.made(matrix_NK.float())))
+
+    def keep(self, stack_EW: Tensor, at: int, kept: Matrices) -> None:
+        """Fill one expert's place with a matrix that is in this form."""
+        for part, plane in zip(parts_of(kept), self.parts(stack_EW, kept.sides), strict=True):
             plane[at] = part
 
     def _blocks(self, stack_EW: Tensor, shape: Shape) -> list[Tensor]:
