@@ -136,6 +136,8 @@ class EngineConfig(Frozen):
     @field_validator("role", mode="before")
     @classmethod
     def _one_role_is_enough(cls, value: Any) -> Any:
+        if not isinstance(value, str | list | tuple):
+            raise ValueError("give both, prefill or decode, or a list of these")
         return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")

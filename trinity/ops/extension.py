@@ -19,6 +19,7 @@ from trinity.ops.batch_invariant.threads import Job, in_threads
 lib: Any = native.lib
 FLOAT32, BFLOAT16, INT8, FP8, NVFP4 = range(5)  # native/kernels/kernels.h
 UNIT_ROWS = 256  # native/kernels/outer.h
+SOME_ROWS = 192  # native/kernels/kept.h
 ROUNDED = {BFLOAT16: torch.bfloat16, INT8: torch.uint8}  # rows of other formats are float32
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}  # of values as they are stored
 STORED = {*KINDS, torch.uint8}  # the last of fp8 and nvfp4
@@ -112,9 +113,41 @@ def adding_products(p_RK: Tensor, v_EKN: Tensor, end_E: Tensor, out_RN: Tensor, 
     _check(v_EKN.is_contiguous() and v_EKN.shape == (len(end_E), k, n), "v", v_EKN)
     _check(out_RN.is_contiguous() and out_RN.shape == (num, n), "out", out_RN)
     pointers = [t.data_ptr() for t in (p_RK, v_EKN, end_E, out_RN)]
-    units = -(-int(end_E.diff(prepend=end_E.new_zeros(1)).max()) // UNIT_ROWS) if num else 1
+    units = _units_of_each(end_E, num, UNIT_ROWS)
     described = (KINDS[p_RK.dtype], *pointers, p_RK.stride(0), k, n, int(is_new), units)
     return Job(units, 2 * num * k * n, partial(_run, lib.add_products, (p_RK, v_EKN, end_E, out_RN), described))
+
+
+def multiplying_rounded(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor, y_AN: Tensor) -> Job:
+    """The job of `multiplying` many rows with y in x's type, for what `has_outer` says yes to."""
+    (num, k), n, end_E = x_AK.shape, w_ENK.shape[1], end_E.contiguous()
+    _check(x_AK.is_contiguous() and w_ENK.is_contiguous() and w_ENK.shape == (len(end_E), n, k), "w", w_ENK)
+    _check(y_AN.is_contiguous() and y_AN.dtype == x_AK.dtype and y_AN.shape == (num, n), "y", y_AN)
+    units, kept = _units_of_each(end_E, num, SOME_ROWS), (x_AK, w_ENK, end_E, y_AN)
+    described = (KINDS[x_AK.dtype], *(t.data_ptr() for t in kept), k, n, units)
+    return Job(units, 2 * num * k * n, partial(_run, lib.multiply_rounded, kept, described))
+
+
+def forward_and_keep(
+    x_AD: Tensor, weights: Sequence[Tensor], weight_A: Tensor, units: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> products of the rows with gate and up, and what comes out of the feed-forward, all in their type, for what `has_outer`
+    says yes to. `weights`: gate, up and down [E, F, D], [E, F, D] and [E, N, F]; `units`: see `feed_forward`."""
+    (num, dim), (_, n, f) = x_AD.shape, weights[2].shape
+    _check([w.shape[1:] for w in weights] == [(f, dim), (f, dim), (n, f)], "gate", weights[0])
+    _check(x_AD.is_contiguous() and all(w.is_contiguous() for w in weights), "x", x_AD)
+    gate_AF, up_AF, y_AN = (x_AD.new_empty(num, width) for width in (f, f, n))
+    weight_A = weight_A.float().contiguous()
+    kept = (x_AD, *weights, weight_A, *units, gate_AF, up_AF, y_AN)
+    described = (KINDS[x_AD.dtype], *(t.data_ptr() for t in kept), dim, f, n)
+    run = partial(_run, lib.forward_and_keep, kept, described)
+    in_threads(len(units[0]), 2 * num * f * (2 * dim + n), run)
+    return gate_AF, up_AF, y_AN
+
+
+def _units_of_each(end_E: Tensor, num: int, rows: int) -> int:
+    """Units of so many rows that the matrix with most of them has."""
+    return -(-int(end_E.diff(prepend=end_E.new_zeros(1)).max()) // rows) if num else 1
 
 
 def summing(a_RA: Tensor, b_RB: Tensor, end_E: Tensor, out_EAB: Tensor, is_new: bool) -> Job:
