@@ -52,7 +52,7 @@ class _RMSNorm(Function):
 
 @kernel
 def _gradients(dy, x, gain, scale, dx, dgain, step, first, last):  # type: ignore[no-untyped-def]
-    """With n = x s, s = 1 / rms(x): d gain = sum of dy n, dx = s (dy gain - n mean(dy gain n))."""
+    """d gain = sum of dy n and dx = s (dy gain - n mean(dy gain n)), with n = x s, s = 1 / rms(x)."""
     width = x.shape[1]
     through, product, share = np.empty(width, np.float32), np.empty(width, np.float32), ONE / np.float32(width)
     for chunk in range(first, last):
