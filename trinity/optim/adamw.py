@@ -23,7 +23,7 @@ class AdamW:
         return config.adamw_lr
 
     def update(self, change: Change) -> None:
-        """Old values are copied and gradients clipped piece by piece: the kernel finds them in the processor's cache."""
+        """Copy old values and clip gradients piece by piece, so that the kernel finds them in the processor's cache."""
         kinds = (WEIGHT, *self.kinds)
         step = torch.tensor(float(change.number), device=change.grad.device)
         decay = self.config.weight_decay if change.grad.ndim > 1 else 0.0
