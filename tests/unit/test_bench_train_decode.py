@@ -91,6 +91,16 @@ def test_train_refuses_to_time_arms_that_differ(loss, grad_norm):
         race.check()
 
 
+def test_first_steps_in_bf16_may_differ_by_more():
+    race = train.Race(10, train.MAX_DIFFERENCE["bfloat16"])
+    race.add(models.HERE, 1, step_of(2.0, 1.0))
+    race.add("other", 1, step_of(2.009, 1.009))
+    race.check()
+    race.add("wrong", 1, step_of(2.011, 1.0))
+    with pytest.raises(TrinityError, match="'wrong' has loss"):
+        race.check()
+
+
 def test_decode_counts_as_ties_only_what_transformers_cannot_tell_apart():
     theirs = [[1, 2, 3], [1, 2, 3], [1, 2, 3]]
     ours = [[1, 2, 3], [1, 9, 9], [1, 2, 9]]
