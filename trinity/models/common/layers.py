@@ -288,19 +288,20 @@ class RotaryTable:
         end = int(positions_T.max()) + 1 if len(positions_T) else 0
         if end > self._most:
             return rotary_table(positions_T, self._dim, self._theta, dtype, True)
-        filled, *parts = self._known.get(dtype) or (0, *self._empty(dtype))
+        filled, cos_Pd, sin_Pd = self._known[dtype] if dtype in self._known else (0, *self._empty(dtype))
+        parts = cos_Pd, sin_Pd
         if filled < end:
             last = min(self._most, -(-end // POSITIONS) * POSITIONS)
             new = rotary_table(torch.arange(filled, last), self._dim, self._theta, dtype, True)
             for part, own in zip(parts, new, strict=True):
                 part[filled:last] = own[:, 0]
-            self._known[dtype] = last, parts[0], parts[1]  # threads that do so at once write the same numbers
+            self._known[dtype] = last, cos_Pd, sin_Pd  # threads that do so at once write the same numbers
         cos_T1d, sin_T1d = (part.index_select(0, positions_T).unsqueeze(1) for part in parts)
         return cos_T1d, sin_T1d
 
-    def _empty(self, dtype: torch.dtype) -> list[Tensor]:
+    def _empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):  # else only inference could read it
-            return [torch.empty(self._most, self._dim, dtype=dtype) for _ in range(2)]
+            return torch.empty(self._most, self._dim, dtype=dtype), torch.empty(self._most, self._dim, dtype=dtype)
 
 
 def rotate(x_THd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
