@@ -13,6 +13,8 @@ namespace trinity {
 
 namespace {
 
+constexpr double kQuickS = 50e-6;
+
 bool is_shared(const Head& a, const Head& b) {
   return a.layer == b.layer && a.version == b.version && a.priority == b.priority && a.dim == b.dim;
 }
@@ -25,14 +27,10 @@ bool Lane::submit(Job& job) {
   return !std::exchange(is_taken_, true);
 }
 
-void Lane::work(const std::function<bool()>& more) {
-  for (;;) {
-    std::vector<Job*> group = next();
-    if (!group.empty())
-      compute(std::move(group));
-    else if (!more() && is_left())
-      return;
-  }
+void Lane::work() {
+  do {
+    for (std::vector<Job*> group; !(group = next()).empty();) compute(std::move(group));
+  } while (!is_left());
 }
 
 bool Lane::is_left() {
@@ -115,8 +113,10 @@ void Lane::compute(std::vector<Job*> group) {
     num_rows += job->head.num_rows;
   }
   if (!layer) return;
+  const double since_s = now_s();
   sort(*layer);
   if (!good.empty()) multiply(good, *layer, num_rows);
+  is_quick_.store(now_s() - since_s < kQuickS, std::memory_order_relaxed);
   registry_.unpin(layer, counts_.data());
   for (Job* job : good) job->answer(*job, kDone);
 }

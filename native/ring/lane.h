@@ -5,7 +5,7 @@
 // reads the weights once and gives each row the bits that it has alone. What is not right with one caller's call is that
 // caller's. Nothing here enters Python.
 #pragma once
-#include <functional>
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -32,8 +32,9 @@ class Lane {
   explicit Lane(Registry& registry) : registry_(registry) {}
   // Whether the lane was free, and is the caller's, who is to `work`; else whoever has it computes the job, too.
   bool submit(Job& job);
-  void work(const std::function<bool()>& more);  // all that waits, and what `more` finds when nothing does
-  Code run(Job& job);                            // waits for it; its callbacks are set here
+  void work();        // by who has it: all that waits
+  Code run(Job& job);  // waits for it; its callbacks are set here
+  bool is_quick() const { return is_quick_.load(std::memory_order_relaxed); }  // what was computed last
 
  private:
   bool is_left();
@@ -50,6 +51,7 @@ class Lane {
   std::mutex guard_;
   std::vector<Job*> waiting_;
   bool is_taken_ = false;
+  std::atomic<bool> is_quick_{false};
   // Used by whoever has the lane.
   std::vector<int64_t> row_, end_, sorted_row_, counts_;
   std::vector<int32_t> expert_;

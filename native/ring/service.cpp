@@ -1,7 +1,8 @@
 #ifdef __linux__
 #include "service.h"
 
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,12 +12,29 @@ namespace trinity {
 namespace {
 
 constexpr double kTickS = 1.0, kEndTickS = 0.001;  // an idle thread looks so often whether it is to stop; one that stops, for answers
-constexpr int kYields = 3;                         // callers run and ask again, before the threads of their rings are needed
+constexpr uint64_t kSliceNs = 100'000;
 
 bool is_sound(const Head& head) {
   if (head.num_rows == 0 || head.dim == 0 || head.num_slots == 0 || head.num_slots > kMostSlotsOfRow) return false;
   if (head.format > kRowsBf16 || head.num_rows > kBoxBytes || head.dim > kBoxBytes || !std::isfinite(head.left_s)) return false;
   return Places(head.num_rows, head.dim, head.num_slots, head.format).end <= kBoxBytes;
+}
+
+struct Attributes {  // struct sched_attr of Linux, as it was at first
+  uint32_t size, policy;
+  uint64_t flags;
+  int32_t nice;
+  uint32_t priority;
+  uint64_t runtime, deadline, period;
+};
+
+// Who wants the core for little is given it when it wakes, not when the others' slices are over (Linux 6.12; refused before). Its share
+// of the core stays what it was.
+void ask_for_short_slices() {
+  Attributes own = {};
+  if (syscall(SYS_sched_getattr, 0, &own, sizeof own, 0)) return;
+  own.size = sizeof own, own.runtime = kSliceNs;
+  syscall(SYS_sched_setattr, 0, &own, 0);
 }
 
 }  // namespace
@@ -30,52 +48,17 @@ std::unique_ptr<Attachment> Attachment::make(std::shared_ptr<Service> service, i
   return made;
 }
 
-void Service::add(Attachment* ring) {
-  std::lock_guard<std::mutex> lock(guard_);
-  rings_.push_back(ring);
-  num_rings_ = static_cast<long>(rings_.size());
-}
-
-void Service::remove(Attachment* ring) {
-  std::lock_guard<std::mutex> lock(guard_);
-  rings_.erase(std::remove(rings_.begin(), rings_.end(), ring), rings_.end());
-  num_rings_ = static_cast<long>(rings_.size());
+bool Service::come(const Attachment* ring, Job* job) {
+  const bool in_turns = take_turns();
+  std::vector<Job*> due = !in_turns ? turns_.all() : job ? turns_.with(ring, job, now_s()) : turns_.due(now_s());
+  if (job && !in_turns) due.push_back(job);
+  bool leads = false;
+  for (Job* each : due) leads |= lane.submit(*each);
+  return leads;
 }
 
 void Service::note(const Attachment* ring) {
   num_in_a_row_ = last_.exchange(ring) == ring ? num_in_a_row_ + 1 : 0;
-}
-
-void Service::work() {
-  hush();
-  lane.work([this] { return take_all() || is_rest(); });
-}
-
-bool Service::take_all() {
-  std::lock_guard<std::mutex> lock(guard_);
-  bool any = false, leads;
-  for (Attachment* ring : rings_) any |= ring->take_all(leads);
-  return any;
-}
-
-void Service::hush() {
-  std::lock_guard<std::mutex> lock(guard_);
-  for (Attachment* ring : rings_) ring->hush();
-}
-
-// Whether something came after all; if not, threads that sleep are rung again from here on.
-bool Service::is_rest() {
-  for (int i = 0; i < kYields && num_in_a_row_ < kAlone; ++i) {
-    sched_yield();
-    if (take_all()) return true;
-  }
-  {
-    std::lock_guard<std::mutex> lock(guard_);
-    for (Attachment* ring : rings_) ring->rouse();
-  }
-  if (!take_all()) return false;
-  hush();
-  return true;
 }
 
 void Attachment::stop() {
@@ -85,7 +68,7 @@ void Attachment::stop() {
   thread_.join();
 }
 
-// Whoever waits at the ring's bell looks up, whether it was hushed or not.
+// Whoever waits at the ring's bell looks up.
 void Attachment::nudge() {
   Bell& bell = ring_.control().asked;
   bell.value.fetch_add(1);
@@ -94,40 +77,35 @@ void Attachment::nudge() {
 }
 
 void Attachment::serve() {
-  service_->add(this);
+  ask_for_short_slices();
+  ++service_->num_rings;
   while (!is_stopped_.load() || num_away_.load() > 0) {
     const uint32_t seen = ring_.control().asked.value.load();
-    bool leads = false;
-    if (!is_stopped_.load()) take_all(leads);
-    if (leads_.exchange(false) || leads)
-      service_->work();
+    const bool was_free = take_all();
+    if (leads_.exchange(false) || was_free)
+      service_->lane.work();
     else
       wait(seen);
   }
-  service_->remove(this);
+  --service_->num_rings;
 }
 
 void Attachment::wait(uint32_t seen) {
   Control& control = ring_.control();
   const bool may_spin = service_->may_spin() && !control.is_crowded.load(std::memory_order_relaxed);
-  is_asleep_.store(true);
-  waiter_.wait(control.asked, seen, control.caller_cpu, is_stopped_.load() ? kEndTickS : kTickS, may_spin);
-  is_asleep_.store(false);
+  waiter_.wait(control.asked, seen, control.caller_cpu, is_stopped_.load() ? kEndTickS : num_away_.load() ? kTurnS : kTickS, may_spin);
 }
 
-bool Attachment::take_all(bool& leads) {
-  std::lock_guard<std::mutex> lock(taking_);
-  bool any = false;
-  leads = false;
+bool Attachment::take_all() {
+  bool leads = num_away_.load() > 0 && service_->come(this, nullptr);
   for (int slot = 0; slot < kNumSlots && !is_stopped_.load(); ++slot) {
     const uint32_t number = ring_.control().slots[slot].asked.load(std::memory_order_acquire);
     if (number == taken_[slot] || is_away_[slot].load()) continue;
     taken_[slot] = number;
     service_->note(this);
     leads |= take(slot, number);
-    any = true;
   }
-  return any;
+  return leads;
 }
 
 bool Attachment::take(int slot, uint32_t number) {
@@ -154,7 +132,7 @@ bool Attachment::take(int slot, uint32_t number) {
                                   ring->nudge();
                                 },
                                 &asked}};
-  return service_->lane.submit(asked.job);
+  return service_->come(this, &asked.job);
 }
 
 // By whoever computed it; nothing of this ring is touched afterwards.
@@ -164,7 +142,7 @@ void Attachment::answer(int slot, uint32_t number, Code code) {
   is_away_[slot].store(false);  // before the answer, after which the next request may come
   at.answer = {number, code};
   control.shard_cpu.store(this_cpu(), std::memory_order_relaxed);
-  control.is_shared.store(!service_->may_spin(), std::memory_order_relaxed);
+  control.is_shared.store(!service_->may_spin() && !service_->take_turns(), std::memory_order_relaxed);
   at.answered.value.store(number);
   ring_bell(at.answered);
   num_away_.fetch_sub(1);

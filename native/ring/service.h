@@ -1,15 +1,17 @@
 // A shard's side of rings: threads that take requests out of them, have them computed, and answer, without entering Python.
 //
-// Decisions: a thread for each ring, and one at a time that works for all: whoever finds the lane free computes and answers what waits
-// in any ring, while the others sleep, unrung; where it finds nothing more, they are rung again. So a caller's call costs no wake
-// where others call, too, and calls that come together are computed together.
+// Decisions: a thread for each ring, woken on the core where its caller has just written the rows, and there at once: it asks for short slices
+// of time. Who finds the lane taken leaves its request with whoever has it, and waits for the next; nobody is woken to hand over.
+// Where there are more callers than cores, see turns.h.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <thread>
 #include <vector>
 
 #include "bell.h"
 #include "lane.h"
+#include "turns.h"
 
 namespace trinity {
 
@@ -20,24 +22,19 @@ class Service {  // of one shard, for all of its connections
   Registry registry;
   Lane lane{registry};
 
-  void add(Attachment* ring);
-  void remove(Attachment* ring);
-  void work();  // by who has the lane; until there is nothing to do
-  // Whether cores are left for the other callers of late, if there are any, when this thread spins.
-  bool may_spin() const { return num_rings_ < num_cores_ || num_in_a_row_ > kAlone; }
+  // Whether cores are left for the other callers of late, if there are any, when one of their threads spins.
+  bool may_spin() const { return num_rings < num_cores_ || num_in_a_row_ > kAlone; }
+  bool take_turns() const { return num_rings > num_cores_ && lane.is_quick(); }
+  bool come(const Attachment* ring, Job* job);  // whether the lane was free, and is this thread's now; without a job: what waits
   void note(const Attachment* ring);  // it had a request
+  std::atomic<long> num_rings{0};
 
  private:
-  bool take_all();
-  void hush();
-  bool is_rest();
-
-  std::mutex guard_;
   static constexpr long kAlone = 16;
-  std::vector<Attachment*> rings_;
-  std::atomic<long> num_rings_{0}, num_in_a_row_{0};
+  std::atomic<long> num_in_a_row_{0};
   std::atomic<const Attachment*> last_{nullptr};
   const long num_cores_ = std::thread::hardware_concurrency();
+  Turns turns_{static_cast<size_t>(std::max(1L, num_cores_))};
 };
 
 class Attachment {
@@ -46,13 +43,6 @@ class Attachment {
   static std::unique_ptr<Attachment> make(std::shared_ptr<Service> service, int fd);
   ~Attachment() { stop(); }
   void stop();  // waits for requests that are being computed; harmless when repeated
-
-  // By whoever has the lane:
-  bool take_all(bool& leads);  // whether there was anything; `leads`: the lane was free, and is this thread's now
-  void hush() { ring_.control().asked.waiting.store(0); }
-  void rouse() {
-    if (is_asleep_.load()) ring_.control().asked.waiting.store(1);
-  }
 
  private:
   struct Asked {
@@ -65,14 +55,14 @@ class Attachment {
   void serve();
   void wait(uint32_t seen);
   void nudge();
+  bool take_all();  // whether the lane was free, and is this thread's now
   bool take(int slot, uint32_t number);
   void answer(int slot, uint32_t number, Code code);
 
   std::shared_ptr<Service> service_;
   Mapping ring_;
   Waiter waiter_;
-  std::mutex taking_;
-  std::atomic<bool> is_stopped_{false}, is_asleep_{false}, leads_{false};
+  std::atomic<bool> is_stopped_{false}, leads_{false};
   std::atomic<int> num_away_{0};
   uint32_t taken_[kNumSlots] = {};
   Asked asked_[kNumSlots];

@@ -1,5 +1,6 @@
 """`trinity bench dispatch` measures what it says, writes what it found, and leaves no process behind."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -37,7 +38,7 @@ def test_the_smoke_run_writes_tables_json_and_a_picture(tmp_path, capsys):
     assert main(["bench", "dispatch", "--quick", "--no-ray", "--out", str(tmp_path)]) == 0
     tree = json.loads((tmp_path / "dispatch.json").read_text())
     assert (tmp_path / "dispatch.png").read_bytes().startswith(b"\x89PNG")
-    cores, trips, sizes, shards, callers, targets = tree["tables"]
+    cores, tcp, trips, sizes, shards, callers, targets = tree["tables"]
     figures = {row[0]: row[1:] for row in trips["rows"]}
     assert set(figures) == {
         dispatch.RAW, dispatch.DIRECT, dispatch.TWO, dispatch.SOCKETS, dispatch.TWO_SOCKETS, dispatch.EXPERTS,
@@ -51,6 +52,9 @@ def test_the_smoke_run_writes_tables_json_and_a_picture(tmp_path, capsys):
     assert [row[0] for row in callers["rows"]] == list(dispatch.QUICK.counts)
     assert [row[0] for row in cores["rows"]] == list(dispatch._cores())
     assert tree["results"][0]["direct_over_raw_socket"] == max(row[-2] for row in cores["rows"][1:] or cores["rows"])
+    over = tree["results"][1]["over_raw_tcp"]
+    assert [row[:2] for row in tcp["rows"]] == [[where, path] for where in over for path in over[where]]
+    assert all(over[where][dispatch.RAW_TCP] == 1 for where in over)
     wanted = ["direct / raw socket", "direct to 2 shards / raw socket", "direct"]
     assert [row[0].split(",")[0] for row in targets["rows"]] == wanted
     assert len(tree["curves"]) == 3
@@ -60,10 +64,10 @@ def test_the_smoke_run_writes_tables_json_and_a_picture(tmp_path, capsys):
 
 def test_the_raw_echo_returns_the_same_bytes():
     with process.children([{"role": "raw"}]) as [child]:
-        path = child.hear()["path"]
-        for size in (1, 1000, 1 << 20):
+        said = child.hear()
+        for size, where in itertools.product((1, 1000, 1 << 20), (said["path"], ("127.0.0.1", said["port"]))):
             payload = os.urandom(size)
-            sock, call = process.raw_caller(path, memoryview(payload))
+            sock, call = process.raw_caller(where, memoryview(payload))
             assert bytes(call()) == bytes(call()) == payload
             sock.close()
     assert gone(child.process.pid)

@@ -13,7 +13,7 @@ import secrets
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trinity.bench.report import Curve, Report, Table, percentile, ratio
@@ -27,6 +27,8 @@ DIM, ROWS = 512, 16  # 32 KB of fp32
 CURVE_DIM = 256  # so that one row is 1 KB
 RAW, DIRECT, TWO, EXPERTS, RAY = "raw socket", "direct", "direct, 2 shards", "direct, experts compute", "Ray call"
 SOCKETS, TWO_SOCKETS = "direct, over sockets", "direct, 2 shards, over sockets"  # as where there is no extension
+RAW_TCP, TCP, TWO_TCP = "raw TCP", "frames in C++ over TCP", "frames in C++ over TCP, 2 shards"
+PYTHON_TCP, TWO_PYTHON_TCP = "frames in Python over TCP", "frames in Python over TCP, 2 shards"
 FREE, ONE_CORE, TWO_CORES = "as they are scheduled", "all on one core", "the caller on one core, all else on another"
 LOCAL, WIRE = "route and combine alone", "frame and wire alone"
 Calls = Mapping[str, Callable[[], Any]]
@@ -73,6 +75,7 @@ class Servers:
 
     secret: str
     raw_path: str
+    raw_port: int
     experts: "Address"
     narrow: "Address"
     echoes: tuple["Address", ...]
@@ -95,7 +98,7 @@ def _servers(num_echoes: int) -> Iterator[Servers]:
         path, *addresses = (child.hear() for child in started)
         experts, narrow, *echoes = (Address(**address) for address in addresses)
         pids = tuple(child.process.pid for child in started)
-        yield Servers(secret, path["path"], experts, narrow, tuple(echoes), pids)
+        yield Servers(secret, path["path"], path["port"], experts, narrow, tuple(echoes), pids)
 
 
 @contextmanager
@@ -122,7 +125,7 @@ def _ray_transport() -> Iterator["Transport"]:
 # -- calls, and how they are timed
 
 
-def _raw(path: str, num_rows: int, dim: int, stack: ExitStack) -> Callable[[], Any]:
+def _raw(path: str | tuple[str, int], num_rows: int, dim: int, stack: ExitStack) -> Callable[[], Any]:
     from trinity.bench.echo import batch
     from trinity.bench.process import raw_caller
 
@@ -209,6 +212,7 @@ def _round_trips(report: Report, plan: Schedule, servers: Servers, ray: "Transpo
         _by_cores(report, {path: calls[path] for path in (RAW, DIRECT, TWO)}, plan, servers.pids)
         if ray is not None:
             calls[RAY] = _dispatch(ray, 1, ROWS, DIM)
+        _over_tcp(report, plan, servers)
         blocks = _turns(calls, plan)
         compute = {EXPERTS: _dispatch(experts, 1, ROWS, DIM, echoes=False)}
         blocks |= _turns(compute, plan, max(1, plan.calls // 20))  # apart: their weights would sweep the others' caches
@@ -232,6 +236,32 @@ def _by_cores(report: Report, calls: Calls, plan: Schedule, pids: Sequence[int])
     report.results.append({"direct_over_raw_socket": one, "direct_2_shards_over_raw_socket": two, "by_cores": ratios})
     report.target("direct / raw socket, p50 of 32 KB, the worse of both", one, at_most=1.3)
     report.target("direct to 2 shards / raw socket, the worse of both", two, at_most=2.0)
+
+
+def _over_tcp(report: Report, plan: Schedule, servers: Servers) -> None:
+    """The same to shards that are taken for another host's, over the loopback: frames in C++, and in Python."""
+    from trinity.bench.echo import HOST, OverSockets
+
+    far = [replace(address, machine="elsewhere") for address in servers.echoes[:2]]
+    with ExitStack() as stack:
+        one, two = (_direct(far[:n], servers.secret, stack) for n in (1, 2))
+        calls = {
+            RAW_TCP: _raw((HOST, servers.raw_port), ROWS, DIM, stack),
+            TCP: _dispatch(one, 1, ROWS, DIM),
+            TWO_TCP: _dispatch(two, 2, ROWS, DIM),
+            PYTHON_TCP: _dispatch(OverSockets(one), 1, ROWS, DIM),
+            TWO_PYTHON_TCP: _dispatch(OverSockets(two), 2, ROWS, DIM),
+        }
+        found = {where: _turns_on(cores, calls, plan, servers.pids) for where, cores in _cores().items()}
+    over = {where: {path: _over(blocks, path, RAW_TCP) for path in calls} for where, blocks in found.items()}
+    rows = tuple(
+        (where, path, _p(blocks[path], 0.5), _p(blocks[path], 0.99), over[where][path])
+        for where, blocks in found.items()
+        for path in calls
+    )
+    columns = ("ends", "path", "p50 us", "p99 us", f"x {RAW_TCP}")
+    report.tables.append(Table("Over TCP on the loopback", columns, rows))
+    report.results.append({"over_raw_tcp": over})
 
 
 def _cores() -> dict[str, tuple[set[int], set[int]]]:

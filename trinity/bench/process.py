@@ -35,6 +35,8 @@ def echo_raw(listener: socket.socket) -> None:
 
 
 def echo_one(sock: socket.socket) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     size = int.from_bytes(sock.recv(8, socket.MSG_WAITALL), "little")  # said once, for all of a connection
     buffer = memoryview(bytearray(size))
     while sock.recv_into(buffer, size, socket.MSG_WAITALL) == size:
@@ -42,10 +44,13 @@ def echo_one(sock: socket.socket) -> None:
     sock.close()
 
 
-def raw_caller(path: str, payload: memoryview) -> tuple[socket.socket, Callable[[], memoryview]]:
-    """-> its socket, and a function that sends the payload and returns what came back, in a buffer that is used again."""
-    sock, size = socket.socket(socket.AF_UNIX), len(payload)
-    sock.connect(path)
+def raw_caller(where: str | tuple[str, int], payload: memoryview) -> tuple[socket.socket, Callable[[], memoryview]]:
+    """-> its socket, and a function that sends the payload and returns what came back, in a buffer that is used again.
+    `where`: a Unix socket's path, or host and port."""
+    sock, size = socket.socket(socket.AF_UNIX if isinstance(where, str) else socket.AF_INET), len(payload)
+    sock.connect(where)
+    if not isinstance(where, str):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(size.to_bytes(8, "little"))
     back = memoryview(bytearray(size))
 
@@ -144,8 +149,10 @@ def raw() -> None:
     with tempfile.TemporaryDirectory(prefix="trinity-") as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/raw.sock")
         listener.listen()
-        threading.Thread(target=echo_raw, args=(listener,), daemon=True).start()
-        say(path=listener.getsockname())
+        tcp = socket.create_server(("127.0.0.1", 0))
+        for each in (listener, tcp):
+            threading.Thread(target=echo_raw, args=(each,), daemon=True).start()
+        say(path=listener.getsockname(), port=tcp.getsockname()[1])
         sys.stdin.read()
 
 
