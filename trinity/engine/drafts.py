@@ -108,12 +108,14 @@ class Drafter:
         self._length = 0  # how long it has been right; 0: nothing is followed
 
     @property
-    def follows(self) -> bool:
-        """Say whether its last tokens were seen before."""
-        return self._length > 0
+    def num_tokens(self) -> int:
+        """Tokens that it knows of, with those before its first."""
+        return self._first + len(self._own.tokens)
 
-    def __len__(self) -> int:
-        return self._first + len(self._own)
+    @property
+    def share(self) -> float:
+        """Likelihood of its guess of the next token; 0 where its last ones were not seen before."""
+        return self._trust.share(self._length) if self._length else 0.0
 
     def push(self, token: int, is_answer: bool = True) -> None:
         """Take the next token; one of the answer shows whether the guess was right."""

@@ -32,9 +32,9 @@ class PassCost:
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """Note a pass; what takes many times as long as others was held up by something else."""
-        one, n, nn, t, nt = (FORGET * old for old in self._sums)
+        one, n, nn, t, nt = [FORGET * old for old in self._sums]
         seconds = min(seconds, HELD_UP * t / one) if one else seconds
-        self._sums = one + 1.0, n + num_tokens, nn + num_tokens**2, t + seconds, nt + num_tokens * seconds
+        self._sums = one + 1.0, n + num_tokens, nn + num_tokens * num_tokens, t + seconds, nt + num_tokens * seconds
 
     def share(self, num_tokens: int) -> float:
         """The share of a pass of so many tokens that grows with their number."""
@@ -54,6 +54,7 @@ class Speculation:
     def __init__(self, most: int):
         self.most, self.num_drafted, self.num_accepted = most, 0, 0
         self._drafters: dict[str, Drafter] = {}
+        self._ready: dict[str, Drafter] = {}  # those whose first guess is worth computing
         self._trust, self._clients, self._cost = Trust(), Clients(), PassCost()
         self._least = UNKNOWN_SHARE
 
@@ -62,43 +63,41 @@ class Speculation:
         a pass."""
         if not self.most:
             return
-        until_s = time.perf_counter() + WORK_SHARE * last_pass_s
+        until_s, least = time.perf_counter() + WORK_SHARE * last_pass_s, self._cost.share(len(running))
+        self._least, self._ready = least, {}
         for sequence in running:
-            drafter = self._drafter(sequence)
-            behind = len(sequence.token_ids) - len(drafter)
+            name, tokens = sequence.request_id, sequence.token_ids
+            drafter = self._drafters.get(name) or self._begun(sequence)
+            behind = len(tokens) - drafter.num_tokens
             if behind == 1:
-                drafter.push(sequence.token_ids[-1])
+                drafter.push(tokens[-1])
             elif behind:
                 self._catch_up(drafter, sequence, math.inf if behind <= 1 + self.most else until_s)
+            if drafter.num_tokens == len(tokens) and drafter.share >= least:
+                self._ready[name] = drafter
         self._clients.work(until_s)
-        self._least = self._cost.share(len(running))
 
-    def _drafter(self, sequence: Sequence) -> Drafter:
-        if (found := self._drafters.get(sequence.request_id)) is None:
-            memory, first = self._clients.memory(_whose(sequence)), max(0, sequence.num_prompt - MAX_PROMPT)
-            found = self._drafters[sequence.request_id] = Drafter(memory, Trust(self._trust), first)
+    def _begun(self, sequence: Sequence) -> Drafter:
+        memory, first = self._clients.memory(_whose(sequence)), max(0, sequence.num_prompt - MAX_PROMPT)
+        found = self._drafters[sequence.request_id] = Drafter(memory, Trust(self._trust), first)
         return found
 
     def _catch_up(self, drafter: Drafter, sequence: Sequence, until_s: float) -> None:
-        while (at := len(drafter)) < len(sequence.token_ids) and time.perf_counter() < until_s:
+        while (at := drafter.num_tokens) < len(sequence.token_ids) and time.perf_counter() < until_s:
             for place, token in enumerate(sequence.token_ids[at : at + AT_ONCE], start=at):
                 drafter.push(token, is_answer=place >= sequence.num_prompt)
 
     def draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """Tokens to compute after the last one, up to `room`."""
-        drafter = self._drafters.get(sequence.request_id)
-        if (
-            drafter is None
-            or not drafter.follows
-            or len(drafter) < len(sequence.token_ids)
-            or not sequence.num_generated
-        ):
+        drafter = self._ready.get(sequence.request_id)
+        if drafter is None or not sequence.num_generated:
             return ()
         left = sequence.params.max_tokens - sequence.num_generated - 1  # the pass gives one token more than its draft
         return drafter.draft(min(self.most, room, left), self._least)
 
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended: others may go on as it did."""
+        self._ready.pop(sequence.request_id, None)
         if self._drafters.pop(sequence.request_id, None) is not None:
             self._clients.remember(_whose(sequence), sequence.generated_ids)
 
