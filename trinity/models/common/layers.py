@@ -45,9 +45,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_trained(x):
+            from trinity.ops.batch_invariant.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps, self.rounds_first)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype) if self.rounds_first else (self.weight * x32).to(x.dtype)
+
+    def _is_trained(self, x: Tensor) -> bool:
+        """Say whether there is a kernel for the gradients that somebody may ask for."""
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not (x.requires_grad or self.weight.requires_grad)
+        ):
+            return False
+        return x.numel() > 0 and batch_invariant.is_for(x) and batch_invariant.is_for(self.weight)
 
 
 class SwiGLU(nn.Module):
