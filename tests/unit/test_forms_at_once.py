@@ -38,6 +38,7 @@ class Pool:
         self.served = Served(NUM, None, torch.float32, form) if ring.is_possible() else None
         pool = self.served.local if self.served else local_pool(MODEL, load, num_shards=NUM, **made)
         self.transport, self.view, self.version = pool.transport, MovingView(pool.table), 0
+        self.turns = threading.Semaphore(0)  # of callers: one beside each thing that is done to a shard
         x, ids, weights = batch()
         self.rows = x, ids[:, :2].contiguous(), weights[:, :2].contiguous()  # whose sums have one order
         self.wanted = [self._of_whole(0)]  # by version
@@ -52,8 +53,10 @@ class Pool:
 
     def step(self):
         for shard in (*self.whole.transport.shards.values(), *self.transport.shards.values()):
+            self.turns.release()
             shard.prepare(Prepare(self.version + 1))
             shard.stage(Stage(self.version + 1, LRS, 1.0))
+            self.turns.release()
             shard.commit(Commit(self.version + 1))
         self.wanted.append(self._of_whole(self.version + 1))
         self.version += 1
@@ -66,10 +69,12 @@ class Pool:
             new = new if other == shard else new.without_replica(name, other)
         new = replace(new, epoch=table.epoch + 1)
         if shard not in holders:
+            self.turns.release()
             message = Copy(LAYER, (expert,), (holders[0],), self.version, 4e9, self.version, new.epoch)
             migrate_in(self.transport.shards[shard], message, self.transport, None)
         self.view.table = new
         for each, held in self.transport.shards.items():
+            self.turns.release()
             held.prune_to(PruneTo(new.experts_of(each), new.epoch))
 
     def move(self, expert, shard):
@@ -81,7 +86,7 @@ class Pool:
 
 
 class Asking:
-    """Callers that take turns and never stop."""
+    """Callers that take turns."""
 
     def __init__(self, pool):
         self.pool, self.news, self.is_over = pool, threading.Condition(), False
@@ -91,7 +96,7 @@ class Asking:
     @torch.inference_mode()
     def run(self):
         callers = self.pool.callers()
-        while not self.is_over:
+        while self.pool.turns.acquire() and not self.is_over:
             caller, version = callers[self.num_answers % len(callers)], self.pool.version
             caller.use(version)
             sent = caller.begin(LAYER, *self.pool.rows)
@@ -104,6 +109,7 @@ class Asking:
 
     def wait(self):
         """Until each caller has asked anew and been answered."""
+        self.pool.turns.release(3)
         with self.news:
             until = self.num_answers + 3
             assert self.news.wait_for(lambda: self.num_answers >= until or self.is_over, 60)
@@ -118,6 +124,7 @@ def asking(pool):
         yield found
     finally:
         found.is_over = True
+        pool.turns.release()
         thread.join()
         pool.close()
 

@@ -60,9 +60,11 @@ def to_fp4(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     overall = MOST_FP8 * 6 / torch.where(amax > 0, amax, 1)
     scale_NS = (groups.abs().amax(2) / 6 * overall).clamp_(LEAST_FP8, MOST_FP8).to(torch.float8_e4m3fn)
     values = groups / (scale_NS.float() / overall).unsqueeze(2)
-    codes = torch.bucketize(values.abs().contiguous(), _FP4_BOUNDS).to(torch.uint8) + 8 * (values < 0)
+    size, codes = values.abs(), (values < 0).to(torch.uint8) * 8
+    for bound in _FP4_BOUNDS.tolist():  # torch.bucketize wakes all threads, however small the matrix
+        codes += size > bound
     low, high = codes.flatten(1).unflatten(1, (-1, 2)).unbind(2)
-    return (low | (high << 4)).to(torch.uint8), scale_NS, overall.view(1)
+    return low | (high << 4), scale_NS, overall.view(1)
 
 
 def decoded(bytes_RB: Tensor, table: Tensor) -> Tensor:
