@@ -29,7 +29,7 @@ from trinity.errors import ConfigError, DeadlineExceeded, TrinityError, Unavaila
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
 from trinity.pool.local import shard_names, shard_specs
-from trinity.pool.memory import most_bytes
+from trinity.pool.memory import bytes_by_form
 from trinity.pool.pool import ExpertPool
 from trinity.rpc.messages import Load
 from trinity.state.versioned_store import Version
@@ -230,7 +230,7 @@ def _spec(
     settings: PlacementConfig, model: ModelConfig, optim: OptimConfig | None, ends_with_server: bool = False
 ) -> PoolSpec:
     expert_dtype = settings.expert_dtype or (model.dtype,)
-    num_bytes = most_bytes(model, optim, expert_dtype)
+    num_bytes = bytes_by_form(model, optim, expert_dtype)
     return PoolSpec(model, optim, settings.num_shards, device_of(settings), num_bytes, expert_dtype, ends_with_server)
 
 

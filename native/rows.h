@@ -10,7 +10,8 @@ namespace trinity {
 
 constexpr Format format_of(bool is_brain) { return is_brain ? kBfloat16 : kFloat32; }
 
-// Memory for rows of a format: their scales, and from a multiple of 64 bytes on their values.
+// Memory for rows of a format: their scales, and from a multiple of 64 bytes on their values. A format here is one that rows have,
+// see `rows_of`.
 constexpr int64_t bytes_of_scales(int64_t num) { return (4 * num + 63) / 64 * 64; }
 constexpr int64_t bytes_of_one(Format format) { return format == kFloat32 ? 4 : format == kBfloat16 ? 2 : 1; }
 constexpr int64_t bytes_of_rows(Format format, int64_t num, int64_t k) { return bytes_of_scales(num) + num * k * bytes_of_one(format); }

@@ -35,6 +35,7 @@ from trinity.engine.request import Delta
 from trinity.errors import ConfigError, EngineLost, InvalidRequest, Overloaded, TrinityError, Unavailable
 from trinity.text.tokenizer import Tokenizer
 from trinity.utils.garbage import uncollected
+from trinity.utils.hugepages import share_heaps
 from trinity.utils.lines import line_of, step_of
 from trinity.utils.trying import tried
 
@@ -218,6 +219,7 @@ class EngineReplica:
 
     def __init__(self, factory: str, checkpoint: str, config_json: str):
         keep_to_node_address()
+        share_heaps()
         name = serve.get_replica_context().replica_id.unique_id
         self.client = LocalClient(*load_factory(factory)(checkpoint, config_json), name=name)
 

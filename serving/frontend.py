@@ -299,6 +299,7 @@ class Frontend:
             if self.engine_healthy and time.monotonic() - self._heard_s >= SILENT_S:
                 log.warning("no engine answers: %s", type(error).__name__)
                 self.engine_healthy = False
+                self.metrics.engines(())
 
     async def drain(self) -> bool:
         """Refuse new requests, wait for the running ones up to serve.drain_timeout_s. True if all ended by themselves."""

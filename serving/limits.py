@@ -3,6 +3,8 @@
 One object for HTTP and gRPC together. Draining refuses newcomers with 503/UNAVAILABLE and waits for those inside.
 Decision: several gateways divide serve.max_concurrent_requests evenly, by how many there are, and tell each other nothing: so
 together they hold no more, and what one has left another does not use. In the engines' queues clients are equal all the same.
+Where all that is inside has begun to answer, nothing can go for an urgent request; engines have it give way, so the request
+comes in beside it. So many places are kept for that as one request may hold: whoever counts priorities down gets no more.
 """
 
 import asyncio
@@ -18,6 +20,7 @@ from trinity.errors import InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger("trinity.serving")
 MOST_DESCRIPTORS, OTHER_DESCRIPTORS = 65_536, 256  # Ray's, files, and connections of one's own
+PART = 4  # of the slots so much may be one request's, and as many more are for urgent ones
 
 
 def within_descriptors(config: ServeConfig) -> ServeConfig:
@@ -78,7 +81,8 @@ class Admission:
     """Counts what is inside; a slot is given back however its holder ends. Each client has a share of the slots by weight;
     whoever comes with the admin key, or without one, may have all. Where there is no room an urgent request takes the place of
     less urgent ones that have not begun to answer, the least urgent and latest first: those of its own client where its share
-    is used up, anybody's where all slots are."""
+    is used up, anybody's where all slots are. Beside less urgent ones that have begun it has one of the places over the limit,
+    a quarter of it."""
 
     def __init__(self, config: ServeConfig, displaced: Callable[[], object] = lambda: None):
         """`displaced` hears of each request that loses its place."""
@@ -109,7 +113,7 @@ class Admission:
 
     def check(self, num: int, client: Client) -> None:
         """Note that the request under way is of so many sequences. Raises InvalidRequest where others would find no slot."""
-        most = max(1, min(self._most_of_all // 4, self.most(client)))
+        most = max(1, min(self._most_of_all // PART, self.most(client)))
         if num > most:
             raise InvalidRequest(
                 f"{num} sequences (prompts x n) in one request; {most} are taken, at most a quarter of "
@@ -169,20 +173,35 @@ class Admission:
         lacks_own = claim.num - (self.most(client) - self.held[client.name])
         if max(lacks, lacks_own) <= 0:
             return []
+        found = self._to_go(claim, lacks, lacks_own)
+        if found is None and self._goes_before_some(claim, among_own=lacks_own > 0):
+            found = self._to_go(claim, lacks - over(self.limit), lacks_own - over(self.most(client)))
+        if found is None:
+            raise self._full(client, of_all=lacks > 0)
+        return found
+
+    def _full(self, client: Client, of_all: bool) -> Overloaded:
+        if of_all:
+            return Overloaded(
+                f"{self.active} requests are running, as many as serve.max_concurrent_requests allows{self._divided}"
+            )
+        return Overloaded(
+            f"{self.held[client.name]} requests of client {client.name!r} are running, all its share of "
+            f"serve.max_concurrent_requests{self._divided}; wait for some, or ask for a larger weight"
+        )
+
+    def _goes_before_some(self, claim: Claim, among_own: bool) -> bool:
+        """Say whether something that has begun, of its client where `among_own`, will give way in the engines."""
+        others = (each for each in self._claims if not among_own or each.client == claim.client)
+        return any(each.priority > claim.priority and each.has_begun for each in others)
+
+    def _to_go(self, claim: Claim, lacks: int, lacks_own: int) -> list[Claim] | None:
+        """Requests whose slots are so many, and so many of the own client's; None where too few may go."""
         may_go = [each for each in reversed(self._claims) if each.priority > claim.priority and not each.has_begun]
         may_go.sort(key=lambda each: -each.priority)  # stable: of equal ones the latest first
         own = _first([each for each in may_go if each.client == claim.client], lacks_own)
         rest = None if own is None else _first([each for each in may_go if each not in own], lacks - _sum(own))
-        if own is not None and rest is not None:
-            return own + rest
-        if lacks > 0:
-            raise Overloaded(
-                f"{self.active} requests are running, as many as serve.max_concurrent_requests allows{self._divided}"
-            )
-        raise Overloaded(
-            f"{self.held[client.name]} requests of client {client.name!r} are running, all its share of "
-            f"serve.max_concurrent_requests{self._divided}; wait for some, or ask for a larger weight"
-        )
+        return None if own is None or rest is None else own + rest
 
     @property
     def _divided(self) -> str:
@@ -199,6 +218,11 @@ class Admission:
             claim.num_untaken = 0
         if not self.active:
             self._idle.set()
+
+
+def over(most: int) -> int:
+    """Places beside so many slots that are for urgent requests."""
+    return max(1, most // PART)
 
 
 def _sum(claims: list[Claim]) -> int:

@@ -1,13 +1,13 @@
 """Counts of the edges, exported at /metrics. The declarations are trinity/observability/; only observing happens here.
 
 A registry of its own for each Frontend: nothing global, so that tests and several servers in a process do not mix.
-The sums over engines are over those that answered within STALE_S. A server without a
-pool has no placement metrics: zeros would say that all is even and nothing there.
+Sums over engines are over those that answered when they were last asked; what others have counted is known for STALE_S more, as
+they may answer again. A server without a pool has no placement metrics: zeros would say that all is even and nothing there.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Protocol
@@ -60,6 +60,14 @@ EACH = {
     "num_prefix_queries": "trinity_engine_prefix_queries",
     "num_prefix_hits": "trinity_engine_prefix_hits",
 }
+# Shown to those who share a server with other keys: of others nothing but how busy they keep it. By times, hits and counts of
+# computed tokens they would learn which beginnings others have cached.
+LOAD = (
+    *("trinity_requests_running", "trinity_requests_waiting", "trinity_gateways", "trinity_client_requests"),
+    *("trinity_engine_requests_running", "trinity_engine_requests_waiting", "trinity_kv_blocks", "trinity_kv_usage"),
+    *("trinity_weights_version", "trinity_longest_pass_seconds"),
+)
+GROWS = {*COUNTERS, "dispatch_seconds"}  # of an engine's statistics
 STATES = ("starting", "ready", "draining", "away")
 SURVIVES = ("shards", "nodes")
 RESULTS = {"done": "done", "rolled back": "rolled_back"}  # phases in which a change has ended
@@ -131,22 +139,34 @@ class Exporter:
         self["trinity_weights_switch_seconds"].set(stats.get("switch_seconds", 0.0))
         self._engines[engine_id] = now_s, stats
         self._engines = {key: seen for key, seen in self._engines.items() if now_s - seen[0] < STALE_S}
-        longest_s = max(found.get("longest_pass_seconds", 0.0) for _, found in self._engines.values())
+        self._add_up([found for _, found in self._engines.values()])
+
+    def _add_up(self, engines: Sequence[Mapping[str, Any]]) -> None:
+        longest_s = max((found.get("longest_pass_seconds", 0.0) for found in engines), default=0.0)
         self["trinity_longest_pass_seconds"].set(longest_s)
-        self["trinity_kv_tier_bytes"].set(max(found.get("tier_bytes", 0) for _, found in self._engines.values()))
+        self["trinity_kv_tier_bytes"].set(max((found.get("tier_bytes", 0) for found in engines), default=0))
         for field, name in SUMS.items():
-            self[name].set(sum(found.get(field, 0) for _, found in self._engines.values()))
-        free, total = (sum(found.get(f"num_{what}_blocks", 0) for _, found in self._engines.values()) for what in KV)
+            self[name].set(sum(found.get(field, 0) for found in engines))
+        free, total = (sum(found.get(f"num_{what}_blocks", 0) for found in engines) for what in KV)
         self["trinity_kv_usage"].set(1 - free / total if total else 0.0)
 
     def engines(self, infos: Iterable["Info"]) -> None:
-        """Count what all engines said of themselves, and show each beside the others."""
+        """Count what all engines said of themselves, and show each beside the others. One that did not answer has nothing."""
+        infos = tuple(infos)
+        self._forget(self._engines.keys() - {info.engine_id for info in infos})
         for name in EACH.values():
             self[name].clear()  # of engines that have gone
         for info in infos:
             self.engine(info.engine_id, info.version, info.stats)
             for field, name in EACH.items():
                 self[name].labels(info.engine_id, info.role).set(info.stats.get(field, 0))
+
+    def _forget(self, silent: Iterable[str]) -> None:
+        """Keep of these what their counters continue from."""
+        for engine_id in silent:
+            seen_s, stats = self._engines[engine_id]
+            self._engines[engine_id] = seen_s, {field: stats[field] for field in GROWS & stats.keys()}
+        self._add_up([found for _, found in self._engines.values()])
 
     @contextmanager
     def sequence(self, adapter: str | None = None) -> Iterator["TokenClock"]:
@@ -187,9 +207,10 @@ class Exporter:
             rows.labels(shard.name).set(shard.rows_per_s)
             sizes.labels(shard.name).set(shard.weight_bytes)
 
-    def render(self) -> tuple[bytes, str]:
-        """The exposition and its content type."""
-        return prometheus.generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+    def render(self, load_alone: bool = False) -> tuple[bytes, str]:
+        """The exposition, or its part about load (LOAD), and its content type."""
+        shown = self.registry.restricted_registry(LOAD) if load_alone else self.registry
+        return prometheus.generate_latest(shown), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class DispatchSeconds:

@@ -93,7 +93,7 @@ class RoutedClient:
     async def set_roles(self, names: Sequence[Role]) -> None:
         """Have engines do this from now on. Raises InvalidRequest for what the settings would refuse."""
         try:
-            check_roles(names, self._settings.tier_bytes)
+            check_roles(names, self._settings.tier_bytes, self._settings.max_replicas or self._settings.replicas)
         except ValueError as error:
             raise InvalidRequest(str(error), param="roles") from None
         self._roles = self._roles.after(names)

@@ -111,7 +111,7 @@ def ray_session():
             address="local",
             namespace="trinity",
             num_cpus=4,
-            resources={"train_slot": 4},
+            resources={"train_slot": 4, "expert_shard": 1},
             include_dashboard=False,
             object_store_memory=512 << 20,
             log_to_driver=False,

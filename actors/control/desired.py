@@ -7,12 +7,13 @@ change made (actors/control/migration.py).
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from actors.control.spreading import Relocation, num_apart, relocation
+from trinity.config import turn_of
 from trinity.errors import ConfigError
 from trinity.placement.planner import PlanGoal, balance, plan, with_floor
 from trinity.placement.table import PlacementTable
@@ -84,7 +85,7 @@ class Rules:
     redundancy: int = 0
     experts_per_layer: int | None = None
     balance_goal: float = 0.9
-    expert_bytes: int = 1
+    bytes_by_form: tuple[int, ...] = (1,)  # of a replica, of several each shard's by its number
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ def desired_change(table: PlacementTable, seen: Seen, desired: DesiredState, rul
         return parted(table, seen, replicas_LE, rules) if seen.may_spread else None
     found = plan(
         with_floor(seen.load_LE * (same or has_seen_enough(table, seen))),
-        _topology(table, seen, leaving, fresh, _room(replicas_LE, num_shards, rules), rules.expert_bytes, moved),
+        _topology(table, seen, leaving, fresh, _rooms(replicas_LE, num_shards, rules), moved),
         table,
         PlanGoal(goal=rules.balance_goal if same else WHATEVER_ELSE),
         replicas_LE=replicas_LE,
@@ -188,7 +189,7 @@ def parted(table: PlacementTable, seen: Seen, replicas_LE: np.ndarray, rules: Ru
     num_before = num_apart(table, seen.node_of, rules.redundancy)
     if num_before is None:
         return None
-    topology = _topology(table, seen, (), (), _room(replicas_LE, len(table.shards), rules), rules.expert_bytes, None)
+    topology = _topology(table, seen, (), (), _rooms(replicas_LE, len(table.shards), rules), None)
     found = plan(np.ones_like(seen.load_LE), topology, table, PlanGoal(goal=ANY_BALANCE), replicas_LE=replicas_LE)
     num_after = num_apart(found, seen.node_of, rules.redundancy)
     return Change(found, (), "spread") if num_after is None or num_after > num_before else None
@@ -199,10 +200,14 @@ def has_seen_enough(table: PlacementTable, seen: Seen) -> bool:
     return seen.rows_in_window >= MIN_ROWS * len(table.layers)
 
 
-def _room(replicas_LE: np.ndarray, num_shards: int, rules: Rules) -> int:
-    """Experts of a layer that one shard may hold: rows are not all that is to be even, memory is bounded."""
-    even = math.ceil(int(replicas_LE.sum(axis=1).max(initial=0)) / num_shards)
-    return rules.experts_per_layer or min(replicas_LE.shape[1], math.ceil(ROOM * even))
+def _rooms(replicas_LE: np.ndarray, num_shards: int, rules: Rules) -> Callable[[str], int]:
+    """Experts of a layer that each shard may hold: rows are not all that is to be even, memory is bounded. Where forms differ,
+    all have the bytes of a shard whose experts are the largest."""
+    if rules.experts_per_layer:
+        return lambda shard: rules.experts_per_layer or 0
+    even, most = math.ceil(int(replicas_LE.sum(axis=1).max(initial=0)) / num_shards), max(rules.bytes_by_form)
+    room, num_experts = math.ceil(ROOM * even), replicas_LE.shape[1]
+    return lambda shard: min(num_experts, room * most // (turn_of(shard, rules.bytes_by_form) or most))
 
 
 def _topology(
@@ -210,11 +215,10 @@ def _topology(
     seen: Seen,
     leaving: tuple[str, ...],
     fresh: tuple[str, ...],
-    room: int,
-    expert_bytes: int,
+    room_of: Callable[[str], int],
     moved: Relocation | None,
 ) -> Topology:
     """New shards are taken to be on hosts of their own until they are seen, unless it is said where they are to be."""
-    known = [Shard(s, seen.node_of.get(s) or s, slots=room, draining=s in leaving) for s in table.shards]
-    new = (Shard(name, moved.node if moved else name, slots=room) for name in fresh)
-    return Topology((*known, *new), expert_bytes=expert_bytes)
+    known = [Shard(s, seen.node_of.get(s) or s, slots=room_of(s), draining=s in leaving) for s in table.shards]
+    new = (Shard(name, moved.node if moved else name, slots=room_of(name)) for name in fresh)
+    return Topology((*known, *new))

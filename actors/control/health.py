@@ -41,6 +41,7 @@ class ShardSeen:
     weight_bytes: int = 0
     rows_per_s: float = 0.0
     expert_dtype: str = ""
+    computes: str = ""
     held: dict[int, frozenset[int]] = field(default_factory=dict)
 
 
@@ -110,6 +111,7 @@ class Watch:
             weight_bytes=status.weight_bytes,
             rows_per_s=float(rows_LE.sum()),
             expert_dtype=status.expert_dtype,
+            computes=status.computes,
             held={layer: frozenset(rows) for layer, rows in status.rows.items()},
         )
 
@@ -142,7 +144,7 @@ def shard_view(name: str, seen: ShardSeen | None, is_drained: bool) -> ShardView
     if seen is None:
         return ShardView(name, "", "starting", -1, 0, 0, 0.0)
     state = "away" if not seen.is_there else "draining" if is_drained else "ready"
-    known = (seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s, seen.expert_dtype)
+    known = (seen.version, seen.num_experts, seen.weight_bytes, seen.rows_per_s, seen.expert_dtype, seen.computes)
     return ShardView(name, seen.node, state, *known)
 
 

@@ -212,8 +212,8 @@ class Reconciler:
 
 
 def _rules(state: PoolState) -> Rules:
-    settings, expert_bytes = state.settings, state.spec.expert_bytes
-    return Rules(settings.redundancy, settings.experts_per_layer, settings.balance_goal, expert_bytes)
+    settings, sizes = state.settings, state.spec.bytes_by_form
+    return Rules(settings.redundancy, settings.experts_per_layer, settings.balance_goal, sizes)
 
 
 class Desired:

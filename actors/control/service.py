@@ -22,6 +22,7 @@ from trinity.placement.snapshot import Snapshot
 from trinity.placement.table import PlacementTable
 from trinity.pool.ledger import Decision, StepTicket
 from trinity.rpc.messages import PROTOCOL, Experts, Load
+from trinity.utils.hugepages import share_heaps
 from trinity.utils.lines import step_of
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class PlacementService:
     """
 
     def __init__(self, state_dir: str | None, spec: PoolSpec, settings: PlacementConfig, namespace: str):
+        share_heaps()
         again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         folder = Path(state_dir) if state_dir else shm_folders.state_folder(settings, namespace)
         self._state = PoolState(folder, spec, settings, namespace, is_again=again)

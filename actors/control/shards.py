@@ -15,7 +15,7 @@ from actors.control.state import PoolState
 from actors.dataplane.plane import DataPlane
 from actors.names import Handles, ask, name_of
 from actors.shard import start_shard
-from trinity.config import dtype_of
+from trinity.config import turn_of
 from trinity.errors import TrinityError
 from trinity.experts.spec import ShardSpec
 from trinity.placement.table import PlacementTable
@@ -62,7 +62,7 @@ class Shards:
             spec.optim,
             settings.backend,
             spec.device,
-            expert_dtype=dtype_of(name, spec.expert_dtype),
+            expert_dtype=turn_of(name, spec.expert_dtype),
             pool_dtypes=spec.expert_dtype,
         )
         self.handles[name] = start_shard(made, self.plane, settings, self.state.namespace, node)

@@ -26,9 +26,14 @@ class PoolSpec:
     optim: OptimConfig | None
     num_shards: int
     device: str
-    expert_bytes: int  # of a replica with all that travels with it, on the shards that need most
+    bytes_by_form: tuple[int, ...]  # of a replica with all that travels with it, on shards of each of `expert_dtype`
     expert_dtype: tuple[str, ...] = ()  # forms of inference: of several, each shard's by its number
     ends_with_server: bool = field(default=False, compare=False)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of a replica on the shards that need most."""
+        return max(self.bytes_by_form)
 
     @property
     def trains(self) -> bool:

@@ -20,6 +20,8 @@ enum Format : int32_t {
   kNvfp4 = 4  // two e2m1 a byte, the first one lowest, with a scale in e4m3 for each 16 of a row; the same
 };
 
+constexpr Format rows_of(Format format) { return format == kFp8 || format == kNvfp4 ? kFloat32 : format; }  // what rows are rounded to
+
 struct Matrices {        // [E, N, K]
   const void *values;  // float32, the bits of bfloat16, int8, e4m3, or [E, N, K / 2] of e2m1
   const float *scale;  // [E, N] of int8; [E, N / 128, K / 128], rounded up, of fp8; [E] of nvfp4: its scales are divided by it

@@ -1,6 +1,7 @@
-// outer.h as Python calls it: addresses and sizes as integers, which trinity/ops checks; other threads of Python go on.
+// outer.h and kept.h as Python calls it: addresses and sizes as integers, which trinity/ops checks; other threads of Python go on.
 #include <Python.h>
 
+#include "kept.h"
 #include "outer.h"
 
 namespace {
@@ -53,6 +54,29 @@ PyObject *add_row_sums_of(PyObject *, PyObject *const *arguments, Py_ssize_t num
   Py_RETURN_NONE;
 }
 
+PyObject *multiply_rounded_of(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Numbers<10> n;
+  if (!n.read(arguments, num)) return nullptr;
+  const RoundedProduct product{static_cast<Format>(n.of[0]), n.at<const void>(1), n.at<const void>(2), n.at<const int64_t>(3),
+                               n.at<void>(4), n.of[5], n.of[6]};
+  Py_BEGIN_ALLOW_THREADS;
+  multiply_rounded(product, n.of[7], n.of[8], n.of[9]);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject *forward_and_keep_of(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  Numbers<17> n;
+  if (!n.read(arguments, num)) return nullptr;
+  const KeptForward kept{static_cast<Format>(n.of[0]), n.at<const void>(1), n.at<const void>(2), n.at<const void>(3),
+                         n.at<const void>(4), n.at<const float>(5), n.at<const int64_t>(6), n.at<const int64_t>(7),
+                         n.at<const int64_t>(8), n.at<void>(9), n.at<void>(10), n.at<void>(11), n.of[12], n.of[13], n.of[14]};
+  Py_BEGIN_ALLOW_THREADS;
+  forward_and_keep(kept, n.of[15], n.of[16]);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
 using Function = PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t);
 
 PyMethodDef method(const char *name, Function function) {
@@ -65,5 +89,7 @@ PyMethodDef outer_methods[] = {
     method("has_outer", has_outer_of),
     method("add_products", add_products_of),
     method("add_row_sums", add_row_sums_of),
+    method("multiply_rounded", multiply_rounded_of),
+    method("forward_and_keep", forward_and_keep_of),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -19,9 +19,6 @@ constexpr int64_t kPanelBytes = 256 << 10;  // of weights that stay in a core's 
 constexpr int64_t size_of(Format format) { return format == kFloat32 ? 4 : format == kBfloat16 ? 2 : 1; }
 constexpr int64_t quarter_of(int64_t n) { return (n + kColumns - 1) / kColumns; }
 
-// What rows are rounded to.
-constexpr Format rows_of(Format format) { return format == kFp8 || format == kNvfp4 ? kFloat32 : format; }
-
 // Tiles of a panel.
 constexpr int64_t panel_of(Format format, int64_t k) {
   const int64_t tiles = kPanelBytes / (kColumns * k * size_of(format) + 1);

@@ -14,7 +14,7 @@ struct ExpertCall {
   const int64_t* row;     // [A]
   const int64_t* end;     // [E]: assignments of expert e are end[e - 1] <= a < end[e], of the first from 0 on
   const float* weight;    // [A]: hidden rows are multiplied by it
-  const void* stacks[9];  // gate [E, F, D], up [E, F, D], down [E, D, F]; of int8 scales and totals, too: see kernels.h
+  const void* stacks[9];  // gate [E, F, D], up [E, F, D], down [E, D, F]; of some formats scales and more, too: see kernels.h
   float* y;               // [A, D], to be written: a row for each assignment, which the caller adds up
 };
 

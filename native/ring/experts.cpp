@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kMostRows = 64;  // of a unit, as in trinity/ops/batch_invariant/fused_mlp.py
 
-// The call's rows as matrices of the format take them; valid until this thread's next call. Formats of rows have kernels.h's numbers.
-Rows rows_of(const ExpertCall* call, Format format) {
+// The call's rows in a format; valid until this thread's next call. Formats of rows have kernels.h's numbers.
+Rows rows_in(Format format, const ExpertCall* call) {
   const bool is_brain = call->rows == kBfloat16;
   if (format == format_of(is_brain)) return {call->x, nullptr, call->row};
   thread_local std::vector<char> memory;
@@ -24,7 +24,7 @@ Rows rows_of(const ExpertCall* call, Format format) {
 }
 
 Matrices matrices_of(const ExpertCall* call, int at, int64_t n, int64_t k) {
-  return {call->stacks[at], static_cast<const float*>(call->stacks[3 + at]), static_cast<const int32_t*>(call->stacks[6 + at]), n, k};
+  return {call->stacks[at], static_cast<const float*>(call->stacks[3 + at]), call->stacks[6 + at], n, k};
 }
 
 template <Format format>
@@ -38,7 +38,7 @@ void compute(const ExpertCall* call) {
     }
   FeedForward layer = {};
   layer.format = format;
-  layer.x = rows_of(call, format);
+  layer.x = rows_in(rows_of(format), call);
   layer.gate = matrices_of(call, 0, call->hidden, call->dim);
   layer.up = matrices_of(call, 1, call->hidden, call->dim);
   layer.down = matrices_of(call, 2, call->dim, call->hidden);
@@ -50,8 +50,8 @@ void compute(const ExpertCall* call) {
 }  // namespace
 
 ExpertKernel experts_in(uint32_t format) {
-  constexpr ExpertKernel kernels[] = {compute<kFloat32>, compute<kBfloat16>, compute<kInt8>};  // by format
-  return format <= kInt8 ? kernels[format] : nullptr;
+  constexpr ExpertKernel kernels[] = {compute<kFloat32>, compute<kBfloat16>, compute<kInt8>, compute<kFp8>, compute<kNvfp4>};  // by format
+  return format <= kNvfp4 ? kernels[format] : nullptr;
 }
 
 }  // namespace trinity

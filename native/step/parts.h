@@ -40,6 +40,6 @@ char *scratch_of(int64_t num_bytes) {
 }
 
 // x [num, k] of the model's type as matrices of a format take it: for them to be multiplied with, before the next call.
-Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k);
+Rows rows_for(Format matrices, int threads, bool is_brain, int64_t num, const void *x, int64_t k);
 
 }  // namespace trinity

@@ -17,13 +17,14 @@ void each_row(int threads, int64_t num, int64_t operations, const std::function<
 }
 
 void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const std::vector<const Matrix *> &matrices, float *y) {
-  Rows rows[3] = {};  // by format
+  Rows rows[3] = {};  // by their format
   std::vector<Product> products;
   std::vector<int64_t> end{0};
   int64_t width = 0;
   for (const Matrix *m : matrices) {
-    if (!rows[m->format].values) rows[m->format] = rows_for(m->in(), threads, is_brain, num, x, m->k);
-    products.push_back({m->in(), rows[m->format], m->matrices(), &num, y + num * width, m->n});
+    Rows &own = rows[rows_of(m->in())];
+    if (!own.values) own = rows_for(m->in(), threads, is_brain, num, x, m->k);
+    products.push_back({m->in(), own, m->matrices(), &num, y + num * width, m->n});
     end.push_back(end.back() + units_of(m->in(), m->n, m->k));
     width += m->n;
   }
@@ -35,7 +36,8 @@ void multiply_all(int threads, bool is_brain, int64_t num, const void *x, const 
   });
 }
 
-Rows rows_for(Format format, int threads, bool is_brain, int64_t num, const void *x, int64_t k) {
+Rows rows_for(Format matrices, int threads, bool is_brain, int64_t num, const void *x, int64_t k) {
+  const Format format = rows_of(matrices);
   if (format == format_of(is_brain)) return {x, nullptr, nullptr};
   const int64_t room = bytes_of_rows(format, num, k);
   char *memory = format == kInt8 ? scratch_of<4>(room) : scratch_of<5>(room);

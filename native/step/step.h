@@ -21,11 +21,11 @@ struct Norm {            // RMS; weight null: none
 
 struct Matrix {          // [n, k], or a stack of them; values null: none
   const void *values, *bias;
-  const float *scale;    // [n], of int8
-  const int32_t *total;  // [n], of int8
+  const float *scale;    // of int8, fp8 and nvfp4, as kernels.h has them; and so
+  const void *more;      // of int8 and nvfp4
   int64_t n, k, format;  // of kernels.h
   Format in() const { return static_cast<Format>(format); }
-  Matrices matrices() const { return {values, scale, total, n, k}; }
+  Matrices matrices() const { return {values, scale, more, n, k}; }
 };
 
 struct Project {

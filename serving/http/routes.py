@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 import trinity
-from serving.access import Access
+from serving.access import ASKS, Access
 from serving.errors import RouteError, openai_body, to_typed
 from serving.frontend import DECODED_IDS, Frontend, Served, new_request_id, now_s, off_loop
 from serving.http import pages, schema
@@ -270,7 +270,7 @@ async def version(front: Frontend, request: Request) -> Response:
 
 async def metrics(front: Frontend, request: Request) -> Response:
     front.metrics.admitted(front.admission.held, front.admission.num_gateways)
-    text, kind = front.metrics.render()
+    text, kind = front.metrics.render(load_alone=ASKS.get().name in front.config.clients)
     return Response(text, headers={"content-type": kind})
 
 

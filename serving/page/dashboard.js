@@ -195,8 +195,9 @@ function showShards(now) {
     number(plain.format(shard.num_replicas)),
     number(bytes(shard.weight_bytes)),
     number(`${shard.version}`),
+    { text: shard.computes ? `${shard.expert_dtype} by ${shard.kernels}` : "–", title: shard.computes },
   ]);
-  fill("shards", rows, 7, "none");
+  fill("shards", rows, 8, "none");
 }
 
 function showChanges(now) {

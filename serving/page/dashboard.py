@@ -54,7 +54,7 @@ def to_tree(snapshot: Snapshot) -> dict[str, Any]:
         "placed": table.shards,
         "replicas": table.replicas,
         "load": load_LE.round(1).tolist(),
-        "shards": [_finite(asdict(shard)) for shard in snapshot.shards],
+        "shards": [_finite(asdict(shard)) | {"kernels": shard.kernels} for shard in snapshot.shards],
         "changes": [_finite(asdict(change)) for change in snapshot.changes],
         "num_recoveries": snapshot.num_recoveries,
         "survives": snapshot.survives,

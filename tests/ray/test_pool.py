@@ -1,17 +1,27 @@
 """Shard actors are found by name, answer as shards in this process do, and come back by themselves."""
 
 import os
+import re
 import signal
 import uuid
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from actors.dataplane import arithmetic
+from tests.parity.test_invariance import answers
+from tests.ray.nodes import another_node
 from tests.waiting import sooner_than, until
+from trinity import native
+from trinity.cli import main
+from trinity.commands import doctor
+from trinity.commands.placement import show
 from trinity.config import Config, OptimConfig, PlacementConfig, preset
 from trinity.errors import ConfigError, DeadlineExceeded, StepConflict, Unavailable
+from trinity.models.registry import build, family_of
 from trinity.pool.local import local_pool
 from trinity.rpc import messages
 from trinity.rpc.messages import PROTOCOL, Load
@@ -21,11 +31,20 @@ LAYER = MODEL.moe_layers[0]
 
 
 @pytest.fixture(scope="module")
-def kept_pool(ray_session, tmp_path_factory):
-    """-> (pool, settings, folder). Its first test finds it without weights, its last leaves experts elsewhere."""
+def plain_node(ray_session):
+    """-> the id of a second node, whose processes do without the extension."""
+    with another_node(ray_session, {"TRINITY_NATIVE": "0"}, expert_shard=1) as node_id:
+        yield node_id
+
+
+@pytest.fixture(scope="module")
+def kept_pool(ray_session, plain_node, tmp_path_factory):
+    """-> (pool, settings, folder), a shard on either node. Its first test finds it without weights, its last leaves experts
+    elsewhere."""
     from actors import pool as pools
 
-    settings = PlacementConfig(pool=f"p-{uuid.uuid4().hex[:8]}", num_shards=2, call_timeout_s=60)
+    name, each_has = f"p-{uuid.uuid4().hex[:8]}", {"expert_shard": 1}
+    settings = PlacementConfig(pool=name, num_shards=2, call_timeout_s=60, resources=each_has, data_host="node")
     folder = tmp_path_factory.mktemp("pool") / "placement"
     yield pools.create(settings, "trinity", MODEL, OptimConfig(), str(folder)), settings, folder
     pools.destroy(settings.pool, "trinity")
@@ -74,6 +93,50 @@ def test_a_pool_of_actors_is_a_pool_of_shards(kept_pool, ray_session):
     assert (folder / "epoch-00000001.json").is_file()
     with pytest.raises(StepConflict, match="the caller wants 7"):
         found.dispatcher(version=7)(LAYER, *batch())
+
+
+def test_a_node_without_the_extension_serves_the_same_bits_and_is_named(
+    pool, plain_node, ray_session, monkeypatch, caplog, capsys
+):
+    """By the plain path. Its log and the caller's say so once; operators see which shard and which node it is."""
+    from actors.control.admin import operator
+
+    monkeypatch.setattr(arithmetic, "_told", set())
+    version, local = pool.load(Load(seed=3)), local_pool(MODEL, Load(seed=3), backend="torch")
+    prompts = [[20 + n, 30, 40 * n] for n in range(1, 5)]
+    served, alone = (
+        answers(model_with(experts), prompts) for experts in (pool.dispatcher(version), local.dispatcher())
+    )
+    assert served == alone
+    snapshot = operator(PlacementConfig(pool=pool.name), "trinity").snapshot()
+    (plain,) = (shard for shard in snapshot.shards if shard.host == plain_node)
+    (other,) = (shard for shard in snapshot.shards if shard.host != plain_node)
+    assert (plain.kernels, other.computes) == ("python", native.computes())
+    show(snapshot)
+    assert re.search(
+        rf"^  {plain.name} .* float32 +python .* {plain_node[:12]}$", capsys.readouterr().out, re.MULTILINE
+    )
+    monkeypatch.setattr(doctor, "cluster_of", lambda arguments: nullcontext())
+    assert main(["doctor", "--address", "auto"]) == 0
+    without = rf"^  \S+ {plain_node[:12]} +python: float32.*the extension is switched off by TRINITY_NATIVE=0$"
+    assert re.search(without, capsys.readouterr().out, re.MULTILINE)
+    if native.lib is not None:
+        _, pid = ray_session.get(pool.shards[plain.name].where.remote())
+        assert len([record for record in caplog.records if "takes the plain path" in record.getMessage()]) == 1
+        assert log_of(ray_session, pid).count("takes the plain path") == 1
+
+
+def model_with(experts):
+    """A backbone, whose weights depend on nothing else, over those experts."""
+    made = build(MODEL, experts)
+    family_of(MODEL).init_weights(made, 3)
+    return made.eval()
+
+
+def log_of(ray, pid):
+    """What that worker has said, in words."""
+    (path,) = Path(ray._private.worker._global_node.get_logs_dir_path()).glob(f"worker-*-{pid}.err")
+    return path.read_text()
 
 
 def test_a_killed_shard_comes_back_with_its_weights_while_its_callers_wait(pool, ray_session):
@@ -133,7 +196,9 @@ def test_a_pool_is_used_as_it_is_or_refused(pool, ray_session, tmp_path):
 def test_a_pool_that_cannot_start_says_what_is_missing_and_leaves_nothing(ray_session, tmp_path):
     from actors import pool as pools
 
-    settings = PlacementConfig(pool="too-big", num_shards=2, num_cpus_per_shard=1000, ready_timeout_s=2)
+    settings = PlacementConfig(
+        pool="too-big", num_shards=2, num_cpus_per_shard=1000, ready_timeout_s=2, data_host="node"
+    )
     for _ in range(2):
         with pytest.raises(
             Unavailable, match=r"2 of 2 shards, which take .*1000.* each, not ready after 2 s; free in the cluster"

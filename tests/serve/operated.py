@@ -3,6 +3,7 @@
 `snapshot_of` makes pools of any size with loads as skewed as real ones; `down` makes every call fail as a lost service does.
 """
 
+import itertools
 import threading
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from trinity.placement.table import PlacementTable
 
 NOW_S = 1_790_000_000.0
 MIB_25 = 25 << 20
+COMPUTES = ("avx512_bf16: float32 int8", "python: float32 int8", "avx2: float32")
 
 
 def snapshot_of(num_layers=6, num_experts=16, num_shards=3, epoch=4, pool="default", seed=0):
@@ -37,8 +39,8 @@ def snapshot_of(num_layers=6, num_experts=16, num_shards=3, epoch=4, pool="defau
                 rows_S[shard] += load_LE[at, expert] / len(held)
                 held_S[shard] += 1
     shards = tuple(
-        ShardView(name, f"{i:02x}" * 28, "ready", 120, held_S[i], held_S[i] * MIB_25, float(rows_S[i]), "int8")
-        for i, name in enumerate(names)
+        ShardView(name, f"{i:02x}" * 28, "ready", 120, held_S[i], held_S[i] * MIB_25, float(rows_S[i]), "int8", by)
+        for i, (name, by) in enumerate(zip(names, itertools.cycle(COMPUTES), strict=False))
     )
     changes = (
         ChangeView(epoch, NOW_S - 42, 0.31, "balance", "done", 6, 4, 6 * MIB_25),

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from protos.trinity.v1 import inference_pb2 as pb
 from protos.trinity.v1 import inference_pb2_grpc as rpc
+from serving.metrics import LOAD
 from tests.waiting import WAIT_S, eventually
 from trinity.config import Client, Config, ServeConfig
 from trinity.config.serve import HIDDEN
@@ -98,6 +99,25 @@ async def test_a_flood_of_one_leaves_the_others_their_share(shared):
     assert (
         'trinity_client_requests{client="ann"} 0.0' in (await http.get("/metrics", headers=headers("key-of-all"))).text
     )
+
+
+async def test_clients_see_of_others_how_busy_they_keep_the_server_and_no_more(shared):
+    """Sums of hits, times and computed tokens, looked at before and after, tell what another key's prompts begin with."""
+    server, http = shared
+    server.engine.go.set()
+    await http.post("/v1/completions", json=BODY, headers=headers("key-of-bob"))
+    await server.front.probe(timeout_s=WAIT_S)
+    lines = {
+        key: set((await http.get("/metrics", headers=headers(key))).text.splitlines())
+        for key in ("key-of-ann", "key-of-all", "key-of-admin")
+    }
+    told = {line.split("{")[0].split(" ")[0] for line in lines["key-of-ann"] if line[0] != "#"}
+    assert told == set(LOAD)
+    for key in ("key-of-all", "key-of-admin"):
+        assert lines["key-of-ann"] < lines[key]
+        assert {"vllm:prefix_cache_hits_total", "trinity_prompt_tokens_total"} <= {
+            line.split("{")[0].split(" ")[0] for line in lines[key]
+        }
 
 
 @pytest.mark.parametrize(("key", "most"), [("key-of-ann", 2), ("key-of-bob", 2), ("key-of-admin", 2)])

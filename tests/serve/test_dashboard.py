@@ -38,6 +38,10 @@ def test_the_data_are_the_snapshots():
     assert found["replicas"] == [[list(held) for held in row] for row in shown.table.replicas]
     np.testing.assert_allclose(found["load"], shown.load_LE, atol=0.051)
     assert [shard["rows_per_s"] for shard in found["shards"]] == [shard.rows_per_s for shard in shown.shards]
+    assert [(shard["kernels"], shard["computes"]) for shard in found["shards"]] == [
+        ("avx512_bf16", "avx512_bf16: float32 int8"),
+        ("python", "python: float32 int8"),
+    ]
     assert [change["phase"] for change in found["changes"]] == ["done", "rolled back"]
     assert json.loads(dashboard.encode(moved(shown), 0.0))["snapshot"]["epoch"] == 5
 
@@ -107,6 +111,10 @@ def follow(page, pool):
     assert (page.text("epoch"), page.text("imbalance")) == ("4", f"{shown.imbalance:.2f}")
     assert page.text("num-replicas") == f"{shown.table.num_replicas_LE.sum()}"
     assert [name in page.text("shards") for name in shown.table.shards] == [True] * 3
+    computes = [line.split("\t")[-1] for line in page.text("shards").splitlines()]
+    assert computes == ["int8 by avx512_bf16", "int8 by python", "int8 by python"], (
+        "the last one's kernels know no int8"
+    )
     assert page.text("changes").splitlines()[0].split("\t")[2:4] == ["balance", "done"]
     hottest = np.unravel_index(np.argmax(shown.load_LE), (6, 16))
     assert page.text("busiest").split("\t")[:2] == [str(shown.table.layers[hottest[0]]), str(hottest[1])]

@@ -8,6 +8,7 @@ import openai
 import pytest
 from fake import FakeEngine, HeldEngine
 
+from serving.frontend import EngineInfo
 from serving.metrics import Exporter
 from tests.waiting import WAIT_S, eventually
 from trinity.errors import Overloaded
@@ -163,6 +164,26 @@ def test_what_engines_say_of_their_weights_is_exported():
         "trinity_weights_switch_seconds 0.25",
     ):
         assert f"\n{line}\n" in text
+
+
+def test_engines_that_have_gone_hold_nothing_and_what_they_counted_is_not_counted_again():
+    """For a minute /metrics said that a killed engine's requests ran and held blocks, beside the same ones elsewhere."""
+    exporter = Exporter()
+    stats = {"num_running": 3, "num_free_blocks": 1, "num_total_blocks": 8}
+    before, a, b = ([EngineInfo("m", 64, 1, name, kept)] for name, kept in (("a", {}), ("a", stats), ("b", stats)))
+    a[0].stats["num_computed_tokens"] = 5
+    for infos, running, usage in (
+        (before, 0, 0.0),
+        ([*a, *b], 6, 0.875),
+        (b, 3, 0.875),
+        ((), 0, 0.0),
+        (a, 3, 0.875),
+    ):
+        exporter.engines(infos)
+        lines = exporter.render()[0].decode().splitlines()
+        assert f"trinity_requests_running {running}.0" in lines
+        assert f"trinity_kv_usage {usage}" in lines
+    assert "trinity_computed_tokens_total 10.0" in lines
 
 
 @pytest.mark.parametrize("stream", [False, True])

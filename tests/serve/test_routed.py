@@ -279,6 +279,8 @@ async def test_roles_change_while_it_runs_and_other_gateways_hear_of_it():
         await one.set_roles(["prefill"])
     with pytest.raises(InvalidRequest, match=r"engine\.kv_tier_bytes"):
         await (await met(fleet, kv_tier_bytes=0)).set_roles(["prefill", "decode"])
+    with pytest.raises(InvalidRequest, match="role names 2 engines and there are at most 1"):
+        await (await met(fleet, replicas=1)).set_roles(["prefill", "decode"])
 
 
 async def test_only_prefill_engines_are_left_and_answer():

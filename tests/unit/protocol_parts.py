@@ -152,7 +152,7 @@ class Parts:
     def published(self, table: PlacementTable, following: PlacementTable) -> PlacementTable | str:
         """The newest table on disk after publishing; the name of the error where it was refused."""
         with TemporaryDirectory(dir=self.folder) as folder:
-            spec = PoolSpec(MODEL, OPTIM, 1, "cpu", 1 << 20)
+            spec = PoolSpec(MODEL, OPTIM, 1, "cpu", (1 << 20,))
             Path(folder, f"epoch-{table.epoch:08d}.json").write_text(table.to_json())
             make = partial(PoolState, Path(folder), spec, PlacementConfig(), "test", is_again=True)
             found = tried(lambda: make().publish(following), TrinityError)

@@ -100,10 +100,12 @@ def compressed(kind, bits, strategy, **weights):
 DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
 BLOCKS = compressed("float", 8, "block", block_structure=list(BLOCK))
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.*router*"]}
+USUAL = (128, 128)
 CHANNEL, WHOLE = (1, 64), (64, 64)  # no side is longer
 LAYOUTS = {
     "fp8-block": (fp8, {}, BLOCKS),
     "fp8-block-e8m0": (fp8, {"dtype": torch.float8_e8m0fnu}, BLOCKS),
+    "fp8-blocks": (fp8, {"block": USUAL}, compressed("float", 8, "block", block_structure=list(USUAL))),
     "fp8-deepseek": (fp8, {"name": "weight_scale_inv"}, DEEPSEEK),
     "fp8-channel": (fp8, {"block": CHANNEL}, compressed("float", 8, "channel")),
     "fp8-tensor": (fp8, {"block": WHOLE, "shape": (1,)}, compressed("float", 8, "tensor")),

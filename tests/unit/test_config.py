@@ -82,6 +82,7 @@ def preset_optim(name):
         (["--engine.kv_max_age", "keep"], "engine.kv_max_age: give a number of steps, 0 and more, or `unbounded`"),
         (["--engine.kv_max_age", "-1"], "engine.kv_max_age: give a number of steps"),
         (["--engine.max_versions", "0"], "engine.max_versions"),
+        (["--engine.role", "7"], "engine.role: give both, prefill or decode, or a list of these"),
         (["--engine.replicas", "3", "--engine.max_replicas", "2"], "max_replicas 2 is below replicas 3"),
     ],
 )

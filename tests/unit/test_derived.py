@@ -232,11 +232,7 @@ def test_a_pool_that_serves_has_that_form_alone_and_the_bits_of_one_that_trains(
     held = served.experts[LAYER]
     assert held == (0, 1, 2, 4, 6, 7)
     ready = [ready_layers(shard.store.current, MODEL, None)[LAYER] for shard in (served, trained, plain)]
-    assert [matrices_of(layer) is not None for layer in ready] == [
-        name == "int8",
-        name == "int8",
-        True,
-    ]  # C++ knows no fp4
+    assert None not in map(matrices_of, ready), "C++ knows all of them"
     assert torch.equal(answers(served, LAYER, 0, held), answers(trained, LAYER, 0, held))
     assert not torch.equal(answers(served, LAYER, 0, held), answers(plain, LAYER, 0, held))
     size = served.status(Status()).weight_bytes / served.weights.num_experts

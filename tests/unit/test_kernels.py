@@ -13,9 +13,9 @@ from trinity.bench.expert_backends import shape_of
 from trinity.bench.expert_formats import formats
 from trinity.errors import InvalidRequest
 from trinity.experts.base import Assignments
-from trinity.experts.derived import FP8, NVFP4, DerivedLayer
+from trinity.experts.derived import FORMS, DerivedLayer
 from trinity.experts.derived_compute import infer
-from trinity.ops import extension, quantised
+from trinity.ops import extension, quantised, rounded, stored
 from trinity.ops.batch_invariant import elementwise, fused_mlp, gemm
 
 built = pytest.mark.skipif(native.lib is None, reason="the extension is not built, or switched off")
@@ -82,10 +82,12 @@ def test_float32_is_numbas(instructions, twin, monkeypatch):
 
 
 @built
-@pytest.mark.parametrize(("form", "shape"), [(FP8, (130, 300)), (FP8, (7, 33)), (NVFP4, (48, 1200)), (NVFP4, (16, 16))])
-def test_8_and_4_bits_are_float32_of_what_they_mean(instructions, form, shape):
+@pytest.mark.parametrize(
+    ("name", "shape"), [("fp8", (130, 300)), ("fp8", (7, 33)), ("nvfp4", (48, 1200)), ("nvfp4", (16, 16))]
+)
+def test_8_and_4_bits_are_float32_of_what_they_mean(instructions, name, shape):
     """With scales that are tiny, and all numbers that a byte may be; those that are none stay so."""
-    f, d = shape
+    form, (f, d) = FORMS[name], shape
     end_E, x_AD, weight_A = torch.tensor([3, 3, 14]), random(14, d), random(14, seed=5)
     stacks, matrices = [], []
     for seed, (n, k) in enumerate(((f, d), (f, d), (d, f))):
@@ -101,6 +103,9 @@ def test_8_and_4_bits_are_float32_of_what_they_mean(instructions, form, shape):
     want = fused_mlp.feed_forward(x_AD, *matrices, end_E, weight_A)
     torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
     assert not want[:3].isnan().any()
+    [y_AN] = rounded.side_by_side(x_AD, [stored.matrices([part[2] for part in stacks[0]])])
+    want = gemm.multiply(x_AD, matrices[0][2:], torch.tensor([14]))
+    torch.testing.assert_close(y_AN, want, atol=0, rtol=0, equal_nan=True)
 
 
 @built

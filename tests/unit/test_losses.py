@@ -79,6 +79,14 @@ def test_cross_entropy_gradient_equals_the_fused_one():
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_are_the_same_when_asked_for_twice():
+    """The second time the logits are made again."""
+    head_VD, hidden_TD = randn(1, 31, 6).requires_grad_(), randn(2, 20, 6).requires_grad_()
+    loss = sum(loss_from_hidden(head_VD, hidden_TD, random_targets(3, 20, 31), 0.1, 7))
+    first, second = (torch.autograd.grad(loss, (head_VD, hidden_TD), retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
 class Largest(TorchDispatchMode):
     """Records the elements of the largest tensor that any operation makes."""
 

@@ -235,12 +235,38 @@ def test_a_shared_beginning_that_windows_have_left_behind_is_kept_from_the_secon
     assert counted.engine.stats().num_preemptions == 0
 
 
-@pytest.mark.parametrize(("place", "cached"), [(52, 48), (48, 48), (40, 40)])
-def test_the_second_text_that_begins_like_a_new_one_finds_a_window_near_to_where_they_part(place, cached):
-    """An instruction's end is not known before: at most as much again is computed as comes after it, or a window."""
+def parting(text, place):
+    return (*text[:place], *((token + 1) % VOCAB for token in text[place:]))
+
+
+@pytest.mark.parametrize(("place", "cached"), [(55, 52), (48, 48), (44, 40), (28, 24)])
+@pytest.mark.parametrize("num_known", [0, 8])
+def test_the_second_text_that_begins_like_a_new_one_finds_a_window_near_to_where_they_part(place, cached, num_known):
+    """An instruction's end is not known before: at most as much again is computed as comes after it. Of a text of which a
+    little was known before, too."""
     counted, text = Counted(), tuple(i % VOCAB for i in range(58))
+    if num_known:
+        counted.ask(text[:num_known])
     counted.ask(text)
-    assert counted.ask((*text[:place], *((token + 1) % VOCAB for token in text[place:])))[2] == cached
+    assert counted.ask(parting(text, place))[2] == cached
+
+
+@pytest.mark.parametrize("budget", [16, 1000])
+def test_windows_are_kept_by_the_passes_that_a_prompt_takes_anyway(budget):
+    engine = fake_engine(max_num_batched_tokens=budget, max_model_len=200)
+    engine.add("r", tuple(i % VOCAB for i in range(150)), GREEDY)
+    assert [len(engine.step()) for _ in range(-(-150 // budget))][:-1] == [0] * (149 // budget)
+    assert engine.stats().num_generated_tokens == 1
+
+
+@pytest.mark.parametrize("budget", [130, 1000])
+def test_who_parts_from_one_that_is_being_computed_goes_on_just_there(budget):
+    engine, text = fake_engine(max_num_batched_tokens=budget, max_model_len=200), tuple(i % VOCAB for i in range(122))
+    for name, prompt in (("first", text), ("second", parting(text, 80)), ("third", parting(text, 44))):
+        engine.add(name, prompt, GREEDY)
+    deltas = run_all(engine)
+    assert [deltas[name][-1].num_cached_tokens for name in ("first", "second", "third")] == [0, 80, 44]
+    engine.check()
 
 
 def test_a_full_cache_makes_room_and_fails_nobody():

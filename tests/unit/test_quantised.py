@@ -161,6 +161,10 @@ ODD_TENSORS = {
     "scale-type": ("fp8-block", with_("weight_scale", lambda _: torch.ones(4, 2).char()), r"weight_scale is I8 \[4, 2\]"),
     "data-shape": ("nvfp4", with_("weight_packed", lambda _: torch.ones(32, 9).byte()), r"has shape \[32, 9\], 2 numbers"),
     "shape": ("int4", poked("weight_shape", 15), r"weight_shape is \[32, 15\], the matrix is one of \[32, 16\]"),
+    "zero-missing": ("int8-zeros", without("weight_zero_point"), "weight_zero_point is missing; .* symmetric: false"),
+    "zero-missing-packed": ("int4-zeros", without("weight_zero_point"), "down_proj.weight_zero_point is missing"),
+    "nan-data": ("fp8-block", poked("weight", float("nan")), "down_proj.weight has NaN in it"),
+    "large": ("fp8-block", poked("weight_scale", 1e37), "weight_scale has a scale that is no positive number, or too large"),
     "zeros": ("int4-zeros", with_("weight_zero_point", lambda _: torch.ones(4, 3).int()), r"zero_point is I32 \[4, 3\]"),
 }  # fmt: skip
 
@@ -185,6 +189,7 @@ ODD_SETTINGS = {
     "sparse": ({**BLOCKS, "sparsity_config": {"format": "sparse-bitmask"}}, "sparsity_config is not implemented"),
     "turned": ({**BLOCKS, "transform_config": {"config_groups": {}}}, "transform_config is not implemented"),
     "groups": ({**BLOCKS, "config_groups": None}, "config_groups is NoneType"),
+    "no-groups": ({**BLOCKS, "config_groups": {}}, "config_groups is empty"),
     "bits": ({**BLOCKS, "config_groups": compressed("int", 3, "channel")["config_groups"]}, "3 bits of type 'int'"),
     "kind": ({**BLOCKS, "config_groups": compressed("int", 8, "channel")["config_groups"]}, "said to be int8 and stored as"),
     "few-bits": ({**BLOCKS, "config_groups": compressed("int", 4, "channel")["config_groups"]}, "F8_E4M3, .* says 4 bits"),

@@ -34,7 +34,7 @@ from trinity.rpc.messages import Commit, Fetch, Forward, Install, Load, Prepare,
 pytestmark = pytest.mark.skipif(not ring.is_possible(), reason="the extension is not built, or switched off")
 
 MODEL = preset("tiny").model_copy(
-    update=dict(hidden_size=16, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=3)
+    update=dict(hidden_size=16, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=3)
 )
 LAYER, OTHER = MODEL.moe_layers[:2]
 SECRET = b"s" * 32
@@ -126,6 +126,12 @@ def held_by_all(world, model=MODEL):
     [
         *itertools.product((1, 2, 3), (torch.float32, torch.bfloat16), (None,)),
         *((2, torch.float32, "int8"), (1, torch.bfloat16, "int8"), (2, torch.float32, "bfloat16")),
+        *(
+            (2, torch.float32, "fp8"),
+            (1, torch.bfloat16, "fp8"),
+            (1, torch.float32, "nvfp4"),
+            (2, torch.bfloat16, "nvfp4"),
+        ),
     ],
 )
 def test_the_bits_are_those_of_python(num_shards, dtype, form, monkeypatch):

@@ -1,39 +1,49 @@
-"""A backbone that is kept in int8 or bfloat16: the same bits on every path and in any company, read, refused by name."""
+"""A backbone that is kept in another format: the same bits on every path and in any company, read, refused by name."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from tests.unit import test_engine_llm
+from tests.unit.checkpoint_files import plain as plain_folder
+from tests.unit.checkpoint_files import write
+from tests.unit.quantised_files import edited, write_quantised
 from tests.unit.test_engine_llm import PARAMS, SETTINGS
 from tests.unit.test_native_step import FAMILIES, model_of
 from trinity import native
-from trinity.checkpoint import open_checkpoint
-from trinity.checkpoint.forms import FORMS as WRITTEN
-from trinity.checkpoint.rewrite import rewrite
+from trinity.checkpoint import expert_key, open_checkpoint
 from trinity.config import preset
+from trinity.dispatch.transport import LocalTransport
 from trinity.engine.engine import Engine
 from trinity.engine.weights import FixedWeights, fingerprint
-from trinity.errors import ConfigError
+from trinity.errors import CheckpointError, ConfigError
+from trinity.experts.migration import migrate_in
+from trinity.experts.shard import ExpertShard, ShardSpec
 from trinity.llm import LLM
 from trinity.models.common.family import Nobody
+from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import build, weight_bytes
-from trinity.ops import extension, rounded
+from trinity.ops import extension, rounded, stored
+from trinity.rpc.messages import Copy, Load
 
 folder = test_engine_llm.folder
 
 
+EVEN = dict(hidden_size=144, intermediate_size=160, moe_intermediate_size=32, head_dim=16)  # for nvfp4
+
+
 def rounded_model(name, dtype, weight_dtype):
-    plain = model_of(name, dtype)
+    plain = model_of(name, dtype, **(EVEN if weight_dtype in ("fp8", "nvfp4") else {}))
     model = build(plain.config, Nobody()).eval()
     model.round_to(weight_dtype)
     model.load(plain.tensors())
     return model, plain
 
 
-def meant(w):
-    return w.values.float() if w.scale is None else w.values.float() * w.scale[:, None]
+def meant(w, name):
+    return stored.FORMATS[name].read(*stored.parts_of(w))
 
 
 def without(monkeypatch):
@@ -56,49 +66,76 @@ def answers(model, num):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "weight_dtype"),
-    [*itertools.product(FAMILIES, ("float32", "bfloat16"), ("int8",)), ("tiny", "float32", "bfloat16")],
+    [
+        *itertools.product(FAMILIES, ("float32", "bfloat16"), ("int8",)),
+        *(("tiny", "float32", form) for form in ("bfloat16", "fp8", "nvfp4")),
+        ("tiny", "bfloat16", "fp8"),
+    ],
 )
 def test_every_path_and_any_company_give_the_same_bits(name, dtype, weight_dtype, monkeypatch):
     model, plain = rounded_model(name, dtype, weight_dtype)
     found, one = answers(model, 40), answers(model, 1)
     assert all(torch.equal(a[:1], b) for a, b in zip(found, one, strict=True))
-    if weight_dtype == "int8":
+    if weight_dtype != "bfloat16":
         assert sum(p.nbytes for p in model.parameters()) < 0.75 * sum(p.nbytes for p in plain.parameters())
     without(monkeypatch)
+    monkeypatch.setattr(rounded, "BAND", 128)  # outputs come in several
     assert all(torch.equal(a, b) for a, b in zip(found, answers(model, 40), strict=True))
 
 
 def test_products_are_those_of_the_matrices_that_are_kept():
     rng = torch.Generator().manual_seed(0)
     x_TK, w_NK = torch.randn(9, 40, generator=rng), torch.randn(12, 40, generator=rng)
-    for dtype, worst in ((torch.int8, 0.02), (torch.bfloat16, 0.01)):
-        kept = rounded.made(w_NK, dtype)
+    for name, worst in (("int8", 0.02), ("bfloat16", 0.01)):
+        kept = stored.made(w_NK, name)
         y_TN = rounded.side_by_side(x_TK, [kept, kept])[1]
-        wrong = (y_TN - x_TK @ meant(kept).T).abs().max() / y_TN.abs().max()
+        wrong = (y_TN - x_TK @ meant(kept, name).T).abs().max() / y_TN.abs().max()
         assert 0 < wrong < worst
 
 
-def test_it_is_read_as_it_is_rounded_and_int8_of_a_checkpoint_stays_as_it_is(folder, tmp_path):
+def test_it_is_read_as_it_is_rounded(folder):
     source = open_checkpoint(folder)
     plain, kept = source.load_model(Nobody(), "cpu"), source.load_model(Nobody(), "cpu", "int8")
     names = set(kept.rounded())
     assert names == {n for n, w in plain.weights().items() if w.ndim == 2 and "embed" not in n and "router" not in n}
     for name, part in kept.rounded().items():
-        want = rounded.made(plain.weights()[name], torch.int8)
+        want = stored.made(plain.weights()[name], "int8")
         assert all(torch.equal(a, b) for a, b in zip(part.kept, want, strict=True))
-    rewrite(source, tmp_path / "int8", form=WRITTEN["int8"])
-    stored = open_checkpoint(tmp_path / "int8")
-    again = stored.load_model(Nobody(), "cpu", "int8")
-    key = "model.layers.0.self_attn.q_proj.weight"
-    q_NK = torch.empty(again.rounded()[key].weight.shape, dtype=torch.int8)
-    stored._file(stored.weight_map[key]).read_bytes(key, q_NK.view(torch.uint8))
-    assert torch.equal(again.rounded()[key].weight, q_NK)
     sizes = [weight_bytes(source.config, dtype)[0] for dtype in ("auto", "int8")]
     assert sizes[0] == sum(w.nbytes for w in plain.parameters())
     assert sizes[1] == sum(w.nbytes for w in kept.parameters()) + 8 * sum(
         len(w.weight) for w in kept.rounded().values()
     )
     assert len({fingerprint(model) for model in (plain, kept)}) == 2
+
+
+def poke(key, tensors):
+    tensors[key].view(-1)[-1] = 0
+
+
+@pytest.mark.parametrize(("layout", "name"), [("int8-channel", "int8"), ("fp8-blocks", "fp8"), ("nvfp4", "nvfp4")])
+def test_what_a_checkpoint_has_in_that_format_keeps_its_numbers(tmp_path, layout, name):
+    """Made anew, they would be others: the greatest of those that share a scale need not be the format's greatest."""
+    truth = write_quantised(plain_folder(write(tmp_path)[1]), tmp_path / "q", layout)
+    model = open_checkpoint(tmp_path / "q").load_model(Nobody(), "cpu", name)
+    key = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(meant(model.rounded()[key].kept, name), truth[key])
+    assert not torch.equal(meant(stored.made(truth[key], name), name), truth[key])
+    other = "fp8" if name == "int8" else "int8"
+    made = open_checkpoint(tmp_path / "q").load_model(Nobody(), "cpu", other).rounded()[key].kept
+    assert torch.equal(made.values, stored.made(truth[key], other).values)
+    shard = ExpertShard(ShardSpec("a", model.config, {2: (0, 1)}, backend="torch", expert_dtype=name))
+    load = Load(str(tmp_path / "q"), training=False)
+    shard.load(load)
+    migrate_in(shard, Copy(2, (3,), ("",), shard.version, 4e9), LocalTransport({}), load)
+    derived = shard.versions.ready[2].derived
+    for at, expert in enumerate((0, 1, 3)):
+        for parts, projection in zip(derived[1:], PROJECTIONS, strict=True):
+            wanted = truth[expert_key(model.config, 2, expert, projection)]
+            assert torch.equal(derived.form.read(*(part[at] for part in parts)), wanted)
+    edited(tmp_path / "q", partial(poke, f"{key}_scale"))
+    with pytest.raises(CheckpointError, match=f"{key}_scale has a scale that is no positive number"):
+        open_checkpoint(tmp_path / "q").load_model(Nobody(), "cpu", name)
 
 
 def test_a_newer_version_is_copied_into_what_is_there():

@@ -55,7 +55,7 @@ def ray(monkeypatch):
 @pytest.fixture
 def pool(ray, tmp_path):
     settings = PlacementConfig(num_shards=2, ready_timeout_s=60)
-    spec = PoolSpec(MODEL, OptimConfig(), 2, "cpu", 1 << 20)
+    spec = PoolSpec(MODEL, OptimConfig(), 2, "cpu", (1 << 20,))
     state = PoolState(tmp_path, spec, settings, "any", is_again=False)
     state.publish(TABLE)
     return Reconciler(state, None)

@@ -11,7 +11,7 @@ from trinity.experts.base import Assignments, LayerWeights
 from trinity.experts.reference import ReferenceBackend
 from trinity.experts.torch_backend import TorchBackend
 from trinity.ops import extension
-from trinity.ops.batch_invariant import outer
+from trinity.ops.batch_invariant import elementwise, gemm, outer, trained_mlp
 from trinity.ops.gradient_sums import Stacks, Sums
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -115,3 +115,26 @@ def test_gradients_are_added_where_the_caller_gathers_them(multiplies, dtype, th
         assert (got.float() / times - truth.float()).norm() <= tolerance * truth.float().norm()
     assert not found[0][-1].any()
     assert sums.take() is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "hidden"), [(96, 64), (70, 45)])
+def test_forward_has_the_bits_of_its_parts(multiplies, dtype, dim, hidden):
+    """Sizes that its tiles take, and others; experts without rows, with one and with more than a unit has."""
+    multiplies(dtype)
+    counts, before = [1, 0, 200, 5, 3, 2], torch.get_num_threads()
+    num, end_E = sum(counts), torch.tensor(counts).cumsum(0)
+    x_AD, weight_A1 = random(num, dim, dtype=dtype), random(num, 1, seed=1)
+    shapes = (hidden, dim), (hidden, dim), (dim, hidden)
+    weights = Stacks(*(random(len(counts), *shape, seed=2 + i, dtype=dtype) * 0.1 for i, shape in enumerate(shapes)))
+    gate_AF, up_AF = (gemm.multiply(x_AD, w, end_E).to(dtype) for w in weights[:2])
+    want_AD = gemm.multiply(elementwise.gated(gate_AF, up_AF, weight_A1), weights.down_EDF, end_E).to(dtype)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(trained_mlp.feed_forward(x_AD, weight_A1, weights, end_E, Sums()), want_AD)
+        finally:
+            torch.set_num_threads(before)
+    many_AD = x_AD.repeat(3, 1)
+    want_AF = gemm.multiply(many_AD, weights.gate_EFD[:1], torch.tensor([len(many_AD)])).to(dtype)
+    assert torch.equal(gemm.linear(many_AD, weights.gate_EFD[0]), want_AF)

@@ -59,6 +59,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
                         f"(default: {USUAL['requests']})")  # fmt: skip
     parser.add_argument("--apart", action="store_true", help="in bf16, by a process for each turn of an arm: as presets "
                         "in bf16 are in any case")  # fmt: skip
+    parser.add_argument("--families", action="store_true", help="instead: the gain over transformers in each family of "
+                        "models, in processor time")  # fmt: skip
     parser.add_argument("--layers", type=int, help="with --apart: take so many of the preset's layers")
     parser.add_argument("--shards", type=models.numbers, metavar="N,…", help="for the curve over shards "
                         f"(default: {USUAL['shards']})")  # fmt: skip
@@ -82,24 +84,24 @@ class Run(NamedTuple):
 
 
 class Ours:
-    """An engine, driven until all its requests are done."""
+    """An engine, driven until all its requests are done. `clock`: seconds, of what is to be counted."""
 
-    def __init__(self, engine: "Engine"):
-        self.engine = engine
+    def __init__(self, engine: "Engine", clock: Callable[[], float] = time.perf_counter):
+        self.engine, self.clock = engine, clock
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int) -> Run:
         from trinity.engine.request import SamplingParams
 
         params = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
         tokens: list[list[int]] = [[] for _ in prompts]
-        started, first = time.perf_counter(), 0.0
+        started, first = self.clock(), 0.0
         for i, prompt in enumerate(prompts):
             self.engine.add(str(i), prompt, params)
         while self.engine.has_work:
             self._step(tokens)
             if not first and all(tokens):
-                first, num_first = time.perf_counter(), sum(map(len, tokens))
-        ended = time.perf_counter()
+                first, num_first = self.clock(), sum(map(len, tokens))
+        ended = self.clock()
         return Run(tokens, first - started, ended - first, sum(map(len, tokens)) - num_first)
 
     def _step(self, tokens: list[list[int]]) -> None:
@@ -113,8 +115,8 @@ class Theirs:
     """transformers' `generate` over all prompts as one batch. Of a run with `look`, `gaps_NB` tells how far apart the two
     best logits of each step were; of the last run, `likely_BN` has the likeliest first tokens."""
 
-    def __init__(self, path: Path, dtype: str = "float32"):
-        self.model = models.twin(path, dtype).eval()
+    def __init__(self, path: Path, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter):
+        self.model, self.clock = models.twin(path, dtype).eval(), clock
         self.gaps_NB: list[list[float]] = []
         self.likely_BN: list[list[int]] = []
 
@@ -124,7 +126,7 @@ class Theirs:
         ids_BP, stamps = torch.tensor(prompts), list[float]()
 
         def processor(ids: "Tensor", logits_BV: "Tensor") -> "Tensor":
-            stamps.append(time.perf_counter())
+            stamps.append(self.clock())
             if len(stamps) == 1:
                 self.likely_BN = logits_BV.topk(NUM_LIKELY).indices.tolist()
             if look:
@@ -132,11 +134,11 @@ class Theirs:
                 self.gaps_NB.append((best_B2[:, 0] - best_B2[:, 1]).tolist())
             return logits_BV
 
-        started = time.perf_counter()
+        started = self.clock()
         with torch.inference_mode():
             options = {"do_sample": False, "max_new_tokens": num_new, "logits_processor": [processor]}
             found = self.model.generate(ids_BP, attention_mask=torch.ones_like(ids_BP), pad_token_id=0, **options)
-        ended = time.perf_counter()
+        ended = self.clock()
         tokens = found[:, ids_BP.shape[1] :].tolist()
         return Run(tokens, stamps[0] - started, ended - stamps[0], len(prompts) * (num_new - 1))
 
@@ -350,6 +352,10 @@ class Bench:
 
 def measure(arguments: argparse.Namespace) -> Report:
     given = models.filled(arguments, USUAL, QUICK)
+    if given.families:
+        from trinity.bench import families
+
+        return families.measure(models.filled(arguments, {**USUAL, **families.USUAL}, {**QUICK, **families.QUICK}))
     if given.apart or preset(given.preset).dtype == "bfloat16":
         from trinity.bench import apart
 

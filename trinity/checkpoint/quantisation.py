@@ -31,11 +31,12 @@ REMEDY = "take the weights in another format, or in bf16"
 @dataclass(frozen=True)
 class Scheme:
     """A way to store some matrices. `kind`: type and bits; `block`: rows and columns that share a scale, 0 for all of them;
-    None: it is not said."""
+    None: it is not said. `is_symmetric`: without zero points."""
 
     targets: tuple[str, ...]
     kind: tuple[str, int] | None
     block: tuple[int, int] | None
+    is_symmetric: bool = True
 
 
 class Quantisation:
@@ -98,6 +99,11 @@ class Quantisation:
         scheme = self._scheme(module)
         return scheme.kind[1] if scheme is not None and scheme.kind is not None else None
 
+    def is_symmetric(self, module: str) -> bool:
+        """Say whether its numbers need no zero points."""
+        scheme = self._scheme(module)
+        return scheme is None or scheme.is_symmetric
+
     def block(self, module: str, shape: tuple[int, int]) -> tuple[int, int] | None:
         """Rows and columns of that matrix that share a scale, where it is said."""
         scheme = self._scheme(module)
@@ -148,6 +154,8 @@ def _compressed(tree: Mapping[str, Any], source: str) -> list[Scheme]:
     groups = tree.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise CheckpointError(f"{source}.config_groups is {type(groups).__name__}, not a mapping of groups")
+    if not groups:
+        raise CheckpointError(f"{source}.config_groups is empty: it says of nothing how it is stored")
     for key in ("sparsity_config", "transform_config"):
         found = tree.get(key)
         if found and not (isinstance(found, Mapping) and found.get("format") == "dense"):
@@ -165,7 +173,7 @@ def _scheme(group: Mapping[str, Any], source: str) -> Scheme:
     kind = weights.get("type", "int"), weights.get("num_bits", 8)
     if kind not in (("float", 8), ("int", 8), ("int", 4), ("float", 4)):
         raise CheckpointError(f"{source}.weights has {kind[1]} bits of type {kind[0]!r}; {REMEDY}")
-    return Scheme(tuple(targets), kind, _block(weights, f"{source}.weights"))
+    return Scheme(tuple(targets), kind, _block(weights, f"{source}.weights"), weights.get("symmetric", True) is True)
 
 
 def _block(weights: Mapping[str, Any], source: str) -> tuple[int, int]:

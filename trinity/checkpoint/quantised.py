@@ -25,10 +25,14 @@ from torch import Tensor
 
 from trinity.checkpoint.quantisation import Quantisation
 from trinity.checkpoint.tensor_file import TYPES, Entry, Part, TensorFile
+from trinity.config import FP4_GROUP
 from trinity.errors import CheckpointError
 from trinity.ops import formats
+from trinity.ops.extension import Matrices
+from trinity.ops.stored import BLOCK
 
 BAND_BYTES = 1 << 20  # of a band in fp32
+TOO_LARGE = 2.0**118  # times any number of these formats it still is one in fp32
 OF_A_WEIGHT = "weight"  # the first word of the last part of the keys of all that a matrix is made of
 SCALES = {**TYPES, "F8_E8M0": torch.float8_e8m0fnu}  # of scales; those of groups of 16 are F8_E4M3
 FP8 = {"F8_E4M3": torch.float8_e4m3fn}
@@ -66,6 +70,7 @@ LAYOUTS = (
     Layout("weight_packed", "U8", "weight_scale", formats.FP4, ("float", 4), FP8, "weight_global_scale"),
     Layout("weight", "U8", "weight_scale", formats.FP4, ("float", 4), FP8, "weight_scale_2"),
 )  # fmt: skip
+OURS = {("I8", ""): "int8", ("F8_E4M3", ""): "fp8", ("U8", "weight_global_scale"): "nvfp4"}  # by theirs
 QUANTISED = {layout.dtype for layout in LAYOUTS}
 
 
@@ -151,6 +156,8 @@ class QuantisedMatrix:
             self._check_shape(layout.overall, ((), (1,)), TYPES)
         if "weight_zero_point" in entries:
             self._check_zero()
+        elif not said.is_symmetric(module):
+            raise CheckpointError(f"{where}.weight_zero_point is missing; quantization_config says symmetric: false")
 
     # -- what the headers say
 
@@ -221,14 +228,26 @@ class QuantisedMatrix:
             scale_RS = self._scale_of(scale_NS[rows_R], overall)
             target_NK[start : start + len(rows_R)] = formats.scaled(values_RK, scale_RS, self._columns)
 
-    def as_int8(self) -> tuple[Tensor, Tensor] | None:
-        """q_NK and scale_N where it is stored as int8 with a scale for each row alone. Raises as `read_into` does."""
-        is_plain = self._layout.dtype == "I8" and "weight_zero_point" not in self._entries
-        if not is_plain or (self._rows, self._columns) != (1, self.shape[1]):
+    @torch.no_grad()
+    def kept_as(self, name: str) -> Matrices | None:
+        """The matrix as it is stored, where that is the format of that name (trinity/ops/stored.py); None: it is to be made.
+        Raises as `read_into` does."""
+        block = {"int8": (1, self.shape[1]), "fp8": BLOCK, "nvfp4": (1, FP4_GROUP)}.get(name)
+        if name != OURS.get((self._layout.dtype, self._layout.overall)) or (self._rows, self._columns) != block:
             return None
-        q_NK = torch.empty(self.shape, dtype=torch.int8)
-        self._bytes(self._layout.data, q_NK.view(torch.uint8))
-        return q_NK, self._positive(self._scales().float(), self._layout.scale).view(-1)
+        if "weight_zero_point" in self._entries:
+            return None
+        values = torch.empty(self._entries[self._layout.data].shape, dtype=torch.uint8)
+        self._data(values)
+        stored = self._scales()
+        scales = self._positive(stored.float(), self._layout.scale)
+        if name == "fp8":
+            return Matrices(values, scales)
+        if name == "int8":
+            from trinity.ops.quantised import with_totals  # a compiler comes with it
+
+            return Matrices(*with_totals(values.view(torch.int8), scales.view(-1)))
+        return Matrices(values, self._overall(), stored.view(torch.uint8))
 
     def _scale_of(self, stored_RS: Tensor, overall: Tensor | None) -> Tensor:
         scale_RS = self._positive(stored_RS.float(), self._layout.scale)
@@ -241,7 +260,7 @@ class QuantisedMatrix:
         entry = self._entries[self._layout.data]
         row_bytes = entry.shape[1] * (4 if entry.dtype == "I32" else 1)
         bytes_RB = torch.empty((num, row_bytes), dtype=torch.uint8)
-        self._bytes(self._layout.data, bytes_RB, start * row_bytes)
+        self._data(bytes_RB, start * row_bytes)
         return formats.decoded(bytes_RB, self._layout.table)[:, : self.shape[1]].contiguous()
 
     def _scales(self) -> Tensor:
@@ -286,9 +305,16 @@ class QuantisedMatrix:
     def _bytes(self, name: str, target: Tensor, start: int = 0) -> None:
         self._files[name].read_bytes(f"{self._module}.{name}", target, start)
 
+    def _data(self, target: Tensor, start: int = 0) -> None:
+        self._bytes(self._layout.data, target, start)
+        if self._layout.dtype in FP8 and bool((target & 127 == 127).any()):
+            raise CheckpointError(f"{self._where}.{self._layout.data} has NaN in it; fetch the file again")
+
     def _positive(self, scales: Tensor, name: str) -> Tensor:
-        if not bool(((scales > 0) & torch.isfinite(scales)).all()):
-            raise CheckpointError(f"{self._where}.{name} has a scale that is no positive number; fetch the file again")
+        if not bool(((scales > 0) & (scales < TOO_LARGE)).all()):
+            raise CheckpointError(
+                f"{self._where}.{name} has a scale that is no positive number, or too large for one; fetch the file again"
+            )
         return scales
 
 

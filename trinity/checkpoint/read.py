@@ -37,15 +37,16 @@ from trinity.config import ModelConfig
 from trinity.errors import CheckpointError
 from trinity.models.common.keys import PROJECTIONS
 from trinity.models.registry import build, family_of, read_config
+from trinity.ops.extension import Matrices
 from trinity.rpc.messages import Experts
-from trinity.utils.hugepages import empty
+from trinity.utils.hugepages import empty, regather
 from trinity.utils.terminal import progress
 
 if TYPE_CHECKING:
     from trinity.checkpoint.adapter import Adapter
     from trinity.models.common.decoder import CausalLM
     from trinity.models.common.experts import ExpertLayer
-    from trinity.text.tokenizer import Tokenizer
+from trinity.text.tokenizer import Tokenizer
 
 HASH_AHEAD_BYTES = 4 << 30
 SMALL_BYTES = 256 << 20
@@ -179,6 +180,20 @@ class Checkpoint:
         self.fill(self.expert_parts(layer, expert, gate, up, down))
         return gate, up, down
 
+    def kept_expert(self, layer: int, expert: int, name: str) -> list[Matrices] | None:
+        """gate, up and down of one expert as they are stored, where that is the format of that name (trinity/ops/stored.py);
+        None: they are to be made."""
+        d, f = self.config.hidden_size, self.config.moe_intermediate_size
+        keys = self._expert_keys(layer, expert)
+        stored = [self._as_stored(key) for key in keys] if len(keys) == len(PROJECTIONS) else []
+        kept = [each.kept_as(name) for each in stored if each is not None]
+        found = [each for each in kept if each is not None]
+        if len(found) < len(PROJECTIONS):
+            return None
+        for key, shape in zip(keys, ((f, d), (f, d), (d, f)), strict=True):
+            self.check(key, shape)
+        return found
+
     def expert_parts(self, layer: int, expert: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> list[Part]:
         """Parts to `fill` that memory with one expert, from a tensor for each matrix or from the layer's stacks."""
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
@@ -214,6 +229,11 @@ class Checkpoint:
         with progress(what, sum(each.part.target.nbytes for each in placed)) as bar, reading(self.path):
             read_all(placed, lambda num: (bar(num), told(num)))
 
+    def leave_memory(self) -> None:
+        """Have the kernel forget what it keeps of the files that are open."""
+        for file in self.base._open.values():
+            file.leave_memory()
+
     def _reading(self, part: Part) -> Reading:
         matrix = self._matrix(part.key, part.target.shape)
         return StoredPart(self._file(self._place(part.key)), part) if matrix is None else QuantisedPart(matrix, part)
@@ -225,14 +245,14 @@ class Checkpoint:
         memory = {name: empty(like.shape, like.dtype, device) for name, like in model.state_dict().items()}
         model.load_state_dict(memory, assign=True)  # not `to_empty`, which imports a compiler: seconds
         self.load_backbone(model)
+        regather(memory.values(), self.leave_memory)
         return model.eval()
 
     def load_backbone(self, model: "CausalLM") -> int:
         """Fill every tensor of the backbone from the files; -> version."""
-        tensors = model.tensors()
+        tensors, rounded = model.tensors(), model.rounded()
         for key, mine in tensors.items():
-            self.check(key, mine.shape)
-        rounded = model.rounded()
+            self.check(key, rounded[key].kept.sides if key in rounded else mine.shape)
         readings = [
             RoundedPart(rounded[key], self._reading, self._as_stored(key), part)
             if key in rounded

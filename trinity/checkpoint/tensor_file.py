@@ -88,6 +88,11 @@ class TensorFile:
         self._file.seek(0)
         return hashlib.file_digest(self._file, "sha256")
 
+    def leave_memory(self) -> None:
+        """Have the kernel forget what it has read of it."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def order(self, part: Part) -> int:
         """The place of a part in the file, in bytes."""
         entry = self.entry(part.key)

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> int:
     sections = {"system": _system(), "packages": versions(PACKAGES), "devices": _devices(), "native": _native()}
     sections["ports"] = _ports()
     if arguments.address:
-        sections["round trips, slowest first"] = _round_trips(arguments)
+        sections |= _nodes(arguments)
     for title, lines in sections.items():
         print(title)
         for key, value in lines.items():
@@ -87,18 +87,21 @@ def _ports() -> dict[str, str]:
     return {f"{name} {port}": "free" if _is_free(port) else "in use" for name, port in PORTS.items()}
 
 
-def _round_trips(arguments: argparse.Namespace) -> dict[str, str]:
-    """A line for each node of the cluster, and what the slowest pair costs a token."""
+def _nodes(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Kernels of each node of the cluster, round trips between them, and what the slowest costs a token."""
     with cluster_of(arguments):
         from actors.round_trips import measured
 
         found = measured()
-    known = [each for each in found.values() if not isinstance(each, TrinityError)]
-    slowest_s = max((to_s for each in known for to_s in each.to_s.values() if to_s is not None), default=0.0)
-    shown = {
-        address: each.message if isinstance(each, TrinityError) else _shown(each) for address, each in found.items()
+    known = {name: each for name, each in found.items() if not isinstance(each, TrinityError)}
+    away = {name: each.message for name, each in found.items() if isinstance(each, TrinityError)}
+    slowest_s = max((to_s for each in known.values() for to_s in each.to_s.values() if to_s is not None), default=0.0)
+    trips = {name: _shown(each) for name, each in known.items()} | away
+    computes = {name: each.computes for name, each in known.items()}
+    return {
+        "nodes compute with": computes,
+        "round trips, slowest first": {**trips, "a token then pays": _paid(slowest_s)},
     }
-    return {**shown, "a token then pays": _paid(slowest_s)}
 
 
 def _shown(found: "Measured") -> str:

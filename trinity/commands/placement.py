@@ -95,10 +95,12 @@ def show(snapshot: "Snapshot") -> None:
         print("  some experts are on no shard that answers now: their rows wait")
     else:
         print(f"  no expert is lost with any {shards} of the shards, nor with any {nodes} of their nodes")
-    print(f"  {'shard':<12} {'state':<9} {'version':>8} {'experts':>8} {'as':>8} {'MiB':>8} {'rows/s':>10}  node")
+    print(
+        f"  {'shard':<12} {'state':<9} {'version':>8} {'experts':>8} {'as':>8} {'by':>12} {'MiB':>8} {'rows/s':>10}  node"
+    )
     for shard in snapshot.shards:
         size = shard.weight_bytes / 2**20
-        has = f"{shard.version:>8} {shard.num_replicas:>8} {shard.expert_dtype:>8}"
+        has = f"{shard.version:>8} {shard.num_replicas:>8} {shard.expert_dtype:>8} {shard.kernels:>12}"
         numbers = f"{has} {size:>8.1f} {shard.rows_per_s:>10,.0f}"
         print(f"  {shard.name:<12} {shard.state:<9} {numbers}  {shard.host[:12]}")
     for change in snapshot.changes[:5]:

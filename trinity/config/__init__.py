@@ -20,7 +20,7 @@ from trinity.config.env import (
 from trinity.config.evaluate import EvaluateConfig, TaskConfig
 from trinity.config.model import NEW_IN_STAGE, LayerCache, ModelConfig
 from trinity.config.objective import DistillConfig, PreferenceConfig, RewardConfig, RLConfig
-from trinity.config.placement import FP4_GROUP, PlacementConfig, dtype_of, why_not
+from trinity.config.placement import FP4_GROUP, PlacementConfig, turn_of, why_not
 from trinity.config.ramp import RampPart, Sequences
 from trinity.config.serve import (
     ADMIN_CLIENT,
@@ -108,7 +108,6 @@ __all__ = [
     "check_adapter_name",
     "check_roles",
     "differences",
-    "dtype_of",
     "merge",
     "merged",
     "native_is_wanted",
@@ -123,5 +122,6 @@ __all__ = [
     "setup_grpc",
     "setup_proxies",
     "setup_threads",
+    "turn_of",
     "why_not",
 ]

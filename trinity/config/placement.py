@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -10,13 +10,14 @@ from trinity.config.yaml import Frozen, at_home
 from trinity.utils.niceness import IDLE
 
 FP4_GROUP = 16  # numbers of a matrix in nvfp4 that share a scale
+Thing = TypeVar("Thing")
 ExpertDtype = Literal["float32", "bfloat16", "int8", "fp8", "nvfp4"]
 
 
-def dtype_of(shard: str, dtypes: Sequence[str]) -> str | None:
-    """Return the form in which a shard computes experts: of several the one whose turn its number is."""
+def turn_of(shard: str, things: Sequence[Thing]) -> Thing | None:
+    """Return what a shard gets of several things: the one whose turn its number is."""
     number = re.search(r"\d*$", shard)
-    return dtypes[int(number[0] or 0) % len(dtypes)] if number and dtypes else None
+    return things[int(number[0] or 0) % len(things)] if number and things else None
 
 
 def why_not(dtype: str, sides: Sequence[int], device: str, lora_rank: int) -> str | None:
@@ -137,4 +138,4 @@ class PlacementConfig(Frozen):
 
     def expert_dtype_of(self, shard: str) -> str | None:
         """The form in which that shard computes experts; None: the model's own."""
-        return dtype_of(shard, self.expert_dtype)
+        return turn_of(shard, self.expert_dtype)

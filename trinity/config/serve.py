@@ -21,8 +21,9 @@ ROLES_TIER_BYTES = 1 << 30
 Role = Literal["both", "prefill", "decode"]
 
 
-def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
-    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed."""
+def check_roles(roles: Sequence[Role], tier_bytes: int, num_engines: int) -> None:
+    """Raises ValueError where no engine would be there to answer, or to take over what another one has computed; `num_engines`
+    are there at most."""
     if not roles:
         raise ValueError("role names no engine; give both, or a list")
     if all(role == "prefill" for role in roles):
@@ -32,6 +33,8 @@ def check_roles(roles: Sequence[Role], tier_bytes: int) -> None:
             "role prefill hands prompts over in the node's shared memory; give it some with engine.kv_tier_bytes, and leave "
             "engine.prefix_cache on"
         )
+    if len(roles) > num_engines:
+        raise ValueError(f"role names {len(roles)} engines and there are at most {num_engines}; raise replicas")
 
 
 class EngineConfig(Frozen):
@@ -84,7 +87,7 @@ class EngineConfig(Frozen):
         description="auto: keys and values are kept in the model's type; int8: in 8 bits, with a scale of each token and "
         "head: nearly twice as many tokens fit as in bfloat16, nearly four times as many as in float32",
     )
-    weight_dtype: Literal["auto", "bfloat16", "int8"] = Field(
+    weight_dtype: Literal["auto", "bfloat16", "int8", "fp8", "nvfp4"] = Field(
         default="auto",
         description="what the matrices of attention, dense and shared feed-forwards and the head are kept in and multiplied "
         "as, on a CPU; norms, routers and the embedding stay. auto: the model's type. Routed experts: placement.expert_dtype",
@@ -133,13 +136,13 @@ class EngineConfig(Frozen):
     @field_validator("role", mode="before")
     @classmethod
     def _one_role_is_enough(cls, value: Any) -> Any:
+        if not isinstance(value, str | list | tuple):
+            raise ValueError("give both, prefill or decode, or a list of these")
         return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_roles(self) -> "EngineConfig":
-        check_roles(self.role, self.tier_bytes)
-        if len(self.role) > (most := self.max_replicas or self.replicas):
-            raise ValueError(f"role names {len(self.role)} engines and there are at most {most}; raise replicas")
+        check_roles(self.role, self.tier_bytes, self.max_replicas or self.replicas)
         return self
 
     @field_validator("kv_max_age", mode="before")

@@ -115,10 +115,9 @@ def _prefill(
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None, device: torch.device) -> AttentionPlan:
-    """`window` None: every earlier token is seen. Of a long chunk only the end is written."""
-    keep_T = table.is_stored(flat.position_T, flat.end_T)
-    slots = table.slots(flat.row_T[keep_T], flat.position_T[keep_T])
-    write_rows = None if keep_T.all() else _to(np.nonzero(keep_T)[0], device)
+    """`window` None: every earlier token is seen. Of a long chunk only the end is written, and what is kept for others."""
+    written, slots = table.written(flat.row_T, flat.position_T)
+    write_rows = None if len(written) == len(flat.row_T) else _to(written, device)
     decodes = tuple(_plan_decodes(table, flat, window, device))
     return AttentionPlan(write_rows, _to(slots, device), decodes, tuple(_plan_prefills(table, flat, window, device)))
 

@@ -1,21 +1,34 @@
 """The blocks of one kind of layer that each row has, and where each token's keys and values lie. Host code, no torch.
 
-Legend: N rows (running sequences), P positions, C places of blocks in a sequence.
+Legend: N rows (running sequences), P positions, C places of blocks in a sequence, T tokens of a pass, W those it writes.
 Decisions: position p lies in the row's block of place p // block_size. Between passes a windowed layer holds no more than its
 window; in a pass that computes a chunk also what the chunk looks back at, and of the chunk only the end, in whole blocks
-(attention.py has the rest at hand). Blocks behind the window are let go after the pass. Where no block is left, a row writes
-over its own ones that will be behind the window: attention reads what is past before it writes.
+(attention.py has the rest at hand), and windows within it that are kept for others, while nobody else wants the room: no pass
+is cut short for them. Blocks behind the window are let go after the pass. Where no block is left, a row writes over its own
+ones that will be behind the window: attention reads what is past before it writes.
 """
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
+from typing import NamedTuple
 
 import numpy as np
 
 from trinity.config import LayerCache
 from trinity.engine.block_pool import BlockPool, Content
 from trinity.engine.kv_layout import CacheLayout, ceil_div
+
+
+class Tips(NamedTuple):
+    """Places in a sequence, each in order, before which windows are kept for others: where some will go on, and where some may,
+    which make room first."""
+
+    sure: tuple[int, ...] = ()
+    guessed: tuple[int, ...] = ()
+
+
+NO_TIPS = Tips()
 
 
 class BlockTable:
@@ -37,12 +50,15 @@ class BlockTable:
         blocks = self.block_NC[row, positions // self.block_size]
         return blocks.astype(np.int64) * self.block_size + positions % self.block_size
 
-    def is_stored(self, position_T: np.ndarray, end_T: np.ndarray) -> np.ndarray:
-        """Which tokens of chunks that end at end_T are written: those in blocks that the row has then."""
-        return position_T >= (-(-end_T // self.block_size) - self.blocks_per_seq) * self.block_size
+    def written(self, row_T: np.ndarray, position_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens of a pass are written, those in blocks that their rows have, and their slots."""
+        place_T = position_T // self.block_size
+        block_T = self.block_NC[row_T, place_T]
+        at_W = np.nonzero((block_T >= 0) & (place_T >= self.first_N[row_T]))[0]
+        return at_W, block_T[at_W].astype(np.int64) * self.block_size + position_T[at_W] % self.block_size
 
     def first_stored(self, num_tokens: int) -> int:
-        """The first place that a chunk is written to that ends with so many tokens."""
+        """The first place that a chunk is written to that ends with so many tokens, but for what `keep` gives it."""
         return max(0, ceil_div(num_tokens, self.block_size) - self.blocks_per_seq)
 
     def held(self, row: int) -> np.ndarray:
@@ -76,6 +92,19 @@ class BlockTable:
             self.first_N[row] = places.start
         self.end_N[row] = places.stop
 
+    def keep(self, row: int, chunk: tuple[int, int], tips: Tips) -> None:
+        """Give the row, which has room for the chunk [start, end), what it lacks to store the windows before `tips` that end in
+        it, as long as there is room."""
+        first, end, taken = chunk[0] // self.block_size, self.first_stored(chunk[1]), dict[int, int]()
+        lacks = {first + int(place) for place in np.nonzero(self.block_NC[row, first:end] < 0)[0]}
+        for tip in chain(*tips) if self.reach else ():
+            wanted = lacks.intersection(range(tip - self.reach, tip)) - taken.keys()
+            if len(wanted) <= self.pool.num_available:
+                taken |= {place: self.pool.take() for place in sorted(wanted)}
+        if taken:
+            self.block_NC[row, list(taken)] = list(taken.values())
+            self.first_N[row] = min(self.first_N[row], *taken)
+
     def _num_spare(self, row: int, num_tokens: int) -> int:
         """Blocks from its first one on that nobody else holds and that will be behind the window of so many tokens."""
         places = range(int(self.first_N[row]), min(int(self.end_N[row]), self.first_stored(num_tokens)))
@@ -89,26 +118,32 @@ class BlockTable:
         self.pool.forget(block)
         return block
 
-    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content], tips: Sequence[int]) -> None:
+    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content], tips: Tips) -> None:
         """A pass has computed positions [start, end): these are in the blocks that it has filled, if it has stored them."""
         first, end = chunk[0] // self.block_size, chunk[1] // self.block_size
-        for place in range(max(first, int(self.first_N[row]), self.first_stored(chunk[1])), end):
+        for place in range(max(first, int(self.first_N[row])), end):
             if (block := int(self.block_NC[row, place])) >= 0:
-                self.pool.know(block, contents[place - first], self.window is None or self._is_kept(place, tips))
+                self.pool.know(block, contents[place - first], self._worth(place, tips) > 0)
 
-    def trim(self, row: int, num_tokens: int, tips: Sequence[int]) -> None:
-        """Let go what no token after num_tokens looks back at. `tips`: places, in order, before which windows are kept."""
+    def trim(self, row: int, num_tokens: int, tips: Tips) -> None:
+        """Let go what no token after num_tokens looks back at. Of what is kept the end goes first where room is needed, as in
+        `close`."""
         if self.window is None:
             return
         first = int(self.first_N[row])
         end = min(int(self.end_N[row]), max(0, num_tokens - self.window + 1) // self.block_size)
-        for place in range(first, end):
-            if (block := int(self.block_NC[row, place])) >= 0:
-                self.pool.let_go(block, self._is_kept(place, tips))
+        worth = {p: self._worth(p, tips) for p in range(first, end) if self.block_NC[row, p] >= 0}
+        for place in sorted(worth, key=lambda p: (worth[p], -p if worth[p] else p)):
+            self.pool.let_go(int(self.block_NC[row, place]), keep=worth[place] > 0)
         self.first_N[row] = max(first, end)
 
-    def _is_kept(self, place: int, tips: Sequence[int]) -> bool:
-        assert self.reach is not None
+    def _worth(self, place: int, tips: Tips) -> int:
+        """2 for what is surely worth keeping, 1 where that is a guess, or 0."""
+        return 2 if self._is_before(place, tips.sure) else int(self._is_before(place, tips.guessed))
+
+    def _is_before(self, place: int, tips: tuple[int, ...]) -> bool:
+        if self.reach is None:
+            return True
         at = bisect_right(tips, place)
         return at < len(tips) and tips[at] - self.reach <= place
 

@@ -100,10 +100,9 @@ def _packed(plan: ExactPlan, dtype: torch.dtype, heads: int, groups: int, dim: i
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:
-    """`window` None: every earlier token is seen. Of a long chunk only the end is written."""
+    """`window` None: every earlier token is seen. Of a long chunk only the end is written, and what is kept for others."""
     reach = int(flat.end_T.max(initial=0)) if window is None else window
-    write_T = np.nonzero(table.is_stored(flat.position_T, flat.end_T))[0]
-    slots = table.slots(flat.row_T[write_T], flat.position_T[write_T])
+    written, slots = table.written(flat.row_T, flat.position_T)
     gathered, reads, at = [], [_decodes(table, flat, reach)] if flat.num_decodes else [], flat.num_decodes
     for row, start, end in flat.prefills:
         rows, first = slice(at, at + end - start), max(0, start - reach + 1)
@@ -114,7 +113,7 @@ def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:
             past_N, every = torch.from_numpy(table.slots(row, np.arange(first, start))), torch.arange(end - first)
             gathered.append(Gathered(past_N, Reads(rows, _chunk(every, start, end, first, reach))))
         at = rows.stop
-    return ExactPlan(torch.from_numpy(write_T), torch.from_numpy(slots), tuple(gathered), tuple(reads))
+    return ExactPlan(torch.from_numpy(written), torch.from_numpy(slots), tuple(gathered), tuple(reads))
 
 
 def _decodes(table: BlockTable, flat: Flat, reach: int) -> Reads:

@@ -16,7 +16,7 @@ import numpy as np
 
 from trinity.config import LayerCache
 from trinity.engine.block_pool import Content
-from trinity.engine.block_table import BlockTable
+from trinity.engine.block_table import NO_TIPS, BlockTable, Tips
 from trinity.engine.kv_layout import CacheLayout, ceil_div
 
 
@@ -135,18 +135,18 @@ class KVCache:
             table.grow(row, num_tokens)
         return True
 
-    def stores(self, tip: int, end: int) -> bool:
-        """Are the windows before the block `tip` there after a chunk from before them to `end`?"""
-        windows = ((table, table.reach) for table in self.tables.values() if table.reach is not None)
-        return all(table.first_stored(end) <= max(0, tip - reach) for table, reach in windows)
+    def keep(self, row: int, chunk: tuple[int, int], tips: Tips) -> None:
+        """Have a pass that computes the row's positions [start, end), for which it has grown, store the windows before `tips`
+        that end there, as long as there is room."""
+        for table in self.tables.values():
+            table.keep(row, chunk, tips)
 
-    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content], tips: Sequence[int] = ()) -> None:
-        """A pass has computed the row's positions [start, end): these are in the blocks that it has filled. `tips`: as in
-        `trim`."""
+    def know(self, row: int, chunk: tuple[int, int], contents: Sequence[Content], tips: Tips = NO_TIPS) -> None:
+        """A pass has computed the row's positions [start, end): these are in the blocks that it has filled."""
         for table in self.tables.values():
             table.know(row, chunk, contents, tips)
 
-    def trim(self, row: int, num_tokens: int, tips: Sequence[int] = ()) -> None:
+    def trim(self, row: int, num_tokens: int, tips: Tips = NO_TIPS) -> None:
         """Let go what no token after num_tokens looks back at."""
         for table in self.tables.values():
             table.trim(row, num_tokens, tips)

@@ -3,21 +3,22 @@
 Decisions. All full blocks are found again, by the key of their tokens and of all before them (prefix_keys.py); a request
 reads the longest beginning that is there, but never all of its own, because its last token's logits are wanted. Windows are
 kept where somebody may go on: at the end of a prompt and of an answer, where a hit ended or would have ended but for the
-window, now and then in long prompts, and at distances from the end that double, in texts that begin like none before
-(instructions come before tasks); others only while there is room. Whoever would compute what a running request is
-about to compute waits for it, so that a prompt is prefilled once. Versions say what may be read (versions.py). Requests that
-want the log-probabilities of their prompt have to compute it; traced ones share among themselves: experts are noted for them
-alone.
+window, where a request that waits for another one parts from it, now and then in long prompts, and of what is new in a prompt
+at distances from its end that double (instructions come before tasks); others only while there is room. They are stored by the
+passes that there are anyway (block_table.py). Whoever would compute what a running request is about to compute waits for it, so
+that a prompt is prefilled once. Versions say what may be read (versions.py). Requests that want the log-probabilities of their
+prompt have to compute it; traced ones share among themselves: experts are noted for them alone.
 """
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
-from itertools import count, takewhile
+from itertools import takewhile
 
 import numpy as np
 
 from trinity.config import AdapterRef, Client
 from trinity.engine.block_pool import Content
+from trinity.engine.block_table import Tips
 from trinity.engine.key_log import KeyChanges, KeyLog
 from trinity.engine.kv_cache import NO_HIT, Hit, KVCache
 from trinity.engine.kv_tier import KVTier
@@ -42,8 +43,7 @@ class PrefixCache:
         cache.tables[cache.layout.kinds[0]].pool.watch = self._log.note
         self._sees_all = cache.layout.kinds[0].window is None
         windows = [table.reach for table in cache.tables.values() if table.reach is not None]
-        self._window = max(windows, default=0) + 1  # blocks
-        self._every = CHECKPOINT_WINDOWS * self._window
+        self._every = CHECKPOINT_WINDOWS * (max(windows, default=0) + 1)  # blocks
         self.num_queries = self.num_hits = self.num_recalled = 0
         self.tier: KVTier | None = None
 
@@ -71,7 +71,8 @@ class PrefixCache:
         return more, is_all
 
     def leader(self, sequence: Sequence, hit: Hit, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
-        """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike."""
+        """A running one, as urgent, that will have computed more of this sequence's beginning, and how far they are alike:
+        there it keeps a window."""
         place = hit.num_known
         if not self._reads(sequence) or place >= self._most(sequence):
             return None
@@ -81,7 +82,9 @@ class PrefixCache:
                 continue
             is_ahead = other.num_computed < (place + 1) * self._size and other.keys[place] == keys[place]
             if is_ahead and self._versions.of(other) == version:
-                return other, self._size * _num_alike(keys, other.keys)
+                parting = _num_alike(keys, other.keys)
+                other.tips = other.tips._replace(sure=tuple(sorted({*other.tips.sure, parting})))
+                return other, self._size * parting
         return None
 
     def begin(self, sequence: Sequence, hit: Hit) -> None:
@@ -97,15 +100,11 @@ class PrefixCache:
             sequence.tips = self._tips(sequence, hit)
         self._count(sequence)
 
-    def stop(self, sequence: Sequence, count: int) -> int:
-        """Number of the next `count` tokens up to a window within the prompt that is to be kept, where a longer chunk would not
-        store it."""
-        start, end = sequence.num_computed, sequence.num_computed + count
-        for tip in sequence.tips if count > 1 else ():
-            is_within = start < tip * self._size < min(end, sequence.num_prompt - self._size)
-            if is_within and not self._cache.stores(tip, end):
-                return tip * self._size - start
-        return count
+    def keep(self, chunk: Chunk) -> None:
+        """Have the pass that computes the chunk, whose blocks are its own by now, store the windows in it that are to be kept,
+        where nobody else wants the room."""
+        if not chunk.is_single:
+            self._cache.keep(chunk.row, (chunk.start, chunk.end), chunk.sequence.tips)
 
     def computed(self, chunk: Chunk) -> None:
         """A pass has computed the chunk: note which blocks are full now, and let go those behind windows."""
@@ -208,11 +207,11 @@ class PrefixCache:
         extend(keys, self._root(params, client, adapter), token_ids, self._size, len(token_ids) // self._size)
         return keys
 
-    def _tips(self, sequence: Sequence, hit: Hit) -> tuple[int, ...]:
+    def _tips(self, sequence: Sequence, hit: Hit) -> Tips:
         end = sequence.num_prompt // self._size
-        wanted = {hit.num_blocks, hit.num_known, (sequence.num_prompt - 1) // self._size, end}
-        forks = () if hit.num_known else _doubled(self._window, end)
-        return tuple(sorted(wanted | set(range(self._every, end, self._every)) | {end - back for back in forks}))
+        sure = {hit.num_blocks, hit.num_known, (sequence.num_prompt - 1) // self._size, end}
+        forks = takewhile(lambda place: place > hit.num_known, (end - (1 << power) for power in range(end)))
+        return Tips(tuple(sorted(sure)), tuple(sorted({*range(self._every, end, self._every), *forks})))
 
     def _count(self, sequence: Sequence) -> None:
         if sequence.num_cached is None and self._is_on:
@@ -225,8 +224,3 @@ class PrefixCache:
 
 def _num_alike(keys: list[bytes], others: list[bytes]) -> int:
     return next((i for i, (a, b) in enumerate(zip(keys, others, strict=False)) if a != b), min(len(keys), len(others)))
-
-
-def _doubled(first: int, end: int) -> Iterable[int]:
-    """Numbers, each twice the one before, of which the last leaves as much as the first before `end`."""
-    return takewhile(lambda number: number + first <= end, (first << power for power in count()))

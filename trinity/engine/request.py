@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_serializer, field_validator
 
 from trinity.config import ANYBODY, Client, Frozen
+from trinity.engine.block_table import NO_TIPS, Tips
 from trinity.errors import InvalidRequest, PromptTooLong, TrinityError
 from trinity.text.detokenizer import TextStream
 from trinity.text.grammar.constraint import Constraint
@@ -304,7 +305,7 @@ class Sequence:
     until_s: float = math.inf  # time.monotonic() after which nobody waits for it
     root: bytes = b""  # of the keys of its blocks (prefix_keys.py)
     keys: list[bytes] = field(default_factory=list)
-    tips: tuple[int, ...] = ()  # blocks before which windows are kept for others
+    tips: Tips = NO_TIPS  # blocks before which windows are kept for others
     num_cached: int | None = None  # tokens of its prompt that were not computed for it, once it has begun
     awaits: "tuple[Sequence, int] | None" = None  # another one, until it has computed so many tokens
 

@@ -127,17 +127,18 @@ class Scheduler:
             if sequence.priority > urgent:
                 break
             count = min(sequence.num_uncomputed, budget)
-            some = self.prefixes.stop(sequence, count)
-            if not self._make_room(sequence, sequence.num_computed + some):
+            if not self._make_room(sequence, sequence.num_computed + count):
                 break  # the last one; it keeps what it has and waits for the others
             draft = self._draft(sequence, budget - (len(self.running) - at)) if count == 1 else ()
-            batch.append(Chunk(sequence, sequence.num_computed, some + len(draft), draft))
+            batch.append(Chunk(sequence, sequence.num_computed, count + len(draft), draft))
             urgent = min(urgent, sequence.priority) if batch[-1].is_prefill else urgent
-            self.waiting.charge(sequence, some)
+            self.waiting.charge(sequence, count)
             budget, at = budget - count - len(draft), at + 1
         assert batch or not (self.running or self.following or self.waiting), (
             "there is work but nothing could be scheduled"
         )
+        for chunk in batch:
+            self.prefixes.keep(chunk)
         return batch
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:

@@ -6,15 +6,19 @@ sums are of whole numbers, or in fp32 as the extension's kernels have them. For 
 are those of fp32, an expert at a time. What an expert makes of a row is rounded to the rows' type, as their sum is.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from trinity.experts.base import Assignments, LayerWeights
-from trinity.experts.derived import INT8, DerivedLayer
+from trinity.experts.derived import DerivedLayer
 from trinity.experts.rows import combine, sorted_rows
 from trinity.experts.torch_backend import in_order
 from trinity.ops import batch_invariant, extension
 from trinity.ops.extension import Matrices
+
+Compute = Callable[[Tensor, Tensor, Tensor, DerivedLayer], Tensor]  # rows in order, weights, ends -> y_AD in fp32
 
 
 def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
@@ -22,28 +26,29 @@ def infer(x_RD: Tensor, assigned: Assignments, layer: DerivedLayer) -> Tensor:
     if not assigned.row_A.numel():
         return torch.zeros_like(x_RD)
     order, x_AD, weight_A1, end_E = sorted_rows(x_RD.float(), assigned, len(layer.gate[0]))
-    if (matrices := layer.matrices()) is None:
-        compute = _unpacked if extension.lib is None else _in_registers
-        y_AD = compute(x_AD, weight_A1, end_E, layer)
-    elif layer.form is INT8:
-        y_AD = _int8(x_AD, weight_A1, end_E, matrices)
-    else:
-        y_AD = _floats(x_AD, weight_A1, end_E, [each.values.contiguous() for each in matrices])
+    y_AD = _compute_of(layer)(x_AD, weight_A1, end_E, layer)
     return combine(y_AD.to(x_RD.dtype), order, x_RD.dtype)
 
 
-def _int8(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, matrices: list[Matrices]) -> Tensor:
+def _compute_of(layer: DerivedLayer) -> Compute:
+    kind = layer.matrices()[0].kind
+    if kind in (extension.FP8, extension.NVFP4):
+        return _unpacked if extension.lib is None else _in_registers
+    return _int8 if kind == extension.INT8 else _floats
+
+
+def _int8(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:
     from trinity.ops.quantised import Int8, feed_forward  # a compiler comes with it
 
-    whole = ((each.values, each.scale, each.total) for each in matrices)
-    gate, up, down = (Int8(*(part.contiguous() for part in parts if part is not None)) for parts in whole)
+    gate, up, down = (Int8(*(part for part in each if part is not None)) for each in _whole(layer))
     return feed_forward(x_AD, gate, up, down, end_E, weight_A1.squeeze(1))
 
 
-def _floats(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, stacks: list[Tensor]) -> Tensor:
+def _floats(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLayer) -> Tensor:
     """y_AD in fp32; rows are rounded to the stacks' type."""
     from trinity.ops.batch_invariant import elementwise, fused_mlp, gemm  # a compiler comes with it
 
+    stacks = [each.values for each in _whole(layer)]
     x_AD = x_AD.to(stacks[0].dtype)
     if batch_invariant.at_once(x_AD, *stacks):
         gate, up, down = stacks
@@ -56,9 +61,9 @@ def _in_registers(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: Derived
     """`_unpacked` by the extension, a few rows of a matrix at a time: the same bits."""
     from trinity.ops.batch_invariant.fused_mlp import units_of  # a compiler comes with it
 
-    y_AD, (kind, matrices) = torch.empty(x_AD.shape), layer.packed()
+    y_AD, stacks = torch.empty(x_AD.shape), _whole(layer)
     rows, units = extension.Rows(x_AD.contiguous()), units_of(end_E, len(x_AD))
-    extension.feed_forward(kind, rows, matrices, weight_A1.squeeze(1), units, y_AD)
+    extension.feed_forward(stacks[0].kind, rows, stacks, weight_A1.squeeze(1), units, y_AD)
     return y_AD
 
 
@@ -73,6 +78,11 @@ def _unpacked(x_AD: Tensor, weight_A1: Tensor, end_E: Tensor, layer: DerivedLaye
             y_AD[own] = in_order(x_AD[own], weight_A1[own], end_E.new_tensor([end - begin]), weights)
         begin = end
     return y_AD
+
+
+def _whole(layer: DerivedLayer) -> list[Matrices]:
+    """Its matrices as kernels want them: an expert's next to the one before."""
+    return [each.mapped(Tensor.contiguous) for each in layer.matrices()]
 
 
 def _weights(gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> LayerWeights:

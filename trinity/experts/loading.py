@@ -15,12 +15,14 @@ from trinity.experts.derived import Form, shapes_of
 from trinity.experts.sizes import replica_bytes
 from trinity.experts.stacked import (
     derive,
+    derived_rows,
     experts_of,
     is_value,
     kinds_of,
     make_version,
     named_matrices,
     optimizer_of,
+    rows_of,
     stacks_of,
     unfilled_version,
     with_adapters,
@@ -29,6 +31,7 @@ from trinity.experts.stacked import (
 from trinity.models.rules.init import init_expert
 from trinity.rpc.messages import WEIGHT, Experts, Load
 from trinity.state.versioned_store import Store, Version
+from trinity.utils.hugepages import regather
 from trinity.utils.machine import free_and_total
 from trinity.utils.units import size
 
@@ -64,7 +67,7 @@ def loaded(
     if source is not None:
         source.fetch(experts)
     if form is not None and optim is None:
-        return _in_form(store, model, form, experts, source, message.seed, reading)
+        return _settled(_in_form(store, model, form, experts, source, message.seed, reading), source)
     check_free(sum(map(len, experts.values())), model, optim, form, str(empty.gate_EFD.device))
     version = unfilled_version(store, empty, model, experts)
     if source is None:
@@ -90,7 +93,14 @@ def loaded(
         derive(version.tensors, model, optimizer_of(version, model, optim))
     # A run that starts from somebody's weights counts its own steps from 0.
     number = source.version if source and (message.training or optim is None) else 0
-    return make_version(number, version.tensors, experts, num_updates)
+    return _settled(make_version(number, version.tensors, experts, num_updates), source)
+
+
+def _settled(version: Version, source: Checkpoint | None) -> Version:
+    """The version, its memory on huge pages."""
+    if source is not None:
+        regather(version.tensors.values(), source.leave_memory)
+    return version
 
 
 def _in_form(
@@ -102,7 +112,7 @@ def _in_form(
     seed: int,
     reading: Reading,
 ) -> Version:
-    """The weights of these experts in that form and no other, made a few at a time."""
+    """The weights of these experts in that form and no other, made a few at a time; what is stored so keeps its numbers."""
     held: Experts = {layer: experts.get(layer, ()) for layer in model.moe_layers}
     check_free(sum(map(len, held.values())), model, None, form, "cpu")
     version = with_form(store, make_version(source.version if source else 0, {}, held, 0), model, form)
@@ -110,13 +120,25 @@ def _in_form(
     reading.total = 4 * model.expert_params * sum(map(len, held.values()))
     for layer, ids in held.items():
         stacks = stacks_of(version, layer, form.kind)
-        for start in range(0, len(ids), num):
-            matrices = [torch.empty((len(ids[start : start + num]), *shape)) for shape in shapes_of(model)]
-            _fill(matrices, layer, ids[start : start + num], model, source, seed, reading)
+        made = [at for at, expert in enumerate(ids) if not _is_kept(stacks, form, at, layer, expert, source)]
+        reading.add(4 * model.expert_params * (len(ids) - len(made)))
+        for places in (made[start : start + num] for start in range(0, len(made), num)):
+            matrices = [torch.empty((len(places), *shape)) for shape in shapes_of(model)]
+            _fill(matrices, layer, [ids[at] for at in places], model, source, seed, reading)
             for stack_EW, matrix_CNK in zip(stacks, matrices, strict=True):
-                for at, matrix_NK in enumerate(matrix_CNK, start):
+                for at, matrix_NK in zip(places, matrix_CNK, strict=True):
                     form.derive(stack_EW, at, matrix_NK)
     return version
+
+
+def _is_kept(
+    stacks: Sequence[Tensor], form: Form, at: int, layer: int, expert: int, source: Checkpoint | None
+) -> bool:  # fmt: skip
+    """Fill an expert's places from a checkpoint that has it in that form; say whether it does."""
+    kept = source.kept_expert(layer, expert, form.name) if source is not None else None
+    for stack_EW, matrix in zip(stacks, kept or (), strict=False):
+        form.keep(stack_EW, at, matrix)
+    return kept is not None
 
 
 def _fill(
@@ -176,6 +198,14 @@ def with_state(store: Store, version: Version, model: ModelConfig, optim: OptimC
             fresh = store.empty_like(torch.empty_like(weight, dtype=torch.float32, device="meta"))
             tensors[f"{name}::{kind}"] = fresh.copy_(weight) if kind == "master" else fresh.zero_()
     return Version(version.number, tensors, version.notes)
+
+
+def read_form(source: Checkpoint | None, model: ModelConfig, layer: int, expert: int, seed: int, form: Form) -> Tensor:
+    """The row of words of a form, as `fetch` gives it, of an expert in a checkpoint or of the seed."""
+    stacks = [form.empty(shape, 1) for shape in shapes_of(model)]
+    if _is_kept(stacks, form, 0, layer, expert, source):
+        return rows_of(stacks, form.kind, 0, model)
+    return derived_rows(read_expert(source, model, layer, expert, seed), form, model)
 
 
 def read_expert(source: Checkpoint | None, model: ModelConfig, layer: int, expert: int, seed: int) -> Tensor:

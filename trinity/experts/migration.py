@@ -7,7 +7,7 @@ from torch import Tensor
 from trinity.checkpoint import open_checkpoint
 from trinity.errors import StepConflict, VersionGone
 from trinity.experts.derived import form_of
-from trinity.experts.loading import read_expert
+from trinity.experts.loading import read_expert, read_form
 from trinity.experts.peers import Peers, fetched
 from trinity.experts.shard import ExpertShard
 from trinity.experts.spec import ShardSpec
@@ -83,5 +83,6 @@ def _has_form_alone(spec: ShardSpec, origin: str) -> bool:
 def _from_source(spec: ShardSpec, layer: int, expert: int, source: Load, kind: str) -> Tensor:
     """The answer of `fetch`, from the weights in a checkpoint or from the seed."""
     checkpoint = open_checkpoint(source.checkpoint) if source.checkpoint else None
-    rows_ND, form = read_expert(checkpoint, spec.model, layer, expert, source.seed), form_of(kind)
-    return rows_ND.to(spec.dtype) if form is None else derived_rows(rows_ND, form, spec.model)
+    asked = checkpoint, spec.model, layer, expert, source.seed
+    form = form_of(kind)
+    return read_expert(*asked).to(spec.dtype) if form is None else read_form(*asked, form)

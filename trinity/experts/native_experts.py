@@ -15,7 +15,7 @@ from torch import Tensor
 from trinity import native
 from trinity.experts.layer import ReadyLayer
 from trinity.ops import batch_invariant
-from trinity.ops.extension import KINDS, Matrices
+from trinity.ops.extension import STORED, Matrices
 from trinity.state.strides import as_stored
 
 EXPERTS = "<4q21q4q"  # native/step/step.h
@@ -35,12 +35,13 @@ def matrices_of(layer: ReadyLayer) -> list[Matrices] | None:
 
 
 def _are_possible(layer: ReadyLayer, matrices: list[Matrices]) -> bool:
-    gate, up, down = (each.values for each in matrices)
     parts = [part for each in matrices for part in each if part is not None]
     if not all(part.is_cpu and part.is_contiguous() and part.numel() for part in parts):
         return False
-    same = gate.dtype == up.dtype == down.dtype and gate.dtype in KINDS
-    return same and gate.shape == up.shape == down.mT.shape
+    gate, up, down = matrices
+    if not {each.values.dtype for each in matrices} <= STORED:
+        return False
+    return gate.kind == up.kind == down.kind and gate.sides == up.sides == down.sides[::-1]
 
 
 def infer(layer: ReadyLayer, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -63,7 +64,7 @@ def described(layer: ReadyLayer, dtype: torch.dtype, dim: int, top_k: int, count
     """An Experts of native/step/step.h for rows of that type and width, which counts them in `counts_X`; it holds while the
     layer's tensors do. None: Python has to compute them."""
     matrices = matrices_of(layer)
-    if matrices is None or matrices[0].values.shape[2] != dim:
+    if matrices is None or matrices[0].sides[1] != dim:
         return None
     if layer.derived is None and matrices[0].values.dtype != dtype:
         return None
@@ -76,4 +77,4 @@ def described(layer: ReadyLayer, dtype: torch.dtype, dim: int, top_k: int, count
 def _fields(matrices: Matrices) -> tuple[int, ...]:
     """Fields of a Matrix, which has no bias."""
     values, *others = matrices.described()
-    return values, 0, *others, KINDS[matrices.values.dtype]
+    return values, 0, *others, matrices.kind

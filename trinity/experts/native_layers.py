@@ -45,9 +45,9 @@ class NativeLayers:
             return known
         matrices = matrices_of(layer)
         assert matrices is not None, "such a layer is not possible"
-        (version, number), (num, hidden, dim) = key, matrices[0].values.shape
-        kernel = native.lib.ring_kernel(KINDS[matrices[0].values.dtype])
-        ids, sizes = layer.ids_E.data_ptr(), (num, self._model.num_experts)
+        (version, number), (hidden, dim) = key, matrices[0].sides
+        kernel = native.lib.ring_kernel(matrices[0].kind)
+        ids, sizes = layer.ids_E.data_ptr(), (len(layer.experts), self._model.num_experts)
         stacks = [0 if part is None else part.data_ptr() for parts in zip(*matrices, strict=True) for part in parts]
         rows = KINDS[getattr(torch, self._model.dtype)]
         return layer, native.lib.ring_layer(number, version, rows, dim, hidden, kernel, ids, *sizes, *stacks)

@@ -264,7 +264,9 @@ class ExpertShard:
                 num_experts=self.weights.num_experts,
                 weight_bytes=self.versions.num_bytes,
                 expert_dtype=self.spec.expert_dtype or self.spec.model.dtype,
-                computes=native.computes(),
+                computes=native.computes()
+                if self.spec.device == "cpu"
+                else f"{self.backend.name}: {self.spec.model.dtype}",
                 cached_ops=len(self.activations),
                 cache_misses=self.cache_misses,
                 versions=tuple(self.store.numbers),

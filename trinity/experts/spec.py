@@ -5,7 +5,7 @@ from __future__ import annotations  # so that those who only make shards elsewhe
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trinity.config import ModelConfig, OptimConfig, dtype_of
+from trinity.config import ModelConfig, OptimConfig, turn_of
 from trinity.rpc.messages import Experts
 
 if TYPE_CHECKING:
@@ -37,4 +37,4 @@ class ShardSpec:
 
     def dtype_at(self, shard: str) -> str:
         """The form in which another shard of the pool has experts."""
-        return dtype_of(shard, self.pool_dtypes) or self.expert_dtype or self.model.dtype
+        return turn_of(shard, self.pool_dtypes) or self.expert_dtype or self.model.dtype

@@ -62,7 +62,7 @@ def to_fp4(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values = groups / (scale_NS.float() / overall).unsqueeze(2)
     codes = torch.bucketize(values.abs().contiguous(), _FP4_BOUNDS).to(torch.uint8) + 8 * (values < 0)
     low, high = codes.flatten(1).unflatten(1, (-1, 2)).unbind(2)
-    return low | (high << 4), scale_NS, overall.view(1)
+    return (low | (high << 4)).to(torch.uint8), scale_NS, overall.view(1)
 
 
 def decoded(bytes_RB: Tensor, table: Tensor) -> Tensor:

@@ -23,18 +23,19 @@ class AdamW:
         return config.adamw_lr
 
     def update(self, change: Change) -> None:
-        """Old values are copied piece by piece, so that the kernel finds them in the processor's cache."""
+        """Copy old values and clip gradients piece by piece, so that the kernel finds them in the processor's cache."""
         kinds = (WEIGHT, *self.kinds)
         step = torch.tensor(float(change.number), device=change.grad.device)
         decay = self.config.weight_decay if change.grad.ndim > 1 else 0.0
         pieces = [
             zip(*(_pieces(side[kind]) for kind in kinds), strict=True) for side in (change.old, change.new)
         ]  # fmt: skip
+        clipped = torch.empty(min(PIECE, change.grad.numel()), device=change.grad.device)
         for grad, before, after in zip(_pieces(change.grad), *pieces, strict=True):
             if change.old[WEIGHT] is not change.new[WEIGHT]:
                 for source, target in zip(before, after, strict=True):
                     target.copy_(source)
-            self._fused(grad, after, step, change.lr, decay)
+            self._fused(torch.mul(grad, change.scale, out=clipped[: len(grad)]), after, step, change.lr, decay)
 
     def _fused(self, grad: Tensor, values: tuple[Tensor, ...], step: Tensor, lr: float, decay: float) -> None:
         weight, mean, square = values

@@ -29,12 +29,13 @@ class Matrix:
 class Change:
     """One tensor's part in an update: `new` is to follow from `old`, both {kind: tensor} with WEIGHT among the kinds."""
 
-    grad: Tensor  # clipped; its values may be used up
+    grad: Tensor  # its values may be used up
     lr: float
     number: int  # of the update, from 1
     matrix: Matrix | None
     old: Kinds
     new: Kinds
+    scale: float = 1.0  # of the gradient: the global clip
 
 
 class Rule(Protocol):

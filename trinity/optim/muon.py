@@ -36,8 +36,9 @@ class Muon:
     def update(self, change: Change) -> None:
         config, lr, momentum, weight = self.config, change.lr, change.new["momentum"], change.new[WEIGHT]
         assert change.matrix is not None
-        torch.mul(change.old["momentum"], config.muon_momentum, out=momentum).add_(change.grad)
-        direction = change.grad + config.muon_momentum * momentum if config.muon_nesterov else momentum
+        grad = change.grad.mul_(change.scale)
+        torch.mul(change.old["momentum"], config.muon_momentum, out=momentum).add_(grad)
+        direction = grad + config.muon_momentum * momentum if config.muon_nesterov else momentum
         update = orthogonalize(direction, config.muon_steps)
         torch.mul(change.old[WEIGHT], 1.0 - lr * config.weight_decay, out=weight)
         weight.sub_(update, alpha=lr * lr_scale(change.matrix))

@@ -98,9 +98,10 @@ class Optimizer:
             kept = {kind: values[resting] for kind, values in old.items()}  # a copy: new may lie over old
             if not resting or len(resting) < len(param):
                 found = grads.get(name)
-                grad = torch.zeros_like(param, dtype=torch.float32) if found is None else found.float().mul_(grad_scale)
+                grad = torch.zeros_like(param, dtype=torch.float32) if found is None else found.float()
                 group = self.group(name)
-                change = Change(grad, lrs[group], target.num_updates, self.matrices.get(name), old, new)
+                matrix, number = self.matrices.get(name), target.num_updates
+                change = Change(grad, lrs[group], number, matrix, old, new, grad_scale)
                 self.rules[group].update(change)
             for kind, values in kept.items():
                 new[kind][resting] = values

@@ -23,6 +23,14 @@ class ShardView:
     weight_bytes: int
     rows_per_s: float
     expert_dtype: str = ""  # of inference; empty while it is starting
+    computes: str = ""  # kernels and the formats that they know, in words: "avx512_bf16: float32 bfloat16 int8"
+
+    @property
+    def kernels(self) -> str:
+        """Kernels of its experts: instructions of the part in C++, or python, as for formats that these lack; on
+        a GPU the backend."""
+        name, _, formats = self.computes.partition(": ")
+        return name if not formats or self.expert_dtype in formats.split() else "python"
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ def experts_bytes(model: ModelConfig, optim: OptimConfig | None, dtypes: Sequenc
     return ExpertsBytes(values, sum(num * found.most for found in each) // len(forms) - values)
 
 
-def most_bytes(model: ModelConfig, optim: OptimConfig | None, dtypes: Sequence[str]) -> int:
-    """Bytes of one replica with all that travels with it, on shards of the form that needs most."""
-    return max(replica_bytes(model, optim, form).total for form in dtypes or (model.dtype,))
+def bytes_by_form(model: ModelConfig, optim: OptimConfig | None, dtypes: Sequence[str]) -> tuple[int, ...]:
+    """Bytes of one replica with all that travels with it, on shards of each of these forms."""
+    return tuple(replica_bytes(model, optim, form).total for form in dtypes)
 
 
 def _values(found: ReplicaBytes) -> int:

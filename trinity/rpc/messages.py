@@ -312,4 +312,4 @@ class ShardStatus:
     extra_bytes: int  # memory of versions besides the present one
     rows: dict[int, dict[int, int]]  # layer -> expert -> rows computed
     expert_dtype: str = ""  # of what inference computes with
-    computes: str = ""  # by which kernels (trinity/native.py)
+    computes: str = ""  # by which kernels, and the formats that they know (trinity/native.py)

@@ -6,11 +6,12 @@ read in each pass; zeroing them again and again, as for gradients, costs more th
 """
 
 import ctypes
+import errno
 import gc
 import math
 import mmap
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HUGE_BYTES = 2 << 20
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+MADV_COLLAPSE = 25  # mman.h of Linux 6.1
+REFUSALS = 16  # in a row, after which nothing more is asked for
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # at a process's start: threads share the heap, and so what is kept
 # and give large blocks back when they are freed: a heap is as large as its threads' largest moments all together otherwise
 FLAT_HEAP = {**ONE_HEAP, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
@@ -37,6 +40,32 @@ def on_huge_pages(tensor: "Tensor") -> "Tensor":
         if size > 0:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def regather(tensors: "Iterable[Tensor]", make_room: Callable[[], object]) -> None:
+    """Move weights in the CPU's memory onto huge pages where the kernel had none to give when they were first written: what was
+    read fills its cache of files. `make_room` is called once, if it still has none, to have it let go of that.
+
+    Weights on small pages decode at 0.6 to 0.75 times the speed (`mini-slice` and `nano` in bf16, files in the cache).
+    """
+    libc = _libc()
+    places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.is_cpu}
+    if libc is not None and not all(_collapsed(libc, *place) for place in places.items()):
+        make_room()
+        for place in places.items():
+            _collapsed(libc, *place)
+
+
+def _collapsed(libc: ctypes.CDLL, address: int, num_bytes: int) -> bool:
+    """Ask for huge pages in that memory; -> False where there were none. Memory that cannot have any has all that it can."""
+    refusals = 0
+    for place in range(-(-address // HUGE_BYTES), (address + num_bytes) // HUGE_BYTES):
+        where = (ctypes.c_void_p(place * HUGE_BYTES), ctypes.c_size_t(HUGE_BYTES))
+        if libc.madvise(*where, MADV_COLLAPSE) == 0:
+            refusals = 0
+        elif (refusals := refusals + 1) == REFUSALS or ctypes.get_errno() == errno.EINVAL:
+            break
+    return refusals == 0 or ctypes.get_errno() != errno.ENOMEM
 
 
 def empty(shape: Sequence[int], dtype: "torch.dtype", device: str) -> "Tensor":
@@ -69,6 +98,14 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
+def share_heaps() -> None:
+    """Have threads that come from now on allocate from the heaps that are there: where each has its own, a process of many
+    threads grows until all of them have had their largest moment. For processes that start without ONE_HEAP."""
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(M_ARENA_MAX, 1)
+
+
 def return_freed_memory() -> None:
     """Give back to the machine what `keep_freed_memory` has kept."""
     gc.collect()
@@ -79,4 +116,4 @@ def return_freed_memory() -> None:
 
 @cache
 def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    return ctypes.CDLL(None, use_errno=True) if platform.libc_ver()[0] == "glibc" else None

@@ -115,7 +115,7 @@ class Layer(_message.Message):
     def __init__(self, index: _Optional[int] = ..., num_replicas: _Optional[_Iterable[int]] = ..., replica_shards: _Optional[_Iterable[int]] = ..., rows_per_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Shard(_message.Message):
-    __slots__ = ("name", "host", "state", "version", "num_replicas", "weight_bytes", "rows_per_s", "expert_dtype")
+    __slots__ = ("name", "host", "state", "version", "num_replicas", "weight_bytes", "rows_per_s", "expert_dtype", "computes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +124,7 @@ class Shard(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
     EXPERT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     host: str
     state: str
@@ -132,7 +133,8 @@ class Shard(_message.Message):
     weight_bytes: int
     rows_per_s: float
     expert_dtype: str
-    def __init__(self, name: _Optional[str] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., num_replicas: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., rows_per_s: _Optional[float] = ..., expert_dtype: _Optional[str] = ...) -> None: ...
+    computes: str
+    def __init__(self, name: _Optional[str] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., num_replicas: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., rows_per_s: _Optional[float] = ..., expert_dtype: _Optional[str] = ..., computes: _Optional[str] = ...) -> None: ...
 
 class Change(_message.Message):
     __slots__ = ("epoch", "started_s", "seconds", "reason", "phase", "num_copies", "num_drops", "copied_bytes")

@@ -23,6 +23,7 @@ from trinity.models.common.keys import KeyMap
 from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, rotary_table
 from trinity.models.common.native_model import NativeModel
 from trinity.models.common.router import Router, Routing
+from trinity.ops.stored import FORMATS
 
 ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
 
@@ -222,8 +223,9 @@ class CausalLM(nn.Module):
                 mine.copy_(tensors[name])
 
     def round_to(self, weight_dtype: str, device: str = "cpu") -> None:
-        """Keep all matrices but the embedding and the routers' in that format of trinity/ops/rounded.py, for inference, where
-        it is not the model's type. Their values are lost: load them. Raises ConfigError but on a CPU."""
+        """Keep all matrices but the embedding and the routers' in that format of trinity/ops/stored.py, for inference, where
+        it is not the model's type. Their values are lost: load them. Raises ConfigError but on a CPU, and for sizes that
+        are not the format's."""
         if weight_dtype in ("auto", self.config.dtype):
             return
         if device != "cpu":
@@ -233,8 +235,15 @@ class CausalLM(nn.Module):
         gates = {router.gate for router in self.routers.values()}
         for part in self.modules():
             if isinstance(part, Linear) and part not in gates and part.weight.numel():
-                part.round_to(getattr(torch, weight_dtype))
+                self._check_inputs(part, weight_dtype)
+                part.round_to(weight_dtype)
         self.weight_dtype = weight_dtype
+
+    def _check_inputs(self, part: Linear, weight_dtype: str) -> None:
+        if part.in_features % (wanted := FORMATS[weight_dtype].inputs):
+            raise ConfigError(
+                f"engine.weight_dtype {weight_dtype} needs multiples of {wanted}; {part.name} has {part.in_features} inputs"
+            )
 
     def rounded(self) -> dict[str, Linear]:
         """Matrices that are kept in another format, by their names in a checkpoint."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trinity.models.common.adapted import Passing
 from trinity.ops import batch_invariant
 from trinity.ops.extension import Matrices
+from trinity.ops.stored import FORMATS, Format, made, matrices
 
 Device = torch.device | str | None
 Dtype = torch.dtype | None
@@ -115,9 +116,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.adapter: nn.Module | None = None
         self._packed: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
-        self.is_rounded = False
-        self.scale_N: Tensor | None = None  # of int8, as is the next
-        self.total_N: Tensor | None = None
+        self.format: Format | None = None  # that it is kept in, if that is not the model's type
+        self.scale: Tensor | None = None  # of some formats, as is the next
+        self.more: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
@@ -127,24 +128,27 @@ class Linear(nn.Linear):
         y = self.packed_with([], x) if is_packed(x, self) else self.times(x, self.weight)
         return self.finished(x, y)
 
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Keep the weight in int8, or in another floating type, from now on. Its values follow, by `fill`."""
-        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=dtype), requires_grad=False)
-        self.is_rounded = True
-        if dtype == torch.int8:
-            self.scale_N = torch.empty(self.out_features)
-            self.total_N = torch.empty(self.out_features, dtype=torch.int32)
+    @property
+    def is_rounded(self) -> bool:
+        return self.format is not None
+
+    def round_to(self, name: str) -> None:
+        """Keep the weight in that format from now on. Its values follow, by `fill`."""
+        self.format = FORMATS[name]
+        *others, (dtype, shape) = self.format.planes((self.out_features, self.in_features))
+        self.weight = nn.Parameter(self.weight.new_empty(shape, dtype=dtype), requires_grad=False)
+        scales = [torch.empty(each.shape, dtype=each.dtype) for each in others]
+        _, self.scale, self.more = matrices([*scales, self.weight])
 
     @property
     def num_scale_bytes(self) -> int:
-        return sum(part.nbytes for part in (self.scale_N, self.total_N) if part is not None)
+        return sum(part.nbytes for part in (self.scale, self.more) if part is not None)
 
     @torch.no_grad()
     def fill(self, weight_NK: Tensor) -> None:
         """Give the weight these values, as it is kept."""
-        from trinity.ops.rounded import made
-
-        self.put(made(weight_NK, self.weight.dtype))
+        assert self.format is not None, "it is copied"
+        self.put(made(weight_NK, self.format.name))
 
     @torch.no_grad()
     def put(self, kept: Matrices) -> None:
@@ -155,8 +159,8 @@ class Linear(nn.Linear):
 
     @property
     def kept(self) -> Matrices:
-        """The weight of a matrix that is kept in another format."""
-        return Matrices(self.weight, self.scale_N, self.total_N)
+        """The weight as it is kept."""
+        return Matrices(self.weight, self.scale, self.more)
 
     def times(self, x: Tensor, weight_NK: Tensor) -> Tensor:
         return product(x, weight_NK, self.is_exact)

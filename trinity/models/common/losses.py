@@ -18,6 +18,7 @@ from trinity.config import ModelConfig
 from trinity.models.common.balance import expert_counts
 from trinity.models.common.layers import product
 from trinity.models.common.router import Routing
+from trinity.ops import batch_invariant
 
 IGNORE = -100
 
@@ -36,8 +37,11 @@ def loss_from_hidden(
     head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int = 512, is_exact: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy` of `hidden @ head^T` that holds the logits of `chunk` tokens at a time, in backward too."""
-    is_frozen = hidden_TD.requires_grad and not head_VD.requires_grad and torch.is_grad_enabled()
-    return (_FrozenHeadLoss if is_frozen else _HeadLoss).apply(head_VD, hidden_TD, targets_T, z_coef, chunk, is_exact)
+    given = head_VD, hidden_TD, targets_T, z_coef, chunk, is_exact
+    is_trained = hidden_TD.requires_grad and torch.is_grad_enabled()
+    if is_trained and not head_VD.requires_grad:
+        return _FrozenHeadLoss.apply(*given)
+    return (_EarlyHeadLoss if is_trained and hidden_TD.is_cpu else _HeadLoss).apply(*given)
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,14 +80,60 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_ce: Tensor, g_z: Tensor) -> Any:
         head_VD, *per_token = ctx.saved_tensors
-        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        grads_TD = []
+        found = _Gradients(head_VD)
         for h_CD, targets_C, lse_C in zip(*(x.split(ctx.chunk) for x in per_token), strict=True):
-            d_CV = _grad_logits(h_CD @ head_VD.T, targets_C, lse_C[:, None], g_ce, ctx.z_coef * g_z)
-            grads_TD.append(d_CV @ head_VD)
-            if grad_VD is not None:
-                grad_VD += d_CV.T @ h_CD
-        return grad_VD if grad_VD is None else grad_VD.to(head_VD.dtype), torch.cat(grads_TD), None, None, None, None
+            found.add(h_CD, _grad_logits(h_CD @ head_VD.T, targets_C, lse_C[:, None], g_ce, ctx.z_coef * g_z))
+        return *found.times(1.0), None, None, None, None
+
+
+class _EarlyHeadLoss(torch.autograd.Function):
+    """The same, whose gradients are made while the logits are there, as though both sums counted alike, which in training they
+    do; a backward that weighs them otherwise, or a second one, makes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int, is_exact: bool
+    ) -> Any:
+        losses, ctx.found = [], _Gradients(head_VD)
+        for h_CD, targets_C in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
+            logits_CV = product(h_CD, head_VD, is_exact)
+            losses.append(_token_losses(logits_CV, targets_C))
+            ctx.found.add(h_CD, _grad_logits(logits_CV, targets_C, losses[-1][1][:, None], 1.0, z_coef))
+        ctx.save_for_backward(head_VD, hidden_TD, targets_T, torch.cat([lse_C for _, lse_C in losses]))
+        ctx.z_coef, ctx.chunk = z_coef, chunk
+        return _sums(losses, targets_T, z_coef)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_ce: Tensor, g_z: Tensor) -> Any:
+        found, ctx.found = ctx.found, None
+        if found is None or (ctx.z_coef and g_ce != g_z):
+            return _HeadLoss.backward(ctx, g_ce, g_z)
+        return *found.times(g_ce), None, None, None, None
+
+
+class _Gradients:
+    """Gradients of a head, summed up in fp32, and of hidden states, chunk by chunk."""
+
+    def __init__(self, head_VD: Tensor):
+        self.head_VD = head_VD
+        self._sum_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        self._parts_CD: list[Tensor] = []
+
+    def add(self, h_CD: Tensor, d_CV: Tensor) -> None:
+        """Take up a chunk of hidden states and the gradient of its logits."""
+        if batch_invariant.is_for(d_CV):
+            from trinity.ops.batch_invariant import outer
+
+            self._parts_CD.append(outer.products(d_CV, self.head_VD[None], torch.tensor([len(d_CV)])))
+            outer.add_to(self._sum_VD, d_CV, h_CD)
+            return
+        self._parts_CD.append(d_CV @ self.head_VD)
+        self._sum_VD += d_CV.T @ h_CD
+
+    def times(self, factor: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Both in their tensors' types, times a factor. Once: the sums are used up."""
+        return self._sum_VD.mul_(factor).to(self.head_VD.dtype), torch.cat(self._parts_CD).mul_(factor)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -21,7 +21,6 @@ from trinity.models.common.attention import Attend, Attention
 from trinity.models.common.layers import Linear, RMSNorm
 from trinity.models.common.router import Router, Routing, SigmoidRouter, SoftmaxRouter
 from trinity.ops import batch_invariant
-from trinity.ops.extension import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -340,9 +339,8 @@ def _matrices(place: Place, *parts: Linear | None) -> list[int]:
         if part is None:
             fields += [0] * 7
             continue
-        scales = (place(part.scale_N), place(part.total_N))
-        sizes = (part.out_features, part.in_features, KINDS[part.weight.dtype])
-        fields += (place(part.weight), place(part.bias), *scales, *sizes)
+        values, scale, more = kept = part.kept
+        fields += (place(values), place(part.bias), place(scale), place(more), *kept.sides, kept.kind)
     return fields
 
 

@@ -51,16 +51,16 @@ def feed_forward(
     return y_AN if dtype is None else y_AN.to(dtype)
 
 
-def units_of(end_E: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert, first row and end of each unit, for `num` rows."""
-    expert_U, first_U, last_U = (torch.from_numpy(part).long() for part in _split(as_array(end_E), num))
+def units_of(end_E: Tensor, num: int, most: int = MOST_ROWS) -> tuple[Tensor, Tensor, Tensor]:
+    """Expert, first row and end of each unit of up to `most`, for `num` rows."""
+    expert_U, first_U, last_U = (torch.from_numpy(part).long() for part in _split(as_array(end_E), num, most))
     return expert_U, first_U, last_U
 
 
-def _split(end_E: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split(end_E: np.ndarray, num: int, most: int = MOST_ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """expert_U, first_U, last_U: each expert's rows in runs, of which every thread gets some."""
     share = -(-num // torch.get_num_threads())
-    size = min(MOST_ROWS, -(-share // ROWS) * ROWS)
+    size = min(most, -(-share // ROWS) * ROWS)
     begin_E = np.concatenate((np.zeros(1, end_E.dtype), end_E[:-1]))
     runs_E = -(-(end_E - begin_E) // size)
     expert_U = np.repeat(np.arange(len(end_E)), runs_E)

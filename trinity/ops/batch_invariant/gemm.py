@@ -23,6 +23,7 @@ from trinity.ops.batch_invariant.outer import products, sums
 from trinity.ops.batch_invariant.simd import COLUMNS, ROWS, as_array, dots_of, flushing, restore
 from trinity.ops.batch_invariant.threads import Job, in_turn
 
+MANY = 64  # rows of a matrix, for which tiles are larger and sums are rounded where they are made
 PANEL = 32  # pairs of weight rows that stay in a core's cache while all rows pass by
 
 
@@ -49,7 +50,7 @@ class _Grouped(Function):
         x_AK, w_ENK = x_AK.contiguous(), w_ENK.contiguous()
         ctx.save_for_backward(x_AK, w_ENK)
         ctx.end_E = end_E
-        return multiply(x_AK, w_ENK, end_E).to(x_AK.dtype)
+        return rounded_product(x_AK, w_ENK, end_E)
 
     @staticmethod
     @once_differentiable
@@ -64,6 +65,15 @@ def multiply(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
     y_AN = torch.empty(len(x_AK), w_ENK.shape[1])
     x_AK = x_AK if x_AK.dtype == w_ENK.dtype else x_AK.float()
     in_turn(len(w_ENK), [multiplying(x_AK, w_ENK, end_E, y_AN)])
+    return y_AN
+
+
+def rounded_product(x_AK: Tensor, w_ENK: Tensor, end_E: Tensor) -> Tensor:
+    """`multiply` with y in x's type."""
+    if len(x_AK) < MANY * len(w_ENK) or not w_ENK.numel() or not extension.has_outer(x_AK, w_ENK):
+        return multiply(x_AK, w_ENK, end_E).to(x_AK.dtype)
+    y_AN = x_AK.new_empty(len(x_AK), w_ENK.shape[1])
+    in_turn(len(w_ENK), [extension.multiplying_rounded(x_AK, w_ENK, end_E, y_AN)])
     return y_AN
 
 

@@ -56,6 +56,14 @@ def sums(a_RA: Tensor, b_RB: Tensor, end_E: Tensor) -> Tensor:
     return out_EAB.to(a_RA.dtype)
 
 
+def add_to(out_AB: Tensor, a_RA: Tensor, b_RB: Tensor) -> None:
+    """Add a^T b to `out`, which is float32. No gradients."""
+    if sum_type(a_RA) == torch.float32:
+        in_turn(1, [summing(a_RA, b_RB, torch.tensor([len(a_RA)]), out_AB[None], is_new=False)])
+    else:
+        out_AB += a_RA.T @ b_RB
+
+
 def sum_type(factor: Tensor) -> torch.dtype:
     """The type of sums of products of that, as jobs make them."""
     return torch.float32 if extension.has_outer(factor) else factor.dtype

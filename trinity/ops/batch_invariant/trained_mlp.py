@@ -1,10 +1,10 @@
 """Rows through feed-forwards in training: gate, up, SwiGLU and down, and their gradients, one expert after the other.
 
 Legend: A rows sorted by expert, E experts, D model, F hidden.
-Decisions: forward has the bits of gemm.py and elementwise.py one after the other. For the backward it keeps the products with
-gate and up; the hidden rows are made again. An expert's backward is done before the next one's: what it needs is in a core's
-cache then. Gradients of weights are float32 sums that are added to where the caller gathers them: none is made to be added and
-thrown away. For types and processors that the extension has products for (`extension.has_outer`).
+Decisions: forward is one call of the extension, with the bits of gemm.py and elementwise.py one after the other. For the
+backward it keeps the products with gate and up; the hidden rows are made again. An expert's backward is done before the next
+one's: what it needs is in a core's cache then. Gradients of weights are float32 sums that are added to where the caller gathers
+them: none is made to be added and thrown away. For types and processors that the extension has products for (`has_outer`).
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from trinity.ops import extension
 from trinity.ops.batch_invariant.compiled import kernel
-from trinity.ops.batch_invariant.elementwise import ONE, OPERATIONS, exp, gated, total
-from trinity.ops.batch_invariant.gemm import multiply
+from trinity.ops.batch_invariant.elementwise import ONE, OPERATIONS, exp, total
+from trinity.ops.batch_invariant.fused_mlp import units_of
 from trinity.ops.batch_invariant.outer import adding_products, summing
 from trinity.ops.batch_invariant.simd import as_array, narrowed, widened
 from trinity.ops.batch_invariant.threads import Job, in_turn
@@ -46,10 +46,11 @@ class _Trained(Function):
     def forward(ctx: Any, x_AD: Tensor, weight_A1: Tensor, weights: Stacks, end_E: Tensor, sums: Sums) -> Tensor:
         sums.is_used, weights = True, Stacks(*(w.detach() for w in weights))
         x_AD = x_AD.contiguous()
-        gate_AF, up_AF = (multiply(x_AD, w, end_E).to(x_AD.dtype) for w in weights[:2])
+        units = units_of(end_E, len(x_AD), extension.SOME_ROWS)
+        gate_AF, up_AF, y_AD = extension.forward_and_keep(x_AD, weights, weight_A1, units)
         ctx.save_for_backward(x_AD, weight_A1, gate_AF, up_AF)
         ctx.weights, ctx.end_E, ctx.sums = weights, end_E, sums
-        return multiply(gated(gate_AF, up_AF, weight_A1), weights.down_EDF, end_E).to(x_AD.dtype)
+        return y_AD
 
     @staticmethod
     @once_differentiable
