@@ -19,6 +19,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from actors import pool as pools
 from actors.rendezvous import MeetingConfig
@@ -45,10 +46,13 @@ PAUSE_POLL_S = 0.05
 
 
 class Job(TorchTrainer):
-    """Ray's, without the process that each run would have for Ray's data sets: ours reads its own."""
+    """Ray's, without processes that each run would have: for Ray's data sets, as ours reads its own; in a cluster that ends
+    with the run also for slots that stay taken when the controller is lost."""
+
+    unwanted: tuple[type, ...] = (DatasetsCallback,)
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, self.unwanted)]
 
 
 def _store(config: Config, pool: pools.RayPool, comm: Comm, device: str) -> Store | None:
@@ -99,6 +103,8 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], dict[str, Any]] | None 
             worker_runtime_env={"env_vars": dict(ONE_HEAP)},
         ),
     )
+    if config.cluster.address == "local":
+        trainer.unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
     return outcome_of(lambda: trainer.fit().return_value)
 
 

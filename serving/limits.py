@@ -4,7 +4,7 @@ One object for HTTP and gRPC together. Draining refuses newcomers with 503/UNAVA
 Decision: several gateways divide serve.max_concurrent_requests evenly, by how many there are, and tell each other nothing: so
 together they hold no more, and what one has left another does not use. In the engines' queues clients are equal all the same.
 Where all that is inside has begun to answer, nothing can go for an urgent request; engines have it give way, so the request
-comes in beside it. So many places are kept for that as one request may hold: whoever counts priorities down gets no more.
+comes in beside it. A quarter of the slots is kept for that, on top: whoever counts priorities down gets no further.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from trinity.errors import InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger("trinity.serving")
 MOST_DESCRIPTORS, OTHER_DESCRIPTORS = 65_536, 256  # Ray's, files, and connections of one's own
-PART = 4  # of the slots so much may be one request's, and as many more are for urgent ones
+PART = 4  # a quarter of the slots may be one request's, and as many more are for urgent ones
 
 
 def within_descriptors(config: ServeConfig) -> ServeConfig:

@@ -3,17 +3,18 @@
 
 #include <string.h>
 
+#include <type_traits>
+#include <utility>
+
 #include "plan.h"
 
 namespace {
 
 using namespace trinity;
 
-constexpr int kMost = 16;
-
 // The description and the integers of a call; false, and Python's error set, where they are not what is wanted.
-template <class T>
-bool taken(PyObject *const *arguments, Py_ssize_t num, int wanted, T *what, int64_t *integers) {
+template <class What>
+bool taken(PyObject *const *arguments, Py_ssize_t num, int wanted, What *what, int64_t *integers) {
   char *bytes;
   Py_ssize_t size;
   if (num != wanted + 1) {
@@ -21,11 +22,11 @@ bool taken(PyObject *const *arguments, Py_ssize_t num, int wanted, T *what, int6
     return false;
   }
   if (PyBytes_AsStringAndSize(arguments[0], &bytes, &size)) return false;
-  if (size != static_cast<Py_ssize_t>(sizeof(T))) {
-    PyErr_Format(PyExc_ValueError, "a description of %zd bytes, not %zd", size, static_cast<Py_ssize_t>(sizeof(T)));
+  if (size != static_cast<Py_ssize_t>(sizeof(What))) {
+    PyErr_Format(PyExc_ValueError, "a description of %zd bytes, not %zd", size, static_cast<Py_ssize_t>(sizeof(What)));
     return false;
   }
-  memcpy(what, bytes, sizeof(T));
+  memcpy(what, bytes, sizeof(What));
   for (int i = 0; i < wanted; i++) {
     integers[i] = PyLong_AsLongLong(arguments[i + 1]);
     if (integers[i] == -1 && PyErr_Occurred()) return false;
@@ -33,76 +34,69 @@ bool taken(PyObject *const *arguments, Py_ssize_t num, int wanted, T *what, int6
   return true;
 }
 
-void *address(int64_t integer) { return reinterpret_cast<void *>(static_cast<intptr_t>(integer)); }
+template <class T>
+T as(int64_t integer) {
+  if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(static_cast<intptr_t>(integer));
+  else return static_cast<T>(integer);
+}
 
-PyObject *step_project(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Project what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 9, &what, i)) return nullptr;
+// A method of a function of a description and of integers and addresses -> what it returns, if it is anything.
+template <auto function>
+struct Method;
+
+template <class Result, class What, class... Rest, Result (*function)(const What &, Rest...)>
+struct Method<function> {
+  static PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+    What what;
+    int64_t integers[sizeof...(Rest)];
+    if (!taken(arguments, num, sizeof...(Rest), &what, integers)) return nullptr;
+    return called(what, integers, std::index_sequence_for<Rest...>());
+  }
+
+ private:
+  template <size_t... at>
+  static PyObject *called(const What &what, const int64_t *integers, std::index_sequence<at...>) {
+    bool is_done = true;
+    Py_BEGIN_ALLOW_THREADS;
+    if constexpr (std::is_void_v<Result>) function(what, as<Rest>(integers[at])...);
+    else is_done = function(what, as<Rest>(integers[at])...);
+    Py_END_ALLOW_THREADS;
+    if constexpr (std::is_void_v<Result>) Py_RETURN_NONE;
+    return PyBool_FromLong(is_done);
+  }
+};
+
+// Functions whose structs come as their fields.
+
+void attend_flat(const Attend &what, int threads, int64_t num, const int64_t *row, const int64_t *position, const void *q, const void *k,
+                 const void *v, void *keys, void *values, float *key_scale, float *value_scale, void *out) {
+  attend(what, threads, {num, row, position}, q, k, v, {keys, values, key_scale, value_scale}, out);
+}
+
+void route_flat(const Route &what, int threads, int64_t num, const void *mixed, const void *gate, const void *h, void *residual,
+                void *x, float *logits, float *scores, int64_t *ids, float *weights) {
+  route(what, threads, num, mixed, gate, h, residual, x, {logits, scores, ids, weights});
+}
+
+void choose_flat(const Route &what, int64_t num, float *logits, float *scores, int64_t *ids, float *weights) {
+  choose(what, num, {logits, scores, ids, weights});
+}
+
+bool experts_alone(const Experts &what, int threads, int64_t num, const void *x, const int64_t *ids, const float *weights, void *y,
+                   int64_t *rows) {
+  return experts(what, threads, num, x, ids, weights, y, rows, Local{}, nullptr);
+}
+
+// (is bfloat16, threads, rows, numbers of a row, numbers, places of the highest, the highest)
+PyObject *step_highest(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
+  int64_t i[7];
+  if (num != 7) return PyErr_Format(PyExc_TypeError, "%zd arguments, not 7", num);
+  for (int at = 0; at < 7; at++) i[at] = PyLong_AsLongLong(arguments[at]);
+  if (PyErr_Occurred()) return nullptr;
   Py_BEGIN_ALLOW_THREADS;
-  project(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]), address(i[5]), address(i[6]),
-          address(i[7]), address(i[8]));
+  highest(i[0], static_cast<int>(i[1]), i[2], i[3], as<void *>(i[4]), as<int64_t *>(i[5]), as<float *>(i[6]));
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
-}
-
-PyObject *step_attend(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Attend what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 7, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  attend(what, static_cast<int>(i[0]), address(i[1]), address(i[2]), address(i[3]), address(i[4]), address(i[5]), address(i[6]));
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
-Routed routed_at(const int64_t *i) {
-  return {static_cast<float *>(address(i[0])), static_cast<float *>(address(i[1])), static_cast<int64_t *>(address(i[2])),
-          static_cast<float *>(address(i[3]))};
-}
-
-PyObject *step_route(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Route what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 11, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  route(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]), address(i[5]), address(i[6]),
-        routed_at(i + 7));
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
-PyObject *step_leave(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Leave what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 6, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  leave(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]), address(i[5]));
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
-PyObject *step_choose(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Route what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 5, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  choose(what, i[0], routed_at(i + 1));
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
-PyObject *step_experts(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Experts what;
-  int64_t i[kMost];
-  bool is_done;
-  if (!taken(arguments, num, 7, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  is_done = experts(what, static_cast<int>(i[0]), i[1], address(i[2]), static_cast<const int64_t *>(address(i[3])),
-                    static_cast<const float *>(address(i[4])), address(i[5]), static_cast<int64_t *>(address(i[6])), Local{},
-                    nullptr);
-  Py_END_ALLOW_THREADS;
-  return PyBool_FromLong(is_done);
 }
 
 // The bytes of so many structs, or null and Python's error set; none of None.
@@ -159,30 +153,13 @@ PyObject *step_run(PyObject *, PyObject *const *a, Py_ssize_t num) {
   return PyLong_FromLongLong(stop.at | stop.failure << 32);
 }
 
-PyObject *step_local(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Local what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 4, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  feed_forward_all(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]));
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
-PyObject *step_finish(PyObject *, PyObject *const *arguments, Py_ssize_t num) {
-  Ending what;
-  int64_t i[kMost];
-  if (!taken(arguments, num, 5, &what, i)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS;
-  finish(what, static_cast<int>(i[0]), i[1], address(i[2]), address(i[3]), address(i[4]));
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
 }  // namespace
 
-#define METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
+#define FAST(name, function) {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr}
+#define METHOD(name, function) FAST(name, Method<function>::call)
 
-PyMethodDef step_methods[] = {METHOD(step_project), METHOD(step_attend), METHOD(step_route), METHOD(step_leave),
-                              METHOD(step_choose), METHOD(step_experts), METHOD(step_run), METHOD(step_local),
-                              METHOD(step_finish), {nullptr, nullptr, 0, nullptr}};
+PyMethodDef step_methods[] = {METHOD("step_project", project), METHOD("step_attend", attend_flat), METHOD("step_route", route_flat),
+                              METHOD("step_leave", leave), METHOD("step_choose", choose_flat),
+                              METHOD("step_experts", experts_alone), METHOD("step_local", feed_forward_all),
+                              METHOD("step_finish", finish), FAST("step_highest", step_highest), FAST("step_run", step_run),
+                              {nullptr, nullptr, 0, nullptr}};

@@ -12,7 +12,7 @@
 namespace trinity {
 namespace {
 
-constexpr int kLanes = 16, kBlock = 64, kLines = 4, kKeys = 4;
+constexpr int kLanes = 16, kBlock = 64, kLines = 4, kKeys = 4, kWide = 4;
 constexpr int64_t kMostDim = 1 << 15;  // of a row that is normed
 typedef float Vector __attribute__((vector_size(64)));
 
@@ -40,6 +40,21 @@ struct Brain {  // bfloat16
 #else
     Vector v;
     for (int lane = 0; lane < kLanes; lane++) v[lane] = wide(p[lane]);
+    return v;
+#endif
+  }
+};
+
+struct Byte {  // int8
+  typedef int8_t T;
+  static float wide(T x) { return x; }
+  static Vector load(const T *p) {
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return (Vector)_mm512_maskz_cvtepi32_ps(0xffff, wide);
+#else
+    Vector v;
+    for (int lane = 0; lane < kLanes; lane++) v[lane] = p[lane];
     return v;
 #endif
   }
@@ -306,57 +321,86 @@ inline void soften(float *scores, int begin, int end, int64_t dim, Panel *panel)
   for (int l = 0; l < kLines; l++) panel->total[l] += (sums[l] + sums[l + 8]) + (sums[l + 4] + sums[l + 12]);
 }
 
-template <class E>
-inline void mix(const float *scores, const typename E::T *values, int64_t stride, const int64_t *slot, int begin, int end,
-                int64_t dim, float *mixed) {
-  const int64_t whole = dim / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    Vector sums[kLines] = {};
-    for (int j = begin; j < end; j++) {
-      const Vector value = E::load(values + slot[j] * stride + i);
+// mixed [4, d] += the values of keys [begin, end), each times its line's weight; `kVectors` of a value at once.
+template <class E, int kVectors>
+inline void mix_some(const float *scores, const typename E::T *const *values, int begin, int end, int64_t i, int64_t dim, float *mixed) {
+  Vector sums[kLines][kVectors] = {};
+  for (int j = begin; j < end; j++) {
+    Vector value[kVectors];
 #pragma GCC unroll 4
-      for (int l = 0; l < kLines; l++) sums[l] = fused(Vector{} + scores[kLines * j + l], value, sums[l]);
-    }
+    for (int v = 0; v < kVectors; v++) value[v] = E::load(values[j] + i + v * kLanes);
+#pragma GCC unroll 4
     for (int l = 0; l < kLines; l++) {
-      const Vector found = Real::load(mixed + l * dim + i) + sums[l];
-      memcpy(mixed + l * dim + i, &found, sizeof found);
+      const Vector by = Vector{} + scores[kLines * j + l];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) sums[l][v] = fused(by, value[v], sums[l][v]);
     }
   }
   for (int l = 0; l < kLines; l++)
+    for (int v = 0; v < kVectors; v++) {
+      float *to = mixed + l * dim + i + v * kLanes;
+      const Vector found = Real::load(to) + sums[l][v];
+      memcpy(to, &found, sizeof found);
+    }
+}
+
+template <class E>
+inline void mix(const float *scores, const typename E::T *const *values, int begin, int end, int64_t dim, float *mixed) {
+  const int64_t whole = dim / kLanes * kLanes;
+  int64_t at = 0;
+  for (; at + kWide * kLanes <= whole; at += kWide * kLanes) mix_some<E, kWide>(scores, values, begin, end, at, dim, mixed);
+  for (; at < whole; at += kLanes) mix_some<E, 1>(scores, values, begin, end, at, dim, mixed);
+  for (int l = 0; l < kLines; l++)
     for (int64_t i = whole; i < dim; i++) {
       float found = 0;
-      for (int j = begin; j < end; j++)
-        found = __builtin_fmaf(scores[kLines * j + l], E::wide(values[slot[j] * stride + i]), found);
+      for (int j = begin; j < end; j++) found = __builtin_fmaf(scores[kLines * j + l], E::wide(values[j][i]), found);
       mixed[l * dim + i] += found;
     }
 }
 
-template <class E>
-void meet(const Attend &a, int64_t query, int64_t group, const typename E::T *keys, const typename E::T *values, Panel *panel) {
-  const int64_t stride = a.groups * a.dim, first = a.first[query], last = a.end[query], origin = a.origin[query];
-  keys += group * a.dim;
-  values += group * a.dim;
-  for (int64_t at = first - (first - origin) % kBlock; at < last; at += kBlock) {
+// Slots of the positions [first, last) of a row, of a block of keys that begins at `at`.
+inline void find_slots(const Attend &a, int64_t row, int64_t at, int begin, int end, int64_t *slot) {
+  const int32_t *blocks = a.block + row * a.columns;
+  for (int j = begin; j < end;) {
+    const int64_t place = (at + j) / a.size, left = (place + 1) * a.size - at, base = blocks[place] * a.size - place * a.size + at;
+    for (const int last = left < end ? static_cast<int>(left) : end; j < last; j++) slot[j] = base + j;
+  }
+}
+
+inline void scaled(const float *scale, const int64_t *slot, int64_t groups, int begin, int end, float *scores) {
+  for (int j = begin; j < end; j++)
+    for (int l = 0; l < kLines; l++) scores[kLines * j + l] *= scale[slot[j] * groups];
+}
+
+// S: what keys and values are kept in.
+template <class S>
+void meet(const Attend &a, int64_t row, int64_t position, int64_t group, const Kept &kept, Panel *panel) {
+  typedef typename S::T T;
+  const T *keys = static_cast<const T *>(kept.keys) + group * a.dim, *values = static_cast<const T *>(kept.values) + group * a.dim;
+  const int64_t stride = a.groups * a.dim, last = position + 1, first = a.window && a.window < last ? last - a.window : 0;
+  for (int64_t at = first - first % kBlock; at < last; at += kBlock) {
     alignas(64) float scores[kBlock * kLines];
+    int64_t slot[kBlock];
+    const T *places[kBlock];
     const int begin = static_cast<int>(first > at ? first - at : 0), end = static_cast<int>(last < at + kBlock ? last - at : kBlock);
-    const int64_t *slot = a.slot + at;
+    find_slots(a, row, at, begin, end, slot);
+    for (int j = begin; j < end; j++) places[j] = keys + slot[j] * stride;
     for (int j = begin / kKeys * kKeys; j < end; j += kKeys) {
-      const typename E::T *four[kKeys];
-      for (int key = 0; key < kKeys; key++) {
-        const int seen = j + key < begin ? begin : j + key < end ? j + key : end - 1;
-        four[key] = keys + slot[seen] * stride;
-      }
-      score<E>(panel->lines, a.dim, four, scores + kLines * j);
+      const T *four[kKeys];
+      for (int key = 0; key < kKeys; key++) four[key] = places[j + key < begin ? begin : j + key < end ? j + key : end - 1];
+      score<S>(panel->lines, a.dim, four, scores + kLines * j);
     }
+    if (kept.key_scale) scaled(kept.key_scale + group, slot, a.groups, begin, end, scores);
     soften(scores, begin, end, a.dim, panel);
-    mix<E>(scores, values, stride, slot, begin, end, a.dim, panel->mixed);
+    if (kept.value_scale) scaled(kept.value_scale + group, slot, a.groups, begin, end, scores);
+    for (int j = begin; j < end; j++) places[j] = values + slot[j] * stride;
+    mix<S>(scores, places, begin, end, a.dim, panel->mixed);
   }
 }
 
 // Unit u: key-value head u % G of query u / G.
-template <class E>
-void attend_as(const Attend &a, const typename E::T *q, const typename E::T *keys, const typename E::T *values,
-               typename E::T *out, int64_t unit) {
+template <class E, class S>
+void attend_as(const Attend &a, const Tokens &t, const typename E::T *q, const Kept &kept, typename E::T *out, int64_t unit) {
   static thread_local float lines[kLines * kMostDim / 8], mixed[kLines * kMostDim / 8];
   const int64_t query = unit / a.groups, group = unit % a.groups, share = a.heads / a.groups;
   const float by = static_cast<float>(1 / sqrt(static_cast<double>(a.dim)));
@@ -368,11 +412,63 @@ void attend_as(const Attend &a, const typename E::T *q, const typename E::T *key
       for (int64_t i = 0; i < a.dim; i++) lines[l * a.dim + i] = E::wide(line[i]) * by;
     }
     memset(mixed, 0, sizeof(float) * kLines * a.dim);
-    meet<E>(a, query, group, keys, values, &panel);
+    meet<S>(a, t.row[query], t.position[query], group, kept, &panel);
     for (int64_t l = 0; l < num; l++)
       for (int64_t i = 0; i < a.dim; i++)
         out[(query * a.heads + head + l) * a.dim + i] = E::narrow(mixed[l * a.dim + i] / panel.total[l]);
   }
+}
+
+// As trinity/engine/kv_pools.py:rounded has it. What is not finite is said by its scale.
+template <class E>
+void round_heads(const Attend &a, const typename E::T *from, int8_t *to, float *scale) {
+  for (int64_t group = 0; group < a.groups; group++, from += a.dim, to += a.dim) {
+    float most = 0;
+    for (int64_t i = 0; i < a.dim; i++) {
+      const float size = fabsf(E::wide(from[i]));
+      most = size > most || size != size ? size : most;
+    }
+    const float by = most / 127.0f < 1.17549435e-38f ? 1.17549435e-38f : most / 127.0f;
+    scale[group] = by;
+    for (int64_t i = 0; i < a.dim; i++) {
+      const float number = E::wide(from[i]) / by;
+      to[i] = fabsf(number) < 128.0f ? static_cast<int8_t>(nearbyintf(number)) : static_cast<int8_t>(0);
+    }
+  }
+}
+
+// The first of the highest numbers; NaN is the highest.
+template <class E>
+int64_t highest_as(const typename E::T *x, int64_t n, float *found) {
+  float tops[kBlock], top = -INFINITY;
+  int is_odd[kBlock] = {};
+  for (float &each : tops) each = -INFINITY;
+  const int64_t whole = n / kBlock * kBlock;
+  for (int64_t at = 0; at < whole; at += kBlock)
+    for (int lane = 0; lane < kBlock; lane++) {
+      const float one = E::wide(x[at + lane]);
+      tops[lane] = one > tops[lane] ? one : tops[lane];
+      is_odd[lane] |= one != one;
+    }
+  bool has_nan = false;
+  for (int lane = 0; lane < kBlock; lane++) top = tops[lane] > top ? tops[lane] : top, has_nan |= is_odd[lane];
+  for (int64_t i = whole; i < n; i++) {
+    const float one = E::wide(x[i]);
+    top = one > top ? one : top;
+    has_nan |= one != one;
+  }
+  int64_t at = 0;
+  for (; at < whole; at += kBlock) {
+    int is_it = 0;
+    for (int lane = 0; lane < kBlock; lane++) {
+      const float one = E::wide(x[at + lane]);
+      is_it |= has_nan ? one != one : one == top;
+    }
+    if (is_it) break;
+  }
+  while (has_nan ? E::wide(x[at]) == E::wide(x[at]) : E::wide(x[at]) != top) at++;
+  *found = E::wide(x[at]);
+  return at;
 }
 
 // -- the table: both types behind one name each
@@ -392,8 +488,15 @@ void heads_any(const Project &p, const Norm &norm, const Matrix &m, bool rotates
   heads_as<E>(p, norm, m, rotates, y, cos, sin, static_cast<typename E::T *>(to));
 }
 template <class E>
-void attend_any(const Attend &a, const void *q, const void *keys, const void *values, void *out, int64_t unit) {
-  attend_as<E>(a, in<E>(q), in<E>(keys), in<E>(values), static_cast<typename E::T *>(out), unit);
+void attend_any(const Attend &a, const Tokens &t, const void *q, const Kept &kept, void *out, int64_t unit) {
+  typename E::T *to = static_cast<typename E::T *>(out);
+  a.stored == kInt8 ? attend_as<E, Byte>(a, t, in<E>(q), kept, to, unit) : attend_as<E, E>(a, t, in<E>(q), kept, to, unit);
+}
+template <class E>
+void keep_any(const Attend &a, const void *from, int64_t slot, void *to, float *scale) {
+  const int64_t width = a.groups * a.dim;
+  if (a.stored == kInt8) round_heads<E>(a, in<E>(from), static_cast<int8_t *>(to) + slot * width, scale + slot * a.groups);
+  else memcpy(static_cast<typename E::T *>(to) + slot * width, from, width * sizeof(typename E::T));
 }
 template <class E>
 void rounded_any(const float *y, const void *bias, int64_t n, void *to) {
@@ -421,8 +524,14 @@ void heads(const Project &p, const Norm &of, const Matrix &m, bool rotates, cons
            void *to) {
   EITHER(p.is_brain, heads_any, (p, of, m, rotates, y, cos, sin, to));
 }
-void attend_one(const Attend &a, const void *q, const void *keys, const void *values, void *out, int64_t unit) {
-  EITHER(a.is_brain, attend_any, (a, q, keys, values, out, unit));
+void attend_one(const Attend &a, const Tokens &t, const void *q, const Kept &kept, void *out, int64_t unit) {
+  EITHER(a.is_brain, attend_any, (a, t, q, kept, out, unit));
+}
+void keep(const Attend &a, const void *from, int64_t slot, void *to, float *scale) {
+  EITHER(a.is_brain, keep_any, (a, from, slot, to, scale));
+}
+int64_t highest(bool is_brain, const void *x, int64_t n, float *found) {
+  return is_brain ? highest_as<Brain>(in<Brain>(x), n, found) : highest_as<Real>(in<Real>(x), n, found);
 }
 void rounded(bool is_brain, const float *y, const void *bias, int64_t n, void *to) {
   EITHER(is_brain, rounded_any, (y, bias, n, to));
@@ -445,6 +554,6 @@ void added(bool is_brain, const void *x, const void *y, int64_t n, void *to) { E
 
 }  // namespace
 
-const Pieces PIECES = {norm, heads, attend_one, wide_product, rounded, gated, added, sigmoid, softmax, swiglu, summed, total};
+const Pieces PIECES = {norm, heads, keep, attend_one, highest, wide_product, rounded, gated, added, sigmoid, softmax, swiglu, summed, total};
 
 }  // namespace trinity

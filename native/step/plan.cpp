@@ -41,9 +41,10 @@ class Walk {
   }
 
   bool meet(int64_t layer) {
-    if (!step_.memory || step_.memory[layer].attend < 0) return false;
+    if (!step_.memory) return false;
     const Memory &memory = step_.memory[layer];
-    attend(step_.attends[memory.attend], threads(), run_.q, run_.k, run_.v, memory.keys, memory.values, run_.mixed);
+    const Tokens tokens = {run_.num, run_.row, run_.position};
+    attend(step_.attends[memory.attend], threads(), tokens, run_.q, run_.k, run_.v, memory.kept, run_.mixed);
     return true;
   }
 

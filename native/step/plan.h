@@ -36,9 +36,9 @@ struct StepLayer {
   int64_t is_whole;  // Python's
 };
 
-struct Memory {      // keys and values of a layer; attend negative: attention is Python's
+struct Memory {      // keys and values of a layer
   int64_t attend;    // which of the pass
-  void *keys, *values;
+  Kept kept;
 };
 
 struct Run {         // of one pass; one row after the other
@@ -47,6 +47,7 @@ struct Run {         // of one pass; one row after the other
   void *h, *residual, *x, *q, *k, *v, *gate, *mixed, *local, *y;  // as wide as the widest layer wants them
   void *hidden, *logits;
   Routed routed;     // [M, ..]
+  const int64_t *row, *position;  // [T]; null where attention is Python's
   double *waited_s;  // [L]: from rows' leaving to their coming back by rings; null where there are none
 };
 

@@ -67,16 +67,17 @@ void project(const Project &p, int threads, int64_t num, const void *h, const vo
   });
 }
 
-void attend(const Attend &a, int threads, const void *q, const void *k, const void *v, void *keys, void *values, void *out) {
-  const int64_t width = a.groups * a.dim, bytes = width * size_of_one(a.is_brain);
-  for (int64_t i = 0; i < a.num_writes; i++)
-    for (auto [from, to] : {std::pair(k, keys), std::pair(v, values)})
-      std::copy_n(at(static_cast<const char *>(from), a.write_row[i], width, a.is_brain), bytes,
-                  at(static_cast<char *>(to), a.write_slot[i], width, a.is_brain));
+void attend(const Attend &a, int threads, const Tokens &t, const void *q, const void *k, const void *v, const Kept &kept, void *out) {
+  const int64_t width = a.groups * a.dim;
   int64_t seen = 0;
-  for (int64_t i = 0; i < a.num; i++) seen += a.end[i] - a.first[i];
-  in_threads(threads, a.num * a.groups, 4 * a.heads * a.dim * seen, [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; unit++) pieces().attend(a, q, keys, values, out, unit);
+  for (int64_t i = 0; i < t.num; i++) {
+    const int64_t position = t.position[i], slot = a.block[t.row[i] * a.columns + position / a.size] * a.size + position % a.size;
+    pieces().keep(a, at(k, i, width, a.is_brain), slot, kept.keys, kept.key_scale);
+    pieces().keep(a, at(v, i, width, a.is_brain), slot, kept.values, kept.value_scale);
+    seen += a.window ? std::min(position + 1, a.window) : position + 1;
+  }
+  in_threads(threads, t.num * a.groups, 4 * a.heads * a.dim * seen, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; unit++) pieces().attend(a, t, q, kept, out, unit);
   });
 }
 
@@ -139,6 +140,10 @@ void finish(const Ending &f, int threads, int64_t num, const void *h, void *hidd
   each_row(threads, num, 2 * f.head.n, [&](int64_t row) {
     pieces().rounded(is_brain, y + row * f.head.n, f.head.bias, f.head.n, at(logits, row, f.head.n, is_brain));
   });
+}
+
+void highest(bool is_brain, int threads, int64_t num, int64_t n, const void *x, int64_t *at_T, float *found_T) {
+  each_row(threads, num, 2 * n, [&](int64_t row) { at_T[row] = pieces().highest(is_brain, at(x, row, n, is_brain), n, found_T + row); });
 }
 
 namespace {

@@ -35,8 +35,20 @@ struct Project {
 };
 
 struct Attend {          // of single tokens, whose keys are written before any is read
-  int64_t is_brain, num, heads, groups, dim, num_writes;
-  const int64_t *write_row, *write_slot, *slot, *first, *end, *origin;
+  int64_t is_brain, stored;              // what keys and values are kept in: kFloat32 or kBfloat16 as the rows, kInt8
+  int64_t heads, groups, dim, window;    // 0: every earlier token is seen
+  int64_t size, columns;                 // tokens of a block, and blocks of a row of the table
+  const int32_t *block;                  // [.., columns]: position p of a row is in its block p / size
+};
+
+struct Tokens {          // [T]: whose line of the table each has, and its position
+  int64_t num;
+  const int64_t *row, *position;
+};
+
+struct Kept {            // of a layer [P, G, d], and of int8 a scale for each [P, G]
+  void *keys, *values;
+  float *key_scale, *value_scale;
 };
 
 enum Scoring : int64_t { kPythons = 0, kSigmoid = 1, kSoftmax = 2 };  // what makes scores of logits
@@ -83,7 +95,8 @@ struct Ending {                  // after the last layer
 
 void project(const Project &what, int threads, int64_t num, const void *h, const void *cos, const void *sin, void *q, void *k,
              void *v, void *gate);
-void attend(const Attend &what, int threads, const void *q, const void *k, const void *v, void *keys, void *values, void *out);
+void attend(const Attend &what, int threads, const Tokens &tokens, const void *q, const void *k, const void *v, const Kept &kept,
+            void *out);
 void route(const Route &what, int threads, int64_t num, const void *mixed, const void *gate, const void *h, void *residual,
            void *x, const Routed &routed);
 void leave(const Leave &what, int threads, int64_t num, const void *residual, const void *routed, const void *local, void *h);
@@ -95,12 +108,16 @@ bool experts(const Experts &what, int threads, int64_t num, const void *x, const
              int64_t *rows, const Local &local, void *local_y);
 void feed_forward_all(const Local &what, int threads, int64_t num, const void *x, void *y);
 void finish(const Ending &what, int threads, int64_t num, const void *h, void *hidden, void *logits);  // logits null: not wanted
+// The first of the highest numbers of each row [T, n], and that number; NaN is the highest.
+void highest(bool is_brain, int threads, int64_t num, int64_t n, const void *x, int64_t *at, float *found);
 
 // What a file compiled for one instruction set has.
 struct Pieces {
   void (*norm)(const Norm &, bool is_brain, const void *x, int64_t dim, void *y);
   void (*heads)(const Project &, const Norm &, const Matrix &, bool rotates, const float *y, const void *cos, const void *sin, void *to);
-  void (*attend)(const Attend &, const void *q, const void *keys, const void *values, void *out, int64_t unit);
+  void (*keep)(const Attend &, const void *from, int64_t slot, void *to, float *scale);  // a token's keys or values
+  void (*attend)(const Attend &, const Tokens &, const void *q, const Kept &, void *out, int64_t unit);
+  int64_t (*highest)(bool is_brain, const void *x, int64_t n, float *found);
   // y [num, n] in float32 = x [num, k] times w [n, k], of up to four rows, both widened first
   void (*wide_product)(bool is_brain, const void *x, int64_t num, int64_t k, const void *w, int64_t n, float *y);
   void (*rounded)(bool is_brain, const float *y, const void *bias, int64_t n, void *to);

@@ -27,7 +27,8 @@ struct Model {  // memory of exactly its size each, so that whoever reads beyond
   std::vector<StepLayer> layers;
   std::vector<Experts> here;
   std::vector<Memory> memory;
-  Attend seen;
+  std::vector<Attend> seen;  // of the layers
+  bool is_int8;
   Ending end;
   Run run;
 
@@ -62,16 +63,16 @@ struct Model {  // memory of exactly its size each, so that whoever reads beyond
   Model() {
     is_brain = below(2), num = 1 + below(9), dim = 3 + below(60), groups = 1 + below(3), heads = groups * (1 + below(5));
     head_dim = 2 * (1 + below(20)), experts = 4 + 2 * below(20), top_k = 1 + below(4), hidden = 1 + below(40);
+    look();
     for (int64_t number = 0; number < 3; number++) add(number);
     end = {is_brain, dim, norm(dim, false), matrix(1 + below(90), dim)};
-    look();
     const int64_t wide = heads * head_dim, narrow = groups * head_dim, routed = 2 * num;
     run = {num, 1, rows(num * head_dim), rows(num * head_dim), rows(num * dim), rows(num * dim), rows(num * dim), rows(num * wide),
            rows(num * narrow), rows(num * narrow), rows(num * wide), rows(num * wide), rows(num * dim), rows(num * dim),
            rows(num * dim), rows(num * end.head.n),
            {static_cast<float *>(bytes(4 * routed * experts)), static_cast<float *>(bytes(4 * routed * experts)),
             static_cast<int64_t *>(bytes(8 * routed * top_k)), static_cast<float *>(bytes(4 * routed * top_k))},
-           nullptr};
+           rows_of, positions, nullptr};
   }
 
   void add(int64_t number) {  // the first is dense; the others' routers are of both kinds
@@ -92,7 +93,7 @@ struct Model {  // memory of exactly its size each, so that whoever reads beyond
     layer.number = number;
     layers.push_back(layer);
     here.push_back(number ? all_experts() : Experts{});
-    memory.push_back({0, rows(40 * narrow), rows(40 * narrow)});
+    remember(number, narrow);
   }
 
   Experts all_experts() {
@@ -103,21 +104,30 @@ struct Model {  // memory of exactly its size each, so that whoever reads beyond
             matrix(dim, hidden, false, experts), whole(position), experts, whole(ids), whole(std::vector<int64_t>(experts))};
   }
 
-  void look() {  // every token sees its own slot, and some before it
-    std::vector<int64_t> row, write, slot, first, last, origin;
-    for (int64_t t = 0; t < num; t++) {
-      const int64_t seen_before = below(4), window = below(70);
-      row.push_back(t), write.push_back(t);
-      first.push_back(static_cast<int64_t>(slot.size()));
-      origin.push_back(first.back() - below(100));
-      for (int64_t i = 0; i < seen_before * window; i++) slot.push_back(num + below(40 - num));
-      slot.push_back(t);
-      last.push_back(static_cast<int64_t>(slot.size()));
-    }
-    seen = {is_brain, num, heads, groups, head_dim, num, whole(row), whole(write), whole(slot), whole(first), whole(last), whole(origin)};
+  const int64_t *rows_of, *positions;
+  int64_t block_size, columns;
+  const int32_t *blocks;
+
+  void look() {  // each token is the last of a sequence of its own, whose blocks lie anywhere
+    std::vector<int64_t> row, position;
+    block_size = 1 + below(20), columns = 140 / block_size + 1;
+    int32_t *table = static_cast<int32_t *>(bytes(4 * num * columns));
+    for (int64_t i = 0; i < num * columns; i++) table[i] = static_cast<int32_t>(i);
+    for (int64_t i = num * columns - 1; i > 0; i--) std::swap(table[i], table[below(i + 1)]);
+    for (int64_t t = 0; t < num; t++) row.push_back(num - 1 - t), position.push_back(below(140));
+    rows_of = whole(row), positions = whole(position), blocks = table, is_int8 = below(2);
   }
 
-  Step step() { return {layers.data(), static_cast<int64_t>(layers.size()), &end, here.data(), &seen, memory.data(), &run, {}}; }
+  void remember(int64_t number, int64_t narrow) {
+    const int64_t slots = num * columns * block_size;
+    const auto kept = [&] { return is_int8 ? bytes(slots * narrow) : rows(slots * narrow); };
+    const auto scales = [&] { return is_int8 ? static_cast<float *>(bytes(4 * slots * groups)) : nullptr; };
+    seen.push_back({is_brain, is_int8 ? kInt8 : is_brain ? kBfloat16 : kFloat32, heads, groups, head_dim, below(2) ? 1 + below(100) : 0,
+                    block_size, columns, blocks});
+    memory.push_back({number, {kept(), kept(), scales(), scales()}});
+  }
+
+  Step step() { return {layers.data(), static_cast<int64_t>(layers.size()), &end, here.data(), seen.data(), memory.data(), &run, {}}; }
 
   std::vector<char> result() const {
     const int64_t one = size_of_one(is_brain);

@@ -13,15 +13,18 @@ PROC = Path("/proc")
 
 
 class Sample(NamedTuple):
+    """`own_mib`: what is in no file. Pages of files leave and come back as other programs of the machine need memory."""
+
     at_s: float
     name: str
     rss_mib: float
+    own_mib: float
     num_threads: int
     num_descriptors: int
 
 
 class Growth(NamedTuple):
-    """A process between the first and the last quarter of its time: medians of each."""
+    """A process between the first and the last quarter of its time: medians of each. It grows by what is in no file."""
 
     name: str
     pid: int
@@ -91,7 +94,8 @@ def _sample(pid: int, now_s: float) -> Sample:
     title = " ".join(words).strip()
     name = title.split(".")[0] if title.startswith("ray::") else _program(words)
     descriptors = sum(1 for _ in (PROC / str(pid) / "fd").iterdir())
-    return Sample(now_s, name, int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), descriptors)
+    rss, anonymous, shared = (int(status[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon", "RssShmem"))
+    return Sample(now_s, name, rss, anonymous + shared, int(status["Threads"]), descriptors)
 
 
 def _program(words: list[str]) -> str:
@@ -108,7 +112,7 @@ def _growth(pid: int, samples: list[Sample]) -> Growth:
         before, after = (statistics.median(getattr(sample, field) for sample in part) for part in (first, last))
         return before, after
 
-    (before_s, after_s), (before_mib, after_mib) = both("at_s"), both("rss_mib")
+    (before_s, after_s), (before_mib, after_mib), (_, rss_mib) = both("at_s"), both("own_mib"), both("rss_mib")
     slope = (after_mib - before_mib) / max(1e-9, after_s - before_s) * 3600
     threads, descriptors = (tuple(map(int, both(field))) for field in ("num_threads", "num_descriptors"))
-    return Growth(samples[-1].name, pid, after_mib, slope, threads, descriptors)
+    return Growth(samples[-1].name, pid, rss_mib, slope, threads, descriptors)

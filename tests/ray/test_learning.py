@@ -33,20 +33,23 @@ def dies_once(settings):
     return train_loop(settings, prepared)
 
 
-def fitted(config, loop=None):
+@pytest.fixture(scope="module")
+def pool(ray_session, tmp_path_factory):
+    """Two shards that outlive a run: each test here begins another in them, as `trinity train` may."""
     from actors import pool as pools
+
+    placement = {"pool": any_name(), "num_shards": 2, "backend": "torch", "balance_every_s": 0}
+    made = test_preference_runs.config_for(tmp_path_factory.mktemp("pool")).replace(placement=placement)
+    pools.create(made.placement, "trinity", made.model, made.optim, made.train.out_dir)
+    yield placement
+    pools.destroy(made.placement.pool, "trinity")
+
+
+def fitted(config, out_dir, pool, loop=None, **train):
     from actors.train import fit
 
-    pools.create(config.placement, config.cluster.namespace, config.model, config.optim, config.train.out_dir)
-    try:
-        return fit(config, loop)
-    finally:
-        pools.destroy(config.placement.pool, config.cluster.namespace)
-
-
-def in_ray(config, out_dir, **train):
-    placement = {"pool": any_name(), "num_shards": 2, "backend": "torch", "balance_every_s": 0}
-    return config.replace(placement=placement, train={"out_dir": str(out_dir), "num_threads_per_worker": 1, **train})
+    train |= {"out_dir": str(out_dir), "num_threads_per_worker": 1}
+    return fit(config.replace(placement=pool, train=train), loop)
 
 
 PAIRS, PROMPTS = pytest.param(test_preference_runs, id="pairs"), pytest.param(test_reward_runs, id="prompts")
@@ -54,13 +57,13 @@ LATER = {"marks": pytest.mark.chaos}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(test_preference_runs, id="pairs", **LATER), PROMPTS])
-def test_two_workers_learn_as_one_process_does(ray_session, tmp_path, kind):
+def test_two_workers_learn_as_one_process_does(pool, tmp_path, kind):
     """The same answers, too: which are drawn depends on their places in the step alone."""
     config = kind.config_for(tmp_path, train={"steps": 3})
     alone, told = kind.trainer_for(config), test_preference_runs.Told()
     alone.logs = [told]
     alone.run()
-    fitted(in_ray(config, tmp_path / "ray", num_workers=2))
+    fitted(config, tmp_path / "ray", pool, num_workers=2)
     assert list(losses_of(tmp_path / "ray").values()) == pytest.approx(
         [each.loss for each in told.steps], rel=1e-3, abs=1e-5
     )
@@ -70,12 +73,12 @@ def test_two_workers_learn_as_one_process_does(ray_session, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [PAIRS, pytest.param(test_reward_runs, id="prompts", **LATER)])
-def test_a_worker_that_is_killed_costs_no_bit(ray_session, tmp_path, kind):
+def test_a_worker_that_is_killed_costs_no_bit(pool, tmp_path, kind):
     config = kind.config_for(tmp_path, train={"steps": 4})
     alone, told = kind.trainer_for(config), test_preference_runs.Told()
     alone.logs = [told]
     alone.run()
-    result = fitted(in_ray(config, tmp_path / "ray"), dies_once)
+    result = fitted(config, tmp_path / "ray", pool, dies_once)
     assert (tmp_path / "ray" / "died").exists()
     assert list(losses_of(tmp_path / "ray").values()) == [each.loss for each in told.steps]
     mine, theirs = weights_of(open_checkpoint(result["checkpoint"])), weights_of(open_checkpoint(alone.saver.target(4)))

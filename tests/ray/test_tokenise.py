@@ -6,23 +6,16 @@ import shutil
 
 import pytest
 
-from actors.cluster import joined
 from actors.jobs.tokenise import tokenise
-from trinity.config import ClusterConfig, Config, DataConfig, TrainConfig, preset
+from trinity.config import Config, DataConfig, TrainConfig, preset
 from trinity.data import prepare as preparing
 from trinity.errors import DataError
 from trinity.preparing import prepared
 from trinity.text.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with joined(ClusterConfig(num_cpus=2)):
-        yield
-
-
 @pytest.fixture
-def settings(tmp_path):
+def settings(ray_session, tmp_path):
     """(data, train, model) of four files of different kinds."""
     folder = tmp_path / "corpus"
     folder.mkdir()

@@ -27,52 +27,65 @@ def ask(**fields):
     return pb.GenerateRequest(chat=pb.Chat(messages=[EMPTY], **fields))
 
 
-GIANTS = {  # -> rpc, request, what is said of it
+GIANTS = {  # -> rpc, what makes the request, what is said of it
     "messages": (
         "Generate",
-        pb.GenerateRequest(**chat(*[EMPTY] * 500_000)),
+        lambda: pb.GenerateRequest(**chat(*[EMPTY] * 500_000)),
         "messages has 500000 entries, at most 1024",
     ),
     "the last message wrong": (
         "Generate",
-        pb.GenerateRequest(**chat(*[EMPTY] * 500_000, pb.ChatMessage(role=9))),
+        lambda: pb.GenerateRequest(**chat(*[EMPTY] * 500_000, pb.ChatMessage(role=9))),
         "messages has 500001 entries",
     ),
     "messages to be counted": (
         "Tokenize",
-        pb.TokenizeRequest(**chat(*[EMPTY] * 500_000)),
+        lambda: pb.TokenizeRequest(**chat(*[EMPTY] * 500_000)),
         "messages has 500000 entries",
     ),
-    "ids": ("Generate", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2_000_000)), "2000000 prompt tokens"),
-    "ids to be read": ("Detokenize", pb.DetokenizeRequest(token_ids=[5] * 400_000), ""),
+    "ids": (
+        "Generate",
+        lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2_000_000)),
+        "2000000 prompt tokens",
+    ),
+    "ids to be read": ("Detokenize", lambda: pb.DetokenizeRequest(token_ids=[5] * 400_000), ""),
     "ids of too long a text": (
         "Detokenize",
-        pb.DetokenizeRequest(token_ids=[0] * 1_900_000),
+        lambda: pb.DetokenizeRequest(token_ids=[0] * 1_900_000),
         "over 4,000,000 bytes",
     ),
-    "tools": ("Generate", ask(tools=[pb.Tool()] * 500_000), "tools has 500000 entries, at most 256"),
+    "tools": ("Generate", lambda: ask(tools=[pb.Tool()] * 500_000), "tools has 500000 entries, at most 256"),
     "calls": (
         "Generate",
-        pb.GenerateRequest(**chat(*[pb.ChatMessage(role=3, tool_calls=[pb.ToolCall(name="f")] * 400)] * 900)),
+        lambda: pb.GenerateRequest(**chat(*[pb.ChatMessage(role=3, tool_calls=[pb.ToolCall(name="f")] * 400)] * 900)),
         "tool_calls has 360000 entries, at most 1024",
     ),
     "a schema": (
         "Generate",
-        ask(tools=[pb.Tool(name="f", parameters_json=f'{{"a":[{"[]," * 600_000}1]}}')]),
+        lambda: ask(tools=[pb.Tool(name="f", parameters_json=f'{{"a":[{"[]," * 600_000}1]}}')]),
         "parameters_json has 1,800,009 characters",
     ),
-    "documents": ("Tokenize", pb.TokenizeRequest(chat=ask(documents_json=["{}"] * 400_000).chat), "documents_json has"),
-    "a document": ("Generate", ask(documents_json=["x" * 1_900_000]), "arguments has 1,900,000 characters"),
-    "stop strings": ("Generate", generate(stop=[""] * 1_000_000), "stop has 1000000 entries, at most 1024"),
-    "stop ids": ("Generate", generate(stop_token_ids=[1] * 2_000_000), "stop_token_ids has 2000000 entries"),
-    "biases": ("Generate", generate(logit_bias=dict.fromkeys(range(150_000), 1.0)), "logit_bias has 150000 entries"),
-    "a stop string": ("Generate", generate(stop=["x" * 2_000_000]), "a stop string has 2000000 characters"),
+    "documents": (
+        "Tokenize",
+        lambda: pb.TokenizeRequest(chat=ask(documents_json=["{}"] * 400_000).chat),
+        "documents_json has",
+    ),
+    "a document": ("Generate", lambda: ask(documents_json=["x" * 1_900_000]), "arguments has 1,900,000 characters"),
+    "stop strings": ("Generate", lambda: generate(stop=[""] * 1_000_000), "stop has 1000000 entries, at most 1024"),
+    "stop ids": ("Generate", lambda: generate(stop_token_ids=[1] * 2_000_000), "stop_token_ids has 2000000 entries"),
+    "biases": (
+        "Generate",
+        lambda: generate(logit_bias=dict.fromkeys(range(150_000), 1.0)),
+        "logit_bias has 150000 entries",
+    ),
+    "a stop string": ("Generate", lambda: generate(stop=["x" * 2_000_000]), "a stop string has 2000000 characters"),
 }
 
 
 @pytest.mark.parametrize("name", GIANTS)
 async def test_a_giant_message_stalls_nobody(server, name):
-    verb, request, says = GIANTS[name]
+    verb, make, says = GIANTS[name]
+    request = make()
     raw = request.SerializeToString()
     began_s = time.process_time()
     type(request).FromString(raw)

@@ -17,8 +17,8 @@ def test_scores_grow_with_what_is_lost_and_are_nothing_where_nothing_is(tmp_path
             for arm, model in formats._arms(source, as_is)}  # fmt: skip
     same = arms.pop("as it is")
     assert (same.kl, same.kl_p99, same.same_token) == (0, 0, 1)
-    of_engine = {f"{what} {name}" for what in ("backbone", "both") for name in formats.BACKBONE}
-    assert set(arms) == {*(f"experts {name}" for name in formats.EXPERTS), *of_engine, "weights int8", "weights fp8"}
+    rounded = {f"{what} {name}" for what in ("experts", "backbone", "both") for name in formats.DTYPES}
+    assert set(arms) == {*rounded, "weights int8", "weights fp8"}
     assert 0 < arms["experts bfloat16"].kl < arms["experts int8"].kl < arms["experts nvfp4"].kl
     assert arms["experts int8"].kl < arms["weights int8"].kl
     assert 0 < arms["backbone bfloat16"].kl < arms["backbone int8"].kl

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from trinity.bench import apart, decode, models, train
+from trinity.bench import apart, decode, families, models, train
 from trinity.cli import main
 from trinity.config import preset
 from trinity.errors import ConfigError, TrinityError
@@ -91,6 +91,16 @@ def test_train_refuses_to_time_arms_that_differ(loss, grad_norm):
         race.check()
 
 
+def test_first_steps_in_bf16_may_differ_by_more():
+    race = train.Race(10, train.MAX_DIFFERENCE["bfloat16"])
+    race.add(models.HERE, 1, step_of(2.0, 1.0))
+    race.add("other", 1, step_of(2.009, 1.009))
+    race.check()
+    race.add("wrong", 1, step_of(2.011, 1.0))
+    with pytest.raises(TrinityError, match="'wrong' has loss"):
+        race.check()
+
+
 def test_decode_counts_as_ties_only_what_transformers_cannot_tell_apart():
     theirs = [[1, 2, 3], [1, 2, 3], [1, 2, 3]]
     ours = [[1, 2, 3], [1, 9, 9], [1, 2, 9]]
@@ -124,6 +134,18 @@ def test_apart_runs_a_process_for_each_turn(tmp_path):
     told = rows(report, "One request and the memory")
     read = 1e9 * (told["bytes of matrices a token, GB"]["median"] + told["of keys and values, GB"]["median"])
     assert told["share of it"]["median"] == pytest.approx(read / step_s / turn["bytes_per_s"])
+
+
+def test_gains_of_families_are_compared(tmp_path):
+    assert main(["bench", "decode", "--families", "--quick", "--out", str(tmp_path)]) == 0
+    (table, _) = json.loads((tmp_path / "decode-families.json").read_text())["tables"]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    assert [(row["requests"], row["family"]) for row in rows] == [
+        (n, kind) for n in (1, 2) for kind in families.QUICK["kinds"]
+    ]
+    for first, row in ((rows[0], rows[1]), (rows[2], rows[3])):
+        assert row["gain"] == pytest.approx(row[models.TRANSFORMERS] / row["ours"])  # of one round
+        assert row[f"/ {families.FIRST}'s"] == pytest.approx(row["gain"] / first["gain"])
 
 
 def turn_of(tokens_per_s, tokens):

@@ -191,7 +191,8 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
 
 def test_the_bench_compares_every_format_with_float32():
     table = formats(shape_of("tiny", torch.device("cpu"), experts=2), rows=(1, 3), rounds=1)
-    names = ["float32", *(["bfloat16"] if native.lib else []), "int8"]
+    packed = ["fp8", "nvfp4"] if native.lib else []
+    names = ["float32", *(["bfloat16"] if native.lib else []), "int8", *packed]
     assert [row[:2] for row in table.rows] == [(num, name) for num in (1, 3) for name in names]
     lost = {row[1]: float(row[-1]) for row in table.rows}
     assert lost["float32"] == 0 < lost["int8"] < 0.1

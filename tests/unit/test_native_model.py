@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,12 +101,24 @@ def test_a_choice_that_is_not_described_is_python_s(seen, monkeypatch):
     assert seen[CHOOSE] > 0
 
 
-def test_keys_in_8_bits_are_attended_by_python(seen):
+def test_keys_in_8_bits_are_attended_inside_the_call(seen):
     model, _ = made()
-    decoded(model)  # a kind is tried where nothing is in the way
     expected = by_modules(model, kv_cache_dtype="int8")
     assert decoded(model, kv_cache_dtype="int8") == expected
-    assert seen[ATTEND] > 0
+    assert list(seen) == ["pass"]
+
+
+def test_decisions_of_a_pass_are_those_of_the_modules(seen):
+    """Whoever asks for them later finds them."""
+    model, _ = made()
+    decoded(model)
+    whole, found = model.model.at_once, []
+    for model.model.at_once in (whole, None):
+        engine = fake_engine(model.config, model=model)
+        engine.add("0", PROMPTS[0], PARAMS.model_copy(update={"trace": True}))
+        found.append(run_all(engine)["0"][-1].experts_TLK)
+    assert np.array_equal(*found)
+    assert found[0].any()
 
 
 def test_weights_that_are_others_are_found(seen):
@@ -127,7 +140,7 @@ def test_hooks_and_a_kind_that_differs_need_the_modules(seen, monkeypatch, caplo
     assert not seen["pass"]
     handle.remove()
     expected, finish = by_modules(model), native_model._Pass._go
-    monkeypatch.setattr(native_model._Pass, "_go", lambda of, run: [finish(of, run), of._routed[0].add_(1)][0])
+    monkeypatch.setattr(native_model._Pass, "_go", lambda of, *run: [finish(of, *run), of._decision(1)[0].add_(1)][0])
     assert decoded(model) == expected
     assert seen["pass"] == 1, "it is tried once"
     assert "layer by layer" in caplog.text

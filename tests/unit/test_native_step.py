@@ -3,12 +3,18 @@
 import itertools
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
 from trinity import native
-from trinity.config import preset
-from trinity.engine.exact_attention import ExactPlan, Reads, _described
+from trinity.config import LayerCache, preset
+from trinity.engine.attention import Flat
+from trinity.engine.exact_attention import ExactAttention
+from trinity.engine.kv_cache import KVCache
+from trinity.engine.kv_layout import CacheLayout
+from trinity.engine.kv_pools import KVPools
+from trinity.engine.sampler import highest
 from trinity.experts import native_experts
 from trinity.experts.base import LayerWeights
 from trinity.experts.derived import FORMS, DerivedLayer
@@ -20,7 +26,6 @@ from trinity.models.common.family import Nobody
 from trinity.models.common.native_step import NativeAfter, NativeBefore
 from trinity.models.registry import build
 from trinity.ops import extension
-from trinity.ops.batch_invariant.attention import Seen, attention
 from trinity.ops.quantised import Int8, multiply, quantised
 from trinity.rpc.messages import REMOTE
 
@@ -138,19 +143,40 @@ def test_a_softmax_is_one_function_of_ours(experts, top_k, normalises):
 
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 2, 128), (6, 6, 64), (5, 1, 20), (12, 2, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_has_the_bits_of_the_compiled_one(heads, groups, dim, dtype):
-    rng, spans = torch.Generator().manual_seed(3), [(0, 1), (3, 70), (1, 64), (100, 313), (40, 41)]
-    q, k, v = (
-        torch.randn(n, h, dim, generator=rng).mul(2).to(dtype) for n, h in ((5, heads), (400, groups), (400, groups))
+@pytest.mark.parametrize(("kept", "window"), [("auto", None), ("auto", 67), ("int8", None), ("int8", 64)])
+def test_attention_has_the_bits_of_the_compiled_one(heads, groups, dim, dtype, kept, window):
+    """Of single tokens whose keys lie in blocks anywhere: what is written, and what is seen."""
+    rng, layer = torch.Generator().manual_seed(3), LayerCache(groups, dim, dim, dim**-0.5, window)
+    layout = CacheLayout(5, 400, (layer,), ((layer, 0),), {layer: 200}, {layer: 80}, {layer: 1}, kept)
+    cache, rows_T, positions_T = KVCache(layout, 5), np.array([4, 0, 3, 1, 2]), np.array([0, 69, 63, 311, 40])
+    table = cache.tables[layer]
+    table.block_NC[:] = torch.randperm(400, generator=rng).reshape(5, 80) % 200
+    at = table.slots(rows_T, positions_T)
+    assert len(set(at.tolist())) == 5
+    pools, flat = (
+        [KVPools(layout, torch.device("cpu"), dtype) for _ in range(2)],
+        Flat(positions_T, rows_T, positions_T + 1, 5, ()),
     )
-    slot_N = torch.randperm(400, generator=rng)
-    first_T, end_T = torch.tensor(spans).T.contiguous()
-    seen = Seen(slot_N, first_T, end_T, first_T - torch.tensor([0, 3, 0, 77, 38]))
-    expected, found = attention(q, k, v, seen), torch.empty_like(q)
-    nothing = torch.empty(0, dtype=torch.int64)
-    plan = ExactPlan(nothing, nothing, (), (Reads(slice(0, 5), seen),))
-    native.lib.step_attend(_described(plan, q, k), 2, *(t.data_ptr() for t in (q, k, v, k, v, found)))
-    assert torch.equal(found, expected)
+    q, k, v = (torch.randn(5, h, dim, generator=rng).mul(2).to(dtype) for h in (heads, groups, groups))
+    k[2], v[1, 0, :3] = 0, 30
+    before = pools[0].stored(*(torch.randn(1000, groups, dim, generator=rng).to(dtype) for _ in range(2)))
+    for pool in pools:
+        pool.write(0, torch.arange(1000), before)
+    expected = ExactAttention(pools[0], cache, flat)(0, q, k, v)
+    assert torch.equal(native_step.attended(0, ExactAttention(pools[1], cache, flat), q, k, v), expected)
+    assert all(torch.equal(a, b) for a, b in zip(*(pool.of(0)[1] for pool in pools), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_highest_logit_is_the_first_of_them(dtype):
+    logits_BV = torch.randint(-9, 9, (40, 307), generator=torch.Generator().manual_seed(5)).to(dtype)
+    logits_BV[1], logits_BV[2, 306], logits_BV[3, 5], logits_BV[4, [200, 300]] = -torch.inf, 11, torch.inf, torch.nan
+    for given in (logits_BV, logits_BV[:, :64].contiguous(), logits_BV[:, :1].contiguous()):
+        best_B, token_B = given.float().max(-1)
+        tokens, best = highest(given)
+        assert tokens == token_B.tolist()
+        assert torch.equal(torch.tensor(best), best_B) or best_B.isnan().any()
+    assert highest(logits_BV)[1][4] != highest(logits_BV)[1][4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

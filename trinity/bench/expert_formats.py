@@ -16,11 +16,14 @@ from torch import Tensor
 from trinity.bench.expert_backends import Shape
 from trinity.bench.report import Table
 from trinity.ops import extension, quantised
-from trinity.ops.batch_invariant.fused_mlp import feed_forward
+from trinity.ops.batch_invariant.fused_mlp import feed_forward, units_of
+from trinity.ops.extension import Matrices
+from trinity.ops.stored import FORMATS, matrices
 from trinity.utils.hugepages import on_huge_pages
 
 COLD_BYTES, MOST_LAYERS = 64 << 20, 16  # of a format's weights
 COLUMNS = ("rows / expert", "format", "ms", "x float32", "GB/s", "GFLOP/s", "distance")
+PACKED = ("fp8", "nvfp4")
 Run = Callable[[int], Tensor]  # of a layer's number
 Stack = tuple[Tensor, ...]
 
@@ -44,9 +47,15 @@ def _stacks(shape: Shape) -> dict[str, Stack]:
     made: dict[str, Stack] = {"float32": plain}
     if extension.lib is not None:
         made["bfloat16"] = tuple(_huge(w.bfloat16()) for w in plain)
-    for_int8 = [quantised.quantised(w) for w in plain]
-    made["int8"] = tuple(part for w in for_int8 for part in (_huge(w.q), w.scale, w.total))
+    for name in ("int8", *(PACKED if extension.lib is not None else ())):
+        made[name] = tuple(part for w_ENK in plain for part in _parts(name, w_ENK))
     return made
+
+
+def _parts(name: str, w_ENK: Tensor) -> Stack:
+    """Parts of a format, each of all experts, the data last."""
+    *scales, values = (torch.stack(parts) for parts in zip(*map(FORMATS[name].made, w_ENK), strict=True))
+    return *scales, _huge(values)
 
 
 def _huge(tensor: Tensor) -> Tensor:
@@ -76,12 +85,21 @@ def _layers(stack: Stack) -> list[Stack]:
     return [stack, *(tuple(map(_huge, stack)) for _ in range(copies - 1))]
 
 
+def _of_parts(stacks: list[Matrices], x_AD: Tensor, end_E: Tensor) -> Tensor:
+    if stacks[0].kind == extension.INT8:
+        gate, up, down = (quantised.Int8(*(part for part in each if part is not None)) for each in stacks)
+        return quantised.feed_forward(x_AD, gate, up, down, end_E)
+    y_AN, rows = torch.empty(x_AD.shape), extension.rounded(stacks[0].kind, x_AD)
+    extension.feed_forward(stacks[0].kind, rows, stacks, None, units_of(end_E, len(x_AD)), y_AN)
+    return y_AN
+
+
 def _run(name: str, layers: Sequence[Stack], x_AD: Tensor, end_E: Tensor) -> Run:
     def run(turn: int) -> Tensor:
         stack = layers[turn % len(layers)]
-        if name == "int8":
-            gate, up, down = (quantised.Int8(*stack[at : at + 3]) for at in (0, 3, 6))
-            return quantised.feed_forward(x_AD, gate, up, down, end_E)
+        if len(stack) > 3:
+            num = len(stack) // 3
+            return _of_parts([matrices(stack[at : at + num]) for at in range(0, len(stack), num)], x_AD, end_E)
         gate_EFD, up_EFD, down_ENF = stack
         return feed_forward(x_AD.to(gate_EFD.dtype), gate_EFD, up_EFD, down_ENF, end_E).float()
 

@@ -83,7 +83,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--formats",
         action="store_true",
-        help="on a CPU: formats of weights instead, for inference (float32, bfloat16, int8)",
+        help="on a CPU: formats of weights instead, for inference",
     )
     add("--dtype", choices=["float32", "bfloat16"], help="of rows and weights (default: the preset's)")
 

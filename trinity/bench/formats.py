@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parents[1]
 USUAL: dict[str, Any] = {"text": SOURCES, "windows": 64, "tokens": 512}
 QUICK: dict[str, Any] = {"text": SOURCES, "windows": 2, "tokens": 64}
-FORMS, WEIGHTS = ("bfloat16", "int8", "fp8", "nvfp4"), ("int8", "fp8")
+DTYPES, WEIGHTS = ("bfloat16", "int8", "fp8", "nvfp4"), ("int8", "fp8")
 MOST_KL = {"bfloat16": 1e-3, "int8": 1e-2, "fp8": 1e-2}  # mean nats a token: the gate, but of `weights`
 
 
@@ -103,8 +103,8 @@ def _arms(source: "Checkpoint", as_is: "CausalLM") -> Iterator[tuple[str, "Calla
     from trinity.checkpoint.rewrite import rewrite
 
     yield "as it is", lambda: as_is
-    arms: list[tuple[str, str, tuple[str | None, str]]] = [("experts", dtype, (dtype, "auto")) for dtype in FORMS]
-    arms += [("backbone", dtype, (None, dtype)) for dtype in FORMS] + [("both", d, (d, d)) for d in FORMS]
+    arms: list[tuple[str, str, tuple[str | None, str]]] = [("experts", dtype, (dtype, "auto")) for dtype in DTYPES]
+    arms += [("backbone", dtype, (None, dtype)) for dtype in DTYPES] + [("both", d, (d, d)) for d in DTYPES]
     for what, dtype, given in arms:
         if dtype != source.config.dtype:
             yield f"{what} {dtype}", lambda given=given: _loaded(source, *given)  # type: ignore[misc]

@@ -181,13 +181,10 @@ class Checkpoint:
         return gate, up, down
 
     def kept_expert(self, layer: int, expert: int, name: str) -> list[Matrices] | None:
-        """gate, up and down of one expert as they are stored, where that is the format of that name (trinity/ops/stored.py);
-        None: they are to be made."""
-        d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        keys = self._expert_keys(layer, expert)
+        """gate, up and down as stored, where that is the format of that name (ops/stored.py); None: they are to be made."""
+        keys, (d, f) = self._expert_keys(layer, expert), (self.config.hidden_size, self.config.moe_intermediate_size)
         stored = [self._as_stored(key) for key in keys] if len(keys) == len(PROJECTIONS) else []
-        kept = [each.kept_as(name) for each in stored if each is not None]
-        found = [each for each in kept if each is not None]
+        found = [kept for each in stored if each is not None and (kept := each.kept_as(name)) is not None]
         if len(found) < len(PROJECTIONS):
             return None
         for key, shape in zip(keys, ((f, d), (f, d), (d, f)), strict=True):

@@ -37,6 +37,22 @@ class Flat:
     num_decodes: int
     prefills: tuple[tuple[int, int, int], ...]  # (row, start, end) of each longer chunk
 
+    @property
+    def is_single(self) -> bool:
+        """Say whether all its tokens are single ones, or drafts behind them."""
+        return not self.prefills
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Places of `row_T` and `position_T`, for the extension."""
+        return address_of(self.row_T), address_of(self.position_T)
+
+
+def address_of(array: np.ndarray) -> int:
+    """The place of its memory, which it keeps; `ctypes.data` takes three times as long."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
 
 class Decodes(NamedTuple):
     rows: slice  # of T

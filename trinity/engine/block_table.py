@@ -97,8 +97,9 @@ class BlockTable:
         it, as long as there is room."""
         first, end, taken = chunk[0] // self.block_size, self.first_stored(chunk[1]), dict[int, int]()
         lacks = {first + int(place) for place in np.nonzero(self.block_NC[row, first:end] < 0)[0]}
-        for tip in chain(*tips) if self.reach else ():
-            wanted = lacks.intersection(range(tip - self.reach, tip)) - taken.keys()
+        reach = self.reach or 0  # whoever sees everything has all
+        for tip in chain(*tips):
+            wanted = lacks.intersection(range(tip - reach, tip)) - taken.keys()
             if len(wanted) <= self.pool.num_available:
                 taken |= {place: self.pool.take() for place in sorted(wanted)}
         if taken:

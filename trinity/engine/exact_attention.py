@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from trinity.config import LayerCache
-from trinity.engine.attention import Flat
+from trinity.engine.attention import Flat, address_of
 from trinity.engine.block_table import BlockTable
 from trinity.engine.kv_cache import KVCache
 from trinity.engine.kv_pools import KVPools
 from trinity.models.common.native_model import Memories
 from trinity.models.common.native_step import ATTEND, Stored
 from trinity.ops.batch_invariant.attention import Seen, attention
+from trinity.ops.extension import KINDS
 
 
 class Reads(NamedTuple):
@@ -48,17 +49,19 @@ class ExactPlan(NamedTuple):
 
 
 class ExactAttention:
-    """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass."""
+    """Attend for one forward pass. `cache` must already hold the blocks of every token of the pass.
+
+    Where tokens lie is looked up when Python first attends: the extension finds single tokens' keys by the tables themselves.
+    """
 
     def __init__(self, pools: KVPools, cache: KVCache, flat: Flat):
-        self._pools, self._decodes = pools, flat.num_decodes == len(flat.position_T)
-        self._plans = {kind: make_plan(table, flat, kind.window) for kind, table in cache.tables.items()}
-        self._described: dict[LayerCache, bytes] = {}
+        self._pools, self._cache, self._flat = pools, cache, flat
+        self._plans: dict[LayerCache, ExactPlan] = {}
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGe: Tensor | None) -> Tensor:
         assert v_TGe is not None, "latent layers have no kernel here (is_plain)"
         kind, stored = self._pools.of(layer)
-        plan, new, out_THd = self._plans[kind], self._pools.stored(k_TGd, v_TGe), torch.empty_like(q_THd)
+        plan, new, out_THd = self._plan(kind), self._pools.stored(k_TGd, v_TGe), torch.empty_like(q_THd)
         for past_N, (rows, seen) in plan.gathered:
             k, v, *scales = (torch.cat((pool[past_N], part[rows])) for pool, part in zip(stored, new, strict=True))
             out_THd[rows] = attention(q_THd[rows], k, v, seen, scales)
@@ -67,36 +70,41 @@ class ExactAttention:
             out_THd[rows] = attention(q_THd[rows], stored[0], stored[1], seen, stored[2:])
         return out_THd
 
-    def stored(self, layer: int, q_THd: Tensor, k_TGd: Tensor) -> Stored | None:
-        """Places for the extension: of passes of single tokens, keys and values in the model's type."""
-        kind, parts = self._pools.of(layer)
-        plan = self._plans[kind]
-        if plan.gathered or len(plan.reads) != 1 or not self._decodes or len(parts) != 2:
+    def _plan(self, kind: LayerCache) -> ExactPlan:
+        if kind not in self._plans:
+            self._plans[kind] = make_plan(self._cache.tables[kind], self._flat, kind.window)
+        return self._plans[kind]
+
+    def stored(self, layer: int, q_THd: Tensor) -> Stored | None:
+        """Places for the extension, of passes of single tokens."""
+        if not self._flat.is_single:
             return None
-        if kind not in self._described:
-            self._described[kind] = _described(plan, q_THd, k_TGd)
-        return Stored(self._described[kind], parts[0].data_ptr(), parts[1].data_ptr())
+        kind, parts = self._pools.addresses[layer]
+        description = packed(self._cache.tables[kind], kind, q_THd.dtype, q_THd.shape[1], self._pools.is_int8)
+        return Stored(description, self._flat.addresses, parts)
 
     def memories(self, heads_L: Sequence[int], dtype: torch.dtype) -> Memories | None:
-        """Places of all layers for the extension, whose queries have so many heads; where `stored` would have them."""
-        if not self._decodes or any(len(parts) != 2 for _, parts in self._pools.addresses):
+        """Places of all layers for the extension, whose queries have so many heads, in passes of single tokens."""
+        if not self._flat.is_single:
             return None
+        key = (*heads_L, dtype)
+        if key not in self._pools.described:  # tables and pools stay where they are
+            self._pools.described[key] = self._described(heads_L, dtype)
+        return Memories(*self._pools.described[key], self._flat.addresses)
+
+    def _described(self, heads_L: Sequence[int], dtype: torch.dtype) -> tuple[int, bytes, bytes]:
         found, memory_L = dict[tuple[LayerCache, int], int](), list[int]()
         for heads, (kind, parts) in zip(heads_L, self._pools.addresses, strict=True):
             memory_L += (found.setdefault((kind, heads), len(found)), *parts)
-        attends = [_packed(self._plans[kind], dtype, heads, kind.num_heads, kind.key_dim) for kind, heads in found]
-        return Memories(len(found), b"".join(attends), struct.pack(f"<{len(memory_L)}q", *memory_L))
+        own = [packed(self._cache.tables[k], k, dtype, heads, self._pools.is_int8) for k, heads in found]
+        return len(found), b"".join(own), struct.pack(f"<{len(memory_L)}q", *memory_L)
 
 
-def _described(plan: ExactPlan, q_THd: Tensor, k_TGd: Tensor) -> bytes:
-    return _packed(plan, q_THd.dtype, q_THd.shape[1], *k_TGd.shape[1:])
-
-
-def _packed(plan: ExactPlan, dtype: torch.dtype, heads: int, groups: int, dim: int) -> bytes:
-    """An Attend of native/step/step.h; the plan keeps its memory."""
-    seen, num = plan.reads[0].seen, len(plan.reads[0].seen.tensors[1])
-    places = [each.data_ptr() for each in (plan.write_rows, plan.write_slots, *seen.tensors)]
-    return struct.pack(ATTEND, dtype == torch.bfloat16, num, heads, groups, dim, len(plan.write_rows), *places)
+def packed(table: BlockTable, kind: LayerCache, dtype: torch.dtype, heads: int, is_int8: bool) -> bytes:
+    """An Attend of native/step/step.h; the table keeps its memory."""
+    stored, block_NC = KINDS[torch.int8 if is_int8 else dtype], table.block_NC
+    sizes = (heads, kind.num_heads, kind.key_dim, kind.window or 0, table.block_size, block_NC.shape[1])
+    return struct.pack(ATTEND, dtype == torch.bfloat16, stored, *sizes, address_of(block_NC))
 
 
 def make_plan(table: BlockTable, flat: Flat, window: int | None) -> ExactPlan:

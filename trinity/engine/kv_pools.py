@@ -24,10 +24,12 @@ class KVPools:
     """Keys and values of all layers; zero at first. `dtype`: of the model; what is stored may be smaller (kv_cache_dtype)."""
 
     def __init__(self, layout: CacheLayout, device: torch.device, dtype: torch.dtype):
-        self.device, self._dtype, self._is_int8 = device, dtype, layout.kv_cache_dtype == "int8"
+        self.device, self._dtype, self.is_int8 = device, dtype, layout.kv_cache_dtype == "int8"
         self._parts = {kind: self._made(layout, kind) for kind in layout.kinds}
         self._layers = [(kind, tuple(part[index] for part in self._parts[kind])) for kind, index in layout.places]
-        self.addresses = [(kind, [part.data_ptr() for part in parts]) for kind, parts in self._layers]
+        places = ((kind, [part.data_ptr() for part in parts]) for kind, parts in self._layers)
+        self.addresses = [(kind, (*found, 0, 0)[:4]) for kind, found in places]  # keys, values, their scales or 0
+        self.described: dict[object, tuple[int, bytes, bytes]] = {}  # for the extension, by whoever describes them
 
     def parts(self, kind: LayerCache) -> Parts:
         """Everything that is stored of a kind, each [layers of the kind, P slots, ...]."""
@@ -41,7 +43,7 @@ class KVPools:
         """Parts of new tokens as they will be stored; `v_NGe` is None in a latent layer."""
         if v_NGe is None:
             return (k_NGd,)
-        if not self._is_int8:
+        if not self.is_int8:
             return k_NGd, v_NGe
         (k, k_scale), (v, v_scale) = rounded(k_NGd), rounded(v_NGe)
         return k, v, k_scale, v_scale
@@ -50,7 +52,7 @@ class KVPools:
         """Keys and values that parts stand for, in the model's type."""
         if kind.is_latent:
             return parts[0], parts[0][..., : kind.value_dim]
-        if not self._is_int8:
+        if not self.is_int8:
             return parts[0], parts[1]
         k, v, *scales = parts
         k, v = (part * scale[..., None] for part, scale in zip((k, v), scales, strict=True))
@@ -64,8 +66,8 @@ class KVPools:
     def _made(self, layout: CacheLayout, kind: LayerCache) -> Parts:
         shape = (layout.num_layers(kind), layout.num_blocks[kind] * layout.block_size, kind.num_heads)
         dims = [kind.key_dim] if kind.is_latent else [kind.key_dim, kind.value_dim]
-        parts = [self._zeros((*shape, dim), torch.int8 if self._is_int8 else self._dtype) for dim in dims]
-        return *parts, *(self._zeros(shape, torch.float32) for _ in dims if self._is_int8)
+        parts = [self._zeros((*shape, dim), torch.int8 if self.is_int8 else self._dtype) for dim in dims]
+        return *parts, *(self._zeros(shape, torch.float32) for _ in dims if self.is_int8)
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         on_cpu = self.device.type == "cpu"

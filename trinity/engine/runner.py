@@ -118,15 +118,16 @@ class ModelRunner:
             trace(chunks, chosen(outputs, self._config.num_experts))
         if any(chunk.sequence.is_scored for chunk in chunks):
             self._score(model, chunks, hidden_TD)
-        ends = np.cumsum([chunk.count for chunk in chunks])
-        sampling = [(c, int(end)) for c, end in zip(chunks, ends, strict=True) if c.samples]
-        rows_N = np.array([row for c, end in sampling for row in range(end - 1 - len(c.draft), end)], np.int64)
-        first = np.cumsum([0, *(1 + len(chunk.draft) for chunk, _ in sampling)])
-        rows = dict(zip([chunk.sequence for chunk, _ in sampling], first.tolist(), strict=False))
+        rows, first, end = list[int](), dict[Sequence, int](), 0
+        for chunk in chunks:
+            end += chunk.count
+            if chunk.samples:
+                first[chunk.sequence] = len(rows)
+                rows += range(end - 1 - len(chunk.draft), end)
         logits_TV = outputs[0].logits_TV
-        if logits_TV is None or len(rows_N) != len(logits_TV):
-            logits_TV = model.logits(hidden_TD[self._to(rows_N)])
-        return Logits(rows, logits_TV)
+        if logits_TV is None or len(rows) != len(logits_TV):
+            logits_TV = model.logits(hidden_TD[self._to(np.array(rows, np.int64))])
+        return Logits(first, logits_TV)
 
     def _score(self, model: CausalLM, chunks: list[Chunk], hidden_TD: Tensor) -> None:
         for chunk, own_TD in zip(chunks, hidden_TD.split([chunk.count for chunk in chunks]), strict=True):
@@ -135,7 +136,7 @@ class ModelRunner:
 
     def _inputs(self, chunks: list[Chunk]) -> Inputs:
         flat = flatten(chunks)
-        ids_T = np.concatenate([np.asarray(c.token_ids, np.int64) for c in chunks])
+        ids_T = np.array([*itertools.chain.from_iterable(chunk.token_ids for chunk in chunks)], np.int64)
         attend = self._attention()(self._pools, self._cache, flat)
         are_wanted = all(chunk.samples and chunk.count == 1 + len(chunk.draft) for chunk in chunks)
         return Inputs(self._to(ids_T), self._to(flat.position_T), attend, self._adapters(chunks), are_wanted)
@@ -179,8 +180,10 @@ def in_order(batch: list[Chunk]) -> list[Chunk]:
 
 def in_parts(chunks: list[Chunk], most: int, min_tokens: int) -> list[list[Chunk]]:
     """Cut the batch into up to `most` runs of about equal numbers of tokens, none (if there is a choice) below `min_tokens`."""
+    num = max(1, min(most, sum(chunk.count for chunk in chunks) // min_tokens))
+    if num == 1:
+        return [chunks]
     ends = np.cumsum([chunk.count for chunk in chunks])
-    num = max(1, min(most, int(ends[-1]) // min_tokens))
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, num) / num) + 1
     bounds = sorted({0, len(chunks), *map(int, cuts)})
     return [chunks[first:end] for first, end in itertools.pairwise(bounds)]
@@ -190,6 +193,9 @@ def flatten(chunks: list[Chunk]) -> Flat:
     """A draft's tokens see what is before them as if each were alone: all keys of a layer are written before decodes read."""
     rows = [chunk.row for chunk in chunks]
     counts = [chunk.count for chunk in chunks]
+    if len(chunks) == sum(counts):  # the same as below, for passes that are short
+        start_T = np.array([chunk.start for chunk in chunks], np.int64)
+        return Flat(start_T, np.array(rows, np.int64), start_T + 1, len(chunks), ())
     position_T = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
     end_T = np.repeat([chunk.end for chunk in chunks], counts)
     num_decodes = sum(chunk.count for chunk in chunks if chunk.is_single)

@@ -8,11 +8,13 @@ distribution, as vLLM's are.
 """
 
 import hashlib
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trinity import native
 from trinity.engine.grammars import within_grammars
 from trinity.engine.request import SamplingParams, Sequence, TokenLogprobs
 
@@ -31,6 +33,10 @@ def sample(logits_BV: Tensor, sequences: list[Sequence], mask_BV: Tensor | None 
     """One token for each sequence, in order; `mask_BV`, 0 or -inf, is what grammars allow."""
     if not sequences:
         return []
+    if mask_BV is None and all(is_plain(sequence.params) and not sequence.rules for sequence in sequences):
+        return [
+            Sampled(token if isfinite(best) else None, None) for token, best in zip(*highest(logits_BV), strict=True)
+        ]
     raw_BV = logits_BV.float()
     steered_BV = steer(raw_BV, sequences)
     if mask_BV is not None:
@@ -45,6 +51,26 @@ def sample(logits_BV: Tensor, sequences: list[Sequence], mask_BV: Tensor | None 
         drawn = _drawn(steered_BV, token_B, sequences)
         logprobs = [lp and lp._replace(drawn=drawn.get(i)) for i, lp in enumerate(logprobs)]
     return [Sampled(t if ok else None, lp) for t, ok, lp in zip(tokens, finite, logprobs, strict=True)]
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Say whether a request wants the highest logit's token, and nothing said of it."""
+    is_steered = params.penalizes or params.logit_bias
+    return params.greedy and not (is_steered or params.trace) and params.logprobs is None
+
+
+def highest(logits_BV: Tensor) -> tuple[list[int], list[float]]:
+    """The first of each row's highest logits, and that logit; NaN is the highest."""
+    is_possible = logits_BV.is_cpu and logits_BV.is_contiguous() and logits_BV.dtype in (torch.float32, torch.bfloat16)
+    if not is_possible or not hasattr(native.lib, "step_highest"):
+        best_B, token_B = logits_BV.float().max(dim=-1)
+        return token_B.tolist(), best_B.tolist()
+    num, vocab = logits_BV.shape
+    token_B, best_B = torch.empty(num, dtype=torch.int64), torch.empty(num)
+    places = (each.data_ptr() for each in (logits_BV, token_B, best_B))
+    is_brain = logits_BV.dtype == torch.bfloat16
+    native.lib.step_highest(is_brain, torch.get_num_threads(), num, vocab, *places)
+    return token_B.tolist(), best_B.tolist()
 
 
 def _drawn(logits_BV: Tensor, token_B: Tensor, sequences: list[Sequence]) -> dict[int, float]:

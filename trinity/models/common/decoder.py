@@ -20,7 +20,7 @@ from trinity.models.common.attention import Attend
 from trinity.models.common.block import Block, Hop, Table
 from trinity.models.common.experts import ExpertLayer
 from trinity.models.common.keys import KeyMap
-from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, rotary_table
+from trinity.models.common.layers import Device, Dtype, Embedding, Linear, RMSNorm, RotaryTable, rotary_table
 from trinity.models.common.native_model import NativeModel
 from trinity.models.common.router import Router, Routing
 from trinity.ops.stored import FORMATS
@@ -30,7 +30,7 @@ ADAPTER = ".adapter."  # in the paths of what is beside a matrix (layers.py)
 
 class Output(NamedTuple):
     hidden_TD: Tensor  # after the final norm
-    routing: tuple[Routing, ...]  # one per MoE layer, in order
+    routing: Sequence[Routing]  # one per MoE layer, in order
     logits_TV: Tensor | None = None  # where they were wanted and cost no call of their own
 
 
@@ -63,6 +63,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm, self.passing = norm, Passing()
+        self._angles = RotaryTable(*rotary, config.max_position_embeddings)
         self.at_once: NativeModel | None = None  # the whole pass as one call, where that is possible
 
     def forward(
@@ -96,6 +97,8 @@ class Decoder(nn.Module):
         return h_TD if self.embed_scale is None else h_TD * self.embed_scale
 
     def table(self, positions_T: Tensor, dtype: torch.dtype) -> Table:
+        if self.is_exact and positions_T.is_cpu and not positions_T.is_meta:
+            return self._angles(positions_T, dtype)
         return rotary_table(positions_T, *self.rotary, dtype, self.is_exact)
 
 

@@ -29,6 +29,7 @@ class Made(TypedDict):
 
 
 NO_PASS = Passing()  # of a matrix that is in no model
+POSITIONS = 256  # whose angles are computed at a time
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -44,9 +45,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_trained(x):
+            from trinity.ops.batch_invariant.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps, self.rounds_first)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype) if self.rounds_first else (self.weight * x32).to(x.dtype)
+
+    def _is_trained(self, x: Tensor) -> bool:
+        """Say whether there is a kernel for the gradients that somebody may ask for."""
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not (x.requires_grad or self.weight.requires_grad)
+        ):
+            return False
+        return x.numel() > 0 and batch_invariant.is_for(x) and batch_invariant.is_for(self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -273,6 +288,38 @@ def rotary_table(
     else:
         cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
+
+
+class RotaryTable:
+    """`rotary_table` of exact arithmetic on a CPU, computed once for each position up to the highest that was asked for: in
+    memory for positions up to `most` that is taken as it is filled.
+
+    Legend: P positions.
+    """
+
+    def __init__(self, dim: int, theta: float, most: int):
+        self._dim, self._theta, self._most = dim, theta, most
+        self._known: dict[torch.dtype, tuple[int, Tensor, Tensor]] = {}  # positions that are filled, cos_Pd and sin_Pd
+
+    def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos_T1d and sin_T1d."""
+        end = int(positions_T.max()) + 1 if len(positions_T) else 0
+        if end > self._most:
+            return rotary_table(positions_T, self._dim, self._theta, dtype, True)
+        filled, cos_Pd, sin_Pd = self._known[dtype] if dtype in self._known else (0, *self._empty(dtype))
+        parts = cos_Pd, sin_Pd
+        if filled < end:
+            last = min(self._most, -(-end // POSITIONS) * POSITIONS)
+            new = rotary_table(torch.arange(filled, last), self._dim, self._theta, dtype, True)
+            for part, own in zip(parts, new, strict=True):
+                part[filled:last] = own[:, 0]
+            self._known[dtype] = last, cos_Pd, sin_Pd  # threads that do so at once write the same numbers
+        cos_T1d, sin_T1d = (part.index_select(0, positions_T).unsqueeze(1) for part in parts)
+        return cos_T1d, sin_T1d
+
+    def _empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # else only inference could read it
+            return torch.empty(self._most, self._dim, dtype=dtype), torch.empty(self._most, self._dim, dtype=dtype)
 
 
 def rotate(x_THd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -9,11 +9,12 @@ leave and come back inside the call. A kind of model is first compared with its 
 hooks, adapters or gradients the modules run.
 """
 
+import itertools
 import logging
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,15 +33,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENTER, ATTEND, ROUTE, CHOOSE, EXPERTS, LOCAL, JOIN, LEAVE, PLACES = range(9)  # native/step/plan.h
-MEMORY, RUN, HERE = "<3q", "<21q", "<29q"
+MEMORY, RUN, HERE = "<5q", "<23q", "<29q"
 ELSEWHERE = bytes(struct.calcsize(HERE))
 NO_LOCAL = bytes(struct.calcsize(native_step.LOCAL))
+LINE, NUM_ROWS = 64, 9  # bytes; parts of a pass's memory that are rows as wide as the model's
 NO_LAYER = bytes(sum(map(struct.calcsize, (native_step.PROJECT, native_step.ROUTE, native_step.LEAVE))))
 
 
 class Memories(NamedTuple):
-    """Memory that single tokens' attention reads and writes: descriptions of `num` attentions, and of each layer which of them
-    it has, and its keys and values (`MEMORY`).
+    """Memory that single tokens' attention reads and writes: descriptions of `num` attentions, of each layer which of them it
+    has, and its keys and values (`MEMORY`), and addresses of each token's row of the block table and of its position.
 
     An Attend that can say so has `memories(heads_L, dtype) -> Memories | None`; None: its own way is needed.
     """
@@ -48,6 +50,7 @@ class Memories(NamedTuple):
     num: int
     attends: bytes
     memory_L: bytes | None
+    tokens: tuple[int, int]
 
 
 class NearPass(Protocol):
@@ -115,14 +118,15 @@ class NativeModel:
         self._tensors = [each for part in parts for each in part.tensors]
         self._linears = [linear for part in parts for linear in part.linears]
         self._hooks = [hooks for each in model.modules() for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._at: tuple[object, ...] = ()
+        self._at: object = None
         self._is_usable = False
         attentions = [layer.attention for layer in self.layers]
         self.heads_L = [each.q_proj.out_features // each.head_dim if each else 0 for each in attentions]
-        self.widths = max_of(attentions, "q_proj"), max_of(attentions, "k_proj")
+        self._heads = max_of(attentions, "q_proj"), max_of(attentions, "k_proj")
         routers = [layer.router for layer in self.layers if layer.router is not None]
         self.sizes = {(router.gate.out_features, router.top_k) for router in routers}
         self.slots: dict[int, int] = {}  # of layers that the extension routes: which of them
+        self.names = [layer.block.layer for layer in self.layers]
         self._is_even = len(self.layers) == len(model.model.layers) and len(self.sizes) < 2
 
     def __call__(
@@ -143,7 +147,7 @@ class NativeModel:
             return False
         if self._decoder.passing.adapters is not None or any(each.adapter is not None for each in self._linears):
             return False
-        at = (h_TD.dtype, rotated, *native_step.places_of(self._tensors))
+        at = h_TD.dtype, rotated, *native_step.places_of(self._tensors)
         if at != self._at:
             self._at, self._is_usable = at, self._prepared(h_TD, rotated)
         return self._is_usable
@@ -154,10 +158,21 @@ class NativeModel:
             return False
         routed = [i for i, layer in enumerate(self.layers) if is_native[i] and layer.router is not None]
         self.slots = {layer: slot for slot, layer in enumerate(routed)}
+        self.widths = self._widths(h_TD)
         self.described_L = b"".join(layer.described(not own) for layer, own in zip(self.layers, is_native, strict=True))
         parts = [part for layer, own in zip(self.layers, is_native, strict=True) if own for part in layer.parts]
         self._kind = (type(self._decoder), *is_native, *(part.kind for part in parts), self.head.kind)
         return True
+
+    def _widths(self, h_TD: Tensor) -> dict[str, int]:
+        """Bytes of a row in each part of a pass's memory, made whole lines of the processor's cache."""
+        (dim, size), (q, kv), num = (h_TD.shape[1], h_TD.element_size()), self._heads, len(self.slots)
+        experts, top_k = next(iter(self.sizes), (0, 0))
+        rows = {"residual": dim, "x": dim, "q": q, "k": kv, "v": kv, "gate": q, "mixed": q, "local": dim, "y": dim}
+        decisions = {"logits": 4 * experts, "scores": 4 * experts, "ids": 8 * top_k, "weights": 4 * top_k}
+        found = {name: size * width for name, width in rows.items()}
+        found |= {name: num * width for name, width in decisions.items()}
+        return {name: -(-width // LINE) * LINE for name, width in found.items()}
 
     def _compared(
         self, h_TD: Tensor, table: Table, attend: Attend, experts: ExpertLayer, memories: Memories
@@ -193,18 +208,14 @@ class _Pass:
         memories: Memories | None,
     ):  # fmt: skip
         self._model, self._h_TD, self._table, self._attend, self._experts = model, h_TD, table, attend, experts
-        self._memories = memories or Memories(0, b"", None)
-        (num, dim), (q, kv) = h_TD.shape, model.widths
-        widths = (dim, dim, q, kv, kv, q, q, dim, dim)
-        rows = h_TD.new_empty(num * sum(widths)).split([num * width for width in widths])
-        self._rows = dict(zip(("residual", "x", "q", "k", "v", "gate", "mixed", "local", "y"), rows, strict=True))
-        num_experts, top_k = next(iter(model.sizes), (0, 0))
-        shape = len(model.slots), num
-        logits, ids = torch.empty(2, *shape, num_experts), torch.empty(*shape, top_k, dtype=torch.int64)
-        self._routed = logits[0], logits[1], ids, torch.empty(*shape, top_k)
+        self._memories = memories or Memories(0, b"", None, (0, 0))
+        num, widths = len(h_TD), model.widths.values()
+        self._memory = torch.empty(num * sum(widths), dtype=torch.uint8)  # parts in the order of `widths`
+        begins = itertools.accumulate((num * width for width in widths), initial=0)
+        self._begins = dict(zip(model.widths, begins, strict=False))
         self._pending: Pending | None = None
         self._own: dict[int, Routing | None] = {}  # of layers that Python computes
-        self._waited_L = torch.zeros(len(model.layers), dtype=torch.float64)
+        self._waited_L: Tensor | None = None
         self._near: NearPass | None = None
         self._failure = 0  # of rings, at the place that Python has to see to
         self._here: Mapping[int, bytes] = {}
@@ -215,32 +226,38 @@ class _Pass:
         h_TD, head = self._h_TD, self._model.head.head
         hidden_TD = torch.empty_like(h_TD)
         logits_TV = h_TD.new_empty(len(h_TD), head.out_features) if wants_logits else None
-        tensors = (*self._table, h_TD, *self._rows.values(), hidden_TD, logits_TV, *self._routed, self._waited_L)
-        run = struct.pack(RUN, len(h_TD), torch.get_num_threads(), *map(native_step._place, tensors))
         lent = getattr(self._experts, "here", nothing_here)(h_TD.dtype)
         with lent as self._here:
-            self._go(run)
-        if self._near is not None:
+            near = self._find_near()
+            base, place = self._memory.data_ptr(), native_step._place
+            parts = [base + begin for begin in self._begins.values()]
+            run = struct.pack(
+                RUN, len(h_TD), torch.get_num_threads(), *map(place, (*self._table, h_TD)), *parts[:NUM_ROWS],
+                place(hidden_TD), place(logits_TV), *parts[NUM_ROWS:], *self._memories.tokens, place(self._waited_L),
+            )  # fmt: skip
+            self._go(run, near)
+        if self._near is not None and self._waited_L is not None:
             self._near.took(self._waited_L.tolist(), len(h_TD))
-        return Output(hidden_TD, tuple(self._routings()), logits_TV)
+        return Output(hidden_TD, _Routings(self), logits_TV)
 
-    def _go(self, run: bytes) -> None:
-        layers = self._model.layers
-        here_L = b"".join([self._here.get(layer.block.layer, ELSEWHERE) for layer in layers])
-        if len(self._here) < len(self._model.slots):
+    def _find_near(self) -> tuple[object, ...] | None:
+        model = self._model
+        if len(self._here) < len(model.slots):
             find = getattr(self._experts, "near", nobody_near)
-            self._near = find([layer.block.layer for layer in layers if layer.router is not None], self._h_TD)
-        near = None if self._near is None else self._near.described([layer.block.layer for layer in layers])
+            self._near = find([layer.block.layer for layer in model.layers if layer.router is not None], self._h_TD)
+        if self._near is None:
+            return None
+        self._waited_L = torch.zeros(len(model.layers), dtype=torch.float64)
+        return self._near.described(model.names)
+
+    def _go(self, run: bytes, near: tuple[object, ...] | None) -> None:
+        model, memories = self._model, self._memories
+        here_L = b"".join([self._here.get(name, ELSEWHERE) for name in model.names])
         given = (
-            len(layers),
-            self._model.described_L,
-            self._model.head.description[0],
-            here_L,
-            *self._memories,
-            run,
-            near,
-        )
-        at, done = 0, len(layers) * PLACES
+            len(model.layers), model.described_L, model.head.description[0], here_L, memories.num, memories.attends,
+            memories.memory_L, run, near,
+        )  # fmt: skip
+        at, done = 0, len(model.layers) * PLACES
         while True:
             self._failure, at = divmod(native.lib.step_run(*given, at), 1 << 32)
             if at == done:
@@ -248,10 +265,11 @@ class _Pass:
             layer, place = divmod(at, PLACES)
             at = layer * PLACES + HELP[place](self, layer)
 
-    def _routings(self) -> Iterator[Routing]:
-        native_M = zip(*(part.unbind() for part in self._routed), strict=True)
+    def routings(self) -> Iterator[Routing]:
+        """Decisions of all layers that make one, in order."""
         for layer in range(len(self._model.layers)):
-            routing = Routing(*next(native_M)) if layer in self._model.slots else self._own.get(layer)
+            is_own = layer in self._model.slots
+            routing = Routing(*self._decision(layer)) if is_own else self._own.get(layer)
             if routing is not None:
                 yield routing
 
@@ -303,13 +321,39 @@ class _Pass:
         return LEAVE
 
     def _decision(self, layer: int) -> list[Tensor]:
-        at = self._model.slots[layer]
-        return [part[at] for part in self._routed]
+        """logits_TE, scores_TE, ids_TK and weights_TK."""
+        slot, (experts, top_k), real = self._model.slots[layer], next(iter(self._model.sizes)), torch.float32
+        fields = (
+            ("logits", experts, real),
+            ("scores", experts, real),
+            ("ids", top_k, torch.int64),
+            ("weights", top_k, real),
+        )
+        return [self._of(name, width, dtype, slot) for name, width, dtype in fields]
 
-    def _of(self, name: str, width: int | None) -> Tensor:
-        """Rows [T, width] of the pass's memory; None: as wide as h."""
-        num, width = len(self._h_TD), width or self._h_TD.shape[1]
-        return self._rows[name][: num * width].view(num, width)
+    def _of(self, name: str, width: int | None, dtype: torch.dtype | None = None, slot: int = 0) -> Tensor:
+        """Rows [T, width] of the pass's memory, behind so many such; None: as wide as h, in its type."""
+        num, width, dtype = len(self._h_TD), width or self._h_TD.shape[1], dtype or self._h_TD.dtype
+        num_bytes = num * width * dtype.itemsize
+        begin = self._begins[name] + slot * num_bytes
+        return self._memory[begin : begin + num_bytes].view(dtype).view(num, width)
+
+
+class _Routings(Sequence[Routing]):
+    """Decisions of a pass's layers, looked up when somebody asks for them."""
+
+    def __init__(self, made: _Pass):
+        self._pass, self._found = made, list[Routing]()
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._all()[at]
+
+    def _all(self) -> list[Routing]:
+        self._found = self._found or [*self._pass.routings()]
+        return self._found
 
 
 HELP: dict[int, Callable[[_Pass, int], int]] = {

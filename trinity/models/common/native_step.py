@@ -28,7 +28,7 @@ Table = tuple[Tensor, Tensor]
 Place = Callable[[Tensor | None], int]
 MOST_DIM, MOST_HEAD_DIM = 1 << 15, 1 << 12  # native/step/pieces.inl: kMostDim
 NORM, MATRIX = "qdq", "7q"  # native/step/step.h
-PROJECT, ROUTE, LEAVE, ATTEND = f"<4q{3 * NORM}{4 * MATRIX}", f"<3q{2 * NORM}{2 * MATRIX}6qd", f"<2q{NORM}", "<12q"
+PROJECT, ROUTE, LEAVE, ATTEND = f"<4q{3 * NORM}{4 * MATRIX}", f"<3q{2 * NORM}{2 * MATRIX}6qd", f"<2q{NORM}", "<9q"
 PYTHONS, SIGMOID, SOFTMAX = range(3)  # native/step/step.h:Scoring
 LOCAL, HEAD = f"<2q{3 * MATRIX}", f"<2q{NORM}{MATRIX}"
 tried: dict[tuple[object, ...], bool] = {}  # kinds of parts, and of models, that were compared with their modules
@@ -51,14 +51,15 @@ class After(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Memory that single tokens' attention reads and writes: its description, and where a layer's keys and values are.
+    """Memory that single tokens' attention reads and writes: its description (`ATTEND`), addresses of each token's row of the
+    block table and of its position, and where a layer's keys and values, and their scales, are.
 
-    An Attend that can say so has `stored(layer, q_THd, k_TGd) -> Stored | None`; None: its own way is needed.
+    An Attend that can say so has `stored(layer, q_THd) -> Stored | None`; None: its own way is needed.
     """
 
     description: bytes
-    keys: int
-    values: int
+    tokens: tuple[int, int]
+    parts: Sequence[int]
 
 
 class Result(NamedTuple):
@@ -135,9 +136,11 @@ def is_possible(h_TD: Tensor) -> bool:
     return batch_invariant.is_for(h_TD) and h_TD.is_contiguous() and len(h_TD) > 0
 
 
-def places_of(tensors: Sequence[tuple[Any, str]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Places of tensors now, and their sizes: another answer means that what was described of them does not hold."""
-    return [((tensor := table[name]).data_ptr(), tensor.shape) for table, name in tensors]
+def places_of(tensors: Sequence[tuple[Any, str]]) -> tuple[list[int], list[int], list[int]]:
+    """Places of tensors now, and their sizes: another answer means that what was described of them does not hold. Some hundred
+    tensors are asked in each pass, so no Python runs between them."""
+    found = [table[name] for table, name in tensors]
+    return [*map(id, found)], [*map(Tensor.data_ptr, found)], [*map(Tensor.numel, found)]
 
 
 class NativeBefore(Part):
@@ -288,12 +291,12 @@ class NativeHead(Part):
 
 def attended(layer: int, attend: Attend, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
     """-> o_THd, natively where the Attend says where its memory is."""
-    stored: Stored | None = attend.stored(layer, q_THd, k_TGd) if hasattr(attend, "stored") else None
+    stored: Stored | None = attend.stored(layer, q_THd) if hasattr(attend, "stored") else None
     if stored is None:
         return attend(layer, q_THd, k_TGd, v_TGd)
     out_THd = torch.empty_like(q_THd)
-    given = (q_THd.data_ptr(), k_TGd.data_ptr(), v_TGd.data_ptr(), stored.keys, stored.values, out_THd.data_ptr())
-    native.lib.step_attend(stored.description, torch.get_num_threads(), *given)
+    places = (*map(_place, (q_THd, k_TGd, v_TGd)), *stored.parts, _place(out_THd))
+    native.lib.step_attend(stored.description, torch.get_num_threads(), len(q_THd), *stored.tokens, *places)
     return out_THd
 
 
