@@ -41,8 +41,8 @@ struct FloatFormat {
   using Row = Floats;
   using Weight = Floats;
   using Mode = AsUsual;
-  static constexpr int kRows = 1, kStep = 16, kFew = 4;
-  static constexpr bool kPads = false, kRounds = false;
+  static constexpr int kRows = 1, kStep = 16, kFew = 4, kAhead = 0;
+  static constexpr bool kStrips = false, kPads = false, kRounds = false;
   static Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Row load_x(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Weight load_w(const float *p) { return load_x(p); }
@@ -66,8 +66,8 @@ struct BrainFormat {
   using Row = Pairs;
   using Weight = Pairs;
   using Mode = Flushing;
-  static constexpr int kRows = 1, kStep = 32, kFew = 8;
-  static constexpr bool kPads = true, kRounds = true;
+  static constexpr int kRows = 1, kStep = 32, kFew = 8, kAhead = 0;
+  static constexpr bool kStrips = false, kPads = true, kRounds = true;
   static Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Row load_x(const uint16_t *p) {
     const __m256i *at = reinterpret_cast<const __m256i *>(p);
@@ -96,8 +96,8 @@ struct ByteFormat {
   using Row = __m256i;  // widened to 16 bits: products of pairs of bytes would not fit those
   using Weight = __m256i;
   using Mode = AsUsual;
-  static constexpr int kRows = 2, kStep = 16, kFew = 8;
-  static constexpr bool kPads = true, kRounds = false;
+  static constexpr int kRows = 2, kStep = 16, kFew = 8, kAhead = 0;
+  static constexpr bool kStrips = false, kPads = true, kRounds = false;
   static Sum zero() { return _mm256_setzero_si256(); }
   static Row load_x(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
   static Weight load_w(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }

@@ -15,7 +15,7 @@ struct BrainFormat : BrainLanes {
   }
 };
 
-struct ByteFormat {
+struct ByteFormat : ByteParts {
   using X = uint8_t;
   using W = int8_t;
   using Total = int32_t;
@@ -23,7 +23,7 @@ struct ByteFormat {
   using Row = __m512i;  // widened to 16 bits: products of pairs of bytes would not fit those
   using Weight = __m512i;
   using Mode = AsUsual;
-  static constexpr int kRows = 4, kStep = 32, kFew = 8;
+  static constexpr int kRows = 4, kStep = 32, kFew = 1, kAhead = 8 << 10;
   static constexpr bool kPads = true, kRounds = false;
   static Sum zero() { return _mm512_setzero_si512(); }
   static Row load_x(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }

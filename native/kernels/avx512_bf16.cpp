@@ -12,7 +12,7 @@ struct BrainFormat : BrainLanes {
   }
 };
 
-struct ByteFormat {
+struct ByteFormat : ByteParts {
   using X = uint8_t;
   using W = int8_t;
   using Total = int32_t;
@@ -20,7 +20,7 @@ struct ByteFormat {
   using Row = __m512i;
   using Weight = __m512i;
   using Mode = AsUsual;
-  static constexpr int kRows = 4, kStep = 64, kFew = 8;
+  static constexpr int kRows = 4, kStep = 64, kFew = 1, kAhead = 8 << 10;
   static constexpr bool kPads = true, kRounds = false;
   static Sum zero() { return _mm512_setzero_si512(); }
   static Row load_x(const uint8_t *p) { return _mm512_loadu_si512(p); }

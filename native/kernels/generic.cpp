@@ -28,8 +28,8 @@ struct FloatFormat {
   using Row = Lanes<float>;
   using Weight = Lanes<float>;
   using Mode = AsUsual;
-  static constexpr int kRows = 1, kStep = 16, kFew = 4;
-  static constexpr bool kPads = false, kRounds = false;
+  static constexpr int kRows = 1, kStep = 16, kFew = 4, kAhead = 0;
+  static constexpr bool kStrips = false, kPads = false, kRounds = false;
   static Sum zero() { return {}; }
   static Row load_x(const float *p) {
     Row row;
@@ -53,8 +53,8 @@ struct BrainFormat {
   using Row = Lanes<uint32_t>;  // pairs; the second is in the upper half
   using Weight = Lanes<uint32_t>;
   using Mode = Flushing;
-  static constexpr int kRows = 1, kStep = 32, kFew = 8;
-  static constexpr bool kPads = true, kRounds = true;
+  static constexpr int kRows = 1, kStep = 32, kFew = 8, kAhead = 0;
+  static constexpr bool kStrips = false, kPads = true, kRounds = true;
   static Sum zero() { return {}; }
   static Row load_x(const uint16_t *p, int num = kStep) {
     Row row = {};
@@ -81,8 +81,8 @@ struct ByteFormat {
   using Row = Lanes<int32_t>;
   using Weight = Lanes<int32_t>;
   using Mode = AsUsual;
-  static constexpr int kRows = 1, kStep = 16, kFew = 8;
-  static constexpr bool kPads = true, kRounds = false;
+  static constexpr int kRows = 1, kStep = 16, kFew = 8, kAhead = 0;
+  static constexpr bool kStrips = false, kPads = true, kRounds = false;
   static Sum zero() { return {}; }
   static Row load_x(const uint8_t *p, int num = kStep) {
     Row row = {};

@@ -1,14 +1,16 @@
 // The loops around tiles of up to four rows and four weight rows, for the formats that the including file has defined:
 // FloatFormat, BrainFormat and ByteFormat, each with
 //   X, W: elements of rows and weights; Total: what sums are; kStep: elements of a step; kRows: most rows of a tile, 1, 2 or 4;
-//   kFew: rows with which reading the weights is what takes time;
+//   kFew: rows with which reading the weights is what takes time; kAhead: see `put_all`;
 //   Sum zero(), Row/Weight load_x(p), load_w(p), load_x(p, left), load_w(p, left) with zeros for what is missing,
-//   add(sum, weight, row), and totals(sums[R][4], out): out[4 * row + column].
+//   add(sum, weight, row), and totals(sums[R][4], out): out[4 * row + column];
+//   where kStrips: Part part(sums[4]), and whole(parts[4], ..): out[4 * column + part].
 // Everything is in an unnamed namespace: another file has the same names for other instructions.
 
 namespace trinity {
 namespace {
 
+constexpr int kStripRows = 3;  // most of a strip: with four, a tile's lanes are as many as are added up at once
 constexpr int kBlock = 64;  // rows that pass by a tile's weights, which stay in the nearest cache
 
 template <class F>
@@ -30,21 +32,47 @@ struct Lines {  // up to F::kRows rows
 };
 
 template <class F>
-constexpr int64_t kStepBytes = F::kStep * static_cast<int64_t>(sizeof(typename F::W));
+constexpr int kStepBytes = F::kStep * sizeof(typename F::W);
 
-// Meanwhile memory begins to be read from `next` on, `kAhead` times as much as a weight row.
-template <class F, int R, int kAhead>
-inline void tile(const typename F::X *const *x, const typename F::W *const *w, int64_t k, const char *next,
-                 typename F::Total *out) {
-  typename F::Sum sums[R][kColumns];
+// What begins to be read at each step of a tile: nothing; some lines from `at` on; what is `ahead` bytes further on in weight rows.
+struct Nothing {
+  template <class W>
+  int64_t begin(const W *const *, int64_t i) { return i; }
+};
+
+template <int kBytes>
+struct Following {
+  const char *at;
+  template <class W>
+  int64_t begin(const W *const *, int64_t i) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kBytes; line += 64) i = begin_to_read(at + line, i);
+    at += kBytes;
+    return i;
+  }
+};
+
+template <int kFrom, int kTo>
+struct Beside {
+  int64_t ahead;
+  template <class W>
+  int64_t begin(const W *const *w, int64_t i) {
+#pragma GCC unroll 4
+    for (int c = kFrom; c < kTo; c++) i = begin_to_read(reinterpret_cast<const char *>(w[c] + i) + ahead, i);
+    return i;
+  }
+};
+
+template <class F, int R, class Next>
+inline void add_all(const typename F::X *const *x, const typename F::W *const *w, int64_t k, Next next,
+                    typename F::Sum (*sums)[kColumns]) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; c++) sums[r][c] = F::zero();
   const int64_t whole = k / F::kStep * F::kStep;
-  for (int64_t i = 0; i < whole; i += F::kStep, next += kAhead * kStepBytes<F>) {
-#pragma GCC unroll 2
-    for (int a = 0; a < kAhead; a++) i = begin_to_read(next + a * kStepBytes<F>, i);
+  for (int64_t i = 0; i < whole; i += F::kStep) {
+    i = next.begin(w, i);
     typename F::Row rows[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) rows[r] = F::load_x(x[r] + i);
@@ -63,12 +91,21 @@ inline void tile(const typename F::X *const *x, const typename F::W *const *w, i
       for (int r = 0; r < R; r++) sums[r][c] = F::add(sums[r][c], weight, F::load_x(x[r] + whole, left));
     }
   }
+}
+
+template <class F, int R, class Next>
+inline void tile(const typename F::X *const *x, const typename F::W *const *w, int64_t k, Next next, typename F::Total *out) {
+  typename F::Sum sums[R][kColumns];
+  add_all<F, R>(x, w, k, next, sums);
   F::template totals<R>(sums, out);
   if constexpr (!F::kPads)  // one by one, after the others
-    for (int64_t i = whole; i < k; i++)
+    for (int64_t i = k / F::kStep * F::kStep; i < k; i++)
       for (int c = 0; c < kColumns; c++)
         for (int r = 0; r < R; r++) out[4 * r + c] = __builtin_fmaf(w[c][i], x[r][i], out[4 * r + c]);
 }
+
+// What is in a loop's registers stays there in functions of their own: of one large function GCC 12 keeps sums in memory.
+#define TRINITY_APART __attribute__((noinline))
 
 template <class F>
 inline void finish(const float *total, const Four<F> &, const Lines<F> &, float *out) {
@@ -80,11 +117,11 @@ inline void finish(const int32_t *total, const Four<F> &four, const Lines<F> &li
   for (int i = 0; i < 16; i++) out[i] = static_cast<float>(total[i] - four.excess[i]) * four.scale[i] * lines.scale[i];
 }
 
-template <class F, int R, int kAhead>
-inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, const char *next, int64_t y_step) {
+template <class F, int R, class Next>
+inline void put(const Lines<F> &lines, const Four<F> &four, int64_t k, Next next, int64_t y_step) {
   alignas(64) typename F::Total total[16] = {};
   alignas(64) float out[16];
-  tile<F, R, kAhead>(lines.x, four.w, k, next, total);
+  tile<F, R>(lines.x, four.w, k, next, total);
   finish(total, four, lines, out);
   float *y = four.y + lines.first * y_step;
 #pragma GCC unroll 4
@@ -103,7 +140,7 @@ inline int lines_of(const Rows &rows, int64_t k, int64_t first, int64_t last, Li
     const int64_t left = last - a;
     Lines<F> &some = lines[num];
     some.first = a;
-    some.num = left >= F::kRows ? F::kRows : left == 3 ? 2 : static_cast<int>(left);
+    some.num = static_cast<int>(left < F::kRows ? left : F::kRows);
     for (int r = 0; r < some.num; r++) {
       const int64_t at = rows.at ? rows.at[a + r] : a + r;
       some.x[r] = static_cast<const typename F::X *>(rows.values) + at * k;
@@ -113,22 +150,33 @@ inline int lines_of(const Rows &rows, int64_t k, int64_t first, int64_t last, Li
   return num;
 }
 
-template <class F, int kAhead>
-inline void put_some(const Lines<F> &lines, const Four<F> &four, int64_t k, const char *next, int64_t y_step) {
-  if (lines.num == F::kRows) put<F, F::kRows, kAhead>(lines, four, k, next, y_step);
-  else if (lines.num == 2) put<F, F::kRows < 2 ? 1 : 2, kAhead>(lines, four, k, next, y_step);
-  else put<F, 1, kAhead>(lines, four, k, next, y_step);
+template <class F, int R, int kFrom, int kTo>
+TRINITY_APART void put(const Lines<F> &lines, const Four<F> &four, int64_t k, Beside<kFrom, kTo> next, int64_t y_step) {
+  put<F, R, Beside<kFrom, kTo>>(lines, four, k, next, y_step);
 }
 
-// All lines by four weight rows, while the next four begin to be read.
+template <class F, class Next>
+inline void put_some(const Lines<F> &lines, const Four<F> &four, int64_t k, Next next, int64_t y_step) {
+  if (lines.num == F::kRows) put<F, F::kRows>(lines, four, k, next, y_step);
+  else if (lines.num == 3) put<F, F::kRows < 3 ? 1 : 3>(lines, four, k, next, y_step);
+  else if (lines.num == 2) put<F, F::kRows < 2 ? 1 : 2>(lines, four, k, next, y_step);
+  else put<F, 1>(lines, four, k, next, y_step);
+}
+
+// All lines by four weight rows, while what comes next begins to be read: with few lines what is `F::kAhead` further on in each
+// weight row, else the next four.
 template <class F>
 inline void put_all(const Lines<F> *lines, int num, const Four<F> &four, int64_t k, int64_t y_step) {
+  constexpr int step = kStepBytes<F>;
   const int64_t size = k * static_cast<int64_t>(sizeof(typename F::W));
-  const char *next = reinterpret_cast<const char *>(four.w[0] + kColumns * k);
+  const char *next = reinterpret_cast<const char *>(four.w[0]) + kColumns * size;
   for (int l = 0; l < num; l++) {
-    if (four.apart != 1 || l >= 4 || (num < 4 && l >= 2)) put_some<F, 0>(lines[l], four, k, next, y_step);
-    else if (num >= 4) put_some<F, 1>(lines[l], four, k, next + l * size, y_step);
-    else put_some<F, 2>(lines[l], four, k, next + 2 * l * size, y_step);
+    if (four.apart != 1 || l >= 4 || (num < 4 && l >= 2)) put_some<F>(lines[l], four, k, Nothing(), y_step);
+    else if (num >= 4) put_some<F>(lines[l], four, k, Following<step>{next + l * size}, y_step);
+    else if (!F::kAhead) put_some<F>(lines[l], four, k, Following<2 * step>{next + 2 * l * size}, y_step);
+    else if (num == 1) put_some<F>(lines[l], four, k, Beside<0, 4>{F::kAhead}, y_step);
+    else if (l == 0) put_some<F>(lines[l], four, k, Beside<0, 2>{F::kAhead}, y_step);
+    else put_some<F>(lines[l], four, k, Beside<2, 4>{F::kAhead}, y_step);
   }
 }
 
@@ -153,6 +201,40 @@ inline Four<F> four_of(const Matrices &m, int64_t expert, int64_t tile, int64_t 
   return four;
 }
 
+// Four tiles' weight rows a quarter of the matrix apart, by a few rows: lanes are added up once for four weight rows of each quarter.
+template <class F, int R>
+TRINITY_APART void strip(const Lines<F> &lines, const Matrices &m, int64_t at, int64_t apart, float *y, int64_t y_step) {
+  typename F::Part parts[R][4];
+#pragma GCC unroll 1
+  for (int t = 0; t < 4; t++) {
+    typename F::Sum sums[R][kColumns];
+    const typename F::W *w[kColumns];
+    for (int c = 0; c < kColumns; c++) w[c] = static_cast<const typename F::W *>(m.values) + (at + t + c * apart) * m.k;
+    add_all<F, R>(lines.x, w, m.k, Nothing(), sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) parts[r][t] = F::part(sums[r]);
+  }
+  for (int r = 0; r < R; r++) {
+    alignas(64) float out[16];
+    F::whole(parts[r], m, at, apart, lines.scale[4 * r], out);
+    for (int c = 0; c < kColumns; c++) __builtin_memcpy(y + (lines.first + r) * y_step + c * apart, out + 4 * c, 4 * sizeof *out);
+  }
+}
+
+// As many tiles from `from` on as strips take -> the next tile.
+template <class F>
+inline int64_t in_strips(const Lines<F> &lines, const Matrices &m, int64_t e, int64_t from, int64_t last, float *y, int64_t y_step) {
+  const int64_t apart = quarter_of(m.n);
+  if (!F::kPads && m.k % F::kStep) return from;
+  for (; from + 4 <= last && from + 3 + 3 * apart < m.n; from += 4) {
+    const int64_t at = e * m.n + from;
+    if (lines.num == 1) strip<F, 1>(lines, m, at, apart, y + from, y_step);
+    else if (lines.num == 2) strip<F, 2>(lines, m, at, apart, y + from, y_step);
+    else strip<F, 3>(lines, m, at, apart, y + from, y_step);
+  }
+  return from;
+}
+
 #include "unpacked.inl"
 
 // Weights that pass by in another form than they are stored in have a function of their own; false: nothing is done.
@@ -170,7 +252,10 @@ inline void products(const Rows &rows, const Matrices &w, int64_t e, int64_t lo,
   Lines<F> lines[kBlock];
   for (int64_t first = lo; first < hi; first += kBlock) {
     const int num = lines_of<F>(rows, w.k, first, first + kBlock < hi ? first + kBlock : hi, lines);
-    for (int64_t i = from; i < from + num_tiles; i++) put_all<F>(lines, num, four_of<F>(w, e, i, hi - lo, y), w.k, y_step);
+    int64_t i = from;
+    if constexpr (F::kStrips)
+      if (hi - lo <= (F::kFew < kStripRows ? F::kFew : kStripRows)) i = in_strips<F>(lines[0], w, e, from, from + num_tiles, y, y_step);
+    for (; i < from + num_tiles; i++) put_all<F>(lines, num, four_of<F>(w, e, i, hi - lo, y), w.k, y_step);
   }
 }
 

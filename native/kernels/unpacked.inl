@@ -95,7 +95,7 @@ inline void unpacked_products(F, const Rows &rows, const Matrices &w, int64_t e,
     }
     for (int64_t first = lo; first < hi; first += kBlock) {
       const int num = lines_of<FloatFormat>(rows, w.k, first, first + kBlock < hi ? first + kBlock : hi, lines);
-      for (int l = 0; l < num; l++) put_some<FloatFormat, 0>(lines[l], four, w.k, nullptr, y_step);
+      for (int l = 0; l < num; l++) put_some<FloatFormat>(lines[l], four, w.k, Nothing(), y_step);
     }
   }
 }

@@ -126,10 +126,8 @@ void sound_calls(const Shard& shard) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const long num_frames = argc > 1 ? std::atol(argv[1]) : 20000;
-  std::mt19937 random(7);
-  Shard shard;
-  shard.service->registry.publish({shard.layer(0, 0, {0, 1, 2, 3, 4, 5, 6, 7}), shard.layer(1, 0, {2, 3})});
+  Nonsense nonsense(argc, argv);
+  auto& [num_frames, random, shard] = nonsense;
   sound_calls(shard);
   const long num_ended = to_a_shard(random, shard, num_frames / 2), num_done = to_a_caller(random, num_frames / 2);
   sound_calls(shard);

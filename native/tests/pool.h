@@ -57,6 +57,17 @@ struct Shard {
   }
 };
 
+// What a test of nonsense stands on: how many frames of it (its argument), and a shard with a whole layer and one of two experts.
+struct Nonsense {
+  long num_frames;
+  std::mt19937 random{7};
+  Shard shard;
+
+  Nonsense(int argc, char** argv) : num_frames(argc > 1 ? std::atol(argv[1]) : 20000) {
+    shard.service->registry.publish({shard.layer(0, 0, {0, 1, 2, 3, 4, 5, 6, 7}), shard.layer(1, 0, {2, 3})});
+  }
+};
+
 struct Link {  // a connection: a socket, a ring, and the thread that serves it
   int fd = memfd_create("ring", MFD_CLOEXEC), ends[2];
   std::shared_ptr<Ring> ring;

@@ -32,10 +32,8 @@ void fill(std::mt19937& random, char* box) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const long num_frames = argc > 1 ? std::atol(argv[1]) : 20000;
-  std::mt19937 random(7);
-  Shard shard;
-  shard.service->registry.publish({shard.layer(0, 0, {0, 1, 2, 3, 4, 5, 6, 7}), shard.layer(1, 0, {2, 3})});
+  Nonsense nonsense(argc, argv);
+  auto& [num_frames, random, shard] = nonsense;
   Link link(shard);
   Mapping memory(link.fd);
   auto plan = plan_of({link.ring}, std::vector<int32_t>(kExperts, 0), std::vector<int32_t>(kExperts, 1));
