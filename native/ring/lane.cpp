@@ -13,8 +13,6 @@ namespace trinity {
 
 namespace {
 
-constexpr double kQuickS = 50e-6;
-
 bool is_shared(const Head& a, const Head& b) {
   return a.layer == b.layer && a.version == b.version && a.priority == b.priority && a.dim == b.dim;
 }
@@ -113,10 +111,8 @@ void Lane::compute(std::vector<Job*> group) {
     num_rows += job->head.num_rows;
   }
   if (!layer) return;
-  const double since_s = now_s();
   sort(*layer);
   if (!good.empty()) multiply(good, *layer, num_rows);
-  is_quick_.store(now_s() - since_s < kQuickS, std::memory_order_relaxed);
   registry_.unpin(layer, counts_.data());
   for (Job* job : good) job->answer(*job, kDone);
 }

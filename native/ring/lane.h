@@ -34,7 +34,6 @@ class Lane {
   bool submit(Job& job);
   void work();        // by who has it: all that waits
   Code run(Job& job);  // waits for it; its callbacks are set here
-  bool is_quick() const { return is_quick_.load(std::memory_order_relaxed); }  // what was computed last
 
  private:
   bool is_left();
@@ -51,7 +50,6 @@ class Lane {
   std::mutex guard_;
   std::vector<Job*> waiting_;
   bool is_taken_ = false;
-  std::atomic<bool> is_quick_{false};
   // Used by whoever has the lane.
   std::vector<int64_t> row_, end_, sorted_row_, counts_;
   std::vector<int32_t> expert_;

@@ -48,15 +48,6 @@ std::unique_ptr<Attachment> Attachment::make(std::shared_ptr<Service> service, i
   return made;
 }
 
-bool Service::come(const Attachment* ring, Job* job) {
-  const bool in_turns = take_turns();
-  std::vector<Job*> due = !in_turns ? turns_.all() : job ? turns_.with(ring, job, now_s()) : turns_.due(now_s());
-  if (job && !in_turns) due.push_back(job);
-  bool leads = false;
-  for (Job* each : due) leads |= lane.submit(*each);
-  return leads;
-}
-
 void Service::note(const Attachment* ring) {
   num_in_a_row_ = last_.exchange(ring) == ring ? num_in_a_row_ + 1 : 0;
 }
@@ -93,11 +84,11 @@ void Attachment::serve() {
 void Attachment::wait(uint32_t seen) {
   Control& control = ring_.control();
   const bool may_spin = service_->may_spin() && !control.is_crowded.load(std::memory_order_relaxed);
-  waiter_.wait(control.asked, seen, control.caller_cpu, is_stopped_.load() ? kEndTickS : num_away_.load() ? kTurnS : kTickS, may_spin);
+  waiter_.wait(control.asked, seen, control.caller_cpu, is_stopped_.load() ? kEndTickS : kTickS, may_spin);
 }
 
 bool Attachment::take_all() {
-  bool leads = num_away_.load() > 0 && service_->come(this, nullptr);
+  bool leads = false;
   for (int slot = 0; slot < kNumSlots && !is_stopped_.load(); ++slot) {
     const uint32_t number = ring_.control().slots[slot].asked.load(std::memory_order_acquire);
     if (number == taken_[slot] || is_away_[slot].load()) continue;
@@ -132,7 +123,7 @@ bool Attachment::take(int slot, uint32_t number) {
                                   ring->nudge();
                                 },
                                 &asked}};
-  return service_->come(this, &asked.job);
+  return service_->lane.submit(asked.job);
 }
 
 // By whoever computed it; nothing of this ring is touched afterwards.
@@ -142,7 +133,7 @@ void Attachment::answer(int slot, uint32_t number, Code code) {
   is_away_[slot].store(false);  // before the answer, after which the next request may come
   at.answer = {number, code};
   control.shard_cpu.store(this_cpu(), std::memory_order_relaxed);
-  control.is_shared.store(!service_->may_spin() && !service_->take_turns(), std::memory_order_relaxed);
+  control.is_shared.store(!service_->may_spin(), std::memory_order_relaxed);
   at.answered.value.store(number);
   ring_bell(at.answered);
   num_away_.fetch_sub(1);

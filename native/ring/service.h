@@ -2,7 +2,6 @@
 //
 // Decisions: a thread for each ring, woken on the core where its caller has just written the rows, and there at once: it asks for short slices
 // of time. Who finds the lane taken leaves its request with whoever has it, and waits for the next; nobody is woken to hand over.
-// Where there are more callers than cores, see turns.h.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -11,7 +10,6 @@
 
 #include "bell.h"
 #include "lane.h"
-#include "turns.h"
 
 namespace trinity {
 
@@ -24,8 +22,6 @@ class Service {  // of one shard, for all of its connections
 
   // Whether cores are left for the other callers of late, if there are any, when one of their threads spins.
   bool may_spin() const { return num_rings < num_cores_ || num_in_a_row_ > kAlone; }
-  bool take_turns() const { return num_rings > num_cores_ && lane.is_quick(); }
-  bool come(const Attachment* ring, Job* job);  // whether the lane was free, and is this thread's now; without a job: what waits
   void note(const Attachment* ring);  // it had a request
   std::atomic<long> num_rings{0};
 
@@ -34,7 +30,6 @@ class Service {  // of one shard, for all of its connections
   std::atomic<long> num_in_a_row_{0};
   std::atomic<const Attachment*> last_{nullptr};
   const long num_cores_ = std::thread::hardware_concurrency();
-  Turns turns_{static_cast<size_t>(std::max(1L, num_cores_))};
 };
 
 class Attachment {
