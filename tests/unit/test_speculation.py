@@ -12,7 +12,7 @@ from tests.unit.engine_fakes import FakeSource, fake_config, fake_engine, run_al
 from tests.unit.test_begun import ASKED, Words, asked, close, logprobs
 from trinity.engine.async_engine import AsyncEngine
 from trinity.engine.deltas import by_request, joined
-from trinity.engine.drafts import BOUNDARY, LENGTHS, Clients, Drafter, Memory, Text, Trust
+from trinity.engine.drafts import BOUNDARY, LENGTHS, MAX_UNTOLD, Clients, Drafter, Memory, Text, Trust
 from trinity.engine.request import Delta, SamplingParams
 from trinity.engine.speculation import UNKNOWN_SHARE, PassCost
 
@@ -158,6 +158,15 @@ def test_earlier_answers_of_the_same_client_alone_are_drafts():
         for token in (3, 1, 4, 1):
             drafter.push(token, is_answer=False)
         assert drafter.draft(8, 0.0)[:4] == wanted if wanted else 5 not in drafter.draft(8, 0.0)
+
+
+def test_an_engine_that_has_no_time_for_answers_does_not_keep_them_for_ever():
+    clients, text = Clients(), list(range(1000))
+    for _ in range(MAX_UNTOLD // 100):
+        clients.remember("ann", text)
+    assert len(clients._untold) <= MAX_UNTOLD + 1 + len(text)
+    clients.work(float("inf"))
+    assert len(clients.memory("ann")) >= len(text), "the last one is taken up whole"
 
 
 def test_answers_with_another_salt_are_none():

@@ -300,9 +300,9 @@ class Bench:
         if self.given.preset != "bench" or self.given.quick or TRANSFORMERS not in rates:
             return
         theirs, split = rates[TRANSFORMERS], actor_arm(self.given.splits[0])
-        self.report.target(f"{HERE} / {TRANSFORMERS}", ratio(rates[HERE], theirs), at_least=3.0)
+        self.report.target(f"{HERE} / {TRANSFORMERS}", ratio(rates[HERE], theirs), at_least=4.0)
         if split in rates:
-            self.report.target(f"{split} / {TRANSFORMERS}", ratio(rates[split], theirs), at_least=1.5)
+            self.report.target(f"{split} / {TRANSFORMERS}", ratio(rates[split], theirs), at_least=3.6)
 
     # -- the curves
 

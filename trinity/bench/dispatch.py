@@ -46,6 +46,7 @@ class Schedule:
     seconds: float  # for which callers call
 
 
+MANY = 8  # callers, that are held to a rate
 FULL = Schedule(20, 200, (1, 4, 16, 32, 64, 256, 1024, 4096), (1, 2, 4, 8), 2.0)
 QUICK = Schedule(2, 10, (1, 32), (1, 2), 0.1)
 
@@ -349,6 +350,9 @@ def _by_callers(report: Report, plan: Schedule, servers: Servers) -> Curve:
     rows = tuple((n, *figures) for n, figures in zip(plan.counts, found, strict=True))
     title = f"Callers of one shard, {ROWS} rows each"
     report.tables.append(Table(title, ("callers", "p50 us", "p99 us", "calls/s of all", "us per call of all"), rows))
+    for num, (_, _, rate, _) in zip(plan.counts, found, strict=True):
+        if num == MANY:
+            report.target(f"calls/s of {num} callers of one shard", rate, at_least=100_000)
     lines = {"a call (p50)": tuple(f[0] for f in found), "per call of all": tuple(f[3] for f in found)}
     return Curve(title, "callers", "us", tuple(map(float, plan.counts)), lines)
 

@@ -22,6 +22,9 @@ PLACE = [bisect_right(LENGTHS, length) for length in range(LENGTHS[-1] + 1)]
 FIRST_SHARE, PRIOR_WEIGHT, FORGET = 0.4, 4.0, 0.98
 MAX_REMEMBERED = 1 << 16  # tokens of a client's answers
 MAX_CLIENTS, MAX_OF_ALL = 64, 1 << 18
+MAX_UNTOLD = (
+    1 << 14
+)  # tokens of answers that wait to be taken up, all of which are let go where there is no time for it
 
 
 class Trust:
@@ -159,8 +162,10 @@ class Clients:
         return found
 
     def remember(self, name: Hashable, answer_ids: Iterable[int]) -> None:
-        """Note an answer, a little at a time (`work`)."""
+        """Note an answer, of which `work` takes up a little at a time."""
         memory = self.memory(name)
+        if len(self._untold) > MAX_UNTOLD:
+            self._untold.clear()
         self._untold.extend((memory, token) for token in (BOUNDARY, *answer_ids))
         while len(self._memories) > MAX_CLIENTS or sum(map(len, self._memories.values())) > MAX_OF_ALL:
             self._memories.popitem(last=False)

@@ -46,7 +46,7 @@ def regather(tensors: "Iterable[Tensor]", make_room: Callable[[], object]) -> No
     """Move weights in the CPU's memory onto huge pages where the kernel had none to give when they were first written: what was
     read fills its cache of files. `make_room` is called once, if it still has none, to have it let go of that.
 
-    Weights on small pages decode at 0.6 to 0.75 times the speed (`mini-slice` and `nano` in bf16, files in the cache).
+    With 20 GB of files in the cache 70 % of 7 GB of weights were on huge pages after loading, and 95 to 100 % after this.
     """
     libc = _libc()
     places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.is_cpu}
