@@ -3,10 +3,8 @@
 // Decisions: a thread for each ring, woken on the core where its caller has just written the rows, and there at once: it asks for short slices
 // of time. Who finds the lane taken leaves its request with whoever has it, and waits for the next; nobody is woken to hand over.
 #pragma once
-#include <algorithm>
 #include <memory>
 #include <thread>
-#include <vector>
 
 #include "bell.h"
 #include "lane.h"

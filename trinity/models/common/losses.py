@@ -41,7 +41,7 @@ def loss_from_hidden(
     is_trained = hidden_TD.requires_grad and torch.is_grad_enabled()
     if is_trained and not head_VD.requires_grad:
         return _FrozenHeadLoss.apply(*given)
-    return (_EarlyHeadLoss if is_trained and hidden_TD.is_cpu else _HeadLoss).apply(*given)
+    return _HeadLoss.apply(*given, is_trained and hidden_TD.is_cpu)
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,41 +64,27 @@ def _sums(losses: list[tuple[Tensor, Tensor]], targets_T: Tensor, z_coef: float)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and loss in one: logits are recomputed in backward, the head's gradient accumulates in fp32."""
+    """Head and loss in one: the head's gradient accumulates in fp32. Where `is_early`, gradients are made while the logits are
+    there, as though both sums counted alike, which in training they do. Otherwise, and for a backward that weighs them apart or
+    is the second one, logits are made again."""
 
     @staticmethod
     def forward(
-        ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int, is_exact: bool
+        ctx: Any,
+        head_VD: Tensor,
+        hidden_TD: Tensor,
+        targets_T: Tensor,
+        z_coef: float,
+        chunk: int,
+        is_exact: bool,
+        is_early: bool,
     ) -> Any:
-        pairs = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-        losses = [_token_losses(product(h_CD, head_VD, is_exact), targets_C) for h_CD, targets_C in pairs]
-        ctx.save_for_backward(head_VD, hidden_TD, targets_T, torch.cat([lse_C for _, lse_C in losses]))
-        ctx.z_coef, ctx.chunk = z_coef, chunk
-        return _sums(losses, targets_T, z_coef)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_ce: Tensor, g_z: Tensor) -> Any:
-        head_VD, *per_token = ctx.saved_tensors
-        found = _Gradients(head_VD)
-        for h_CD, targets_C, lse_C in zip(*(x.split(ctx.chunk) for x in per_token), strict=True):
-            found.add(h_CD, _grad_logits(h_CD @ head_VD.T, targets_C, lse_C[:, None], g_ce, ctx.z_coef * g_z))
-        return *found.times(1.0), None, None, None, None
-
-
-class _EarlyHeadLoss(torch.autograd.Function):
-    """The same, whose gradients are made while the logits are there, as though both sums counted alike, which in training they
-    do; a backward that weighs them otherwise, or a second one, makes the logits again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, head_VD: Tensor, hidden_TD: Tensor, targets_T: Tensor, z_coef: float, chunk: int, is_exact: bool
-    ) -> Any:
-        losses, ctx.found = [], _Gradients(head_VD)
+        losses, ctx.found = [], _Gradients(head_VD) if is_early else None
         for h_CD, targets_C in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
             logits_CV = product(h_CD, head_VD, is_exact)
             losses.append(_token_losses(logits_CV, targets_C))
-            ctx.found.add(h_CD, _grad_logits(logits_CV, targets_C, losses[-1][1][:, None], 1.0, z_coef))
+            if ctx.found is not None:
+                ctx.found.add(h_CD, _grad_logits(logits_CV, targets_C, losses[-1][1][:, None], 1.0, z_coef))
         ctx.save_for_backward(head_VD, hidden_TD, targets_T, torch.cat([lse_C for _, lse_C in losses]))
         ctx.z_coef, ctx.chunk = z_coef, chunk
         return _sums(losses, targets_T, z_coef)
@@ -106,10 +92,13 @@ class _EarlyHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_ce: Tensor, g_z: Tensor) -> Any:
-        found, ctx.found = ctx.found, None
-        if found is None or (ctx.z_coef and g_ce != g_z):
-            return _HeadLoss.backward(ctx, g_ce, g_z)
-        return *found.times(g_ce), None, None, None, None
+        (found, ctx.found), (head_VD, *per_token) = (ctx.found, None), ctx.saved_tensors
+        if found is not None and not (ctx.z_coef and g_ce != g_z):
+            return *found.times(g_ce), None, None, None, None, None
+        found = _Gradients(head_VD)
+        for h_CD, targets_C, lse_C in zip(*(x.split(ctx.chunk) for x in per_token), strict=True):
+            found.add(h_CD, _grad_logits(h_CD @ head_VD.T, targets_C, lse_C[:, None], g_ce, ctx.z_coef * g_z))
+        return *found.times(1.0), None, None, None, None, None
 
 
 class _Gradients:
